@@ -1,0 +1,1 @@
+"""Experiments: one configuration per claim, ablations and benchmarks."""

@@ -1,0 +1,43 @@
+"""SmolLM2-135M-Instruct learns sums from its own layer-skipped rollouts: the main job.
+
+Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_chain_sum
+"""
+
+from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.sources import SourceConfig
+from nested_reft.evaluation import EvaluationConfig
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses.config import LossConfig
+from nested_reft.rewards.reward import RewardConfig
+from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig
+from nested_reft.train.optimizer import OptimizerConfig
+
+
+def chain_sum(name: str, terms: int, digits: int, train_size: int, heldout_size: int) -> SourceConfig:
+    """Sums and differences of `terms` numbers of `digits` digits."""
+    parameters = {"min_terms": terms, "max_terms": terms, "min_digits": digits, "max_digits": digits}
+    return SourceConfig(name, "chain_sum", parameters, train_size, heldout_size, seed=1)
+
+
+def get_config() -> Config:
+    return Config(
+        name="smollm2_chain_sum",
+        model=ModelSource("smollm2-135m"),
+        data=DataConfig(
+            sources=(
+                chain_sum("two_terms_one_digit", terms=2, digits=1, train_size=136, heldout_size=64),
+                chain_sum("three_terms_two_digits", terms=3, digits=2, train_size=2000, heldout_size=64),
+            ),
+            prompts_per_batch=8,
+            max_prompt_tokens=96,
+            template="{expression} = ? Reply with only the number.",
+        ),
+        rollout=RolloutConfig(group_size=8, max_completion_tokens=12),
+        nesting=NestingConfig(skip_ratio=0.1, choice="measured", divergence_file="smollm2_chain_sum_layers.json"),
+        reward=RewardConfig(),
+        loss=LossConfig(advantage="leave_one_out", bias_mitigation="base", level="token", normalization="token_mean"),
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+        train=TrainConfig(steps=60, checkpoint_every=30),
+        evaluation=EvaluationConfig(every_steps=10, samples_per_prompt=4),
+        curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),
+    )

@@ -1,0 +1,55 @@
+"""Checkpoints of a run: arrays by Orbax, everything else as JSON beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The newest checkpoints of one run, written in the background.
+
+    A checkpoint appears under its final name only when it is complete, so a killed run leaves the
+    previous one whole.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("arrays", "host"))
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
+        """Starts writing; the arrays may be donated as soon as this returns."""
+        arguments = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
+        self._manager.save(step, args=arguments, force=True)
+
+    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
+        """The newest checkpoint.
+
+        Args:
+            like: arrays of the same structure, shapes and placement.
+
+        Returns:
+            Its step, its arrays and its JSON part.
+
+        Raises:
+            ValueError: there is none, or it does not fit `like`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise ValueError(f"no complete checkpoint in '{self._manager.directory}'")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        arguments = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=arguments)
+        return step, restored["arrays"], restored["host"]
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

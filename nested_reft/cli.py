@@ -1,0 +1,358 @@
+"""The command line: `nested-reft COMMAND ...`.
+
+    train CONFIG [--FIELD VALUE ...]   train; every field of the configuration can be overridden
+    train --resume RUN                 continue a run from its newest checkpoint
+    eval POLICY                        held-out accuracy of a run or a model
+    sample POLICY PROMPT               full and nested completions side by side
+    measure-layers CONFIG              each layer's divergence, for measured plans
+    export RUN DIRECTORY               a Hugging Face directory of a run's trained model
+
+Exit codes: 0 done, 2 bad input (nothing was computed or written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+RUNS = Path("runs")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {
+        "train": _train,
+        "eval": _evaluate,
+        "sample": _sample,
+        "measure-layers": _measure_layers,
+        "export": _export,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if arguments[0] == "--version":
+        from nested_reft import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in commands:
+        print(f"error: command '{arguments[0]}' is unknown; known are {', '.join(commands)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        commands[arguments[0]](arguments[1:])
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class BadInput(Exception):
+    """What the user gave cannot work; nothing was computed or written."""
+
+
+@contextmanager
+def _checking_input() -> Iterator[None]:
+    """Errors of the preparations are the user's to mend: one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise BadInput(str(error)) from error
+
+
+def _train(arguments: list[str]) -> None:
+    from nested_reft.metrics import RunDirectory
+    from nested_reft.report import summary_table
+    from nested_reft.train.setup import prepare
+    from nested_reft.train.trainer import Trainer
+
+    parser = _parser("train", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.")
+    parser.add_argument("config", nargs="?", help="name of a configuration, or a .py file; --resume finds its own")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directory is made")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    known, overrides = parser.parse_known_args(arguments)
+    with _checking_input():
+        config = _resolve_config(known.config, known.resume, overrides)
+        _check_writable(known.json)
+        if known.resume is not None:
+            resumed_from = _last_checkpoint(known.resume)
+        setup = prepare(config)
+        if known.resume is None:
+            run = RunDirectory.create(known.runs, config.name, config.to_json())
+        else:
+            run = RunDirectory.resume(known.resume, resumed_from)
+    print(f"run directory: {run.path}")
+    trainer = Trainer(setup, run, resume=known.resume is not None)
+    try:
+        summary = trainer.run()
+    except KeyboardInterrupt:
+        print(f"\nto continue: nested-reft train --resume {run.path}", file=sys.stderr)
+        raise
+    print(f"\n{summary_table(summary)}")
+    _write_json(known.json, summary)
+
+
+def _resolve_config(name: str | None, resume: Path | None, overrides: list[str]) -> Any:
+    """The configuration of a name or a run, with overrides; a resumed run must keep its own."""
+    from nested_reft.train.config import differences, load_config
+    from nested_reft.train.setup import run_config
+
+    if resume is None:
+        if name is None:
+            raise ValueError("train needs the name of a configuration, or --resume RUN")
+        return _override(load_config(name), overrides)
+    stored = run_config(resume)
+    asked = _override(stored if name is None else load_config(name), overrides)
+    changed = differences(stored.to_json(), asked.to_json())
+    if changed:
+        listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
+        raise ValueError(f"run '{resume}' holds another configuration: {listed}. Resume without overrides")
+    return stored
+
+
+def _override(config: Any, overrides: list[str]) -> Any:
+    import tyro
+
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=overrides,
+        prog="nested-reft train CONFIG",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _last_checkpoint(run: Path) -> int:
+    from nested_reft.checkpoints import Checkpoints
+
+    if not (run / "checkpoints").is_dir():
+        raise ValueError(f"run '{run}' has no checkpoint to resume from")
+    checkpoints = Checkpoints(run / "checkpoints", keep=1)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    if step is None:
+        raise ValueError(f"run '{run}' has no complete checkpoint to resume from")
+    return step
+
+
+def _evaluate(arguments: list[str]) -> None:
+    import jax
+
+    from nested_reft.evaluation import evaluate
+    from nested_reft.report import evaluation_table
+
+    parser = _parser("eval", "Greedy accuracy and pass@k on the held-out prompts of every source.")
+    parser.add_argument("policy", help="a run directory, or a model as in model.name")
+    parser.add_argument("--config", help="the configuration whose prompts to use; a run has its own")
+    parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="evaluate the nested model without them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        setup = _policy(known.policy, known.config)
+        plan = _skipping(setup.model.config.num_layers, known.skip_layers)
+        _check_writable(known.json)
+    config = setup.config
+    results = {
+        source.name: evaluate(
+            setup.model,
+            setup.tokenizer,
+            setup.heldout_examples[index],
+            config.reward,
+            config.evaluation,
+            config.rollout.max_completion_tokens,
+            config.rollout.sampling,
+            jax.random.key(config.train.seed),
+            samples=True,
+            plan=plan,
+        ).to_json()
+        for index, source in enumerate(config.data.sources)
+    }
+    print(evaluation_table(results))
+    _write_json(known.json, results)
+
+
+def _sample(arguments: list[str]) -> None:
+    import jax
+    import numpy as np
+
+    from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+    from nested_reft.metrics import printable
+    from nested_reft.models.registry import load_model
+    from nested_reft.rollout.generate import generate
+    from nested_reft.rollout.sampling import SamplingConfig
+    from nested_reft.train.setup import trained_policy
+
+    parser = _parser("sample", "Completions of one prompt by the full model and by a nested one.")
+    parser.add_argument("policy", help="a run directory, or a model as in model.name")
+    parser.add_argument("prompt", help="what the user says")
+    parser.add_argument("--skip-ratio", type=float, default=0.1, help="share of layers skipped, drawn uniformly")
+    parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="skip these layers instead")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        if known.max_tokens < 1 or known.samples < 1:
+            raise ValueError(f"--max-tokens {known.max_tokens}, --samples {known.samples}; allowed is 1 or more")
+        sampling = SamplingConfig(temperature=known.temperature)
+        nesting = NestingConfig(skip_ratio=known.skip_ratio)
+        if (Path(known.policy) / "checkpoints").is_dir():
+            setup = trained_policy(Path(known.policy))
+            model, tokenizer = setup.model, setup.tokenizer
+        else:
+            model, tokenizer = load_model(known.policy)
+        num_layers = model.config.num_layers
+        nesting.validate_for(num_layers)
+        nested = _skipping(num_layers, known.skip_layers) or draw_plan(jax.random.key(known.seed), nesting, num_layers)
+        tokens = tokenizer.chat(known.prompt)
+        if not tokens or len(tokens) + known.max_tokens > model.config.max_positions:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens and --max-tokens is {known.max_tokens};"
+                f" allowed are 1 to {model.config.max_positions} in all"
+            )
+    for label, plan in (("full", LayerPlan.full(num_layers)), ("nested", nested)):
+        rollouts = generate(
+            model,
+            np.array([tokens], np.int32),
+            np.array([len(tokens)], np.int32),
+            plan,
+            np.array(tokenizer.stop_ids, np.int32),
+            jax.random.key(known.seed),
+            group_size=known.samples,
+            max_completion_tokens=known.max_tokens,
+            sampling=sampling,
+        )
+        skipped = f", without layers {list(plan.skipped(num_layers))}" if label == "nested" else ""
+        print(f"{label} ({plan.num_kept} of {num_layers} layers{skipped})")
+        for text in tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))[0]:
+            print(f"  {printable(text)}")
+
+
+def _measure_layers(arguments: list[str]) -> None:
+    import jax
+    import numpy as np
+
+    from nested_reft.data.pipeline import batch_prompts
+    from nested_reft.layer_skip import LayerPlan
+    from nested_reft.report import table
+    from nested_reft.rollout.divergence import measure_layer_divergence, save_divergence
+    from nested_reft.rollout.generate import generate
+
+    parser = _parser("measure-layers", "KL(full || full without the layer) per token, for each layer.")
+    parser.add_argument("policy", help="a run directory, or a model as in model.name")
+    parser.add_argument("--config", help="the configuration whose prompts to use; a run has its own")
+    parser.add_argument("--prompts", type=int, default=16, help="training prompts of the first source")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for nesting.divergence_file")
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        if known.prompts < 1:
+            raise ValueError(f"--prompts is {known.prompts}; allowed is 1 or more")
+        _check_writable(known.out)
+        setup = _policy(known.policy, known.config)
+    config, model = setup.config, setup.model
+    examples = setup.train_examples[0][: known.prompts]
+    prompts = batch_prompts(examples, [0] * len(examples), setup.prompt_size)
+    temperature = config.rollout.sampling.temperature
+    rollouts = generate(
+        model,
+        prompts.tokens_BP,
+        prompts.length_B,
+        LayerPlan.full(model.config.num_layers),
+        np.array(setup.tokenizer.stop_ids, np.int32),
+        jax.random.key(config.train.seed),
+        group_size=1,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        sampling=config.rollout.sampling,
+    )
+    divergence_L = measure_layer_divergence(model, rollouts, temperature)
+    about = {
+        "policy": known.policy,
+        "config": config.name,
+        "prompts": len(examples),
+        "tokens": int(rollouts.length_BG.sum()),
+        "temperature": temperature,
+        "unit": "nats per completion token, KL(full || full without the layer)",
+    }
+    save_divergence(known.out, divergence_L, about)
+    print(table(["layer", "divergence"], [[int(i), f"{divergence_L[i]:.3f}"] for i in np.argsort(divergence_L)]))
+    print(f"written: {known.out}")
+
+
+def _export(arguments: list[str]) -> None:
+    from nested_reft.models.huggingface import save_huggingface
+    from nested_reft.train.setup import trained_policy
+
+    parser = _parser("export", "Writes a directory that transformers loads; adapters are merged.")
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("directory", type=Path, help="a directory that does not exist yet")
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        if known.directory.exists():
+            raise ValueError(f"'{known.directory}' exists already; give a new directory")
+        setup = trained_policy(known.run)
+    save_huggingface(setup.model, known.directory, setup.tokenizer)
+    print(f"written: {known.directory}")
+
+
+def _policy(policy: str, config_name: str | None) -> Any:
+    """The setup of a run directory, or of a model on a configuration's prompts."""
+    from nested_reft.train.config import load_config
+    from nested_reft.train.setup import prepare, trained_policy
+
+    if (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir():
+        if config_name is not None:
+            raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
+        return trained_policy(Path(policy))
+    if config_name is None:
+        raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
+    config = load_config(config_name)
+    if policy != config.model.name:
+        model = dataclasses.replace(config.model, name=policy, shape=None)
+        config = dataclasses.replace(config, model=model, nesting=type(config.nesting)())
+    return prepare(config)
+
+
+def _skipping(num_layers: int, layers: list[int]) -> Any:
+    """The plan without `layers`, checked; None where there are none."""
+    from nested_reft.layer_skip import LayerPlan, NestingConfig
+
+    if not layers:
+        return None
+    NestingConfig(choice="fixed", layers=tuple(layers)).validate_for(num_layers)
+    return LayerPlan.skipping(num_layers, layers)
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    is_train = command == "train"
+    return argparse.ArgumentParser(
+        f"nested-reft {command}", description=description, allow_abbrev=False, add_help=not is_train
+    )
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"cannot write '{path}': name a file in a directory that exists")
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        from nested_reft.metrics import write_json
+
+        write_json(path, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

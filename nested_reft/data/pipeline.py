@@ -1,0 +1,208 @@
+"""From examples to batches of prompts: tokenize once, stream for ever, pad to few sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+from nested_reft.data.sources import Example
+from nested_reft.types import Prompts
+
+
+@runtime_checkable
+class PromptTokenizer(Protocol):
+    """What tokenizing prompts needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example and its prompt.
+
+    Attributes:
+        example: where the prompt came from.
+        tokens: the prompt's token ids.
+        text: the prompt as the model reads it.
+    """
+
+    example: Example
+    tokens: list[int]
+    text: str
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: PromptTokenizer,
+    template: str,
+    system: str | None,
+    max_prompt_tokens: int,
+    chat: bool,
+) -> list[EncodedExample]:
+    """Writes and tokenizes the prompt of each example.
+
+    Args:
+        examples: at least one.
+        tokenizer: turns messages into text, and text into ids.
+        template: the user's message, with `{question}` and any field of the example's metadata in braces.
+        system: the chat's system message, if any.
+        max_prompt_tokens: longest prompt allowed. Cutting one would change the question, so a longer
+            one is refused.
+        chat: apply the chat template; otherwise the prompt is plain text.
+
+    Raises:
+        ValueError: no examples, a system message without a chat, a template field that an example
+            does not have, or a prompt too long or empty.
+    """
+    if not examples:
+        raise ValueError("encode_examples got no examples; every source needs at least one")
+    if system is not None and not chat:
+        raise ValueError("data.system is set, but data.chat is False; a plain-text prompt has no system message")
+    encoded = []
+    for example in examples:
+        text = _fill_template(template, example)
+        if chat:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": text})
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        encoded.append(EncodedExample(example, tokenizer.encode(text), text))
+    _check_lengths(encoded, max_prompt_tokens)
+    return encoded
+
+
+def _fill_template(template: str, example: Example) -> str:
+    fields = {**example.metadata, "question": example.question}
+    try:
+        return template.format_map(fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"data.template is {template!r}, which cannot be filled for source '{example.source}' ({error!r});"
+            f" allowed fields are {', '.join(sorted(fields))}"
+        ) from None
+
+
+def _check_lengths(encoded: Sequence[EncodedExample], max_prompt_tokens: int) -> None:
+    longest = max(encoded, key=lambda e: len(e.tokens))
+    if len(longest.tokens) > max_prompt_tokens:
+        raise ValueError(
+            f"data.max_prompt_tokens is {max_prompt_tokens}, but the longest prompt of source"
+            f" '{longest.example.source}' has {len(longest.tokens)} tokens; raise it to at least"
+            f" {len(longest.tokens)} (question: {longest.example.question[:80]!r})"
+        )
+    shortest = min(encoded, key=lambda e: len(e.tokens))
+    if not shortest.tokens:
+        raise ValueError(f"a prompt of source '{shortest.example.source}' has no tokens: {shortest.text!r}")
+
+
+class PromptStream:
+    """An endless, resumable stream of examples from each source.
+
+    Each source is visited in its own order, reshuffled at every epoch: every example once before
+    any comes again. The stream's position is plain JSON, and continuing from it gives the same
+    examples, bit for bit.
+
+    Args:
+        examples_by_source: the encoded examples of each source, in the order of source indices.
+        seed: decides every order; 0 or more.
+    """
+
+    def __init__(self, examples_by_source: Sequence[Sequence[EncodedExample]], seed: int):
+        if not examples_by_source:
+            raise ValueError("PromptStream got no sources; give at least one")
+        for index, examples in enumerate(examples_by_source):
+            if not examples:
+                raise ValueError(f"PromptStream got no examples for source {index}; every source needs at least one")
+        self._seed = seed
+        self._sizes = [len(examples) for examples in examples_by_source]
+        self._iterators = [
+            _endless_iterator(examples, seed, index) for index, examples in enumerate(examples_by_source)
+        ]
+
+    def next(self, source_index: int) -> EncodedExample:
+        """The next example of one source; the other sources stay where they are."""
+        return next(self._iterators[source_index])
+
+    def get_state(self) -> dict[str, Any]:
+        """The position in every source, JSON-able."""
+        positions = [iterator.get_state() for iterator in self._iterators]
+        return {"seed": self._seed, "sizes": list(self._sizes), "positions": positions}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a position that `get_state` gave.
+
+        Raises:
+            ValueError: the state is of another seed or of sources of other sizes, so that its
+                positions would mean other examples.
+        """
+        for name, now in (("seed", self._seed), ("sizes", self._sizes)):
+            if state[name] != now:
+                raise ValueError(
+                    f"the saved data position has {name} {state[name]}, this run has {now};"
+                    " resume with the configuration that the checkpoint was saved with"
+                )
+        for iterator, position in zip(self._iterators, state["positions"], strict=True):
+            iterator.set_state(dict(position))
+
+
+def _endless_iterator(examples: Sequence[EncodedExample], seed: int, source_index: int) -> grain.DatasetIterator:
+    """Shuffled, then repeated: grain reshuffles each epoch with a seed of its own.
+
+    Seed and source index are hashed, since their sum would give source 1 of one run the order of
+    source 0 in the run with the next seed. No threads: the examples are in memory.
+    """
+    source_seed = int(np.random.SeedSequence([seed, source_index]).generate_state(1)[0])
+    dataset = grain.MapDataset.source(examples).seed(source_seed).shuffle().repeat()
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def prompt_size(lengths: Sequence[int], bucket: int = 16) -> int:
+    """The padded prompt size: the longest length, rounded up to a multiple of `bucket`.
+
+    A compiled program depends on the padded size, so few sizes mean few compilations.
+    """
+    if len(lengths) == 0:
+        raise ValueError("prompt_size got no lengths")
+    return -(-max(lengths) // bucket) * bucket
+
+
+def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int], prompt_size: int) -> Prompts:
+    """Stacks encoded examples into one batch, right-padded with zeros.
+
+    Args:
+        encoded: B examples.
+        source_index: B source indices.
+        prompt_size: P, at least the longest prompt.
+
+    Returns:
+        Prompts; `references` is None when no example has one, and "" stands for a missing one otherwise.
+
+    Raises:
+        ValueError: no examples, a different number of source indices, or a prompt longer than P.
+    """
+    if not encoded or len(encoded) != len(source_index):
+        raise ValueError(
+            f"batch_prompts got {len(encoded)} examples and {len(source_index)} source indices;"
+            " allowed is one index per example, and at least one example"
+        )
+    length_B = np.array([len(e.tokens) for e in encoded], dtype=np.int32)
+    if length_B.max() > prompt_size:
+        raise ValueError(f"prompt_size is {prompt_size}, but the longest prompt has {length_B.max()} tokens")
+    tokens_BP = np.zeros((len(encoded), prompt_size), dtype=np.int32)
+    for row_P, e in zip(tokens_BP, encoded, strict=True):
+        row_P[: len(e.tokens)] = e.tokens
+    references = tuple(e.example.reference or "" for e in encoded)
+    return Prompts(
+        tokens_BP=tokens_BP,
+        length_B=length_B,
+        source_B=np.array(source_index, dtype=np.int32),
+        texts=tuple(e.text for e in encoded),
+        answers=tuple(e.example.answer for e in encoded),
+        metadata=tuple(e.example.metadata for e in encoded),
+        references=references if any(references) else None,
+    )

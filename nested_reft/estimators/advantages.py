@@ -1,0 +1,62 @@
+"""Group-relative advantages: A(y) = R(y) - baseline, from the G completions of one prompt.
+
+A value-based estimator (GAE) gives an advantage for each token instead; it fills
+`TrainBatch.token_advantage_BGC`, which the loss prefers, and needs nothing from this module.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Advantage = Literal["no_baseline", "leave_one_out", "group_mean", "group_std"]
+
+STD_EPSILON = 1e-6
+
+
+def group_advantages(
+    reward_BG: Float[Array, "B G"], scored_BG: Bool[Array, "B G"], advantage: Advantage
+) -> Float[Array, "B G"]:
+    """Advantage of each completion relative to the others of its prompt.
+
+    With n scored completions of mean m:
+
+    * `no_baseline`: R_i. Unbiased, most variance; the only one that a group of one can use
+      (REINFORCE; Williams, 1992).
+    * `leave_one_out`: R_i - mean of the other n - 1. The baseline does not depend on y_i, so the
+      gradient stays unbiased (RLOO; Kool et al., 2019; Ahmadian et al., 2024).
+    * `group_mean`: R_i - m = (n - 1) / n * `leave_one_out`. Scales the expected gradient by
+      (n - 1) / n and leaves its direction (Dr. GRPO, arXiv 2503.20783).
+    * `group_std`: (R_i - m) / (std + 1e-6), std with n - 1 in the denominator. Biased: it weights
+      prompts, and groups of one prompt, by 1 / std (GRPO, arXiv 2402.03300).
+
+    Args:
+        reward_BG: rewards.
+        scored_BG: False where there is no reward; such completions enter no baseline and get
+            advantage zero.
+        advantage: which of the four.
+
+    Returns:
+        Advantages. But for `no_baseline`, exactly zero for a group with fewer than two scored
+        completions or with equal rewards.
+    """
+    scored = scored_BG.astype(jnp.float32)
+    reward_BG = jnp.where(scored_BG, reward_BG, 0.0)
+    if advantage == "no_baseline":
+        return reward_BG
+    count_B1 = scored.sum(axis=-1, keepdims=True)
+    mean_B1 = reward_BG.sum(axis=-1, keepdims=True) / jnp.maximum(count_B1, 1)
+    # Compared, not subtracted: the mean of equal rewards may differ from them by a rounding, which
+    # the division by a standard deviation of the same size would blow up.
+    highest_B1 = jnp.max(reward_BG, axis=-1, keepdims=True, initial=-jnp.inf, where=scored_BG)
+    lowest_B1 = jnp.min(reward_BG, axis=-1, keepdims=True, initial=jnp.inf, where=scored_BG)
+    centered_BG = jnp.where(scored_BG & (highest_B1 > lowest_B1), reward_BG - mean_B1, 0.0)
+    if advantage == "group_mean":
+        return centered_BG
+    others_B1 = jnp.maximum(count_B1 - 1, 1)
+    if advantage == "leave_one_out":
+        return centered_BG * count_B1 / others_B1
+    std_B1 = jnp.sqrt((centered_BG**2).sum(axis=-1, keepdims=True) / others_B1)
+    return centered_BG / (std_B1 + STD_EPSILON)

@@ -1,0 +1,97 @@
+"""How far off-policy a batch is, and what to do when it is too far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from nested_reft.estimators.importance import LOG_RATIO_LIMIT, token_log_ratio
+
+RATIO_QUANTILES = (0.05, 0.5, 0.95)
+
+
+def off_policy_health(
+    target_logprob_BGC: Float[Array, "B G C"],
+    behavior_logprob_BGC: Float[Array, "B G C"],
+    mask_BGC: Bool[Array, "B G C"],
+) -> dict[str, Float[Array, ""]]:
+    """How far the samples are from the target policy, whatever weight the loss gives them.
+
+    With rho over the n masked tokens, and w(y) = prod_t rho_t over the completions:
+
+    * `ess_token`, `ess_sequence`: effective sample size (sum w)^2 / (n sum w^2), in (0, 1]
+      (Kish, 1965); 1 when on-policy.
+    * `ratio_mean`, `ratio_max`, `ratio_quantile_05`, `_50`, `_95`: of rho_t. The mean is 1 in
+      expectation; below 1 it tells of rare, heavy ratios that were not sampled.
+    * `kl_behavior_target`: mean of log pi_b - log pi over the sampled tokens, in nats: an
+      unbiased estimate of KL(pi_b || pi) per token.
+
+    All are zero when no token counts. What the loss made of the ratios (weights after truncation,
+    clipped share) is in its own parts; see `policy_gradient_loss` and `kish`.
+    """
+    count = jnp.maximum(mask_BGC.sum(), 1)
+    log_ratio_BGC = jnp.where(mask_BGC, token_log_ratio(target_logprob_BGC, behavior_logprob_BGC), 0.0)
+    clamped_BGC = jnp.clip(log_ratio_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio_BGC = jnp.where(mask_BGC, jnp.exp(clamped_BGC), 0.0)
+    quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
+    return {
+        "ess_token": effective_sample_size(jnp.where(mask_BGC, log_ratio_BGC, -jnp.inf)),
+        "ess_sequence": effective_sample_size(jnp.where(mask_BGC.any(axis=-1), log_ratio_BGC.sum(axis=-1), -jnp.inf)),
+        "ratio_mean": ratio_BGC.sum() / count,
+        "ratio_max": ratio_BGC.max(),
+        "kl_behavior_target": -log_ratio_BGC.sum() / count,
+    } | {
+        f"ratio_quantile_{round(100 * quantile):02d}": jnp.where(mask_BGC.any(), value, 0.0)
+        for quantile, value in zip(RATIO_QUANTILES, quantiles, strict=True)
+    }
+
+
+def effective_sample_size(log_weight: Float[Array, "..."]) -> Float[Array, ""]:
+    """(sum w)^2 / (n sum w^2) from log-weights, over those above -inf; zero when there are none."""
+    present = log_weight > -math.inf
+    shifted = log_weight - jnp.max(jnp.where(present, log_weight, -jnp.inf), initial=-1e30)
+    weight = jnp.where(present, jnp.exp(shifted), 0.0)
+    return kish(weight.sum() / jnp.maximum(present.sum(), 1), (weight**2).sum() / jnp.maximum(present.sum(), 1))
+
+
+def kish(weight_mean: Float[Array, ""], weight_square_mean: Float[Array, ""]) -> Float[Array, ""]:
+    """Effective sample size mean(w)^2 / mean(w^2), in [0, 1] (Kish, 1965); zero when all weights are."""
+    safe = jnp.where(weight_square_mean == 0, 1.0, weight_square_mean)
+    return jnp.where(weight_square_mean == 0, 0.0, weight_mean**2 / safe)
+
+
+def health_warning(metrics: Mapping[str, float], threshold: float) -> str | None:
+    """What to tell the user when a step is too far off-policy, or None when it is not.
+
+    Two things can be wrong. The loss's own weights may be spread so widely that few samples carry
+    the update (`ess_weight`): noise, which bounded weights cure. Or those weights are bounded, but
+    the ratios behind them are spread (`ess_token`): the update is calm and biased, which only a
+    closer behavior policy, or a mixture with the full one, cures.
+
+    Args:
+        metrics: one step's; needs `ess_weight` and `ess_token`, reads `kl_behavior_target` if there.
+        threshold: smallest effective sample size, as a share of the batch, in (0, 1), that is fine.
+
+    Raises:
+        ValueError: the threshold is not in (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"the threshold of the effective sample size is {threshold}; allowed is 0 < threshold < 1")
+    name = next((name for name in ("ess_weight", "ess_token") if not metrics[name] >= threshold), None)
+    if name is None:
+        return None
+    divergence = metrics.get("kl_behavior_target")
+    where = "" if divergence is None else f" (KL(behavior || target) is {divergence:.2f} nats per token)"
+    trouble = f"{name} is {metrics[name]:.3f}, under {threshold}{where}: "
+    if name == "ess_weight":
+        return trouble + (
+            "few samples carry this update. Lower nesting.skip_ratio, set nesting.choice to 'measured', or bound the"
+            " weights: loss.bias_mitigation 'mixture' (unbiased) or 'retrace', or loss.truncate_at (both biased)"
+        )
+    return trouble + (
+        "the loss's weights are bounded, so the update is biased rather than noisy. Lower nesting.skip_ratio, set"
+        " nesting.choice to 'measured', or use loss.bias_mitigation 'mixture'"
+    )

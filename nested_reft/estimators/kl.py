@@ -1,0 +1,47 @@
+"""KL(pi || pi_ref) from the log-probabilities of sampled tokens: values, and what they are as losses.
+
+With l = log pi - log pi_ref of a token drawn from pi (Schulman, "Approximating KL divergence", 2020):
+
+    value   formula             as an estimate of KL(pi || pi_ref)
+    k1      l                   unbiased, high variance, may be negative
+    k2      l^2 / 2             biased, low variance
+    k3      exp(-l) - 1 + l     unbiased, low variance, never negative
+
+A good value is not a good loss. Differentiating through log pi, at fixed tokens:
+
+    penalty        gradient per token              is the gradient of
+    k1 as a loss   grad log pi                     nothing: its mean is zero; not offered
+    k1_in_reward   (sum_{s>=t} l_s) grad log pi    KL(pi || pi_ref) of whole completions, exactly: the
+                                                   policy gradient of the reward -l. As unbiased as
+                                                   the importance weight that multiplies it
+    k2_loss        l grad log pi                   the same without later tokens: the exact KL gradient of
+                                                   each next-token distribution at the sampled prefixes
+    k3_loss        (1 - exp(-l)) grad log pi       KL(pi_ref || pi) instead, at the sampled prefixes;
+                                                   close to `k2_loss` while l is small (GRPO, eq. 4)
+
+`k2_loss` and `k3_loss` are added unweighted, as GRPO does: their statements hold for on-policy tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nested_reft.estimators.importance import LOG_RATIO_LIMIT, token_log_ratio
+
+KlEstimator = Literal["k1", "k2", "k3"]
+KlPenalty = Literal["k1_in_reward", "k2_loss", "k3_loss"]
+
+
+def kl_estimate(
+    target_logprob: Float[Array, "*rows"], reference_logprob: Float[Array, "*rows"], estimator: KlEstimator
+) -> Float[Array, "*rows"]:
+    """The named value per token, in nats, differentiable; the log-ratio is clamped to +-20."""
+    log_ratio = jnp.clip(token_log_ratio(target_logprob, reference_logprob), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio**2 / 2
+    return jnp.expm1(-log_ratio) + log_ratio

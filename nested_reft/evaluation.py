@@ -1,0 +1,151 @@
+"""Held-out accuracy: greedy, and pass@k of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from nested_reft.data.pipeline import EncodedExample, batch_prompts, prompt_size
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.transformer import Transformer
+from nested_reft.rewards.reward import RewardConfig, score
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.sampling import GREEDY, SamplingConfig
+from nested_reft.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out prompts.
+
+    Attributes:
+        every_steps: training steps between greedy evaluations of the source in training; all
+            sources are evaluated before and after the run.
+        samples_per_prompt: completions per prompt for pass@k, before and after; 0 leaves it out.
+        pass_k: k of pass@k.
+        batch_size: prompts per compiled batch.
+    """
+
+    every_steps: int = 10
+    samples_per_prompt: int = 8
+    pass_k: int = 4
+    batch_size: int = 32
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"evaluation.every_steps is {self.every_steps} and evaluation.batch_size {self.batch_size};"
+                " allowed is 1 or more"
+            )
+        if self.samples_per_prompt and not 1 <= self.pass_k <= self.samples_per_prompt:
+            raise ValueError(
+                f"evaluation.pass_k is {self.pass_k}; allowed is 1 to evaluation.samples_per_prompt,"
+                f" which is {self.samples_per_prompt}"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one source's held-out prompts.
+
+    Attributes:
+        prompts: how many.
+        greedy_accuracy: share right under greedy decoding.
+        sampled_accuracy: share of samples right, at the rollout temperature; None if not sampled.
+        pass_at_k: unbiased estimate of the chance that one of k samples is right.
+        pass_k: that k.
+    """
+
+    prompts: int
+    greedy_accuracy: float
+    sampled_accuracy: float | None = None
+    pass_at_k: float | None = None
+    pass_k: int | None = None
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The fields as plain values."""
+        return asdict(self)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples, drawn without replacement,
+    hold a right one; an unbiased estimate of pass@k (Chen et al., 2021, equation 1)."""
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[EncodedExample],
+    reward: RewardConfig,
+    config: EvaluationConfig,
+    max_completion_tokens: int,
+    sampling: SamplingConfig,
+    key: jax.Array,
+    samples: bool,
+    plan: LayerPlan | None = None,
+) -> Evaluation:
+    """Measures greedy accuracy and, with `samples`, pass@k.
+
+    Args:
+        model, tokenizer: the policy.
+        examples: held-out prompts of one source.
+        reward: how answers are checked.
+        config: batch size, samples and k.
+        max_completion_tokens: C.
+        sampling: of the samples.
+        key: PRNG key of the samples.
+        samples: whether to sample for pass@k.
+        plan: layers that act; None is the full model.
+    """
+
+    def num_correct(group_size: int, how: SamplingConfig) -> Int[np.ndarray, " E"]:
+        return _num_correct(
+            model, tokenizer, examples, reward, config.batch_size, max_completion_tokens, how, key, group_size, plan
+        )
+
+    greedy_E = num_correct(1, GREEDY)
+    if not samples or not config.samples_per_prompt:
+        return Evaluation(len(examples), float(greedy_E.mean()))
+    sampled_E = num_correct(config.samples_per_prompt, sampling)
+    return Evaluation(
+        len(examples),
+        float(greedy_E.mean()),
+        float(sampled_E.mean() / config.samples_per_prompt),
+        float(np.mean([pass_at_k(config.samples_per_prompt, int(c), config.pass_k) for c in sampled_E])),
+        config.pass_k,
+    )
+
+
+def _num_correct(
+    model, tokenizer, examples, reward, batch_size, max_completion_tokens, sampling, key, group_size, plan
+) -> Int[np.ndarray, " E"]:
+    """Right answers among `group_size` completions of each example; one compiled shape for all batches."""
+    plan = LayerPlan.full(model.config.num_layers) if plan is None else plan
+    size = prompt_size([len(example.tokens) for example in examples])
+    batch_size = min(batch_size, len(examples))
+    counts: list[int] = []
+    for start in range(0, len(examples), batch_size):
+        chunk = list(examples[start : start + batch_size])
+        padded = chunk + [chunk[-1]] * (batch_size - len(chunk))
+        prompts = batch_prompts(padded, [0] * batch_size, size)
+        rollouts = generate(
+            model,
+            prompts.tokens_BP,
+            prompts.length_B,
+            plan,
+            np.array(tokenizer.stop_ids, np.int32),
+            jax.random.fold_in(key, start),
+            group_size=group_size,
+            max_completion_tokens=max_completion_tokens,
+            sampling=sampling,
+        )
+        texts = tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))
+        accuracy_BG = score(texts, prompts, np.asarray(rollouts.finished_BG), reward)[1]
+        counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
+    return np.array(counts)

@@ -1,0 +1,208 @@
+"""What a policy-gradient update minimises, and which combinations of its parts mean something."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from nested_reft.estimators.advantages import Advantage
+from nested_reft.estimators.importance import BiasMitigation, Level
+from nested_reft.estimators.kl import KlPenalty
+
+Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixed_length"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Parts of the policy-gradient loss. Nothing here has a default that picks an algorithm.
+
+    Attributes:
+        advantage: see `estimators.advantages`.
+        bias_mitigation, level: the importance weight; see the tables of `estimators.importance`.
+        normalization: what a token's term is divided by; see `losses.policy_gradient`.
+        fixed_length_tokens: the constant length of `fixed_length`, usually the longest completion.
+        retrace_lambda: in (0, 1]; for `retrace`.
+        mixture_alpha: in (0, 1], probability of drawing a completion from the full model; for `mixture`.
+        truncate_at: C >= 1: weights above it become C (TIS). None for no limit.
+        drop_below, drop_above: weights outside [drop_below, drop_above] become 0. None for no bound.
+        self_normalized: divide by the sum of weights instead of their number: bounded, with a bias
+            that falls as 1 / samples.
+        clip_low, clip_high: PPO's clip of the weight to [1 - clip_low, 1 + clip_high]: tokens beyond
+            it on the side that their advantage pushes to lose their gradient. None for no clip there.
+        dual_clip: c > 1: where the advantage is negative, weights above c lose their gradient too
+            (Ye et al., 2020). None for no such limit.
+        reference_kl: the penalty towards the initial model; see the tables of `estimators.kl`.
+        reference_kl_coefficient: beta, its weight; 0 for none.
+        entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
+            sampled prefixes; 0 for none. It costs the backward pass a second array of all logits.
+    """
+
+    advantage: Advantage
+    bias_mitigation: BiasMitigation
+    level: Level
+    normalization: Normalization
+    fixed_length_tokens: int | None = None
+    retrace_lambda: float = 1.0
+    mixture_alpha: float | None = None
+    truncate_at: float | None = None
+    drop_below: float | None = None
+    drop_above: float | None = None
+    self_normalized: bool = False
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    reference_kl: KlPenalty | None = None
+    reference_kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+
+    def __post_init__(self):
+        _check_ranges(self)
+        _check_needed(self)
+        _check_meaning(self)
+        _check_reach(self)
+
+    def validate_for(self, group_size: int, truncated_sampling: bool) -> None:
+        """Refuses a loss that the rollouts would make wrong.
+
+        Args:
+            group_size: G.
+            truncated_sampling: top-k or top-p takes tokens away from the behavior policy.
+        """
+        if group_size < 2 and self.advantage != "no_baseline":
+            raise ValueError(
+                f"loss.advantage is '{self.advantage}' and rollout.group_size {group_size}: a baseline from the other"
+                " completions needs 2 or more. Raise the group size or use advantage 'no_baseline'"
+            )
+        if truncated_sampling and claims_unbiased(self):
+            raise ValueError(
+                f"rollout.sampling truncates (top_k or top_p), but loss.bias_mitigation '{self.bias_mitigation}' at"
+                " 'sequence' level is unbiased only where the behavior policy can draw every completion. Set top_k 0"
+                " and top_p 1, or choose a biased weight knowingly: level 'token', or bias_mitigation 'retrace'"
+            )
+
+
+def claims_unbiased(config: LossConfig) -> bool:
+    """Whether the expected gradient points exactly along that of E_{y ~ pi}[R(y)], minus beta KL with
+    `k1_in_reward`; `group_mean` changes its length by (G - 1) / G.
+
+    It holds for every batch size, provided that the behavior policy has full support. The
+    enumeration (`nested_reft.enumeration`) shows it for every combination that returns True.
+    `token_mean` does not qualify: its divisor, the number of sampled tokens, varies with the sample,
+    which leaves a bias of the order 1 / batch.
+    """
+    exact_weight = config.bias_mitigation in ("base", "mixture") and config.level == "sequence"
+    limits = (config.truncate_at, config.drop_below, config.drop_above, config.clip_low, config.clip_high)
+    unlimited = all(limit is None for limit in (*limits, config.dual_clip)) and not config.self_normalized
+    return (
+        exact_weight
+        and unlimited
+        and config.advantage != "group_std"
+        and config.normalization == "fixed_length"
+        and config.reference_kl in (None, "k1_in_reward")
+        and config.entropy_coefficient == 0
+    )
+
+
+def _check_ranges(config: LossConfig) -> None:
+    def check(name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"loss.{name} is {getattr(config, name)}; allowed is {allowed}")
+
+    def unset_or(value: float | None, low: float, high: float = math.inf) -> bool:
+        return value is None or low < value < high
+
+    check("retrace_lambda", 0 < config.retrace_lambda <= 1, "0 < retrace_lambda <= 1")
+    alpha = config.mixture_alpha
+    check("mixture_alpha", alpha is None or 0 < alpha <= 1, "0 < mixture_alpha <= 1, or None")
+    length = config.fixed_length_tokens
+    check("fixed_length_tokens", length is None or length >= 1, "1 or more, or None")
+    truncate_at = config.truncate_at
+    check("truncate_at", truncate_at is None or 1 <= truncate_at < math.inf, "1 or more, or None")
+    check("drop_below", unset_or(config.drop_below, 0, 1), "0 < drop_below < 1, or None")
+    check("drop_above", unset_or(config.drop_above, 1), "more than 1, or None")
+    check("clip_low", unset_or(config.clip_low, 0, 1), "0 < clip_low < 1, or None")
+    check("clip_high", unset_or(config.clip_high, 0), "more than 0, or None")
+    check("dual_clip", unset_or(config.dual_clip, 1), "more than 1, or None")
+    for name in ("reference_kl_coefficient", "entropy_coefficient"):
+        value = getattr(config, name)
+        check(name, math.isfinite(value) and value >= 0, "0 or more")
+
+
+def _check_needed(config: LossConfig) -> None:
+    """A part and its parameter are set together, or neither is."""
+
+    def check(name: str, is_set: bool, field: str, value: str) -> None:
+        is_chosen = getattr(config, field) == value
+        if is_chosen and not is_set:
+            raise ValueError(f"loss.{name} is not set; {field} '{value}' needs it")
+        if is_set and not is_chosen:
+            raise ValueError(
+                f"loss.{name} is {getattr(config, name)}, but {field} is '{getattr(config, field)}';"
+                f" only '{value}' reads it"
+            )
+
+    check("mixture_alpha", config.mixture_alpha is not None, "bias_mitigation", "mixture")
+    check("fixed_length_tokens", config.fixed_length_tokens is not None, "normalization", "fixed_length")
+    if config.retrace_lambda != 1:
+        check("retrace_lambda", True, "bias_mitigation", "retrace")
+    if (config.reference_kl is None) != (config.reference_kl_coefficient == 0):
+        raise ValueError(
+            f"loss.reference_kl is {config.reference_kl} and loss.reference_kl_coefficient"
+            f" {config.reference_kl_coefficient}: a penalty needs both. Allowed are k1_in_reward, k2_loss, k3_loss"
+        )
+
+
+def _check_meaning(config: LossConfig) -> None:
+    """Levels and limits that a variant has no use for."""
+    variant, level = config.bias_mitigation, config.level
+    limits = [
+        name
+        for name in ("truncate_at", "drop_below", "drop_above", "clip_low", "clip_high", "dual_clip")
+        if getattr(config, name) is not None
+    ] + ["self_normalized"] * config.self_normalized
+    if variant == "one" and level != "token":
+        raise ValueError(f"loss.level is '{level}', but bias_mitigation 'one' weighs every level alike; set 'token'")
+    if variant == "one" and limits:
+        raise ValueError(
+            f"loss.{limits[0]} is set, but bias_mitigation 'one' has the constant weight 1, which nothing limits;"
+            " leave it out, or use 'practical', the ratio to the full model at rollout time"
+        )
+    if variant == "mixture" and level != "sequence":
+        raise ValueError(
+            f"loss.level is '{level}', but bias_mitigation 'mixture' draws whole completions from one of two models,"
+            " so only completions have a density; set 'sequence'"
+        )
+    if variant == "retrace" and level not in ("token", "prefix"):
+        raise ValueError(
+            f"loss.level is '{level}', but bias_mitigation 'retrace' is a trace along the tokens: 'token' or 'prefix'."
+            " For a bounded weight of whole completions use 'base' with truncate_at"
+        )
+    useless = [name for name in limits if name != "clip_low"]
+    if variant == "retrace" and useless:
+        raise ValueError(
+            f"loss.{useless[0]} is set, but bias_mitigation 'retrace' already limits the weight to lambda <= 1;"
+            " leave it out, or use 'base'"
+        )
+    if config.self_normalized and level == "geometric":
+        raise ValueError(
+            "loss.self_normalized is set at level 'geometric': self-normalisation divides by weights whose mean is 1,"
+            " which geometric means of ratios have not; use level 'token', 'prefix' or 'sequence'"
+        )
+
+
+def _check_reach(config: LossConfig) -> None:
+    """Of several upper limits of the weight, each must be able to act."""
+    truncate_at, drop_above = config.truncate_at, config.drop_above
+    if truncate_at is not None and drop_above is not None and truncate_at >= drop_above:
+        raise ValueError(
+            f"loss.truncate_at is {truncate_at} and loss.drop_above {drop_above}: what truncation would change is"
+            " dropped already; lower truncate_at or leave one out"
+        )
+    ceiling = min((limit for limit in (truncate_at, drop_above) if limit is not None), default=math.inf)
+    for name, reach in (("clip_high", 1 + (config.clip_high or 0)), ("dual_clip", config.dual_clip or 0)):
+        if getattr(config, name) is not None and reach >= ceiling:
+            raise ValueError(
+                f"loss.{name} acts on weights above {reach:g}, but truncate_at or drop_above leaves none above"
+                f" {ceiling:g}; leave one out"
+            )

@@ -1,0 +1,209 @@
+"""The policy-gradient loss of nested rollouts.
+
+One mechanism serves all of it. The importance weight h_t is a number, not a function of the
+parameters, multiplied by exp(log pi - stop_gradient(log pi)), which is 1 and has the gradient
+grad log pi. So a token's term h_t A_t has the gradient h_t A_t grad log pi(y_t | x, y_<t): REINFORCE
+with weights. Clips decide which tokens keep that gradient.
+
+For `base` and `practical` at `token` level this equals differentiating the PPO surrogate itself; at
+`sequence` and `geometric` level likewise, with the surrogate of the completion counted once under
+`fixed_length` and `sequence_mean` (GSPO). Elsewhere it keeps h a weight, as Nested-ReFT has it:
+`retrace` would lose the gradient of every token with rho > 1 if it were differentiated, and a
+truncated weight that of every truncated token (CISPO keeps it, TIS likewise).
+
+A token's term is multiplied by c_t and the sum divided by a weight W, both from `normalization`:
+
+    token_mean        c = 1            W = tokens of the batch; long completions count more (DAPO)
+    group_token_mean  c = 1 / tokens of the group         W = groups (DAPO, eq. 8)
+    sequence_mean     c = 1 / |y|      W = completions; long completions' tokens count less (GRPO)
+    fixed_length      c = 1 / constant W = completions; every token counts the same in every batch,
+                                       the one divisor that depends on no sample (Dr. GRPO)
+
+|y| counts the tokens that the policy chose. Sum and W add up over micro-batches and devices.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from nested_reft.estimators.importance import (
+    LOGPROB_FLOOR,
+    importance_log_weight,
+    limited_weight,
+    mixture_log_weight,
+    token_log_ratio,
+)
+from nested_reft.estimators.kl import kl_estimate
+from nested_reft.losses.config import LossConfig, Normalization
+from nested_reft.types import TrainBatch, Weighted, gradient_mask
+
+
+def policy_gradient_loss(
+    target_logprob_BGC: Float[Array, "B G C"],
+    batch: TrainBatch,
+    config: LossConfig,
+    entropy_BGC: Float[Array, "B G C"] | None = None,
+) -> tuple[Weighted, dict[str, Weighted]]:
+    """Negative surrogate objective, to be minimised.
+
+        L = - sum_t c_t [ clipped(h_t, A_t) - beta KL_t + eta entropy_t ] / W
+
+    See the module for h, c and W, `clipped_surrogate` for the clips, `estimators.kl` for the penalty
+    (`k1_in_reward` changes A_t instead). With `self_normalized`, W is the sum of weights h where it
+    was a count: grad L is then the weighted mean sum(h A grad log pi) / sum(h), exactly the same
+    for any split into micro-batches; c times W's count stays as above.
+
+    Args:
+        target_logprob_BGC: log pi, differentiated.
+        batch: the rest; forced and padding tokens do not count. `mixture` needs
+            `nested_logprob_BGC`, a KL penalty `reference_logprob_BGC`.
+        config: the parts.
+        entropy_BGC: entropy of each next-token distribution, differentiable; for the entropy bonus.
+
+    Returns:
+        The loss as (sum, W), to be divided once, and the parts that are logged: `policy_loss`,
+        `clipped_share` (tokens without gradient), `limited_share` (truncated or dropped weights),
+        `weight_mean` and `weight_square_mean` of h over tokens (`kish` of them is the effective
+        sample size of the update), and `reference_kl` (k3, nats per token).
+
+    Raises:
+        ValueError: the configuration needs something that is not given.
+    """
+    _check_inputs(batch, config, entropy_BGC)
+    mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, target_logprob_BGC.shape[-1])
+    target_logprob_BGC = jnp.where(mask_BGC, jnp.maximum(target_logprob_BGC, LOGPROB_FLOOR), 0.0)
+    frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
+    log_weight_BGC = batch_log_weight(frozen_BGC, mask_BGC, batch, config)
+    weight_BGC = limited_weight(log_weight_BGC, config.truncate_at, config.drop_below, config.drop_above)
+    differentiable_weight_BGC = weight_BGC * jnp.exp(target_logprob_BGC - frozen_BGC)
+    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, batch, config)
+    objective_BGC, clipped_BGC = clipped_surrogate(
+        differentiable_weight_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
+    )
+
+    coefficient_BGC, share_BGC = normalization_shares(mask_BGC, config.normalization, config.fixed_length_tokens)
+    total_weight = (share_BGC * weight_BGC).sum() if config.self_normalized else share_BGC.sum()
+    policy_loss = Weighted(-(coefficient_BGC * objective_BGC).sum(), total_weight)
+    mask = mask_BGC.astype(jnp.float32)
+
+    def token_mean(value_BGC: Array) -> Weighted:
+        return Weighted((jax.lax.stop_gradient(value_BGC) * mask).sum(), mask.sum())
+
+    parts = {
+        "policy_loss": policy_loss,
+        "clipped_share": token_mean(clipped_BGC),
+        "limited_share": token_mean(weight_BGC != limited_weight(log_weight_BGC)),
+        "weight_mean": token_mean(weight_BGC),
+        "weight_square_mean": token_mean(weight_BGC**2),
+    }
+    penalty_BGC = jnp.zeros_like(target_logprob_BGC)
+    if batch.reference_logprob_BGC is not None:
+        reference_logprob_BGC = jnp.where(mask_BGC, batch.reference_logprob_BGC, 0.0)
+        parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, reference_logprob_BGC, "k3"))
+        if config.reference_kl in ("k2_loss", "k3_loss"):
+            kl_BGC = kl_estimate(target_logprob_BGC, reference_logprob_BGC, config.reference_kl.removesuffix("_loss"))
+            penalty_BGC += config.reference_kl_coefficient * kl_BGC
+    if entropy_BGC is not None and config.entropy_coefficient:
+        penalty_BGC -= config.entropy_coefficient * jnp.where(mask_BGC, entropy_BGC, 0.0)
+    return policy_loss.replace(sum=policy_loss.sum + (coefficient_BGC * penalty_BGC).sum()), parts
+
+
+def batch_log_weight(
+    target_logprob_BGC: Float[Array, "B G C"],
+    mask_BGC: Bool[Array, "B G C"],
+    batch: TrainBatch,
+    config: LossConfig,
+) -> Float[Array, "B G C"]:
+    """log h of the configured variant, with the denominators that the batch carries."""
+    old_logprob_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
+    if config.bias_mitigation == "mixture":
+        assert batch.nested_logprob_BGC is not None and config.mixture_alpha is not None
+        return mixture_log_weight(
+            target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, config.mixture_alpha
+        )
+    denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
+    return importance_log_weight(
+        token_log_ratio(target_logprob_BGC, denominator_BGC),
+        mask_BGC,
+        config.bias_mitigation,
+        config.level,
+        config.retrace_lambda,
+    )
+
+
+def clipped_surrogate(
+    weight_BGC: Float[Array, "B G C"],
+    advantage_BGC: Float[Array, "B G C"],
+    clip_low: float | None,
+    clip_high: float | None,
+    dual_clip: float | None,
+) -> tuple[Float[Array, "B G C"], Bool[Array, "B G C"]]:
+    """PPO's pessimistic surrogate, with separate sides and a floor for negative advantages.
+
+        min(h A, clip(h, 1 - clip_low, 1 + clip_high) A), and at least dual_clip * A where A < 0
+
+    The gradient is zero where A > 0 and h > 1 + clip_high, where A < 0 and h < 1 - clip_low, and
+    where A < 0 and h > dual_clip. Without clips it is that of h A everywhere. A dropped token
+    (h = 0) stays at zero.
+
+    Source: PPO (Schulman et al., 2017, eq. 7); clip-higher: DAPO (arXiv 2503.14476, eq. 10); dual
+    clip: Ye et al. (2020, eq. 5).
+
+    Returns:
+        The surrogate, and True where its gradient is gone.
+    """
+    plain_BGC = weight_BGC * advantage_BGC
+    low = None if clip_low is None else 1 - clip_low
+    high = None if clip_high is None else 1 + clip_high
+    objective_BGC = jnp.minimum(plain_BGC, jnp.clip(weight_BGC, low, high) * advantage_BGC)
+    if dual_clip is not None:
+        floor_BGC = dual_clip * advantage_BGC
+        objective_BGC = jnp.where(advantage_BGC < 0, jnp.maximum(objective_BGC, floor_BGC), objective_BGC)
+    objective_BGC = jnp.where(weight_BGC == 0, 0.0, objective_BGC)
+    return objective_BGC, objective_BGC != plain_BGC
+
+
+def normalization_shares(
+    mask_BGC: Bool[Array, "B G C"], normalization: Normalization, fixed_length_tokens: int | None = None
+) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
+    """Each token's factor c in the loss's sum, and what it adds to the weight W; see the module.
+
+    Zero at masked tokens. A completion without any token of its own counts nowhere.
+    """
+    mask = mask_BGC.astype(jnp.float32)
+    if normalization == "token_mean":
+        return mask, mask
+    if normalization == "group_token_mean":
+        share_BGC = mask / jnp.maximum(mask.sum(axis=(1, 2), keepdims=True), 1)
+        return share_BGC, share_BGC
+    share_BGC = mask / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    if normalization == "sequence_mean":
+        return share_BGC, share_BGC
+    assert fixed_length_tokens is not None
+    return mask / fixed_length_tokens, share_BGC
+
+
+def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, config: LossConfig) -> Array:
+    """A_t of every token; with `k1_in_reward` less beta times the KL reward that is still to come."""
+    if batch.token_advantage_BGC is not None:
+        advantage_BGC = batch.token_advantage_BGC
+    else:
+        advantage_BGC = jnp.broadcast_to(batch.advantage_BG[..., None], frozen_BGC.shape)
+    if config.reference_kl == "k1_in_reward":
+        k1_BGC = jnp.where(mask_BGC, kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
+        to_come_BGC = jnp.flip(jnp.cumsum(jnp.flip(k1_BGC, axis=-1), axis=-1), axis=-1)
+        advantage_BGC = advantage_BGC - config.reference_kl_coefficient * to_come_BGC
+    return jnp.where(mask_BGC, advantage_BGC, 0.0)
+
+
+def _check_inputs(batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None) -> None:
+    if config.bias_mitigation == "mixture" and batch.nested_logprob_BGC is None:
+        raise ValueError(
+            "bias_mitigation 'mixture' needs batch.nested_logprob_BGC: score every completion under the plan"
+        )
+    if config.reference_kl is not None and batch.reference_logprob_BGC is None:
+        raise ValueError(f"reference_kl '{config.reference_kl}' needs batch.reference_logprob_BGC")
+    if config.entropy_coefficient and entropy_BGC is None:
+        raise ValueError("entropy_coefficient is set: pass the differentiable entropy_BGC")

@@ -1,0 +1,95 @@
+"""Published algorithms as combinations of the loss's parts.
+
+Each takes `bias_mitigation`, because the papers sample from the policy they call pi_old itself:
+with nested rollouts the ratio is either to the nested policy that sampled (`base`) or to the full
+model at rollout time (`practical`), and the papers do not choose. What surrounds the loss (dynamic
+sampling, length penalties, learning rates) is not part of a preset.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nested_reft.losses.config import LossConfig
+
+Denominator = Literal["base", "practical"]
+
+
+def grpo(bias_mitigation: Denominator, clip: float = 0.2, reference_kl_coefficient: float = 0.04) -> LossConfig:
+    """GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3): clipped token ratios, mean over each completion, k3.
+
+    The paper gives beta 0.04 and no clip range; 0.2 is PPO's.
+    """
+    return LossConfig(
+        advantage="group_std",
+        bias_mitigation=bias_mitigation,
+        level="token",
+        normalization="sequence_mean",
+        clip_low=clip,
+        clip_high=clip,
+        reference_kl="k3_loss" if reference_kl_coefficient else None,
+        reference_kl_coefficient=reference_kl_coefficient,
+    )
+
+
+def dr_grpo(bias_mitigation: Denominator, fixed_length_tokens: int, clip: float = 0.2) -> LossConfig:
+    """Dr. GRPO (arXiv 2503.20783): GRPO without the division by std and by length, and without KL."""
+    return LossConfig(
+        advantage="group_mean",
+        bias_mitigation=bias_mitigation,
+        level="token",
+        normalization="fixed_length",
+        fixed_length_tokens=fixed_length_tokens,
+        clip_low=clip,
+        clip_high=clip,
+    )
+
+
+def dapo(bias_mitigation: Denominator, dual_clip: float | None = None) -> LossConfig:
+    """DAPO (arXiv 2503.14476, eq. 8): clip-higher 0.2 / 0.28 and one mean over all tokens, without KL.
+
+    Departure: the mean is over the tokens of the whole batch, as in today's reference code; eq. 8
+    has one per group (`normalization="group_token_mean"`). The recipe adds a dual clip at 10.
+    """
+    return LossConfig(
+        advantage="group_std",
+        bias_mitigation=bias_mitigation,
+        level="token",
+        normalization="token_mean",
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=dual_clip,
+    )
+
+
+def gspo(bias_mitigation: Denominator) -> LossConfig:
+    """GSPO (arXiv 2507.18071, eq. 5-7): the clip acts on the length-normalised ratio of completions.
+
+    Each completion's term s_i A_i has the gradient s_i A_i sum_t grad log pi_t / |y_i|: that of the
+    weight s_i on each token under a mean over the completion. Clip ranges 3e-4 and 4e-4 [section 5.1].
+    """
+    return LossConfig(
+        advantage="group_std",
+        bias_mitigation=bias_mitigation,
+        level="geometric",
+        normalization="sequence_mean",
+        clip_low=3e-4,
+        clip_high=4e-4,
+    )
+
+
+def cispo(bias_mitigation: Denominator, truncate_at: float) -> LossConfig:
+    """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4-5): truncated weights, so that no token loses its gradient.
+
+    `truncate_at` is 1 + epsilon_high, for which the paper gives no number; it uses no lower bound.
+    """
+    return LossConfig(
+        advantage="group_std",
+        bias_mitigation=bias_mitigation,
+        level="token",
+        normalization="token_mean",
+        truncate_at=truncate_at,
+    )
+
+
+PRESETS = {"grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo}

@@ -1,0 +1,147 @@
+"""What a run leaves behind: its directory, its logs, and a count of compilations."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+
+class RunDirectory:
+    """The files of one run.
+
+    `config.json`, `versions.json`, `metrics.jsonl` (a line a step), `samples.jsonl` (a line a
+    completion), TensorBoard events, `checkpoints/` and, at the end, `summary.json`.
+    """
+
+    def __init__(self, path: Path):
+        from tensorboardX import SummaryWriter  # Half a second that only a training run needs.
+
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = (path / "samples.jsonl").open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(path))
+
+    @classmethod
+    def create(cls, root: Path, name: str, config: dict[str, Any]) -> RunDirectory:
+        """Makes `root/NAME-TIME` and writes configuration and versions into it."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path, number = root / f"{name}-{stamp}", 2
+        while path.exists():
+            path, number = root / f"{name}-{stamp}-{number}", number + 1
+        run = cls(path)
+        write_json(path / "config.json", config)
+        write_json(path / "versions.json", versions())
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, step: int) -> RunDirectory:
+        """Opens a run again, dropping log lines of steps after the checkpoint it resumes from."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_lines_up_to(path / name, step)
+        return cls(path)
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends a line, and a TensorBoard point for every number."""
+        self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every line logged so far, those before a resume included."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Appends a line per completion. JSON escapes whatever the model wrote."""
+        self._samples.writelines(json.dumps({"step": step} | sample) + "\n" for sample in samples)
+        self._samples.flush()
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`, whole or not at all."""
+        write_json(self.path / "summary.json", summary)
+
+    def close(self) -> None:
+        """Closes the logs."""
+        for file in (self._metrics, self._samples, self._events):
+            file.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that `path` is never half written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what computes the results, the commit, and the devices."""
+    found: dict[str, Any] = {"python": platform.python_version(), "commit": _commit()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    devices = jax.devices()
+    return found | {"platform": devices[0].platform, "device": devices[0].device_kind, "devices": len(devices)}
+
+
+class CompileCounter:
+    """Counts XLA compilations since it was made, and the seconds they took.
+
+    Recompilation is a bug: after the first steps the count must stand still.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self.seconds += duration_seconds
+
+    def close(self) -> None:
+        """Stops counting."""
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+def printable(text: str) -> str:
+    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    partial = path.with_name(path.name + ".partial")
+    with path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
+        for line in old:
+            # The last line of a killed run may be cut short.
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                new.write(line)
+    os.replace(partial, path)
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, with a mark if files were changed since."""
+    directory = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

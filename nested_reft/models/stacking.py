@@ -1,0 +1,103 @@
+"""Stacked parameters out of checkpoints that hold one tensor per layer.
+
+A weight format is a table from our parameter names to its tensor names, with `{layer}` where the
+layer's index goes. Every format that we read stores linear weights as `[out, in]`; ours are
+`[in, out]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.transformer import Parameters, parameter_shapes
+
+TRANSPOSED = frozenset(f"layers/{name}" for name in ("query", "key", "value", "output", "gate", "up", "down"))
+
+
+def tensor_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model holds.
+
+    Args:
+        config: the model.
+        names: the format's table.
+    """
+    shapes = {}
+    for parameter, shape in parameter_shapes(config).items():
+        if not parameter.startswith("layers/"):
+            shapes[names[parameter]] = shape
+            continue
+        stored = shape[:0:-1] if parameter in TRANSPOSED else shape[1:]
+        for layer in range(config.num_layers):
+            shapes[names[parameter].format(layer=layer)] = stored
+    return shapes
+
+
+def check_tensors(
+    config: ModelConfig,
+    names: Mapping[str, str],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    ignored: Callable[[str], bool],
+) -> None:
+    """Refuses a checkpoint that does not hold exactly this model, before any weight is read.
+
+    Args:
+        config: the model.
+        names: the format's table.
+        found: name and shape of each tensor in the checkpoint.
+        where: the checkpoint, for the message.
+        ignored: True for names that may be there beside the parameters.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    expected = tensor_shapes(config, names)
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(
+            f"{where} lacks {_some(missing)}; its configuration asks for"
+            " them: the download or export is incomplete, or the configuration is another model's"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise ValueError(f"{where}: tensor '{name}' has shape {tuple(found[name])}; its configuration says {shape}")
+    if unknown := [name for name in found if name not in expected and not ignored(name)]:
+        raise ValueError(f"{where} holds {_some(unknown)}, which a '{config.family}' model has no place for")
+
+
+def stack_parameters(
+    config: ModelConfig, names: Mapping[str, str], read: Callable[[str], np.ndarray], dtype: Any
+) -> Parameters:
+    """Reads all parameters, one tensor at a time, into stacks allocated once.
+
+    No more than one parameter's stack exists beside the parameters themselves, so the peak
+    stays near one copy of the model.
+
+    Args:
+        config: the model.
+        names: the format's table.
+        read: gives a tensor by its name in the checkpoint, in the checkpoint's layout.
+        dtype: dtype of the result.
+    """
+    parameters: Parameters = {}
+    for parameter, shape in parameter_shapes(config).items():
+        stack = np.empty(shape, jnp.dtype(dtype))
+        if parameter.startswith("layers/"):
+            for layer in range(config.num_layers):
+                tensor = read(names[parameter].format(layer=layer))
+                stack[layer] = tensor.T if parameter in TRANSPOSED else tensor
+        else:
+            stack[...] = read(names[parameter])
+        parameters[parameter] = jnp.asarray(stack)
+    return parameters
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names and how many more, for a message."""
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"tensor {shown}" if len(names) <= 3 else f"tensors {shown} ({len(names) - 3} more)"

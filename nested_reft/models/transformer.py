@@ -1,0 +1,474 @@
+"""One decoder-only transformer with stacked layers, run under a layer plan.
+
+All layers' parameters are stacked along a leading axis `L`. The layer loop visits the layers
+that the plan keeps and reads each one out of the stack where it stands: a shorter plan does
+fewer matrix products and keeps fewer caches, and needs no second copy of the weights.
+
+A prompt is shared by the `G` completions sampled from it. So every forward pass has up to two
+streams: the prompt `[B, P]`, run once, and the completions `[B, G, C]`, whose queries attend to
+the prompt's keys and to their own earlier ones. Sampling, scoring and training all use it.
+
+Matrix products take the dtype of the weights and accumulate in float32; the residual stream,
+norms and softmax are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.config import ModelConfig
+
+MASKED = -1e30  # finite, so that a row with no valid key stays finite
+
+Parameters = dict[str, Any]
+
+
+def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Names of the model's parameters and the logical axes of each.
+
+    The one table behind initialisation, sharding and weight formats. Layer parameters carry a
+    leading `layer` axis and are named `layers/<name>`.
+    """
+    axes: dict[str, tuple[str, ...]] = {
+        "embedding": ("vocab", "width"),
+        "final_norm": ("norm",),
+        "layers/attention_norm": ("layer", "norm"),
+        "layers/query": ("layer", "width", "heads"),
+        "layers/key": ("layer", "width", "kv_heads"),
+        "layers/value": ("layer", "width", "kv_heads"),
+        "layers/output": ("layer", "heads", "width"),
+        "layers/mlp_norm": ("layer", "norm"),
+        "layers/gate": ("layer", "width", "hidden"),
+        "layers/up": ("layer", "width", "hidden"),
+        "layers/down": ("layer", "hidden", "width"),
+    }
+    if not config.tied_embeddings:
+        axes["head"] = ("vocab", "width")
+    if config.qkv_bias:
+        axes["layers/query_bias"] = ("layer", "heads")
+        axes["layers/key_bias"] = ("layer", "kv_heads")
+        axes["layers/value_bias"] = ("layer", "kv_heads")
+    if config.qk_norm:
+        axes["layers/query_norm"] = ("layer", "head_size")
+        axes["layers/key_norm"] = ("layer", "head_size")
+    return axes
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter named in `parameter_axes`."""
+    size = {
+        "vocab": config.vocab_size,
+        "width": config.width,
+        "norm": config.width,
+        "hidden": config.hidden_width,
+        "heads": config.num_heads * config.head_size,
+        "kv_heads": config.num_kv_heads * config.head_size,
+        "head_size": config.head_size,
+        "layer": config.num_layers,
+    }
+    return {name: tuple(size[axis] for axis in axes) for name, axes in parameter_axes(config).items()}
+
+
+def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Parameters:
+    """Fresh parameters: norms one, biases zero, matrices normal with standard deviation
+    1 / sqrt(fan in), those that write to the residual stream scaled by 1 / sqrt(2 L) more.
+    """
+    parameters: Parameters = {}
+    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
+        leaf = name.removeprefix("layers/")
+        if leaf.endswith("norm"):
+            value = jnp.ones(shape, dtype)
+        elif leaf.endswith("bias"):
+            value = jnp.zeros(shape, dtype)
+        else:
+            fan_in = shape[-1] if leaf in ("embedding", "head") else shape[-2]
+            scale = 1 / math.sqrt(fan_in)
+            if leaf in ("output", "down"):
+                scale /= math.sqrt(2 * config.num_layers)
+            value = (scale * jax.random.normal(jax.random.fold_in(key, index), shape)).astype(dtype)
+        parameters[name] = value
+    return parameters
+
+
+class LayerStack(nnx.Module):
+    """The parameters of all layers, each with a leading axis `L`."""
+
+    def __init__(self, parameters: Parameters):
+        for name, value in parameters.items():
+            setattr(self, name, nnx.Param(value))
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of one attention segment.
+
+    Shapes `[B, J, P, K]` for a prompt, `[B, G, J, C, K]` for completions; with a further
+    leading axis `S` when they hold all kept layers. Keys are already rotated.
+    """
+
+    key: Array
+    value: Array
+
+
+@struct.dataclass
+class PromptCache:
+    """A prompt after its forward pass under one plan.
+
+    Attributes:
+        layers: keys and values `[S, B, J, P, K]`.
+        valid_BP: True at prompt tokens.
+        last_hidden_BD: final hidden state at each prompt's last token: it predicts the first
+            completion token.
+    """
+
+    layers: KeyValues
+    valid_BP: Bool[Array, "B P"]
+    last_hidden_BD: Float[Array, "B D"]
+
+    @property
+    def length_B(self) -> Int[Array, " B"]:
+        """Valid tokens of each prompt: the position of its first completion token."""
+        return self.valid_BP.sum(axis=-1)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model; see `ModelConfig` for the families it covers."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters):
+        """Wraps `parameters`, named and shaped as `parameter_shapes(config)` says.
+
+        Raises:
+            ValueError: a parameter is missing, unknown or of another shape.
+        """
+        expected = parameter_shapes(config)
+        missing, unknown = sorted(expected.keys() - parameters.keys()), sorted(parameters.keys() - expected.keys())
+        if missing or unknown:
+            raise ValueError(f"model parameters do not fit the configuration: missing {missing}, unknown {unknown}")
+        for name, shape in expected.items():
+            if tuple(parameters[name].shape) != shape:
+                raise ValueError(
+                    f"model parameter '{name}' has shape {tuple(parameters[name].shape)}; the configuration says {shape}"
+                )
+        self.config = config
+        self.lora_scale = 1.0  # alpha / rank, once `add_lora` has given the layers adapters
+        self.embedding = nnx.Param(parameters["embedding"])
+        self.final_norm = nnx.Param(parameters["final_norm"])
+        self.head = None if config.tied_embeddings else nnx.Param(parameters["head"])
+        self.layers = LayerStack(
+            {name.removeprefix("layers/"): value for name, value in parameters.items() if name.startswith("layers/")}
+        )
+
+    def parameters(self) -> Parameters:
+        """The model's own parameters by name, adapters left out: the inverse of the constructor."""
+        names = parameter_axes(self.config)
+        own = {name: getattr(self, name)[...] for name in names if "/" not in name}
+        stack = {name: getattr(self.layers, name.removeprefix("layers/"))[...] for name in names if "/" in name}
+        return own | stack
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        valid_BT: Bool[Array, "B T"] | None = None,
+        plan: LayerPlan | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits at every position of plain sequences: the reference that the others must equal.
+
+        Args:
+            tokens_BT: token ids, padded on either side.
+            valid_BT: False at padding; None means that every token is valid.
+            plan: layers to run; None is the full model.
+        """
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+        hidden_BTD, _ = self._run_prompt(tokens_BT, valid_BT, plan)
+        return self.logits(hidden_BTD)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Float32 logits of final hidden states."""
+        head_VD = self.embedding[...] if self.head is None else self.head[...]
+        return jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
+
+    def prefill(
+        self, prompt_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"], plan: LayerPlan | None = None
+    ) -> PromptCache:
+        """Runs prompts once and keeps what their completions need; see `PromptCache`."""
+        hidden_BPD, layers = self._run_prompt(prompt_BP, valid_BP, plan)
+        return PromptCache(layers, valid_BP, _last_valid(hidden_BPD, valid_BP))
+
+    def empty_cache(self, batch: int, group: int, size: int, plan: LayerPlan | None) -> KeyValues:
+        """Zeroed completion caches `[S, B, G, J, size, K]` for `decode`."""
+        num_kept = self.config.num_layers if plan is None else plan.num_kept
+        shape = (num_kept, batch, group, self.config.num_kv_heads, size, self.config.head_size)
+        zeros = jnp.zeros(shape, self.layers.key[...].dtype)
+        return KeyValues(zeros, zeros)
+
+    def decode(
+        self,
+        token_BG: Int[Array, "B G"],
+        step: Int[Array, ""],
+        cache: KeyValues,
+        prompt: PromptCache,
+        plan: LayerPlan | None = None,
+    ) -> tuple[Float[Array, "B G D"], KeyValues]:
+        """Feeds completion token number `step` of every row and returns what predicts the next.
+
+        Args:
+            token_BG: the tokens, at completion position `step`.
+            step: 0 for the first completion token; the same for all rows.
+            cache: caches of `empty_cache`, filled up to `step`.
+            prompt: the prompts' caches under the same plan.
+            plan: layers to run; None is the full model.
+
+        Returns:
+            Final hidden states and the caches with this token added.
+        """
+        config = self.config
+        rotation = rope(config, prompt.length_B[:, None, None] + step)
+        own_mask = jnp.arange(cache.key.shape[-2]) <= step
+        shared_mask = prompt.valid_BP[:, None, None, None, None, :]
+
+        def layer_step(carry, layer, inputs):
+            x, cache = carry
+            prompt_layer, slot = inputs
+            query, new = project_qkv(config, layer, x, rotation)
+            cache = jax.tree.map(
+                lambda whole, row: jax.lax.dynamic_update_slice(whole, row[None], (slot, 0, 0, 0, step, 0)), cache, new
+            )
+            own = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, slot, keepdims=False), cache)
+            attended = attend(query, own, own_mask, prompt_layer, shared_mask)
+            return (finish_layer(config, layer, x, attended), cache), None
+
+        x = self._embed(token_BG[..., None])
+        inputs = (prompt.layers, jnp.arange(cache.key.shape[0]))
+        (x, cache), _ = self._scan_layers(layer_step, (x, cache), inputs, plan)
+        return self._final_norm(x[:, :, 0]), cache
+
+    def completion_hidden(
+        self,
+        prompt_BP: Int[Array, "B P"],
+        valid_BP: Bool[Array, "B P"],
+        tokens_BGC: Int[Array, "B G C"],
+        plan: LayerPlan | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "B G C D"]:
+        """Hidden states that predict each completion token, the prompt run once per group.
+
+        `hidden[:, :, c]` has seen the prompt and the completion tokens before `c`. Tokens after a
+        row's end may hold anything: attention is causal, so they reach nothing before them.
+
+        Args:
+            prompt_BP, valid_BP: prompts and their mask.
+            tokens_BGC: completions.
+            plan: layers to run; None is the full model.
+            remat: recompute each layer in the backward pass instead of storing its activations.
+        """
+        config = self.config
+        completion_size = tokens_BGC.shape[-1] - 1
+        length_B = valid_BP.sum(axis=-1)
+        prompt_rotation = rope(config, _positions(valid_BP)[:, None])
+        prompt_mask = _causal_mask(valid_BP)
+        rotation = rope(config, length_B[:, None, None] + jnp.arange(completion_size))
+        own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
+        shared_mask = valid_BP[:, None, None, None, None, :]
+
+        def layer_step(carry, layer, _):
+            prompt, completion = carry
+            query, own = project_qkv(config, layer, prompt, prompt_rotation)
+            prompt = finish_layer(config, layer, prompt, attend(query, own, prompt_mask))
+            shared = jax.tree.map(lambda x: x[:, 0], own)
+            query, own = project_qkv(config, layer, completion, rotation)
+            attended = attend(query, own, own_mask, shared, shared_mask)
+            return (prompt, finish_layer(config, layer, completion, attended)), None
+
+        carry = (self._embed(prompt_BP[:, None]), self._embed(tokens_BGC[:, :, :-1]))
+        (prompt, completion), _ = self._scan_layers(layer_step, carry, None, plan, remat)
+        first_BD = _last_valid(self._final_norm(prompt[:, 0]), valid_BP)
+        first = jnp.broadcast_to(first_BD[:, None, None], (*completion.shape[:2], 1, config.width))
+        return jnp.concatenate([first, self._final_norm(completion)], axis=2)
+
+    def _run_prompt(self, tokens_BT, valid_BT, plan) -> tuple[Float[Array, "B T D"], KeyValues]:
+        config = self.config
+        rotation = rope(config, _positions(valid_BT)[:, None])
+        mask = _causal_mask(valid_BT)
+
+        def layer_step(x, layer, _):
+            query, own = project_qkv(config, layer, x, rotation)
+            x = finish_layer(config, layer, x, attend(query, own, mask))
+            return x, jax.tree.map(lambda a: a[:, 0], own)
+
+        x, layers = self._scan_layers(layer_step, self._embed(tokens_BT[:, None]), None, plan)
+        return self._final_norm(x[:, 0]), layers
+
+    def _scan_layers(
+        self,
+        layer_step: Callable[[Any, Parameters, Any], tuple[Any, Any]],
+        carry: Any,
+        inputs: Any,
+        plan: LayerPlan | None,
+        remat: bool = False,
+    ) -> tuple[Any, Any]:
+        """`carry, output = layer_step(carry, layer parameters, inputs[slot])` over the kept layers.
+
+        Without a plan the stack itself is scanned, so that its gradient comes out layer by layer.
+        With one, each layer is read at its index; both run the same arithmetic.
+        """
+        stack = {name: value[...] for name, value in nnx.state(self.layers).items()}
+        scale = {"lora_scale": self.lora_scale}
+        if plan is None:
+
+            def body(carry, xs):
+                layer, layer_inputs = xs
+                return layer_step(carry, layer | scale, layer_inputs)
+
+            xs = (stack, inputs)
+        else:
+
+            def body(carry, xs):
+                index, layer_inputs = xs
+                layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
+                return layer_step(carry, layer | scale, layer_inputs)
+
+            xs = (plan.kept_S, inputs)
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs)
+
+    def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        return self.embedding[...][tokens].astype(jnp.float32)
+
+    def _final_norm(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+
+
+def project_qkv(
+    config: ModelConfig, layer: Parameters, x_BGTD: Float[Array, "B G T D"], rotation: tuple[Array, Array]
+) -> tuple[Float[Array, "B G T H K"], KeyValues]:
+    """Rotated queries, and rotated keys and values `[B, G, J, T, K]`, of one layer."""
+    normed = rms_norm(x_BGTD, layer["attention_norm"], config.norm_epsilon)
+
+    def heads(name: str) -> Array:
+        return linear(layer, name, normed).reshape(*x_BGTD.shape[:-1], -1, config.head_size)
+
+    query, key, value = heads("query"), heads("key"), heads("value")
+    if config.qk_norm:
+        query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
+        key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
+    query, key = rotate(query, rotation), rotate(key, rotation)
+    dtype = layer["key"].dtype
+    return query, KeyValues(jnp.swapaxes(key, 2, 3).astype(dtype), jnp.swapaxes(value, 2, 3).astype(dtype))
+
+
+def attend(
+    query_BGTHK: Float[Array, "B G T H K"],
+    own: KeyValues,
+    own_mask: Bool[Array, "..."],
+    shared: KeyValues | None = None,
+    shared_mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "B G T H*K"]:
+    """Softmax attention over a row's own keys and, if given, the prompt's shared ones.
+
+    One softmax spans both segments, so the result is that of ordinary attention over their
+    concatenation, without ever repeating the prompt's keys for each of its completions.
+
+    Args:
+        query_BGTHK: queries; head `h` reads key head `h // (H / J)`.
+        own: keys and values `[B, G, J, S, K]`.
+        own_mask: True where a query may look; broadcasts to `[B, G, J, H/J, T, S]`.
+        shared: keys and values `[B, J, P, K]` of the prompts.
+        shared_mask: the same for the shared segment.
+    """
+    batch, group, length, num_heads, head_size = query_BGTHK.shape
+    num_kv_heads = own.key.shape[2]
+    query = query_BGTHK.reshape(batch, group, length, num_kv_heads, num_heads // num_kv_heads, head_size)
+    query = (query / math.sqrt(head_size)).astype(own.key.dtype)
+    float32 = {"preferred_element_type": jnp.float32}
+
+    scores = jnp.einsum("bgtjrk,bgjsk->bgjrts", query, own.key, **float32)
+    scores = jnp.where(own_mask, scores, MASKED)
+    if shared is not None:
+        shared_scores = jnp.einsum("bgtjrk,bjpk->bgjrtp", query, shared.key, **float32)
+        scores = jnp.concatenate([jnp.where(shared_mask, shared_scores, MASKED), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(own.value.dtype)
+    split = weights.shape[-1] - own.key.shape[3]
+    attended = jnp.einsum("bgjrts,bgjsk->bgtjrk", weights[..., split:], own.value, **float32)
+    if shared is not None:
+        attended += jnp.einsum("bgjrtp,bjpk->bgtjrk", weights[..., :split], shared.value, **float32)
+    return attended.reshape(batch, group, length, num_heads * head_size)
+
+
+def finish_layer(
+    config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"], attended: Float[Array, "B G T I"]
+) -> Float[Array, "B G T D"]:
+    """Output projection and SwiGLU block, each added to the residual stream."""
+    x = x + linear(layer, "output", attended)
+    normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
+    return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
+
+
+def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+    """`x @ W (+ bias) (+ scale * x @ A @ B)`: a projection with its bias and low-rank adapter, if any."""
+    y = _matmul(x, layer[name])
+    if f"{name}_bias" in layer:
+        y = y + layer[f"{name}_bias"].astype(jnp.float32)
+    if f"{name}_lora_in" in layer:
+        low_rank = _matmul(x, layer[f"{name}_lora_in"])
+        y = y + layer["lora_scale"] * _matmul(low_rank, layer[f"{name}_lora_out"])
+    return y
+
+
+def _matmul(x: Float[Array, "*rows I"], weight_IO: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+    return jnp.dot(x.astype(weight_IO.dtype), weight_IO, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis (Zhang and Sennrich, 2019)."""
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + epsilon) * scale_D.astype(jnp.float32)
+
+
+def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Array, "*rows k"], Float[Array, "*rows k"]]:
+    """Cosine and sine of the rotary angles `position * theta^(-2i / K)`, i < K / 2.
+
+    Source: RoFormer (Su et al., 2021), with Llama 3's frequency scaling where configured.
+    """
+    exponent_k = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
+    frequency_k = 1.0 / (config.rope_theta**exponent_k)
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        wavelength_k = 2 * math.pi / frequency_k
+        # 0 where the wavelength is long (fully stretched), 1 where it is short (kept).
+        keep_k = (scaling.original_max_positions / wavelength_k - scaling.low_frequency_factor) / (
+            scaling.high_frequency_factor - scaling.low_frequency_factor
+        )
+        keep_k = jnp.clip(keep_k, 0.0, 1.0)
+        frequency_k = frequency_k * (keep_k + (1 - keep_k) / scaling.factor)
+    angle = position[..., None].astype(jnp.float32) * frequency_k
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "*rows heads K"], rotation: tuple[Array, Array]) -> Float[Array, "*rows heads K"]:
+    """Rotates the pairs (i, i + K/2) of each head by the angles of its position."""
+    cos, sin = rotation[0][..., None, :], rotation[1][..., None, :]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each valid token among the valid ones: padding on either side does not count."""
+    return jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0)
+
+
+def _causal_mask(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B 1 1 1 T T"]:
+    size = valid_BT.shape[-1]
+    return (jnp.tril(jnp.ones((size, size), bool)) & valid_BT[:, None, :])[:, None, None, None]
+
+
+def _last_valid(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """Each row's entry at its last valid position."""
+    last_B = jnp.max(jnp.where(valid_BT, jnp.arange(valid_BT.shape[-1]), 0), axis=-1)
+    return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,62 @@
+"""Results as people read them: short text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A plain text table: the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
+
+
+def share(value: float | None) -> str:
+    """A share with three decimals, or a dash where there is none."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def evaluation_table(before: dict[str, Any], after: dict[str, Any] | None = None) -> str:
+    """Held-out accuracy by source, before and after training where both are given."""
+    columns = [result for result in (before, after) if result is not None]
+    rows = []
+    for source, first in before.items():
+        k = first["pass_k"]
+        for name, label in (
+            ("greedy_accuracy", "greedy accuracy"),
+            ("sampled_accuracy", "sampled accuracy"),
+            ("pass_at_k", f"pass@{k}"),
+        ):
+            if first[name] is not None:
+                rows.append(
+                    [f"{source} ({first['prompts']} prompts): {label}", *(share(c[source][name]) for c in columns)]
+                )
+    return table(["held-out", "before", "after"] if after else ["held-out", "value"], rows)
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The table that ends a training run."""
+    skipped = summary["layers"] - summary["kept_layers"]
+    facts = [
+        ["full model, generated tokens/second", f"{summary['full_tokens_per_second']:.0f}"],
+        [
+            f"nested ({skipped} of {summary['layers']} layers skipped), tokens/second",
+            f"{summary['nested_tokens_per_second']:.0f} ({summary['nested_speedup']:.2f}x)",
+        ],
+        ["effective sample size, per token (mean of steps)", share(summary["ess_token"])],
+        ["effective sample size, per completion", share(summary["ess_sequence"])],
+        ["KL(behavior || target), nats per token", share(summary["kl_behavior_target"])],
+        ["training seconds (compiling included)", f"{summary['training_seconds']:.0f}"],
+        ["compiled programs (seconds)", f"{summary['compilations']} ({summary['compile_seconds']:.0f})"],
+    ]
+    accuracy = evaluation_table(summary["before"], summary["after"])
+    return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"

@@ -1,0 +1,146 @@
+"""Batched sampling of completions under a layer plan, in one compiled program."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.transformer import KeyValues, Transformer
+from nested_reft.rollout.sampling import SamplingConfig, sample_token, tempered, token_logprob
+from nested_reft.types import Rollouts, valid_mask
+
+
+@struct.dataclass
+class _DecodeState:
+    """Carry of the decode loop; `step` tokens of every row are sampled."""
+
+    step: Int[Array, ""]
+    tokens_BGC: Int[Array, "B G C"]
+    logprob_BGC: Float[Array, "B G C"]
+    length_BG: Int[Array, "B G"]
+    done_BG: Bool[Array, "B G"]
+    cache: KeyValues
+
+
+@partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling"))
+def generate(
+    model: Transformer,
+    prompt_BP: Int[Array, "B P"],
+    prompt_length_B: Int[Array, " B"],
+    plan: LayerPlan,
+    stop_ids: Int[Array, " stops"],
+    key: jax.Array,
+    policy_version: Int[Array, ""] | int = 0,
+    *,
+    group_size: int,
+    max_completion_tokens: int,
+    sampling: SamplingConfig,
+) -> Rollouts:
+    """Samples `group_size` completions of each prompt from the policy that `plan` leaves.
+
+    The prompt runs once per group and its caches are shared by the group. The loop ends as soon
+    as every row has drawn a stop token. It compiles once per shape and plan size.
+
+    Args:
+        model: the target; the plan picks the layers that act.
+        prompt_BP, prompt_length_B: right-padded prompts (`right_padded` turns others into them).
+        plan: kept layers; all of them make this an ordinary rollout.
+        stop_ids: tokens that end a completion; they are part of it.
+        key: PRNG key; a row's draw depends on the key and on the row's place in the batch.
+        policy_version: written through to the rollouts.
+        group_size: G.
+        max_completion_tokens: C.
+        sampling: temperature and truncation.
+    """
+    batch, size = prompt_BP.shape[0], max_completion_tokens
+    prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan)
+
+    def add_token(state: _DecodeState, hidden_BGD: Array) -> _DecodeState:
+        token_key = jax.random.fold_in(key, state.step)
+        token_BG, logprob_BG = sample_token(token_key, model.logits(hidden_BGD), sampling)
+        token_BG = jnp.where(state.done_BG, 0, token_BG)
+        logprob_BG = jnp.where(state.done_BG, 0.0, logprob_BG)
+        at_step = (0, 0, state.step)
+        return state.replace(
+            step=state.step + 1,
+            tokens_BGC=jax.lax.dynamic_update_slice(state.tokens_BGC, token_BG[..., None], at_step),
+            logprob_BGC=jax.lax.dynamic_update_slice(state.logprob_BGC, logprob_BG[..., None], at_step),
+            length_BG=state.length_BG + ~state.done_BG,
+            done_BG=state.done_BG | jnp.isin(token_BG, stop_ids),
+        )
+
+    def unfinished(state: _DecodeState) -> Array:
+        return (state.step < size) & ~jnp.all(state.done_BG)
+
+    def decode_one(state: _DecodeState) -> _DecodeState:
+        last = state.step - 1
+        token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGC, last, axis=2, keepdims=False)
+        hidden_BGD, cache = model.decode(token_BG, last, state.cache, prompt, plan)
+        return add_token(state.replace(cache=cache), hidden_BGD)
+
+    rows = (batch, group_size)
+    state = _DecodeState(
+        step=jnp.zeros((), jnp.int32),
+        tokens_BGC=jnp.zeros((*rows, size), jnp.int32),
+        logprob_BGC=jnp.zeros((*rows, size), jnp.float32),
+        length_BG=jnp.zeros(rows, jnp.int32),
+        done_BG=jnp.zeros(rows, bool),
+        cache=model.empty_cache(*rows, max(size - 1, 1), plan),
+    )
+    first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*rows, prompt.last_hidden_BD.shape[-1]))
+    state = jax.lax.while_loop(unfinished, decode_one, add_token(state, first_BGD))
+    return Rollouts(
+        prompt_BP=prompt_BP,
+        prompt_length_B=prompt_length_B,
+        tokens_BGC=state.tokens_BGC,
+        length_BG=state.length_BG,
+        finished_BG=state.done_BG,
+        forced_BG=jnp.zeros(rows, jnp.int32),
+        behavior_logprob_BGC=state.logprob_BGC,
+        plan=plan,
+        policy_version=jnp.asarray(policy_version, jnp.int32),
+    )
+
+
+def completion_logprobs(
+    model: Transformer,
+    prompt_BP: Int[Array, "B P"],
+    prompt_length_B: Int[Array, " B"],
+    tokens_BGC: Int[Array, "B G C"],
+    temperature: float,
+    plan: LayerPlan | None = None,
+    remat: bool = False,
+    differentiable_entropy: bool = False,
+) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
+    """Log-probability of every completion token, and the entropy of the distribution it came from.
+
+    Both in nats, at the given temperature, over the full vocabulary. Values at padding are those
+    of token 0 there: mask them by length.
+
+    Args:
+        model, prompt_BP, prompt_length_B, tokens_BGC: as in a rollout.
+        temperature: that of the rollout.
+        plan: the policy's layers; None is the full model, with the cheapest gradient.
+        remat: recompute activations in the backward pass.
+        differentiable_entropy: let gradients through the entropy, at the cost of keeping a second
+            array over the vocabulary for the backward pass; otherwise they stop there.
+    """
+    valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
+    hidden = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
+    logits = tempered(model.logits(hidden), temperature)
+    logprob = token_logprob(logits, tokens_BGC, 1)
+    all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
+    return logprob, -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+
+
+def right_padded(
+    tokens_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"]
+) -> tuple[Int[Array, "B P"], Int[Array, " B"]]:
+    """Moves each row's valid tokens to the front, in order, and counts them: left or mixed padding in, right out."""
+    order = jnp.argsort(~valid_BP, axis=-1, stable=True)
+    return jnp.take_along_axis(tokens_BP, order, axis=-1), valid_BP.sum(axis=-1)

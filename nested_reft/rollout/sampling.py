@@ -1,0 +1,118 @@
+"""Token sampling and token log-probabilities: the one place where logits become either."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: logits are divided by it, in sampling and in every log-probability of the
+            update; 0 is greedy.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the fewest most probable tokens whose probabilities sum to at least p; 1 keeps
+            all. Truncation of either kind takes support away from the behavior policy, so
+            importance weights no longer make its samples unbiased.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"sampling.temperature is {self.temperature}; allowed is 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k is {self.top_k}; allowed is 0 (keep all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; allowed is 0 < top_p <= 1")
+
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def token_logprob(
+    logits: Float[Array, "*rows V"], token: Int[Array, "*rows"], temperature: float
+) -> Float[Array, "*rows"]:
+    """log softmax(logits / temperature)[token], in nats, over the full vocabulary.
+
+    Rollout and update both use this function, so behavior and target are comparable. Greedy
+    decoding (temperature 0) has no density; its log-probabilities are those at temperature 1.
+    """
+    logits = tempered(logits, temperature)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def tempered(logits: Float[Array, "*rows V"], temperature: float) -> Float[Array, "*rows V"]:
+    """Float32 logits divided by the temperature, or as they are for greedy decoding."""
+    logits = logits.astype(jnp.float32)
+    return logits if temperature in (0, 1) else logits / temperature
+
+
+def sample_token(
+    key: jax.Array, logits: Float[Array, "*rows V"], config: SamplingConfig
+) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"]]:
+    """Draws one token per row.
+
+    Returns:
+        The tokens and their log-probabilities under the distribution they were drawn from, that
+        is, after temperature and truncation.
+    """
+    if config.temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token, token_logprob(logits, token, 0)
+    logits = truncated(tempered(logits, config.temperature), config.top_k, config.top_p)
+    probability = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    token = draw_categorical(key, probability)
+    return token, token_logprob(logits, token, 1)
+
+
+def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Float[Array, "*rows V"]:
+    """Logits with everything outside top-k, then outside top-p of the rest, at -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    if top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        probability = jax.nn.softmax(descending, axis=-1)
+        mass_before = jnp.cumsum(probability, axis=-1) - probability
+        last = jnp.sum(mass_before < top_p, axis=-1, keepdims=True) - 1
+        threshold = jnp.take_along_axis(descending, last, axis=-1)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def draw_categorical(key: jax.Array, weight: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """Draws an index with probability proportional to `weight`, which need not be normalised.
+
+    First a block of 128 indices by its total, then an index within it, each by an inverse
+    cumulative sum of one uniform: two random numbers per row where the Gumbel method draws one
+    per vocabulary entry, which on a CPU costs more than the whole output head.
+    """
+    size = weight.shape[-1]
+    block_key, index_key = jax.random.split(key)
+    padding = [(0, 0)] * (weight.ndim - 1) + [(0, -size % BLOCK)]
+    blocks = jnp.pad(weight, padding).reshape(*weight.shape[:-1], -1, BLOCK)
+    block = _inverse_cumulative(block_key, blocks.sum(axis=-1))
+    within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * BLOCK + _inverse_cumulative(index_key, within)
+
+
+def _inverse_cumulative(key: jax.Array, weight: Float[Array, "*rows M"]) -> Int[Array, "*rows"]:
+    cumulative = jnp.cumsum(weight, axis=-1)
+    threshold = jax.random.uniform(key, weight.shape[:-1])[..., None] * cumulative[..., -1:]
+    drawn = jnp.sum(cumulative <= threshold, axis=-1)
+    # Rounding may carry the threshold up to the total: stay on the last index with any weight.
+    last = jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[-1]), 0), axis=-1)
+    return jnp.minimum(drawn, last).astype(jnp.int32)

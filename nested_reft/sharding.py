@@ -1,0 +1,90 @@
+"""Device mesh, and the one table from logical axes to mesh axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# Axes not named here are replicated. `batch` is the leading axis of every batch array.
+MESH_AXIS = {"batch": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "hidden": "model"}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out.
+
+    Attributes:
+        data: devices that share a batch's prompts.
+        model: devices that share each layer's heads and hidden units.
+    """
+
+    data: int = 1
+    model: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"mesh.{name} is {getattr(self, name)}; allowed is 1 or more")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A `data` x `model` mesh over the first devices.
+
+    Raises:
+        ValueError: there are fewer devices than the mesh needs.
+    """
+    needed, devices = config.data * config.model, jax.devices()
+    if needed > len(devices):
+        raise ValueError(
+            f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; {len(devices)} are here"
+        )
+    return jax.make_mesh(
+        (config.data, config.model), ("data", "model"), (AxisType.Auto, AxisType.Auto), devices=devices[:needed]
+    )
+
+
+def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """The partition of an array from its logical axes.
+
+    Raises:
+        ValueError: two of its axes would be split over the same mesh axis.
+    """
+    mesh_axes = [MESH_AXIS.get(axis) for axis in axes]
+    used = [axis for axis in mesh_axes if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} map to mesh axes {mesh_axes}: one mesh axis can split only one of them")
+    return PartitionSpec(*mesh_axes)
+
+
+def shard_parameters(
+    parameters: dict[str, jax.Array], axes: dict[str, tuple[str, ...]], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Places each named parameter on the mesh as the table says.
+
+    Raises:
+        ValueError: a split axis is not a multiple of the mesh axis.
+    """
+    placed = {}
+    for name, value in parameters.items():
+        spec = partition_spec(axes[name])
+        for size, logical, mesh_axis in zip(value.shape, axes[name], spec, strict=True):
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                raise ValueError(
+                    f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, but '{name}' has {size} along '{logical}';"
+                    " the first must divide the second"
+                )
+        placed[name] = jax.device_put(value, NamedSharding(mesh, spec))
+    return placed
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places arrays on the mesh, split along their leading axis."""
+    return jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places arrays on every device of the mesh, whole."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

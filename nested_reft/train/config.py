@@ -1,0 +1,266 @@
+"""The configuration of a run: the parts of every room, composed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+
+from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.sources import SourceConfig
+from nested_reft.evaluation import EvaluationConfig
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses.config import LossConfig
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.lora import LoraConfig
+from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.sharding import MeshConfig
+from nested_reft.train.optimizer import OptimizerConfig
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIG_DIRECTORIES = (PACKAGE / "configs", PACKAGE.parent / "experiments" / "configs")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The model to fine-tune.
+
+    Attributes:
+        name: a known model, a hub id, a GGUF file, a Hugging Face directory, or `scratch`.
+        dtype: of the weights, and of the inputs of matrix products.
+        shape: for `scratch`, the model's shape; its vocabulary is that of `alphabet`.
+        alphabet: for `scratch`, the characters of its tokenizer.
+    """
+
+    name: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    shape: ModelConfig | None = None
+    alphabet: str = ""
+
+    def __post_init__(self):
+        if (self.name == "scratch") != (self.shape is not None):
+            raise ValueError(
+                f"model.name is '{self.name}' and model.shape is {self.shape};"
+                " 'scratch' needs a shape, every other model brings its own"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the prompts are.
+
+    Attributes:
+        sources: where questions come from; the curriculum chooses between them.
+        template: the user's message, with `{question}` and any field of the source's metadata.
+        chat: apply the tokenizer's chat template; otherwise the message is the prompt.
+        system: the chat's system message; None leaves it to the template.
+        prompts_per_batch: B.
+        max_prompt_tokens: longest prompt allowed.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    prompts_per_batch: int
+    max_prompt_tokens: int
+    template: str = "{question}"
+    chat: bool = True
+    system: str | None = None
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError("data.sources is empty; name at least one source")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources has the names {names}; each source needs a name of its own")
+        for name in ("prompts_per_batch", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; allowed is 1 or more")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled.
+
+    Attributes:
+        group_size: G, completions per prompt; group-relative advantages need 2 or more.
+        max_completion_tokens: C.
+        sampling: temperature and truncation.
+    """
+
+    group_size: int
+    max_completion_tokens: int
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size is {self.group_size}; allowed is 2 or more: an advantage compares"
+                " the completions of one prompt"
+            )
+        if self.max_completion_tokens < 1:
+            raise ValueError(f"rollout.max_completion_tokens is {self.max_completion_tokens}; allowed is 1 or more")
+        if self.sampling.temperature == 0:
+            raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised training before reinforcement, on question-answer pairs.
+
+    Attributes:
+        steps: updates; 0 for none.
+        batch_size: pairs per update.
+        learning_rate: of AdamW, decaying to zero by a cosine.
+        layer_dropout: largest share of layers skipped in an update, drawn uniformly from 0 up.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    layer_dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.steps < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"warm_start has steps {self.steps}, batch_size {self.batch_size}; allowed are 0 or more and 1 or more"
+            )
+        if not 0 <= self.layer_dropout < 1:
+            raise ValueError(f"warm_start.layer_dropout is {self.layer_dropout}; allowed is 0 <= layer_dropout < 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        steps: rollout batches.
+        updates_per_batch: passes over each batch. From the second on the target has moved, and
+            the log-probabilities of the full model at rollout time are scored first.
+        micro_batches: parts that a batch is computed in, to save memory; the gradient is the same.
+        remat: recompute activations in the backward pass, to save more.
+        seed: decides everything random in the run.
+        checkpoint_every: steps between checkpoints; one more is written at the end.
+        keep_checkpoints: newest ones kept.
+    """
+
+    steps: int
+    updates_per_batch: int = 1
+    micro_batches: int = 1
+    remat: bool = False
+    seed: int = 0
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 1
+
+    def __post_init__(self):
+        for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; allowed is 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"train.seed is {self.seed}; allowed is 0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `experiments/configs/*.py` compose one each in `get_config()`."""
+
+    name: str
+    model: ModelSource
+    data: DataConfig
+    rollout: RolloutConfig
+    nesting: NestingConfig
+    reward: RewardConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    curriculum: CurriculumConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if self.data.prompts_per_batch % self.train.micro_batches:
+            raise ValueError(
+                f"train.micro_batches is {self.train.micro_batches}; it must divide data.prompts_per_batch,"
+                f" which is {self.data.prompts_per_batch}"
+            )
+        if (self.data.prompts_per_batch // self.train.micro_batches) % self.mesh.data:
+            raise ValueError(
+                f"mesh.data is {self.mesh.data}; it must divide the prompts of a micro-batch,"
+                f" {self.data.prompts_per_batch // self.train.micro_batches}"
+            )
+        if self.lora.rank and self.warm_start.steps:
+            raise ValueError("lora.rank and warm_start.steps are both set; a warm start trains the whole model")
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain values; `from_json` reads them back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Config:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            return dacite.from_dict(cls, value, dacite.Config(cast=[tuple, float], strict=True))
+        except dacite.DaciteError as error:
+            raise ValueError(f"not a configuration of this version: {error}") from None
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that ship."""
+    files = [path for directory in CONFIG_DIRECTORIES for path in directory.glob("*.py")]
+    return sorted({path.stem for path in files if not path.stem.startswith("_")})
+
+
+def load_config(name: str) -> Config:
+    """The configuration of a name that ships, or of a path to a Python file with `get_config()`.
+
+    Raises:
+        ValueError: there is no such configuration, or the file does not give one.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        found = [file for directory in CONFIG_DIRECTORIES if (file := directory / f"{name}.py").is_file()]
+        if name not in config_names() or not found:
+            raise ValueError(f"configuration '{name}' is unknown; known are {', '.join(config_names())}, or a .py file")
+        path = found[0]
+    elif not path.is_file():
+        raise ValueError(f"configuration file '{name}' does not exist")
+    spec = importlib.util.spec_from_file_location(f"nested_reft_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, Config):
+        raise ValueError(f"configuration file '{path}' has no get_config() that returns a nested_reft Config")
+    return config
+
+
+def find_data_file(name: str) -> Path:
+    """A file named in a configuration: as a path, or beside the shipped configurations."""
+    if not os.path.isabs(name) and not Path(name).exists():
+        for directory in CONFIG_DIRECTORIES:
+            if (directory / name).exists():
+                return directory / name
+    return Path(name)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """`(field, value in a, value in b)` wherever two `to_json` values differ."""
+    found = []
+    for name in a.keys() | b.keys():
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found.append((prefix + name, left, right))
+    return sorted(found, key=lambda difference: difference[0])

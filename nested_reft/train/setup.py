@@ -1,0 +1,140 @@
+"""From a configuration to what a run needs, with everything checked before any compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from nested_reft.checkpoints import Checkpoints
+from nested_reft.data.pipeline import EncodedExample, encode_examples, prompt_size
+from nested_reft.data.sources import load_source
+from nested_reft.models.lora import add_lora
+from nested_reft.models.registry import load_model, resolve_model
+from nested_reft.models.transformer import Transformer, initial_parameters, parameter_axes
+from nested_reft.rewards.reward import check_answers
+from nested_reft.rollout.divergence import load_divergence
+from nested_reft.sharding import make_mesh, replicate, shard_parameters
+from nested_reft.tokenizer import Tokenizer, check_tokenizer
+from nested_reft.train.config import Config, DataConfig, find_data_file
+from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.step import create_train_state
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `prepare` makes of a configuration.
+
+    Attributes:
+        config: the configuration.
+        model: with its weights, adapters and placement on the mesh.
+        tokenizer: the model's.
+        train_examples, heldout_examples: per source.
+        prompt_size: P of every training batch.
+        divergence_L: measured divergence of each layer, for `measured` plans.
+    """
+
+    config: Config
+    model: Transformer
+    tokenizer: Tokenizer
+    train_examples: list[list[EncodedExample]]
+    heldout_examples: list[list[EncodedExample]]
+    prompt_size: int
+    divergence_L: Float[np.ndarray, " L"] | None
+
+
+def prepare(config: Config) -> Setup:
+    """Loads and checks data, tokenizer and model.
+
+    Raises:
+        ValueError: something in the configuration cannot work; names the field, its value and
+            what is allowed.
+    """
+    mesh = make_mesh(config.mesh)
+    if config.model.name != "scratch":
+        resolve_model(config.model.name)
+    raw = [load_source(source) for source in config.data.sources]
+    for train, heldout in raw:
+        check_answers([*train, *heldout])
+    model, tokenizer = initial_policy(config)
+    num_layers = model.config.num_layers
+    config.nesting.validate_for(num_layers)
+    divergence_L = None
+    if config.nesting.divergence_file is not None:
+        divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if longest > model.config.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_completion_tokens is {longest};"
+            f" the model allows {model.config.max_positions} positions"
+        )
+    train = [encode(examples, tokenizer, config.data) for examples, _ in raw]
+    heldout = [encode(examples, tokenizer, config.data) for _, examples in raw]
+    if config.lora.rank:
+        add_lora(model, config.lora, jax.random.key(config.train.seed))
+        nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
+    return Setup(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        train_examples=train,
+        heldout_examples=heldout,
+        prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
+        divergence_L=divergence_L,
+    )
+
+
+def initial_policy(config: Config) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer that a configuration starts from, placed on its mesh."""
+    dtype = jnp.dtype(config.model.dtype)
+    if config.model.shape is None:
+        model, tokenizer = load_model(config.model.name, dtype)
+    else:
+        tokenizer = Tokenizer.characters(config.model.alphabet)
+        key = jax.random.key(config.train.seed)
+        model = Transformer(config.model.shape, initial_parameters(config.model.shape, key, dtype))
+        check_tokenizer(model.config, tokenizer)
+    axes, mesh = parameter_axes(model.config), make_mesh(config.mesh)
+    return Transformer(model.config, shard_parameters(model.parameters(), axes, mesh)), tokenizer
+
+
+def encode(examples, tokenizer: Tokenizer, data: DataConfig) -> list[EncodedExample]:
+    """The prompts of examples, as the configuration writes them."""
+    return encode_examples(examples, tokenizer, data.template, data.system, data.max_prompt_tokens, data.chat)
+
+
+def trained_policy(run: Path) -> Setup:
+    """A run's configuration, data and tokenizer, with the model of its newest checkpoint.
+
+    Raises:
+        ValueError: not a run directory, or it has no complete checkpoint.
+    """
+    config = run_config(run)
+    setup = prepare(config)
+    state = create_train_state(setup.model, make_optimizer(config.optimizer, 1))
+    checkpoints = Checkpoints(run / "checkpoints", config.train.keep_checkpoints)
+    _, arrays, _ = checkpoints.restore(state.checkpoint_arrays())
+    checkpoints.close()
+    return dataclasses.replace(setup, model=state.replace(**arrays).model)
+
+
+def run_config(run: Path) -> Config:
+    """The configuration that a run directory was made with.
+
+    Raises:
+        ValueError: it holds none, or one that this version cannot read.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"'{run}' is not a run directory: it has no config.json")
+    try:
+        return Config.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be read: {error}") from None

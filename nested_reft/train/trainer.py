@@ -1,0 +1,369 @@
+"""The synchronous training loop.
+
+    sources -> curriculum -> rollout(plan) -> rewards -> advantages -> weights -> loss -> update
+
+`Trainer.step` reads like that line; every stage is one call on one typed value.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from nested_reft import curriculum
+from nested_reft.checkpoints import Checkpoints
+from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.estimators.advantages import group_advantages
+from nested_reft.evaluation import evaluate
+from nested_reft.layer_skip import LayerPlan, draw_plan
+from nested_reft.metrics import CompileCounter, RunDirectory, versions
+from nested_reft.models.transformer import Transformer
+from nested_reft.rewards.reward import score
+from nested_reft.rollout.generate import completion_logprobs, generate
+from nested_reft.rollout.throughput import compare_throughput
+from nested_reft.sharding import make_mesh, replicate, shard_batch
+from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.setup import Setup
+from nested_reft.train.step import create_train_state, make_update
+from nested_reft.train.warm_start import warm_start
+from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch, gradient_mask
+
+# Purposes of random keys: each step's key is folded with one of these.
+CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY = range(6)
+LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
+
+
+class Trainer:
+    """One run: its state, and the loop over steps.
+
+    Everything random follows from `config.train.seed` and the step number, so a run that resumes
+    from a checkpoint continues as if it had not stopped.
+    """
+
+    def __init__(self, setup: Setup, run: RunDirectory, resume: bool = False):
+        """Args:
+        setup: what `prepare` made of the configuration.
+        run: where everything is written.
+        resume: continue from the run's newest checkpoint.
+        """
+        config = setup.config
+        self.config, self.setup, self.run_directory = config, setup, run
+        self.compilations = CompileCounter()
+        self.checkpoints = Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints)
+        self.mesh = make_mesh(config.mesh)
+        self.key = replicate(jax.random.key(config.train.seed), self.mesh)
+        self.stop_ids = replicate(np.array(setup.tokenizer.stop_ids, np.int32), self.mesh)
+        self.num_layers = setup.model.config.num_layers
+
+        total_updates = config.train.steps * config.train.updates_per_batch
+        optimizer = make_optimizer(config.optimizer, total_updates)
+        self.update = make_update(
+            optimizer,
+            config.loss,
+            config.rollout.sampling.temperature,
+            config.train.micro_batches,
+            config.train.remat,
+        )
+        self.score_logprobs = jax.jit(completion_logprobs, static_argnames="temperature")
+        self.stream = PromptStream(setup.train_examples, config.train.seed)
+        self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
+        self.steps_done = 0
+        self.seconds_before = 0.0
+        self.before: dict[str, Any] | None = None
+        model, keep_reference = setup.model, config.loss.reference_kl_coefficient > 0 and not config.lora.rank
+        if config.warm_start.steps and (keep_reference or not resume):
+            model = warm_start(model, setup, jax.random.fold_in(self.key, WARM_START_KEY))
+        self.reference = _copy(model) if keep_reference else None
+        self.state = create_train_state(model, optimizer)
+        if resume:
+            self._restore()
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the last step and returns the summary, which is also written."""
+        started = time.monotonic() - self.seconds_before
+        if self.before is None:
+            self.before = self._evaluate_all(0)
+            self.run_directory.log_metrics(0, _flat_accuracy(self.before))
+        steps = range(self.steps_done, self.config.train.steps)
+        bar = tqdm(steps, initial=self.steps_done, total=self.config.train.steps, unit="step", desc=self.config.name)
+        accuracy = None
+        with _stop_requests() as stop_requested:
+            for step in bar:
+                metrics = self.step(step)
+                self.steps_done = step + 1
+                if self.steps_done % self.config.evaluation.every_steps == 0:
+                    level = int(np.argmax(curriculum.probabilities(self.curriculum, self.config.curriculum)))
+                    accuracy = self._evaluate(level, self.steps_done, samples=False).greedy_accuracy
+                    metrics[f"heldout/{self.config.data.sources[level].name}"] = accuracy
+                self.run_directory.log_metrics(self.steps_done, metrics)
+                bar.set_postfix_str(_progress(metrics, accuracy))
+                self.seconds_before = time.monotonic() - started
+                last = self.steps_done == self.config.train.steps
+                if last or stop_requested() or self.steps_done % self.config.train.checkpoint_every == 0:
+                    self._save()
+                if stop_requested() and not last:
+                    self.close()
+                    raise KeyboardInterrupt
+        summary = self._summary(time.monotonic() - started)
+        self.run_directory.write_summary(summary)
+        self.close()
+        return summary
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One training step: choose prompts, sample nested, score, and update the full model."""
+        config, step_key = self.config, jax.random.fold_in(self.key, 1000 + step)
+        started = time.monotonic()
+
+        source_B = curriculum.choose(
+            self.curriculum,
+            config.curriculum,
+            jax.random.fold_in(step_key, CURRICULUM_KEY),
+            config.data.prompts_per_batch,
+        )
+        prompts = self._next_prompts(source_B)
+        plan = draw_plan(
+            jax.random.fold_in(step_key, PLAN_KEY), config.nesting, self.num_layers, self.setup.divergence_L
+        )
+        rollouts = self._rollout(prompts, plan, jax.random.fold_in(step_key, ROLLOUT_KEY))
+        rollout_seconds = time.monotonic() - started
+        scored = self._score(rollouts, prompts)
+        batch = self._train_batch(scored)
+        for _ in range(config.train.updates_per_batch):
+            self.state, update_metrics, target_logprob_BGC = self.update(self.state, batch)
+        self.curriculum = curriculum.update(
+            self.curriculum, config.curriculum, source_B, scored.accuracy_BG, scored.scored_BG
+        )
+
+        metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
+        self._log_samples(step + 1, scored, prompts, target_logprob_BGC)
+        length_BG = np.asarray(rollouts.length_BG)
+        return metrics | {
+            "reward": float(scored.reward_BG.mean()),
+            "accuracy": float(scored.accuracy_BG.mean()),
+            "unscored": int((~scored.scored_BG).sum()),
+            "completion_tokens": float(length_BG.mean()),
+            "finished": float(np.asarray(rollouts.finished_BG).mean()),
+            "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
+            "skipped_layers": list(plan.skipped(self.num_layers)),
+            "sources": np.bincount(source_B, minlength=len(config.data.sources)).tolist(),
+            "rollout_seconds": rollout_seconds,
+            "step_seconds": time.monotonic() - started,
+            "tokens_per_second": float(length_BG.sum() / rollout_seconds),
+            "compilations": self.compilations.count,
+        }
+
+    def close(self) -> None:
+        """Waits for checkpoints and closes the logs."""
+        self.checkpoints.close()
+        self.run_directory.close()
+        self.compilations.close()
+
+    def _next_prompts(self, source_B: np.ndarray) -> Prompts:
+        encoded = [self.stream.next(int(source)) for source in source_B]
+        return batch_prompts(encoded, source_B.tolist(), self.setup.prompt_size)
+
+    def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array, stop_ids: Array | None = None) -> Rollouts:
+        config = self.config.rollout
+        rollouts = generate(
+            self.state.model,
+            shard_batch(prompts.tokens_BP, self.mesh),
+            shard_batch(prompts.length_B, self.mesh),
+            replicate(plan, self.mesh),
+            self.stop_ids if stop_ids is None else stop_ids,
+            key,
+            self.state.updates,
+            group_size=config.group_size,
+            max_completion_tokens=config.max_completion_tokens,
+            sampling=config.sampling,
+        )
+        return jax.block_until_ready(rollouts)
+
+    def _score(self, rollouts: Rollouts, prompts: Prompts) -> Scored:
+        tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
+        texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
+        reward_BG, accuracy_BG, scored_BG, parts = score(
+            texts, prompts, np.asarray(rollouts.finished_BG), self.config.reward
+        )
+        return Scored(rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
+
+    def _train_batch(self, scored: Scored) -> TrainBatch:
+        """Advantages, and log-probabilities of the other policies where the loss needs them."""
+        config, rollouts = self.config, scored.rollouts
+        size = completion_bucket(int(np.asarray(rollouts.length_BG).max()), config.rollout.max_completion_tokens)
+        advantage_BG = group_advantages(
+            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
+        )
+        batch = TrainBatch(
+            prompt_BP=rollouts.prompt_BP,
+            prompt_length_B=rollouts.prompt_length_B,
+            tokens_BGC=rollouts.tokens_BGC[..., :size],
+            length_BG=rollouts.length_BG,
+            forced_BG=rollouts.forced_BG,
+            behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
+            advantage_BG=shard_batch(advantage_BG, self.mesh),
+        )
+        if config.train.updates_per_batch > 1:
+            batch = batch.replace(old_logprob_BGC=self._logprobs(self.state.model, batch))
+        if config.loss.reference_kl_coefficient:
+            batch = batch.replace(reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
+        return batch
+
+    def _reference_model(self) -> Transformer:
+        """The initial model: a copy, or under LoRA the current one with its adapters off."""
+        if self.reference is not None:
+            return self.reference
+        model = self.state.model
+        model.lora_scale = 0.0
+        return model
+
+    def _logprobs(self, model, batch: TrainBatch) -> Float[Array, "B G C"]:
+        return self.score_logprobs(
+            model,
+            batch.prompt_BP,
+            batch.prompt_length_B,
+            batch.tokens_BGC,
+            temperature=self.config.rollout.sampling.temperature,
+        )[0]
+
+    def _evaluate(self, source: int, step: int, samples: bool):
+        return evaluate(
+            self.state.model,
+            self.setup.tokenizer,
+            self.setup.heldout_examples[source],
+            self.config.reward,
+            self.config.evaluation,
+            self.config.rollout.max_completion_tokens,
+            self.config.rollout.sampling,
+            jax.random.fold_in(jax.random.fold_in(self.key, 1000 + step), EVALUATION_KEY),
+            samples,
+        )
+
+    def _evaluate_all(self, step: int) -> dict[str, Any]:
+        sources = enumerate(tqdm(self.config.data.sources, desc="held-out evaluation", unit="source", leave=False))
+        return {source.name: self._evaluate(index, step, samples=True).to_json() for index, source in sources}
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        config = self.config
+        after = self._evaluate_all(config.train.steps)
+        prompts = self._next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
+        key = jax.random.fold_in(self.key, THROUGHPUT_KEY)
+        plan = draw_plan(key, config.nesting, self.num_layers, self.setup.divergence_L)
+        throughput = compare_throughput(
+            lambda plan: self._rollout(prompts, plan, key, jnp.full_like(self.stop_ids, -1)), plan, self.num_layers
+        )
+        history = self.run_directory.read_metrics()
+        health = {
+            name: float(np.mean([line[name] for line in history if name in line]))
+            for name in ("ess_token", "ess_sequence", "kl_behavior_target")
+        }
+        return {
+            "name": config.name,
+            "run_directory": str(self.run_directory.path),
+            "steps": config.train.steps,
+            "before": self.before,
+            "after": after,
+            "training_seconds": seconds,
+            "compilations": self.compilations.count,
+            "compile_seconds": self.compilations.seconds,
+            "versions": versions(),
+            **throughput,
+            **health,
+        }
+
+    def _log_samples(self, step: int, scored: Scored, prompts: Prompts, target_logprob_BGC: Array) -> None:
+        """Writes the completions of the first prompts of a step, with what explains their rewards."""
+        rollouts = jax.device_get(scored.rollouts)
+        size = target_logprob_BGC.shape[-1]
+        mask_BGC = gradient_mask(rollouts.length_BG, rollouts.forced_BG, size)
+        log_ratio_BGC = np.asarray(target_logprob_BGC) - rollouts.behavior_logprob_BGC[..., :size]
+        weight_BGC = np.exp(np.clip(np.where(mask_BGC, log_ratio_BGC, 0.0), -20, 20)) * mask_BGC
+        mean_weight_BG = weight_BGC.sum(axis=-1) / np.maximum(mask_BGC.sum(axis=-1), 1)
+        skipped = list(rollouts.plan.skipped(self.num_layers))
+        self.run_directory.log_samples(
+            step,
+            [
+                {
+                    "prompt": prompts.texts[b],
+                    "answer": prompts.answers[b],
+                    "text": scored.texts[b][g],
+                    "reward": float(scored.reward_BG[b, g]),
+                    "parts": {name: float(part_BG[b, g]) for name, part_BG in scored.parts.items()},
+                    "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
+                    "tokens": int(rollouts.length_BG[b, g]),
+                    "skipped_layers": skipped,
+                    "mean_weight": float(mean_weight_BG[b, g]),
+                }
+                for b in range(min(LOGGED_PROMPTS, len(prompts)))
+                for g in range(self.config.rollout.group_size)
+            ],
+        )
+
+    def _save(self) -> None:
+        host = {
+            "steps_done": self.steps_done,
+            "seconds": self.seconds_before,
+            "before": self.before,
+            "curriculum": self.curriculum.to_json(),
+            "stream": self.stream.get_state(),
+        }
+        self.checkpoints.save(self.steps_done, self.state.checkpoint_arrays(), host)
+
+    def _restore(self) -> None:
+        _, arrays, host = self.checkpoints.restore(self.state.checkpoint_arrays())
+        self.state = self.state.replace(**arrays)
+        self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
+        self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
+        self.stream.set_state(host["stream"])
+
+
+def completion_bucket(longest: int, limit: int) -> int:
+    """The size that completions are cut to for an update: a quarter of the limit, half of it, or all.
+
+    Short completions make cheap updates, and three sizes make at most three compilations.
+    """
+    return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if longest <= size)
+
+
+def _copy(model: Transformer) -> Transformer:
+    """A copy whose buffers survive the donation of the original's."""
+    return jax.tree.map(jnp.copy, model)
+
+
+def _flat_accuracy(evaluations: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {f"heldout/{source}": result["greedy_accuracy"] for source, result in evaluations.items()}
+
+
+def _progress(metrics: dict[str, Any], heldout_accuracy: float | None) -> str:
+    shown = f"reward {metrics['reward']:.2f}, {metrics['tokens_per_second']:.0f} tok/s, ESS {metrics['ess_token']:.2f}"
+    return shown if heldout_accuracy is None else f"{shown}, held-out {heldout_accuracy:.2f}"
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once."""
+    requested = False
+
+    def request(number: int, _frame: Any) -> None:
+        nonlocal requested
+        requested = True
+        tqdm.write("stopping after this step; the checkpoint will hold it (again to stop at once)")
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

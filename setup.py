@@ -1,0 +1,62 @@
+"""Installs `nested_reft`. Tool settings live in pyproject.toml, pinned versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TASKS = ["reasoning-gym>=0.1.23"]
+REPORT = ["matplotlib>=3.8"]
+TEST = [
+    *TASKS,
+    *REPORT,
+    "beartype>=0.19",
+    "pyright>=1.1.390",
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "ruff>=0.9",
+    "torch==2.13.0",  # reference logits only; the Makefile installs this same version first
+    "transformers>=4.50",
+]
+README = Path(__file__).with_name("README.md")
+
+setup(
+    name="nested_reft",
+    version="0.1.0",
+    description="Reinforcement fine-tuning of language models with nested, layer-skipping rollouts, in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # The configurations live with the experiments and ship inside the package.
+    packages=[*find_packages(include=["nested_reft", "nested_reft.*"]), "nested_reft.configs"],
+    package_dir={"nested_reft.configs": "experiments/configs"},
+    package_data={"nested_reft.configs": ["*.json"]},
+    entry_points={"console_scripts": ["nested-reft = nested_reft.cli:main"]},
+    install_requires=[
+        "dacite>=1.8",
+        "flax>=0.12",
+        "gguf>=0.17",
+        "grain>=0.2.12",
+        "huggingface_hub>=0.30",
+        "jax>=0.8",
+        "jaxtyping>=0.3",
+        "jinja2>=3.1",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",  # writes TensorBoard events without TensorFlow
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "tyro>=0.9",
+    ],
+    extras_require={
+        "tasks": TASKS,
+        "report": REPORT,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": TEST,
+        "dev": [*TEST, "pre-commit>=4.0"],
+    },
+)

@@ -1,0 +1,53 @@
+"""Every JAX setting of the tests, in one place; it must run before anything imports `nested_reft`."""
+
+import functools
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import beartype
+import flax.struct
+import jax
+import jaxtyping
+import pytest
+
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_compilation_cache", False)  # compile counts must not depend on earlier runs
+
+_flax_dataclass = flax.struct.dataclass
+
+
+def _checked_dataclass(cls=None, **options):
+    """`flax.struct.dataclass` whose fields are checked when our own code fills them with arrays.
+
+    JAX rebuilds the same classes by calling them, with shapes, shardings, placeholders or stacked
+    arrays in place of the fields, so jaxtyping's own check of every construction would refuse
+    `jax.device_get`, `jax.eval_shape`, `jax.vmap` and most uses of `jax.tree.map`.
+    """
+    if cls is None:
+        return functools.partial(_checked_dataclass, **options)
+    cls = _flax_dataclass(cls, **options)
+    plain = cls.__init__
+    checked = jaxtyping.jaxtyped(plain, typechecker=beartype.beartype)
+
+    @functools.wraps(plain)
+    def __init__(self, *args, **kwargs):
+        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        arrays = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((args, kwargs)))
+        (checked if arrays and caller not in ("jax", "flax") else plain)(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    cls.__no_type_check__ = True  # tells jaxtyping's import hook that this one is taken care of
+    return cls
+
+
+flax.struct.dataclass = _checked_dataclass
+jaxtyping.install_import_hook("nested_reft", "beartype.beartype")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A PRNG key; `jax.random.split` or `fold_in` it where a test needs several."""
+    return jax.random.key(0)

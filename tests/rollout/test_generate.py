@@ -1,0 +1,160 @@
+"""Rollouts: cached decoding against uncached forward passes, stopping, padding, compile counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.transformer import Transformer, parameter_axes
+from nested_reft.rollout.generate import completion_logprobs, generate, right_padded
+from nested_reft.rollout.sampling import GREEDY, SamplingConfig
+from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch, shard_parameters
+from tests.tiny_models import TINY, tiny_model, tiny_prompts
+
+NO_STOP = jnp.array([-1])
+
+
+def rollout(model, key, *, plan=None, stop_ids=NO_STOP, prompts=None, group_size=4, size=7, sampling=None):
+    tokens_BP, length_B = tiny_prompts() if prompts is None else prompts
+    plan = LayerPlan.full(5) if plan is None else plan
+    sampling = SamplingConfig() if sampling is None else sampling
+    return generate(
+        model,
+        tokens_BP,
+        length_B,
+        plan,
+        stop_ids,
+        key,
+        group_size=group_size,
+        max_completion_tokens=size,
+        sampling=sampling,
+    )
+
+
+@pytest.mark.parametrize("skipped", [(), (0, 2), (1, 3, 4)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_cached_logprobs_equal_an_uncached_forward_pass(skipped, temperature, key):
+    model, plan = tiny_model(), LayerPlan.skipping(5, list(skipped))
+    result = rollout(model, key, plan=plan, sampling=SamplingConfig(temperature=temperature))
+    for b, length in enumerate(result.prompt_length_B.tolist()):
+        for g in range(4):
+            sequence = jnp.concatenate([result.prompt_BP[b, :length], result.tokens_BGC[b, g]])[None]
+            logits = model(sequence, plan=plan)[0, length - 1 : -1] / temperature
+            expected = jnp.take_along_axis(jax.nn.log_softmax(logits), result.tokens_BGC[b, g][:, None], 1)[:, 0]
+            np.testing.assert_allclose(result.behavior_logprob_BGC[b, g], expected, atol=1e-4)
+
+
+def test_full_plan_samples_have_weight_one_under_the_update_pass(key):
+    model = tiny_model()
+    result = rollout(model, key)
+    target_logprob_BGC, entropy_BGC = completion_logprobs(
+        model, result.prompt_BP, result.prompt_length_B, result.tokens_BGC, 1.0
+    )
+    np.testing.assert_allclose(jnp.exp(target_logprob_BGC - result.behavior_logprob_BGC), 1.0, atol=1e-4)
+    assert jnp.all(entropy_BGC > 0) and jnp.all(entropy_BGC <= np.log(31) + 1e-5)
+
+
+def test_greedy_rollout_equals_an_uncached_greedy_loop(key):
+    model, plan = tiny_model(), LayerPlan.skipping(5, [2])
+    result = rollout(model, key, plan=plan, group_size=1, sampling=GREEDY)
+    for b, length in enumerate(result.prompt_length_B.tolist()):
+        sequence = result.prompt_BP[b, :length]
+        for _ in range(7):
+            sequence = jnp.append(sequence, jnp.argmax(model(sequence[None], plan=plan)[0, -1]))
+        assert sequence[length:].tolist() == result.tokens_BGC[b, 0].tolist()
+
+
+def test_samples_follow_the_models_distribution(key):
+    """The first token of many completions against the exact distribution, by chi-square."""
+    model = tiny_model()
+    tokens_BP, length_B = tiny_prompts()
+    result = rollout(model, key, prompts=(tokens_BP[:1], length_B[:1]), group_size=20_000, size=1)
+    probability_V = np.asarray(jax.nn.softmax(model(tokens_BP[:1])[0, int(length_B[0]) - 1]))
+    expected = 20_000 * probability_V
+    counts = np.bincount(np.asarray(result.tokens_BGC).ravel(), minlength=31)
+    frequent = expected > 5
+    chi_square = ((counts - expected)[frequent] ** 2 / expected[frequent]).sum()
+    assert chi_square < frequent.sum() + 5 * np.sqrt(2 * frequent.sum())
+
+
+def test_rows_end_at_their_stop_token(key):
+    model = tiny_model()
+    stop_ids = jnp.array([3, 8, 12, 20, 25])
+    result = rollout(model, key, stop_ids=stop_ids, group_size=16, size=10)
+    tokens, length, logprob = (
+        np.asarray(x) for x in (result.tokens_BGC, result.length_BG, result.behavior_logprob_BGC)
+    )
+    assert 0 < np.asarray(result.finished_BG).mean() < 1 or np.asarray(result.finished_BG).all()
+    for b, g in np.ndindex(length.shape):
+        row, end = tokens[b, g], length[b, g]
+        assert not np.isin(row[: end - 1], stop_ids).any()
+        assert bool(result.finished_BG[b, g]) == bool(np.isin(row[end - 1], stop_ids))
+        assert result.finished_BG[b, g] or end == 10
+        assert (row[end:] == 0).all() and (logprob[b, g, end:] == 0).all()
+
+
+def test_loop_ends_when_every_row_is_done(key):
+    """With every token a stop token, one token per row is all there is."""
+    result = rollout(tiny_model(), key, stop_ids=jnp.arange(31))
+    assert jnp.all(result.length_BG == 1) and jnp.all(result.finished_BG)
+
+
+def test_stopping_does_not_change_what_came_before(key):
+    model = tiny_model()
+    free, stopped = rollout(model, key), rollout(model, key, stop_ids=jnp.array([5, 9]))
+    for b, g in np.ndindex(3, 4):
+        end = int(stopped.length_BG[b, g])
+        assert free.tokens_BGC[b, g, :end].tolist() == stopped.tokens_BGC[b, g, :end].tolist()
+
+
+def test_left_right_and_no_padding_give_the_same_rollouts(key):
+    model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()
+    left = jnp.stack([jnp.roll(row, 9 - int(n)) for row, n in zip(tokens_BP, length_B, strict=True)])
+    from_left = rollout(model, key, prompts=right_padded(left, jnp.arange(9) >= 9 - length_B[:, None]))
+    wide = jnp.pad(tokens_BP, ((0, 0), (0, 5)), constant_values=11)
+    from_right, from_wide = rollout(model, key), rollout(model, key, prompts=(wide, length_B))
+    for other in (from_left, from_wide):
+        assert jnp.array_equal(from_right.tokens_BGC, other.tokens_BGC)
+        np.testing.assert_allclose(from_right.behavior_logprob_BGC, other.behavior_logprob_BGC, atol=1e-5)
+    alone = rollout(model, key, prompts=(tokens_BP[1:2, :4], length_B[1:2]), sampling=GREEDY)
+    together = rollout(model, key, sampling=GREEDY)
+    assert jnp.array_equal(alone.tokens_BGC[0], together.tokens_BGC[1])
+
+
+def test_a_second_plan_of_the_same_size_compiles_nothing(key):
+    model = tiny_model()
+    rollout(model, key, plan=LayerPlan.skipping(5, [1]))
+    compiled = generate._cache_size()
+    rollout(model, jax.random.key(5), plan=LayerPlan.skipping(5, [3]), stop_ids=jnp.array([4]))
+    assert generate._cache_size() == compiled
+    rollout(model, key, plan=LayerPlan.skipping(5, [1, 3]))
+    assert generate._cache_size() == compiled + 1
+
+
+def test_one_completion_token_is_enough(key):
+    result = rollout(tiny_model(), key, size=1)
+    assert result.tokens_BGC.shape == (3, 4, 1) and jnp.all(result.length_BG == 1)
+
+
+@pytest.mark.parametrize(("data", "model_axis"), [(2, 1), (1, 2), (4, 2)])
+def test_many_devices_give_the_rollouts_of_one(data, model_axis, key):
+    prompts = tuple(jnp.concatenate([x, x[:1]]) for x in tiny_prompts())
+    model = tiny_model()
+    expected = rollout(model, key, prompts=prompts, sampling=SamplingConfig(temperature=0.8))
+    mesh = make_mesh(MeshConfig(data=data, model=model_axis))
+    # 31 tokens cannot be split in two; the vocabulary stays whole and everything else is split.
+    axes = {name: tuple("_" if a == "vocab" else a for a in names) for name, names in parameter_axes(TINY).items()}
+    sharded = Transformer(TINY, shard_parameters(model.parameters(), axes, mesh))
+    result = generate(
+        sharded,
+        *(shard_batch(x, mesh) for x in prompts),
+        replicate(LayerPlan.full(5), mesh),
+        replicate(NO_STOP, mesh),
+        replicate(key, mesh),
+        group_size=4,
+        max_completion_tokens=7,
+        sampling=SamplingConfig(temperature=0.8),
+    )
+    assert jnp.array_equal(result.tokens_BGC, expected.tokens_BGC)
+    np.testing.assert_allclose(result.behavior_logprob_BGC, expected.behavior_logprob_BGC, atol=1e-4)

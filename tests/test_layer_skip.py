@@ -1,0 +1,105 @@
+"""Layer plans: conversions, the distribution they are drawn from, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+
+
+def test_mask_and_indices_convert_both_ways():
+    mask_L = np.array([True, False, True, True, False])
+    plan = LayerPlan.from_mask(mask_L)
+    assert plan.kept_S.tolist() == [0, 2, 3]
+    assert plan.to_mask(5).tolist() == mask_L.tolist()
+    assert plan.skipped(5) == (1, 4)
+    assert LayerPlan.full(5).kept_S.tolist() == [0, 1, 2, 3, 4]
+    assert LayerPlan.skipping(5, [1, 4]).kept_S.tolist() == plan.kept_S.tolist()
+
+
+@pytest.mark.parametrize(("ratio", "layers", "skipped"), [(0.0, 30, 0), (0.1, 30, 3), (0.15, 28, 4), (0.05, 12, 0)])
+def test_number_skipped_is_the_floor(ratio, layers, skipped):
+    # 0.1 * 30 is 3.0000000000000004 and 0.29 * 100 is 28.999999999999996 in floating point.
+    assert NestingConfig(skip_ratio=ratio).num_skipped(layers) == skipped
+    assert NestingConfig(skip_ratio=0.29).num_skipped(100) == 29
+
+
+def test_uniform_plans_skip_every_inner_layer_equally_often(key):
+    config = NestingConfig(skip_ratio=0.25, border=2)
+    counts_L = np.zeros(12)
+    for draw in range(400):
+        plan = draw_plan(jax.random.fold_in(key, draw), config, 12)
+        assert plan.num_kept == 9
+        counts_L[list(plan.skipped(12))] += 1
+    assert counts_L[:2].sum() == counts_L[-2:].sum() == 0
+    # 3 of 8 layers in each draw: 150 expected, standard deviation 9.7.
+    assert np.abs(counts_L[2:-2] - 150).max() < 4 * 9.7
+
+
+def test_measured_plans_follow_their_probabilities(key):
+    # One skipped layer: Gumbel top-1 is a draw from softmax(-divergence / temperature).
+    divergence_L = np.array([9.0, 0.1, 0.2, 0.3, 9.0])
+    config = NestingConfig(skip_ratio=0.2, choice="measured", divergence_file="-", divergence_temperature=0.1)
+    expected = np.exp(-divergence_L[1:4] / 0.1)
+    expected /= expected.sum()  # 0.665, 0.245, 0.090
+    counts = np.zeros(5)
+    for draw in range(600):
+        counts[list(draw_plan(jax.random.fold_in(key, draw), config, 5, divergence_L).skipped(5))] += 1
+    deviation = np.sqrt(600 * expected * (1 - expected))
+    assert np.all(np.abs(counts[1:4] - 600 * expected) < 4 * deviation)
+
+
+def test_measured_plan_at_temperature_zero_skips_the_cheapest_layers(key):
+    config = NestingConfig(skip_ratio=0.4, border=0, choice="measured", divergence_file="-", divergence_temperature=0)
+    plan = draw_plan(key, config, 5, np.array([0.3, 0.1, 9.0, 0.2, 0.5]))
+    assert plan.skipped(5) == (1, 3)
+
+
+def test_measured_plan_with_equal_divergences_is_the_uniform_plan(key):
+    measured = NestingConfig(skip_ratio=0.4, choice="measured", divergence_file="-")
+    for draw in range(20):
+        draw_key = jax.random.fold_in(key, draw)
+        uniform_plan = draw_plan(draw_key, NestingConfig(skip_ratio=0.4), 10)
+        assert draw_plan(draw_key, measured, 10, np.full(10, 0.3)).skipped(10) == uniform_plan.skipped(10)
+
+
+def test_fixed_plan_is_what_was_asked_for(key):
+    plan = draw_plan(key, NestingConfig(choice="fixed", layers=(5, 3)), 8)
+    assert plan.skipped(8) == (3, 5)
+
+
+def test_no_skipped_layer_is_the_full_model(key):
+    assert jnp.array_equal(draw_plan(key, NestingConfig(), 4).kept_S, LayerPlan.full(4).kept_S)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skip_ratio": 1.0}, "nesting.skip_ratio is 1.0; allowed is 0 <= skip_ratio < 1"),
+        ({"skip_ratio": -0.1}, "nesting.skip_ratio is -0.1"),
+        ({"skip_ratio": float("nan")}, "nesting.skip_ratio is nan"),
+        ({"border": -1}, "nesting.border is -1"),
+        ({"divergence_temperature": -1.0}, "nesting.divergence_temperature is -1.0"),
+        ({"choice": "fixed"}, "nesting.layers is empty"),
+        ({"layers": (1,)}, "set choice to 'fixed'"),
+        ({"choice": "measured"}, "nesting.divergence_file is not set"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NestingConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skip_ratio": 0.5, "border": 4}, "nesting.border is 4 .* 2 of 10 layers may be skipped, but 5 are to be"),
+        ({"skip_ratio": 0.1, "border": 9}, "0 of 10 layers may be skipped"),
+        ({"choice": "fixed", "layers": (3, 10)}, r"nesting.layers names \[10\]; the model has layers 0 to 9"),
+        ({"choice": "fixed", "layers": tuple(range(10))}, "at least one must remain"),
+    ],
+)
+def test_refuses_for_a_models_depth(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NestingConfig(**fields).validate_for(10)

@@ -1,0 +1,246 @@
+"""The package as a whole: what importing it costs, which room may import which, what it must never do."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.types import valid_mask
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {"torch", "tensorflow", "reasoning_gym", "matplotlib", "transformers"}
+
+RULES = {
+    "estimators", "losses", "curriculum", "replay", "dataset_reset", "nesting_control", "rewards", "data",
+}  # fmt: skip
+# A room imports rooms of its own line or of lines above, never in a circle.
+LAYERS = [
+    {"layer_skip", "gguf_reader"},
+    {"types"},
+    RULES,
+    {"sharding"},
+    {"models", "tokenizer"},
+    {"rollout"},
+    {"evaluation", "checkpoints", "metrics"},
+    {"train"},
+    {"report", "cli"},
+    {"configs", "experiments"},
+]
+MODEL_SIDE = {"sharding", "models", "tokenizer", "rollout"}  # knows no rule: what to sample is not how to train
+
+
+def room_of(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return "experiments" if parts[0] == "experiments" else parts[1]
+
+
+def imported_modules(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything a file imports, inside functions too."""
+    package = path.relative_to(root).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *([node.module] if node.module else [])))
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def source_files(root: Path, *folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+
+
+def room_imports(root: Path) -> dict[tuple[str, str], str]:
+    """(importing room, imported room) -> where, for all rooms of the tree under `root`."""
+    edges: dict[tuple[str, str], str] = {}
+    for path in source_files(root, "nested_reft", "experiments"):
+        room = room_of(path, root)
+        for line, name in imported_modules(path, root):
+            parts = name.split(".")
+            if parts[0] == "experiments":
+                target = "experiments"
+            elif parts[0] == "nested_reft" and len(parts) > 1 and not parts[1].startswith("__"):
+                target = parts[1]
+            else:
+                continue
+            if target != room and room != "__init__":
+                edges.setdefault((room, target), f"{path.relative_to(root)}:{line}")
+    return edges
+
+
+def dependency_violations(root: Path) -> list[str]:
+    """Every import that goes against `LAYERS`, and every room that has no place in it."""
+    rank = {room: index for index, rooms in enumerate(LAYERS) for room in rooms}
+    edges = room_imports(root)
+    rooms = {room_of(path, root) for path in source_files(root, "nested_reft", "experiments")} - {"__init__"}
+    found = [f"room '{room}' has no place in LAYERS; give it one" for room in sorted(rooms - rank.keys())]
+    for (room, target), where in sorted(edges.items()):
+        if room not in rank or target not in rank:
+            continue
+        if rank[target] > rank[room]:
+            found.append(f"{where}: {room} imports {target}, which stands above it")
+        if room in MODEL_SIDE and target in RULES:
+            found.append(f"{where}: {room} imports {target}, a rule of training")
+        if room < target and (target, room) in edges:
+            found.append(f"{where} and {edges[target, room]}: {room} and {target} import each other")
+    return found
+
+
+def unpickling(root: Path) -> list[str]:
+    """Every place in the package that could run code found in data."""
+    found = []
+    for path in source_files(root, "nested_reft"):
+        where = path.relative_to(root)
+        for line, name in imported_modules(path, root):
+            if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}:
+                found.append(f"{where}:{line}: imports {name}")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called in {"eval", "exec", "torch.load"}:
+                found.append(f"{where}:{node.lineno}: calls {called}")
+            for keyword in node.keywords:
+                if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False":
+                    found.append(f"{where}:{node.lineno}: allow_pickle is not False")
+    return found
+
+
+def run_python(code: str):
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_import_is_quick_and_brings_nothing_optional():
+    seconds, loaded = run_python(
+        "import json, sys, time; start = time.perf_counter(); import nested_reft;"
+        " print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+    )
+    assert seconds < 2
+    assert not OPTIONAL & {name.split(".")[0] for name in loaded}
+
+
+def test_no_module_imports_an_optional_package_at_its_top():
+    loaded = run_python(
+        "import importlib, json, pkgutil, sys, nested_reft\n"
+        "for module in pkgutil.walk_packages(nested_reft.__path__, 'nested_reft.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert not OPTIONAL & {name.split(".")[0] for name in loaded}
+
+
+def test_every_imported_package_is_declared():
+    """A missing one is not noticed where a developer happens to have it, and breaks a fresh install."""
+    try:
+        requirements = importlib.metadata.requires("nested_reft") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nested_reft is not installed, so there is no list to compare with")
+    normal = {re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", text, maxsplit=1)[0]).lower() for text in requirements}
+    providers = importlib.metadata.packages_distributions()
+    undeclared = set()
+    for path in source_files(ROOT, "nested_reft"):
+        for line, name in imported_modules(path, ROOT):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top == "nested_reft":
+                continue
+            names = {re.sub(r"[-_.]+", "-", provider).lower() for provider in providers.get(top, [top])}
+            if not names & normal:
+                undeclared.add(f"{path.relative_to(ROOT)}:{line}: {top}")
+    assert not undeclared
+
+
+def test_signatures_are_checked_here():
+    """conftest.py's hook: wrong arrays are refused where our code makes them, JAX's rebuilding is let through."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="kept_S"):
+        LayerPlan(jnp.ones(3))
+    with pytest.raises(jaxtyping.TypeCheckError, match="length"):
+        valid_mask(jnp.ones(2), 3)
+    plan = LayerPlan.full(3)
+    assert jax.device_get(plan).kept_S.tolist() == [0, 1, 2]
+    assert jax.eval_shape(lambda p: p, plan).kept_S.shape == (3,)
+    assert jax.device_count() == 8 or jax.default_backend() != "cpu"
+
+
+def test_rooms_depend_one_way():
+    assert dependency_violations(ROOT) == []
+
+
+def test_nothing_is_unpickled():
+    assert unpickling(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"nested_reft/types.py": "from nested_reft.models import config"}, "types imports models, which stands above"),
+        (
+            {"nested_reft/types.py": "def f():\n    import nested_reft.train.step"},
+            "nested_reft/types.py:2: types imports",
+        ),
+        ({"nested_reft/models/a.py": "from ..train import step"}, "models imports train, which stands above"),
+        ({"nested_reft/models/a.py": "from nested_reft import losses"}, "models imports losses, a rule of training"),
+        ({"nested_reft/cli.py": "import experiments.ablation"}, "cli imports experiments, which stands above"),
+        ({"nested_reft/helpers.py": ""}, "room 'helpers' has no place in LAYERS"),
+        (
+            {
+                "nested_reft/data/a.py": "from nested_reft.rewards import b",
+                "nested_reft/rewards/b.py": "from nested_reft.data import a",
+            },
+            "data and rewards import each other",
+        ),
+    ],
+)
+def test_wrong_dependency_is_found(tmp_path, files, message):
+    found = dependency_violations(write_tree(tmp_path, files))
+    assert len(found) == 1 and message in found[0]
+
+
+def test_right_dependency_is_allowed(tmp_path):
+    files = {
+        "nested_reft/__init__.py": "__version__ = '1'",
+        "nested_reft/cli.py": "from nested_reft import __version__\nfrom nested_reft.train import step",
+        "nested_reft/train/step.py": "from . import other\nfrom ..losses import policy\nimport nested_reft.models",
+        "nested_reft/types.py": "from nested_reft.layer_skip import LayerPlan",
+        "experiments/configs/a.py": "from nested_reft.train.config import Config",
+    }
+    assert dependency_violations(write_tree(tmp_path, files)) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import pickle", "imports pickle"),
+        ("def f(x):\n    from pickle import loads", "a.py:2: imports pickle.loads"),
+        ("eval('1')", "calls eval"),
+        ("torch.load('x')", "calls torch.load"),
+        ("np.load('x', allow_pickle=True)", "allow_pickle is not False"),
+    ],
+)
+def test_unpickling_is_found(tmp_path, code, message):
+    found = unpickling(write_tree(tmp_path, {"nested_reft/a.py": code}))
+    assert len(found) == 1 and message in found[0]
+
+
+def test_harmless_namesakes_are_allowed(tmp_path):
+    assert (
+        unpickling(write_tree(tmp_path, {"nested_reft/a.py": "model.eval()\nnp.load('x', allow_pickle=False)"})) == []
+    )
