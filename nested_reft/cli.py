@@ -6,8 +6,9 @@
     sample POLICY PROMPT               full and nested completions side by side
     measure-layers CONFIG              each layer's divergence, for measured plans
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
+    verify-estimators                  exact bias and variance of every estimator, by enumeration
 
-Exit codes: 0 done, 2 bad input (nothing was computed or written), 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 bad input (nothing was computed or written), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sample": _sample,
         "measure-layers": _measure_layers,
         "export": _export,
+        "verify-estimators": _verify_estimators,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -305,6 +307,26 @@ def _export(arguments: list[str]) -> None:
         setup = trained_policy(known.run)
     save_huggingface(setup.model, known.directory, setup.tokenizer)
     print(f"written: {known.directory}")
+
+
+def _verify_estimators(arguments: list[str]) -> None:
+    from nested_reft.enumeration import verify_estimators
+    from nested_reft.report import estimator_table
+
+    parser = _parser("verify-estimators", "Exact bias and variance of every estimator on an enumerable model.")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's parameters")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        _check_writable(known.json)
+    reports = verify_estimators(seed=known.seed)
+    results = [report.to_json() for report in reports]
+    print(estimator_table(results))
+    _write_json(known.json, results)
+    broken = [f"{report.estimator} ({report.scenario})" for report in reports if not report.keeps_claim]
+    if broken:
+        print(f"\nerror: not as unbiased as claimed: {'; '.join(broken)}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _policy(policy: str, config_name: str | None) -> Any:

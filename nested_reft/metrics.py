@@ -109,10 +109,10 @@ class CompileCounter:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration_seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
-            self.seconds += duration_seconds
+            self.seconds += duration_secs
 
     def close(self) -> None:
         """Stops counting."""

@@ -60,3 +60,29 @@ def summary_table(summary: dict[str, Any]) -> str:
     ]
     accuracy = evaluation_table(summary["before"], summary["after"])
     return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"
+
+
+def estimator_table(results: Sequence[dict[str, Any]]) -> str:
+    """The enumeration's results, one table per scenario; see `enumeration.EstimatorReport`."""
+    header = ["estimator", "unbiased?", "relative bias", "direction bias", "scale", "variance", "ESS"]
+    tables = []
+    for scenario in dict.fromkeys(result["scenario"] for result in results):
+        rows = [
+            [
+                result["estimator"],
+                "claimed" if result["claims_unbiased"] else "",
+                f"{result['relative_bias']:.1e}",
+                f"{result['direction_bias']:.1e}",
+                f"{result['scale']:.3f}",
+                f"{result['variance']:.1f}",
+                share(result["ess"]),
+            ]
+            for result in results
+            if result["scenario"] == scenario
+        ]
+        tables.append(f"{scenario}\n\n{table(header, rows)}")
+    legend = (
+        "Bias and variance of one group's gradient, relative to the true gradient's length (squared for the variance)."
+        " Direction bias is what the best scaling leaves; about 1e-6 is float32."
+    )
+    return "\n\n".join([*tables, legend])

@@ -51,7 +51,7 @@ def test_measured_plans_follow_their_probabilities(key):
 
 
 def test_measured_plan_at_temperature_zero_skips_the_cheapest_layers(key):
-    config = NestingConfig(skip_ratio=0.4, border=0, choice="measured", divergence_file="-", divergence_temperature=0)
+    config = NestingConfig(skip_ratio=0.4, border=0, choice="measured", divergence_file="-", divergence_temperature=0.0)
     plan = draw_plan(key, config, 5, np.array([0.3, 0.1, 9.0, 0.2, 0.5]))
     assert plan.skipped(5) == (1, 3)
 

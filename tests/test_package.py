@@ -31,7 +31,7 @@ LAYERS = [
     {"sharding"},
     {"models", "tokenizer"},
     {"rollout"},
-    {"evaluation", "checkpoints", "metrics"},
+    {"evaluation", "checkpoints", "metrics", "enumeration"},
     {"train"},
     {"report", "cli"},
     {"configs", "experiments"},

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.transformer import Transformer, initial_parameters
 
@@ -21,3 +22,9 @@ def tiny_prompts() -> tuple[jax.Array, jax.Array]:
     """Three right-padded prompts of different lengths."""
     tokens_BP = jax.random.randint(jax.random.key(7), (3, 9), 0, TINY.vocab_size)
     return tokens_BP, jnp.array([9, 4, 6])
+
+
+@jax.jit
+def forward(model: Transformer, tokens_BT: jax.Array, plan: LayerPlan | None = None, valid_BT: jax.Array | None = None):
+    """`model(...)`, compiled once per shape: called without jit it would compile its layer loop each time."""
+    return model(tokens_BT, valid_BT, plan)

@@ -9,6 +9,7 @@ from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig
 from nested_reft.train.optimizer import OptimizerConfig
 
@@ -30,13 +31,20 @@ def get_config() -> Config:
             ),
             prompts_per_batch=8,
             max_prompt_tokens=96,
-            template="{expression} = ? Reply with only the number.",
+            template="{question}\nReply with only the number.",
         ),
-        rollout=RolloutConfig(group_size=8, max_completion_tokens=12),
-        nesting=NestingConfig(skip_ratio=0.1, choice="measured", divergence_file="smollm2_chain_sum_layers.json"),
+        rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=0.5)),
+        nesting=NestingConfig(
+            skip_ratio=0.1,
+            choice="measured",
+            divergence_file="smollm2_chain_sum_layers.json",
+            divergence_temperature=0.03,
+        ),
         reward=RewardConfig(),
-        loss=LossConfig(advantage="leave_one_out", bias_mitigation="base", level="token", normalization="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=1e-5),
+        loss=LossConfig(
+            advantage="leave_one_out", bias_mitigation="retrace", level="token", normalization="token_mean"
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=3),
         train=TrainConfig(steps=60, checkpoint_every=30),
         evaluation=EvaluationConfig(every_steps=10, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),

@@ -29,7 +29,8 @@ def off_policy_health(
     * `kl_behavior_target`: mean of log pi_b - log pi over the sampled tokens, in nats: an
       unbiased estimate of KL(pi_b || pi) per token.
 
-    All are zero when no token counts. What the loss made of the ratios (weights after truncation,
+    Under a mixture the behavior policy is, for each completion, the component that sampled it. All are
+    zero when no token counts. What the loss made of the ratios (weights after truncation,
     clipped share) is in its own parts; see `policy_gradient_loss` and `kish`.
     """
     count = jnp.maximum(mask_BGC.sum(), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,28 +106,22 @@ def claims_unbiased(config: LossConfig) -> bool:
 
 
 def _check_ranges(config: LossConfig) -> None:
-    def check(name: str, valid: bool, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"loss.{name} is {getattr(config, name)}; allowed is {allowed}")
-
-    def unset_or(value: float | None, low: float, high: float = math.inf) -> bool:
-        return value is None or low < value < high
-
-    check("retrace_lambda", 0 < config.retrace_lambda <= 1, "0 < retrace_lambda <= 1")
-    alpha = config.mixture_alpha
-    check("mixture_alpha", alpha is None or 0 < alpha <= 1, "0 < mixture_alpha <= 1, or None")
-    length = config.fixed_length_tokens
-    check("fixed_length_tokens", length is None or length >= 1, "1 or more, or None")
-    truncate_at = config.truncate_at
-    check("truncate_at", truncate_at is None or 1 <= truncate_at < math.inf, "1 or more, or None")
-    check("drop_below", unset_or(config.drop_below, 0, 1), "0 < drop_below < 1, or None")
-    check("drop_above", unset_or(config.drop_above, 1), "more than 1, or None")
-    check("clip_low", unset_or(config.clip_low, 0, 1), "0 < clip_low < 1, or None")
-    check("clip_high", unset_or(config.clip_high, 0), "more than 0, or None")
-    check("dual_clip", unset_or(config.dual_clip, 1), "more than 1, or None")
-    for name in ("reference_kl_coefficient", "entropy_coefficient"):
+    def check(name: str, is_allowed: Callable[[float], bool], allowed: str) -> None:
         value = getattr(config, name)
-        check(name, math.isfinite(value) and value >= 0, "0 or more")
+        if value is not None and not (math.isfinite(value) and is_allowed(value)):
+            raise ValueError(f"loss.{name} is {value}; allowed is {allowed}")
+
+    check("fixed_length_tokens", lambda x: x >= 1, "1 or more, or None")
+    check("retrace_lambda", lambda x: 0 < x <= 1, "0 < retrace_lambda <= 1")
+    check("mixture_alpha", lambda x: 0 < x <= 1, "0 < mixture_alpha <= 1, or None")
+    check("truncate_at", lambda x: x >= 1, "1 or more, or None")
+    check("drop_below", lambda x: 0 < x < 1, "0 < drop_below < 1, or None")
+    check("drop_above", lambda x: x > 1, "more than 1, or None")
+    check("clip_low", lambda x: 0 < x < 1, "0 < clip_low < 1, or None")
+    check("clip_high", lambda x: x > 0, "more than 0, or None")
+    check("dual_clip", lambda x: x > 1, "more than 1, or None")
+    check("reference_kl_coefficient", lambda x: x >= 0, "0 or more")
+    check("entropy_coefficient", lambda x: x >= 0, "0 or more")
 
 
 def _check_needed(config: LossConfig) -> None:

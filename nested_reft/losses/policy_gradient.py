@@ -86,10 +86,11 @@ def policy_gradient_loss(
     coefficient_BGC, share_BGC = normalization_shares(mask_BGC, config.normalization, config.fixed_length_tokens)
     total_weight = (share_BGC * weight_BGC).sum() if config.self_normalized else share_BGC.sum()
     policy_loss = Weighted(-(coefficient_BGC * objective_BGC).sum(), total_weight)
-    mask = mask_BGC.astype(jnp.float32)
 
     def token_mean(value_BGC: Array) -> Weighted:
-        return Weighted((jax.lax.stop_gradient(value_BGC) * mask).sum(), mask.sum())
+        return Weighted(
+            jnp.where(mask_BGC, jax.lax.stop_gradient(value_BGC), 0.0).sum(), mask_BGC.sum(dtype=jnp.float32)
+        )
 
     parts = {
         "policy_loss": policy_loss,
@@ -98,16 +99,10 @@ def policy_gradient_loss(
         "weight_mean": token_mean(weight_BGC),
         "weight_square_mean": token_mean(weight_BGC**2),
     }
-    penalty_BGC = jnp.zeros_like(target_logprob_BGC)
     if batch.reference_logprob_BGC is not None:
-        reference_logprob_BGC = jnp.where(mask_BGC, batch.reference_logprob_BGC, 0.0)
-        parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, reference_logprob_BGC, "k3"))
-        if config.reference_kl in ("k2_loss", "k3_loss"):
-            kl_BGC = kl_estimate(target_logprob_BGC, reference_logprob_BGC, config.reference_kl.removesuffix("_loss"))
-            penalty_BGC += config.reference_kl_coefficient * kl_BGC
-    if entropy_BGC is not None and config.entropy_coefficient:
-        penalty_BGC -= config.entropy_coefficient * jnp.where(mask_BGC, entropy_BGC, 0.0)
-    return policy_loss.replace(sum=policy_loss.sum + (coefficient_BGC * penalty_BGC).sum()), parts
+        parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k3"))
+    penalty_BGC = jnp.where(mask_BGC, _token_penalties(target_logprob_BGC, batch, config, entropy_BGC), 0.0)
+    return Weighted(policy_loss.sum + (coefficient_BGC * penalty_BGC).sum(), total_weight), parts
 
 
 def batch_log_weight(
@@ -140,12 +135,12 @@ def clipped_surrogate(
     clip_high: float | None,
     dual_clip: float | None,
 ) -> tuple[Float[Array, "B G C"], Bool[Array, "B G C"]]:
-    """PPO's pessimistic surrogate, with separate sides and a floor for negative advantages.
+    """PPO's pessimistic surrogate, with a limit for each side and each sign of the advantage.
 
         min(h A, clip(h, 1 - clip_low, 1 + clip_high) A), and at least dual_clip * A where A < 0
 
-    The gradient is zero where A > 0 and h > 1 + clip_high, where A < 0 and h < 1 - clip_low, and
-    where A < 0 and h > dual_clip. Without clips it is that of h A everywhere. A dropped token
+    which is A times h limited to h <= 1 + clip_high where A > 0, and to 1 - clip_low <= h <= dual_clip
+    where A < 0. A token beyond its limit has no gradient; one exactly on it has. A dropped token
     (h = 0) stays at zero.
 
     Source: PPO (Schulman et al., 2017, eq. 7); clip-higher: DAPO (arXiv 2503.14476, eq. 10); dual
@@ -154,15 +149,17 @@ def clipped_surrogate(
     Returns:
         The surrogate, and True where its gradient is gone.
     """
-    plain_BGC = weight_BGC * advantage_BGC
-    low = None if clip_low is None else 1 - clip_low
-    high = None if clip_high is None else 1 + clip_high
-    objective_BGC = jnp.minimum(plain_BGC, jnp.clip(weight_BGC, low, high) * advantage_BGC)
+    highest_BGC = jnp.full(weight_BGC.shape, jnp.inf)
+    if clip_high is not None:
+        highest_BGC = jnp.where(advantage_BGC > 0, 1 + clip_high, highest_BGC)
     if dual_clip is not None:
-        floor_BGC = dual_clip * advantage_BGC
-        objective_BGC = jnp.where(advantage_BGC < 0, jnp.maximum(objective_BGC, floor_BGC), objective_BGC)
-    objective_BGC = jnp.where(weight_BGC == 0, 0.0, objective_BGC)
-    return objective_BGC, objective_BGC != plain_BGC
+        highest_BGC = jnp.where(advantage_BGC < 0, dual_clip, highest_BGC)
+    lowest_BGC = jnp.zeros(weight_BGC.shape)
+    if clip_low is not None:
+        lowest_BGC = jnp.where((advantage_BGC < 0) & (weight_BGC > 0), 1 - clip_low, lowest_BGC)
+    clipped_BGC = (weight_BGC < lowest_BGC) | (weight_BGC > highest_BGC)
+    limited_BGC = jax.lax.stop_gradient(jnp.clip(weight_BGC, lowest_BGC, highest_BGC))
+    return jnp.where(clipped_BGC, limited_BGC, weight_BGC) * advantage_BGC, clipped_BGC
 
 
 def normalization_shares(
@@ -191,11 +188,25 @@ def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, con
         advantage_BGC = batch.token_advantage_BGC
     else:
         advantage_BGC = jnp.broadcast_to(batch.advantage_BG[..., None], frozen_BGC.shape)
-    if config.reference_kl == "k1_in_reward":
+    if config.reference_kl == "k1_in_reward" and batch.reference_logprob_BGC is not None:
         k1_BGC = jnp.where(mask_BGC, kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
         to_come_BGC = jnp.flip(jnp.cumsum(jnp.flip(k1_BGC, axis=-1), axis=-1), axis=-1)
         advantage_BGC = advantage_BGC - config.reference_kl_coefficient * to_come_BGC
     return jnp.where(mask_BGC, advantage_BGC, 0.0)
+
+
+def _token_penalties(
+    target_logprob_BGC: Array, batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None
+) -> Array:
+    """beta KL_t - eta entropy_t; `k1_in_reward` is no part of it."""
+    penalty_BGC = jnp.zeros_like(target_logprob_BGC)
+    if config.reference_kl in ("k2_loss", "k3_loss") and batch.reference_logprob_BGC is not None:
+        estimator = "k2" if config.reference_kl == "k2_loss" else "k3"
+        kl_BGC = kl_estimate(target_logprob_BGC, batch.reference_logprob_BGC, estimator)
+        penalty_BGC += config.reference_kl_coefficient * kl_BGC
+    if config.entropy_coefficient and entropy_BGC is not None:
+        penalty_BGC -= config.entropy_coefficient * entropy_BGC
+    return penalty_BGC
 
 
 def _check_inputs(batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None) -> None:

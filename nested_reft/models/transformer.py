@@ -8,8 +8,8 @@ A prompt is shared by the `G` completions sampled from it. So every forward pass
 streams: the prompt `[B, P]`, run once, and the completions `[B, G, C]`, whose queries attend to
 the prompt's keys and to their own earlier ones. Sampling, scoring and training all use it.
 
-Matrix products take the dtype of the weights and accumulate in float32; the residual stream,
-norms and softmax are float32.
+Matrix products take the dtype of the matrices and accumulate in float32; the residual stream,
+norms, softmax and caches are float32.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Transformer(nnx.Module):
         """Zeroed completion caches `[S, B, G, J, size, K]` for `decode`."""
         num_kept = self.config.num_layers if plan is None else plan.num_kept
         shape = (num_kept, batch, group, self.config.num_kv_heads, size, self.config.head_size)
-        zeros = jnp.zeros(shape, self.layers.key[...].dtype)
+        zeros = jnp.zeros(shape, jnp.float32)
         return KeyValues(zeros, zeros)
 
     def decode(
@@ -359,8 +359,7 @@ def project_qkv(
         query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
         key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
     query, key = rotate(query, rotation), rotate(key, rotation)
-    dtype = layer["key"].dtype
-    return query, KeyValues(jnp.swapaxes(key, 2, 3).astype(dtype), jnp.swapaxes(value, 2, 3).astype(dtype))
+    return query, KeyValues(jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3))
 
 
 def attend(
@@ -391,6 +390,7 @@ def attend(
     scores = jnp.einsum("bgtjrk,bgjsk->bgjrts", query, own.key, **float32)
     scores = jnp.where(own_mask, scores, MASKED)
     if shared is not None:
+        assert shared_mask is not None
         shared_scores = jnp.einsum("bgtjrk,bjpk->bgjrtp", query, shared.key, **float32)
         scores = jnp.concatenate([jnp.where(shared_mask, shared_scores, MASKED), scores], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(own.value.dtype)

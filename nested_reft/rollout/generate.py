@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -66,7 +67,8 @@ def generate(
         token_BG = jnp.where(state.done_BG, 0, token_BG)
         logprob_BG = jnp.where(state.done_BG, 0.0, logprob_BG)
         at_step = (0, 0, state.step)
-        return state.replace(
+        return dataclasses.replace(
+            state,
             step=state.step + 1,
             tokens_BGC=jax.lax.dynamic_update_slice(state.tokens_BGC, token_BG[..., None], at_step),
             logprob_BGC=jax.lax.dynamic_update_slice(state.logprob_BGC, logprob_BG[..., None], at_step),
@@ -81,7 +83,7 @@ def generate(
         last = state.step - 1
         token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGC, last, axis=2, keepdims=False)
         hidden_BGD, cache = model.decode(token_BG, last, state.cache, prompt, plan)
-        return add_token(state.replace(cache=cache), hidden_BGD)
+        return add_token(dataclasses.replace(state, cache=cache), hidden_BGD)
 
     rows = (batch, group_size)
     state = _DecodeState(
@@ -133,7 +135,7 @@ def completion_logprobs(
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
     hidden = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
     logits = tempered(model.logits(hidden), temperature)
-    logprob = token_logprob(logits, tokens_BGC, 1)
+    logprob = token_logprob(logits, tokens_BGC, 1.0)
     all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
     return logprob, -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
 

@@ -71,11 +71,11 @@ def sample_token(
     """
     if config.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, token_logprob(logits, token, 0)
+        return token, token_logprob(logits, token, 1.0)
     logits = truncated(tempered(logits, config.temperature), config.top_k, config.top_p)
     probability = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     token = draw_categorical(key, probability)
-    return token, token_logprob(logits, token, 1)
+    return token, token_logprob(logits, token, 1.0)
 
 
 def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Float[Array, "*rows V"]:

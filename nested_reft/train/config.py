@@ -88,7 +88,7 @@ class RolloutConfig:
     """How completions are sampled.
 
     Attributes:
-        group_size: G, completions per prompt; group-relative advantages need 2 or more.
+        group_size: G, completions per prompt; every advantage but `no_baseline` needs 2 or more.
         max_completion_tokens: C.
         sampling: temperature and truncation.
     """
@@ -98,11 +98,8 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):
-        if self.group_size < 2:
-            raise ValueError(
-                f"rollout.group_size is {self.group_size}; allowed is 2 or more: an advantage compares"
-                " the completions of one prompt"
-            )
+        if self.group_size < 1:
+            raise ValueError(f"rollout.group_size is {self.group_size}; allowed is 1 or more")
         if self.max_completion_tokens < 1:
             raise ValueError(f"rollout.max_completion_tokens is {self.max_completion_tokens}; allowed is 1 or more")
         if self.sampling.temperature == 0:
@@ -195,6 +192,8 @@ class Config:
                 f"mesh.data is {self.mesh.data}; it must divide the prompts of a micro-batch,"
                 f" {self.data.prompts_per_batch // self.train.micro_batches}"
             )
+        sampling = self.rollout.sampling
+        self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
         if self.lora.rank and self.warm_start.steps:
             raise ValueError("lora.rank and warm_start.steps are both set; a warm start trains the whole model")
 

@@ -122,7 +122,7 @@ def trained_policy(run: Path) -> Setup:
     checkpoints = Checkpoints(run / "checkpoints", config.train.keep_checkpoints)
     _, arrays, _ = checkpoints.restore(state.checkpoint_arrays())
     checkpoints.close()
-    return dataclasses.replace(setup, model=state.replace(**arrays).model)
+    return dataclasses.replace(setup, model=dataclasses.replace(state, **arrays).model)
 
 
 def run_config(run: Path) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,8 @@ def make_update(
         (total, parts, logprob_BGC, entropy_BGC), gradient = _accumulate(
             micro_loss, state.trainable, batch, micro_batches
         )
-        gradient = jax.tree.map(lambda g: Weighted(g, total.weight).mean(), gradient)
+        divisor = jnp.where(total.weight == 0, jnp.inf, total.weight)  # nothing to learn from: no gradient
+        gradient = jax.tree.map(lambda g: g / divisor, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
         mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, logprob_BGC.shape[-1])
         metrics = {name: part.mean() for name, part in parts.items()}
@@ -107,7 +109,8 @@ def make_update(
         metrics["entropy"] = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
         metrics["loss"] = total.mean()
         metrics["gradient_norm"] = optax.global_norm(gradient)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             trainable=optax.apply_updates(state.trainable, updates),
             optimizer_state=optimizer_state,
             updates=state.updates + 1,
@@ -139,7 +142,9 @@ def make_supervised_update(
         loss, gradient = jax.value_and_grad(cross_entropy)(state.trainable)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return state.replace(trainable=trainable, optimizer_state=optimizer_state, updates=state.updates + 1), loss
+        return dataclasses.replace(
+            state, trainable=trainable, optimizer_state=optimizer_state, updates=state.updates + 1
+        ), loss
 
     return jax.jit(update, donate_argnums=0)
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
@@ -213,9 +214,9 @@ class Trainer:
             advantage_BG=shard_batch(advantage_BG, self.mesh),
         )
         if config.train.updates_per_batch > 1:
-            batch = batch.replace(old_logprob_BGC=self._logprobs(self.state.model, batch))
+            batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
         if config.loss.reference_kl_coefficient:
-            batch = batch.replace(reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
+            batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
         return batch
 
     def _reference_model(self) -> Transformer:
@@ -320,7 +321,7 @@ class Trainer:
 
     def _restore(self) -> None:
         _, arrays, host = self.checkpoints.restore(self.state.checkpoint_arrays())
-        self.state = self.state.replace(**arrays)
+        self.state = dataclasses.replace(self.state, **arrays)
         self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
         self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
         self.stream.set_state(host["stream"])

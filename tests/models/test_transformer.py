@@ -11,14 +11,14 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig, add_lora, merge_lora
 from nested_reft.models.transformer import Transformer, initial_parameters, parameter_shapes
 from nested_reft.types import valid_mask
-from tests.tiny_models import TINY, tiny_model, tiny_prompts
+from tests.tiny_models import TINY, forward, tiny_model, tiny_prompts
 
 
 def test_full_plan_is_the_model_without_a_plan_bit_for_bit():
     model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()
     valid_BP = valid_mask(length_B, 9)
-    forward = jax.jit(lambda plan: model(tokens_BP, valid_BP, plan))
-    assert jnp.array_equal(forward(None), forward(LayerPlan.full(5)))
+    without_plan, full_plan = (forward(model, tokens_BP, plan, valid_BP) for plan in (None, LayerPlan.full(5)))
+    assert jnp.array_equal(without_plan, full_plan)
 
 
 @pytest.mark.parametrize("layer", range(5))
@@ -30,7 +30,7 @@ def test_only_kept_layers_act(layer):
         name: value.at[layer].multiply(1.5) if name.startswith("layers/") else value
         for name, value in parameters.items()
     }
-    before, after = model(tokens_BP, plan=plan), Transformer(TINY, perturbed)(tokens_BP, plan=plan)
+    before, after = forward(model, tokens_BP, plan), forward(Transformer(TINY, perturbed), tokens_BP, plan)
     assert jnp.array_equal(before, after) == (layer in (1, 3))
 
 
@@ -41,16 +41,18 @@ def test_plan_equals_a_model_built_without_the_skipped_layers():
         name: value[plan.kept_S] if name.startswith("layers/") else value for name, value in model.parameters().items()
     }
     config = ModelConfig(**{**vars(TINY), "num_layers": 3})
-    np.testing.assert_allclose(model(tokens_BP, plan=plan), Transformer(config, shorter)(tokens_BP), atol=1e-6)
+    np.testing.assert_allclose(
+        forward(model, tokens_BP, plan), forward(Transformer(config, shorter), tokens_BP), atol=1e-5
+    )
 
 
 def test_logits_do_not_depend_on_the_side_of_the_padding():
     model, (tokens_BP, _) = tiny_model(), tiny_prompts()
     row = tokens_BP[:1, :5]
     padding = jnp.full((1, 4), 3)
-    right = model(jnp.concatenate([row, padding], 1), jnp.arange(9)[None] < 5)[:, :5]
-    left = model(jnp.concatenate([padding, row], 1), jnp.arange(9)[None] >= 4)[:, 4:]
-    plain = model(row)
+    right = forward(model, jnp.concatenate([row, padding], 1), None, jnp.arange(9)[None] < 5)[:, :5]
+    left = forward(model, jnp.concatenate([padding, row], 1), None, jnp.arange(9)[None] >= 4)[:, 4:]
+    plain = forward(model, row)
     np.testing.assert_allclose(right, plain, atol=1e-5)
     np.testing.assert_allclose(left, plain, atol=1e-5)
 
@@ -61,13 +63,16 @@ def test_shared_prompt_equals_running_every_sequence_whole(skipped, remat, key):
     model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()
     plan = None if skipped is None else LayerPlan.skipping(5, skipped)
     completion_BGC = jax.random.randint(key, (3, 2, 4), 0, 31)
-    hidden = model.completion_hidden(tokens_BP, valid_mask(length_B, 9), completion_BGC, plan, remat)
-    logits = model.logits(hidden)
+    valid_BP = valid_mask(length_B, 9)
+    score = jax.jit(
+        lambda model: model.logits(model.completion_hidden(tokens_BP, valid_BP, completion_BGC, plan, remat))
+    )
+    logits = score(model)
     for b, length in enumerate(length_B.tolist()):
         for g in range(2):
             sequence = jnp.concatenate([tokens_BP[b, :length], completion_BGC[b, g]])[None]
-            whole = model(sequence, plan=plan)[0, length - 1 : -1]
-            np.testing.assert_allclose(logits[b, g], whole, atol=2e-5)
+            whole = forward(model, sequence, plan)[0, length - 1 : -1]
+            np.testing.assert_allclose(logits[b, g], whole, atol=1e-4)
 
 
 def test_gradient_is_the_same_with_and_without_the_full_plan():
@@ -78,7 +83,8 @@ def test_gradient_is_the_same_with_and_without_the_full_plan():
     def loss(state, plan):
         return jnp.sum(nnx.merge(graph, state)(tokens_BP, plan=plan) ** 2) * 1e-3
 
-    plain, planned = jax.grad(loss)(state, None), jax.grad(loss)(state, LayerPlan.full(5))
+    gradient = jax.jit(jax.grad(loss))
+    plain, planned = gradient(state, None), gradient(state, LayerPlan.full(5))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, planned)
 
 
@@ -93,16 +99,16 @@ def test_skipped_layers_get_no_gradient():
 
 def test_new_adapters_change_nothing_and_merged_adapters_change_everything_alike(key):
     model, (tokens_BP, _) = tiny_model(), tiny_prompts()
-    plain = model(tokens_BP)
+    plain = forward(model, tokens_BP)
     add_lora(model, LoraConfig(rank=3, alpha=6.0), key)
     assert model.lora_scale == 2.0
-    np.testing.assert_allclose(model(tokens_BP), plain, atol=1e-6)
+    np.testing.assert_allclose(forward(model, tokens_BP), plain, atol=1e-5)
     for name in ("query", "down"):
         out = getattr(model.layers, f"{name}_lora_out")
         out[...] = 0.1 * jax.random.normal(key, out.shape)
-    adapted = model(tokens_BP)
+    adapted = forward(model, tokens_BP)
     assert jnp.abs(adapted - plain).max() > 0.1
-    np.testing.assert_allclose(Transformer(TINY, merge_lora(model))(tokens_BP), adapted, atol=2e-5)
+    np.testing.assert_allclose(forward(Transformer(TINY, merge_lora(model)), tokens_BP), adapted, rtol=1e-4, atol=2e-4)
 
 
 def test_bfloat16_weights_stay_close():
@@ -110,9 +116,9 @@ def test_bfloat16_weights_stay_close():
     parameters = initial_parameters(config, jax.random.key(0))
     halved = {name: value.astype(jnp.bfloat16) for name, value in parameters.items()}
     tokens_BP, _ = tiny_prompts()
-    logits = Transformer(config, halved)(tokens_BP)
+    logits = forward(Transformer(config, halved), tokens_BP)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, Transformer(config, parameters)(tokens_BP), atol=0.1)
+    np.testing.assert_allclose(logits, forward(Transformer(config, parameters), tokens_BP), atol=0.1)
 
 
 def test_refuses_parameters_that_do_not_fit():

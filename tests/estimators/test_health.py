@@ -1,0 +1,97 @@
+"""Off-policy measures against slow loops, and the warnings they raise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft.estimators.health import effective_sample_size, health_warning, kish, off_policy_health
+from nested_reft.types import valid_mask
+
+
+def test_effective_sample_size_by_hand():
+    """Weights 1 and 3: 4^2 / (2 * 10) = 0.8. Not dividing by n would give 1.6."""
+    assert float(effective_sample_size(jnp.log(jnp.array([1.0, 3.0])))) == pytest.approx(0.8)
+    assert float(kish(jnp.array(2.0), jnp.array(5.0))) == pytest.approx(0.8)
+    assert float(effective_sample_size(jnp.array([1e3, 1e3]))) == pytest.approx(1)
+    assert float(effective_sample_size(jnp.array([-jnp.inf, 0.0]))) == pytest.approx(1)
+    assert float(effective_sample_size(jnp.full(3, -jnp.inf))) == 0
+    assert float(kish(jnp.array(0.0), jnp.array(0.0))) == 0
+
+
+def test_equals_slow_loops(key):
+    target_BGC = -jax.random.exponential(key, (2, 3, 5))
+    behavior_BGC = target_BGC + 0.5 * jax.random.normal(jax.random.fold_in(key, 1), (2, 3, 5))
+    length_BG = jnp.array([[1, 5, 3], [2, 4, 5]])
+    health = off_policy_health(target_BGC, behavior_BGC, valid_mask(length_BG, 5))
+
+    ratios, sequences, log_ratios = [], [], []
+    for b in range(2):
+        for g in range(3):
+            difference = np.asarray(target_BGC - behavior_BGC, np.float64)[b, g, : length_BG[b, g]]
+            log_ratios += list(difference)
+            ratios += list(np.exp(difference))
+            sequences.append(np.exp(difference.sum()))
+    ratios, sequences = np.array(ratios), np.array(sequences)
+    expected = {
+        "ess_token": ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()),
+        "ess_sequence": sequences.sum() ** 2 / (len(sequences) * (sequences**2).sum()),
+        "ratio_mean": ratios.mean(),
+        "ratio_max": ratios.max(),
+        "ratio_quantile_05": np.quantile(ratios, 0.05),
+        "ratio_quantile_50": np.quantile(ratios, 0.5),
+        "ratio_quantile_95": np.quantile(ratios, 0.95),
+        "kl_behavior_target": -np.mean(log_ratios),
+    }
+    assert health.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(health[name]) == pytest.approx(value, rel=1e-5), name
+
+
+def test_on_policy_is_one():
+    logprob_BGC = -jnp.ones((1, 2, 3))
+    health = off_policy_health(logprob_BGC, logprob_BGC, jnp.ones((1, 2, 3), bool))
+    assert {name: float(value) for name, value in health.items() if name != "kl_behavior_target"} == {
+        "ess_token": 1, "ess_sequence": 1, "ratio_mean": 1, "ratio_max": 1,
+        "ratio_quantile_05": 1, "ratio_quantile_50": 1, "ratio_quantile_95": 1,
+    }  # fmt: skip
+    assert float(health["kl_behavior_target"]) == 0
+
+
+@pytest.mark.parametrize("target", [-1.0, -101.0, 99.0, -jnp.inf])
+@pytest.mark.parametrize("valid", [True, False])
+def test_finite_in_every_corner(target, valid):
+    shape = (1, 2, 3)
+    health = off_policy_health(jnp.full(shape, target), -jnp.ones(shape), jnp.full(shape, valid))
+    assert all(np.isfinite(value) for value in health.values())
+
+
+HEALTHY = {"ess_weight": 0.8, "ess_token": 0.7, "kl_behavior_target": 0.12}
+
+
+def test_no_warning_while_healthy():
+    assert health_warning(HEALTHY, 0.5) is None
+
+
+def test_noisy_weights_are_named_with_remedies():
+    warning = health_warning(HEALTHY | {"ess_weight": 0.2}, 0.5)
+    assert warning is not None
+    for part in ("ess_weight is 0.200", "under 0.5", "0.12 nats", "skip_ratio", "mixture", "truncate_at"):
+        assert part in warning
+
+
+def test_bounded_weights_do_not_hide_the_gap():
+    """`one` has ess_weight 1 however far off-policy it is: the ratios themselves must speak."""
+    warning = health_warning({"ess_weight": 1.0, "ess_token": 0.1}, 0.5)
+    assert warning is not None and "ess_token is 0.100" in warning and "biased rather than noisy" in warning
+    assert "truncate_at" not in warning
+
+
+def test_nan_warns():
+    assert health_warning(HEALTHY | {"ess_weight": float("nan")}, 0.5) is not None
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0, float("nan")])
+def test_threshold_is_checked(threshold):
+    with pytest.raises(ValueError, match="allowed is 0 < threshold < 1"):
+        health_warning(HEALTHY, threshold)

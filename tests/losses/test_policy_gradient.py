@@ -1,0 +1,380 @@
+"""The policy-gradient loss: numbers by hand, a slow loop for every combination, invariances, corners."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft.losses.config import LossConfig
+from nested_reft.losses.policy_gradient import normalization_shares, policy_gradient_loss
+from nested_reft.losses.presets import dapo
+from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.types import gradient_mask
+from tests.losses.batches import one_group, random_batch
+from tests.tiny_models import tiny_model, tiny_prompts
+
+PLAIN = LossConfig("leave_one_out", "base", "token", "token_mean")
+LIMITS = [
+    {},
+    {"truncate_at": 1.3},
+    {"drop_below": 0.8, "drop_above": 1.3},
+    {"self_normalized": True},
+    {"clip_low": 0.1},
+    {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3},
+    {"reference_kl": "k1_in_reward", "reference_kl_coefficient": 0.3},
+    {"reference_kl": "k2_loss", "reference_kl_coefficient": 0.3},
+    {"reference_kl": "k3_loss", "reference_kl_coefficient": 0.3},
+]
+
+
+def every_combination() -> list[LossConfig]:
+    """All that the configuration does not refuse, with limits at one normalisation and all normalisations without."""
+    variants = [("base", {}), ("one", {}), ("practical", {}), ("retrace", {"retrace_lambda": 0.9})]
+    variants.append(("mixture", {"mixture_alpha": 0.3}))
+    normalizations = [(name, {}) for name in ("token_mean", "group_token_mean", "sequence_mean")]
+    normalizations.append(("fixed_length", {"fixed_length_tokens": 5}))
+    levels = ("token", "prefix", "sequence", "geometric")
+    found = []
+    for (variant, own), level, (normalization, length), limit in itertools.product(
+        variants, levels, normalizations, LIMITS
+    ):
+        if limit and normalization != "sequence_mean":
+            continue
+        try:
+            found.append(LossConfig("leave_one_out", variant, level, normalization, **own, **length, **limit))
+        except ValueError:
+            continue
+    return found
+
+
+def identity(config: LossConfig) -> str:
+    changed = [
+        str(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    ]
+    return "-".join(changed[1:])
+
+
+def gradient_and_parts(target_BGC, batch, config):
+    """Gradient of the loss's mean with respect to the log-probabilities, as the update divides it."""
+
+    def loss_sum(target_BGC):
+        total, parts = policy_gradient_loss(target_BGC, batch, config)
+        return total.sum, (total, parts)
+
+    gradient_BGC, (total, parts) = jax.grad(loss_sum, has_aux=True)(target_BGC)
+    return np.asarray(gradient_BGC / total.weight), total, parts
+
+
+def slow_gradient(target_BGC, batch, config) -> np.ndarray:
+    """The documented gradient, token by token: -c_t h_t A_t / W where no clip acts, plus the penalty's."""
+    arrays = [target_BGC, batch.behavior_logprob_BGC, batch.old_logprob_BGC, batch.nested_logprob_BGC]
+    target, behavior, old, nested = (np.asarray(array, np.float64) for array in arrays)
+    reference = np.asarray(batch.reference_logprob_BGC, np.float64)
+    start, end = np.asarray(batch.forced_BG), np.asarray(batch.length_BG)
+    gradient, weight_sum, tokens_of_group = np.zeros(target.shape), 0.0, np.maximum(end - start, 0).sum(axis=1)
+    for b, g in itertools.product(*map(range, end.shape)):
+        own = range(start[b, g], end[b, g])
+        for t in own:
+            ratios = {s: math.exp(target[b, g, s] - behavior[b, g, s]) for s in own}
+            if config.bias_mitigation == "practical":
+                ratios = {s: math.exp(target[b, g, s] - old[b, g, s]) for s in own}
+            if config.bias_mitigation == "one":
+                ratios = dict.fromkeys(own, 1.0)
+            if config.bias_mitigation == "retrace":
+                ratios = {s: config.retrace_lambda * min(1.0, ratio) for s, ratio in ratios.items()}
+            product = math.prod(ratios.values())
+            if config.bias_mitigation == "mixture":
+                densities = [math.exp(sum(policy[b, g, s] for s in own)) for policy in (target, old, nested)]
+                h = densities[0] / (config.mixture_alpha * densities[1] + (1 - config.mixture_alpha) * densities[2])
+            elif config.level == "token":
+                h = ratios[t]
+            elif config.level == "prefix":
+                h = math.prod(ratios[s] for s in own if s <= t)
+            else:
+                h = product if config.level == "sequence" else product ** (1 / len(own))
+            dropped = (config.drop_below or 0) > h or h > (config.drop_above or math.inf)
+            h = 0.0 if dropped else min(h, config.truncate_at or math.inf)
+
+            advantage = float(batch.advantage_BG[b, g])
+            if config.reference_kl == "k1_in_reward":
+                to_come = sum(target[b, g, s] - reference[b, g, s] for s in own if s >= t)
+                advantage -= config.reference_kl_coefficient * to_come
+            too_high = config.clip_high is not None and advantage > 0 and h > 1 + config.clip_high
+            too_low = config.clip_low is not None and advantage < 0 and h < 1 - config.clip_low
+            far_too_high = config.dual_clip is not None and advantage < 0 and h > config.dual_clip
+            term = 0.0 if too_high or too_low or far_too_high else h * advantage
+
+            log_ratio = target[b, g, t] - reference[b, g, t]
+            if config.reference_kl == "k2_loss":
+                term -= config.reference_kl_coefficient * log_ratio
+            if config.reference_kl == "k3_loss":
+                term -= config.reference_kl_coefficient * (1 - math.exp(-log_ratio))
+
+            c, share = {
+                "token_mean": (1.0, 1.0),
+                "group_token_mean": (1 / tokens_of_group[b], 1 / tokens_of_group[b]),
+                "sequence_mean": (1 / len(own), 1 / len(own)),
+                "fixed_length": (1 / (config.fixed_length_tokens or 1), 1 / len(own)),
+            }[config.normalization]
+            weight_sum += share * (h if config.self_normalized else 1.0)
+            gradient[b, g, t] = -c * term
+    return gradient / weight_sum
+
+
+@pytest.mark.parametrize("config", every_combination(), ids=identity)
+def test_gradient_of_every_combination_equals_the_slow_loop(config):
+    target_BGC, batch = random_batch(jax.random.key(3))
+    gradient_BGC, _, _ = gradient_and_parts(target_BGC, batch, config)
+    np.testing.assert_allclose(gradient_BGC, slow_gradient(target_BGC, batch, config), rtol=2e-4, atol=1e-6)
+
+
+def test_the_combinations_are_many():
+    assert len(every_combination()) > 80
+
+
+# Clips.
+
+
+def alive(ratio, advantage, config):
+    gradient_BGC, _, parts = gradient_and_parts(*one_group([[ratio]], [advantage]), config)
+    assert (gradient_BGC[0, 0, 0] == 0) == (float(parts["clipped_share"].mean()) == 1)
+    return gradient_BGC[0, 0, 0] != 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "survives"),
+    [
+        (1.25, 1.0, True),  # a symmetric clip of 0.2 would kill it
+        (1.29, 1.0, False),
+        (0.1, 1.0, True),
+        (0.79, -1.0, False),
+        (0.81, -1.0, True),
+        (0.75, -1.0, False),  # a symmetric clip of 0.28 would let it live
+        (1.29, -1.0, True),
+        (1000.0, -1.0, True),
+    ],
+)
+def test_clip_higher(ratio, advantage, survives):
+    assert alive(ratio, advantage, dapo("base")) == survives
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "survives"), [(2.9, -1.0, True), (3.1, -1.0, False), (0.79, -1.0, False), (1.2, 1.0, True)]
+)
+def test_dual_clip(ratio, advantage, survives):
+    config = dapo("base", dual_clip=3.0)
+    assert alive(ratio, advantage, config) == survives
+    _, total, _ = gradient_and_parts(*one_group([[3.1]], [-1.0]), config)
+    assert float(total.mean()) == pytest.approx(3)  # not 3.1
+
+
+def test_sequence_levels_clip_all_tokens_together():
+    """Ratios 1.5 and 0.9: the geometric mean 1.16 dies beyond 1.1 for both; per token only the first would."""
+    target_BGC, batch = one_group([[1.5, 0.9]], [1.0])
+    for level, expected in (("geometric", [True, True]), ("token", [True, False])):
+        config = dataclasses.replace(PLAIN, level=level, clip_high=0.1)
+        gradient_BGC, _, _ = gradient_and_parts(target_BGC, batch, config)
+        assert (gradient_BGC[0, 0] == 0).tolist() == expected
+
+
+def test_dropped_tokens_neither_push_nor_count_as_value():
+    """h = 0 with A = -1: the clip's floor 1 - clip_low would otherwise leave a value of 0.8 behind."""
+    config = dataclasses.replace(PLAIN, drop_below=0.5, clip_low=0.2)
+    gradient_BGC, total, parts = gradient_and_parts(*one_group([[0.3, 1.0]], [-1.0]), config)
+    np.testing.assert_allclose(gradient_BGC[0, 0], [0, 0.5])
+    assert float(total.mean()) == pytest.approx(0.5)
+    assert float(parts["limited_share"].mean()) == 0.5 and float(parts["clipped_share"].mean()) == 0
+
+
+# Normalisation.
+
+
+@pytest.mark.parametrize(
+    ("normalization", "relation"),
+    [("token_mean", 10), ("group_token_mean", 10), ("sequence_mean", 1), ("fixed_length", 10)],
+)
+def test_weight_of_long_completions(normalization, relation):
+    """Lengths 100 and 10, same advantage: the long one's gradient weighs 10 : 1, under a mean per completion 1 : 1."""
+    fixed = {"fixed_length_tokens": 100} if normalization == "fixed_length" else {}
+    config = LossConfig("leave_one_out", "base", "token", normalization, **fixed)
+    gradient_BGC, _, _ = gradient_and_parts(*one_group(np.ones((2, 100)), [1.0, 1.0], [100, 10]), config)
+    total_G = gradient_BGC[0].sum(axis=-1)
+    assert total_G[0] / total_G[1] == pytest.approx(relation, rel=1e-4)
+
+
+def test_normalisers_by_hand():
+    """Two groups of one, of 1 and 3 tokens. A mean of micro-batch means would give the token mean 1/2 and 1/6."""
+    mask_BGC = jnp.array([[[True, False, False]], [[True, True, True]]])
+    expected = {
+        "token_mean": ([1, 1, 1, 1], 4),
+        "group_token_mean": ([1, 1 / 3, 1 / 3, 1 / 3], 2),
+        "sequence_mean": ([1, 1 / 3, 1 / 3, 1 / 3], 2),
+        "fixed_length": ([1 / 6] * 4, 2),
+    }
+    for name, (coefficients, weight) in expected.items():
+        c_BGC, share_BGC = normalization_shares(mask_BGC, name, 6 if name == "fixed_length" else None)
+        np.testing.assert_allclose(c_BGC[mask_BGC], coefficients, rtol=1e-6, err_msg=name)
+        assert float(share_BGC.sum()) == pytest.approx(weight)
+        assert not np.any(c_BGC[~mask_BGC]) and not np.any(share_BGC[~mask_BGC])
+
+
+def test_a_fully_forced_completion_counts_nowhere():
+    mask_BGC = gradient_mask(jnp.array([[3, 3]]), jnp.array([[3, 0]]), 3)
+    for name in ("token_mean", "group_token_mean", "sequence_mean", "fixed_length"):
+        _, share_BGC = normalization_shares(mask_BGC, name, 3 if name == "fixed_length" else None)
+        assert float(share_BGC.sum()) == (3 if name == "token_mean" else 1)
+
+
+def test_self_normalisation_by_hand():
+    """Weights 3 and 1, advantages 1 and -1: gradients -3/4 and 1/4. Unnormalised they would be -3/2 and 1/2."""
+    config = dataclasses.replace(PLAIN, self_normalized=True)
+    gradient_BGC, total, _ = gradient_and_parts(*one_group([[3.0], [1.0]], [1.0, -1.0]), config)
+    np.testing.assert_allclose(gradient_BGC[0, :, 0], [-0.75, 0.25], rtol=1e-6)
+    assert float(total.mean()) == pytest.approx(-0.5)
+
+
+SPLIT = [
+    config for config in every_combination() if config.normalization == "sequence_mean" or config.level == "sequence"
+]
+
+
+@pytest.mark.parametrize("config", SPLIT[::5], ids=identity)
+def test_micro_batches_add_up(config):
+    """Sums and weights of single prompts add up to those of the batch, and so do their gradients."""
+    target_BGC, batch = random_batch(jax.random.key(5), prompts=3)
+
+    def sums(target_BGC, batch):
+        total, parts = policy_gradient_loss(target_BGC, batch, config)
+        return total.sum, (total, parts)
+
+    whole_gradient, whole = jax.grad(sums, has_aux=True)(target_BGC, batch)
+    parts = []
+    for b in range(3):
+        one = jax.tree.map(lambda x, b=b: x[b : b + 1], (target_BGC, batch))
+        gradient, added = jax.grad(sums, has_aux=True)(*one)
+        parts.append(added)
+        np.testing.assert_allclose(gradient[0], whole_gradient[b], rtol=1e-5, atol=1e-6)
+    added = jax.tree.map(lambda *values: sum(values), *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), added, whole)
+
+
+# What must not matter, and what must.
+
+
+def test_forced_and_padding_tokens_have_no_part():
+    target_BGC, batch = random_batch(jax.random.key(1))
+    batch = batch.replace(forced_BG=jnp.array([[2, 1, 0], [9, 0, 1]]))
+    mask_BGC = np.asarray(gradient_mask(batch.length_BG, batch.forced_BG, 4))
+    other = jax.tree.map(
+        lambda x: x - 3.0 * ~mask_BGC if x.shape == mask_BGC.shape and x.dtype == jnp.float32 else x, batch
+    )
+    for config in every_combination()[::7]:
+        gradient_BGC, total, _ = gradient_and_parts(target_BGC, batch, config)
+        assert not np.any(gradient_BGC[~mask_BGC])
+        again_BGC, again, _ = gradient_and_parts(target_BGC - 5.0 * ~mask_BGC, other, config)
+        np.testing.assert_array_equal(gradient_BGC, again_BGC)
+        assert float(total.sum) == float(again.sum)
+
+
+def test_token_advantages_replace_those_of_completions():
+    target_BGC, batch = random_batch(jax.random.key(2))
+    spread = batch.replace(token_advantage_BGC=jnp.broadcast_to(batch.advantage_BG[..., None], target_BGC.shape))
+    np.testing.assert_array_equal(
+        gradient_and_parts(target_BGC, batch, PLAIN)[0], gradient_and_parts(target_BGC, spread, PLAIN)[0]
+    )
+    rising = one_group([[1.0, 1.0]], [7.0])[1].replace(token_advantage_BGC=jnp.array([[[1.0, 2.0]]]))
+    gradient_BGC, _, _ = gradient_and_parts(jnp.full((1, 1, 2), -1.0), rising, PLAIN)
+    np.testing.assert_allclose(gradient_BGC[0, 0], [-0.5, -1.0], rtol=1e-6)
+
+
+def test_without_old_logprobs_the_target_is_the_old_policy():
+    target_BGC, batch = random_batch(jax.random.key(2))
+    for variant, own in (("practical", {}), ("mixture", {"mixture_alpha": 0.3})):
+        config = LossConfig("leave_one_out", variant, "sequence", "token_mean", **own)
+        missing = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=None), config)[0]
+        given = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=target_BGC), config)[0]
+        np.testing.assert_array_equal(missing, given)
+
+
+@pytest.mark.parametrize("config", every_combination()[::4], ids=identity)
+def test_finite_in_every_corner(config):
+    """Empty masks, one token, ratios of e^100 both ways, and tokens outside the support of either policy."""
+    target_BGC, batch = random_batch(jax.random.key(4))
+    nothing = batch.replace(forced_BG=batch.length_BG)
+    one_token = batch.replace(length_BG=jnp.ones_like(batch.length_BG), forced_BG=jnp.zeros_like(batch.forced_BG))
+    whole = batch.replace(length_BG=jnp.full_like(batch.length_BG, 4), forced_BG=jnp.zeros_like(batch.forced_BG))
+    minus_infinity = jnp.full_like(target_BGC, -jnp.inf)
+    behavior = {"behavior_logprob_BGC": minus_infinity, "nested_logprob_BGC": minus_infinity}
+    corners = [
+        (target_BGC, nothing),
+        (target_BGC, one_token),
+        (target_BGC - 100, whole),
+        (target_BGC + 100, whole),
+        (minus_infinity, whole),
+        (target_BGC, whole.replace(**behavior)),
+        (
+            minus_infinity,
+            whole.replace(**behavior, old_logprob_BGC=minus_infinity, reference_logprob_BGC=minus_infinity),
+        ),
+    ]
+    for target, corner in corners:
+        total, parts = policy_gradient_loss(target, corner, config)
+        gradient = jax.grad(lambda t, corner=corner: policy_gradient_loss(t, corner, config)[0].sum)(target)
+        for leaf in jax.tree.leaves((gradient, total, parts)):
+            assert jnp.all(jnp.isfinite(leaf))
+        assert jnp.isfinite(total.mean())
+        if corner is nothing:
+            assert float(total.weight) == 0 and float(total.mean()) == 0 and not jnp.any(gradient)
+
+
+def test_what_a_loss_needs_is_named():
+    target_BGC, batch = random_batch(jax.random.key(1))
+    mixture = LossConfig("leave_one_out", "mixture", "sequence", "token_mean", mixture_alpha=0.5)
+    with pytest.raises(ValueError, match=r"needs batch\.nested_logprob_BGC"):
+        policy_gradient_loss(target_BGC, batch.replace(nested_logprob_BGC=None), mixture)
+    kl = dataclasses.replace(PLAIN, reference_kl="k2_loss", reference_kl_coefficient=0.1)
+    with pytest.raises(ValueError, match=r"needs batch\.reference_logprob_BGC"):
+        policy_gradient_loss(target_BGC, batch.replace(reference_logprob_BGC=None), kl)
+    with pytest.raises(ValueError, match="pass the differentiable entropy_BGC"):
+        policy_gradient_loss(target_BGC, batch, dataclasses.replace(PLAIN, entropy_coefficient=0.1))
+
+
+def test_entropy_bonus_is_the_mean_entropy_of_the_counted_tokens():
+    target_BGC, batch = random_batch(jax.random.key(6))
+    batch = batch.replace(advantage_BG=0 * batch.advantage_BG)
+    entropy_BGC = jax.random.uniform(jax.random.key(7), target_BGC.shape)
+    config = dataclasses.replace(PLAIN, entropy_coefficient=0.5)
+    mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, 4)
+    value, gradient_BGC = jax.value_and_grad(lambda e: policy_gradient_loss(target_BGC, batch, config, e)[0].mean())(
+        entropy_BGC
+    )
+    assert float(value) == pytest.approx(-0.5 * float((entropy_BGC * mask_BGC).sum() / mask_BGC.sum()), rel=1e-5)
+    np.testing.assert_allclose(gradient_BGC, -0.5 * mask_BGC / mask_BGC.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_entropy_is_differentiable_on_request_only(differentiable):
+    """Its directional derivative against a finite difference; without the request it is zero, the value the same."""
+    model, (prompt_BP, length_B) = tiny_model(), tiny_prompts()
+    tokens_BGC = jnp.zeros((3, 1, 2), jnp.int32)
+    parameters = model.parameters()
+
+    @jax.jit
+    def entropy(scale):
+        scaled = Transformer(model.config, parameters | {"final_norm": scale * parameters["final_norm"]})
+        logprobs = completion_logprobs(
+            scaled, prompt_BP, length_B, tokens_BGC, 1.0, differentiable_entropy=differentiable
+        )
+        return logprobs[1].sum()
+
+    step = 1e-2
+    difference = float(entropy(1 + step) - entropy(1 - step)) / (2 * step)
+    assert difference < -0.1
+    assert float(jax.grad(entropy)(1.0)) == pytest.approx(difference if differentiable else 0, rel=0.02)

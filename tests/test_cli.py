@@ -1,0 +1,151 @@
+"""The command line: what it refuses, with which exit code, and that refusing leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nested_reft.cli import main
+
+SMALL = [
+    *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
+    *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "4", "--warm-start.steps", "0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(arguments, capsys) -> str:
+    """The message of a refused command; checks that nothing was written."""
+    before = sorted(Path.cwd().rglob("*"))
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse and tyro refuse by themselves
+        code = stop.code
+    assert code == 2
+    assert sorted(Path.cwd().rglob("*")) == before
+    output = capsys.readouterr()
+    return " ".join((output.err + output.out).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "command 'fly' is unknown; known are train"),
+        (["train"], "train needs the name of a configuration"),
+        (["train", "nothing"], "configuration 'nothing' is unknown; known are smollm2_chain_sum, tiny"),
+        (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
+        (["train", "tiny", "--no.such-field", "1"], "no.such-field"),
+        (["train", "tiny", "--nesting.skip-ratio", "1.5"], "nesting.skip_ratio is 1.5; allowed is 0 <= skip_ratio < 1"),
+        (["train", "tiny", "--nesting.skip-ratio", "high"], "skip-ratio"),
+        (["train", "tiny", "--nesting.border", "3"], "nesting.border is 3 and nesting.skip_ratio 0.2"),
+        (["train", "tiny", "--data.prompts-per-batch", "0"], "data.prompts_per_batch is 0"),
+        (["train", "tiny", "--data.max-prompt-tokens", "4"], "data.max_prompt_tokens is 4"),
+        (["train", "tiny", "--data.sources.0.task", "chain_sun"], "did you mean one of: chain_sum"),
+        (["train", "smollm2_chain_sum", "--model.name", "gpt-9"], "model is 'gpt-9', which is neither known"),
+        (["train", "smollm2_chain_sum", "--model.name", "./weights.gguf"], "weights.gguf' does not exist"),
+        (["train", "tiny", "--json", "no/such/dir/file.json"], "cannot write"),
+        (["train", "--resume", "nowhere"], "'nowhere' is not a run directory"),
+        (["eval", "nowhere"], "'nowhere' is not a run directory; name the configuration"),
+        (["eval", "smollm2-135m", "--config", "nothing"], "configuration 'nothing' is unknown"),
+        (["sample", "nowhere", "2 + 2"], "model is 'nowhere'"),
+        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "nesting.skip_ratio is 1.0"),
+        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "sampling.temperature is -1.0"),
+        (["export", "nowhere", "out"], "'nowhere' is not a run directory"),
+        (["measure-layers", "smollm2-135m", "--config", "tiny", "--out", "x/y.json"], "cannot write 'x/y.json'"),
+    ],
+)
+def test_refuses(arguments, message, capsys):
+    assert message in refused(arguments, capsys)
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0 and "nested-reft COMMAND" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_train_eval_export_sample_and_resume(capsys, tmp_path):
+    """One run through every command; then the run refuses another configuration and stays as it is."""
+    assert main(["train", "tiny", *SMALL, "--train.steps", "2", "--json", "summary.json"]) == 0
+    (run,) = Path("runs").iterdir()
+    assert str(run) in capsys.readouterr().out
+    assert json.loads(Path("summary.json").read_text()) == json.loads((run / "summary.json").read_text())
+
+    assert main(["eval", str(run), "--json", "eval.json"]) == 0
+    assert "three_terms_one_digit" in json.loads(Path("eval.json").read_text())
+    capsys.readouterr()
+    assert main(["sample", str(run), "1 + 2 + 3 =", "--max-tokens", "4", "--skip-layers", "2", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "full (6 of 6 layers)" in shown and "nested (4 of 6 layers, without layers [2, 3])" in shown
+    assert main(["export", str(run), "exported"]) == 0
+    assert Path("exported/model.safetensors").is_file()
+    assert "exists already" in refused(["export", str(run), "exported"], capsys)
+
+    held = (run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    message = refused(["train", "--resume", str(run), "--optimizer.learning-rate", "0.5"], capsys)
+    assert "holds another configuration: optimizer.learning_rate is 0.5, the run has 0.0003" in message
+    assert "holds another configuration" in refused(["train", "smollm2_chain_sum", "--resume", str(run)], capsys)
+    assert held == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_measured_layers_can_be_trained_with(capsys):
+    assert main(["measure-layers", "scratch", "--config", "tiny", "--prompts", "4", "--out", "layers.json"]) == 0
+    measured = json.loads(Path("layers.json").read_text())
+    assert measured["num_layers"] == 6 and all(d >= 0 for d in measured["divergence"])
+    arguments = ["--nesting.choice", "measured", "--nesting.divergence-file", "layers.json", "--train.steps", "1"]
+    assert main(["train", "tiny", *SMALL, *arguments]) == 0
+    wrong = Path("wrong.json")
+    wrong.write_text('{"divergence": [1, 2]}')
+    arguments[3] = "wrong.json"
+    assert "has 2 layers; the model has 6" in refused(["train", "tiny", *SMALL, *arguments], capsys)
+    arguments[3] = "absent.json"
+    assert "does not exist" in refused(["train", "tiny", *SMALL, *arguments], capsys)
+
+
+def test_a_users_own_configuration_file(capsys):
+    Path("mine.py").write_text(
+        "import dataclasses\nfrom nested_reft.train.config import load_config\n\n\n"
+        "def get_config():\n    return dataclasses.replace(load_config('tiny'), name='mine')\n"
+    )
+    assert main(["train", "mine.py", *SMALL, "--train.steps", "1"]) == 0
+    assert next(Path("runs").iterdir()).name.startswith("mine-")
+    Path("broken.py").write_text("x = 1\n")
+    assert "has no get_config()" in refused(["train", "broken.py"], capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_resumes(number, tmp_path):
+    """SIGTERM ends it after the step, with a checkpoint; SIGKILL at once, and the last checkpoint holds."""
+    command = [sys.executable, "-m", "nested_reft.cli", "train"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    fast = [*SMALL, "--train.checkpoint-every", "2"]
+    process = subprocess.Popen([*command, "tiny", *fast, "--train.steps", "3000"], env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not list(tmp_path.glob("runs/*/checkpoints/[1-9]*")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == (130 if number == signal.SIGTERM else -number)
+    (run,) = (tmp_path / "runs").iterdir()
+    stopped_at = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    process = subprocess.Popen([*command, "--resume", str(run)], env=environment, cwd=tmp_path)
+    while time.monotonic() < deadline + 120:
+        steps = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+        if steps and max(steps) > stopped_at:
+            break
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged == sorted(set(logged)) and max(logged) > stopped_at

@@ -1,0 +1,256 @@
+"""The enumeration bench: that it enumerates, that every claim of unbiasedness holds, that biases show."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft import enumeration
+from nested_reft.cli import main
+from nested_reft.enumeration import (
+    ALPHA,
+    EXACT,
+    GROUP_SIZE,
+    SCENARIOS,
+    EstimatorReport,
+    TinyModel,
+    all_completions,
+    all_groups,
+    enumerate_policies,
+    group_gradients,
+    named_estimators,
+    report,
+    slot_probabilities,
+)
+from nested_reft.estimators.advantages import group_advantages
+from nested_reft.losses.policy_gradient import policy_gradient_loss
+from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.types import TrainBatch
+
+ONE_PLAN, DRAWN, MOVED = range(3)
+ESTIMATORS = {estimator.name: estimator for estimator in named_estimators()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TinyModel(seed=0)
+
+
+@pytest.fixture(scope="module")
+def policies(model):
+    """Of the three scenarios."""
+    return [enumerate_policies(model, scenario) for scenario in SCENARIOS]
+
+
+@pytest.fixture(scope="module")
+def reports(policies):
+    """`reports[scenario][name]`."""
+    return [
+        {name: report(scenario.name, estimator, enumerated) for name, estimator in ESTIMATORS.items()}
+        for scenario, enumerated in zip(SCENARIOS, policies, strict=True)
+    ]
+
+
+def test_all_completions_by_hand():
+    """Three tokens, at most two: the stop token at once, or one of the others and anything."""
+    tokens_YC, length_Y = all_completions(3, 0, 2)
+    assert tokens_YC.tolist() == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
+    assert length_Y.tolist() == [1, 2, 2, 2, 2, 2, 2]
+    assert len(all_completions(3, 0, 3)[1]) == 1 + 2 * (1 + 2 * 3)
+
+
+def test_every_policy_sums_to_one(policies):
+    """Nothing is missing and nothing listed twice, under any plan."""
+    for enumerated in policies:
+        for logprob in (
+            enumerated.target_logprob_XYC,
+            enumerated.old_logprob_XYC,
+            enumerated.reference_logprob_XYC,
+            enumerated.nested_logprob_ZXYC,
+        ):
+            np.testing.assert_allclose(np.exp(np.asarray(logprob, np.float64).sum(axis=-1)).sum(axis=-1), 1, atol=2e-6)
+
+
+def test_groups_cover_all_orders(policies):
+    index_NG, orders_N = all_groups(15, "nested")
+    assert len(index_NG) == 680 and orders_N.sum() == 15**GROUP_SIZE
+    assert len(all_groups(15, "mixture with fixed counts")[0]) == 15**GROUP_SIZE
+    for sampling in ("nested", "full", "mixture", "mixture with fixed counts"):
+        index_NG, orders_N = all_groups(15, sampling)
+        enumerated = policies[ONE_PLAN]
+        probability_XYS = slot_probabilities(sampling, enumerated.old_logprob_XYC, enumerated.nested_logprob_ZXYC[0])
+        probability_XN = np.prod([probability_XYS[:, index_NG[:, s], s] for s in range(GROUP_SIZE)], axis=0)
+        np.testing.assert_allclose(probability_XN @ orders_N, 1, atol=1e-5)
+
+
+def completion_scores(enumerated):
+    """grad log pi(y) of whole completions."""
+    return enumerated.jacobian_XRM.reshape(2, 15, 3, -1).sum(axis=2)
+
+
+def test_scores_have_mean_zero(policies):
+    """sum_y pi(y) grad log pi(y) = 0: the Jacobian belongs to these probabilities."""
+    for enumerated in policies:
+        probability_XY = np.exp(np.asarray(enumerated.target_logprob_XYC, np.float64).sum(axis=-1))
+        score_XYM = completion_scores(enumerated)
+        mean_XM = np.einsum("xy,xym->xm", probability_XY, score_XYM)
+        assert np.abs(mean_XM).max() < 1e-5 * np.abs(score_XYM).max()
+
+
+@pytest.mark.parametrize("name", ["base, sequence, leave-one-out", "mixture, leave-one-out", "DAPO"])
+def test_group_gradients_are_those_of_the_model(model, policies, name):
+    """The chain rule's shortcut against differentiating loss and transformer together, as an update does."""
+    estimator, enumerated = ESTIMATORS[name], policies[MOVED]
+    completions, nested_XYC = enumerated.completions, enumerated.nested_logprob_ZXYC[1]
+    group, x = np.array([[2, 9, 13]]), 1
+    coefficient_XNGC, _ = group_gradients(estimator, enumerated, nested_XYC, group)
+    jacobian_YCM = enumerated.jacobian_XRM[x].reshape(15, 3, -1)
+    shortcut_M = np.einsum("gc,gcm->m", coefficient_XNGC[x, 0], jacobian_YCM[group[0]])
+
+    batch = TrainBatch(
+        prompt_BP=jnp.asarray(completions.prompt_XP[x : x + 1]),
+        prompt_length_B=jnp.array([2]),
+        tokens_BGC=jnp.asarray(completions.tokens_YC[group]),
+        length_BG=jnp.asarray(completions.length_Y[group]),
+        forced_BG=jnp.zeros((1, 3), jnp.int32),
+        behavior_logprob_BGC=nested_XYC[x, group],
+        advantage_BG=group_advantages(
+            jnp.asarray(completions.reward_XY[x, group]), jnp.ones((1, 3), bool), estimator.loss.advantage
+        ),
+        old_logprob_BGC=enumerated.old_logprob_XYC[x, group],
+        nested_logprob_BGC=nested_XYC[x, group],
+    )
+
+    @jax.jit
+    def loss(flat_M):
+        logprob_BGC, _ = completion_logprobs(
+            model.at(flat_M), batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, 1.0
+        )
+        return policy_gradient_loss(logprob_BGC, batch, estimator.loss)[0].mean()
+
+    direct_M = -np.asarray(jax.grad(loss)(model.target(SCENARIOS[MOVED])))
+    np.testing.assert_allclose(shortcut_M, direct_M, atol=1e-5 * np.abs(direct_M).max())
+
+
+def test_every_claim_holds(reports):
+    claiming = [found for scenario in reports for found in scenario.values() if found.claims_unbiased]
+    assert len(claiming) == 3 * 6
+    for found in claiming:
+        assert found.keeps_claim, found
+        if found.estimator != "base, sequence, group mean":
+            assert found.relative_bias < EXACT, found
+
+
+def test_group_mean_is_a_pure_scale(reports):
+    """(G - 1) / G = 2/3, so relative bias 1/3, and no bias of direction."""
+    for scenario in reports:
+        found = scenario["base, sequence, group mean"]
+        assert found.scale == pytest.approx(2 / 3, abs=1e-5) and found.relative_bias == pytest.approx(1 / 3, abs=1e-5)
+        assert found.direction_bias < EXACT
+
+
+def test_full_rollouts_are_exact_until_the_target_moves(reports):
+    assert reports[DRAWN]["one, full rollouts"].relative_bias < EXACT
+    assert reports[MOVED]["one, full rollouts"].direction_bias > 0.1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, estimator in ESTIMATORS.items() if not estimator.claims_unbiased and "fixed counts" not in name
+     and name != "one, full rollouts"],
+)  # fmt: skip
+def test_what_claims_nothing_is_biased(reports, name):
+    """In direction, not in scale alone, and in every scenario."""
+    assert all(scenario[name].direction_bias > 0.01 for scenario in reports)
+
+
+def test_practical_is_one_until_the_target_moves(reports):
+    for level in ("token", "sequence"):
+        same, one = reports[DRAWN][f"practical, {level}"], reports[DRAWN]["one"]
+        assert same.relative_bias == pytest.approx(one.relative_bias) and same.variance == pytest.approx(one.variance)
+        assert abs(reports[MOVED][f"practical, {level}"].scale - reports[MOVED]["one"].scale) > 0.1
+
+
+def test_fixed_counts_bias_the_leave_one_out_baseline_only(reports):
+    for scenario in reports:
+        assert scenario["mixture, fixed counts, no baseline"].relative_bias < EXACT
+        assert scenario["mixture, fixed counts, leave-one-out"].direction_bias > 1e-3
+        assert not scenario["mixture, fixed counts, leave-one-out"].claims_unbiased
+
+
+def test_mixture_is_unbiased_at_less_variance(reports):
+    for scenario in reports:
+        exact, mixture = scenario["base, sequence, leave-one-out"], scenario["mixture, leave-one-out"]
+        assert mixture.variance < exact.variance and mixture.ess > exact.ess
+
+
+def test_scenarios_are_far_enough_off_policy(policies):
+    """Weights of 4 and more, so that the mixture's bound 3 says something; and the mixture keeps it."""
+    enumerated = policies[ONE_PLAN]
+    target_XY, nested_XY = (
+        np.exp(np.asarray(logprob, np.float64).sum(axis=-1))
+        for logprob in (enumerated.target_logprob_XYC, enumerated.nested_logprob_ZXYC[0])
+    )
+    assert (target_XY / nested_XY).max() > 4
+    assert (target_XY / (ALPHA * target_XY + (1 - ALPHA) * nested_XY)).max() <= 1 / ALPHA
+
+
+def test_variance_against_single_completions(policies, reports):
+    """Without a baseline the G terms are independent: the group's variance is that of one completion over G."""
+    enumerated = policies[ONE_PLAN]
+    target_XY = np.exp(np.asarray(enumerated.target_logprob_XYC, np.float64).sum(axis=-1))
+    nested_XY = np.exp(np.asarray(enumerated.nested_logprob_ZXYC[0], np.float64).sum(axis=-1))
+    weighted_XY = target_XY / nested_XY * enumerated.completions.reward_XY
+    estimate_XYM = weighted_XY[..., None] * completion_scores(enumerated)
+    mean_XM = np.einsum("xy,xym->xm", nested_XY, estimate_XYM)
+    square_X = np.einsum("xy,xym,xym->x", nested_XY, estimate_XYM, estimate_XYM)
+    within = np.mean(square_X - (mean_XM**2).sum(axis=1)) / GROUP_SIZE
+    between = np.mean((mean_XM**2).sum(axis=1)) - (mean_XM.mean(axis=0) ** 2).sum()
+    expected = (within + between) / (enumerated.reward_gradient_M**2).sum()
+    assert reports[ONE_PLAN]["base, sequence, no baseline"].variance == pytest.approx(expected, rel=1e-4)
+
+
+def test_effective_sample_size_of_token_weights(policies, reports):
+    """(E sum rho)^2 / (E n E sum rho^2) over the tokens of one completion."""
+    assert reports[MOVED]["one"].ess == pytest.approx(1)
+    enumerated = policies[ONE_PLAN]
+    behavior = np.asarray(enumerated.nested_logprob_ZXYC[0], np.float64)
+    ratio_XYC = np.exp(np.asarray(enumerated.target_logprob_XYC, np.float64) - behavior)
+    length_Y, probability_XY = enumerated.completions.length_Y, np.exp(behavior.sum(axis=-1))
+    tokens, weight, square = 0.0, 0.0, 0.0
+    for x, y in itertools.product(range(2), range(15)):
+        own = ratio_XYC[x, y, : length_Y[y]]
+        tokens += probability_XY[x, y] * len(own)
+        weight += probability_XY[x, y] * own.sum()
+        square += probability_XY[x, y] * (own**2).sum()
+    assert reports[ONE_PLAN]["base, token"].ess == pytest.approx(weight**2 / (tokens * square), rel=1e-4)
+
+
+def test_names_are_unique():
+    assert len(ESTIMATORS) == len(named_estimators())
+
+
+def fake_report(**changes) -> EstimatorReport:
+    return dataclasses.replace(EstimatorReport("here", "exact", True, 1e-7, 1e-7, 1.0, 2.5, 0.5), **changes)
+
+
+def test_command_prints_and_writes_the_table(monkeypatch, tmp_path, capsys):
+    reports = [fake_report(), fake_report(estimator="biased", claims_unbiased=False, direction_bias=0.4)]
+    monkeypatch.setattr(enumeration, "verify_estimators", lambda seed: reports)
+    assert main(["verify-estimators", "--json", str(tmp_path / "table.json")]) == 0
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [row["estimator"] for row in written] == ["exact", "biased"] and written[0]["variance"] == 2.5
+    printed = capsys.readouterr().out
+    assert "claimed" in printed and "4.0e-01" in printed and "here" in printed
+
+
+def test_command_fails_on_a_broken_claim(monkeypatch, capsys):
+    monkeypatch.setattr(enumeration, "verify_estimators", lambda seed: [fake_report(direction_bias=2e-5)])
+    with pytest.raises(SystemExit) as stop:
+        main(["verify-estimators"])
+    assert stop.value.code == 1
+    assert "not as unbiased as claimed: exact (here)" in capsys.readouterr().err

@@ -1,0 +1,225 @@
+"""Whole runs of a very small model: files, determinism, resuming, adapters, devices."""
+
+import dataclasses
+import json
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft.metrics import RunDirectory
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.lora import LoraConfig
+from nested_reft.sharding import MeshConfig
+from nested_reft.train.config import Config, ModelSource, config_names, load_config
+from nested_reft.train.setup import prepare, trained_policy
+from nested_reft.train.trainer import Trainer, completion_bucket
+
+UNTIMED = ("seconds", "tokens_per_second", "compilations")
+
+
+def nano(**changes) -> Config:
+    """The `tiny` configuration, smaller still and without its warm start; `a__b=c` changes field b of part a."""
+    config = load_config("tiny")
+    changes = {
+        "warm_start__steps": 0,
+        "train__steps": 4,
+        "train__checkpoint_every": 2,
+        "data__prompts_per_batch": 4,
+        "rollout__group_size": 4,
+        "evaluation__every_steps": 2,
+        "evaluation__batch_size": 8,
+        "evaluation__samples_per_prompt": 2,
+        "evaluation__pass_k": 2,
+    } | changes
+    source = dataclasses.replace(config.data.sources[0], train_size=20, heldout_size=8)
+    config = dataclasses.replace(config, name="nano", data=dataclasses.replace(config.data, sources=(source,)))
+    for name, value in changes.items():
+        part, _, attribute = name.partition("__")
+        value = dataclasses.replace(getattr(config, part), **{attribute: value}) if attribute else value
+        config = dataclasses.replace(config, **{part: value})
+    return config
+
+
+def trainer(config: Config, path, resume=False) -> Trainer:
+    return Trainer(prepare(config), RunDirectory(path), resume=resume)
+
+
+def comparable(metrics):
+    return {name: value for name, value in metrics.items() if not any(word in name for word in UNTIMED)}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    config = nano()
+    run = RunDirectory.create(tmp_path_factory.mktemp("runs"), config.name, config.to_json())
+    summary = Trainer(prepare(config), run).run()
+    return run.path, summary
+
+
+def test_a_run_leaves_everything_that_explains_it(whole_run):
+    path, summary = whole_run
+    assert json.loads((path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert Config.from_json(json.loads((path / "config.json").read_text())) == nano()
+    assert json.loads((path / "versions.json").read_text())["jax"] == jax.__version__
+    assert any(file.name.startswith("events.out.tfevents") for file in path.iterdir())
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert "heldout/three_terms_one_digit" in lines[0] and "heldout/three_terms_one_digit" in lines[2]
+    assert 0 < lines[1]["ess_token"] <= 1 and len(lines[1]["skipped_layers"]) == 1
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 * 4 * 4
+    assert {"step", "prompt", "answer", "text", "reward", "parts", "stop", "skipped_layers", "mean_weight"} <= set(
+        samples[0]
+    )
+    assert summary["kept_layers"] == 5 and summary["layers"] == 6
+    assert summary["nested_tokens_per_second"] > 0 and summary["full_tokens_per_second"] > 0
+    assert set(summary["before"]["three_terms_one_digit"]) == set(summary["after"]["three_terms_one_digit"])
+
+
+def test_steps_after_the_first_compile_nothing(whole_run):
+    """A new plan, a new batch: the same programs. Completion buckets may add one more update each."""
+    lines = [json.loads(line) for line in (whole_run[0] / "metrics.jsonl").read_text().splitlines()][1:]
+    # Step 2 ends with the first greedy evaluation of that batch size, which the run began with.
+    assert lines[1]["compilations"] == lines[2]["compilations"] == lines[3]["compilations"]
+
+
+def test_the_trained_policy_can_be_loaded(whole_run):
+    setup = trained_policy(whole_run[0])
+    assert setup.model.config.num_layers == 6
+
+
+def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
+    config = nano(train__steps=8)
+    straight = trainer(config, tmp_path / "straight")
+    expected = [comparable(straight.step(step)) for step in range(4)]
+
+    first = trainer(config, tmp_path / "resumed")
+    assert [comparable(first.step(step)) for step in range(2)] == expected[:2]
+    first.steps_done = 2
+    first._save()
+    first.close()
+    second = trainer(config, tmp_path / "resumed", resume=True)
+    assert second.steps_done == 2
+    assert [comparable(second.step(step)) for step in range(2, 4)] == expected[2:]
+    for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(second.state), strict=True):
+        assert jnp.array_equal(a, b)
+    other_seed = trainer(nano(train__seed=1), tmp_path / "other")
+    assert comparable(other_seed.step(0)) != expected[0]
+
+
+def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step in range(4):
+        run.log_metrics(step, {"reward": 0.5})
+    run.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # killed while writing
+    resumed = RunDirectory.resume(tmp_path, 2)
+    assert [line["step"] for line in resumed.read_metrics()] == [0, 1, 2]
+
+
+def test_adapters_train_and_the_base_stays(tmp_path):
+    config = nano(lora=LoraConfig(rank=2), loss__reference_kl_coefficient=0.1, optimizer__learning_rate=0.01)
+    run = trainer(config, tmp_path)
+    base = {name: np.array(value) for name, value in run.state.model.parameters().items()}
+    first, second = run.step(0), run.step(1)
+    for name, value in run.state.model.parameters().items():
+        assert np.array_equal(base[name], value), name
+    assert jnp.abs(run.state.model.layers.down_lora_out[...]).max() > 0 or first["gradient_norm"] == 0
+    # The reference is the model with its adapters off: equal before the first update.
+    assert first["reference_kl"] == 0
+    assert second["reference_kl"] > 0 or first["gradient_norm"] == 0
+
+
+def test_reference_model_survives_the_updates(tmp_path):
+    run = trainer(nano(loss__reference_kl_coefficient=0.1, optimizer__learning_rate=0.01), tmp_path)
+    assert run.step(0)["reference_kl"] < 1e-10
+    assert run.step(1)["reference_kl"] > 1e-8
+
+
+def test_second_update_on_a_batch_is_off_policy(tmp_path):
+    """`practical` corrects for the updates since the rollout: weight one in the first pass, not in the second."""
+    config = nano(
+        loss__bias_mitigation="practical",
+        loss__reference_kl_coefficient=0.1,
+        train__updates_per_batch=2,
+        optimizer__learning_rate=0.01,
+    )
+    assert abs(trainer(config, tmp_path).step(0)["weight_mean"] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2), MeshConfig(data=2, model=2)])
+def test_many_devices_train_like_one(mesh, tmp_path):
+    config = nano(train__micro_batches=2)
+    one, many = trainer(config, tmp_path / "one"), trainer(dataclasses.replace(config, mesh=mesh), tmp_path / "many")
+    for step in range(2):
+        expected, metrics = one.step(step), many.step(step)
+        for name in ("reward", "loss", "gradient_norm", "ess_token", "entropy", "completion_tokens"):
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_configuration_takes_a_step(name, tmp_path):
+    config = load_config(name)
+    shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=400)
+    sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in config.data.sources)
+    data = dataclasses.replace(config.data, sources=sources, prompts_per_batch=2, max_prompt_tokens=300)
+    config = dataclasses.replace(
+        config,
+        model=ModelSource("scratch", shape=shape, alphabet=string.printable),
+        data=data,
+        nesting=dataclasses.replace(config.nesting, choice="uniform", divergence_file=None, skip_ratio=0.1),
+        warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
+        train=dataclasses.replace(config.train, micro_batches=1),
+    )
+    assert np.isfinite(trainer(config, tmp_path).step(0)["loss"])
+
+
+@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 16), (16, 16)])
+def test_completion_buckets(longest, size):
+    assert completion_bucket(longest, 16) == size
+
+
+def test_configurations_survive_json():
+    for name in config_names():
+        config = load_config(name)
+        assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__micro_batches": 3}, "train.micro_batches is 3; it must divide data.prompts_per_batch"),
+        ({"mesh": MeshConfig(data=3)}, "mesh.data is 3; it must divide the prompts of a micro-batch"),
+        ({"train__steps": 0}, "train.steps is 0"),
+        ({"rollout__max_completion_tokens": 0}, "rollout.max_completion_tokens is 0"),
+        ({"data__prompts_per_batch": 0}, "data.prompts_per_batch is 0"),
+        ({"data__sources": ()}, "data.sources is empty"),
+        ({"lora": LoraConfig(rank=1), "warm_start__steps": 5}, "lora.rank and warm_start.steps are both set"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
+        ({"evaluation__pass_k": 9}, "evaluation.pass_k is 9"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        nano(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__max_prompt_tokens": 5}, "data.max_prompt_tokens is 5, but the longest prompt"),
+        ({"data__template": "{nothing}"}, "data.template is '{nothing}'.*allowed fields are"),
+        ({"rollout__max_completion_tokens": 60}, "the model allows 64 positions"),
+        ({"nesting__border": 3}, "nesting.border is 3"),
+        ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; 8 are here"),
+        ({"mesh": MeshConfig(model=8)}, "mesh.model is 8, but 'layers/key' has 32|must divide"),
+        ({"data__template": "{expression} = ü"}, "cannot encode"),
+    ],
+)
+def test_refuses_before_any_compute(changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(nano(**changes))
