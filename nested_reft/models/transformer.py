@@ -153,10 +153,9 @@ class Transformer(nnx.Module):
         if missing or unknown:
             raise ValueError(f"model parameters do not fit the configuration: missing {missing}, unknown {unknown}")
         for name, shape in expected.items():
-            if tuple(parameters[name].shape) != shape:
-                raise ValueError(
-                    f"model parameter '{name}' has shape {tuple(parameters[name].shape)}; the configuration says {shape}"
-                )
+            found = tuple(parameters[name].shape)
+            if found != shape:
+                raise ValueError(f"model parameter '{name}' has shape {found}; the configuration says {shape}")
         self.config = config
         self.lora_scale = 1.0  # alpha / rank, once `add_lora` has given the layers adapters
         self.embedding = nnx.Param(parameters["embedding"])

@@ -157,4 +157,5 @@ def test_many_devices_give_the_rollouts_of_one(data, model_axis, key):
         sampling=SamplingConfig(temperature=0.8),
     )
     assert jnp.array_equal(result.tokens_BGC, expected.tokens_BGC)
-    np.testing.assert_allclose(result.behavior_logprob_BGC, expected.behavior_logprob_BGC, atol=1e-4)
+    # Split sums add up in another order; logits of this model reach 30, so 1e-4 would be float32's own limit.
+    np.testing.assert_allclose(result.behavior_logprob_BGC, expected.behavior_logprob_BGC, atol=5e-4)
