@@ -9,6 +9,12 @@ import jax
 import orbax.checkpoint as ocp
 
 
+def newest_checkpoint(directory: Path) -> int | None:
+    """Step of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only."""
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
 class Checkpoints:
     """The newest checkpoints of one run, written in the background.
 
@@ -19,10 +25,6 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("arrays", "host"))
-
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
         """Starts writing; the arrays may be donated as soon as this returns."""
@@ -39,7 +41,7 @@ class Checkpoints:
             Its step, its arrays and its JSON part.
 
         Raises:
-            ValueError: there is none, or it does not fit `like`.
+            ValueError: there is none. Orbax raises its own errors for one that is damaged or does not fit.
         """
         step = self._manager.latest_step()
         if step is None:

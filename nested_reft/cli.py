@@ -4,11 +4,11 @@
     train --resume RUN                 continue a run from its newest checkpoint
     eval POLICY                        held-out accuracy of a run or a model
     sample POLICY PROMPT               full and nested completions side by side
-    measure-layers CONFIG              each layer's divergence, for measured plans
+    measure-layers POLICY              each layer's divergence, for measured plans
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
-Exit codes: 0 done, 1 a check failed, 2 bad input (nothing was computed or written), 130 interrupted.
+Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class BadInput(Exception):
-    """What the user gave cannot work; nothing was computed or written."""
+    """What the user gave cannot work: refused before training, with nothing written."""
 
 
 @contextmanager
@@ -69,38 +72,46 @@ def _checking_input() -> Iterator[None]:
     """Errors of the preparations are the user's to mend: one line, exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise BadInput(str(error)) from error
 
 
 def _train(arguments: list[str]) -> None:
+    from nested_reft.checkpoints import newest_checkpoint
     from nested_reft.metrics import RunDirectory
     from nested_reft.report import summary_table
     from nested_reft.train.setup import prepare
     from nested_reft.train.trainer import Trainer
 
-    parser = _parser("train", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.")
-    parser.add_argument("config", nargs="?", help="name of a configuration, or a .py file; --resume finds its own")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory")
+    # Taken off first: argparse would take the value of an override that follows for it.
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    parser = _parser("train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directory is made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
-    known, overrides = parser.parse_known_args(arguments)
+    known, overrides = parser.parse_known_args(arguments[1:] if name else arguments)
+    if {"-h", "--help"} & set(overrides):
+        parser.print_help()
+        if name is None:
+            return
+        print()
     with _checking_input():
-        config = _resolve_config(known.config, known.resume, overrides)
+        config = _resolve_config(name, known.resume, overrides)
         _check_writable(known.json)
-        if known.resume is not None:
-            resumed_from = _last_checkpoint(known.resume)
+        if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
+            raise ValueError(f"run '{known.resume}' has no complete checkpoint to resume from")
         setup = prepare(config)
         if known.resume is None:
             run = RunDirectory.create(known.runs, config.name, config.to_json())
         else:
-            run = RunDirectory.resume(known.resume, resumed_from)
+            run = RunDirectory(known.resume)
     print(f"run directory: {run.path}")
     trainer = Trainer(setup, run, resume=known.resume is not None)
     try:
         summary = trainer.run()
     except KeyboardInterrupt:
-        print(f"\nto continue: nested-reft train --resume {run.path}", file=sys.stderr)
+        if newest_checkpoint(run.path / "checkpoints") is not None:
+            print(f"\nto continue: nested-reft train --resume {run.path}", file=sys.stderr)
         raise
     print(f"\n{summary_table(summary)}")
     _write_json(known.json, summary)
@@ -134,19 +145,6 @@ def _override(config: Any, overrides: list[str]) -> Any:
         prog="nested-reft train CONFIG",
         config=(tyro.conf.AvoidSubcommands,),
     )
-
-
-def _last_checkpoint(run: Path) -> int:
-    from nested_reft.checkpoints import Checkpoints
-
-    if not (run / "checkpoints").is_dir():
-        raise ValueError(f"run '{run}' has no checkpoint to resume from")
-    checkpoints = Checkpoints(run / "checkpoints", keep=1)
-    step = checkpoints.latest_step()
-    checkpoints.close()
-    if step is None:
-        raise ValueError(f"run '{run}' has no complete checkpoint to resume from")
-    return step
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -201,7 +199,7 @@ def _sample(arguments: list[str]) -> None:
     parser.add_argument("prompt", help="what the user says")
     parser.add_argument("--skip-ratio", type=float, default=0.1, help="share of layers skipped, drawn uniformly")
     parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="skip these layers instead")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's own, 1 for a model")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -209,17 +207,20 @@ def _sample(arguments: list[str]) -> None:
     with _checking_input():
         if known.max_tokens < 1 or known.samples < 1:
             raise ValueError(f"--max-tokens {known.max_tokens}, --samples {known.samples}; allowed is 1 or more")
-        sampling = SamplingConfig(temperature=known.temperature)
+        sampling = SamplingConfig(temperature=1.0 if known.temperature is None else known.temperature)
         nesting = NestingConfig(skip_ratio=known.skip_ratio)
         if (Path(known.policy) / "checkpoints").is_dir():
             setup = trained_policy(Path(known.policy))
-            model, tokenizer = setup.model, setup.tokenizer
+            model, tokenizer, data = setup.model, setup.tokenizer, setup.config.data
+            if known.temperature is None:
+                sampling = setup.config.rollout.sampling
+            tokens = tokenizer.chat(known.prompt, data.system) if data.chat else tokenizer.encode(known.prompt)
         else:
             model, tokenizer = load_model(known.policy)
+            tokens = tokenizer.chat(known.prompt)
         num_layers = model.config.num_layers
         nesting.validate_for(num_layers)
         nested = _skipping(num_layers, known.skip_layers) or draw_plan(jax.random.key(known.seed), nesting, num_layers)
-        tokens = tokenizer.chat(known.prompt)
         if not tokens or len(tokens) + known.max_tokens > model.config.max_positions:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and --max-tokens is {known.max_tokens};"
@@ -342,9 +343,8 @@ def _policy(policy: str, config_name: str | None) -> Any:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)
     if policy != config.model.name:
-        model = dataclasses.replace(config.model, name=policy, shape=None)
-        config = dataclasses.replace(config, model=model, nesting=type(config.nesting)())
-    return prepare(config)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
+    return prepare(dataclasses.replace(config, nesting=type(config.nesting)()))  # no plans are drawn here
 
 
 def _skipping(num_layers: int, layers: list[int]) -> Any:
@@ -358,7 +358,7 @@ def _skipping(num_layers: int, layers: list[int]) -> Any:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    is_train = command == "train"
+    is_train = command.startswith("train")  # its --help comes with that of the fields
     return argparse.ArgumentParser(
         f"nested-reft {command}", description=description, allow_abbrev=False, add_help=not is_train
     )

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -28,28 +28,35 @@ class RunDirectory:
 
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (path / "samples.jsonl").open("a", encoding="utf-8")
+        self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
         self._events = SummaryWriter(str(path))
+
+    def _open(self, name: str) -> TextIO:
+        return (self.path / name).open("a", encoding="utf-8")
 
     @classmethod
     def create(cls, root: Path, name: str, config: dict[str, Any]) -> RunDirectory:
         """Makes `root/NAME-TIME` and writes configuration and versions into it."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        path, number = root / f"{name}-{stamp}", 2
-        while path.exists():
-            path, number = root / f"{name}-{stamp}-{number}", number + 1
+        stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
+        while True:
+            path = root / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run of the same second
+                number += 1
         run = cls(path)
         write_json(path / "config.json", config)
         write_json(path / "versions.json", versions())
         return run
 
-    @classmethod
-    def resume(cls, path: Path, step: int) -> RunDirectory:
-        """Opens a run again, dropping log lines of steps after the checkpoint it resumes from."""
+    def drop_after(self, step: int) -> None:
+        """Drops log lines of later steps than the checkpoint that a run resumes from."""
+        for file in (self._metrics, self._samples):
+            file.close()
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _keep_lines_up_to(path / name, step)
-        return cls(path)
+            _keep_lines_up_to(self.path / name, step)
+        self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends a line, and a TensorBoard point for every number."""

@@ -88,3 +88,12 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Places arrays on every device of the mesh, whole."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
+    """Places the scalars of a state (counters) on every device of the mesh; arrays stay where they are.
+
+    A fresh counter is tied to no device and a computed one is: left alone, the difference would
+    compile every program twice, and a restored counter would sit on the first device only.
+    """
+    return jax.tree.map(lambda x: replicate(x, mesh) if x.ndim == 0 else x, tree)

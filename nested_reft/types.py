@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -65,7 +64,9 @@ class Rollouts:
         forced_BG: number of leading tokens that came from a dataset reset (no gradient).
         behavior_logprob_BGC: log pi_b(y_t | x, y_<t) in nats, of the distribution that the
             token was drawn from (temperature applied); zero after the end.
-        plan: the layers that the behavior policy kept.
+        plan: the layers that the nested policy kept.
+        nested_BG: True where that policy drew the completion, False where the full model did
+            (defensive mixture).
         policy_version: number of updates the sampled weights had seen.
     """
 
@@ -77,12 +78,13 @@ class Rollouts:
     forced_BG: Int[Array, "B G"]
     behavior_logprob_BGC: Float[Array, "B G C"]
     plan: LayerPlan
+    nested_BG: Bool[Array, "B G"]
     policy_version: Int[Array, ""]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Rollouts with their rewards, on the host.
+    """Rollouts with their rewards, which are on the host.
 
     Attributes:
         rollouts: what was scored.
@@ -99,6 +101,10 @@ class Scored:
     accuracy_BG: Float[np.ndarray, "B G"]
     scored_BG: Bool[np.ndarray, "B G"]
     parts: dict[str, Float[np.ndarray, "B G"]] = field(default_factory=dict)
+
+    def mean(self, value_BG: Float[np.ndarray, "B G"]) -> float:
+        """Mean over the completions that could be scored; zero if none could."""
+        return float(value_BG[self.scored_BG].mean()) if self.scored_BG.any() else 0.0
 
 
 @struct.dataclass
@@ -160,6 +166,3 @@ def gradient_mask(length_BG: Int[Array, "B G"], forced_BG: Int[Array, "B G"], si
     """True at the tokens that the policy chose: after the forced prefix, before the end."""
     position_C = jnp.arange(size)
     return (position_C >= forced_BG[..., None]) & (position_C < length_BG[..., None])
-
-
-PRNGKey = jax.Array

@@ -31,20 +31,20 @@ def get_config() -> Config:
             ),
             prompts_per_batch=8,
             max_prompt_tokens=96,
-            template="{question}\nReply with only the number.",
+            template="{question}\nReply with only the number. It may be negative.",
         ),
-        rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=0.5)),
+        rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=0.8)),
         nesting=NestingConfig(
-            skip_ratio=0.1,
+            skip_ratio=0.07,
             choice="measured",
             divergence_file="smollm2_chain_sum_layers.json",
             divergence_temperature=0.03,
         ),
         reward=RewardConfig(),
         loss=LossConfig(
-            advantage="leave_one_out", bias_mitigation="retrace", level="token", normalization="token_mean"
+            advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=3),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=3),
         train=TrainConfig(steps=60, checkpoint_every=30),
         evaluation=EvaluationConfig(every_steps=10, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),

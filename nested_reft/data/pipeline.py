@@ -161,7 +161,7 @@ def _endless_iterator(examples: Sequence[EncodedExample], seed: int, source_inde
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def prompt_size(lengths: Sequence[int], bucket: int = 16) -> int:
+def prompt_size(lengths: Sequence[int], bucket: int = 8) -> int:
     """The padded prompt size: the longest length, rounded up to a multiple of `bucket`.
 
     A compiled program depends on the padded size, so few sizes mean few compilations.

@@ -41,7 +41,8 @@ class LoraConfig:
 def add_lora(model: Transformer, config: LoraConfig, key: jax.Array) -> None:
     """Adds an adapter W + (alpha / r) A B to each target, A normal(1 / sqrt(fan in)), B zero.
 
-    The model computes the same function until the first update. A is `[L, in, r]`, B `[L, r, out]`.
+    The model computes the same function until the first update. A is `[L, in, r]`, B `[L, r, out]`,
+    both float32 whatever the model is stored in, so that small updates do not round away.
     """
     model.lora_scale = config.alpha / config.rank
     for name in config.targets:
@@ -49,8 +50,8 @@ def add_lora(model: Transformer, config: LoraConfig, key: jax.Array) -> None:
         num_layers, size_in, size_out = weight_LIO.shape
         name_key = jax.random.fold_in(key, PROJECTIONS.index(name))
         a = jax.random.normal(name_key, (num_layers, size_in, config.rank)) / math.sqrt(size_in)
-        setattr(model.layers, f"{name}_lora_in", nnx.LoRAParam(a.astype(weight_LIO.dtype)))
-        b = jnp.zeros((num_layers, config.rank, size_out), weight_LIO.dtype)
+        setattr(model.layers, f"{name}_lora_in", nnx.LoRAParam(a))
+        b = jnp.zeros((num_layers, config.rank, size_out))
         setattr(model.layers, f"{name}_lora_out", nnx.LoRAParam(b))
 
 

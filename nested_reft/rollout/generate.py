@@ -105,6 +105,7 @@ def generate(
         forced_BG=jnp.zeros(rows, jnp.int32),
         behavior_logprob_BGC=state.logprob_BGC,
         plan=plan,
+        nested_BG=jnp.ones(rows, bool),
         policy_version=jnp.asarray(policy_version, jnp.int32),
     )
 

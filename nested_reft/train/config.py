@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,8 @@ class WarmStartConfig:
             raise ValueError(
                 f"warm_start has steps {self.steps}, batch_size {self.batch_size}; allowed are 0 or more and 1 or more"
             )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"warm_start.learning_rate is {self.learning_rate}; allowed is more than 0")
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"warm_start.layer_dropout is {self.layer_dropout}; allowed is 0 <= layer_dropout < 1")
 
@@ -144,6 +147,7 @@ class TrainConfig:
         seed: decides everything random in the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest ones kept.
+        ess_warning: effective sample size, as a share, under which a step logs a warning and a remedy.
     """
 
     steps: int
@@ -153,11 +157,14 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 20
     keep_checkpoints: int = 1
+    ess_warning: float = 0.1
 
     def __post_init__(self):
         for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; allowed is 1 or more")
+        if not 0 < self.ess_warning < 1:
+            raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}; allowed is 0 or more")
 
@@ -192,8 +199,17 @@ class Config:
                 f"mesh.data is {self.mesh.data}; it must divide the prompts of a micro-batch,"
                 f" {self.data.prompts_per_batch // self.train.micro_batches}"
             )
+        if self.warm_start.steps and self.warm_start.batch_size % self.mesh.data:
+            raise ValueError(
+                f"mesh.data is {self.mesh.data}; it must divide warm_start.batch_size, {self.warm_start.batch_size}"
+            )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
+        if self.model.dtype == "bfloat16" and self.lora.rank == 0:
+            raise ValueError(
+                "model.dtype is 'bfloat16' and lora.rank 0: updates of the size of a learning rate round away in"
+                " bfloat16 weights; train adapters (lora.rank 1 or more, which are float32), or set model.dtype float32"
+            )
         if self.lora.rank and self.warm_start.steps:
             raise ValueError("lora.rank and warm_start.steps are both set; a warm start trains the whole model")
 
@@ -237,8 +253,11 @@ def load_config(name: str) -> Config:
     spec = importlib.util.spec_from_file_location(f"nested_reft_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # whatever a user's own file raises
+        raise ValueError(f"configuration file '{path}' fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"configuration file '{path}' has no get_config() that returns a nested_reft Config")
     return config

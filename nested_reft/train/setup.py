@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from nested_reft.checkpoints import Checkpoints
+from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.data.pipeline import EncodedExample, encode_examples, prompt_size
 from nested_reft.data.sources import load_source
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.models.lora import add_lora
 from nested_reft.models.registry import load_model, resolve_model
 from nested_reft.models.transformer import Transformer, initial_parameters, parameter_axes
 from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.divergence import load_divergence
-from nested_reft.sharding import make_mesh, replicate, shard_parameters
+from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 from nested_reft.train.config import Config, DataConfig, find_data_file
 from nested_reft.train.optimizer import make_optimizer
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Setup:
     num_layers = model.config.num_layers
     config.nesting.validate_for(num_layers)
     divergence_L = None
-    if config.nesting.divergence_file is not None:
+    if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
         divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if longest > model.config.max_positions:
@@ -77,6 +78,8 @@ def prepare(config: Config) -> Setup:
         )
     train = [encode(examples, tokenizer, config.data) for examples, _ in raw]
     heldout = [encode(examples, tokenizer, config.data) for _, examples in raw]
+    if config.warm_start.steps:
+        check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
     if config.lora.rank:
         add_lora(model, config.lora, jax.random.key(config.train.seed))
         nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
@@ -89,6 +92,17 @@ def prepare(config: Config) -> Setup:
         prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
         divergence_L=divergence_L,
     )
+
+
+def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer, max_completion_tokens: int) -> None:
+    """Refuses a warm start on answers that do not fit into a completion, stop token included."""
+    for encoded in (encoded for examples in train for encoded in examples):
+        length = len(tokenizer.encode(encoded.example.answer)) + 1
+        if length > max_completion_tokens:
+            raise ValueError(
+                f"rollout.max_completion_tokens is {max_completion_tokens}, but the answer {encoded.example.answer!r}"
+                f" of source '{encoded.example.source}' takes {length} tokens with its end; raise it to at least that"
+            )
 
 
 def initial_policy(config: Config) -> tuple[Transformer, Tokenizer]:
@@ -116,9 +130,12 @@ def trained_policy(run: Path) -> Setup:
     Raises:
         ValueError: not a run directory, or it has no complete checkpoint.
     """
-    config = run_config(run)
+    config = dataclasses.replace(run_config(run), nesting=NestingConfig())  # the full model needs no plans
+    if newest_checkpoint(run / "checkpoints") is None:
+        raise ValueError(f"run '{run}' has no complete checkpoint yet")
     setup = prepare(config)
     state = create_train_state(setup.model, make_optimizer(config.optimizer, 1))
+    state = replicate_scalars(state, make_mesh(config.mesh))
     checkpoints = Checkpoints(run / "checkpoints", config.train.keep_checkpoints)
     _, arrays, _ = checkpoints.restore(state.checkpoint_arrays())
     checkpoints.close()

@@ -13,9 +13,10 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from nested_reft.estimators.health import kish, off_policy_health
+from nested_reft.estimators.importance import limited_weight
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import LossConfig
-from nested_reft.losses.policy_gradient import policy_gradient_loss
+from nested_reft.losses.policy_gradient import batch_log_weight, policy_gradient_loss
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import completion_logprobs
 from nested_reft.types import TrainBatch, Weighted, gradient_mask
@@ -67,7 +68,7 @@ def create_train_state(model: Transformer, optimizer: optax.GradientTransformati
 def make_update(
     optimizer: optax.GradientTransformation, loss: LossConfig, temperature: float, micro_batches: int, remat: bool
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics, Float[Array, "B G C"]]]:
-    """Compiles `update(state, batch) -> state, metrics, target log-probabilities`.
+    """Compiles `update(state, batch) -> state, metrics, weights h`, zero at tokens that do not count.
 
     The batch is split along its prompts into `micro_batches` parts that run one after the other.
     Their loss sums and gradients are added up and divided once by the weight of the whole batch,
@@ -115,7 +116,9 @@ def make_update(
             optimizer_state=optimizer_state,
             updates=state.updates + 1,
         )
-        return state, metrics, logprob_BGC
+        log_weight_BGC = batch_log_weight(logprob_BGC, mask_BGC, batch, loss)
+        weight_BGC = limited_weight(log_weight_BGC, loss.truncate_at, loss.drop_below, loss.drop_above)
+        return state, metrics, weight_BGC * mask_BGC
 
     return jax.jit(update, donate_argnums=0)
 
@@ -160,10 +163,11 @@ def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, m
         gradient, (total, parts, *arrays) = value_and_gradient(trainable, micro)
         return jax.tree.map(jnp.add, carry, (gradient, total, parts)), arrays
 
-    split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    # Interleaved, so that every part keeps its prompts spread over the devices that share the batch.
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
     first = jax.tree.map(lambda x: x[0], split)
     shapes = jax.eval_shape(lambda t, b: value_and_gradient(t, b), trainable, first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0], shapes[1][1]))
     (gradient, total, parts), arrays = jax.lax.scan(body, zeros, split)
-    joined = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+    joined = [jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for x in arrays]
     return (total, parts, *joined), gradient

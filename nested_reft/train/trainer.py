@@ -25,19 +25,21 @@ from nested_reft import curriculum
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.estimators.advantages import group_advantages
+from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import score
 from nested_reft.rollout.generate import completion_logprobs, generate
+from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.throughput import compare_throughput
-from nested_reft.sharding import make_mesh, replicate, shard_batch
+from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.setup import Setup
 from nested_reft.train.step import create_train_state, make_update
 from nested_reft.train.warm_start import warm_start
-from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch, gradient_mask
+from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 # Purposes of random keys: each step's key is folded with one of these.
 CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY = range(6)
@@ -81,41 +83,48 @@ class Trainer:
         self.steps_done = 0
         self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
+        self.warned, self.shown_accuracy = False, dict[str, float]()
         model, keep_reference = setup.model, config.loss.reference_kl_coefficient > 0 and not config.lora.rank
         if config.warm_start.steps and (keep_reference or not resume):
             model = warm_start(model, setup, jax.random.fold_in(self.key, WARM_START_KEY))
         self.reference = _copy(model) if keep_reference else None
-        self.state = create_train_state(model, optimizer)
+        self.state = replicate_scalars(create_train_state(model, optimizer), self.mesh)
         if resume:
             self._restore()
 
     def run(self) -> dict[str, Any]:
-        """Trains to the last step and returns the summary, which is also written."""
-        started = time.monotonic() - self.seconds_before
-        if self.before is None:
-            self.before = self._evaluate_all(0)
-            self.run_directory.log_metrics(0, _flat_accuracy(self.before))
-        steps = range(self.steps_done, self.config.train.steps)
-        bar = tqdm(steps, initial=self.steps_done, total=self.config.train.steps, unit="step", desc=self.config.name)
-        accuracy = None
+        """Trains to the last step and returns the summary, which is also written.
+
+        SIGINT or SIGTERM ends it after the step in progress, with a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: it was asked to stop.
+            FloatingPointError: an update was not finite; the last checkpoint is from before it.
+        """
+        started, train = time.monotonic() - self.seconds_before, self.config.train
         with _stop_requests() as stop_requested:
+            if self.before is None:
+                self.before = self._evaluate_all(0)
+                self.run_directory.log_metrics(0, _flat_accuracy(self.before))
+                self._save()
+            steps = range(self.steps_done, train.steps)
+            bar = tqdm(steps, initial=self.steps_done, total=train.steps, unit="step", desc=self.config.name)
             for step in bar:
                 metrics = self.step(step)
+                self._check_finite(metrics)
                 self.steps_done = step + 1
                 if self.steps_done % self.config.evaluation.every_steps == 0:
-                    level = int(np.argmax(curriculum.probabilities(self.curriculum, self.config.curriculum)))
-                    accuracy = self._evaluate(level, self.steps_done, samples=False).greedy_accuracy
-                    metrics[f"heldout/{self.config.data.sources[level].name}"] = accuracy
+                    metrics |= self._evaluate_trained_sources(metrics)
                 self.run_directory.log_metrics(self.steps_done, metrics)
-                bar.set_postfix_str(_progress(metrics, accuracy))
+                bar.set_postfix_str(self._progress(metrics))
                 self.seconds_before = time.monotonic() - started
-                last = self.steps_done == self.config.train.steps
-                if last or stop_requested() or self.steps_done % self.config.train.checkpoint_every == 0:
+                stop, last = stop_requested(), self.steps_done == train.steps
+                if last or stop or self.steps_done % train.checkpoint_every == 0:
                     self._save()
-                if stop_requested() and not last:
+                if stop and not last:
                     self.close()
                     raise KeyboardInterrupt
-        summary = self._summary(time.monotonic() - started)
+            summary = self._summary(time.monotonic() - started)
         self.run_directory.write_summary(summary)
         self.close()
         return summary
@@ -140,17 +149,20 @@ class Trainer:
         scored = self._score(rollouts, prompts)
         batch = self._train_batch(scored)
         for _ in range(config.train.updates_per_batch):
-            self.state, update_metrics, target_logprob_BGC = self.update(self.state, batch)
+            self.state, update_metrics, weight_BGC = self.update(self.state, batch)
         self.curriculum = curriculum.update(
             self.curriculum, config.curriculum, source_B, scored.accuracy_BG, scored.scored_BG
         )
 
         metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
-        self._log_samples(step + 1, scored, prompts, target_logprob_BGC)
+        warning = health_warning(metrics, config.train.ess_warning)
+        if warning is not None:
+            metrics["warning"] = warning
+        self._log_samples(step + 1, scored, prompts, weight_BGC)
         length_BG = np.asarray(rollouts.length_BG)
         return metrics | {
-            "reward": float(scored.reward_BG.mean()),
-            "accuracy": float(scored.accuracy_BG.mean()),
+            "reward": scored.mean(scored.reward_BG),
+            "accuracy": scored.mean(scored.accuracy_BG),
             "unscored": int((~scored.scored_BG).sum()),
             "completion_tokens": float(length_BG.mean()),
             "finished": float(np.asarray(rollouts.finished_BG).mean()),
@@ -163,6 +175,39 @@ class Trainer:
             "compilations": self.compilations.count,
         }
 
+    def _check_finite(self, metrics: dict[str, Any]) -> None:
+        """Stops before a broken model replaces a good checkpoint."""
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
+            self.close()
+            raise FloatingPointError(
+                f"step {self.steps_done + 1}: loss is {metrics['loss']} and gradient_norm {metrics['gradient_norm']};"
+                f" the newest checkpoint in '{self.run_directory.path}' is from before. Lower optimizer.learning_rate"
+            )
+
+    def _evaluate_trained_sources(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Greedy held-out accuracy of the sources that this step trained on."""
+        sources = [index for index, count in enumerate(metrics["sources"]) if count]
+        results = {
+            self.config.data.sources[index].name: self._evaluate(index, self.steps_done, samples=False).to_json()
+            for index in sources
+        }
+        self.shown_accuracy = _flat_accuracy(results)
+        return self.shown_accuracy
+
+    def _progress(self, metrics: dict[str, Any]) -> str:
+        """The line behind the progress bar; shows the run's first off-policy warning above it."""
+        if "warning" in metrics and not self.warned:
+            tqdm.write(f"step {self.steps_done}: {metrics['warning']} (later ones: metrics.jsonl)")
+            self.warned = True
+        shown = [
+            f"reward {metrics['reward']:.2f}",
+            f"accuracy {metrics['accuracy']:.2f}",
+            f"{metrics['tokens_per_second']:.0f} tok/s",
+            f"ESS {metrics['ess_token']:.2f}",
+            *(f"{name} {accuracy:.2f}" for name, accuracy in self.shown_accuracy.items()),
+        ]
+        return ", ".join(shown)
+
     def close(self) -> None:
         """Waits for checkpoints and closes the logs."""
         self.checkpoints.close()
@@ -173,7 +218,24 @@ class Trainer:
         encoded = [self.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.setup.prompt_size)
 
-    def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array, stop_ids: Array | None = None) -> Rollouts:
+    def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
+        """Completions of the nested policy, or of its defensive mixture with the full one."""
+        alpha, group_size = self.config.loss.mixture_alpha, self.config.rollout.group_size
+        if alpha is None:
+            return self._sample(prompts, plan, key, group_size)
+        return mixture_rollouts(
+            lambda layers, sample_key, count: self._sample(prompts, layers, sample_key, count),
+            key,
+            plan,
+            self.num_layers,
+            len(prompts),
+            group_size,
+            alpha,
+        )
+
+    def _sample(
+        self, prompts: Prompts, plan: LayerPlan, key: jax.Array, group_size: int, stop_ids: Array | None = None
+    ) -> Rollouts:
         config = self.config.rollout
         rollouts = generate(
             self.state.model,
@@ -183,7 +245,7 @@ class Trainer:
             self.stop_ids if stop_ids is None else stop_ids,
             key,
             self.state.updates,
-            group_size=config.group_size,
+            group_size=group_size,
             max_completion_tokens=config.max_completion_tokens,
             sampling=config.sampling,
         )
@@ -213,8 +275,11 @@ class Trainer:
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
             advantage_BG=shard_batch(advantage_BG, self.mesh),
         )
-        if config.train.updates_per_batch > 1:
+        if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
             batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
+        if config.loss.mixture_alpha is not None:
+            nested_logprob_BGC = self._logprobs(self.state.model, batch, rollouts.plan)
+            batch = dataclasses.replace(batch, nested_logprob_BGC=nested_logprob_BGC)
         if config.loss.reference_kl_coefficient:
             batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
         return batch
@@ -227,12 +292,13 @@ class Trainer:
         model.lora_scale = 0.0
         return model
 
-    def _logprobs(self, model, batch: TrainBatch) -> Float[Array, "B G C"]:
+    def _logprobs(self, model: Transformer, batch: TrainBatch, plan: LayerPlan | None = None) -> Float[Array, "B G C"]:
         return self.score_logprobs(
             model,
             batch.prompt_BP,
             batch.prompt_length_B,
             batch.tokens_BGC,
+            plan=plan,
             temperature=self.config.rollout.sampling.temperature,
         )[0]
 
@@ -260,7 +326,9 @@ class Trainer:
         key = jax.random.fold_in(self.key, THROUGHPUT_KEY)
         plan = draw_plan(key, config.nesting, self.num_layers, self.setup.divergence_L)
         throughput = compare_throughput(
-            lambda plan: self._rollout(prompts, plan, key, jnp.full_like(self.stop_ids, -1)), plan, self.num_layers
+            lambda plan: self._sample(prompts, plan, key, config.rollout.group_size, jnp.full_like(self.stop_ids, -1)),
+            plan,
+            self.num_layers,
         )
         history = self.run_directory.read_metrics()
         health = {
@@ -281,14 +349,11 @@ class Trainer:
             **health,
         }
 
-    def _log_samples(self, step: int, scored: Scored, prompts: Prompts, target_logprob_BGC: Array) -> None:
+    def _log_samples(self, step: int, scored: Scored, prompts: Prompts, weight_BGC: Array) -> None:
         """Writes the completions of the first prompts of a step, with what explains their rewards."""
         rollouts = jax.device_get(scored.rollouts)
-        size = target_logprob_BGC.shape[-1]
-        mask_BGC = gradient_mask(rollouts.length_BG, rollouts.forced_BG, size)
-        log_ratio_BGC = np.asarray(target_logprob_BGC) - rollouts.behavior_logprob_BGC[..., :size]
-        weight_BGC = np.exp(np.clip(np.where(mask_BGC, log_ratio_BGC, 0.0), -20, 20)) * mask_BGC
-        mean_weight_BG = weight_BGC.sum(axis=-1) / np.maximum(mask_BGC.sum(axis=-1), 1)
+        tokens_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
+        mean_weight_BG = np.asarray(weight_BGC).sum(axis=-1) / tokens_BG
         skipped = list(rollouts.plan.skipped(self.num_layers))
         self.run_directory.log_samples(
             step,
@@ -301,7 +366,7 @@ class Trainer:
                     "parts": {name: float(part_BG[b, g]) for name, part_BG in scored.parts.items()},
                     "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                     "tokens": int(rollouts.length_BG[b, g]),
-                    "skipped_layers": skipped,
+                    "skipped_layers": skipped if rollouts.nested_BG[b, g] else [],
                     "mean_weight": float(mean_weight_BG[b, g]),
                 }
                 for b in range(min(LOGGED_PROMPTS, len(prompts)))
@@ -320,7 +385,8 @@ class Trainer:
         self.checkpoints.save(self.steps_done, self.state.checkpoint_arrays(), host)
 
     def _restore(self) -> None:
-        _, arrays, host = self.checkpoints.restore(self.state.checkpoint_arrays())
+        step, arrays, host = self.checkpoints.restore(self.state.checkpoint_arrays())
+        self.run_directory.drop_after(step)
         self.state = dataclasses.replace(self.state, **arrays)
         self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
         self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
@@ -344,20 +410,17 @@ def _flat_accuracy(evaluations: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {f"heldout/{source}": result["greedy_accuracy"] for source, result in evaluations.items()}
 
 
-def _progress(metrics: dict[str, Any], heldout_accuracy: float | None) -> str:
-    shown = f"reward {metrics['reward']:.2f}, {metrics['tokens_per_second']:.0f} tok/s, ESS {metrics['ess_token']:.2f}"
-    return shown if heldout_accuracy is None else f"{shown}, held-out {heldout_accuracy:.2f}"
-
-
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once.
+
+    The handler only sets a flag: whatever it interrupts (a log line, a checkpoint) goes on.
+    """
     requested = False
 
     def request(number: int, _frame: Any) -> None:
         nonlocal requested
         requested = True
-        tqdm.write("stopping after this step; the checkpoint will hold it (again to stop at once)")
         signal.signal(number, previous[number])
 
     previous: dict[int, Any] = {}

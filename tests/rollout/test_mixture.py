@@ -1,0 +1,84 @@
+"""Defensive-mixture rollouts: who drew what, and that every completion is its component's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.rollout.generate import completion_logprobs, generate
+from nested_reft.rollout.mixture import mixture_rollouts
+from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.types import Rollouts
+from tests.tiny_models import tiny_model, tiny_prompts
+
+PLAN = LayerPlan.skipping(5, [1, 3])
+
+
+def rollout_from(model):
+    tokens_BP, length_B = tiny_prompts()
+
+    def rollout(plan, key, count):
+        return generate(
+            model,
+            tokens_BP,
+            length_B,
+            plan,
+            jnp.array([-1]),
+            key,
+            group_size=count,
+            max_completion_tokens=5,
+            sampling=SamplingConfig(),
+        )
+
+    return rollout
+
+
+def labelled_rollouts(shape, full, plan):
+    """Completions of one token: 1 from the full model, 0 from the nested one."""
+    zeros = jnp.zeros(shape, jnp.int32)
+    return Rollouts(
+        prompt_BP=jnp.zeros((shape[0], 1), jnp.int32),
+        prompt_length_B=jnp.ones(shape[0], jnp.int32),
+        tokens_BGC=jnp.full((*shape, 1), int(full)),
+        length_BG=zeros + 1,
+        finished_BG=zeros == 0,
+        forced_BG=zeros,
+        behavior_logprob_BGC=jnp.zeros((*shape, 1)),
+        plan=plan,
+        nested_BG=zeros == 0,
+        policy_version=jnp.int32(0),
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_each_completion_has_the_probability_of_one_component(alpha, key):
+    model = tiny_model()
+    result = mixture_rollouts(rollout_from(model), key, PLAN, 5, 3, 8, alpha)
+    logprob = {}
+    for name, plan in (("full", LayerPlan.full(5)), ("nested", PLAN)):
+        score = jax.jit(completion_logprobs, static_argnames="temperature")
+        args = (model, result.prompt_BP, result.prompt_length_B, result.tokens_BGC)
+        logprob[name] = np.asarray(score(*args, temperature=1.0, plan=plan)[0])
+    behavior = np.asarray(result.behavior_logprob_BGC)
+    is_full = np.abs(behavior - logprob["full"]).max(axis=-1) < 1e-3
+    is_nested = np.abs(behavior - logprob["nested"]).max(axis=-1) < 1e-3
+    assert np.all(is_full ^ is_nested)
+    drawn = jax.random.bernoulli(jax.random.split(key, 3)[0], alpha, (3, 8))
+    assert np.array_equal(is_full, np.asarray(drawn))
+    assert np.array_equal(result.nested_BG, ~is_full)
+    assert result.plan.kept_S.tolist() == PLAN.kept_S.tolist()
+    # No completion is used twice.
+    assert len({tuple(row) for row in np.asarray(result.tokens_BGC).reshape(24, 5)}) > 20
+
+
+def test_components_are_drawn_independently_at_the_rate_alpha():
+    """The number from the full model varies by prompt as a binomial does; a fixed count would not."""
+
+    def labelled(plan, key, count):
+        return labelled_rollouts((400, count), plan.num_kept == 5, plan)
+
+    result = mixture_rollouts(labelled, jax.random.key(3), PLAN, 5, 400, 8, 0.25)
+    counts_B = np.asarray(result.tokens_BGC)[..., 0].sum(axis=1)
+    assert abs(counts_B.mean() - 2.0) < 4 * np.sqrt(8 * 0.25 * 0.75 / 400)
+    assert abs(counts_B.var() - 1.5) < 0.5
