@@ -10,7 +10,7 @@ PYTHON ?= $(shell for modules in sys,venv,ensurepip sys; do \
 # a CPU build of the same version (a wheel's path or address) does as well: make test TORCH=path/to/torch.whl
 TORCH ?= torch==2.13.0
 
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 VENV := .venv
 RUN_READY := $(VENV)/.run-ready

@@ -161,7 +161,7 @@ def test_stream_without_sources_or_examples_is_refused():
 
 
 def test_prompt_size_rounds_up_to_a_multiple():
-    assert [prompt_size([3, n]) for n in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32]
+    assert [prompt_size([3, n]) for n in (1, 15, 16, 17, 32)] == [8, 16, 16, 24, 32]
     assert prompt_size([5], bucket=4) == 8
     with pytest.raises(ValueError, match="prompt_size got no lengths"):
         prompt_size([])

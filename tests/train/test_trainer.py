@@ -19,6 +19,11 @@ from nested_reft.train.config import Config, ModelSource, config_names, load_con
 from nested_reft.train.setup import prepare, trained_policy
 from nested_reft.train.trainer import Trainer, completion_bucket
 
+WITH_KL = LossConfig(
+    "leave_one_out", "base", "token", "token_mean", reference_kl="k3_loss", reference_kl_coefficient=0.1
+)
+# Every update moves the model, whether or not an untrained one earns any reward.
+MOVING = dataclasses.replace(WITH_KL, entropy_coefficient=1.0)
 UNTIMED = ("seconds", "tokens_per_second", "compilations")
 
 
@@ -122,7 +127,7 @@ def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
 
 
 def test_adapters_train_and_the_base_stays(tmp_path):
-    config = nano(lora=LoraConfig(rank=2), loss__reference_kl_coefficient=0.1, optimizer__learning_rate=0.01)
+    config = nano(lora=LoraConfig(rank=2), loss=WITH_KL, optimizer__learning_rate=0.01)
     run = trainer(config, tmp_path)
     base = {name: np.array(value) for name, value in run.state.model.parameters().items()}
     first, second = run.step(0), run.step(1)
@@ -135,7 +140,7 @@ def test_adapters_train_and_the_base_stays(tmp_path):
 
 
 def test_reference_model_survives_the_updates(tmp_path):
-    run = trainer(nano(loss__reference_kl_coefficient=0.1, optimizer__learning_rate=0.01), tmp_path)
+    run = trainer(nano(loss=MOVING, optimizer__learning_rate=0.01), tmp_path)
     assert run.step(0)["reference_kl"] < 1e-10
     assert run.step(1)["reference_kl"] > 1e-8
 
@@ -143,8 +148,7 @@ def test_reference_model_survives_the_updates(tmp_path):
 def test_second_update_on_a_batch_is_off_policy(tmp_path):
     """`practical` corrects for the updates since the rollout: weight one in the first pass, not in the second."""
     config = nano(
-        loss__bias_mitigation="practical",
-        loss__reference_kl_coefficient=0.1,
+        loss=dataclasses.replace(MOVING, bias_mitigation="practical"),
         train__updates_per_batch=2,
         optimizer__learning_rate=0.01,
     )
@@ -165,7 +169,7 @@ def test_a_run_on_a_mesh_resumes(tmp_path):
 
 def test_an_update_that_is_not_finite_ends_the_run(tmp_path):
     run = trainer(nano(), tmp_path)
-    with pytest.raises(FloatingPointError, match="step 1: loss is nan .* Lower optimizer.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"step 1: loss is nan .* Lower optimizer.learning_rate"):
         run._check_finite({"loss": float("nan"), "gradient_norm": 1.0})
 
 
@@ -251,7 +255,7 @@ def test_refuses(changes, message):
         ({"rollout__max_completion_tokens": 60}, "the model allows 64 positions"),
         ({"nesting__border": 3}, "nesting.border is 3"),
         ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; 8 are here"),
-        ({"mesh": MeshConfig(model=8)}, "mesh.model is 8, but 'layers/key' has 32|must divide"),
+        ({"mesh": MeshConfig(model=5)}, "mesh.model is 5, but 'embedding' has 16 along 'vocab'"),
         ({"data__template": "{expression} = ü"}, "cannot encode"),
     ],
 )
