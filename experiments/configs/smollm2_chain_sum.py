@@ -27,7 +27,7 @@ def get_config() -> Config:
         data=DataConfig(
             sources=(
                 chain_sum("two_terms_one_digit", terms=2, digits=1, train_size=136, heldout_size=64),
-                chain_sum("three_terms_two_digits", terms=3, digits=2, train_size=2000, heldout_size=64),
+                chain_sum("three_terms_two_digits", terms=3, digits=2, train_size=2000, heldout_size=32),
             ),
             prompts_per_batch=8,
             max_prompt_tokens=96,
@@ -45,7 +45,7 @@ def get_config() -> Config:
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=3),
-        train=TrainConfig(steps=60, checkpoint_every=30),
-        evaluation=EvaluationConfig(every_steps=10, samples_per_prompt=4),
+        train=TrainConfig(steps=36, checkpoint_every=18),
+        evaluation=EvaluationConfig(every_steps=6, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),
     )
