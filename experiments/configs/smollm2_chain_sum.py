@@ -44,7 +44,7 @@ def get_config() -> Config:
         loss=LossConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=3),
+        optimizer=OptimizerConfig(learning_rate=2e-5, schedule="linear", warmup_steps=3),
         train=TrainConfig(steps=36, checkpoint_every=18),
         evaluation=EvaluationConfig(every_steps=6, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),

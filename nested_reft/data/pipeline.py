@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -120,6 +122,7 @@ class PromptStream:
                 raise ValueError(f"PromptStream got no examples for source {index}; every source needs at least one")
         self._seed = seed
         self._sizes = [len(examples) for examples in examples_by_source]
+        self._fingerprint = _fingerprint(examples_by_source)
         self._iterators = [
             _endless_iterator(examples, seed, index) for index, examples in enumerate(examples_by_source)
         ]
@@ -131,16 +134,21 @@ class PromptStream:
     def get_state(self) -> dict[str, Any]:
         """The position in every source, JSON-able."""
         positions = [iterator.get_state() for iterator in self._iterators]
-        return {"seed": self._seed, "sizes": list(self._sizes), "positions": positions}
+        return {
+            "seed": self._seed,
+            "sizes": list(self._sizes),
+            "fingerprint": self._fingerprint,
+            "positions": positions,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position that `get_state` gave.
 
         Raises:
-            ValueError: the state is of another seed or of sources of other sizes, so that its
-                positions would mean other examples.
+            ValueError: the state is of another seed or of other examples (a generator of another
+                version makes others), so that its positions would mean something else.
         """
-        for name, now in (("seed", self._seed), ("sizes", self._sizes)):
+        for name, now in (("seed", self._seed), ("sizes", self._sizes), ("fingerprint", self._fingerprint)):
             if state[name] != now:
                 raise ValueError(
                     f"the saved data position has {name} {state[name]}, this run has {now};"
@@ -148,6 +156,12 @@ class PromptStream:
                 )
         for iterator, position in zip(self._iterators, state["positions"], strict=True):
             iterator.set_state(dict(position))
+
+
+def _fingerprint(examples_by_source: Sequence[Sequence[EncodedExample]]) -> str:
+    """A hash of every prompt and answer, in order."""
+    pairs = [[(e.text, e.example.answer) for e in examples] for examples in examples_by_source]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def _endless_iterator(examples: Sequence[EncodedExample], seed: int, source_index: int) -> grain.DatasetIterator:

@@ -58,6 +58,8 @@ def prepare(config: Config) -> Setup:
         ValueError: something in the configuration cannot work; names the field, its value and
             what is allowed.
     """
+    if Config.from_json(config.to_json()) != config:
+        raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
     mesh = make_mesh(config.mesh)
     if config.model.name != "scratch":
         resolve_model(config.model.name)

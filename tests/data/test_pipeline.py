@@ -143,6 +143,10 @@ def test_state_is_a_snapshot_and_can_be_restored_twice():
     [
         (make_stream(seed=1), "data position has seed 0, this run has 1"),
         (make_stream(sizes=(5, 4)), r"data position has sizes \[5, 3\], this run has \[5, 4\]"),
+        (
+            PromptStream([encode(make_examples(5, "x")), encode(make_examples(3, "y"))], 0),
+            "data position has fingerprint",
+        ),
     ],
 )
 def test_state_of_other_data_is_refused(stream, message):
