@@ -41,14 +41,20 @@ class Checkpoints:
             Its step, its arrays and its JSON part.
 
         Raises:
-            ValueError: there is none. Orbax raises its own errors for one that is damaged or does not fit.
+            ValueError: there is none, it is damaged, or it does not fit `like`.
         """
         step = self._manager.latest_step()
         if step is None:
             raise ValueError(f"no complete checkpoint in '{self._manager.directory}'")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=arguments)
+        try:
+            restored = self._manager.restore(step, args=arguments)
+        except Exception as error:  # Orbax and its storage raise many kinds
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"checkpoint {step} in '{self._manager.directory}' is damaged or of another model: {reason}"
+            ) from None
         return step, restored["arrays"], restored["host"]
 
     def close(self) -> None:

@@ -100,13 +100,18 @@ def _train(arguments: list[str]) -> None:
         _check_writable(known.json)
         if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
             raise ValueError(f"run '{known.resume}' has no complete checkpoint to resume from")
+        if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") == config.train.steps:
+            summary = known.resume / "summary.json"
+            if summary.is_file():
+                print(f"run '{known.resume}' is complete: {summary}")
+                return
         setup = prepare(config)
         if known.resume is None:
             run = RunDirectory.create(known.runs, config.name, config.to_json())
         else:
             run = RunDirectory(known.resume)
-    print(f"run directory: {run.path}")
-    trainer = Trainer(setup, run, resume=known.resume is not None)
+        print(f"run directory: {run.path}")
+        trainer = Trainer(setup, run, resume=known.resume is not None)
     try:
         summary = trainer.run()
     except KeyboardInterrupt:
@@ -197,16 +202,21 @@ def _sample(arguments: list[str]) -> None:
     parser = _parser("sample", "Completions of one prompt by the full model and by a nested one.")
     parser.add_argument("policy", help="a run directory, or a model as in model.name")
     parser.add_argument("prompt", help="what the user says")
-    parser.add_argument("--skip-ratio", type=float, default=0.1, help="share of layers skipped, drawn uniformly")
+    parser.add_argument("--skip-ratio", type=float, default=0.2, help="share of layers skipped, drawn uniformly")
     parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="skip these layers instead")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's own, 1 for a model")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, help="default: 64, or the room that the prompt leaves")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     known = parser.parse_args(arguments)
     with _checking_input():
-        if known.max_tokens < 1 or known.samples < 1:
-            raise ValueError(f"--max-tokens {known.max_tokens}, --samples {known.samples}; allowed is 1 or more")
+        for flag, value, lowest in (
+            ("--max-tokens", known.max_tokens, 1),
+            ("--samples", known.samples, 1),
+            ("--seed", known.seed, 0),
+        ):
+            if value is not None and not lowest <= value < 2**31:
+                raise ValueError(f"{flag} is {value}; allowed is {lowest} to {2**31 - 1}")
         sampling = SamplingConfig(temperature=1.0 if known.temperature is None else known.temperature)
         nesting = NestingConfig(skip_ratio=known.skip_ratio)
         if (Path(known.policy) / "checkpoints").is_dir():
@@ -221,6 +231,8 @@ def _sample(arguments: list[str]) -> None:
         num_layers = model.config.num_layers
         nesting.validate_for(num_layers)
         nested = _skipping(num_layers, known.skip_layers) or draw_plan(jax.random.key(known.seed), nesting, num_layers)
+        room = model.config.max_positions - len(tokens)
+        known.max_tokens = min(64, max(room, 1)) if known.max_tokens is None else known.max_tokens
         if not tokens or len(tokens) + known.max_tokens > model.config.max_positions:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and --max-tokens is {known.max_tokens};"
@@ -306,7 +318,7 @@ def _export(arguments: list[str]) -> None:
         if known.directory.exists():
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
         setup = trained_policy(known.run)
-    save_huggingface(setup.model, known.directory, setup.tokenizer)
+        save_huggingface(setup.model, known.directory, setup.tokenizer)
     print(f"written: {known.directory}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -64,6 +65,9 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"model.head_size is {self.head_size}; rotary embeddings need an even size")
+        for name in ("rope_theta", "norm_epsilon"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"model.{name} is {getattr(self, name)}; allowed is more than 0")
         if self.family not in FAMILIES:
             raise ValueError(f"model.family is '{self.family}'; allowed are {', '.join(FAMILIES)}")
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -189,6 +190,10 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; allowed are letters, digits, '_', '.' and '-': it names the run's directory"
+            )
         if self.data.prompts_per_batch % self.train.micro_batches:
             raise ValueError(
                 f"train.micro_batches is {self.train.micro_batches}; it must divide data.prompts_per_batch,"
