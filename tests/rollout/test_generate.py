@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nested_reft.layer_skip import LayerPlan
+from nested_reft.metrics import CompileCounter
 from nested_reft.models.transformer import Transformer, parameter_axes
 from nested_reft.rollout.generate import completion_logprobs, generate, right_padded
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
@@ -123,13 +124,16 @@ def test_left_right_and_no_padding_give_the_same_rollouts(key):
 
 
 def test_a_second_plan_of_the_same_size_compiles_nothing(key):
-    model = tiny_model()
-    rollout(model, key, plan=LayerPlan.skipping(5, [1]))
-    compiled = generate._cache_size()
-    rollout(model, jax.random.key(5), plan=LayerPlan.skipping(5, [3]), stop_ids=jnp.array([4]))
-    assert generate._cache_size() == compiled
-    rollout(model, key, plan=LayerPlan.skipping(5, [0, 1, 2, 3]))  # one layer: no other test keeps so few
-    assert generate._cache_size() == compiled + 1
+    model, other_key, other_stop = tiny_model(), jax.random.key(5), jnp.array([4])
+    plans = [LayerPlan.skipping(5, skipped) for skipped in ([1], [3], [0, 1, 2, 3])]
+    prompts = tiny_prompts()
+    rollout(model, key, plan=plans[0], prompts=prompts)
+    counter = CompileCounter()
+    rollout(model, other_key, plan=plans[1], stop_ids=other_stop, prompts=prompts)
+    assert counter.count == 0
+    rollout(model, key, plan=plans[2], prompts=prompts)  # one layer: no other test keeps so few
+    assert counter.count > 0
+    counter.close()
 
 
 def test_one_completion_token_is_enough(key):
