@@ -74,7 +74,8 @@ def test_refusals(start, changes, message):
     ],
 )
 def test_what_means_something_is_allowed(start, changes):
-    dataclasses.replace(start, **changes)
+    changed = dataclasses.replace(start, **changes)
+    assert {name: getattr(changed, name) for name in changes} == changes
 
 
 @pytest.mark.parametrize(
