@@ -192,6 +192,7 @@ def _sample(arguments: list[str]) -> None:
     import jax
     import numpy as np
 
+    from nested_reft.data.prompts import PromptFormat
     from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
     from nested_reft.metrics import printable
     from nested_reft.models.registry import load_model
@@ -221,13 +222,12 @@ def _sample(arguments: list[str]) -> None:
         nesting = NestingConfig(skip_ratio=known.skip_ratio)
         if (Path(known.policy) / "checkpoints").is_dir():
             setup = trained_policy(Path(known.policy))
-            model, tokenizer, data = setup.model, setup.tokenizer, setup.config.data
+            model, tokenizer, prompt = setup.model, setup.tokenizer, setup.config.data.prompt
             if known.temperature is None:
                 sampling = setup.config.rollout.sampling
-            tokens = tokenizer.chat(known.prompt, data.system) if data.chat else tokenizer.encode(known.prompt)
         else:
-            model, tokenizer = load_model(known.policy)
-            tokens = tokenizer.chat(known.prompt)
+            (model, tokenizer), prompt = load_model(known.policy), PromptFormat()
+        tokens = tokenizer.encode(prompt.write(known.prompt, tokenizer))
         num_layers = model.config.num_layers
         nesting.validate_for(num_layers)
         nested = _skipping(num_layers, known.skip_layers) or draw_plan(jax.random.key(known.seed), nesting, num_layers)

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from nested_reft.data.pipeline import EncodedExample, batch_prompts, prompt_size
+from nested_reft.data.pipeline import batch_prompts, prompt_size
+from nested_reft.data.prompts import EncodedExample
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score

@@ -4,6 +4,7 @@ Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_chain
 """
 
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import SourceConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -31,9 +32,11 @@ def get_config() -> Config:
             ),
             prompts_per_batch=8,
             max_prompt_tokens=96,
-            template="{question}\nReply with only the number. It may be negative.",
+            prompt=PromptFormat(
+                "What is {expression}?", system="Calculate.", demonstrations=(("What is 3 - 8?", "3 - 8 = -5"),)
+            ),
         ),
-        rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=0.8)),
+        rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=1.0)),
         nesting=NestingConfig(
             skip_ratio=0.07,
             choice="measured",

@@ -5,6 +5,7 @@ Command: nested-reft train tiny
 """
 
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import SourceConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -39,8 +40,7 @@ def get_config() -> Config:
             sources=(SourceConfig("three_terms_one_digit", "chain_sum", parameters, 3000, 128, seed=1),),
             prompts_per_batch=16,
             max_prompt_tokens=16,
-            template="{expression} =",
-            chat=False,
+            prompt=PromptFormat("{expression} =", chat=False),
         ),
         rollout=RolloutConfig(group_size=8, max_completion_tokens=4),
         nesting=NestingConfig(skip_ratio=0.2, border=1),

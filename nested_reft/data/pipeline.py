@@ -1,105 +1,17 @@
-"""From examples to batches of prompts: tokenize once, stream for ever, pad to few sizes."""
+"""From prompts to batches of them: stream for ever, pad to few sizes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
 
-from nested_reft.data.sources import Example
+from nested_reft.data.prompts import EncodedExample
 from nested_reft.types import Prompts
-
-
-@runtime_checkable
-class PromptTokenizer(Protocol):
-    """What tokenizing prompts needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
-
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """An example and its prompt.
-
-    Attributes:
-        example: where the prompt came from.
-        tokens: the prompt's token ids.
-        text: the prompt as the model reads it.
-    """
-
-    example: Example
-    tokens: list[int]
-    text: str
-
-
-def encode_examples(
-    examples: Sequence[Example],
-    tokenizer: PromptTokenizer,
-    template: str,
-    system: str | None,
-    max_prompt_tokens: int,
-    chat: bool,
-) -> list[EncodedExample]:
-    """Writes and tokenizes the prompt of each example.
-
-    Args:
-        examples: at least one.
-        tokenizer: turns messages into text, and text into ids.
-        template: the user's message, with `{question}` and any field of the example's metadata in braces.
-        system: the chat's system message, if any.
-        max_prompt_tokens: longest prompt allowed. Cutting one would change the question, so a longer
-            one is refused.
-        chat: apply the chat template; otherwise the prompt is plain text.
-
-    Raises:
-        ValueError: no examples, a system message without a chat, a template field that an example
-            does not have, or a prompt too long or empty.
-    """
-    if not examples:
-        raise ValueError("encode_examples got no examples; every source needs at least one")
-    if system is not None and not chat:
-        raise ValueError("data.system is set, but data.chat is False; a plain-text prompt has no system message")
-    encoded = []
-    for example in examples:
-        text = _fill_template(template, example)
-        if chat:
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": text})
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        encoded.append(EncodedExample(example, tokenizer.encode(text), text))
-    _check_lengths(encoded, max_prompt_tokens)
-    return encoded
-
-
-def _fill_template(template: str, example: Example) -> str:
-    fields = {**example.metadata, "question": example.question}
-    try:
-        return template.format_map(fields)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"data.template is {template!r}, which cannot be filled for source '{example.source}' ({error!r});"
-            f" allowed fields are {', '.join(sorted(fields))}"
-        ) from None
-
-
-def _check_lengths(encoded: Sequence[EncodedExample], max_prompt_tokens: int) -> None:
-    longest = max(encoded, key=lambda e: len(e.tokens))
-    if len(longest.tokens) > max_prompt_tokens:
-        raise ValueError(
-            f"data.max_prompt_tokens is {max_prompt_tokens}, but the longest prompt of source"
-            f" '{longest.example.source}' has {len(longest.tokens)} tokens; raise it to at least"
-            f" {len(longest.tokens)} (question: {longest.example.question[:80]!r})"
-        )
-    shortest = min(encoded, key=lambda e: len(e.tokens))
-    if not shortest.tokens:
-        raise ValueError(f"a prompt of source '{shortest.example.source}' has no tokens: {shortest.text!r}")
 
 
 class PromptStream:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import dacite
 
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import SourceConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -60,19 +61,15 @@ class DataConfig:
 
     Attributes:
         sources: where questions come from; the curriculum chooses between them.
-        template: the user's message, with `{question}` and any field of the source's metadata.
-        chat: apply the tokenizer's chat template; otherwise the message is the prompt.
-        system: the chat's system message; None leaves it to the template.
         prompts_per_batch: B.
         max_prompt_tokens: longest prompt allowed.
+        prompt: how a question becomes a prompt.
     """
 
     sources: tuple[SourceConfig, ...]
     prompts_per_batch: int
     max_prompt_tokens: int
-    template: str = "{question}"
-    chat: bool = True
-    system: str | None = None
+    prompt: PromptFormat = field(default_factory=PromptFormat)
 
     def __post_init__(self):
         if not self.sources:

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
-from nested_reft.data.pipeline import EncodedExample, encode_examples, prompt_size
+from nested_reft.data.pipeline import prompt_size
+from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
 from nested_reft.data.sources import load_source
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.models.lora import add_lora
@@ -24,7 +25,7 @@ from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.divergence import load_divergence
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
-from nested_reft.train.config import Config, DataConfig, find_data_file
+from nested_reft.train.config import Config, find_data_file
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.step import create_train_state
 
@@ -66,6 +67,7 @@ def prepare(config: Config) -> Setup:
     raw = [load_source(source) for source in config.data.sources]
     for train, heldout in raw:
         check_answers([*train, *heldout])
+        check_demonstrations(config.data.prompt, heldout)
     model, tokenizer = initial_policy(config)
     num_layers = model.config.num_layers
     config.nesting.validate_for(num_layers)
@@ -78,8 +80,9 @@ def prepare(config: Config) -> Setup:
             f"data.max_prompt_tokens + rollout.max_completion_tokens is {longest};"
             f" the model allows {model.config.max_positions} positions"
         )
-    train = [encode(examples, tokenizer, config.data) for examples, _ in raw]
-    heldout = [encode(examples, tokenizer, config.data) for _, examples in raw]
+    data = config.data
+    train = [encode_examples(examples, tokenizer, data.prompt, data.max_prompt_tokens) for examples, _ in raw]
+    heldout = [encode_examples(examples, tokenizer, data.prompt, data.max_prompt_tokens) for _, examples in raw]
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
     if config.lora.rank:
@@ -119,11 +122,6 @@ def initial_policy(config: Config) -> tuple[Transformer, Tokenizer]:
         check_tokenizer(model.config, tokenizer)
     axes, mesh = parameter_axes(model.config), make_mesh(config.mesh)
     return Transformer(model.config, shard_parameters(model.parameters(), axes, mesh)), tokenizer
-
-
-def encode(examples, tokenizer: Tokenizer, data: DataConfig) -> list[EncodedExample]:
-    """The prompts of examples, as the configuration writes them."""
-    return encode_examples(examples, tokenizer, data.template, data.system, data.max_prompt_tokens, data.chat)
 
 
 def trained_policy(run: Path) -> Setup:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from nested_reft.data.pipeline import EncodedExample, PromptStream, batch_prompts, encode_examples, prompt_size
+from nested_reft.data.pipeline import PromptStream, batch_prompts, prompt_size
+from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import Example
 
 
@@ -27,9 +28,9 @@ def make_examples(count, source="a", **kwargs):
     return [Example(question=f"{source}{i}", answer=str(i), source=source, **kwargs) for i in range(count)]
 
 
-def encode(examples, *, instruction="Number only.", system=None, max_prompt_tokens=100, chat=True):
+def encode(examples, *, instruction="Number only.", max_prompt_tokens=100, **options):
     template = f"{{question}}\n{instruction}" if instruction else "{question}"
-    return encode_examples(examples, CharTokenizer(), template, system, max_prompt_tokens, chat)
+    return encode_examples(examples, CharTokenizer(), PromptFormat(template, **options), max_prompt_tokens)
 
 
 def make_stream(sizes=(5, 3), seed=0):
@@ -71,7 +72,7 @@ def test_no_examples_are_refused():
 
 
 def test_system_message_without_chat_is_refused():
-    with pytest.raises(ValueError, match=r"data.system is set, but data.chat is False"):
+    with pytest.raises(ValueError, match=r"data.prompt.system is .* data.prompt.chat is False"):
         encode(make_examples(1), system="Be terse.", chat=False)
 
 
@@ -203,3 +204,18 @@ def test_batch_refuses_a_longer_prompt_than_its_size():
 def test_batch_refuses_no_examples_and_unequal_lengths(count, source_index):
     with pytest.raises(ValueError, match=f"got {count} examples and {len(source_index)} source indices"):
         batch_prompts(encode(make_examples(2))[:count], source_index, prompt_size=64)
+
+
+# demonstrations
+
+
+def test_demonstrations_are_earlier_turns():
+    (encoded,) = encode(make_examples(1), system="Terse.", demonstrations=(("b", "2"), ("c", "3")))
+    assert encoded.text == "<system>Terse.<user>b<assistant>2<user>c<assistant>3<user>a0\nNumber only.<assistant>"
+
+
+def test_a_held_out_question_as_demonstration_is_refused():
+    prompt = PromptFormat("What is {question}?", demonstrations=(("What is a1?", "1"),))
+    check_demonstrations(prompt, make_examples(1))
+    with pytest.raises(ValueError, match=r"demonstrations holds 'What is a1\?', which is a held-out"):
+        check_demonstrations(prompt, make_examples(2))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.data.prompts import PromptFormat
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.metrics import RunDirectory
@@ -251,12 +252,15 @@ def test_refuses(changes, message):
     [
         ({"warm_start__steps": 1, "rollout__max_completion_tokens": 2}, "takes 3 tokens with its end|takes 4 tokens"),
         ({"data__max_prompt_tokens": 5}, "data.max_prompt_tokens is 5, but the longest prompt"),
-        ({"data__template": "{nothing}"}, "data.template is '{nothing}'.*allowed fields are"),
+        (
+            {"data__prompt": PromptFormat("{nothing}", chat=False)},
+            "data.prompt.template is '{nothing}'.*allowed fields are",
+        ),
         ({"rollout__max_completion_tokens": 60}, "the model allows 64 positions"),
         ({"nesting__border": 3}, "nesting.border is 3"),
         ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; 8 are here"),
         ({"mesh": MeshConfig(model=5)}, "mesh.model is 5, but 'embedding' has 16 along 'vocab'"),
-        ({"data__template": "{expression} = ü"}, "cannot encode"),
+        ({"data__prompt": PromptFormat("{expression} = ü", chat=False)}, "cannot encode"),
     ],
 )
 def test_refuses_before_any_compute(changes, message):

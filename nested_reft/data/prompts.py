@@ -1,0 +1,135 @@
+"""From questions to prompts: what the model reads before it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from nested_reft.data.sources import Example
+
+
+@runtime_checkable
+class PromptTokenizer(Protocol):
+    """What writing prompts needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a question becomes a prompt.
+
+    Attributes:
+        template: the user's message, with `{question}` and any field of the example's metadata in braces.
+        chat: apply the tokenizer's chat template; otherwise the message is the prompt.
+        system: the chat's system message; None leaves it to the chat template.
+        demonstrations: earlier turns of the chat that show how to answer: pairs of a user's message
+            and the reply to it, word for word.
+    """
+
+    template: str = "{question}"
+    chat: bool = True
+    system: str | None = None
+    demonstrations: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        for name, value in (("system", self.system), ("demonstrations", self.demonstrations)):
+            if value and not self.chat:
+                raise ValueError(
+                    f"data.prompt.{name} is {value!r}, but data.prompt.chat is False; plain text has no turns"
+                )
+
+    def write(self, message: str, tokenizer: PromptTokenizer) -> str:
+        """The prompt of one user's message, up to where the answer begins."""
+        if not self.chat:
+            return message
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for asked, reply in self.demonstrations:
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        return tokenizer.apply_chat_template([*turns, {"role": "user", "content": message}], add_generation_prompt=True)
+
+    def fill(self, example: Example) -> str:
+        """The user's message of one example.
+
+        Raises:
+            ValueError: the template names a field that the example does not have.
+        """
+        fields = {**example.metadata, "question": example.question}
+        try:
+            return self.template.format_map(fields)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"data.prompt.template is {self.template!r}, which cannot be filled for source '{example.source}'"
+                f" ({error!r}); allowed fields are {', '.join(sorted(fields))}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example and its prompt.
+
+    Attributes:
+        example: where the prompt came from.
+        tokens: the prompt's token ids.
+        text: the prompt as the model reads it.
+    """
+
+    example: Example
+    tokens: list[int]
+    text: str
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PromptTokenizer, prompt: PromptFormat, max_prompt_tokens: int
+) -> list[EncodedExample]:
+    """Writes and tokenizes the prompt of each example.
+
+    Args:
+        examples: at least one.
+        tokenizer: turns messages into text, and text into ids.
+        prompt: how prompts are written.
+        max_prompt_tokens: longest prompt allowed. Cutting one would change the question, so a longer
+            one is refused.
+
+    Raises:
+        ValueError: no examples, a template field that an example does not have, or a prompt too long or empty.
+    """
+    if not examples:
+        raise ValueError("encode_examples got no examples; every source needs at least one")
+    encoded = []
+    for example in examples:
+        text = prompt.write(prompt.fill(example), tokenizer)
+        encoded.append(EncodedExample(example, tokenizer.encode(text), text))
+    _check_lengths(encoded, max_prompt_tokens)
+    return encoded
+
+
+def check_demonstrations(prompt: PromptFormat, heldout: Sequence[Example]) -> None:
+    """Refuses demonstrations that give away the answer to a held-out question.
+
+    Raises:
+        ValueError: a demonstration asks what a held-out example asks.
+    """
+    shown = {asked for asked, _ in prompt.demonstrations}
+    for example in heldout:
+        if prompt.fill(example) in shown:
+            raise ValueError(
+                f"data.prompt.demonstrations holds {prompt.fill(example)!r}, which is a held-out question of source"
+                f" '{example.source}'; show another one"
+            )
+
+
+def _check_lengths(encoded: Sequence[EncodedExample], max_prompt_tokens: int) -> None:
+    longest = max(encoded, key=lambda e: len(e.tokens))
+    if len(longest.tokens) > max_prompt_tokens:
+        raise ValueError(
+            f"data.max_prompt_tokens is {max_prompt_tokens}, but the longest prompt of source"
+            f" '{longest.example.source}' has {len(longest.tokens)} tokens; raise it to at least"
+            f" {len(longest.tokens)} (question: {longest.example.question[:80]!r})"
+        )
+    shortest = min(encoded, key=lambda e: len(e.tokens))
+    if not shortest.tokens:
+        raise ValueError(f"a prompt of source '{shortest.example.source}' has no tokens: {shortest.text!r}")
