@@ -10,6 +10,7 @@ from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -47,7 +48,8 @@ def get_config() -> Config:
         loss=LossConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-5, schedule="linear", warmup_steps=3),
+        dynamic_sampling=DynamicSamplingConfig(max_generation_batches=3),
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=3),
         train=TrainConfig(steps=36, checkpoint_every=18),
         evaluation=EvaluationConfig(every_steps=6, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),

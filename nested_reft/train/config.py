@@ -23,6 +23,7 @@ from nested_reft.losses.config import LossConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -183,6 +184,7 @@ class Config:
     evaluation: EvaluationConfig
     curriculum: CurriculumConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
