@@ -15,6 +15,8 @@ from nested_reft.models.transformer import KeyValues, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, sample_token, tempered, token_logprob
 from nested_reft.types import Rollouts, valid_mask
 
+LOGITS_AT_ONCE = 2**26  # 256 MB of float32
+
 
 @struct.dataclass
 class _DecodeState:
@@ -125,6 +127,10 @@ def completion_logprobs(
     Both in nats, at the given temperature, over the full vocabulary. Values at padding are those
     of token 0 there: mask them by length.
 
+    Logits of all tokens at once can be larger than everything else together (1,000 tokens of Qwen's
+    vocabulary take 600 MB). Where they would exceed `LOGITS_AT_ONCE`, completion positions are worked
+    off block by block, each block's logits computed again in the backward pass.
+
     Args:
         model, prompt_BP, prompt_length_B, tokens_BGC: as in a rollout.
         temperature: that of the rollout.
@@ -134,11 +140,30 @@ def completion_logprobs(
             array over the vocabulary for the backward pass; otherwise they stop there.
     """
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    hidden = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
-    logits = tempered(model.logits(hidden), temperature)
-    logprob = token_logprob(logits, tokens_BGC, 1.0)
-    all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
-    return logprob, -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
+
+    def block(hidden_and_tokens: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, tokens = hidden_and_tokens
+        logits = tempered(model.logits(hidden), temperature)
+        all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
+        return token_logprob(logits, tokens, 1.0), -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+
+    rows, size = tokens_BGC.shape[0] * tokens_BGC.shape[1], tokens_BGC.shape[2]
+    block_size = min(size, max(1, LOGITS_AT_ONCE // (rows * model.config.vocab_size)))
+    if block_size == size:
+        return block((hidden_BGCD, tokens_BGC))
+    blocks = [_split_positions(value, block_size) for value in (hidden_BGCD, tokens_BGC)]
+    results = jax.lax.map(jax.checkpoint(block), tuple(blocks))
+    logprob_BGC, entropy_BGC = (jnp.moveaxis(value, 0, 2).reshape(*tokens_BGC.shape[:2], -1) for value in results)
+    return logprob_BGC[..., :size], entropy_BGC[..., :size]
+
+
+def _split_positions(value: Array, block_size: int) -> Array:
+    """`[B, G, C, ...]` to `[C / block_size, B, G, block_size, ...]`, padded with zeros at the end of C."""
+    padding = [(0, 0)] * value.ndim
+    padding[2] = (0, -value.shape[2] % block_size)
+    padded = jnp.pad(value, padding)
+    return jnp.moveaxis(padded.reshape(*padded.shape[:2], -1, block_size, *padded.shape[3:]), 2, 0)
 
 
 def right_padded(

@@ -79,7 +79,12 @@ class Trainer:
             config.train.micro_batches,
             config.train.remat,
         )
-        self.score_logprobs = jax.jit(completion_logprobs, static_argnames="temperature")
+        temperature = config.rollout.sampling.temperature
+        self.score_logprobs = jax.jit(
+            lambda model, batch, plan: completion_logprobs(
+                model, batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, temperature, plan
+            )[0]
+        )
         self.stream = PromptStream(setup.train_examples, config.train.seed)
         self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
         self.steps_done = 0
@@ -302,14 +307,7 @@ class Trainer:
         return model
 
     def _logprobs(self, model: Transformer, batch: TrainBatch, plan: LayerPlan | None = None) -> Float[Array, "B G C"]:
-        return self.score_logprobs(
-            model,
-            batch.prompt_BP,
-            batch.prompt_length_B,
-            batch.tokens_BGC,
-            plan=plan,
-            temperature=self.config.rollout.sampling.temperature,
-        )[0]
+        return self.score_logprobs(model, batch, plan)
 
     def _evaluate(self, source: int, step: int, samples: bool):
         return evaluate(
