@@ -182,7 +182,9 @@ def test_blocks_of_positions_change_neither_logprobs_nor_gradient(key, monkeypat
     whole_gradient, whole = jax.jit(jax.grad(both, has_aux=True))(model.parameters())
     monkeypatch.setattr(generate_module, "LOGITS_AT_ONCE", block_size * 2 * len(length_B) * 31)
     gradient, blocks = jax.jit(jax.grad(both, has_aux=True))(model.parameters())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), (gradient, blocks), (whole_gradient, whole))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), (gradient, blocks), (whole_gradient, whole)
+    )
 
 
 def test_logits_of_all_tokens_never_exist():
