@@ -110,6 +110,20 @@ def generate(
     )
 
 
+def completion_logits(
+    model: Transformer,
+    prompt_BP: Int[Array, "B P"],
+    prompt_length_B: Int[Array, " B"],
+    tokens_BGC: Int[Array, "B G C"],
+    temperature: float,
+    plan: LayerPlan | None = None,
+    remat: bool = False,
+) -> Float[Array, "B G C V"]:
+    """The tempered logits that every completion token is drawn from; arguments as in `completion_logprobs`."""
+    valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
+    return tempered(model.logits(model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)), temperature)
+
+
 def completion_logprobs(
     model: Transformer,
     prompt_BP: Int[Array, "B P"],
@@ -133,9 +147,14 @@ def completion_logprobs(
         differentiable_entropy: let gradients through the entropy, at the cost of keeping a second
             array over the vocabulary for the backward pass; otherwise they stop there.
     """
-    valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    hidden = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
-    logits = tempered(model.logits(hidden), temperature)
+    logits = completion_logits(model, prompt_BP, prompt_length_B, tokens_BGC, temperature, plan, remat)
+    return logprob_and_entropy(logits, tokens_BGC, differentiable_entropy)
+
+
+def logprob_and_entropy(
+    logits: Float[Array, "B G C V"], tokens_BGC: Int[Array, "B G C"], differentiable_entropy: bool = False
+) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
+    """What `completion_logprobs` returns, of tempered logits."""
     logprob = token_logprob(logits, tokens_BGC, 1.0)
     all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
     return logprob, -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
