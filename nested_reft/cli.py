@@ -266,7 +266,7 @@ def _measure_layers(arguments: list[str]) -> None:
     from nested_reft.data.pipeline import batch_prompts
     from nested_reft.layer_skip import LayerPlan
     from nested_reft.report import table
-    from nested_reft.rollout.divergence import measure_layer_divergence, save_divergence
+    from nested_reft.rollout.divergence import measure_layer_divergence, save_divergence, texts_of
     from nested_reft.rollout.generate import generate
 
     parser = _parser("measure-layers", "KL(full || full without the layer) per token, for each layer.")
@@ -295,7 +295,7 @@ def _measure_layers(arguments: list[str]) -> None:
         max_completion_tokens=config.rollout.max_completion_tokens,
         sampling=config.rollout.sampling,
     )
-    divergence_L = measure_layer_divergence(model, rollouts, temperature)
+    divergence_L = measure_layer_divergence(model, texts_of(rollouts), temperature)
     about = {
         "policy": known.policy,
         "config": config.name,
@@ -360,7 +360,8 @@ def _policy(policy: str, config_name: str | None) -> Any:
     config = load_config(config_name)
     if policy != config.model.name:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
-    return prepare(dataclasses.replace(config, nesting=type(config.nesting)()))  # no plans are drawn here
+    no_plans = {"nesting": type(config.nesting)(), "nesting_control": type(config.nesting_control)()}
+    return prepare(dataclasses.replace(config, **no_plans))
 
 
 def _skipping(num_layers: int, layers: list[int]) -> Any:

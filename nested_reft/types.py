@@ -121,6 +121,7 @@ class TrainBatch:
             component which sampled. `None` otherwise.
         token_advantage_BGC: A_t of a value-based estimator, no gradient; replaces `advantage_BG`.
             `None` where the advantage is one for the whole completion.
+        plan: the rollouts' nested policy, for self-distillation; `None` without. It has no axis B.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -134,6 +135,7 @@ class TrainBatch:
     reference_logprob_BGC: Float[Array, "B G C"] | None = None
     nested_logprob_BGC: Float[Array, "B G C"] | None = None
     token_advantage_BGC: Float[Array, "B G C"] | None = None
+    plan: LayerPlan | None = None
 
 
 @struct.dataclass

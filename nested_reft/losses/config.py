@@ -38,6 +38,9 @@ class LossConfig:
         overlong_filter: leave the tokens of cut-off completions out of the loss.
         entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
             sampled prefixes; 0 for none. It costs the backward pass a second array of all logits.
+        self_distillation_coefficient: weight of KL(full || nested) per token of the rollouts, under
+            their plan, where the full policy is held fixed: it teaches the nested one to follow. 0 for
+            none; otherwise each update runs a nested forward and backward pass more.
     """
 
     advantage: Advantage
@@ -58,6 +61,7 @@ class LossConfig:
     reference_kl_coefficient: float = 0.0
     overlong_filter: bool = False
     entropy_coefficient: float = 0.0
+    self_distillation_coefficient: float = 0.0
 
     def __post_init__(self):
         _check_ranges(self)
@@ -104,6 +108,7 @@ def claims_unbiased(config: LossConfig) -> bool:
         and config.normalization == "fixed_length"
         and config.reference_kl in (None, "k1_in_reward")
         and config.entropy_coefficient == 0
+        and config.self_distillation_coefficient == 0
     )
 
 
@@ -124,6 +129,7 @@ def _check_ranges(config: LossConfig) -> None:
     check("dual_clip", lambda x: x > 1, "more than 1, or None")
     check("reference_kl_coefficient", lambda x: x >= 0, "0 or more")
     check("entropy_coefficient", lambda x: x >= 0, "0 or more")
+    check("self_distillation_coefficient", lambda x: x >= 0, "0 or more")
 
 
 def _check_needed(config: LossConfig) -> None:

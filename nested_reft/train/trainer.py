@@ -1,6 +1,8 @@
 """The synchronous training loop.
 
     sources -> curriculum -> rollout(plan) -> rewards -> advantages -> weights -> loss -> update
+                                     ^                                                       |
+                                     +------------ nesting control (ESS / KL budget) <-------+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
 """
@@ -21,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from nested_reft import curriculum
+from nested_reft import curriculum, nesting_control
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.estimators.advantages import group_advantages
@@ -31,6 +33,7 @@ from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import score
+from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
 from nested_reft.rollout.dynamic_sampling import drop_cut_off, enough, mixed_groups, select_groups
 from nested_reft.rollout.generate import completion_logprobs, generate
 from nested_reft.rollout.mixture import mixture_rollouts
@@ -87,6 +90,10 @@ class Trainer:
         )
         self.stream = PromptStream(setup.train_examples, config.train.seed)
         self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
+        self.nesting = nesting_control.initial_state(
+            config.nesting_control, config.nesting.num_skipped(self.num_layers)
+        )
+        self.divergence_L = setup.divergence_L
         self.steps_done = 0
         self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
@@ -141,9 +148,7 @@ class Trainer:
         config, step_key = self.config, jax.random.fold_in(self.key, 1000 + step)
         started = time.monotonic()
 
-        plan = draw_plan(
-            jax.random.fold_in(step_key, PLAN_KEY), config.nesting, self.num_layers, self.setup.divergence_L
-        )
+        plan = self._draw_plan(jax.random.fold_in(step_key, PLAN_KEY))
         generated, rollout_seconds = self._generate(plan, step_key)
         scored = select_groups(generated, config.dynamic_sampling, config.data.prompts_per_batch)
         batch = self._train_batch(scored)
@@ -151,6 +156,7 @@ class Trainer:
             self.state, update_metrics, weight_BGC = self.update(self.state, batch)
 
         metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
+        metrics |= self._adapt_nesting(step, generated[0].rollouts, metrics)
         warning = health_warning(metrics, config.train.ess_warning)
         if warning is not None:
             metrics["warning"] = warning
@@ -229,6 +235,25 @@ class Trainer:
         encoded = [self.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.setup.prompt_size)
 
+    def _draw_plan(self, key: jax.Array) -> LayerPlan:
+        num_skipped = nesting_control.choose(self.nesting)
+        return draw_plan(key, self.config.nesting, self.num_layers, self.divergence_L, num_skipped)
+
+    def _adapt_nesting(self, step: int, rollouts: Rollouts, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Decides how many layers the next batch skips, re-measures them when it is time, and says so."""
+        nesting, logged = self.config.nesting, {}
+        self.nesting = nesting_control.update(self.nesting, self.config.nesting_control, metrics)
+        if self.nesting.reason:
+            logged |= {"next_num_skipped": self.nesting.num_skipped, "nesting_reason": self.nesting.reason}
+        if nesting.remeasure_every and step % nesting.remeasure_every == 0:
+            started = time.monotonic()
+            texts = texts_of(rollouts, nesting.remeasure_prompts, nesting.remeasure_completions)
+            temperature = self.config.rollout.sampling.temperature
+            self.divergence_L = measure_layer_divergence(self.state.model, texts, temperature)
+            logged["layer_divergence"] = [round(float(value), 5) for value in self.divergence_L]
+            logged["remeasure_seconds"] = time.monotonic() - started
+        return logged
+
     def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
         """Completions of the nested policy, or of its defensive mixture with the full one."""
         alpha, group_size = self.config.loss.mixture_alpha, self.config.rollout.group_size
@@ -296,6 +321,8 @@ class Trainer:
             batch = dataclasses.replace(batch, nested_logprob_BGC=nested_logprob_BGC)
         if config.loss.reference_kl_coefficient:
             batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
+        if config.loss.self_distillation_coefficient:
+            batch = dataclasses.replace(batch, plan=replicate(rollouts.plan, self.mesh))
         return batch
 
     def _reference_model(self) -> Transformer:
@@ -331,7 +358,7 @@ class Trainer:
         after = self._evaluate_all(config.train.steps)
         prompts = self._next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
         key = jax.random.fold_in(self.key, THROUGHPUT_KEY)
-        plan = draw_plan(key, config.nesting, self.num_layers, self.setup.divergence_L)
+        plan = self._draw_plan(key)
         throughput = compare_throughput(
             lambda plan: self._sample(prompts, plan, key, config.rollout.group_size, jnp.full_like(self.stop_ids, -1)),
             plan,
@@ -387,6 +414,8 @@ class Trainer:
             "seconds": self.seconds_before,
             "before": self.before,
             "curriculum": self.curriculum.to_json(),
+            "nesting": self.nesting.to_json(),
+            "divergence": self.divergence_L.tolist(),
             "stream": self.stream.get_state(),
         }
         self.checkpoints.save(self.steps_done, self.state.checkpoint_arrays(), host)
@@ -397,6 +426,8 @@ class Trainer:
         self.state = dataclasses.replace(self.state, **arrays)
         self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
         self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
+        self.nesting = nesting_control.NestingControlState.from_json(host["nesting"])
+        self.divergence_L = np.array(host["divergence"])
         self.stream.set_state(host["stream"])
 
 
