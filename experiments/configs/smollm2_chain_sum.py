@@ -50,5 +50,5 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=2e-5, schedule="linear", warmup_steps=3),
         train=TrainConfig(steps=36, checkpoint_every=18),
         evaluation=EvaluationConfig(every_steps=6, samples_per_prompt=4),
-        curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),
+        curriculum=CurriculumConfig("easy_to_hard", window=128, promote_at=0.85),
     )

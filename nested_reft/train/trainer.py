@@ -37,12 +37,13 @@ from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.setup import Setup
+from nested_reft.train.split import split_sources
 from nested_reft.train.step import create_train_state, make_update
 from nested_reft.train.warm_start import warm_start
 from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 # Purposes of random keys: each step's key is folded with one of these.
-CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY = range(6)
+CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY, SPLIT_KEY = range(7)
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
 
@@ -78,8 +79,6 @@ class Trainer:
             config.train.remat,
         )
         self.score_logprobs = jax.jit(completion_logprobs, static_argnames="temperature")
-        self.stream = PromptStream(setup.train_examples, config.train.seed)
-        self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
         self.steps_done = 0
         self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
@@ -88,6 +87,10 @@ class Trainer:
         if config.warm_start.steps and (keep_reference or not resume):
             model = warm_start(model, setup, jax.random.fold_in(self.key, WARM_START_KEY))
         self.reference = _copy(model) if keep_reference else None
+        division, split_key = run.path / "sources.json", jax.random.fold_in(self.key, SPLIT_KEY)
+        self.setup = setup = split_sources(setup, model, split_key, division, resume)
+        self.stream = PromptStream(setup.train_examples, config.train.seed)
+        self.curriculum = curriculum.CurriculumState.start([len(examples) for examples in setup.train_examples])
         self.state = replicate_scalars(create_train_state(model, optimizer), self.mesh)
         if resume:
             self._restore()
@@ -150,9 +153,7 @@ class Trainer:
         batch = self._train_batch(scored)
         for _ in range(config.train.updates_per_batch):
             self.state, update_metrics, weight_BGC = self.update(self.state, batch)
-        self.curriculum = curriculum.update(
-            self.curriculum, config.curriculum, source_B, scored.accuracy_BG, scored.scored_BG
-        )
+        curriculum_metrics = self._update_curriculum(source_B, scored)
 
         metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
         warning = health_warning(metrics, config.train.ess_warning)
@@ -160,20 +161,24 @@ class Trainer:
             metrics["warning"] = warning
         self._log_samples(step + 1, scored, prompts, weight_BGC)
         length_BG = np.asarray(rollouts.length_BG)
-        return metrics | {
-            "reward": scored.mean(scored.reward_BG),
-            "accuracy": scored.mean(scored.accuracy_BG),
-            "unscored": int((~scored.scored_BG).sum()),
-            "completion_tokens": float(length_BG.mean()),
-            "finished": float(np.asarray(rollouts.finished_BG).mean()),
-            "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
-            "skipped_layers": list(plan.skipped(self.num_layers)),
-            "sources": np.bincount(source_B, minlength=len(config.data.sources)).tolist(),
-            "rollout_seconds": rollout_seconds,
-            "step_seconds": time.monotonic() - started,
-            "tokens_per_second": float(length_BG.sum() / rollout_seconds),
-            "compilations": self.compilations.count,
-        }
+        return (
+            metrics
+            | curriculum_metrics
+            | {
+                "reward": scored.mean(scored.reward_BG),
+                "accuracy": scored.mean(scored.accuracy_BG),
+                "unscored": int((~scored.scored_BG).sum()),
+                "completion_tokens": float(length_BG.mean()),
+                "finished": float(np.asarray(rollouts.finished_BG).mean()),
+                "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
+                "skipped_layers": list(plan.skipped(self.num_layers)),
+                "sources": np.bincount(source_B, minlength=len(self.setup.source_names)).tolist(),
+                "rollout_seconds": rollout_seconds,
+                "step_seconds": time.monotonic() - started,
+                "tokens_per_second": float(length_BG.sum() / rollout_seconds),
+                "compilations": self.compilations.count,
+            }
+        )
 
     def _check_finite(self, metrics: dict[str, Any]) -> None:
         """Stops before a broken model replaces a good checkpoint."""
@@ -186,7 +191,7 @@ class Trainer:
 
     def _evaluate_trained_sources(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Greedy held-out accuracy of the sources that this step trained on."""
-        sources = [index for index, count in enumerate(metrics["sources"]) if count]
+        sources = sorted({self.setup.heldout_of_source[i] for i, count in enumerate(metrics["sources"]) if count})
         results = {
             self.config.data.sources[index].name: self._evaluate(index, self.steps_done, samples=False).to_json()
             for index in sources
@@ -259,13 +264,27 @@ class Trainer:
         )
         return Scored(rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
 
+    def _advantages(self, scored: Scored) -> Float[Array, "B G"]:
+        return group_advantages(
+            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), self.config.loss.advantage
+        )
+
+    def _update_curriculum(self, source_B: np.ndarray, scored: Scored) -> dict[str, Any]:
+        """Shows the curriculum all that was generated, trained on or not; returns its metrics of the step."""
+        rule, before = self.config.curriculum, self.curriculum
+        accuracy_BG, scored_BG = scored.accuracy_BG, scored.scored_BG
+        self.curriculum = curriculum.update(
+            before, rule, source_B, np.asarray(self._advantages(scored)), accuracy_BG, scored_BG
+        )
+        names = self.setup.source_names
+        return curriculum.step_metrics(
+            before, self.curriculum, rule, names, source_B, scored.reward_BG, accuracy_BG, scored_BG
+        )
+
     def _train_batch(self, scored: Scored) -> TrainBatch:
         """Advantages, and log-probabilities of the other policies where the loss needs them."""
         config, rollouts = self.config, scored.rollouts
         size = completion_bucket(int(np.asarray(rollouts.length_BG).max()), config.rollout.max_completion_tokens)
-        advantage_BG = group_advantages(
-            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
-        )
         batch = TrainBatch(
             prompt_BP=rollouts.prompt_BP,
             prompt_length_B=rollouts.prompt_length_B,
@@ -273,7 +292,7 @@ class Trainer:
             length_BG=rollouts.length_BG,
             forced_BG=rollouts.forced_BG,
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
-            advantage_BG=shard_batch(advantage_BG, self.mesh),
+            advantage_BG=shard_batch(self._advantages(scored), self.mesh),
         )
         if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
             batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
