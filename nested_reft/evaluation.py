@@ -105,15 +105,15 @@ def evaluate(
         plan: layers that act; None is the full model.
     """
 
-    def num_correct(group_size: int, how: SamplingConfig) -> Int[np.ndarray, " E"]:
-        return _num_correct(
+    def correct(group_size: int, how: SamplingConfig) -> Int[np.ndarray, " E"]:
+        return num_correct(
             model, tokenizer, examples, reward, config.batch_size, max_completion_tokens, how, key, group_size, plan
         )
 
-    greedy_E = num_correct(1, GREEDY)
+    greedy_E = correct(1, GREEDY)
     if not samples or not config.samples_per_prompt:
         return Evaluation(len(examples), float(greedy_E.mean()))
-    sampled_E = num_correct(config.samples_per_prompt, sampling)
+    sampled_E = correct(config.samples_per_prompt, sampling)
     return Evaluation(
         len(examples),
         float(greedy_E.mean()),
@@ -123,8 +123,17 @@ def evaluate(
     )
 
 
-def _num_correct(
-    model, tokenizer, examples, reward, batch_size, max_completion_tokens, sampling, key, group_size, plan
+def num_correct(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[EncodedExample],
+    reward: RewardConfig,
+    batch_size: int,
+    max_completion_tokens: int,
+    sampling: SamplingConfig,
+    key: jax.Array,
+    group_size: int,
+    plan: LayerPlan | None = None,
 ) -> Int[np.ndarray, " E"]:
     """Right answers among `group_size` completions of each example; one compiled shape for all batches."""
     plan = LayerPlan.full(model.config.num_layers) if plan is None else plan

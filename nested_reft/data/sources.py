@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,27 @@ class SourceConfig:
                 )
         if self.seed < 0:
             raise ValueError(f"sources.seed is {self.seed} in source '{self.name}'; allowed is 0 or more")
+
+
+def exactly(**values: int) -> dict[str, int]:
+    """Parameters that fix ranges of a task at one value: `terms=3` is `min_terms` and `max_terms` 3."""
+    return {f"{bound}_{name}": value for name, value in values.items() for bound in ("min", "max")}
+
+
+def difficulty_ladder(
+    task: str, levels: Mapping[str, dict[str, int]], train_size: int, heldout_size: int, seed: int
+) -> tuple[SourceConfig, ...]:
+    """One source for each difficulty of a task, the easiest first, as curricula expect them.
+
+    Args:
+        task: a reasoning-gym dataset name.
+        levels: label of each source and the task's parameters, e.g. `{"two_terms": exactly(terms=2)}`.
+        train_size, heldout_size, seed: of every source, as in `SourceConfig`.
+    """
+    return tuple(
+        SourceConfig(label, task, dict(parameters), train_size, heldout_size, seed)
+        for label, parameters in levels.items()
+    )
 
 
 def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:

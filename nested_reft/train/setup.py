@@ -39,7 +39,10 @@ class Setup:
         config: the configuration.
         model: with its weights, adapters and placement on the mesh.
         tokenizer: the model's.
-        train_examples, heldout_examples: per source.
+        train_examples: of each training source.
+        source_names: of the training sources.
+        heldout_examples: of each source of the configuration.
+        heldout_of_source: for each training source, the source of the configuration that it is part of.
         prompt_size: P of every training batch.
         divergence_L: measured divergence of each layer, for `measured` plans; all alike where none is.
     """
@@ -48,7 +51,9 @@ class Setup:
     model: Transformer
     tokenizer: Tokenizer
     train_examples: list[list[EncodedExample]]
+    source_names: tuple[str, ...]
     heldout_examples: list[list[EncodedExample]]
+    heldout_of_source: tuple[int, ...]
     prompt_size: int
     divergence_L: Float[np.ndarray, " L"]
 
@@ -95,7 +100,9 @@ def prepare(config: Config) -> Setup:
         model=model,
         tokenizer=tokenizer,
         train_examples=train,
+        source_names=tuple(source.name for source in data.sources),
         heldout_examples=heldout,
+        heldout_of_source=tuple(range(len(data.sources))),
         prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
         divergence_L=divergence_L,
     )
