@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nested_reft.data.sources import Example
+from nested_reft.data.examples import Example
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.types import Prompts
 

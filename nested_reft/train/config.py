@@ -15,7 +15,7 @@ from typing import Any, Literal
 import dacite
 
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.prompts import PromptFormat, TooLong
 from nested_reft.data.sources import SourceConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -63,13 +63,15 @@ class DataConfig:
         sources: where questions come from; the curriculum chooses between them.
         prompts_per_batch: B.
         max_prompt_tokens: longest prompt allowed.
-        prompt: how a question becomes a prompt.
+        prompt: how a question becomes a prompt, unless its source says otherwise.
+        too_long: `refuse` prompts that are longer than allowed, or `drop` and count them.
     """
 
     sources: tuple[SourceConfig, ...]
     prompts_per_batch: int
     max_prompt_tokens: int
     prompt: PromptFormat = field(default_factory=PromptFormat)
+    too_long: TooLong = "refuse"
 
     def __post_init__(self):
         if not self.sources:

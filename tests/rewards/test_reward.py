@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nested_reft.data.sources import Example
+from nested_reft.data.examples import Example
 from nested_reft.rewards.reward import RewardConfig, check_answers, score
 from nested_reft.types import Prompts
 
