@@ -147,6 +147,7 @@ def _num_correct(
             sampling=sampling,
         )
         texts = tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))
-        accuracy_BG = score(texts, prompts, np.asarray(rollouts.finished_BG), reward)[1]
+        finished_BG, length_BG = np.asarray(rollouts.finished_BG), np.asarray(rollouts.length_BG)
+        accuracy_BG = score(texts, prompts, finished_BG, reward, length_BG, max_completion_tokens)[1]
         counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
     return np.array(counts)

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nested_reft.data.boxes import last_boxed
+
 DOWNLOAD_TIMEOUT_SECONDS = 60
 
 
@@ -109,21 +111,6 @@ def _harmless(folder: Path, split: str) -> Iterator[Row]:
             if rejected_dialogue != dialogue:  # a few pairs part before the last reply
                 metadata["rejected_dialogue"] = rejected_dialogue.strip()
             yield Row(dialogue.strip(), chosen.strip(), chosen.strip(), metadata)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces balance, or None."""
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        bare = re.findall(r"\\boxed ([^\s$]+)", text)  # TeX boxes one token without braces
-        return bare[-1].rstrip(".") if bare else None
-    start = text.index("{", start) + 1
-    depth = 1
-    for end in range(start, len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[start:end].strip() or None
-    return None
 
 
 _GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"

@@ -90,7 +90,9 @@ def _draw_distinct(task: Task, seed: int, size: int, excluded: frozenset[str]) -
     """Up to `size` examples with different questions, none of them in `excluded`, in order of drawing."""
     examples: dict[str, Example] = {}
     for entry in _task_entries(task, seed, _max_draws(size + len(excluded))):
-        metadata = {**entry["metadata"], "source_dataset": task.task}  # names the verifier to the reward
+        # What the reward needs to make the verifier of this very task.
+        verifier = {"source_dataset": task.task, "source_parameters": dict(task.parameters)}
+        metadata = {**entry["metadata"], **verifier}
         example = Example(entry["question"], str(entry["answer"]), task.source, metadata)
         if example.question not in excluded:
             examples.setdefault(example.question, example)

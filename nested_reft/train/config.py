@@ -207,6 +207,11 @@ class Config:
             raise ValueError(
                 f"mesh.data is {self.mesh.data}; it must divide warm_start.batch_size, {self.warm_start.batch_size}"
             )
+        if self.reward.overlong_cache_tokens > self.rollout.max_completion_tokens:
+            raise ValueError(
+                f"reward.overlong_cache_tokens is {self.reward.overlong_cache_tokens}; allowed is 0 to"
+                f" rollout.max_completion_tokens, which is {self.rollout.max_completion_tokens}"
+            )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
         if self.model.dtype == "bfloat16" and self.lora.rank == 0:

@@ -67,7 +67,7 @@ def prepare(config: Config) -> Setup:
     raw = [load_source(source) for source in config.data.sources]
     prompts = [_prompt_format(config, source) for source in config.data.sources]
     for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):
-        check_answers([*train, *heldout])
+        check_answers([*train, *heldout], config.reward)
         check_demonstrations(prompt, heldout, field)
     model, tokenizer = initial_policy(config)
     num_layers = model.config.num_layers

@@ -30,7 +30,7 @@ from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
-from nested_reft.rewards.reward import score
+from nested_reft.rewards.reward import component_metrics, score
 from nested_reft.rollout.generate import completion_logprobs, generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.throughput import compare_throughput
@@ -160,20 +160,24 @@ class Trainer:
             metrics["warning"] = warning
         self._log_samples(step + 1, scored, prompts, weight_BGC)
         length_BG = np.asarray(rollouts.length_BG)
-        return metrics | {
-            "reward": scored.mean(scored.reward_BG),
-            "accuracy": scored.mean(scored.accuracy_BG),
-            "unscored": int((~scored.scored_BG).sum()),
-            "completion_tokens": float(length_BG.mean()),
-            "finished": float(np.asarray(rollouts.finished_BG).mean()),
-            "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
-            "skipped_layers": list(plan.skipped(self.num_layers)),
-            "sources": np.bincount(source_B, minlength=len(config.data.sources)).tolist(),
-            "rollout_seconds": rollout_seconds,
-            "step_seconds": time.monotonic() - started,
-            "tokens_per_second": float(length_BG.sum() / rollout_seconds),
-            "compilations": self.compilations.count,
-        }
+        return (
+            metrics
+            | component_metrics(scored.parts, scored.scored_BG)
+            | {
+                "reward": scored.mean(scored.reward_BG),
+                "accuracy": scored.mean(scored.accuracy_BG),
+                "unscored": int((~scored.scored_BG).sum()),
+                "completion_tokens": float(length_BG.mean()),
+                "finished": float(np.asarray(rollouts.finished_BG).mean()),
+                "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
+                "skipped_layers": list(plan.skipped(self.num_layers)),
+                "sources": np.bincount(source_B, minlength=len(config.data.sources)).tolist(),
+                "rollout_seconds": rollout_seconds,
+                "step_seconds": time.monotonic() - started,
+                "tokens_per_second": float(length_BG.sum() / rollout_seconds),
+                "compilations": self.compilations.count,
+            }
+        )
 
     def _check_finite(self, metrics: dict[str, Any]) -> None:
         """Stops before a broken model replaces a good checkpoint."""
@@ -255,7 +259,12 @@ class Trainer:
         tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
         texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts, prompts, np.asarray(rollouts.finished_BG), self.config.reward
+            texts,
+            prompts,
+            np.asarray(rollouts.finished_BG),
+            self.config.reward,
+            length_BG,
+            self.config.rollout.max_completion_tokens,
         )
         return Scored(rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
 

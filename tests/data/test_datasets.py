@@ -11,7 +11,8 @@ import threading
 import pytest
 
 from nested_reft.data import datasets
-from nested_reft.data.datasets import DATASETS, Dataset, RawFile, last_boxed, load_dataset
+from nested_reft.data.boxes import boxed, last_boxed
+from nested_reft.data.datasets import DATASETS, Dataset, RawFile, load_dataset
 from nested_reft.data.sources import DatasetSource, load_source
 from tests.shared_data import original_files
 
@@ -170,7 +171,7 @@ def test_missing_package_says_what_to_install(monkeypatch, package):
 
 
 @pytest.mark.parametrize(
-    ("text", "boxed"),
+    ("text", "content"),
     [
         (r"so \boxed{7}", "7"),
         (r"\boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
@@ -181,8 +182,13 @@ def test_missing_package_says_what_to_install(monkeypatch, package):
         ("7", None),
     ],
 )
-def test_last_boxed(text, boxed):
-    assert last_boxed(text) == boxed
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+
+
+def test_boxes_are_read_in_one_pass_outermost_only():
+    assert boxed(r"\boxed{a \boxed{b}} \boxed{\{1, 2\}} } \boxed{c") == [r"a \boxed{b}", r"\{1, 2\}"]
+    assert boxed(r"\boxed{" * 100_000 + "7" + "}") == ["7"]
 
 
 def test_math_is_read_from_its_archive(tmp_path):
