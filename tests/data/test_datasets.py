@@ -139,6 +139,14 @@ def test_an_interrupted_preparation_is_never_used(pairs, monkeypatch):
     assert [len(rows) for rows in load_dataset("pairs", None, "f").values()] == [4, 2]
 
 
+def test_prepared_data_with_rows_missing_is_refused(pairs, data_directory):
+    load_source(source())
+    (train,), (test,) = (list(data_directory.rglob(f"*-{split}.array_record*")) for split in ("train", "test"))
+    train.write_bytes(test.read_bytes())  # a whole file, but of 2 rows instead of 4
+    with pytest.raises(ValueError, match=r"the prepared data in '.*' .*; delete that directory, it is made anew"):
+        load_source(source())
+
+
 def test_damaged_prepared_data_is_refused(pairs, data_directory):
     load_source(source())
     (damaged,) = data_directory.rglob("*-train.array_record*")

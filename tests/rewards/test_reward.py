@@ -192,6 +192,14 @@ def test_a_function_adds_to_the_reward_or_decides_it():
     np.testing.assert_allclose(reward, [[-0.05, -1.0]])
 
 
+def test_a_completion_that_was_cut_off_is_not_right_whatever_the_checker():
+    config = RewardConfig(function=f"{FUNCTIONS}:length")
+    prompts = dataclasses.replace(make_prompts(["7"] * 3), checkers=("exact", "math", "function"))
+    texts = [["7"], [r"\boxed{7}"], ["x" * 20]]
+    assert score(texts, prompts, np.ones((3, 1), bool), config)[1].tolist() == [[1], [1], [1]]
+    assert score(texts, prompts, np.zeros((3, 1), bool), config)[1].tolist() == [[0], [0], [0]]
+
+
 def test_a_function_is_told_what_it_needs():
     prompts = dataclasses.replace(make_prompts(["7"]), texts=("3 + 4 =",), metadata=({"level": 2},))
     config = RewardConfig(function=f"{FUNCTIONS}:show")
