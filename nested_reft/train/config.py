@@ -15,7 +15,7 @@ from typing import Any, Literal
 import dacite
 
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.prompts import PromptFormat, TooLong
 from nested_reft.data.sources import SourceConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
@@ -66,7 +66,8 @@ class DataConfig:
         sources: where questions come from; the curriculum chooses between them.
         prompts_per_batch: B.
         max_prompt_tokens: longest prompt allowed.
-        prompt: how a question becomes a prompt.
+        prompt: how a question becomes a prompt, unless its source says otherwise.
+        too_long: `refuse` prompts that are longer than allowed, or `drop` and count them.
         split: how sources are divided into finer ones before training.
     """
 
@@ -74,6 +75,7 @@ class DataConfig:
     prompts_per_batch: int
     max_prompt_tokens: int
     prompt: PromptFormat = field(default_factory=PromptFormat)
+    too_long: TooLong = "refuse"
     split: SplitConfig = field(default_factory=SplitConfig)
 
     def __post_init__(self):
@@ -214,6 +216,11 @@ class Config:
         if self.warm_start.steps and self.warm_start.batch_size % self.mesh.data:
             raise ValueError(
                 f"mesh.data is {self.mesh.data}; it must divide warm_start.batch_size, {self.warm_start.batch_size}"
+            )
+        if self.reward.overlong_cache_tokens > self.rollout.max_completion_tokens:
+            raise ValueError(
+                f"reward.overlong_cache_tokens is {self.reward.overlong_cache_tokens}; allowed is 0 to"
+                f" rollout.max_completion_tokens, which is {self.rollout.max_completion_tokens}"
             )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)

@@ -32,7 +32,7 @@ from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
-from nested_reft.rewards.reward import score
+from nested_reft.rewards.reward import component_metrics, score
 from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
 from nested_reft.rollout.dynamic_sampling import (
     GenerationLimitError,
@@ -322,7 +322,12 @@ class Trainer:
         tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
         texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts, prompts, np.asarray(rollouts.finished_BG), self.config.reward
+            texts,
+            prompts,
+            np.asarray(rollouts.finished_BG),
+            self.config.reward,
+            length_BG,
+            self.config.rollout.max_completion_tokens,
         )
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
 
@@ -483,7 +488,8 @@ def _generation_metrics(batches: Sequence[Scored], rollout_seconds: float, num_s
         value_BG = np.concatenate([getattr(scored, name) for scored in batches])
         return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
 
-    return {
+    parts = {name: np.concatenate([scored.parts[name] for scored in batches]) for name in batches[0].parts}
+    return component_metrics(parts, scored_BG) | {
         "reward": mean("reward_BG"),
         "accuracy": mean("accuracy_BG"),
         "unscored": int((~scored_BG).sum()),
