@@ -10,7 +10,7 @@ DATA = [
     "importlib_resources>=6.0",  # tensorflow-datasets uses it without asking for it
     "tensorflow-datasets>=4.9.8",
 ]
-MATH = ["math-verify[antlr4_13_2]>=0.8"]
+MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.8"]
 TEST = [
     *TASKS,

@@ -7,7 +7,6 @@ run goes on. Requests and replies are JSON over pipes.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -16,7 +15,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,7 +65,7 @@ class WorkerPool:
         self._alive: set[_Worker] = set()
         for _ in range(workers):
             self._idle.put(None)  # a place whose worker is yet to be started
-        atexit.register(self.close)
+        weakref.finalize(self, _kill_all, self._alive)  # also at exit
 
     def run(self, requests: Sequence[dict[str, Any]]) -> list[Outcome]:
         """Scores every request, each within the time limit, in any order; returns outcomes in theirs.
@@ -87,8 +87,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """Kills the workers; the pool can be used again, and starts others."""
-        for worker in list(self._alive):
-            worker.kill()
+        _kill_all(self._alive)
 
     def _run_one(self, request: dict[str, Any]) -> Outcome:
         worker = self._idle.get()
@@ -116,6 +115,11 @@ class WorkerPool:
         worker.close_pipes()
         self._alive.discard(worker)
         return None
+
+
+def _kill_all(workers: Iterable[_Worker]) -> None:
+    for worker in list(workers):
+        worker.kill()
 
 
 class _Worker:

@@ -310,7 +310,7 @@ def _pool(config: RewardConfig) -> WorkerPool:
     return _shared_pool(config.workers, config.time_limit_seconds, config.memory_gib, config.function)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _shared_pool(workers: int, time_limit_seconds: float, memory_gib: float, function: str | None) -> WorkerPool:
     """One pool for training and evaluation alike: starting workers takes a second or more."""
     return WorkerPool(workers, time_limit_seconds, memory_gib, function)

@@ -16,7 +16,7 @@ import dacite
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat, TooLong
-from nested_reft.data.sources import SourceConfig
+from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -255,9 +255,29 @@ class Config:
             ValueError: a field is missing, unknown or of the wrong type.
         """
         try:
-            return dacite.from_dict(cls, value, dacite.Config(cast=[tuple, float], strict=True))
+            return dacite.from_dict(cls, value, _reading(type_hooks={SourceConfig: _read_source}))
         except dacite.DaciteError as error:
             raise ValueError(f"not a configuration of this version: {error}") from None
+
+
+def _reading(**options: Any) -> dacite.Config:
+    return dacite.Config(cast=[tuple, float], strict=True, **options)
+
+
+def _read_source(value: dict[str, Any]) -> SourceConfig:
+    """A source of the kind that its fields tell; dacite would try all kinds and hide what is wrong with the right one.
+
+    Raises:
+        ValueError: it is of no kind, or a field is missing, unknown or of the wrong type.
+    """
+    kinds = {"task": TaskSource, "dataset": DatasetSource, "file": JsonlSource}
+    found = [kind for name, kind in kinds.items() if name in value]
+    if len(found) != 1:
+        raise ValueError(f"data.sources.{value.get('name')} needs exactly one of the fields {', '.join(kinds)}")
+    try:
+        return dacite.from_dict(found[0], value, _reading())
+    except dacite.DaciteError as error:
+        raise ValueError(f"data.sources.{value.get('name')}: {error}") from None
 
 
 def config_names() -> list[str]:

@@ -543,3 +543,20 @@ def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
     setup = prepare(dataclasses.replace(config, data=data))
     texts = [example.text for examples in (setup.train_examples[0], setup.heldout_examples[0]) for example in examples]
     assert sorted(texts) == [f"{n}+1 =" for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout_size": 0}, "data.sources.three_terms_one_digit.heldout_size is 0; allowed is 1 or more"),
+        ({"heldout_sizes": 1}, "data.sources.three_terms_one_digit: can not match .*heldout_sizes"),
+        ({"seed": "x"}, "data.sources.three_terms_one_digit: wrong value type for field .*seed"),
+        ({"checker": "guess"}, "data.sources.three_terms_one_digit: wrong value type for field .*checker"),
+        ({"file": "x"}, "data.sources.three_terms_one_digit needs exactly one of the fields task, dataset, file"),
+    ],
+)
+def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
+    value = nano().to_json()
+    value["data"]["sources"][0] |= changes
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(value)
