@@ -87,6 +87,7 @@ class Scored:
     """Rollouts with their rewards, which are on the host.
 
     Attributes:
+        prompts: what was asked.
         rollouts: what was scored.
         texts: decoded completions, `texts[b][g]`; untrusted.
         reward_BG: total reward that the advantages are computed from.
@@ -95,16 +96,13 @@ class Scored:
         parts: each reward component by name.
     """
 
+    prompts: Prompts
     rollouts: Rollouts
     texts: tuple[tuple[str, ...], ...]
     reward_BG: Float[np.ndarray, "B G"]
     accuracy_BG: Float[np.ndarray, "B G"]
     scored_BG: Bool[np.ndarray, "B G"]
     parts: dict[str, Float[np.ndarray, "B G"]] = field(default_factory=dict)
-
-    def mean(self, value_BG: Float[np.ndarray, "B G"]) -> float:
-        """Mean over the completions that could be scored; zero if none could."""
-        return float(value_BG[self.scored_BG].mean()) if self.scored_BG.any() else 0.0
 
 
 @struct.dataclass

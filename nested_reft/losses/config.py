@@ -35,6 +35,7 @@ class LossConfig:
             (Ye et al., 2020). None for no such limit.
         reference_kl: the penalty towards the initial model; see the tables of `estimators.kl`.
         reference_kl_coefficient: beta, its weight; 0 for none.
+        overlong_filter: leave the tokens of cut-off completions out of the loss.
         entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
             sampled prefixes; 0 for none. It costs the backward pass a second array of all logits.
         self_distillation_coefficient: weight of KL(full || nested) per token of the rollouts, under
@@ -58,6 +59,7 @@ class LossConfig:
     dual_clip: float | None = None
     reference_kl: KlPenalty | None = None
     reference_kl_coefficient: float = 0.0
+    overlong_filter: bool = False
     entropy_coefficient: float = 0.0
     self_distillation_coefficient: float = 0.0
 

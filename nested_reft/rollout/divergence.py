@@ -109,7 +109,7 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
         raise ValueError(
             f"nesting.divergence_file is '{path}', which does not exist; write it with 'nested-reft measure-layers'"
         ) from None
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, OSError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"nesting.divergence_file is '{path}', which holds no layer divergences: {error!r}") from None
     if divergence_L.shape != (num_layers,):
         raise ValueError(f"nesting.divergence_file '{path}' has {divergence_L.size} layers; the model has {num_layers}")

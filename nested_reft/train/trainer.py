@@ -13,7 +13,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import score
 from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
+from nested_reft.rollout.dynamic_sampling import drop_cut_off, enough, mixed_groups, select_groups
 from nested_reft.rollout.generate import completion_logprobs, generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.throughput import compare_throughput
@@ -46,6 +47,7 @@ from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 # Purposes of random keys: each step's key is folded with one of these.
 CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY = range(6)
+GENERATION_KEY = 100  # and up: the generation batches of a step
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
 
@@ -80,7 +82,12 @@ class Trainer:
             config.train.micro_batches,
             config.train.remat,
         )
-        self.score_logprobs = jax.jit(completion_logprobs, static_argnames="temperature")
+        temperature = config.rollout.sampling.temperature
+        self.score_logprobs = jax.jit(
+            lambda model, batch, plan: completion_logprobs(
+                model, batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, temperature, plan
+            )[0]
+        )
         self.stream = PromptStream(setup.train_examples, config.train.seed)
         self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
         self.nesting = nesting_control.initial_state(
@@ -141,45 +148,49 @@ class Trainer:
         config, step_key = self.config, jax.random.fold_in(self.key, 1000 + step)
         started = time.monotonic()
 
-        source_B = curriculum.choose(
-            self.curriculum,
-            config.curriculum,
-            jax.random.fold_in(step_key, CURRICULUM_KEY),
-            config.data.prompts_per_batch,
-        )
-        prompts = self._next_prompts(source_B)
         plan = self._draw_plan(jax.random.fold_in(step_key, PLAN_KEY))
-        rollouts = self._rollout(prompts, plan, jax.random.fold_in(step_key, ROLLOUT_KEY))
-        rollout_seconds = time.monotonic() - started
-        scored = self._score(rollouts, prompts)
+        generated, rollout_seconds = self._generate(plan, step_key)
+        scored = select_groups(generated, config.dynamic_sampling, config.data.prompts_per_batch)
         batch = self._train_batch(scored)
         for _ in range(config.train.updates_per_batch):
             self.state, update_metrics, weight_BGC = self.update(self.state, batch)
-        self.curriculum = curriculum.update(
-            self.curriculum, config.curriculum, source_B, scored.accuracy_BG, scored.scored_BG
-        )
 
         metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
-        metrics |= self._adapt_nesting(step, rollouts, metrics)
+        metrics |= self._adapt_nesting(step, generated[0].rollouts, metrics)
         warning = health_warning(metrics, config.train.ess_warning)
         if warning is not None:
             metrics["warning"] = warning
-        self._log_samples(step + 1, scored, prompts, weight_BGC)
-        length_BG = np.asarray(rollouts.length_BG)
+        self._log_samples(step + 1, scored, weight_BGC)
         return metrics | {
-            "reward": scored.mean(scored.reward_BG),
-            "accuracy": scored.mean(scored.accuracy_BG),
-            "unscored": int((~scored.scored_BG).sum()),
-            "completion_tokens": float(length_BG.mean()),
-            "finished": float(np.asarray(rollouts.finished_BG).mean()),
-            "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
+            **_generation_metrics(generated, rollout_seconds, len(config.data.sources)),
             "skipped_layers": list(plan.skipped(self.num_layers)),
-            "sources": np.bincount(source_B, minlength=len(config.data.sources)).tolist(),
-            "rollout_seconds": rollout_seconds,
             "step_seconds": time.monotonic() - started,
-            "tokens_per_second": float(length_BG.sum() / rollout_seconds),
             "compilations": self.compilations.count,
         }
+
+    def _generate(self, plan: LayerPlan, step_key: jax.Array) -> tuple[list[Scored], float]:
+        """Generation batches for one update, and the seconds of their rollouts.
+
+        One batch, or as many as dynamic sampling asks for.
+
+        The curriculum learns from all of them, whether or not they are trained on.
+        """
+        config, batches, rollout_seconds = self.config, list[Scored](), 0.0
+        num_prompts = config.data.prompts_per_batch
+        while not batches or not enough(batches, config.dynamic_sampling, num_prompts):
+            key = jax.random.fold_in(step_key, GENERATION_KEY + len(batches))
+            source_B = curriculum.choose(
+                self.curriculum, config.curriculum, jax.random.fold_in(key, CURRICULUM_KEY), num_prompts
+            )
+            prompts = self._next_prompts(source_B)
+            started = time.monotonic()
+            rollouts = self._rollout(prompts, plan, jax.random.fold_in(key, ROLLOUT_KEY))
+            rollout_seconds += time.monotonic() - started
+            batches.append(self._score(rollouts, prompts))
+            self.curriculum = curriculum.update(
+                self.curriculum, config.curriculum, source_B, batches[-1].accuracy_BG, batches[-1].scored_BG
+            )
+        return batches, rollout_seconds
 
     def _check_finite(self, metrics: dict[str, Any]) -> None:
         """Stops before a broken model replaces a good checkpoint."""
@@ -282,11 +293,13 @@ class Trainer:
         reward_BG, accuracy_BG, scored_BG, parts = score(
             texts, prompts, np.asarray(rollouts.finished_BG), self.config.reward
         )
-        return Scored(rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
+        return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
 
     def _train_batch(self, scored: Scored) -> TrainBatch:
         """Advantages, and log-probabilities of the other policies where the loss needs them."""
-        config, rollouts = self.config, scored.rollouts
+        config, rollouts = self.config, jax.device_get(scored.rollouts)
+        if config.loss.overlong_filter:
+            rollouts = drop_cut_off(rollouts)
         size = completion_bucket(int(np.asarray(rollouts.length_BG).max()), config.rollout.max_completion_tokens)
         advantage_BG = group_advantages(
             jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
@@ -298,17 +311,18 @@ class Trainer:
             length_BG=rollouts.length_BG,
             forced_BG=rollouts.forced_BG,
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
-            advantage_BG=shard_batch(advantage_BG, self.mesh),
+            advantage_BG=advantage_BG,
         )
+        batch = shard_batch(batch, self.mesh)
         if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
             batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
         if config.loss.mixture_alpha is not None:
-            nested_logprob_BGC = self._logprobs(self.state.model, batch, rollouts.plan)
+            nested_logprob_BGC = self._logprobs(self.state.model, batch, replicate(rollouts.plan, self.mesh))
             batch = dataclasses.replace(batch, nested_logprob_BGC=nested_logprob_BGC)
         if config.loss.reference_kl_coefficient:
             batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
         if config.loss.self_distillation_coefficient:
-            batch = dataclasses.replace(batch, plan=rollouts.plan)
+            batch = dataclasses.replace(batch, plan=replicate(rollouts.plan, self.mesh))
         return batch
 
     def _reference_model(self) -> Transformer:
@@ -320,14 +334,7 @@ class Trainer:
         return model
 
     def _logprobs(self, model: Transformer, batch: TrainBatch, plan: LayerPlan | None = None) -> Float[Array, "B G C"]:
-        return self.score_logprobs(
-            model,
-            batch.prompt_BP,
-            batch.prompt_length_B,
-            batch.tokens_BGC,
-            plan=plan,
-            temperature=self.config.rollout.sampling.temperature,
-        )[0]
+        return self.score_logprobs(model, batch, plan)
 
     def _evaluate(self, source: int, step: int, samples: bool):
         return evaluate(
@@ -376,9 +383,9 @@ class Trainer:
             **health,
         }
 
-    def _log_samples(self, step: int, scored: Scored, prompts: Prompts, weight_BGC: Array) -> None:
+    def _log_samples(self, step: int, scored: Scored, weight_BGC: Array) -> None:
         """Writes the completions of the first prompts of a step, with what explains their rewards."""
-        rollouts = jax.device_get(scored.rollouts)
+        prompts, rollouts = scored.prompts, jax.device_get(scored.rollouts)
         tokens_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
         mean_weight_BG = np.asarray(weight_BGC).sum(axis=-1) / tokens_BG
         skipped = list(rollouts.plan.skipped(self.num_layers))
@@ -425,11 +432,36 @@ class Trainer:
 
 
 def completion_bucket(longest: int, limit: int) -> int:
-    """The size that completions are cut to for an update: a quarter of the limit, half of it, or all.
+    """The size that completions are cut to for an update: one, two, three or four quarters of the limit.
 
-    Short completions make cheap updates, and three sizes make at most three compilations.
+    Short completions make cheap updates, and four sizes make at most four compilations.
     """
-    return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if longest <= size)
+    quarter = -(-limit // 4)
+    return min(-(-longest // quarter) * quarter, limit)
+
+
+def _generation_metrics(batches: Sequence[Scored], rollout_seconds: float, num_sources: int) -> dict[str, Any]:
+    """What the policy did on everything that was generated, trained on or not."""
+    length_BG = np.concatenate([np.asarray(scored.rollouts.length_BG) for scored in batches])
+    scored_BG = np.concatenate([scored.scored_BG for scored in batches])
+    source_B = np.concatenate([scored.prompts.source_B for scored in batches])
+
+    def mean(name: str) -> float:
+        value_BG = np.concatenate([getattr(scored, name) for scored in batches])
+        return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
+
+    return {
+        "reward": mean("reward_BG"),
+        "accuracy": mean("accuracy_BG"),
+        "unscored": int((~scored_BG).sum()),
+        "completion_tokens": float(length_BG.mean()),
+        "finished": float(np.concatenate([np.asarray(scored.rollouts.finished_BG) for scored in batches]).mean()),
+        "mixed_groups": float(np.concatenate([mixed_groups(scored) for scored in batches]).mean()),
+        "generation_batches": len(batches),
+        "rollout_seconds": rollout_seconds,
+        "tokens_per_second": float(length_BG.sum() / rollout_seconds),
+        "sources": np.bincount(source_B, minlength=num_sources).tolist(),
+    }
 
 
 def _copy(model: Transformer) -> Transformer:

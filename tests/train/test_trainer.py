@@ -217,7 +217,7 @@ def test_every_configuration_takes_a_step(name, tmp_path):
     assert np.isfinite(trainer(config, tmp_path).step(0)["loss"])
 
 
-@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 16), (16, 16)])
+@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 12), (13, 16), (16, 16)])
 def test_completion_buckets(longest, size):
     assert completion_bucket(longest, 16) == size
 
