@@ -121,9 +121,9 @@ def plot(path: Path, results: dict[str, tuple[NestingControlConfig, list[dict[st
         above.yaxis.set_major_locator(MaxNLocator(integer=True))
         below.plot(steps, [line["ess_token"] for line in lines], ".", markersize=3, color="tab:blue", label="ESS")
         below.axhline(control.budget, color="tab:red", linestyle="--", label="budget")
-        below.set_ylim(0, 1.03)
+        below.set_ylim(0, 1.25)
         below.set_xlabel("step")
-        below.legend(loc="lower left")
+        below.legend(loc="upper right", ncols=2)
         for axis in (above, below):
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("skipped layers")
