@@ -4,6 +4,7 @@
     train --resume RUN                 continue a run from its newest checkpoint
     eval POLICY                        held-out accuracy of a run or a model
     sample POLICY PROMPT               full and nested completions side by side
+    report RUN                         figures and tables of a run, written into RUN/report
     measure-layers POLICY              each layer's divergence, for measured plans
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
     verify-estimators                  exact bias and variance of every estimator, by enumeration
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train": _train,
         "eval": _evaluate,
         "sample": _sample,
+        "report": _report,
         "measure-layers": _measure_layers,
         "export": _export,
         "verify-estimators": _verify_estimators,
@@ -81,6 +83,7 @@ def _train(arguments: list[str]) -> None:
     from nested_reft.checkpoints import newest_checkpoint
     from nested_reft.metrics import RunDirectory
     from nested_reft.report import summary_table
+    from nested_reft.rollout.dynamic_sampling import GenerationLimitError
     from nested_reft.train.setup import prepare
     from nested_reft.train.trainer import Trainer
 
@@ -120,6 +123,9 @@ def _train(arguments: list[str]) -> None:
         if newest_checkpoint(run.path / "checkpoints") is not None:
             print(f"\nto continue: nested-reft train --resume {run.path}", file=sys.stderr)
         raise
+    except GenerationLimitError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     print(f"\n{summary_table(summary)}")
     _write_json(known.json, summary)
 
@@ -257,6 +263,22 @@ def _sample(arguments: list[str]) -> None:
         print(f"{label} ({plan.num_kept} of {num_layers} layers{skipped})")
         for text in tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))[0]:
             print(f"  {printable(text)}")
+
+
+def _report(arguments: list[str]) -> None:
+    from nested_reft.figures import read_metrics, report_text, write_report
+
+    parser = _parser("report", "Figures and tables of a run, from its metrics.jsonl, in RUN/report.")
+    parser.add_argument("run", type=Path, help="a run directory; the run may still be going on")
+    parser.add_argument("--audit", action="store_true", help="the curriculum's words of every step, not of the last 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables here")
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        _check_writable(known.json)
+        result = write_report(known.run)
+    print(report_text(result, read_metrics(known.run), None if known.audit else 5))
+    print(f"\nfigures: {result['directory']}")
+    _write_json(known.json, result)
 
 
 def _measure_layers(arguments: list[str]) -> None:

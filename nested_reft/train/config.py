@@ -15,8 +15,9 @@ from typing import Any, Literal
 import dacite
 
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.prompts import PromptFormat, TooLong
 from nested_reft.data.sources import SourceConfig
+from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
@@ -65,13 +66,17 @@ class DataConfig:
         sources: where questions come from; the curriculum chooses between them.
         prompts_per_batch: B.
         max_prompt_tokens: longest prompt allowed.
-        prompt: how a question becomes a prompt.
+        prompt: how a question becomes a prompt, unless its source says otherwise.
+        too_long: `refuse` prompts that are longer than allowed, or `drop` and count them.
+        split: how sources are divided into finer ones before training.
     """
 
     sources: tuple[SourceConfig, ...]
     prompts_per_batch: int
     max_prompt_tokens: int
     prompt: PromptFormat = field(default_factory=PromptFormat)
+    too_long: TooLong = "refuse"
+    split: SplitConfig = field(default_factory=SplitConfig)
 
     def __post_init__(self):
         if not self.sources:
@@ -79,6 +84,9 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources has the names {names}; each source needs a name of its own")
+        unknown = [name for name in self.split.sources if name not in names]
+        if unknown:
+            raise ValueError(f"data.split.sources has {unknown[0]!r}; allowed are {', '.join(names)}")
         for name in ("prompts_per_batch", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; allowed is 1 or more")
@@ -209,8 +217,24 @@ class Config:
             raise ValueError(
                 f"mesh.data is {self.mesh.data}; it must divide warm_start.batch_size, {self.warm_start.batch_size}"
             )
+        if self.reward.overlong_cache_tokens > self.rollout.max_completion_tokens:
+            raise ValueError(
+                f"reward.overlong_cache_tokens is {self.reward.overlong_cache_tokens}; allowed is 0 to"
+                f" rollout.max_completion_tokens, which is {self.rollout.max_completion_tokens}"
+            )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
+        self.curriculum.validate_for([source.name for source in self.data.sources])
+        if self.curriculum.kind == "static" and self.data.split.kind != "none":
+            raise ValueError(
+                f"curriculum.kind is 'static' and data.split.kind '{self.data.split.kind}'; how many parts need a"
+                " weight is not known beforehand: use another kind, or 'none'"
+            )
+        if self.curriculum.kind == "dump" and self.loss.advantage == "no_baseline":
+            raise ValueError(
+                "curriculum.kind is 'dump' and loss.advantage 'no_baseline': without a baseline a solved source has the"
+                " largest advantages; allowed with 'dump' are leave_one_out, group_mean, group_std"
+            )
         if self.model.dtype == "bfloat16" and self.lora.rank == 0:
             raise ValueError(
                 "model.dtype is 'bfloat16' and lora.rank 0: updates of the size of a learning rate round away in"

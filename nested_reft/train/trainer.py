@@ -32,21 +32,28 @@ from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
-from nested_reft.rewards.reward import score
+from nested_reft.rewards.reward import component_metrics, score
 from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
-from nested_reft.rollout.dynamic_sampling import drop_cut_off, enough, mixed_groups, select_groups
+from nested_reft.rollout.dynamic_sampling import (
+    GenerationLimitError,
+    drop_cut_off,
+    enough,
+    mixed_groups,
+    select_groups,
+)
 from nested_reft.rollout.generate import completion_logprobs, generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.setup import Setup
+from nested_reft.train.split import split_sources
 from nested_reft.train.step import create_train_state, make_update
 from nested_reft.train.warm_start import warm_start
 from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 # Purposes of random keys: each step's key is folded with one of these.
-CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY = range(6)
+CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY, SPLIT_KEY = range(7)
 GENERATION_KEY = 100  # and up: the generation batches of a step
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
@@ -88,8 +95,6 @@ class Trainer:
                 model, batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, temperature, plan
             )[0]
         )
-        self.stream = PromptStream(setup.train_examples, config.train.seed)
-        self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
         self.nesting = nesting_control.initial_state(
             config.nesting_control, config.nesting.num_skipped(self.num_layers)
         )
@@ -102,6 +107,10 @@ class Trainer:
         if config.warm_start.steps and (keep_reference or not resume):
             model = warm_start(model, setup, jax.random.fold_in(self.key, WARM_START_KEY))
         self.reference = _copy(model) if keep_reference else None
+        division, split_key = run.path / "sources.json", jax.random.fold_in(self.key, SPLIT_KEY)
+        self.setup = setup = split_sources(setup, model, split_key, division, resume)
+        self.stream = PromptStream(setup.train_examples, config.train.seed)
+        self.curriculum = curriculum.CurriculumState.start([len(examples) for examples in setup.train_examples])
         self.state = replicate_scalars(create_train_state(model, optimizer), self.mesh)
         if resume:
             self._restore()
@@ -114,6 +123,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: it was asked to stop.
             FloatingPointError: an update was not finite; the last checkpoint is from before it.
+            GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
         """
         started, train = time.monotonic() - self.seconds_before, self.config.train
         with _stop_requests() as stop_requested:
@@ -124,7 +134,11 @@ class Trainer:
             steps = range(self.steps_done, train.steps)
             bar = tqdm(steps, initial=self.steps_done, total=train.steps, unit="step", desc=self.config.name)
             for step in bar:
-                metrics = self.step(step)
+                try:
+                    metrics = self.step(step)
+                except GenerationLimitError:
+                    self.close()
+                    raise
                 self._check_finite(metrics)
                 self.steps_done = step + 1
                 if self.steps_done % self.config.evaluation.every_steps == 0:
@@ -149,7 +163,7 @@ class Trainer:
         started = time.monotonic()
 
         plan = self._draw_plan(jax.random.fold_in(step_key, PLAN_KEY))
-        generated, rollout_seconds = self._generate(plan, step_key)
+        generated, rollout_seconds, curriculum_metrics = self._generate(plan, step_key)
         scored = select_groups(generated, config.dynamic_sampling, config.data.prompts_per_batch)
         batch = self._train_batch(scored)
         for _ in range(config.train.updates_per_batch):
@@ -162,35 +176,52 @@ class Trainer:
             metrics["warning"] = warning
         self._log_samples(step + 1, scored, weight_BGC)
         return metrics | {
-            **_generation_metrics(generated, rollout_seconds, len(config.data.sources)),
+            **_generation_metrics(generated, rollout_seconds, len(self.setup.source_names)),
+            **curriculum_metrics,
             "skipped_layers": list(plan.skipped(self.num_layers)),
             "step_seconds": time.monotonic() - started,
             "compilations": self.compilations.count,
         }
 
-    def _generate(self, plan: LayerPlan, step_key: jax.Array) -> tuple[list[Scored], float]:
-        """Generation batches for one update, and the seconds of their rollouts.
-
-        One batch, or as many as dynamic sampling asks for.
+    def _generate(self, plan: LayerPlan, step_key: jax.Array) -> tuple[list[Scored], float, dict[str, Any]]:
+        """Generation batches for one update: one, or as many as dynamic sampling asks for.
 
         The curriculum learns from all of them, whether or not they are trained on.
+
+        Returns:
+            The batches, the seconds of their rollouts, and the curriculum's metrics.
         """
         config, batches, rollout_seconds = self.config, list[Scored](), 0.0
-        num_prompts = config.data.prompts_per_batch
+        rule, before, num_prompts = config.curriculum, self.curriculum, config.data.prompts_per_batch
         while not batches or not enough(batches, config.dynamic_sampling, num_prompts):
             key = jax.random.fold_in(step_key, GENERATION_KEY + len(batches))
-            source_B = curriculum.choose(
-                self.curriculum, config.curriculum, jax.random.fold_in(key, CURRICULUM_KEY), num_prompts
-            )
+            source_B = curriculum.choose(self.curriculum, rule, jax.random.fold_in(key, CURRICULUM_KEY), num_prompts)
             prompts = self._next_prompts(source_B)
             started = time.monotonic()
             rollouts = self._rollout(prompts, plan, jax.random.fold_in(key, ROLLOUT_KEY))
             rollout_seconds += time.monotonic() - started
-            batches.append(self._score(rollouts, prompts))
+            scored = self._score(rollouts, prompts)
+            batches.append(scored)
+            advantage_BG = np.asarray(self._advantages(scored))
             self.curriculum = curriculum.update(
-                self.curriculum, config.curriculum, source_B, batches[-1].accuracy_BG, batches[-1].scored_BG
+                self.curriculum, rule, source_B, advantage_BG, scored.accuracy_BG, scored.scored_BG
             )
-        return batches, rollout_seconds
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(scored, name) for scored in batches])
+
+        source_B = np.concatenate([scored.prompts.source_B for scored in batches])
+        metrics = curriculum.step_metrics(
+            before,
+            self.curriculum,
+            rule,
+            self.setup.source_names,
+            source_B,
+            joined("reward_BG"),
+            joined("accuracy_BG"),
+            joined("scored_BG"),
+        )
+        return batches, rollout_seconds, metrics
 
     def _check_finite(self, metrics: dict[str, Any]) -> None:
         """Stops before a broken model replaces a good checkpoint."""
@@ -203,7 +234,7 @@ class Trainer:
 
     def _evaluate_trained_sources(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Greedy held-out accuracy of the sources that this step trained on."""
-        sources = [index for index, count in enumerate(metrics["sources"]) if count]
+        sources = sorted({self.setup.heldout_of_source[i] for i, count in enumerate(metrics["sources"]) if count})
         results = {
             self.config.data.sources[index].name: self._evaluate(index, self.steps_done, samples=False).to_json()
             for index in sources
@@ -291,9 +322,19 @@ class Trainer:
         tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
         texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts, prompts, np.asarray(rollouts.finished_BG), self.config.reward
+            texts,
+            prompts,
+            np.asarray(rollouts.finished_BG),
+            self.config.reward,
+            length_BG,
+            self.config.rollout.max_completion_tokens,
         )
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
+
+    def _advantages(self, scored: Scored) -> Float[Array, "B G"]:
+        return group_advantages(
+            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), self.config.loss.advantage
+        )
 
     def _train_batch(self, scored: Scored) -> TrainBatch:
         """Advantages, and log-probabilities of the other policies where the loss needs them."""
@@ -301,9 +342,6 @@ class Trainer:
         if config.loss.overlong_filter:
             rollouts = drop_cut_off(rollouts)
         size = completion_bucket(int(np.asarray(rollouts.length_BG).max()), config.rollout.max_completion_tokens)
-        advantage_BG = group_advantages(
-            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
-        )
         batch = TrainBatch(
             prompt_BP=rollouts.prompt_BP,
             prompt_length_B=rollouts.prompt_length_B,
@@ -311,7 +349,7 @@ class Trainer:
             length_BG=rollouts.length_BG,
             forced_BG=rollouts.forced_BG,
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
-            advantage_BG=advantage_BG,
+            advantage_BG=self._advantages(scored),
         )
         batch = shard_batch(batch, self.mesh)
         if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
@@ -450,7 +488,8 @@ def _generation_metrics(batches: Sequence[Scored], rollout_seconds: float, num_s
         value_BG = np.concatenate([getattr(scored, name) for scored in batches])
         return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
 
-    return {
+    parts = {name: np.concatenate([scored.parts[name] for scored in batches]) for name in batches[0].parts}
+    return component_metrics(parts, scored_BG) | {
         "reward": mean("reward_BG"),
         "accuracy": mean("accuracy_BG"),
         "unscored": int((~scored_BG).sum()),

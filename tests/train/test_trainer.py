@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import string
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.cli import _override
+from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.sources import DatasetSource, JsonlSource, difficulty_ladder, exactly
+from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
@@ -17,6 +22,8 @@ from nested_reft.metrics import RunDirectory
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, ModelSource, config_names, load_config
 from nested_reft.train.setup import prepare, trained_policy
@@ -48,6 +55,14 @@ def nano(**changes) -> Config:
         value = dataclasses.replace(getattr(config, part), **{attribute: value}) if attribute else value
         config = dataclasses.replace(config, **{part: value})
     return config
+
+
+def two_sources(**changes) -> Config:
+    """`nano` with a second, easier source."""
+    config = nano(**changes)
+    levels = {"two_terms": exactly(terms=2, digits=1), "three_terms": exactly(terms=3, digits=1)}
+    sources = difficulty_ladder("chain_sum", levels, train_size=20, heldout_size=8, seed=1)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 
 def trainer(config: Config, path, resume=False) -> Trainer:
@@ -114,6 +129,78 @@ def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
         assert jnp.array_equal(a, b)
     other_seed = trainer(nano(train__seed=1), tmp_path / "other")
     assert comparable(other_seed.step(0)) != expected[0]
+
+
+@pytest.mark.parametrize("kind", ["easy_to_hard", "dump"])
+def test_resuming_continues_the_curriculum(kind, tmp_path):
+    """From above level 0, and with windows that are not empty."""
+    config = two_sources(curriculum=CurriculumConfig(kind, window=16, promote_at=0.05))
+    first = trainer(config, tmp_path)
+    first.curriculum = dataclasses.replace(first.curriculum, level=1)
+    assert (first.step(0)["sources"] == [0, 4]) == (kind == "easy_to_hard")
+    first.steps_done = 1
+    first._save()
+    kept = first.curriculum
+    expected = comparable(first.step(1))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    assert second.curriculum == kept and kept.level == 1
+    assert sum(source.count for source in kept.sources) == 4 * 4
+    assert comparable(second.step(1)) == expected
+
+
+def test_validation_never_touches_the_curriculum(tmp_path):
+    run = trainer(two_sources(curriculum=CurriculumConfig("dump")), tmp_path)
+    metrics = run.step(0)
+    before = run.curriculum
+    assert run._evaluate_trained_sources(metrics) and run._evaluate_all(1)
+    assert run.curriculum == before
+
+
+def test_curriculum_metrics_name_every_source(tmp_path):
+    run = trainer(two_sources(curriculum=CurriculumConfig("dump")), tmp_path)
+    metrics = run.step(0)
+    for name, prompts in zip(("two_terms", "three_terms"), metrics["sources"], strict=True):
+        assert metrics[f"curriculum/{name}/probability"] == 0.5 and metrics[f"curriculum/{name}/count"] == 0
+        assert (f"curriculum/{name}/reward" in metrics) == (prompts > 0)
+    assert isinstance(metrics["curriculum_audit"], str)
+
+
+@pytest.mark.parametrize("kind", ["pass_rate", "cluster"])
+def test_sources_are_divided_once_and_a_resumed_run_keeps_them(kind, tmp_path):
+    config = nano(curriculum=CurriculumConfig("dump"), data__split=SplitConfig(kind, parts=2, samples=2))
+    first = trainer(config, tmp_path)
+    names = first.setup.source_names
+    parts = [[e.text for e in examples] for examples in first.setup.train_examples]
+    assert len(names) == len(parts) and sum(len(part) for part in parts) == 20
+    assert len(parts) == 2 or kind == "pass_rate"  # an untrained model may be wrong everywhere
+    assert [len(examples) for examples in first.setup.heldout_examples] == [8]
+    assert set(first._evaluate_trained_sources(first.step(0))) == {"heldout/three_terms_one_digit"}
+    first.steps_done = 1
+    first._save()
+    expected = comparable(first.step(1))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    assert second.setup.source_names == names
+    assert comparable(second.step(1)) == expected
+    second.close()
+    (tmp_path / "sources.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"sources.json', which says how the run's sources are divided, cannot be read"
+    ):
+        trainer(config, tmp_path, resume=True)
+
+
+def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypatch):
+    """Every second question always right: two parts, the easy one first, named by their pass rates."""
+    monkeypatch.setattr("nested_reft.train.split.num_correct", lambda *rest: np.arange(len(rest[2])) % 2 * rest[-1])
+    config = nano(data__split=SplitConfig("pass_rate", parts=4, samples=8))
+    setup = trainer(config, tmp_path).setup
+    assert setup.source_names == ("three_terms_one_digit.pass_1.00-1.00", "three_terms_one_digit.pass_0.00-0.00")
+    whole = prepare(config).train_examples[0]
+    assert [e.text for e in setup.train_examples[0]] == [e.text for e in whole[1::2]]
+    (written,) = json.loads((tmp_path / "sources.json").read_text())
+    assert written[0]["pass_rate"] == 1 and written[0]["examples"] == list(range(1, 20, 2))
 
 
 def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
@@ -242,6 +329,19 @@ def test_configurations_survive_json():
         ({"warm_start__learning_rate": 0.0}, "warm_start.learning_rate is 0.0"),
         ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
         ({"evaluation__pass_k": 9}, "evaluation.pass_k is 9"),
+        (
+            {"data__split": SplitConfig("cluster", sources=("four",))},
+            "data.split.sources has 'four'; allowed are three",
+        ),
+        ({"curriculum": CurriculumConfig("static", weights=(1.0, 2.0))}, "curriculum.weights has 2 weights"),
+        (
+            {"curriculum": CurriculumConfig("static", weights=(1.0,)), "data__split": SplitConfig("cluster")},
+            "curriculum.kind is 'static' and data.split.kind 'cluster'",
+        ),
+        (
+            {"curriculum": CurriculumConfig("dump"), "loss__advantage": "no_baseline"},
+            "curriculum.kind is 'dump' and loss.advantage 'no_baseline'",
+        ),
     ],
 )
 def test_refuses(changes, message):
@@ -371,3 +471,75 @@ def test_without_its_coefficient_self_distillation_costs_nothing(tmp_path):
     assert flops(run, dataclasses.replace(batch, plan=rollouts.plan)) == without
     distilling = trainer(nano(loss=DISTILLING), tmp_path / "distilling")
     assert flops(distilling, dataclasses.replace(batch, plan=rollouts.plan)) > 1.3 * without
+
+
+def test_dynamic_sampling_stops_a_run_without_mixed_groups_when_told_to(tmp_path):
+    hopeless = DynamicSamplingConfig(max_generation_batches=2, at_limit="stop")
+    run = trainer(nano(dynamic_sampling=hopeless, data__prompt=PromptFormat("{expression} =", chat=False)), tmp_path)
+    with pytest.raises(GenerationLimitError, match="2 generation batches gave 0 groups"):
+        run.run()
+    assert [line["step"] for line in RunDirectory(tmp_path).read_metrics()] == [0]
+
+
+def test_dynamic_sampling_counts_generation_batches_apart_from_updates(tmp_path):
+    run = trainer(nano(dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["generation_batches"] == 2 and sum(metrics["sources"]) == 8  # an untrained model is never right
+    assert int(run.state.updates) == 1
+    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0  # fillers: nothing to learn from
+
+
+def test_a_run_with_a_hanging_and_crashing_reward_completes_with_the_right_counts(tmp_path):
+    functions = Path(__file__).parents[1] / "rewards" / "reward_functions.py"
+    reward = RewardConfig(function=f"{functions}:by_first_character", workers=4, time_limit_seconds=1.0)
+    config = nano(train__steps=2, evaluation__samples_per_prompt=0, reward=reward)
+    trainer(config, tmp_path).run()
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 4 * 4  # every completion of the run
+    hung = crashed = 0
+    for step, line in enumerate(metrics, 1):
+        texts = [sample["text"] for sample in samples if sample["step"] == step]
+        counts = [sum(text[:1] in first for text in texts) for first in (("0", "1"), ("2", "3"))]
+        assert [line["unscored/timed_out"], line["unscored/crashed"], line["unscored/failed"]] == [*counts, 0]
+        assert line["unscored"] == sum(counts) < len(texts)
+        hung, crashed = hung + counts[0], crashed + counts[1]
+        scored = [text for text in texts if text[:1] not in ("0", "1", "2", "3")]
+        assert line["reward/function"] == pytest.approx(sum(len(text) % 2 for text in scored) / len(scored))
+    assert hung and crashed  # otherwise nothing was tested
+    for sample in samples:
+        if sample["text"][:1] in ("0", "1", "2", "3"):
+            assert sample["reward"] == 0 and sample["parts"]["function"] == 0
+
+
+def test_overlong_cache_larger_than_a_completion_is_refused():
+    with pytest.raises(
+        ValueError, match=r"reward.overlong_cache_tokens is 5; allowed is 0 to rollout.max_completion_tokens"
+    ):
+        nano(reward=RewardConfig(overlong_cache_tokens=5))
+
+
+def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = JsonlSource("own", "own.jsonl", None, 2, 0, prompt=PromptFormat("{question}=", chat=False), checker="math")
+    published = DatasetSource("gsm8k", "gsm8k", 100, 10, 0, folder="somewhere")
+    config = nano()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sources=(*config.data.sources, own, published), too_long="drop")
+    )
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    changed = _override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
+    assert changed.data.sources[1] == dataclasses.replace(own, file="x.jsonl")
+    assert changed.data.sources[2] == dataclasses.replace(published, train_size=None)
+
+
+def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
+    rows = [{"question": f"{n}+1", "answer": n + 1} for n in range(9)] + [{"question": "1" * 40, "answer": 1}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = PromptFormat("{question} =", chat=False)
+    own = JsonlSource("own", str(tmp_path / "own.jsonl"), None, 2, 1, prompt=prompt)
+    config = nano()
+    data = dataclasses.replace(config.data, sources=(own,), prompt=PromptFormat("{no}"), too_long="drop")
+    setup = prepare(dataclasses.replace(config, data=data))
+    texts = [example.text for examples in (setup.train_examples[0], setup.heldout_examples[0]) for example in examples]
+    assert sorted(texts) == [f"{n}+1 =" for n in range(9)]
