@@ -28,7 +28,6 @@ def get_config() -> Config:
         base,
         name="smollm2_dump",
         data=dataclasses.replace(base.data, sources=(easiest, *harder)),
-        rollout=dataclasses.replace(base.rollout, max_completion_tokens=24),  # the sum is written out before its value
         train=dataclasses.replace(base.train, steps=60, checkpoint_every=20),
         curriculum=CurriculumConfig("dump", window=300, temperature=0.1),
     )
