@@ -23,7 +23,9 @@ from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -188,7 +190,9 @@ class Config:
     train: TrainConfig
     evaluation: EvaluationConfig
     curriculum: CurriculumConfig
+    nesting_control: NestingControlConfig = field(default_factory=NestingControlConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

@@ -14,10 +14,13 @@ from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import difficulty_ladder, exactly
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.metrics import RunDirectory
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, ModelSource, config_names, load_config
 from nested_reft.train.setup import prepare, trained_policy
@@ -298,7 +301,7 @@ def test_every_configuration_takes_a_step(name, tmp_path):
     assert np.isfinite(trainer(config, tmp_path).step(0)["loss"])
 
 
-@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 16), (16, 16)])
+@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 12), (13, 16), (16, 16)])
 def test_completion_buckets(longest, size):
     assert completion_bucket(longest, 16) == size
 
@@ -362,3 +365,122 @@ def test_refuses(changes, message):
 def test_refuses_before_any_compute(changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(nano(**changes))
+
+
+def controlled(**changes) -> Config:
+    """Any reading is within budget, so the controller adds a layer each step up to two."""
+    control = NestingControlConfig("ess_token", budget=1e-6, max_skipped=2, patience=1)
+    return nano(**({"nesting_control": control, "nesting": NestingConfig(border=1)} | changes))
+
+
+def test_nesting_control_moves_the_plans_and_compiles_each_size_once(tmp_path):
+    run = trainer(controlled(), tmp_path)
+    sizes, reasons = [], []
+    for step in range(3):
+        metrics = run.step(step)
+        sizes.append(len(metrics["skipped_layers"]))
+        reasons.append(metrics["nesting_reason"])
+    assert sizes == [0, 1, 2]
+    assert "from 0 to 1 skipped layers" in reasons[0] and reasons[2].endswith("stay at 2, the most allowed")
+    before = run.compilations.count
+    for step, size in enumerate((1, 0, 2), start=3):
+        run.nesting = dataclasses.replace(run.nesting, num_skipped=size)
+        assert len(run.step(step)["skipped_layers"]) == size
+    assert run.compilations.count == before  # returning to earlier sizes
+
+
+def test_nesting_control_lowers_over_budget_in_a_whole_run(tmp_path):
+    control = NestingControlConfig("ess_token", budget=0.9999, max_skipped=3, patience=1)
+    config = controlled(nesting_control=control, nesting=NestingConfig(skip_ratio=0.5), train__steps=4)
+    run = RunDirectory(tmp_path)
+    summary = Trainer(prepare(config), run).run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    assert [len(line["skipped_layers"]) for line in lines] == [3, 2, 1, 0]
+    assert all("over budget" in line["nesting_reason"] for line in lines[:3])
+    assert [line["next_num_skipped"] for line in lines[:3]] == [2, 1, 0]
+    assert summary["kept_layers"] == 6 - lines[3]["next_num_skipped"]
+    assert trained_policy(tmp_path).model.config.num_layers == 6
+
+
+MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
+
+
+def test_layers_are_measured_anew_on_a_schedule(tmp_path):
+    run = trainer(nano(nesting=MEASURED, optimizer__learning_rate=0.01, loss=MOVING), tmp_path)
+    first, second = run.step(0), run.step(1)
+    assert first["skipped_layers"] == [1]  # nothing measured yet: all alike
+    assert "layer_divergence" not in second
+    cheapest = 1 + int(np.argmin(first["layer_divergence"][1:-1]))
+    assert second["skipped_layers"] == [cheapest]
+    third = run.step(2)
+    assert third["layer_divergence"] != first["layer_divergence"]
+    before = run.compilations.count
+    run.step(3), run.step(4)
+    assert run.compilations.count == before
+
+
+def test_re_measuring_works_on_a_mesh(tmp_path):
+    one = trainer(nano(nesting=MEASURED), tmp_path / "one").step(0)
+    many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, model=2)), tmp_path / "many").step(0)
+    np.testing.assert_allclose(many["layer_divergence"], one["layer_divergence"], rtol=1e-3, atol=1e-4)
+
+
+def test_nesting_control_and_measurements_resume_bit_for_bit(tmp_path):
+    config = controlled(nesting=dataclasses.replace(MEASURED, skip_ratio=0.0, remeasure_every=1))
+    straight = trainer(config, tmp_path / "straight")
+    expected = [comparable(straight.step(step)) for step in range(3)]
+    first = trainer(config, tmp_path / "resumed")
+    first.step(0)
+    first.steps_done = 1
+    first._save()
+    first.close()
+    second = trainer(config, tmp_path / "resumed", resume=True)
+    assert [comparable(second.step(step)) for step in (1, 2)] == expected[1:]
+    assert second.nesting == straight.nesting
+    assert np.array_equal(second.divergence_L, straight.divergence_L)
+
+
+DISTILLING = dataclasses.replace(MOVING, self_distillation_coefficient=1.0)
+
+
+def test_self_distillation_trains_and_compiles_once(tmp_path):
+    run = trainer(nano(loss=DISTILLING, train__micro_batches=2), tmp_path)
+    values = [run.step(0)["self_distillation_kl"]]
+    before = run.compilations.count
+    values += [run.step(step)["self_distillation_kl"] for step in (1, 2)]
+    assert run.compilations.count == before and all(value > 0 for value in values)
+    whole = trainer(nano(loss=DISTILLING), tmp_path / "whole").step(0)
+    np.testing.assert_allclose(whole["self_distillation_kl"], values[0], rtol=1e-5)
+
+
+def test_without_its_coefficient_self_distillation_costs_nothing(tmp_path):
+    """A plan in the batch changes nothing: the compiled update has the operations that it had without."""
+    run = trainer(nano(loss=MOVING), tmp_path)
+    prompts = run._next_prompts(np.zeros(4, np.int32))
+    rollouts = run._rollout(prompts, run._draw_plan(run.key), run.key)
+    batch = run._train_batch(run._score(rollouts, prompts))
+    assert batch.plan is None
+
+    def flops(trainer_run, batch):
+        return trainer_run.update.lower(trainer_run.state, batch).compile().cost_analysis()["flops"]
+
+    without = flops(run, batch)
+    assert flops(run, dataclasses.replace(batch, plan=rollouts.plan)) == without
+    distilling = trainer(nano(loss=DISTILLING), tmp_path / "distilling")
+    assert flops(distilling, dataclasses.replace(batch, plan=rollouts.plan)) > 1.3 * without
+
+
+def test_dynamic_sampling_stops_a_run_without_mixed_groups_when_told_to(tmp_path):
+    hopeless = DynamicSamplingConfig(max_generation_batches=2, at_limit="stop")
+    run = trainer(nano(dynamic_sampling=hopeless, data__prompt=PromptFormat("{expression} =", chat=False)), tmp_path)
+    with pytest.raises(GenerationLimitError, match="2 generation batches gave 0 groups"):
+        run.run()
+    assert [line["step"] for line in RunDirectory(tmp_path).read_metrics()] == [0]
+
+
+def test_dynamic_sampling_counts_generation_batches_apart_from_updates(tmp_path):
+    run = trainer(nano(dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["generation_batches"] == 2 and sum(metrics["sources"]) == 8  # an untrained model is never right
+    assert int(run.state.updates) == 1
+    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0  # fillers: nothing to learn from
