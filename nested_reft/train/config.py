@@ -26,6 +26,7 @@ from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.rollout.exact import DRAFT_LENGTHS
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -100,11 +101,16 @@ class RolloutConfig:
         group_size: G, completions per prompt; every advantage but `no_baseline` needs 2 or more.
         max_completion_tokens: C.
         sampling: temperature and truncation.
+        mode: `nested` samples from the layer-skipped policy; `exact` only drafts with it, and the full model
+            verifies, so that samples are exactly its own (`rollout.exact`).
+        draft_length: drafts of the first `exact` batch; later ones follow the acceptance rate.
     """
 
     group_size: int
     max_completion_tokens: int
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    mode: Literal["nested", "exact"] = "nested"
+    draft_length: int = 2
 
     def __post_init__(self):
         if self.group_size < 1:
@@ -113,6 +119,10 @@ class RolloutConfig:
             raise ValueError(f"rollout.max_completion_tokens is {self.max_completion_tokens}; allowed is 1 or more")
         if self.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
+        if self.mode not in ("nested", "exact"):
+            raise ValueError(f"rollout.mode is '{self.mode}'; allowed are nested, exact")
+        if self.draft_length not in DRAFT_LENGTHS:
+            raise ValueError(f"rollout.draft_length is {self.draft_length}; allowed are {DRAFT_LENGTHS}")
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,11 @@ class Config:
             raise ValueError(
                 f"reward.overlong_cache_tokens is {self.reward.overlong_cache_tokens}; allowed is 0 to"
                 f" rollout.max_completion_tokens, which is {self.rollout.max_completion_tokens}"
+            )
+        if self.rollout.mode == "exact" and self.loss.mixture_alpha is not None:
+            raise ValueError(
+                f"rollout.mode is 'exact' and loss.mixture_alpha {self.loss.mixture_alpha}; exact rollouts are all the"
+                " full model's, so there is nothing to mix: use bias_mitigation 'base', or mode 'nested'"
             )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)

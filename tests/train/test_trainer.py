@@ -560,3 +560,27 @@ def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
     value["data"]["sources"][0] |= changes
     with pytest.raises(ValueError, match=message):
         Config.from_json(value)
+
+
+def test_exact_rollouts_train_on_policy(tmp_path):
+    exact = dataclasses.replace(nano().rollout, mode="exact", draft_length=2)
+    run = trainer(nano(rollout=exact, nesting=NestingConfig(skip_ratio=0.4)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["ess_token"] == pytest.approx(1, abs=1e-4) and metrics["ess_sequence"] == pytest.approx(1, abs=1e-3)
+    assert metrics["draft_length"] == 2 and 0 < metrics["draft_acceptance"] <= 1
+    assert metrics["skipped_layers"]  # what drafted
+    run.step(1)
+    run._save()
+    saved = run.draft_length
+    run.close()
+    run.steps_done = 2
+    assert trainer(run.config, tmp_path, resume=True).draft_length == saved
+
+
+def test_exact_rollouts_have_nothing_to_mix():
+    mixture = dataclasses.replace(nano().loss, bias_mitigation="mixture", level="sequence", mixture_alpha=0.5)
+    exact = dataclasses.replace(nano().rollout, mode="exact")
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and loss.mixture_alpha 0.5"):
+        nano(loss=mixture, rollout=exact)
+    with pytest.raises(ValueError, match=r"rollout.draft_length is 3; allowed are"):
+        dataclasses.replace(exact, draft_length=3)
