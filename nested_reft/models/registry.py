@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from nested_reft.gguf_reader import check_gguf_magic, open_gguf
+from nested_reft.models.config import ModelConfig
 from nested_reft.models.gguf_file import config_from_gguf, load_gguf
 from nested_reft.models.huggingface import check_huggingface, load_huggingface
 from nested_reft.models.transformer import Transformer
@@ -29,6 +31,34 @@ HUB_MODELS = {
     "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
 }
 """Models on the Hugging Face hub: name -> hub id."""
+
+QWEN2_5_SHAPE = ModelConfig(
+    vocab_size=151_936,
+    num_layers=28,
+    width=1536,
+    hidden_width=8960,
+    num_heads=12,
+    num_kv_heads=2,
+    head_size=128,
+    rope_theta=10_000.0,
+    norm_epsilon=1e-6,
+    qkv_bias=True,
+    max_positions=4096,
+    family="qwen2",
+)
+HUB_SHAPES = {
+    "qwen2.5-math-1.5b-instruct": QWEN2_5_SHAPE,
+    "qwen2.5-math-7b-instruct": dataclasses.replace(
+        QWEN2_5_SHAPE,
+        vocab_size=152_064,
+        width=3584,
+        hidden_width=18_944,
+        num_heads=28,
+        num_kv_heads=4,
+        tied_embeddings=False,
+    ),
+}
+"""Shapes of hub models that can be compiled for without their files."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_TIMEOUT_SECONDS = 10
@@ -83,6 +113,25 @@ def resolve_model(name_or_path: str | Path) -> ModelSource:
         f"model is '{name}', which is neither known nor on this machine; allowed are a .gguf file, a model"
         f" directory, a hub id 'org/name', or one of: {', '.join(known_models())}"
     )
+
+
+def model_shape(name_or_path: str | Path) -> ModelConfig:
+    """A model's configuration without its weights: from its files, or of a hub model in `HUB_SHAPES`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resolve_model`; also a hub model whose shape is not known here.
+    """
+    source = resolve_model(name_or_path)
+    if source.kind == "gguf":
+        return config_from_gguf(open_gguf(source.location))
+    if source.kind == "directory":
+        return check_huggingface(Path(source.location))
+    if source.name not in HUB_SHAPES:
+        raise ValueError(
+            f"the shape of model '{source.name}' is not known without its files; download it and give its directory, or"
+            f" use one of: {', '.join(HUB_SHAPES)}"
+        )
+    return HUB_SHAPES[source.name]
 
 
 def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Transformer, Tokenizer]:

@@ -157,6 +157,8 @@ class Transformer(nnx.Module):
             if found != shape:
                 raise ValueError(f"model parameter '{name}' has shape {found}; the configuration says {shape}")
         self.config = config
+        self.cache_dtype: Any = jnp.float32  # of keys and values between decoding steps
+        self.layers_unrolled = 1  # layers per iteration of the compiled layer loop
         self.lora_scale = 1.0  # alpha / rank, once `add_lora` has given the layers adapters
         self.embedding = nnx.Param(parameters["embedding"])
         self.final_norm = nnx.Param(parameters["final_norm"])
@@ -198,14 +200,14 @@ class Transformer(nnx.Module):
         self, prompt_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"], plan: LayerPlan | None = None
     ) -> PromptCache:
         """Runs prompts once and keeps what their completions need; see `PromptCache`."""
-        hidden_BPD, layers = self._run_prompt(prompt_BP, valid_BP, plan)
+        hidden_BPD, layers = self._run_prompt(prompt_BP, valid_BP, plan, self.cache_dtype)
         return PromptCache(layers, valid_BP, _last_valid(hidden_BPD, valid_BP))
 
     def empty_cache(self, batch: int, group: int, size: int, plan: LayerPlan | None) -> KeyValues:
         """Zeroed completion caches `[S, B, G, J, size, K]` for `decode`."""
         num_kept = self.config.num_layers if plan is None else plan.num_kept
         shape = (num_kept, batch, group, self.config.num_kv_heads, size, self.config.head_size)
-        zeros = jnp.zeros(shape, jnp.float32)
+        zeros = jnp.zeros(shape, self.cache_dtype)
         return KeyValues(zeros, zeros)
 
     def decode(
@@ -238,7 +240,11 @@ class Transformer(nnx.Module):
             prompt_layer, slot = inputs
             query, new = project_qkv(config, layer, x, rotation)
             cache = jax.tree.map(
-                lambda whole, row: jax.lax.dynamic_update_slice(whole, row[None], (slot, 0, 0, 0, step, 0)), cache, new
+                lambda whole, row: jax.lax.dynamic_update_slice(
+                    whole, row[None].astype(whole.dtype), (slot, 0, 0, 0, step, 0)
+                ),
+                cache,
+                new,
             )
             own = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, slot, keepdims=False), cache)
             attended = attend(query, own, own_mask, prompt_layer, shared_mask)
@@ -286,7 +292,7 @@ class Transformer(nnx.Module):
             shared, own = jax.tree.map(
                 lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), (prompt.layers, cache)
             )
-            own = jax.tree.map(lambda rows, values: write_rows(rows, values, offset_BG), own, new)
+            own = jax.tree.map(lambda rows, values: write_rows(rows, values.astype(rows.dtype), offset_BG), own, new)
             cache = jax.tree.map(
                 lambda whole, rows: jax.lax.dynamic_update_index_in_dim(whole, rows, slot, 0), cache, own
             )
@@ -340,7 +346,9 @@ class Transformer(nnx.Module):
         first = jnp.broadcast_to(first_BD[:, None, None], (*completion.shape[:2], 1, config.width))
         return jnp.concatenate([first, self._final_norm(completion)], axis=2)
 
-    def _run_prompt(self, tokens_BT, valid_BT, plan) -> tuple[Float[Array, "B T D"], KeyValues]:
+    def _run_prompt(
+        self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
         config = self.config
         rotation = rope(config, _positions(valid_BT)[:, None])
         mask = _causal_mask(valid_BT)
@@ -348,7 +356,7 @@ class Transformer(nnx.Module):
         def layer_step(x, layer, _):
             query, own = project_qkv(config, layer, x, rotation)
             x = finish_layer(config, layer, x, attend(query, own, mask))
-            return x, jax.tree.map(lambda a: a[:, 0], own)
+            return x, jax.tree.map(lambda a: a[:, 0].astype(cache_dtype), own)
 
         x, layers = self._scan_layers(layer_step, self._embed(tokens_BT[:, None]), None, plan)
         return self._final_norm(x[:, 0]), layers
@@ -383,7 +391,7 @@ class Transformer(nnx.Module):
                 return layer_step(carry, layer | scale, layer_inputs)
 
             xs = (plan.kept_S, inputs)
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs)
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs, unroll=self.layers_unrolled)
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         return self.embedding[...][tokens].astype(jnp.float32)

@@ -1,0 +1,257 @@
+"""Compilation for accelerators that are not here: what one decode step and one update cost on a named topology.
+
+XLA compiles for a TPU pod on any machine that has `libtpu` (the `tpu` extra). Its cost analysis
+counts a loop body once, so the layers are unrolled here; its figures do not drift, which makes them
+the ones to drive down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.transformer import (
+    KeyValues,
+    PromptCache,
+    Transformer,
+    parameter_axes,
+    parameter_shapes,
+)
+from nested_reft.rollout.sampling import SamplingConfig, sample_token
+from nested_reft.sharding import MeshConfig, partition_spec
+from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.step import TrainState, make_update
+from nested_reft.types import TrainBatch
+
+# What libtpu asks of the environment on a machine without a TPU.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The shapes of a rollout and an update.
+
+    Attributes:
+        prompts, group_size, prompt_tokens, completion_tokens: B, G, P and C, of the whole mesh.
+    """
+
+    prompts: int
+    group_size: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the compiler says about one program, per chip.
+
+    Attributes:
+        program: what was compiled.
+        layers: layers that run.
+        argument_bytes: weights, caches and other inputs held.
+        temporary_bytes: peak of what it allocates besides.
+        flops: floating-point operations.
+        bytes_accessed: bytes read and written.
+        floor_bytes: the least that must be read: each weight and each cache entry in use, once; None where
+            no such simple floor exists.
+    """
+
+    program: str
+    layers: int
+    argument_bytes: int
+    temporary_bytes: int
+    flops: float
+    bytes_accessed: float
+    floor_bytes: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+
+def topology_mesh(topology: str, mesh: MeshConfig) -> Mesh:
+    """A mesh over the chips of a named TPU topology, such as `v5e:4x4`, none of which need exist.
+
+    Raises:
+        ValueError: libtpu is not installed, the name is unknown, or the mesh has more devices than it.
+    """
+    for name, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # the plugin raises several kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"--topology is '{topology}', which cannot be compiled for: {reason}. Names look like v5e:2x2, v5p:2x2x1 or"
+            " v6e:4x4; the compiler comes with: pip install 'nested_reft[tpu]' (or pip install libtpu)"
+        ) from None
+    needed = mesh.data * mesh.model
+    if needed > len(devices):
+        raise ValueError(
+            f"mesh.data x mesh.model is {mesh.data} x {mesh.model} = {needed} devices; '{topology}' has {len(devices)}"
+        )
+    return Mesh(
+        np.array(devices[:needed]).reshape(mesh.data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+    )
+
+
+def decode_cost(
+    config: ModelConfig, workload: Workload, mesh: Mesh, num_kept: int | None = None, dtype: Any = jnp.bfloat16
+) -> Cost:
+    """One decode step: a token of every row through the layers that a plan keeps, the head, and sampling.
+
+    Args:
+        config: the model.
+        workload: sizes.
+        mesh: of the topology.
+        num_kept: S of a nested plan; None is the full model, without a plan.
+        dtype: of weights and caches.
+    """
+    layers = config.num_layers if num_kept is None else num_kept
+    sharded = _Shapes(mesh)
+    rows = (workload.prompts, workload.group_size)
+    heads, size = config.num_kv_heads, config.head_size
+    own = sharded((layers, *rows, heads, workload.completion_tokens, size), dtype, None, "batch")
+    shared = sharded((layers, rows[0], heads, workload.prompt_tokens, size), dtype, None, "batch")
+    prompt = PromptCache(
+        KeyValues(shared, shared),
+        sharded((rows[0], workload.prompt_tokens), bool, "batch"),
+        sharded((rows[0], config.width), jnp.float32, "batch"),
+    )
+    plan = None if num_kept is None else LayerPlan(sharded((layers,), jnp.int32))
+
+    def step(parameters, token_BG, at, cache, prompt, plan, key_data):
+        model = _model(config, parameters, dtype)
+        hidden, cache = model.decode(token_BG, at, cache, prompt, plan)
+        key = jax.random.wrap_key_data(key_data)
+        return sample_token(key, model.logits(hidden), SamplingConfig()), cache
+
+    arguments = (
+        sharded.parameters(config, dtype),
+        sharded(rows, jnp.int32, "batch"),
+        sharded((), jnp.int32),
+        KeyValues(own, own),
+        prompt,
+        plan,
+        sharded((2,), jnp.uint32),
+    )
+    return _cost(
+        "decode step", layers, jax.jit(step, donate_argnums=3), arguments, _decode_floor(config, layers, arguments)
+    )
+
+
+def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, run: Any) -> Cost:
+    """One update of all parameters, as `train.step` makes it.
+
+    Args:
+        config, workload, mesh: as in `decode_cost`.
+        run: a `train.config.Config`: its loss, optimizer, micro-batches and rematerialisation.
+    """
+    sharded = _Shapes(mesh)
+    dtype = jnp.dtype(run.model.dtype)
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    model = _model(config, sharded.parameters(config, dtype), dtype)
+    graph, trainable, frozen = nnx.split(model, nnx.Param, ...)
+    moments = jax.eval_shape(optimizer.init, trainable)
+    by_shape = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(trainable)}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    moments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_shape.get(leaf.shape, replicated)),
+        moments,
+    )
+    state = TrainState(trainable, frozen, moments, sharded((), jnp.int32), graph)
+    rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
+    tokens = {name: sharded((*rows, size), jnp.float32, "batch") for name in _needed_logprobs(run)}
+    batch = TrainBatch(
+        prompt_BP=sharded((rows[0], workload.prompt_tokens), jnp.int32, "batch"),
+        prompt_length_B=sharded((rows[0],), jnp.int32, "batch"),
+        tokens_BGC=sharded((*rows, size), jnp.int32, "batch"),
+        length_BG=sharded(rows, jnp.int32, "batch"),
+        forced_BG=sharded(rows, jnp.int32, "batch"),
+        behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
+        advantage_BG=sharded(rows, jnp.float32, "batch"),
+        **tokens,
+    )
+    update = make_update(
+        optimizer, run.loss, run.rollout.sampling.temperature, run.train.micro_batches, run.train.remat
+    )
+    return _cost("update", config.num_layers, update, (state, batch), None)
+
+
+def _needed_logprobs(run: Any) -> list[str]:
+    names = []
+    if run.train.updates_per_batch > 1 and run.loss.bias_mitigation in ("practical", "mixture"):
+        names.append("old_logprob_BGC")
+    if run.loss.mixture_alpha is not None:
+        names.append("nested_logprob_BGC")
+    if run.loss.reference_kl_coefficient:
+        names.append("reference_logprob_BGC")
+    return names
+
+
+def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Transformer:
+    model = Transformer(config, parameters)
+    model.cache_dtype, model.layers_unrolled = dtype, config.num_layers
+    return model
+
+
+def _cost(program: str, layers: int, function: Any, arguments: tuple, floor_bytes: float | None) -> Cost:
+    compiled = function.lower(*arguments).compile()
+    memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
+    return Cost(
+        program=program,
+        layers=layers,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        flops=analysis["flops"],
+        bytes_accessed=analysis["bytes accessed"],
+        floor_bytes=floor_bytes,
+    )
+
+
+def _decode_floor(config: ModelConfig, layers: int, arguments: tuple) -> float:
+    """Bytes per chip that a decode step cannot avoid reading: the kept layers' weights, the head, all caches."""
+    parameters, _, _, cache, prompt, *_ = arguments
+
+    def local_bytes(leaf: jax.ShapeDtypeStruct) -> float:
+        assert leaf.sharding is not None
+        return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * jnp.dtype(leaf.dtype).itemsize
+
+    weights = 0.0
+    for name, leaf in parameters.items():
+        if name.startswith("layers/"):
+            weights += local_bytes(leaf) * layers / config.num_layers
+        elif name == "head" or (name == "embedding" and config.tied_embeddings):
+            weights += local_bytes(leaf)  # an untied embedding is only looked up
+    return weights + sum(local_bytes(leaf) for leaf in jax.tree.leaves((cache, prompt.layers)))
+
+
+class _Shapes:
+    """Arrays that exist by shape, dtype and placement alone."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+        spec = PartitionSpec(*(None if axis is None else partition_spec((axis,))[0] for axis in axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
+
+    def parameters(self, config: ModelConfig, dtype: Any) -> dict[str, Any]:
+        axes = parameter_axes(config)
+        return {name: self(shape, dtype, *axes[name]) for name, shape in parameter_shapes(config).items()}
