@@ -111,8 +111,9 @@ def score(
 
     Returns:
         `(reward_BG, accuracy_BG, scored_BG, parts)` as in `types.Scored`, in float32. `parts` holds
-        each component before its weight, and, where workers take part, an indicator for each way to
-        stay unscored (`FAILURES`). Unscored completions have reward and components zero.
+        each component before its weight, and an indicator for each way to stay unscored
+        (`FAILURES`); its names depend on `config` alone, so that batches can be put together.
+        Unscored completions have reward and components zero.
 
     Raises:
         ValueError: the shapes disagree, or a gold answer cannot be read.
@@ -159,8 +160,7 @@ def score(
         "overlong": config.overlong_weight,
     }
     reward_BG = sum((weights[name] * part_BG for name, part_BG in parts.items()), np.zeros(finished_BG.shape))
-    if requests:
-        parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
+    parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
     return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
 
 

@@ -40,7 +40,7 @@ def test_reward_is_accuracy_plus_weighted_format():
     np.testing.assert_array_equal(parts["format"], expected_format)
     np.testing.assert_array_equal(reward, [[1.25, 0.25, 0], [1.25, 0, 0.25]])
     np.testing.assert_array_equal(scored, np.ones((2, 3), dtype=bool))
-    assert set(parts) == {"accuracy", "format"}
+    assert set(parts) == {"accuracy", "format", "timed_out", "crashed", "failed"}
     assert {a.dtype for a in (reward, accuracy, *parts.values())} == {np.dtype(np.float32)}
 
 
@@ -189,6 +189,15 @@ def test_each_prompt_has_its_own_checker():
     texts = [["7", r"\boxed{7}"], ["7", r"\boxed{7}"]]
     _, accuracy, _, _ = score_texts(texts, ["7", "7"], RewardConfig(), checkers=(None, "math"))
     np.testing.assert_array_equal(accuracy, [[1, 1], [0, 1]])
+
+
+def test_parts_have_the_same_names_whether_or_not_a_worker_was_asked():
+    """Dynamic sampling puts batches together: one without a marked answer asks no worker."""
+    pytest.importorskip("math_verify", reason="needs the optional package math-verify")
+    batches = [
+        score_texts([[text]], ["7"], RewardConfig(checker="math"))[3] for text in ("no", r"\boxed{\frac{14}{2}}")
+    ]
+    assert batches[0].keys() == batches[1].keys() and batches[1]["accuracy"] == 1
 
 
 def test_a_function_adds_to_the_reward_or_decides_it():
