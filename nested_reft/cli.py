@@ -4,6 +4,7 @@
     train --resume RUN                 continue a run from its newest checkpoint
     eval POLICY                        held-out accuracy of a run or a model
     sample POLICY PROMPT               full and nested completions side by side
+    report RUN                         figures and tables of a run, written into RUN/report
     measure-layers POLICY              each layer's divergence, for measured plans
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
     verify-estimators                  exact bias and variance of every estimator, by enumeration
@@ -16,13 +17,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-RUNS = Path("runs")
+RUNS = "runs"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train": _train,
         "eval": _evaluate,
         "sample": _sample,
+        "report": _report,
         "measure-layers": _measure_layers,
         "export": _export,
         "verify-estimators": _verify_estimators,
@@ -80,6 +83,7 @@ def _train(arguments: list[str]) -> None:
     from nested_reft.checkpoints import newest_checkpoint
     from nested_reft.metrics import RunDirectory
     from nested_reft.report import summary_table
+    from nested_reft.rollout.dynamic_sampling import GenerationLimitError
     from nested_reft.train.setup import prepare
     from nested_reft.train.trainer import Trainer
 
@@ -87,7 +91,7 @@ def _train(arguments: list[str]) -> None:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     parser = _parser("train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where the run directory is made")
+    parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
     known, overrides = parser.parse_known_args(arguments[1:] if name else arguments)
     if {"-h", "--help"} & set(overrides):
@@ -98,6 +102,7 @@ def _train(arguments: list[str]) -> None:
     with _checking_input():
         config = _resolve_config(name, known.resume, overrides)
         _check_writable(known.json)
+        _check_runs_directory(known.runs)
         if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
             raise ValueError(f"run '{known.resume}' has no complete checkpoint to resume from")
         if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") == config.train.steps:
@@ -107,7 +112,7 @@ def _train(arguments: list[str]) -> None:
                 return
         setup = prepare(config)
         if known.resume is None:
-            run = RunDirectory.create(known.runs, config.name, config.to_json())
+            run = RunDirectory.create(Path(known.runs), config.name, config.to_json())
         else:
             run = RunDirectory(known.resume)
         print(f"run directory: {run.path}")
@@ -118,6 +123,9 @@ def _train(arguments: list[str]) -> None:
         if newest_checkpoint(run.path / "checkpoints") is not None:
             print(f"\nto continue: nested-reft train --resume {run.path}", file=sys.stderr)
         raise
+    except GenerationLimitError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     print(f"\n{summary_table(summary)}")
     _write_json(known.json, summary)
 
@@ -129,7 +137,7 @@ def _resolve_config(name: str | None, resume: Path | None, overrides: list[str])
 
     if resume is None:
         if name is None:
-            raise ValueError("train needs the name of a configuration, or --resume RUN")
+            raise ValueError("train needs the name of a configuration as its first word, or --resume RUN")
         return _override(load_config(name), overrides)
     stored = run_config(resume)
     asked = _override(stored if name is None else load_config(name), overrides)
@@ -211,13 +219,14 @@ def _sample(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     known = parser.parse_args(arguments)
     with _checking_input():
-        for flag, value, lowest in (
-            ("--max-tokens", known.max_tokens, 1),
-            ("--samples", known.samples, 1),
-            ("--seed", known.seed, 0),
-        ):
-            if value is not None and not lowest <= value < 2**31:
-                raise ValueError(f"{flag} is {value}; allowed is {lowest} to {2**31 - 1}")
+        _check_seed(known.seed)
+        for flag, value in (("--max-tokens", known.max_tokens), ("--samples", known.samples)):
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"{flag} is {value}; allowed is 1 to {2**31 - 1}")
+        if not 0 <= known.skip_ratio < 1:
+            raise ValueError(f"--skip-ratio is {known.skip_ratio}; allowed is 0 or more and less than 1")
+        if known.temperature is not None and not 0 <= known.temperature < math.inf:
+            raise ValueError(f"--temperature is {known.temperature}; allowed is 0 (greedy) or more")
         sampling = SamplingConfig(temperature=1.0 if known.temperature is None else known.temperature)
         nesting = NestingConfig(skip_ratio=known.skip_ratio)
         if (Path(known.policy) / "checkpoints").is_dir():
@@ -256,6 +265,22 @@ def _sample(arguments: list[str]) -> None:
             print(f"  {printable(text)}")
 
 
+def _report(arguments: list[str]) -> None:
+    from nested_reft.figures import read_metrics, report_text, write_report
+
+    parser = _parser("report", "Figures and tables of a run, from its metrics.jsonl, in RUN/report.")
+    parser.add_argument("run", type=Path, help="a run directory; the run may still be going on")
+    parser.add_argument("--audit", action="store_true", help="the curriculum's words of every step, not of the last 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables here")
+    known = parser.parse_args(arguments)
+    with _checking_input():
+        _check_writable(known.json)
+        result = write_report(known.run)
+    print(report_text(result, read_metrics(known.run), None if known.audit else 5))
+    print(f"\nfigures: {result['directory']}")
+    _write_json(known.json, result)
+
+
 def _measure_layers(arguments: list[str]) -> None:
     import jax
     import numpy as np
@@ -263,7 +288,7 @@ def _measure_layers(arguments: list[str]) -> None:
     from nested_reft.data.pipeline import batch_prompts
     from nested_reft.layer_skip import LayerPlan
     from nested_reft.report import table
-    from nested_reft.rollout.divergence import measure_layer_divergence, save_divergence
+    from nested_reft.rollout.divergence import measure_layer_divergence, save_divergence, texts_of
     from nested_reft.rollout.generate import generate
 
     parser = _parser("measure-layers", "KL(full || full without the layer) per token, for each layer.")
@@ -292,7 +317,7 @@ def _measure_layers(arguments: list[str]) -> None:
         max_completion_tokens=config.rollout.max_completion_tokens,
         sampling=config.rollout.sampling,
     )
-    divergence_L = measure_layer_divergence(model, rollouts, temperature)
+    divergence_L = measure_layer_divergence(model, texts_of(rollouts), temperature)
     about = {
         "policy": known.policy,
         "config": config.name,
@@ -332,6 +357,7 @@ def _verify_estimators(arguments: list[str]) -> None:
     known = parser.parse_args(arguments)
     with _checking_input():
         _check_writable(known.json)
+        _check_seed(known.seed)
     reports = verify_estimators(seed=known.seed)
     results = [report.to_json() for report in reports]
     print(estimator_table(results))
@@ -356,7 +382,8 @@ def _policy(policy: str, config_name: str | None) -> Any:
     config = load_config(config_name)
     if policy != config.model.name:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
-    return prepare(dataclasses.replace(config, nesting=type(config.nesting)()))  # no plans are drawn here
+    no_plans = {"nesting": type(config.nesting)(), "nesting_control": type(config.nesting_control)()}
+    return prepare(dataclasses.replace(config, **no_plans))
 
 
 def _skipping(num_layers: int, layers: list[int]) -> Any:
@@ -365,7 +392,10 @@ def _skipping(num_layers: int, layers: list[int]) -> Any:
 
     if not layers:
         return None
-    NestingConfig(choice="fixed", layers=tuple(layers)).validate_for(num_layers)
+    try:
+        NestingConfig(choice="fixed", layers=tuple(layers)).validate_for(num_layers)
+    except ValueError as error:
+        raise ValueError(str(error).replace("nesting.layers", "--skip-layers")) from None
     return LayerPlan.skipping(num_layers, layers)
 
 
@@ -374,6 +404,20 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         f"nested-reft {command}", description=description, allow_abbrev=False, add_help=not is_train
     )
+
+
+def _check_runs_directory(runs: str) -> None:
+    taken = [path for path in (Path(runs), *Path(runs).absolute().parents) if path.exists() and not path.is_dir()]
+    if not runs or taken:
+        raise ValueError(
+            f"--runs is '{runs}'; allowed is a directory, or one that can be made"
+            + (f": '{taken[0]}' is a file" if taken else "")
+        )
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"--seed is {seed}; allowed is 0 to {2**31 - 1}")
 
 
 def _check_writable(path: Path | None) -> None:

@@ -108,15 +108,15 @@ def evaluate(
         plan: layers that act; None is the full model.
     """
 
-    def num_correct(group_size: int, how: SamplingConfig) -> tuple[Int[np.ndarray, " E"], int]:
-        return _num_correct(
+    def correct(group_size: int, how: SamplingConfig) -> tuple[Int[np.ndarray, " E"], int]:
+        return num_correct(
             model, tokenizer, examples, reward, config.batch_size, max_completion_tokens, how, key, group_size, plan
         )
 
-    greedy_E, unscored = num_correct(1, GREEDY)
+    greedy_E, unscored = correct(1, GREEDY)
     if not samples or not config.samples_per_prompt:
         return Evaluation(len(examples), float(greedy_E.mean()), unscored=unscored)
-    sampled_E, unscored_samples = num_correct(config.samples_per_prompt, sampling)
+    sampled_E, unscored_samples = correct(config.samples_per_prompt, sampling)
     return Evaluation(
         len(examples),
         float(greedy_E.mean()),
@@ -127,8 +127,17 @@ def evaluate(
     )
 
 
-def _num_correct(
-    model, tokenizer, examples, reward, batch_size, max_completion_tokens, sampling, key, group_size, plan
+def num_correct(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[EncodedExample],
+    reward: RewardConfig,
+    batch_size: int,
+    max_completion_tokens: int,
+    sampling: SamplingConfig,
+    key: jax.Array,
+    group_size: int,
+    plan: LayerPlan | None = None,
 ) -> tuple[Int[np.ndarray, " E"], int]:
     """Right answers among `group_size` completions of each example, and how many could not be checked at all;
     one compiled shape for all batches."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -59,30 +59,45 @@ class LayerPlan:
         return tuple(int(i) for i in np.flatnonzero(~np.asarray(self.to_mask(num_layers))))
 
 
+Choice = Literal["uniform", "per_layer", "fixed", "measured"]
+
+
 @dataclass(frozen=True)
 class NestingConfig:
     """How the behavior policy's layers are chosen, anew for each batch.
 
     Attributes:
-        skip_ratio: x in [0, 1); floor(x * L) layers are skipped. Ignored by `fixed`.
+        skip_ratio: x in [0, 1); floor(x * L) layers are skipped. Ignored by `fixed`; where nesting
+            control starts.
         border: the first and last `border` layers are never skipped.
-        choice: `uniform` draws without replacement; `fixed` always skips `layers`; `measured`
-            draws without replacement with probability proportional to
-            exp(-divergence / divergence_temperature), so that cheap layers go more often.
+        choice: which layers; all but `fixed` draw one after the other, without replacement.
+            `uniform`: all alike. `per_layer`: with probability rising with depth, as in LayerSkip.
+            `measured`: with probability proportional to exp(-divergence / divergence_temperature),
+            so that cheap layers go more often. `fixed`: always `layers`.
         layers: the skipped layers of `fixed`.
         divergence_file: for `measured`, a JSON file written by `nested-reft measure-layers`; a
-            relative path is looked for beside the shipped configurations too.
+            relative path is looked for beside the shipped configurations too. None with
+            `remeasure_every` starts from equal divergences, which is `uniform`.
         divergence_temperature: nats; 0 always skips the layers of least divergence.
+        remeasure_every: for `measured`, steps between new measurements of all layers, the first in the
+            first step; 0 for none. Each replaces the one before from the next step on.
+        remeasure_prompts: prompts of the step's own rollouts that a new measurement reads.
+        remeasure_completions: completions of each of them that it reads.
     """
 
     skip_ratio: float = 0.0
     border: int = 1
-    choice: Literal["uniform", "fixed", "measured"] = "uniform"
+    choice: Choice = "uniform"
     layers: tuple[int, ...] = ()
     divergence_file: str | None = None
     divergence_temperature: float = 0.05
+    remeasure_every: int = 0
+    remeasure_prompts: int = 4
+    remeasure_completions: int = 2
 
     def __post_init__(self):
+        if self.choice not in get_args(Choice):
+            raise ValueError(f"nesting.choice is '{self.choice}'; allowed are {', '.join(get_args(Choice))}")
         if not (math.isfinite(self.skip_ratio) and 0 <= self.skip_ratio < 1):
             raise ValueError(f"nesting.skip_ratio is {self.skip_ratio}; allowed is 0 <= skip_ratio < 1")
         if self.border < 0:
@@ -95,17 +110,34 @@ class NestingConfig:
             raise ValueError("nesting.layers is empty; choice 'fixed' needs the layers to skip")
         if self.choice != "fixed" and self.layers:
             raise ValueError(f"nesting.layers is {self.layers}, but choice is '{self.choice}'; set choice to 'fixed'")
-        if self.choice == "measured" and self.divergence_file is None:
+        if self.choice == "measured" and self.divergence_file is None and not self.remeasure_every:
             raise ValueError(
                 "nesting.divergence_file is not set; choice 'measured' needs the file that"
-                " 'nested-reft measure-layers' writes"
+                " 'nested-reft measure-layers' writes, or nesting.remeasure_every"
             )
+        if self.remeasure_every < 0:
+            raise ValueError(f"nesting.remeasure_every is {self.remeasure_every}; allowed is 0 (never) or more steps")
+        if self.remeasure_every and self.choice != "measured":
+            raise ValueError(
+                f"nesting.remeasure_every is {self.remeasure_every}, but choice is '{self.choice}'; only 'measured'"
+                " reads it"
+            )
+        for name in ("remeasure_prompts", "remeasure_completions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"nesting.{name} is {getattr(self, name)}; allowed is 1 or more")
 
     def num_skipped(self, num_layers: int) -> int:
         """floor(skip_ratio * L), or the number of fixed layers."""
         if self.choice == "fixed":
             return len(set(self.layers))
         return math.floor(self.skip_ratio * num_layers + 1e-9)
+
+    def most_skipped(self, num_layers: int) -> int:
+        """The largest number of layers that a plan may skip: not the borders, and not all."""
+        if self.choice == "fixed":
+            return self.num_skipped(num_layers)
+        unskippable = max(2 * self.border, 1)  # with `per_layer`, layer 0 has probability 0
+        return max(num_layers - unskippable, 0)
 
     def validate_for(self, num_layers: int) -> None:
         """Refuses a configuration that this model's depth does not allow.
@@ -121,15 +153,11 @@ class NestingConfig:
             if len(set(self.layers)) >= num_layers:
                 raise ValueError(f"nesting.layers skips all {num_layers} layers; at least one must remain")
             return
-        candidates = num_layers - 2 * self.border
-        if self.num_skipped(num_layers) > 0 and candidates < self.num_skipped(num_layers):
+        most = self.most_skipped(num_layers)
+        if self.num_skipped(num_layers) > most:
             raise ValueError(
-                f"nesting.border is {self.border} and nesting.skip_ratio {self.skip_ratio}: {max(candidates, 0)} of"
+                f"nesting.border is {self.border} and nesting.skip_ratio {self.skip_ratio}: {most} of"
                 f" {num_layers} layers may be skipped, but {self.num_skipped(num_layers)} are to be; lower one of them"
-            )
-        if self.num_skipped(num_layers) >= num_layers:
-            raise ValueError(
-                f"nesting.skip_ratio is {self.skip_ratio}: no layer of {num_layers} would remain; lower it"
             )
 
 
@@ -138,38 +166,62 @@ def draw_plan(
     config: NestingConfig,
     num_layers: int,
     divergence_L: Float[np.ndarray, " L"] | None = None,
+    num_skipped: int | None = None,
 ) -> LayerPlan:
     """Draws the layer plan of one batch.
 
-    Source: Nested-ReFT (arXiv 2508.10123): floor(x L) layers, uniform without replacement from
-    those at least `border` away from either end, anew for each batch. `measured` is this
-    project's own: the same draw with layer weights exp(-divergence / temperature), by the
-    Gumbel top-k method; it equals `uniform` when all divergences are equal.
+    Layers are drawn one after the other without replacement, each with probability proportional to
+    its weight p_l among those left; the Gumbel top-k method draws them all at once:
+
+        uniform     p_l = 1: Nested-ReFT (arXiv 2508.10123), floor(x L) layers
+        per_layer   p_l = exp(l ln 2 / (L - 1)) - 1: how LayerSkip's dropout rates rise with depth (arXiv
+                    2404.16710, section 4.1): 0 for the first layer, 1 for the last. LayerSkip drops
+                    each layer by itself; here their number is given, since a plan's size compiles.
+        measured    p_l = exp(-divergence_l / temperature), this project's own
+
+    Layers less than `border` from either end are never drawn. Equal weights give equal plans,
+    whatever the choice.
 
     Args:
         key: PRNG key of this batch.
         config: validated for `num_layers`.
         num_layers: L.
         divergence_L: KL(full || full without layer l) per token in nats, for `measured`.
+        num_skipped: layers to skip, at most `config.most_skipped(L)`; None takes those of `skip_ratio`.
+            `fixed` does not read it.
 
     Returns:
-        A plan of `L - config.num_skipped(L)` layers.
+        A plan of `L - num_skipped` layers.
+
+    Raises:
+        ValueError: `measured` without divergences, or more layers to skip than may be.
     """
     if config.choice == "fixed":
         return LayerPlan.skipping(num_layers, config.layers)
-    num_skipped = config.num_skipped(num_layers)
+    num_skipped = config.num_skipped(num_layers) if num_skipped is None else num_skipped
+    if not 0 <= num_skipped <= config.most_skipped(num_layers):
+        raise ValueError(f"draw_plan: num_skipped is {num_skipped}; allowed is 0 to {config.most_skipped(num_layers)}")
     if num_skipped == 0:
         return LayerPlan.full(num_layers)
-    score_L = np.asarray(jax.random.gumbel(key, (num_layers,)), dtype=np.float64)
-    if config.choice == "measured":
-        if divergence_L is None:
-            raise ValueError("draw_plan: choice 'measured' needs divergence_L")
-        if config.divergence_temperature == 0:
-            score_L = -np.asarray(divergence_L, dtype=np.float64)
-        else:
-            score_L = score_L - divergence_L / config.divergence_temperature
+    score_L = _log_weights(config, num_layers, divergence_L)
+    if not (config.choice == "measured" and config.divergence_temperature == 0):
+        score_L = score_L + np.asarray(jax.random.gumbel(key, (num_layers,)), dtype=np.float64)
     index_L = np.arange(num_layers)
     allowed_L = (index_L >= config.border) & (index_L < num_layers - config.border)
     score_L = np.where(allowed_L, score_L, -np.inf)
     skipped = np.argsort(-score_L, kind="stable")[:num_skipped]
     return LayerPlan.skipping(num_layers, skipped.tolist())
+
+
+def _log_weights(
+    config: NestingConfig, num_layers: int, divergence_L: Float[np.ndarray, " L"] | None
+) -> Float[np.ndarray, " L"]:
+    """log p_l of `draw_plan`; at temperature 0 the order alone, which no noise is added to."""
+    if config.choice == "per_layer":
+        with np.errstate(divide="ignore"):  # log 0 of the first layer
+            return np.log(np.expm1(np.arange(num_layers) * math.log(2) / max(num_layers - 1, 1)))
+    if config.choice == "measured":
+        if divergence_L is None:
+            raise ValueError("draw_plan: choice 'measured' needs divergence_L")
+        return -np.asarray(divergence_L, dtype=np.float64) / (config.divergence_temperature or 1.0)
+    return np.zeros(num_layers)

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,12 +25,16 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path):
-        from tensorboardX import SummaryWriter  # Half a second that only a training run needs.
-
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
-        self._events = SummaryWriter(str(path))
+
+    @cached_property
+    def _events(self) -> Any:
+        """Made with the first point, so that a run whose checkpoint cannot be restored stays as it was."""
+        from tensorboardX import SummaryWriter  # Half a second that only a training run needs.
+
+        return SummaryWriter(str(self.path))
 
     def _open(self, name: str) -> TextIO:
         return (self.path / name).open("a", encoding="utf-8")

@@ -89,6 +89,7 @@ class Scored:
     """Rollouts with their rewards, which are on the host.
 
     Attributes:
+        prompts: what was asked.
         rollouts: what was scored.
         texts: decoded completions, `texts[b][g]`; untrusted.
         reward_BG: total reward that the advantages are computed from.
@@ -97,16 +98,13 @@ class Scored:
         parts: each reward component by name.
     """
 
+    prompts: Prompts
     rollouts: Rollouts
     texts: tuple[tuple[str, ...], ...]
     reward_BG: Float[np.ndarray, "B G"]
     accuracy_BG: Float[np.ndarray, "B G"]
     scored_BG: Bool[np.ndarray, "B G"]
     parts: dict[str, Float[np.ndarray, "B G"]] = field(default_factory=dict)
-
-    def mean(self, value_BG: Float[np.ndarray, "B G"]) -> float:
-        """Mean over the completions that could be scored; zero if none could."""
-        return float(value_BG[self.scored_BG].mean()) if self.scored_BG.any() else 0.0
 
 
 @struct.dataclass
@@ -125,6 +123,7 @@ class TrainBatch:
             component which sampled. `None` otherwise.
         token_advantage_BGC: A_t of a value-based estimator, no gradient; replaces `advantage_BG`.
             `None` where the advantage is one for the whole completion.
+        plan: the rollouts' nested policy, for self-distillation; `None` without. It has no axis B.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -138,6 +137,7 @@ class TrainBatch:
     reference_logprob_BGC: Float[Array, "B G C"] | None = None
     nested_logprob_BGC: Float[Array, "B G C"] | None = None
     token_advantage_BGC: Float[Array, "B G C"] | None = None
+    plan: LayerPlan | None = None
 
 
 @struct.dataclass

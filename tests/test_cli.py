@@ -41,7 +41,7 @@ def refused(arguments, capsys) -> str:
     [
         (["fly"], "command 'fly' is unknown; known are train"),
         (["train"], "train needs the name of a configuration"),
-        (["train", "nothing"], "configuration 'nothing' is unknown; known are smollm2_chain_sum, tiny"),
+        (["train", "nothing"], "configuration 'nothing' is unknown; known are smollm2_chain_sum"),
         (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
         (["train", "tiny", "--no.such-field", "1"], "no.such-field"),
         (["train", "tiny", "--nesting.skip-ratio", "1.5"], "nesting.skip_ratio is 1.5; allowed is 0 <= skip_ratio < 1"),
@@ -57,8 +57,15 @@ def refused(arguments, capsys) -> str:
         (["eval", "nowhere"], "'nowhere' is not a run directory; name the configuration"),
         (["eval", "smollm2-135m", "--config", "nothing"], "configuration 'nothing' is unknown"),
         (["sample", "nowhere", "2 + 2"], "model is 'nowhere'"),
-        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "nesting.skip_ratio is 1.0"),
-        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "sampling.temperature is -1.0"),
+        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "--skip-ratio is 1.0"),
+        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "--temperature is -1.0"),
+        (
+            ["sample", "smollm2-135m", "2 + 2", "--skip-layers", "30"],
+            "--skip-layers names [30]; the model has",
+        ),
+        (["verify-estimators", "--seed", "-1"], "--seed is -1; allowed is 0 to"),
+        (["train", "tiny", "--runs", ""], "--runs is ''; allowed is a directory"),
+        (["train", "tiny", "--runs", "/dev/null/runs"], "'/dev/null' is a file"),
         (["export", "nowhere", "out"], "'nowhere' is not a run directory"),
         (["measure-layers", "smollm2-135m", "--config", "tiny", "--out", "x/y.json"], "cannot write 'x/y.json'"),
     ],
@@ -96,6 +103,13 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     assert held == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
     assert main(["train", "--resume", str(run)]) == 0
 
+    (array,) = (run / "checkpoints" / "2" / "arrays").glob("d/*")
+    array.write_bytes(b"")
+    before = sorted(run.rglob("*"))
+    message = refused(["eval", str(run)], capsys)
+    assert "checkpoint 2" in message and "is damaged or of another model" in message
+    assert sorted(run.rglob("*")) == before
+
 
 def test_measured_layers_can_be_trained_with(capsys):
     assert main(["measure-layers", "scratch", "--config", "tiny", "--prompts", "4", "--out", "layers.json"]) == 0
@@ -107,6 +121,8 @@ def test_measured_layers_can_be_trained_with(capsys):
     wrong.write_text('{"divergence": [1, 2]}')
     arguments[3] = "wrong.json"
     assert "has 2 layers; the model has 6" in refused(["train", "tiny", *SMALL, *arguments], capsys)
+    arguments[3] = "runs"
+    assert "nesting.divergence_file is 'runs', which holds no" in refused(["train", "tiny", *SMALL, *arguments], capsys)
     arguments[3] = "absent.json"
     assert "does not exist" in refused(["train", "tiny", *SMALL, *arguments], capsys)
 

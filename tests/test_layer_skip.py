@@ -1,5 +1,7 @@
 """Layer plans: conversions, the distribution they are drawn from, and what is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,49 @@ def test_measured_plan_with_equal_divergences_is_the_uniform_plan(key):
         assert draw_plan(draw_key, measured, 10, np.full(10, 0.3)).skipped(10) == uniform_plan.skipped(10)
 
 
+def test_per_layer_plans_follow_layer_skips_rates(key):
+    # p_l = exp(l ln 2 / 4) - 1 = 2^(l / 4) - 1: 0.189, 0.414, 0.682 for l = 1, 2, 3; of the sum 0.147, 0.322, 0.531.
+    config = NestingConfig(skip_ratio=0.2, choice="per_layer")
+    expected = np.array([0.18921, 0.41421, 0.68179])
+    expected /= expected.sum()
+    counts = np.zeros(5)
+    for draw in range(600):
+        counts[list(draw_plan(jax.random.fold_in(key, draw), config, 5).skipped(5))] += 1
+    assert counts[0] == counts[4] == 0
+    deviation = np.sqrt(600 * expected * (1 - expected))
+    assert np.all(np.abs(counts[1:4] - 600 * expected) < 4 * deviation)
+
+
+def test_several_layers_are_drawn_one_after_the_other(key):
+    """P({2, 3}) = p_2 p_3 / (1 - p_2) + p_3 p_2 / (1 - p_3), with the probabilities of the test above."""
+    config = NestingConfig(skip_ratio=0.4, choice="per_layer")
+    p_2, p_3 = 0.41421 / 1.28521, 0.68179 / 1.28521
+    expected = p_2 * p_3 / (1 - p_2) + p_3 * p_2 / (1 - p_3)  # 0.616
+    hits = sum(draw_plan(jax.random.fold_in(key, draw), config, 5).skipped(5) == (2, 3) for draw in range(600))
+    assert abs(hits - 600 * expected) < 4 * np.sqrt(600 * expected * (1 - expected))
+
+
+def test_per_layer_never_skips_the_first_layer(key):
+    config = NestingConfig(skip_ratio=0.8, choice="per_layer", border=0)
+    config.validate_for(5)
+    assert draw_plan(key, config, 5).skipped(5) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("choice", ["uniform", "per_layer", "measured"])
+def test_the_number_of_skipped_layers_can_be_given(choice, key):
+    config = NestingConfig(skip_ratio=0.1, choice=choice, divergence_file="-" if choice == "measured" else None)
+    for num_skipped in (0, 1, 5, 8):
+        plan = draw_plan(key, config, 10, np.linspace(0, 1, 10), num_skipped)
+        assert plan.num_kept == 10 - num_skipped and not {0, 9} & set(plan.skipped(10))
+    assert config.most_skipped(10) == 8
+    with pytest.raises(ValueError, match="num_skipped is 9; allowed is 0 to 8"):
+        draw_plan(key, config, 10, np.zeros(10), 9)
+
+
+def test_fixed_plans_ignore_a_given_number(key):
+    assert draw_plan(key, NestingConfig(choice="fixed", layers=(2,)), 5, num_skipped=3).skipped(5) == (2,)
+
+
 def test_fixed_plan_is_what_was_asked_for(key):
     plan = draw_plan(key, NestingConfig(choice="fixed", layers=(5, 3)), 8)
     assert plan.skipped(8) == (3, 5)
@@ -84,6 +129,10 @@ def test_no_skipped_layer_is_the_full_model(key):
         ({"choice": "fixed"}, "nesting.layers is empty"),
         ({"layers": (1,)}, "set choice to 'fixed'"),
         ({"choice": "measured"}, "nesting.divergence_file is not set"),
+        ({"remeasure_every": 5}, "nesting.remeasure_every is 5, but choice is 'uniform'"),
+        ({"remeasure_every": -1}, "nesting.remeasure_every is -1"),
+        ({"remeasure_prompts": 0}, "nesting.remeasure_prompts is 0; allowed is 1 or more"),
+        ({"remeasure_completions": 0}, "nesting.remeasure_completions is 0"),
     ],
 )
 def test_refuses(fields, message):
@@ -103,3 +152,9 @@ def test_refuses(fields, message):
 def test_refuses_for_a_models_depth(fields, message):
     with pytest.raises(ValueError, match=message):
         NestingConfig(**fields).validate_for(10)
+
+
+def test_unknown_choice_is_refused():
+    # Called directly, since beartype, where tests switch it on, refuses the constructor's argument first.
+    with pytest.raises(ValueError, match=r"nesting.choice is 'deepest'; allowed are uniform, per_layer, fixed, measu"):
+        NestingConfig.__post_init__(SimpleNamespace(choice="deepest"))

@@ -10,6 +10,7 @@ from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -27,7 +28,7 @@ def get_config() -> Config:
         model=ModelSource("smollm2-135m"),
         data=DataConfig(
             sources=(
-                chain_sum("two_terms_one_digit", terms=2, digits=1, train_size=136, heldout_size=64),
+                chain_sum("two_terms_one_digit", terms=2, digits=1, train_size=150, heldout_size=50),
                 chain_sum("three_terms_two_digits", terms=3, digits=2, train_size=2000, heldout_size=32),
             ),
             prompts_per_batch=8,
@@ -47,8 +48,9 @@ def get_config() -> Config:
         loss=LossConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-5, schedule="linear", warmup_steps=3),
-        train=TrainConfig(steps=36, checkpoint_every=18),
-        evaluation=EvaluationConfig(every_steps=6, samples_per_prompt=4),
-        curriculum=CurriculumConfig("easy_to_hard", promote_at=0.85),
+        dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=3),
+        train=TrainConfig(steps=40, checkpoint_every=20),
+        evaluation=EvaluationConfig(every_steps=5, samples_per_prompt=4),
+        curriculum=CurriculumConfig("easy_to_hard", promote_at=0.97, window=512),
     )

@@ -19,6 +19,7 @@ for the same configuration. The reward must be able to read the answers:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +141,27 @@ SourceConfig = TaskSource | DatasetSource | JsonlSource
 def field_path(config: SourceConfig) -> str:
     """Where a source stands in the configuration, for messages: by its name, which is unique."""
     return f"data.sources.{config.name}"
+
+
+def exactly(**values: int) -> dict[str, int]:
+    """Parameters that fix ranges of a task at one value: `terms=3` is `min_terms` and `max_terms` 3."""
+    return {f"{bound}_{name}": value for name, value in values.items() for bound in ("min", "max")}
+
+
+def difficulty_ladder(
+    task: str, levels: Mapping[str, dict[str, int]], train_size: int, heldout_size: int, seed: int
+) -> tuple[TaskSource, ...]:
+    """One source for each difficulty of a task, the easiest first, as curricula expect them.
+
+    Args:
+        task: a reasoning-gym dataset name.
+        levels: label of each source and the task's parameters, e.g. `{"two_terms": exactly(terms=2)}`.
+        train_size, heldout_size, seed: of every source, as in `TaskSource`.
+    """
+    return tuple(
+        TaskSource(label, task, dict(parameters), train_size, heldout_size, seed)
+        for label, parameters in levels.items()
+    )
 
 
 def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:

@@ -20,12 +20,15 @@ A good value is not a good loss. Differentiating through log pi, at fixed tokens
                                                    close to `k2_loss` while l is small (GRPO, eq. 4)
 
 `k2_loss` and `k3_loss` are added unweighted, as GRPO does: their statements hold for on-policy tokens.
+
+Where both distributions are at hand over the whole vocabulary, nothing needs estimating: see `exact_kl`.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -45,3 +48,27 @@ def kl_estimate(
     if estimator == "k2":
         return log_ratio**2 / 2
     return jnp.expm1(-log_ratio) + log_ratio
+
+
+def exact_kl(logits: Float[Array, "*rows V"], other_logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, p and q the softmax of the two logits; never
+    negative but for rounding. A token that p excludes (logit -inf) adds nothing."""
+    logprob, other_logprob = jax.nn.log_softmax(logits, axis=-1), jax.nn.log_softmax(other_logits, axis=-1)
+    present = logprob > -jnp.inf
+    difference = jnp.where(present, logprob, 0.0) - jnp.where(present, other_logprob, 0.0)
+    return jnp.sum(jnp.exp(logprob) * difference, axis=-1)
+
+
+def self_distillation_kl(
+    full_logits: Float[Array, "*rows V"], nested_logits: Float[Array, "*rows V"]
+) -> Float[Array, "*rows"]:
+    """KL(stop_gradient(pi_full) || pi_nested) of each next-token distribution, in nats.
+
+    Minimised, it pulls the nested policy towards the full one and not the other way round. Its
+    gradient with respect to the nested logits is pi_nested - pi_full; the layers that the plan skips
+    take no part in it. (The full policy still changes: the two share the layers that are kept.)
+
+    Source: self-distillation with the exact forward KL, as Hinton et al. (2015) at equal temperatures;
+    LayerSkip (arXiv 2404.16710) trains its sub-networks on the labels instead.
+    """
+    return exact_kl(jax.lax.stop_gradient(full_logits), nested_logits)

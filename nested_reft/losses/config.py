@@ -35,8 +35,12 @@ class LossConfig:
             (Ye et al., 2020). None for no such limit.
         reference_kl: the penalty towards the initial model; see the tables of `estimators.kl`.
         reference_kl_coefficient: beta, its weight; 0 for none.
+        overlong_filter: leave the tokens of cut-off completions out of the loss.
         entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
             sampled prefixes; 0 for none. It costs the backward pass a second array of all logits.
+        self_distillation_coefficient: weight of KL(full || nested) per token of the rollouts, under
+            their plan, where the full policy is held fixed: it teaches the nested one to follow. 0 for
+            none; otherwise each update runs a nested forward and backward pass more.
     """
 
     advantage: Advantage
@@ -55,7 +59,9 @@ class LossConfig:
     dual_clip: float | None = None
     reference_kl: KlPenalty | None = None
     reference_kl_coefficient: float = 0.0
+    overlong_filter: bool = False
     entropy_coefficient: float = 0.0
+    self_distillation_coefficient: float = 0.0
 
     def __post_init__(self):
         _check_ranges(self)
@@ -102,6 +108,7 @@ def claims_unbiased(config: LossConfig) -> bool:
         and config.normalization == "fixed_length"
         and config.reference_kl in (None, "k1_in_reward")
         and config.entropy_coefficient == 0
+        and config.self_distillation_coefficient == 0
     )
 
 
@@ -122,6 +129,7 @@ def _check_ranges(config: LossConfig) -> None:
     check("dual_clip", lambda x: x > 1, "more than 1, or None")
     check("reference_kl_coefficient", lambda x: x >= 0, "0 or more")
     check("entropy_coefficient", lambda x: x >= 0, "0 or more")
+    check("self_distillation_coefficient", lambda x: x >= 0, "0 or more")
 
 
 def _check_needed(config: LossConfig) -> None:

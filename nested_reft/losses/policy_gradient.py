@@ -45,10 +45,11 @@ def policy_gradient_loss(
     batch: TrainBatch,
     config: LossConfig,
     entropy_BGC: Float[Array, "B G C"] | None = None,
+    self_distillation_kl_BGC: Float[Array, "B G C"] | None = None,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """Negative surrogate objective, to be minimised.
 
-        L = - sum_t c_t [ clipped(h_t, A_t) - beta KL_t + eta entropy_t ] / W
+        L = - sum_t c_t [ clipped(h_t, A_t) - beta KL_t + eta entropy_t - gamma KL(full || nested)_t ] / W
 
     See the module for h, c and W, `clipped_surrogate` for the clips, `estimators.kl` for the penalty
     (`k1_in_reward` changes A_t instead). With `self_normalized`, W is the sum of weights h where it
@@ -61,17 +62,19 @@ def policy_gradient_loss(
             `nested_logprob_BGC`, a KL penalty `reference_logprob_BGC`.
         config: the parts.
         entropy_BGC: entropy of each next-token distribution, differentiable; for the entropy bonus.
+        self_distillation_kl_BGC: `estimators.kl.self_distillation_kl` of each next-token distribution,
+            differentiable; for `self_distillation_coefficient`, gamma.
 
     Returns:
         The loss as (sum, W), to be divided once, and the parts that are logged: `policy_loss`,
         `clipped_share` (tokens without gradient), `limited_share` (truncated or dropped weights),
         `weight_mean` and `weight_square_mean` of h over tokens (`kish` of them is the effective
-        sample size of the update), and `reference_kl` (k3, nats per token).
+        sample size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`.
 
     Raises:
         ValueError: the configuration needs something that is not given.
     """
-    _check_inputs(batch, config, entropy_BGC)
+    _check_inputs(batch, config, entropy_BGC, self_distillation_kl_BGC)
     mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, target_logprob_BGC.shape[-1])
     target_logprob_BGC = jnp.where(mask_BGC, jnp.maximum(target_logprob_BGC, LOGPROB_FLOOR), 0.0)
     frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
@@ -102,6 +105,9 @@ def policy_gradient_loss(
     if batch.reference_logprob_BGC is not None:
         parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k3"))
     penalty_BGC = jnp.where(mask_BGC, _token_penalties(target_logprob_BGC, batch, config, entropy_BGC), 0.0)
+    if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
+        parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
+        penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
     return Weighted(policy_loss.sum + (coefficient_BGC * penalty_BGC).sum(), total_weight), parts
 
 
@@ -209,7 +215,9 @@ def _token_penalties(
     return penalty_BGC
 
 
-def _check_inputs(batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None) -> None:
+def _check_inputs(
+    batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None, self_distillation_kl_BGC: Array | None
+) -> None:
     if config.bias_mitigation == "mixture" and batch.nested_logprob_BGC is None:
         raise ValueError(
             "bias_mitigation 'mixture' needs batch.nested_logprob_BGC: score every completion under the plan"
@@ -218,3 +226,5 @@ def _check_inputs(batch: TrainBatch, config: LossConfig, entropy_BGC: Array | No
         raise ValueError(f"reference_kl '{config.reference_kl}' needs batch.reference_logprob_BGC")
     if config.entropy_coefficient and entropy_BGC is None:
         raise ValueError("entropy_coefficient is set: pass the differentiable entropy_BGC")
+    if config.self_distillation_coefficient and self_distillation_kl_BGC is None:
+        raise ValueError("self_distillation_coefficient is set: pass the differentiable self_distillation_kl_BGC")

@@ -57,19 +57,19 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "width", "hidden_width", "num_heads", "num_kv_heads", "head_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; allowed is 1 or more")
+                raise ValueError(f"model.shape.{name} is {getattr(self, name)}; allowed is 1 or more")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.num_heads is {self.num_heads}, model.num_kv_heads {self.num_kv_heads};"
+                f"model.shape.num_heads is {self.num_heads}, model.num_kv_heads {self.num_kv_heads};"
                 " the first must be a multiple of the second"
             )
         if self.head_size % 2:
-            raise ValueError(f"model.head_size is {self.head_size}; rotary embeddings need an even size")
+            raise ValueError(f"model.shape.head_size is {self.head_size}; rotary embeddings need an even size")
         for name in ("rope_theta", "norm_epsilon"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"model.{name} is {getattr(self, name)}; allowed is more than 0")
+                raise ValueError(f"model.shape.{name} is {getattr(self, name)}; allowed is more than 0")
         if self.family not in FAMILIES:
-            raise ValueError(f"model.family is '{self.family}'; allowed are {', '.join(FAMILIES)}")
+            raise ValueError(f"model.shape.family is '{self.family}'; allowed are {', '.join(FAMILIES)}")
 
 
 FAMILIES = ("llama", "qwen2", "qwen3")

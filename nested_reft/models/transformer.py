@@ -249,6 +249,54 @@ class Transformer(nnx.Module):
         (x, cache), _ = self._scan_layers(layer_step, (x, cache), inputs, plan)
         return self._final_norm(x[:, :, 0]), cache
 
+    def extend(
+        self,
+        tokens_BGT: Int[Array, "B G T"],
+        offset_BG: Int[Array, "B G"],
+        cache: KeyValues,
+        prompt: PromptCache,
+        plan: LayerPlan | None = None,
+    ) -> tuple[Float[Array, "B G T D"], KeyValues]:
+        """Feeds `T` completion tokens of every row at once, each row from a position of its own.
+
+        Unlike `decode`, caches are those of all `L` layers, and a plan reads and writes the slots of
+        the layers it keeps. So a nested policy can continue from the full model's caches, and
+        what it writes beyond them is replaced when the full model runs over the same tokens.
+
+        Args:
+            tokens_BGT: the tokens at completion positions `offset_BG + t`.
+            offset_BG: filled length of each row's caches; `offset + T` must stay within their size.
+            cache: `[L, B, G, J, size, K]`.
+            prompt: the prompts' caches, of all layers.
+            plan: layers to run; None is the full model.
+
+        Returns:
+            Final hidden states, and the caches with these tokens added.
+        """
+        config, length = self.config, tokens_BGT.shape[-1]
+        position_BGT = offset_BG[..., None] + jnp.arange(length)
+        rotation = rope(config, prompt.length_B[:, None, None] + position_BGT)
+        own_mask = (jnp.arange(cache.key.shape[-2]) <= position_BGT[..., None])[:, :, None, None]
+        shared_mask = prompt.valid_BP[:, None, None, None, None, :]
+        write_rows = jax.vmap(jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))))
+
+        def layer_step(carry, layer, slot):
+            x, cache = carry
+            query, new = project_qkv(config, layer, x, rotation)
+            shared, own = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), (prompt.layers, cache)
+            )
+            own = jax.tree.map(lambda rows, values: write_rows(rows, values, offset_BG), own, new)
+            cache = jax.tree.map(
+                lambda whole, rows: jax.lax.dynamic_update_index_in_dim(whole, rows, slot, 0), cache, own
+            )
+            attended = attend(query, own, own_mask, shared, shared_mask)
+            return (finish_layer(config, layer, x, attended), cache), None
+
+        slots = jnp.arange(config.num_layers) if plan is None else plan.kept_S
+        (x, cache), _ = self._scan_layers(layer_step, (self._embed(tokens_BGT), cache), slots, plan)
+        return self._final_norm(x), cache
+
     def completion_hidden(
         self,
         prompt_BP: Int[Array, "B P"],
@@ -351,7 +399,8 @@ def project_qkv(
     normed = rms_norm(x_BGTD, layer["attention_norm"], config.norm_epsilon)
 
     def heads(name: str) -> Array:
-        return linear(layer, name, normed).reshape(*x_BGTD.shape[:-1], -1, config.head_size)
+        flat = linear(layer, name, normed)  # no -1 below: a completion of one token has none to run
+        return flat.reshape(*flat.shape[:-1], flat.shape[-1] // config.head_size, config.head_size)
 
     query, key, value = heads("query"), heads("key"), heads("value")
     if config.qk_norm:

@@ -1,10 +1,11 @@
-"""How much each layer matters: the divergence that skipping it alone causes."""
+"""How far plans are from the full model, and so how much each layer matters."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +17,18 @@ from tqdm import tqdm
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.sampling import tempered
+from nested_reft.rollout.generate import completion_logits
 from nested_reft.types import Rollouts, Weighted, valid_mask
+
+Texts = tuple[Int[Array, "B P"], Int[Array, " B"], Int[Array, "B G C"], Int[Array, "B G"]]
 
 
 @partial(jax.jit, static_argnames="temperature")
 def completion_distributions(
-    model: Transformer, rollouts: Rollouts, temperature: float, plan: LayerPlan | None = None
+    model: Transformer, texts: Texts, temperature: float, plan: LayerPlan | None = None
 ) -> Float[Array, "B G C V"]:
     """log pi(. | x, y_<t) over the whole vocabulary at every completion token, under a plan."""
-    valid_BP = valid_mask(rollouts.prompt_length_B, rollouts.prompt_BP.shape[1])
-    hidden = model.completion_hidden(rollouts.prompt_BP, valid_BP, rollouts.tokens_BGC, plan)
-    return jax.nn.log_softmax(tempered(model.logits(hidden), temperature), axis=-1)
+    return jax.nn.log_softmax(completion_logits(model, *texts[:3], temperature, plan), axis=-1)
 
 
 @jax.jit
@@ -40,26 +41,51 @@ def mean_divergence(
     return Weighted((kl_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
 
 
-def measure_layer_divergence(model: Transformer, rollouts: Rollouts, temperature: float) -> Float[np.ndarray, " L"]:
-    """KL(full || full without layer l) per token, in nats, for each layer l.
+def texts_of(rollouts: Rollouts, prompts: int | None = None, completions: int | None = None) -> Texts:
+    """What a measurement reads of rollouts: all of them, or the first of each kind.
 
-    Divergence adds up roughly over layers, so the ranking of single layers says which sets of
-    layers are cheap to skip.
+    The plan is left out, so that rollouts under plans of another size compile nothing.
+    """
+    some = (slice(prompts), slice(completions))
+    return (
+        rollouts.prompt_BP[some[0]],
+        rollouts.prompt_length_B[some[0]],
+        rollouts.tokens_BGC[some],
+        rollouts.length_BG[some],
+    )
+
+
+def measure_plan_divergence(
+    model: Transformer, texts: Texts, temperature: float, plans: Sequence[LayerPlan], description: str
+) -> Float[np.ndarray, " plans"]:
+    """KL(full || plan) per completion token, in nats, for each plan; one compilation per plan size.
 
     Args:
         model: the full model.
-        rollouts: of the full model, whose tokens the mean is over.
+        texts: the prompts and completions whose tokens the mean is over.
         temperature: of both policies.
+        plans: the nested policies.
+        description: for the progress bar.
+    """
+    full = completion_distributions(model, texts, temperature)
+
+    def divergence(plan: LayerPlan) -> float:
+        nested = completion_distributions(model, texts, temperature, plan)
+        return float(mean_divergence(full, nested, texts[3]))
+
+    return np.array([divergence(plan) for plan in tqdm(plans, desc=description, unit="plan", leave=False)])
+
+
+def measure_layer_divergence(model: Transformer, texts: Texts, temperature: float) -> Float[np.ndarray, " L"]:
+    """KL(full || full without layer l) per token, in nats, for each layer l.
+
+    Divergence adds up roughly over layers, so the ranking of single layers says which sets of
+    layers are cheap to skip. On completions of the full model this is the divergence where the
+    target goes; on nested ones, where the rollouts go.
     """
     num_layers = model.config.num_layers
-    full = completion_distributions(model, rollouts, temperature)
-
-    def without(layer: int) -> float:
-        plan = LayerPlan.skipping(num_layers, [layer])
-        nested = completion_distributions(model, rollouts, temperature, plan)
-        return float(mean_divergence(full, nested, rollouts.length_BG))
-
-    return np.array([without(layer) for layer in tqdm(range(num_layers), desc="measuring layers", unit="layer")])
+    plans = [LayerPlan.skipping(num_layers, [layer]) for layer in range(num_layers)]
+    return measure_plan_divergence(model, texts, temperature, plans, "measuring layers")
 
 
 def save_divergence(path: Path, divergence_L: Float[np.ndarray, " L"], about: dict[str, object]) -> None:
@@ -83,7 +109,7 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
         raise ValueError(
             f"nesting.divergence_file is '{path}', which does not exist; write it with 'nested-reft measure-layers'"
         ) from None
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, OSError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"nesting.divergence_file is '{path}', which holds no layer divergences: {error!r}") from None
     if divergence_L.shape != (num_layers,):
         raise ValueError(f"nesting.divergence_file '{path}' has {divergence_L.size} layers; the model has {num_layers}")

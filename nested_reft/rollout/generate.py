@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import KeyValues, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, sample_token, tempered, token_logprob
 from nested_reft.types import Rollouts, valid_mask
+
+LOGITS_AT_ONCE = 2**26  # 256 MB of float32
 
 
 @struct.dataclass
@@ -110,6 +114,19 @@ def generate(
     )
 
 
+def completion_logits(
+    model: Transformer,
+    prompt_BP: Int[Array, "B P"],
+    prompt_length_B: Int[Array, " B"],
+    tokens_BGC: Int[Array, "B G C"],
+    temperature: float,
+    plan: LayerPlan | None = None,
+) -> Float[Array, "B G C V"]:
+    """The tempered logits that every completion token is drawn from; arguments as in `completion_logprobs`."""
+    valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
+    return tempered(model.logits(model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan)), temperature)
+
+
 def completion_logprobs(
     model: Transformer,
     prompt_BP: Int[Array, "B P"],
@@ -134,11 +151,45 @@ def completion_logprobs(
             array over the vocabulary for the backward pass; otherwise they stop there.
     """
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    hidden = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
-    logits = tempered(model.logits(hidden), temperature)
-    logprob = token_logprob(logits, tokens_BGC, 1.0)
-    all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
-    return logprob, -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
+    return hidden_logprobs(model, hidden_BGCD, tokens_BGC, temperature, differentiable_entropy)
+
+
+def hidden_logprobs(
+    model: Transformer,
+    hidden_BGCD: Float[Array, "B G C D"],
+    tokens_BGC: Int[Array, "B G C"],
+    temperature: float,
+    differentiable_entropy: bool = False,
+) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
+    """What `completion_logprobs` returns, of final hidden states."""
+
+    def block(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        logits = tempered(model.logits(hidden), temperature)
+        all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
+        return token_logprob(logits, tokens, 1.0), -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+
+    return over_position_blocks(block, model.config.vocab_size, hidden_BGCD, tokens_BGC)
+
+
+def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays: Array) -> Any:
+    """`function` of arrays `[B, G, C, ...]` that makes logits on its way to results `[B, G, C]`.
+
+    Logits of all tokens at once can be larger than everything else together (1,000 tokens of Qwen's
+    vocabulary take 600 MB). Where they would exceed `LOGITS_AT_ONCE`, completion positions are worked
+    off block by block, each block's logits computed again in the backward pass.
+    """
+    batch, group, size = arrays[0].shape[:3]
+    block_size = min(size, max(1, LOGITS_AT_ONCE // (batch * group * vocab_size)))
+    if block_size == size:
+        return function(*arrays)
+
+    def split(value: Array) -> Array:
+        padded = jnp.pad(value, [(0, 0), (0, 0), (0, -size % block_size)] + [(0, 0)] * (value.ndim - 3))
+        return jnp.moveaxis(padded.reshape(batch, group, -1, block_size, *value.shape[3:]), 2, 0)
+
+    results = jax.lax.map(lambda blocks: jax.checkpoint(function)(*blocks), tuple(split(value) for value in arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, group, -1)[..., :size], results)
 
 
 def right_padded(

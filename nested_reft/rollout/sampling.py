@@ -78,6 +78,13 @@ def sample_token(
     return token, token_logprob(logits, token, 1.0)
 
 
+def policy_probability(logits: Float[Array, "*rows V"], config: SamplingConfig) -> Float[Array, "*rows V"]:
+    """The distribution that `sample_token` draws from, written out; one-hot where decoding is greedy."""
+    if config.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jax.nn.softmax(truncated(tempered(logits, config.temperature), config.top_k, config.top_p), axis=-1)
+
+
 def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Float[Array, "*rows V"]:
     """Logits with everything outside top-k, then outside top-p of the rest, at -inf."""
     if 0 < top_k < logits.shape[-1]:

@@ -17,12 +17,16 @@ import dacite
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat, TooLong
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
+from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.rollout.exact import DRAFT_LENGTHS
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -65,6 +69,7 @@ class DataConfig:
         max_prompt_tokens: longest prompt allowed.
         prompt: how a question becomes a prompt, unless its source says otherwise.
         too_long: `refuse` prompts that are longer than allowed, or `drop` and count them.
+        split: how sources are divided into finer ones before training.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -72,6 +77,7 @@ class DataConfig:
     max_prompt_tokens: int
     prompt: PromptFormat = field(default_factory=PromptFormat)
     too_long: TooLong = "refuse"
+    split: SplitConfig = field(default_factory=SplitConfig)
 
     def __post_init__(self):
         if not self.sources:
@@ -79,6 +85,9 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources has the names {names}; each source needs a name of its own")
+        unknown = [name for name in self.split.sources if name not in names]
+        if unknown:
+            raise ValueError(f"data.split.sources has {unknown[0]!r}; allowed are {', '.join(names)}")
         for name in ("prompts_per_batch", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; allowed is 1 or more")
@@ -92,11 +101,16 @@ class RolloutConfig:
         group_size: G, completions per prompt; every advantage but `no_baseline` needs 2 or more.
         max_completion_tokens: C.
         sampling: temperature and truncation.
+        mode: `nested` samples from the layer-skipped policy; `exact` only drafts with it, and the full model
+            verifies, so that samples are exactly its own (`rollout.exact`).
+        draft_length: drafts of the first `exact` batch; later ones follow the acceptance rate.
     """
 
     group_size: int
     max_completion_tokens: int
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    mode: Literal["nested", "exact"] = "nested"
+    draft_length: int = 2
 
     def __post_init__(self):
         if self.group_size < 1:
@@ -105,6 +119,10 @@ class RolloutConfig:
             raise ValueError(f"rollout.max_completion_tokens is {self.max_completion_tokens}; allowed is 1 or more")
         if self.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
+        if self.mode not in ("nested", "exact"):
+            raise ValueError(f"rollout.mode is '{self.mode}'; allowed are nested, exact")
+        if self.draft_length not in DRAFT_LENGTHS:
+            raise ValueError(f"rollout.draft_length is {self.draft_length}; allowed are {DRAFT_LENGTHS}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +202,9 @@ class Config:
     train: TrainConfig
     evaluation: EvaluationConfig
     curriculum: CurriculumConfig
+    nesting_control: NestingControlConfig = field(default_factory=NestingControlConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -212,8 +232,24 @@ class Config:
                 f"reward.overlong_cache_tokens is {self.reward.overlong_cache_tokens}; allowed is 0 to"
                 f" rollout.max_completion_tokens, which is {self.rollout.max_completion_tokens}"
             )
+        if self.rollout.mode == "exact" and self.loss.mixture_alpha is not None:
+            raise ValueError(
+                f"rollout.mode is 'exact' and loss.mixture_alpha {self.loss.mixture_alpha}; exact rollouts are all the"
+                " full model's, so there is nothing to mix: use bias_mitigation 'base', or mode 'nested'"
+            )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
+        self.curriculum.validate_for([source.name for source in self.data.sources])
+        if self.curriculum.kind == "static" and self.data.split.kind != "none":
+            raise ValueError(
+                f"curriculum.kind is 'static' and data.split.kind '{self.data.split.kind}'; how many parts need a"
+                " weight is not known beforehand: use another kind, or 'none'"
+            )
+        if self.curriculum.kind == "dump" and self.loss.advantage == "no_baseline":
+            raise ValueError(
+                "curriculum.kind is 'dump' and loss.advantage 'no_baseline': without a baseline a solved source has the"
+                " largest advantages; allowed with 'dump' are leave_one_out, group_mean, group_std"
+            )
         if self.model.dtype == "bfloat16" and self.lora.rank == 0:
             raise ValueError(
                 "model.dtype is 'bfloat16' and lora.rank 0: updates of the size of a learning rate round away in"

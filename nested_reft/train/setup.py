@@ -21,6 +21,7 @@ from nested_reft.layer_skip import NestingConfig
 from nested_reft.models.lora import add_lora
 from nested_reft.models.registry import load_model, resolve_model
 from nested_reft.models.transformer import Transformer, initial_parameters, parameter_axes
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.divergence import load_divergence
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_parameters
@@ -38,18 +39,23 @@ class Setup:
         config: the configuration.
         model: with its weights, adapters and placement on the mesh.
         tokenizer: the model's.
-        train_examples, heldout_examples: per source.
+        train_examples: of each training source.
+        source_names: of the training sources.
+        heldout_examples: of each source of the configuration.
+        heldout_of_source: for each training source, the source of the configuration that it is part of.
         prompt_size: P of every training batch.
-        divergence_L: measured divergence of each layer, for `measured` plans.
+        divergence_L: measured divergence of each layer, for `measured` plans; all alike where none is.
     """
 
     config: Config
     model: Transformer
     tokenizer: Tokenizer
     train_examples: list[list[EncodedExample]]
+    source_names: tuple[str, ...]
     heldout_examples: list[list[EncodedExample]]
+    heldout_of_source: tuple[int, ...]
     prompt_size: int
-    divergence_L: Float[np.ndarray, " L"] | None
+    divergence_L: Float[np.ndarray, " L"]
 
 
 def prepare(config: Config) -> Setup:
@@ -72,7 +78,8 @@ def prepare(config: Config) -> Setup:
     model, tokenizer = initial_policy(config)
     num_layers = model.config.num_layers
     config.nesting.validate_for(num_layers)
-    divergence_L = None
+    config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
+    divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
         divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
@@ -98,7 +105,9 @@ def prepare(config: Config) -> Setup:
         model=model,
         tokenizer=tokenizer,
         train_examples=train,
+        source_names=tuple(source.name for source in config.data.sources),
         heldout_examples=heldout,
+        heldout_of_source=tuple(range(len(config.data.sources))),
         prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
         divergence_L=divergence_L,
     )
@@ -142,7 +151,8 @@ def trained_policy(run: Path) -> Setup:
     Raises:
         ValueError: not a run directory, or it has no complete checkpoint.
     """
-    config = dataclasses.replace(run_config(run), nesting=NestingConfig())  # the full model needs no plans
+    # The full model needs no plans.
+    config = dataclasses.replace(run_config(run), nesting=NestingConfig(), nesting_control=NestingControlConfig())
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
     setup = prepare(config)

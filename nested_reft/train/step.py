@@ -14,12 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from nested_reft.estimators.health import kish, off_policy_health
 from nested_reft.estimators.importance import limited_weight
+from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import LossConfig
 from nested_reft.losses.policy_gradient import batch_log_weight, policy_gradient_loss
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import completion_logprobs
-from nested_reft.types import TrainBatch, Weighted, gradient_mask
+from nested_reft.rollout.generate import completion_logprobs, hidden_logprobs, over_position_blocks
+from nested_reft.rollout.sampling import tempered
+from nested_reft.types import TrainBatch, Weighted, gradient_mask, valid_mask
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -83,18 +85,25 @@ def make_update(
     """
 
     def update(state: TrainState, batch: TrainBatch):
+        plan, batch = batch.plan, dataclasses.replace(batch, plan=None)  # the one part without prompts to split
+
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
             model = nnx.merge(state.graph, trainable, state.frozen)
-            logprob_BGC, entropy_BGC = completion_logprobs(
-                model,
-                micro.prompt_BP,
-                micro.prompt_length_B,
-                micro.tokens_BGC,
-                temperature,
-                remat=remat,
-                differentiable_entropy=loss.entropy_coefficient > 0,
+            valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
+            hidden_BGCD = model.completion_hidden(micro.prompt_BP, valid_BP, micro.tokens_BGC, remat=remat)
+            logprob_BGC, entropy_BGC = hidden_logprobs(
+                model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=loss.entropy_coefficient > 0
             )
-            total, parts = policy_gradient_loss(logprob_BGC, micro, loss, entropy_BGC)
+            distillation_kl_BGC = None
+            if loss.self_distillation_coefficient and plan is not None:
+                nested_BGCD = model.completion_hidden(micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, remat)
+                distillation_kl_BGC = over_position_blocks(
+                    lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
+                    model.config.vocab_size,
+                    hidden_BGCD,
+                    nested_BGCD,
+                )
+            total, parts = policy_gradient_loss(logprob_BGC, micro, loss, entropy_BGC, distillation_kl_BGC)
             return total.sum, (total, parts, *jax.lax.stop_gradient((logprob_BGC, entropy_BGC)))
 
         (total, parts, logprob_BGC, entropy_BGC), gradient = _accumulate(

@@ -1,6 +1,8 @@
 """The synchronous training loop.
 
     sources -> curriculum -> rollout(plan) -> rewards -> advantages -> weights -> loss -> update
+                                     ^                                                       |
+                                     +------------ nesting control (ESS / KL budget) <-------+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
 """
@@ -11,7 +13,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from nested_reft import curriculum
+from nested_reft import curriculum, nesting_control
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.estimators.advantages import group_advantages
@@ -31,18 +33,29 @@ from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import component_metrics, score
+from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
+from nested_reft.rollout.dynamic_sampling import (
+    GenerationLimitError,
+    drop_cut_off,
+    enough,
+    mixed_groups,
+    select_groups,
+)
+from nested_reft.rollout.exact import generate_exact, next_draft_length
 from nested_reft.rollout.generate import completion_logprobs, generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.setup import Setup
+from nested_reft.train.split import split_sources
 from nested_reft.train.step import create_train_state, make_update
 from nested_reft.train.warm_start import warm_start
 from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 # Purposes of random keys: each step's key is folded with one of these.
-CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY = range(6)
+CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY, SPLIT_KEY = range(7)
+GENERATION_KEY = 100  # and up: the generation batches of a step
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
 
@@ -77,9 +90,17 @@ class Trainer:
             config.train.micro_batches,
             config.train.remat,
         )
-        self.score_logprobs = jax.jit(completion_logprobs, static_argnames="temperature")
-        self.stream = PromptStream(setup.train_examples, config.train.seed)
-        self.curriculum = curriculum.CurriculumState(num_sources=len(config.data.sources))
+        temperature = config.rollout.sampling.temperature
+        self.score_logprobs = jax.jit(
+            lambda model, batch, plan: completion_logprobs(
+                model, batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, temperature, plan
+            )[0]
+        )
+        self.nesting = nesting_control.initial_state(
+            config.nesting_control, config.nesting.num_skipped(self.num_layers)
+        )
+        self.divergence_L = setup.divergence_L
+        self.draft_length, self.draft_metrics = config.rollout.draft_length, dict[str, float]()
         self.steps_done = 0
         self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
@@ -88,6 +109,10 @@ class Trainer:
         if config.warm_start.steps and (keep_reference or not resume):
             model = warm_start(model, setup, jax.random.fold_in(self.key, WARM_START_KEY))
         self.reference = _copy(model) if keep_reference else None
+        division, split_key = run.path / "sources.json", jax.random.fold_in(self.key, SPLIT_KEY)
+        self.setup = setup = split_sources(setup, model, split_key, division, resume)
+        self.stream = PromptStream(setup.train_examples, config.train.seed)
+        self.curriculum = curriculum.CurriculumState.start([len(examples) for examples in setup.train_examples])
         self.state = replicate_scalars(create_train_state(model, optimizer), self.mesh)
         if resume:
             self._restore()
@@ -100,6 +125,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: it was asked to stop.
             FloatingPointError: an update was not finite; the last checkpoint is from before it.
+            GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
         """
         started, train = time.monotonic() - self.seconds_before, self.config.train
         with _stop_requests() as stop_requested:
@@ -110,7 +136,11 @@ class Trainer:
             steps = range(self.steps_done, train.steps)
             bar = tqdm(steps, initial=self.steps_done, total=train.steps, unit="step", desc=self.config.name)
             for step in bar:
-                metrics = self.step(step)
+                try:
+                    metrics = self.step(step)
+                except GenerationLimitError:
+                    self.close()
+                    raise
                 self._check_finite(metrics)
                 self.steps_done = step + 1
                 if self.steps_done % self.config.evaluation.every_steps == 0:
@@ -134,50 +164,67 @@ class Trainer:
         config, step_key = self.config, jax.random.fold_in(self.key, 1000 + step)
         started = time.monotonic()
 
-        source_B = curriculum.choose(
-            self.curriculum,
-            config.curriculum,
-            jax.random.fold_in(step_key, CURRICULUM_KEY),
-            config.data.prompts_per_batch,
-        )
-        prompts = self._next_prompts(source_B)
-        plan = draw_plan(
-            jax.random.fold_in(step_key, PLAN_KEY), config.nesting, self.num_layers, self.setup.divergence_L
-        )
-        rollouts = self._rollout(prompts, plan, jax.random.fold_in(step_key, ROLLOUT_KEY))
-        rollout_seconds = time.monotonic() - started
-        scored = self._score(rollouts, prompts)
+        plan = self._draw_plan(jax.random.fold_in(step_key, PLAN_KEY))
+        generated, rollout_seconds, curriculum_metrics = self._generate(plan, step_key)
+        scored = select_groups(generated, config.dynamic_sampling, config.data.prompts_per_batch)
         batch = self._train_batch(scored)
         for _ in range(config.train.updates_per_batch):
             self.state, update_metrics, weight_BGC = self.update(self.state, batch)
-        self.curriculum = curriculum.update(
-            self.curriculum, config.curriculum, source_B, scored.accuracy_BG, scored.scored_BG
-        )
 
         metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
+        metrics |= self._adapt_nesting(step, generated[0].rollouts, metrics)
         warning = health_warning(metrics, config.train.ess_warning)
         if warning is not None:
             metrics["warning"] = warning
-        self._log_samples(step + 1, scored, prompts, weight_BGC)
-        length_BG = np.asarray(rollouts.length_BG)
-        return (
-            metrics
-            | component_metrics(scored.parts, scored.scored_BG)
-            | {
-                "reward": scored.mean(scored.reward_BG),
-                "accuracy": scored.mean(scored.accuracy_BG),
-                "unscored": int((~scored.scored_BG).sum()),
-                "completion_tokens": float(length_BG.mean()),
-                "finished": float(np.asarray(rollouts.finished_BG).mean()),
-                "mixed_groups": float((scored.accuracy_BG.std(axis=1) > 0).mean()),
-                "skipped_layers": list(plan.skipped(self.num_layers)),
-                "sources": np.bincount(source_B, minlength=len(config.data.sources)).tolist(),
-                "rollout_seconds": rollout_seconds,
-                "step_seconds": time.monotonic() - started,
-                "tokens_per_second": float(length_BG.sum() / rollout_seconds),
-                "compilations": self.compilations.count,
-            }
+        self._log_samples(step + 1, scored, weight_BGC)
+        return metrics | {
+            **_generation_metrics(generated, rollout_seconds, len(self.setup.source_names)),
+            **curriculum_metrics,
+            **self.draft_metrics,
+            "skipped_layers": list(plan.skipped(self.num_layers)),
+            "step_seconds": time.monotonic() - started,
+            "compilations": self.compilations.count,
+        }
+
+    def _generate(self, plan: LayerPlan, step_key: jax.Array) -> tuple[list[Scored], float, dict[str, Any]]:
+        """Generation batches for one update: one, or as many as dynamic sampling asks for.
+
+        The curriculum learns from all of them, whether or not they are trained on.
+
+        Returns:
+            The batches, the seconds of their rollouts, and the curriculum's metrics.
+        """
+        config, batches, rollout_seconds = self.config, list[Scored](), 0.0
+        rule, before, num_prompts = config.curriculum, self.curriculum, config.data.prompts_per_batch
+        while not batches or not enough(batches, config.dynamic_sampling, num_prompts):
+            key = jax.random.fold_in(step_key, GENERATION_KEY + len(batches))
+            source_B = curriculum.choose(self.curriculum, rule, jax.random.fold_in(key, CURRICULUM_KEY), num_prompts)
+            prompts = self._next_prompts(source_B)
+            started = time.monotonic()
+            rollouts = self._rollout(prompts, plan, jax.random.fold_in(key, ROLLOUT_KEY))
+            rollout_seconds += time.monotonic() - started
+            scored = self._score(rollouts, prompts)
+            batches.append(scored)
+            advantage_BG = np.asarray(self._advantages(scored))
+            self.curriculum = curriculum.update(
+                self.curriculum, rule, source_B, advantage_BG, scored.accuracy_BG, scored.scored_BG
+            )
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(scored, name) for scored in batches])
+
+        source_B = np.concatenate([scored.prompts.source_B for scored in batches])
+        metrics = curriculum.step_metrics(
+            before,
+            self.curriculum,
+            rule,
+            self.setup.source_names,
+            source_B,
+            joined("reward_BG"),
+            joined("accuracy_BG"),
+            joined("scored_BG"),
         )
+        return batches, rollout_seconds, metrics
 
     def _check_finite(self, metrics: dict[str, Any]) -> None:
         """Stops before a broken model replaces a good checkpoint."""
@@ -190,7 +237,7 @@ class Trainer:
 
     def _evaluate_trained_sources(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Greedy held-out accuracy of the sources that this step trained on."""
-        sources = [index for index, count in enumerate(metrics["sources"]) if count]
+        sources = sorted({self.setup.heldout_of_source[i] for i, count in enumerate(metrics["sources"]) if count})
         results = {
             self.config.data.sources[index].name: self._evaluate(index, self.steps_done, samples=False).to_json()
             for index in sources
@@ -222,9 +269,30 @@ class Trainer:
         encoded = [self.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.setup.prompt_size)
 
+    def _draw_plan(self, key: jax.Array) -> LayerPlan:
+        num_skipped = nesting_control.choose(self.nesting)
+        return draw_plan(key, self.config.nesting, self.num_layers, self.divergence_L, num_skipped)
+
+    def _adapt_nesting(self, step: int, rollouts: Rollouts, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Decides how many layers the next batch skips, re-measures them when it is time, and says so."""
+        nesting, logged = self.config.nesting, {}
+        self.nesting = nesting_control.update(self.nesting, self.config.nesting_control, metrics)
+        if self.nesting.reason:
+            logged |= {"next_num_skipped": self.nesting.num_skipped, "nesting_reason": self.nesting.reason}
+        if nesting.remeasure_every and step % nesting.remeasure_every == 0:
+            started = time.monotonic()
+            texts = texts_of(rollouts, nesting.remeasure_prompts, nesting.remeasure_completions)
+            temperature = self.config.rollout.sampling.temperature
+            self.divergence_L = measure_layer_divergence(self.state.model, texts, temperature)
+            logged["layer_divergence"] = [round(float(value), 5) for value in self.divergence_L]
+            logged["remeasure_seconds"] = time.monotonic() - started
+        return logged
+
     def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
-        """Completions of the nested policy, or of its defensive mixture with the full one."""
+        """Completions of the nested policy, of its defensive mixture with the full one, or drafted by it."""
         alpha, group_size = self.config.loss.mixture_alpha, self.config.rollout.group_size
+        if self.config.rollout.mode == "exact":
+            return self._sample_exact(prompts, plan, key)
         if alpha is None:
             return self._sample(prompts, plan, key, group_size)
         return mixture_rollouts(
@@ -255,6 +323,27 @@ class Trainer:
         )
         return jax.block_until_ready(rollouts)
 
+    def _sample_exact(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
+        """Completions of the full model, drafted by the nested one; adapts the draft length for the next batch."""
+        config = self.config.rollout
+        exact = generate_exact(
+            self.state.model,
+            shard_batch(prompts.tokens_BP, self.mesh),
+            shard_batch(prompts.length_B, self.mesh),
+            replicate(plan, self.mesh),
+            self.stop_ids,
+            key,
+            self.state.updates,
+            group_size=config.group_size,
+            max_completion_tokens=config.max_completion_tokens,
+            sampling=config.sampling,
+            draft_length=self.draft_length,
+        )
+        acceptance = float(exact.acceptance)
+        self.draft_metrics = {"draft_length": self.draft_length, "draft_acceptance": acceptance}
+        self.draft_length = next_draft_length(self.draft_length, acceptance, plan.num_kept / self.num_layers)
+        return exact.rollouts
+
     def _score(self, rollouts: Rollouts, prompts: Prompts) -> Scored:
         tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
         texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
@@ -266,15 +355,19 @@ class Trainer:
             length_BG,
             self.config.rollout.max_completion_tokens,
         )
-        return Scored(rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
+        return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
+
+    def _advantages(self, scored: Scored) -> Float[Array, "B G"]:
+        return group_advantages(
+            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), self.config.loss.advantage
+        )
 
     def _train_batch(self, scored: Scored) -> TrainBatch:
         """Advantages, and log-probabilities of the other policies where the loss needs them."""
-        config, rollouts = self.config, scored.rollouts
+        config, rollouts = self.config, jax.device_get(scored.rollouts)
+        if config.loss.overlong_filter:
+            rollouts = drop_cut_off(rollouts)
         size = completion_bucket(int(np.asarray(rollouts.length_BG).max()), config.rollout.max_completion_tokens)
-        advantage_BG = group_advantages(
-            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
-        )
         batch = TrainBatch(
             prompt_BP=rollouts.prompt_BP,
             prompt_length_B=rollouts.prompt_length_B,
@@ -282,15 +375,18 @@ class Trainer:
             length_BG=rollouts.length_BG,
             forced_BG=rollouts.forced_BG,
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
-            advantage_BG=shard_batch(advantage_BG, self.mesh),
+            advantage_BG=self._advantages(scored),
         )
+        batch = shard_batch(batch, self.mesh)
         if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
             batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
         if config.loss.mixture_alpha is not None:
-            nested_logprob_BGC = self._logprobs(self.state.model, batch, rollouts.plan)
+            nested_logprob_BGC = self._logprobs(self.state.model, batch, replicate(rollouts.plan, self.mesh))
             batch = dataclasses.replace(batch, nested_logprob_BGC=nested_logprob_BGC)
         if config.loss.reference_kl_coefficient:
             batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
+        if config.loss.self_distillation_coefficient:
+            batch = dataclasses.replace(batch, plan=replicate(rollouts.plan, self.mesh))
         return batch
 
     def _reference_model(self) -> Transformer:
@@ -302,14 +398,7 @@ class Trainer:
         return model
 
     def _logprobs(self, model: Transformer, batch: TrainBatch, plan: LayerPlan | None = None) -> Float[Array, "B G C"]:
-        return self.score_logprobs(
-            model,
-            batch.prompt_BP,
-            batch.prompt_length_B,
-            batch.tokens_BGC,
-            plan=plan,
-            temperature=self.config.rollout.sampling.temperature,
-        )[0]
+        return self.score_logprobs(model, batch, plan)
 
     def _evaluate(self, source: int, step: int, samples: bool):
         return evaluate(
@@ -333,7 +422,7 @@ class Trainer:
         after = self._evaluate_all(config.train.steps)
         prompts = self._next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
         key = jax.random.fold_in(self.key, THROUGHPUT_KEY)
-        plan = draw_plan(key, config.nesting, self.num_layers, self.setup.divergence_L)
+        plan = self._draw_plan(key)
         throughput = compare_throughput(
             lambda plan: self._sample(prompts, plan, key, config.rollout.group_size, jnp.full_like(self.stop_ids, -1)),
             plan,
@@ -358,9 +447,9 @@ class Trainer:
             **health,
         }
 
-    def _log_samples(self, step: int, scored: Scored, prompts: Prompts, weight_BGC: Array) -> None:
+    def _log_samples(self, step: int, scored: Scored, weight_BGC: Array) -> None:
         """Writes the completions of the first prompts of a step, with what explains their rewards."""
-        rollouts = jax.device_get(scored.rollouts)
+        prompts, rollouts = scored.prompts, jax.device_get(scored.rollouts)
         tokens_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
         mean_weight_BG = np.asarray(weight_BGC).sum(axis=-1) / tokens_BG
         skipped = list(rollouts.plan.skipped(self.num_layers))
@@ -389,6 +478,9 @@ class Trainer:
             "seconds": self.seconds_before,
             "before": self.before,
             "curriculum": self.curriculum.to_json(),
+            "nesting": self.nesting.to_json(),
+            "draft_length": self.draft_length,
+            "divergence": self.divergence_L.tolist(),
             "stream": self.stream.get_state(),
         }
         self.checkpoints.save(self.steps_done, self.state.checkpoint_arrays(), host)
@@ -399,15 +491,43 @@ class Trainer:
         self.state = dataclasses.replace(self.state, **arrays)
         self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
         self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
+        self.nesting = nesting_control.NestingControlState.from_json(host["nesting"])
+        self.divergence_L, self.draft_length = np.array(host["divergence"]), host["draft_length"]
         self.stream.set_state(host["stream"])
 
 
 def completion_bucket(longest: int, limit: int) -> int:
-    """The size that completions are cut to for an update: a quarter of the limit, half of it, or all.
+    """The size that completions are cut to for an update: one, two, three or four quarters of the limit.
 
-    Short completions make cheap updates, and three sizes make at most three compilations.
+    Short completions make cheap updates, and four sizes make at most four compilations.
     """
-    return next(size for size in (-(-limit // 4), -(-limit // 2), limit) if longest <= size)
+    quarter = -(-limit // 4)
+    return min(-(-longest // quarter) * quarter, limit)
+
+
+def _generation_metrics(batches: Sequence[Scored], rollout_seconds: float, num_sources: int) -> dict[str, Any]:
+    """What the policy did on everything that was generated, trained on or not."""
+    length_BG = np.concatenate([np.asarray(scored.rollouts.length_BG) for scored in batches])
+    scored_BG = np.concatenate([scored.scored_BG for scored in batches])
+    source_B = np.concatenate([scored.prompts.source_B for scored in batches])
+
+    def mean(name: str) -> float:
+        value_BG = np.concatenate([getattr(scored, name) for scored in batches])
+        return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
+
+    parts = {name: np.concatenate([scored.parts[name] for scored in batches]) for name in batches[0].parts}
+    return component_metrics(parts, scored_BG) | {
+        "reward": mean("reward_BG"),
+        "accuracy": mean("accuracy_BG"),
+        "unscored": int((~scored_BG).sum()),
+        "completion_tokens": float(length_BG.mean()),
+        "finished": float(np.concatenate([np.asarray(scored.rollouts.finished_BG) for scored in batches]).mean()),
+        "mixed_groups": float(np.concatenate([mixed_groups(scored) for scored in batches]).mean()),
+        "generation_batches": len(batches),
+        "rollout_seconds": rollout_seconds,
+        "tokens_per_second": float(length_BG.sum() / rollout_seconds),
+        "sources": np.bincount(source_B, minlength=num_sources).tolist(),
+    }
 
 
 def _copy(model: Transformer) -> Transformer:

@@ -40,8 +40,7 @@ def warm_start(model: Transformer, setup: Setup, key: jax.Array) -> Transformer:
         step_key = jax.random.fold_in(key, step)
         count_key, plan_key = jax.random.split(step_key)
         num_skipped = int(jax.random.randint(count_key, (), 0, most_skipped + 1))
-        nesting = NestingConfig(skip_ratio=num_skipped / num_layers, border=0)
-        plan = draw_plan(plan_key, nesting, num_layers)
+        plan = draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
         sources = [i % len(setup.train_examples) for i in range(config.batch_size)]
         prompts = batch_prompts([stream.next(source) for source in sources], sources, setup.prompt_size)
         state, loss = update(state, shard_batch(_answers_as_completions(prompts, setup), mesh), plan)

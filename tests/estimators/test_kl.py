@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.estimators.kl import kl_estimate
+from nested_reft.estimators.kl import exact_kl, kl_estimate, self_distillation_kl
 
 LOGITS = jnp.array([0.3, -1.0, 0.8, 0.1])
 REFERENCE = jax.nn.log_softmax(jnp.array([-0.4, 0.2, 0.5, 0.9]))
@@ -66,3 +66,30 @@ def test_finite_far_away(estimator, target):
         jnp.array([target])
     )
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+
+
+def test_exact_kl_against_numpy(key):
+    logits, other = np.asarray(jax.random.normal(key, (2, 3, 7)), np.float64) * 3
+    expected = []
+    for row, other_row in zip(logits, other, strict=True):
+        p = np.exp(row) / sum(np.exp(value) for value in row)
+        q = np.exp(other_row) / sum(np.exp(value) for value in other_row)
+        expected.append(sum(p[v] * np.log(p[v] / q[v]) for v in range(7)))
+    found = np.asarray(exact_kl(jnp.asarray(logits, jnp.float32), jnp.asarray(other, jnp.float32)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    turned = np.asarray(exact_kl(jnp.asarray(other, jnp.float32), jnp.asarray(logits, jnp.float32)))
+    assert np.abs(turned - expected).min() > 1e-3  # the other direction is another value
+
+
+def test_exact_kl_is_finite_where_both_exclude_a_token():
+    logits, other = jnp.array([0.0, 1.0, -jnp.inf]), jnp.array([1.0, 0.0, -jnp.inf])
+    assert float(exact_kl(logits, other)) == pytest.approx(float(kl(*map(jax.nn.log_softmax, (logits[:2], other[:2])))))
+    assert jnp.all(jnp.isfinite(jax.grad(lambda x: exact_kl(logits, x))(other)))
+
+
+def test_self_distillation_moves_the_nested_policy_only():
+    nested = jnp.array([-0.4, 0.2, 0.5, 0.9])
+    to_full, to_nested = jax.grad(lambda *both: self_distillation_kl(*both), argnums=(0, 1))(LOGITS, nested)
+    assert not to_full.any()
+    np.testing.assert_allclose(to_nested, jax.nn.softmax(nested) - jax.nn.softmax(LOGITS), atol=1e-6)
+    assert float(self_distillation_kl(LOGITS, LOGITS)) == pytest.approx(0, abs=1e-6)

@@ -96,6 +96,7 @@ def test_what_means_something_is_allowed(start, changes):
         ({"normalization": "token_mean", "fixed_length_tokens": None}, False),
         ({"reference_kl": "k3_loss", "reference_kl_coefficient": 0.1}, False),
         ({"entropy_coefficient": 0.01}, False),
+        ({"self_distillation_coefficient": 0.01}, False),
     ],
 )
 def test_claims(changes, claims):

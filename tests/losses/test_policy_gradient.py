@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.estimators.kl import self_distillation_kl
+from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import LossConfig
 from nested_reft.losses.policy_gradient import normalization_shares, policy_gradient_loss
 from nested_reft.losses.presets import dapo
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.rollout.generate import completion_logits, completion_logprobs
 from nested_reft.types import gradient_mask
 from tests.losses.batches import one_group, random_batch
 from tests.tiny_models import tiny_model, tiny_prompts
@@ -378,3 +380,43 @@ def test_entropy_is_differentiable_on_request_only(differentiable):
     difference = float(entropy(1 + step) - entropy(1 - step)) / (2 * step)
     assert difference < -0.1
     assert float(jax.grad(entropy)(1.0)) == pytest.approx(difference if differentiable else 0, rel=0.02)
+
+
+def test_self_distillation_is_added_by_the_losses_own_shares(key):
+    """`sequence_mean`: gamma times the mean over completions of each one's mean KL; masked tokens count nowhere."""
+    target_BGC, batch = random_batch(key)
+    batch = dataclasses.replace(batch, advantage_BG=jnp.zeros_like(batch.advantage_BG))
+    mask_BGC = np.asarray(gradient_mask(batch.length_BG, batch.forced_BG, target_BGC.shape[-1]))
+    kl_BGC = jax.random.exponential(key, target_BGC.shape)
+    config = LossConfig("leave_one_out", "base", "token", "sequence_mean", self_distillation_coefficient=0.5)
+    kept = [(b, g) for b, g in np.ndindex(mask_BGC.shape[:2]) if mask_BGC[b, g].any()]
+    means = [np.asarray(kl_BGC)[row][mask_BGC[row]].mean() for row in kept]
+    loss, parts = policy_gradient_loss(target_BGC, batch, config, self_distillation_kl_BGC=kl_BGC)
+    assert float(loss.mean()) == pytest.approx(0.5 * np.mean(means), rel=1e-5)
+    logged = float(parts["self_distillation_kl"].mean())
+    assert logged == pytest.approx(np.asarray(kl_BGC)[mask_BGC].mean(), rel=1e-5)
+
+
+def test_self_distillation_reaches_kept_layers_only():
+    """Through the nested pass; the skipped layers' part in the full pass is stopped."""
+    model, (prompt_BP, length_B) = tiny_model(), tiny_prompts()
+    tokens_BGC = jnp.zeros((3, 1, 2), jnp.int32)
+    plan = LayerPlan.skipping(5, [1, 3])
+
+    @jax.jit
+    @jax.grad
+    def gradient(parameters):
+        texts = (Transformer(model.config, parameters), prompt_BP, length_B, tokens_BGC, 1.0)
+        return self_distillation_kl(completion_logits(*texts), completion_logits(*texts, plan)).sum()
+
+    for name, value in gradient(model.parameters()).items():
+        if name.startswith("layers/"):
+            by_layer = jnp.abs(value).reshape(5, -1).max(axis=-1)
+            assert (by_layer > 0).tolist() == [True, False, True, False, True], name
+
+
+def test_self_distillation_needs_its_divergence(key):
+    target_BGC, batch = random_batch(key)
+    config = LossConfig("leave_one_out", "base", "token", "token_mean", self_distillation_coefficient=0.5)
+    with pytest.raises(ValueError, match="self_distillation_coefficient is set: pass"):
+        policy_gradient_loss(target_BGC, batch, config)

@@ -1,5 +1,7 @@
 """Rollouts: cached decoding against uncached forward passes, stopping, padding, compile counts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.metrics import CompileCounter
-from nested_reft.models.transformer import Transformer, parameter_axes
+from nested_reft.models.transformer import Transformer, parameter_axes, parameter_shapes
+from nested_reft.rollout import generate as generate_module
 from nested_reft.rollout.generate import completion_logprobs, generate, right_padded
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch, shard_parameters
@@ -163,3 +166,50 @@ def test_many_devices_give_the_rollouts_of_one(data, model_axis, key):
     assert jnp.array_equal(result.tokens_BGC, expected.tokens_BGC)
     # Split sums add up in another order; logits of this model reach 30, so 1e-4 would be float32's own limit.
     np.testing.assert_allclose(result.behavior_logprob_BGC, expected.behavior_logprob_BGC, atol=5e-4)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_blocks_of_positions_change_neither_logprobs_nor_gradient(key, monkeypatch, block_size):
+    model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()
+    tokens_BGC = jax.random.randint(key, (len(length_B), 2, 7), 0, 31)
+
+    def both(parameters):
+        logprob, entropy = completion_logprobs(
+            Transformer(model.config, parameters), tokens_BP, length_B, tokens_BGC, 0.7, differentiable_entropy=True
+        )
+        return (jnp.sin(logprob) + jnp.cos(entropy)).sum(), (logprob, entropy)
+
+    whole_gradient, whole = jax.jit(jax.grad(both, has_aux=True))(model.parameters())
+    monkeypatch.setattr(generate_module, "LOGITS_AT_ONCE", block_size * 2 * len(length_B) * 31)
+    gradient, blocks = jax.jit(jax.grad(both, has_aux=True))(model.parameters())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), (gradient, blocks), (whole_gradient, whole)
+    )
+
+
+def test_logits_of_all_tokens_never_exist():
+    """With Qwen's vocabulary, an update's peak memory stays under the size of one [N, C, V] array."""
+    config = dataclasses.replace(TINY, vocab_size=151_936)
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameter_shapes(config).items()}
+    rows, size = (8, 8), 32
+    integers = jax.ShapeDtypeStruct((8, 4), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
+
+    def loss(parameters, prompt_BP, length_B, tokens_BGC):
+        logprob, entropy = completion_logprobs(Transformer(config, parameters), prompt_BP, length_B, tokens_BGC, 1.0)
+        return logprob.sum(), entropy
+
+    tokens_BGC = jax.ShapeDtypeStruct((*rows, size), jnp.int32)
+    memory = jax.jit(jax.grad(loss, has_aux=True)).lower(shapes, *integers, tokens_BGC).compile().memory_analysis()
+    all_logits = rows[0] * rows[1] * size * config.vocab_size * 4
+    assert memory.temp_size_in_bytes < 0.7 * all_logits
+
+
+def test_completions_of_one_token_can_be_scored():
+    """All of a batch may be a lone stop token; the update then cuts it to one position."""
+    model, (prompt_BP, length_B) = tiny_model(), tiny_prompts()
+    tokens_BGC = jnp.array([[[3], [4]]] * 3)
+    score = jax.jit(completion_logprobs, static_argnames="temperature")
+    one, _ = score(model, prompt_BP, length_B, tokens_BGC, temperature=1.0)
+    padded, _ = score(model, prompt_BP, length_B, jnp.pad(tokens_BGC, ((0, 0), (0, 0), (0, 2))), temperature=1.0)
+    np.testing.assert_allclose(one, padded[..., :1], rtol=1e-5)
+    assert len(set(np.asarray(one).ravel().tolist())) == 6

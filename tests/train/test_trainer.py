@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 
 from nested_reft.cli import _override
+from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
-from nested_reft.data.sources import DatasetSource, JsonlSource
+from nested_reft.data.sources import DatasetSource, JsonlSource, difficulty_ladder, exactly
+from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
 from nested_reft.metrics import RunDirectory
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, ModelSource, config_names, load_config
 from nested_reft.train.setup import prepare, trained_policy
@@ -50,6 +55,14 @@ def nano(**changes) -> Config:
         value = dataclasses.replace(getattr(config, part), **{attribute: value}) if attribute else value
         config = dataclasses.replace(config, **{part: value})
     return config
+
+
+def two_sources(**changes) -> Config:
+    """`nano` with a second, easier source."""
+    config = nano(**changes)
+    levels = {"two_terms": exactly(terms=2, digits=1), "three_terms": exactly(terms=3, digits=1)}
+    sources = difficulty_ladder("chain_sum", levels, train_size=20, heldout_size=8, seed=1)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 
 def trainer(config: Config, path, resume=False) -> Trainer:
@@ -116,6 +129,78 @@ def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
         assert jnp.array_equal(a, b)
     other_seed = trainer(nano(train__seed=1), tmp_path / "other")
     assert comparable(other_seed.step(0)) != expected[0]
+
+
+@pytest.mark.parametrize("kind", ["easy_to_hard", "dump"])
+def test_resuming_continues_the_curriculum(kind, tmp_path):
+    """From above level 0, and with windows that are not empty."""
+    config = two_sources(curriculum=CurriculumConfig(kind, window=16, promote_at=0.05))
+    first = trainer(config, tmp_path)
+    first.curriculum = dataclasses.replace(first.curriculum, level=1)
+    assert (first.step(0)["sources"] == [0, 4]) == (kind == "easy_to_hard")
+    first.steps_done = 1
+    first._save()
+    kept = first.curriculum
+    expected = comparable(first.step(1))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    assert second.curriculum == kept and kept.level == 1
+    assert sum(source.count for source in kept.sources) == 4 * 4
+    assert comparable(second.step(1)) == expected
+
+
+def test_validation_never_touches_the_curriculum(tmp_path):
+    run = trainer(two_sources(curriculum=CurriculumConfig("dump")), tmp_path)
+    metrics = run.step(0)
+    before = run.curriculum
+    assert run._evaluate_trained_sources(metrics) and run._evaluate_all(1)
+    assert run.curriculum == before
+
+
+def test_curriculum_metrics_name_every_source(tmp_path):
+    run = trainer(two_sources(curriculum=CurriculumConfig("dump")), tmp_path)
+    metrics = run.step(0)
+    for name, prompts in zip(("two_terms", "three_terms"), metrics["sources"], strict=True):
+        assert metrics[f"curriculum/{name}/probability"] == 0.5 and metrics[f"curriculum/{name}/count"] == 0
+        assert (f"curriculum/{name}/reward" in metrics) == (prompts > 0)
+    assert isinstance(metrics["curriculum_audit"], str)
+
+
+@pytest.mark.parametrize("kind", ["pass_rate", "cluster"])
+def test_sources_are_divided_once_and_a_resumed_run_keeps_them(kind, tmp_path):
+    config = nano(curriculum=CurriculumConfig("dump"), data__split=SplitConfig(kind, parts=2, samples=2))
+    first = trainer(config, tmp_path)
+    names = first.setup.source_names
+    parts = [[e.text for e in examples] for examples in first.setup.train_examples]
+    assert len(names) == len(parts) and sum(len(part) for part in parts) == 20
+    assert len(parts) == 2 or kind == "pass_rate"  # an untrained model may be wrong everywhere
+    assert [len(examples) for examples in first.setup.heldout_examples] == [8]
+    assert set(first._evaluate_trained_sources(first.step(0))) == {"heldout/three_terms_one_digit"}
+    first.steps_done = 1
+    first._save()
+    expected = comparable(first.step(1))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    assert second.setup.source_names == names
+    assert comparable(second.step(1)) == expected
+    second.close()
+    (tmp_path / "sources.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"sources.json', which says how the run's sources are divided, cannot be read"
+    ):
+        trainer(config, tmp_path, resume=True)
+
+
+def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypatch):
+    """Every second question always right: two parts, the easy one first, named by their pass rates."""
+    monkeypatch.setattr("nested_reft.train.split.num_correct", lambda *rest: np.arange(len(rest[2])) % 2 * rest[-1])
+    config = nano(data__split=SplitConfig("pass_rate", parts=4, samples=8))
+    setup = trainer(config, tmp_path).setup
+    assert setup.source_names == ("three_terms_one_digit.pass_1.00-1.00", "three_terms_one_digit.pass_0.00-0.00")
+    whole = prepare(config).train_examples[0]
+    assert [e.text for e in setup.train_examples[0]] == [e.text for e in whole[1::2]]
+    (written,) = json.loads((tmp_path / "sources.json").read_text())
+    assert written[0]["pass_rate"] == 1 and written[0]["examples"] == list(range(1, 20, 2))
 
 
 def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
@@ -219,7 +304,7 @@ def test_every_configuration_takes_a_step(name, tmp_path):
     assert np.isfinite(trainer(config, tmp_path).step(0)["loss"])
 
 
-@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 16), (16, 16)])
+@pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 12), (13, 16), (16, 16)])
 def test_completion_buckets(longest, size):
     assert completion_bucket(longest, 16) == size
 
@@ -244,6 +329,19 @@ def test_configurations_survive_json():
         ({"warm_start__learning_rate": 0.0}, "warm_start.learning_rate is 0.0"),
         ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
         ({"evaluation__pass_k": 9}, "evaluation.pass_k is 9"),
+        (
+            {"data__split": SplitConfig("cluster", sources=("four",))},
+            "data.split.sources has 'four'; allowed are three",
+        ),
+        ({"curriculum": CurriculumConfig("static", weights=(1.0, 2.0))}, "curriculum.weights has 2 weights"),
+        (
+            {"curriculum": CurriculumConfig("static", weights=(1.0,)), "data__split": SplitConfig("cluster")},
+            "curriculum.kind is 'static' and data.split.kind 'cluster'",
+        ),
+        (
+            {"curriculum": CurriculumConfig("dump"), "loss__advantage": "no_baseline"},
+            "curriculum.kind is 'dump' and loss.advantage 'no_baseline'",
+        ),
     ],
 )
 def test_refuses(changes, message):
@@ -270,6 +368,125 @@ def test_refuses(changes, message):
 def test_refuses_before_any_compute(changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(nano(**changes))
+
+
+def controlled(**changes) -> Config:
+    """Any reading is within budget, so the controller adds a layer each step up to two."""
+    control = NestingControlConfig("ess_token", budget=1e-6, max_skipped=2, patience=1)
+    return nano(**({"nesting_control": control, "nesting": NestingConfig(border=1)} | changes))
+
+
+def test_nesting_control_moves_the_plans_and_compiles_each_size_once(tmp_path):
+    run = trainer(controlled(), tmp_path)
+    sizes, reasons = [], []
+    for step in range(3):
+        metrics = run.step(step)
+        sizes.append(len(metrics["skipped_layers"]))
+        reasons.append(metrics["nesting_reason"])
+    assert sizes == [0, 1, 2]
+    assert "from 0 to 1 skipped layers" in reasons[0] and reasons[2].endswith("stay at 2, the most allowed")
+    before = run.compilations.count
+    for step, size in enumerate((1, 0, 2), start=3):
+        run.nesting = dataclasses.replace(run.nesting, num_skipped=size)
+        assert len(run.step(step)["skipped_layers"]) == size
+    assert run.compilations.count == before  # returning to earlier sizes
+
+
+def test_nesting_control_lowers_over_budget_in_a_whole_run(tmp_path):
+    control = NestingControlConfig("ess_token", budget=0.9999, max_skipped=3, patience=1)
+    config = controlled(nesting_control=control, nesting=NestingConfig(skip_ratio=0.5), train__steps=4)
+    run = RunDirectory.create(tmp_path, config.name, config.to_json())
+    summary = Trainer(prepare(config), run).run()
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()][1:]
+    assert [len(line["skipped_layers"]) for line in lines] == [3, 2, 1, 0]
+    assert all("over budget" in line["nesting_reason"] for line in lines[:3])
+    assert [line["next_num_skipped"] for line in lines[:3]] == [2, 1, 0]
+    assert summary["kept_layers"] == 6 - lines[3]["next_num_skipped"]
+    assert trained_policy(run.path).model.config.num_layers == 6
+
+
+MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
+
+
+def test_layers_are_measured_anew_on_a_schedule(tmp_path):
+    run = trainer(nano(nesting=MEASURED, optimizer__learning_rate=0.01, loss=MOVING), tmp_path)
+    first, second = run.step(0), run.step(1)
+    assert first["skipped_layers"] == [1]  # nothing measured yet: all alike
+    assert "layer_divergence" not in second
+    cheapest = 1 + int(np.argmin(first["layer_divergence"][1:-1]))
+    assert second["skipped_layers"] == [cheapest]
+    third = run.step(2)
+    assert third["layer_divergence"] != first["layer_divergence"]
+    before = run.compilations.count
+    run.step(3), run.step(4)
+    assert run.compilations.count == before
+
+
+def test_re_measuring_works_on_a_mesh(tmp_path):
+    one = trainer(nano(nesting=MEASURED), tmp_path / "one").step(0)
+    many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, model=2)), tmp_path / "many").step(0)
+    np.testing.assert_allclose(many["layer_divergence"], one["layer_divergence"], rtol=1e-3, atol=1e-4)
+
+
+def test_nesting_control_and_measurements_resume_bit_for_bit(tmp_path):
+    config = controlled(nesting=dataclasses.replace(MEASURED, skip_ratio=0.0, remeasure_every=1))
+    straight = trainer(config, tmp_path / "straight")
+    expected = [comparable(straight.step(step)) for step in range(3)]
+    first = trainer(config, tmp_path / "resumed")
+    first.step(0)
+    first.steps_done = 1
+    first._save()
+    first.close()
+    second = trainer(config, tmp_path / "resumed", resume=True)
+    assert [comparable(second.step(step)) for step in (1, 2)] == expected[1:]
+    assert second.nesting == straight.nesting
+    assert np.array_equal(second.divergence_L, straight.divergence_L)
+
+
+DISTILLING = dataclasses.replace(MOVING, self_distillation_coefficient=1.0)
+
+
+def test_self_distillation_trains_and_compiles_once(tmp_path):
+    run = trainer(nano(loss=DISTILLING, train__micro_batches=2), tmp_path)
+    values = [run.step(0)["self_distillation_kl"]]
+    before = run.compilations.count
+    values += [run.step(step)["self_distillation_kl"] for step in (1, 2)]
+    assert run.compilations.count == before and all(value > 0 for value in values)
+    whole = trainer(nano(loss=DISTILLING), tmp_path / "whole").step(0)
+    np.testing.assert_allclose(whole["self_distillation_kl"], values[0], rtol=1e-5)
+
+
+def test_without_its_coefficient_self_distillation_costs_nothing(tmp_path):
+    """A plan in the batch changes nothing: the compiled update has the operations that it had without."""
+    run = trainer(nano(loss=MOVING), tmp_path)
+    prompts = run._next_prompts(np.zeros(4, np.int32))
+    rollouts = run._rollout(prompts, run._draw_plan(run.key), run.key)
+    batch = run._train_batch(run._score(rollouts, prompts))
+    assert batch.plan is None
+
+    def flops(trainer_run, batch):
+        return trainer_run.update.lower(trainer_run.state, batch).compile().cost_analysis()["flops"]
+
+    without = flops(run, batch)
+    assert flops(run, dataclasses.replace(batch, plan=rollouts.plan)) == without
+    distilling = trainer(nano(loss=DISTILLING), tmp_path / "distilling")
+    assert flops(distilling, dataclasses.replace(batch, plan=rollouts.plan)) > 1.3 * without
+
+
+def test_dynamic_sampling_stops_a_run_without_mixed_groups_when_told_to(tmp_path):
+    hopeless = DynamicSamplingConfig(max_generation_batches=2, at_limit="stop")
+    run = trainer(nano(dynamic_sampling=hopeless, data__prompt=PromptFormat("{expression} =", chat=False)), tmp_path)
+    with pytest.raises(GenerationLimitError, match="2 generation batches gave 0 groups"):
+        run.run()
+    assert [line["step"] for line in RunDirectory(tmp_path).read_metrics()] == [0]
+
+
+def test_dynamic_sampling_counts_generation_batches_apart_from_updates(tmp_path):
+    run = trainer(nano(dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["generation_batches"] == 2 and sum(metrics["sources"]) == 8  # an untrained model is never right
+    assert int(run.state.updates) == 1
+    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0  # fillers: nothing to learn from
 
 
 def test_a_run_with_a_hanging_and_crashing_reward_completes_with_the_right_counts(tmp_path):
@@ -343,3 +560,27 @@ def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
     value["data"]["sources"][0] |= changes
     with pytest.raises(ValueError, match=message):
         Config.from_json(value)
+
+
+def test_exact_rollouts_train_on_policy(tmp_path):
+    exact = dataclasses.replace(nano().rollout, mode="exact", draft_length=2)
+    run = trainer(nano(rollout=exact, nesting=NestingConfig(skip_ratio=0.4)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["ess_token"] == pytest.approx(1, abs=1e-4) and metrics["ess_sequence"] == pytest.approx(1, abs=1e-3)
+    assert metrics["draft_length"] == 2 and 0 < metrics["draft_acceptance"] <= 1
+    assert metrics["skipped_layers"]  # what drafted
+    run.step(1)
+    run._save()
+    saved = run.draft_length
+    run.close()
+    run.steps_done = 2
+    assert trainer(run.config, tmp_path, resume=True).draft_length == saved
+
+
+def test_exact_rollouts_have_nothing_to_mix():
+    mixture = dataclasses.replace(nano().loss, bias_mitigation="mixture", level="sequence", mixture_alpha=0.5)
+    exact = dataclasses.replace(nano().rollout, mode="exact")
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and loss.mixture_alpha 0.5"):
+        nano(loss=mixture, rollout=exact)
+    with pytest.raises(ValueError, match=r"rollout.draft_length is 3; allowed are"):
+        dataclasses.replace(exact, draft_length=3)

@@ -1,0 +1,328 @@
+"""DUMP against other curricula: steps to reach the accuracy that uniform sampling ends at.
+
+    python -m experiments.dump                      # 5 seeds, DUMP and uniform
+    python -m experiments.dump --kinds uniform dump greedy easy_to_hard proportional
+
+All runs of a seed start from one warm-started model. What is finished is kept as JSON in `--out`
+and not computed again, so the command can be stopped and repeated. It ends with a table, a JSON
+file and two figures: held-out accuracy over steps, and which sources were drawn when.
+
+The measure: mean held-out greedy accuracy over all sources, smoothed over three evaluations. A
+run's time is the first step (linear between evaluations) at which it reaches the level that the
+uniform run of the same seed ends at; a run that never does counts with its last step, a lower
+bound. It is divided by the steps of the uniform run, and, because a curve that flattens reaches its
+own end early too, also by the time that the uniform run itself takes to that level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from nested_reft.curriculum import CurriculumConfig
+from nested_reft.evaluation import evaluate
+from nested_reft.figures import pyplot
+from nested_reft.metrics import RunDirectory, versions, write_json
+from nested_reft.models.transformer import Transformer
+from nested_reft.report import table
+from nested_reft.train.config import Config, WarmStartConfig, load_config
+from nested_reft.train.setup import Setup, prepare
+from nested_reft.train.trainer import WARM_START_KEY, Trainer
+from nested_reft.train.warm_start import warm_start
+
+EVERY = 10  # steps between evaluations
+SMOOTH = 3  # evaluations that one point of a curve is the mean of
+
+KINDS = {
+    "uniform": CurriculumConfig("uniform"),
+    "dump": CurriculumConfig("dump", window=300, temperature=0.1),
+    "greedy": CurriculumConfig("dump", window=300, temperature=0.0),
+    "easy_to_hard": CurriculumConfig("easy_to_hard", window=128, promote_at=0.8),
+    "proportional": CurriculumConfig("proportional"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("experiments.dump", description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", "dump"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment-dump"))
+    parser.add_argument("--report-only", action="store_true", help="tables and figures of the runs that are there")
+    known = parser.parse_args(arguments)
+    if known.steps < SMOOTH * EVERY or known.steps % EVERY:
+        print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
+        return 2
+    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    known.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in known.seeds:
+        shared = None
+        for kind in known.kinds:
+            file = known.out / f"{kind}-seed{seed}-steps{known.steps}.json"
+            config = experiment_config(kind, seed, known.steps)
+            found = finished(file, config)
+            if found is None and not known.report_only:
+                shared = shared or starting_point(seed, known.steps, known.out)
+                found = train(dataclasses.replace(shared, config=config), known.out)
+                write_json(file, found)
+                print(
+                    f"{kind}, seed {seed}: {found['seconds']:.0f} s, mean accuracy {curve(found)[-1]:.3f}", flush=True
+                )
+            if found is not None:
+                results.append(found | {"kind": kind, "seed": seed})
+    report(results, known.out)
+    return 0
+
+
+def experiment_config(kind: str, seed: int, steps: int) -> Config:
+    """The preset `tiny_dump` with one curriculum and seed, without the warm start, which is shared."""
+    config = load_config("tiny_dump")
+    return dataclasses.replace(
+        config,
+        name=f"dump-{kind}-{seed}",
+        curriculum=KINDS[kind],
+        train=dataclasses.replace(config.train, seed=seed, steps=steps),
+        warm_start=WarmStartConfig(),
+    )
+
+
+def finished(file: Path, config: Config) -> dict[str, Any] | None:
+    """The kept result of a run, or None; one of another configuration is not used."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["config"] != config.to_json():
+        print(f"'{file}' is of another configuration and is computed again", file=sys.stderr)
+        return None
+    return found
+
+
+def starting_point(seed: int, steps: int, out: Path) -> Setup:
+    """Data and the warm-started model that all runs of a seed begin with; the weights are kept."""
+    config = experiment_config("uniform", seed, steps)
+    setup = prepare(dataclasses.replace(config, warm_start=load_config("tiny_dump").warm_start))
+    file = out / f"warm-seed{seed}.safetensors"
+    about = json.dumps({part: setup.config.to_json()[part] for part in ("model", "data", "warm_start")})
+    stored = file.with_suffix(".json")
+    if file.is_file() and stored.is_file() and stored.read_text() == about:
+        parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
+        return dataclasses.replace(setup, model=Transformer(setup.model.config, parameters))
+    started = time.monotonic()
+    model = warm_start(setup.model, setup, jax.random.fold_in(jax.random.key(seed), WARM_START_KEY))
+    save_file({name: np.ascontiguousarray(value) for name, value in model.parameters().items()}, file)
+    stored.write_text(about)
+    print(f"warm start, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+    return dataclasses.replace(setup, model=model)
+
+
+def train(setup: Setup, out: Path) -> dict[str, Any]:
+    """One run: held-out accuracy of every source every few steps, and the curriculum's metrics."""
+    config, started = setup.config, time.monotonic()
+    run = RunDirectory.create(out / "runs", config.name, config.to_json())
+    trainer = Trainer(dataclasses.replace(setup, model=jax.tree.map(jax.numpy.copy, setup.model)), run)
+    accuracy = [heldout_accuracy(trainer)]
+    probability = []
+    for step in range(config.train.steps):
+        metrics = trainer.step(step)
+        probability.append([metrics[f"curriculum/{name}/probability"] for name in setup.source_names])
+        if (step + 1) % EVERY == 0:
+            accuracy.append(heldout_accuracy(trainer))
+            metrics |= {f"heldout/{name}": a for name, a in zip(setup.source_names, accuracy[-1], strict=True)}
+        run.log_metrics(step + 1, metrics)
+    trainer.close()
+    return {
+        "config": config.to_json(),
+        "run_directory": str(run.path),
+        "sources": list(setup.source_names),
+        "steps": list(range(0, config.train.steps + 1, EVERY)),
+        "accuracy": accuracy,
+        "probability": probability,
+        "seconds": time.monotonic() - started,
+        "versions": versions(),
+    }
+
+
+def heldout_accuracy(trainer: Trainer) -> list[float]:
+    """Greedy accuracy of each source; the curriculum does not see it."""
+    setup, config = trainer.setup, trainer.config
+    return [
+        evaluate(
+            trainer.state.model,
+            setup.tokenizer,
+            examples,
+            config.reward,
+            config.evaluation,
+            config.rollout.max_completion_tokens,
+            config.rollout.sampling,
+            trainer.key,
+            samples=False,
+        ).greedy_accuracy
+        for examples in setup.heldout_examples
+    ]
+
+
+def curve(result: dict[str, Any]) -> np.ndarray:
+    """Mean accuracy over the sources at each evaluation, smoothed over it and the ones before."""
+    mean = np.mean(result["accuracy"], axis=1)
+    return np.array([mean[max(0, i - SMOOTH + 1) : i + 1].mean() for i in range(len(mean))])
+
+
+def steps_to_reach(result: dict[str, Any], level: float) -> tuple[float, bool]:
+    """First step at which the curve reaches `level`, linear between evaluations; (last step, False) if never."""
+    steps, values = result["steps"], curve(result)
+    above = np.flatnonzero(values >= level)
+    if not above.size:
+        return float(steps[-1]), False
+    i = int(above[0])
+    if i == 0:
+        return float(steps[0]), True
+    share = (level - values[i - 1]) / (values[i] - values[i - 1])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1])), True
+
+
+def compare(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each curriculum against the uniform runs of the same seeds.
+
+    `share_of_steps` is the mean time over the steps of a run, `share_of_time` over uniform's mean
+    time to the same level; the intervals are 95% percentile bootstraps over seeds (10,000 draws),
+    where the runs of a seed stay together.
+    """
+    by = {(result["kind"], result["seed"]): result for result in results}
+    rows = []
+    for kind in dict.fromkeys(result["kind"] for result in results):
+        seeds = sorted(seed for k, seed in by if k == kind and ("uniform", seed) in by)
+        if not seeds:
+            continue
+        levels = [float(curve(by["uniform", seed])[-1]) for seed in seeds]
+        reached = [steps_to_reach(by[kind, seed], level) for seed, level in zip(seeds, levels, strict=True)]
+        uniform = [steps_to_reach(by["uniform", seed], level)[0] for seed, level in zip(seeds, levels, strict=True)]
+        time_S, uniform_S = np.array([step for step, _ in reached]), np.array(uniform)
+        draw_RxS = np.random.default_rng(0).integers(0, len(seeds), (10_000, len(seeds)))
+        share_R = time_S[draw_RxS].sum(axis=1) / np.maximum(uniform_S[draw_RxS].sum(axis=1), 1e-9)
+        steps = by[kind, seeds[0]]["steps"][-1]
+        final_S = np.array([curve(by[kind, seed])[-1] for seed in seeds])
+        gain_R = (final_S - np.array(levels))[draw_RxS].mean(axis=1)
+        rows.append(
+            {
+                "kind": kind,
+                "seeds": seeds,
+                "reached": sum(ok for _, ok in reached),
+                "steps_to_level": time_S.tolist(),
+                "uniform_steps_to_level": uniform,
+                "share_of_steps": float(time_S.mean() / steps),
+                "share_of_steps_interval": np.quantile(time_S[draw_RxS].mean(axis=1) / steps, [0.025, 0.975]).tolist(),
+                "share_of_time": float(time_S.sum() / max(uniform_S.sum(), 1e-9)),
+                "share_of_time_interval": np.quantile(share_R, [0.025, 0.975]).tolist(),
+                "final_accuracy": float(final_S.mean()),
+                "final_gain": float((final_S - np.array(levels)).mean()),
+                "final_gain_interval": np.quantile(gain_R, [0.025, 0.975]).tolist(),
+                "final_by_source": np.mean([by[kind, s]["accuracy"][-1] for s in seeds], axis=0).tolist(),
+                "seconds_per_run": float(np.mean([by[kind, s]["seconds"] for s in seeds])),
+            }
+        )
+    return rows
+
+
+def report(results: Sequence[dict[str, Any]], out: Path) -> None:
+    """Prints the table, and writes it as JSON beside the figures."""
+    rows = compare(results)
+    if not rows:
+        print("no finished pair of a curriculum and uniform sampling yet")
+        return
+    write_json(out / "results.json", {"rows": rows, "sources": results[0]["sources"]})
+    header = [
+        "curriculum",
+        "seeds",
+        "reached",
+        "of its steps",
+        "95%",
+        "of its time",
+        "95%",
+        "final",
+        "gain",
+        "95%",
+        "s/run",
+    ]
+    cells = [
+        [
+            row["kind"],
+            len(row["seeds"]),
+            row["reached"],
+            f"{row['share_of_steps']:.2f}",
+            "{:.2f}..{:.2f}".format(*row["share_of_steps_interval"]),
+            f"{row['share_of_time']:.2f}",
+            "{:.2f}..{:.2f}".format(*row["share_of_time_interval"]),
+            f"{row['final_accuracy']:.3f}",
+            f"{row['final_gain']:+.3f}",
+            "{:+.3f}..{:+.3f}".format(*row["final_gain_interval"]),
+            f"{row['seconds_per_run']:.0f}",
+        ]
+        for row in rows
+    ]
+    print("Steps to the uniform run's final accuracy, as a share of its steps and of its own time to there\n")
+    print(table(header, cells))
+    by_source = [[row["kind"], *(f"{value:.2f}" for value in row["final_by_source"])] for row in rows]
+    print(f"\n{table(['final accuracy of', *results[0]['sources']], by_source)}")
+    draw_accuracy(results, out / "accuracy.png")
+    draw_hand_over(results, out / "hand_over.png")
+    print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}, {out / 'hand_over.png'}")
+
+
+def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Mean accuracy over steps: each seed thin, the mean of a curriculum's seeds thick."""
+    plots = pyplot()
+    figure, axis = plots.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, kind in enumerate(dict.fromkeys(result["kind"] for result in results)):
+        runs = [result for result in results if result["kind"] == kind]
+        for result in runs:
+            axis.plot(result["steps"], curve(result), color=f"C{index}", alpha=0.25, linewidth=1)
+        axis.plot(
+            runs[0]["steps"], np.mean([curve(r) for r in runs], axis=0), color=f"C{index}", linewidth=2.5, label=kind
+        )
+    axis.set(xlabel="step", ylabel="held-out greedy accuracy, mean of sources", title="From one warm start per seed")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plots.close(figure)
+
+
+def draw_hand_over(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """For each adaptive curriculum: probability of each source (mean of seeds, stacked), and its accuracy."""
+    plots = pyplot()
+    kinds = [k for k in dict.fromkeys(r["kind"] for r in results) if k not in ("uniform", "proportional")]
+    if not kinds:
+        return
+    figure, axes = plots.subplots(
+        2, len(kinds), figsize=(6.5 * len(kinds), 7), sharex=True, squeeze=False, layout="constrained"
+    )
+    for column, kind in enumerate(kinds):
+        runs = [result for result in results if result["kind"] == kind]
+        colours = plots.get_cmap("viridis")(np.linspace(0, 0.95, len(runs[0]["sources"])))
+        probability_TxM = np.mean([result["probability"] for result in runs], axis=0)
+        kernel = np.ones(9) / 9
+        padded = np.pad(probability_TxM, ((4, 4), (0, 0)), mode="edge")
+        smooth_MxT = [np.convolve(padded[:, m], kernel, mode="valid") for m in range(padded.shape[1])]
+        axes[0, column].stackplot(range(len(probability_TxM)), smooth_MxT, colors=colours, labels=runs[0]["sources"])
+        axes[0, column].set(title=f"{kind}: probability of each source", ylim=(0, 1), ylabel="stacked, mean of 9 steps")
+        accuracy_TxM = np.mean([result["accuracy"] for result in runs], axis=0)
+        for m, colour in enumerate(colours):
+            axes[1, column].plot(runs[0]["steps"], accuracy_TxM[:, m], color=colour, label=runs[0]["sources"][m])
+        axes[1, column].set(title="held-out accuracy of each source", xlabel="step", ylim=(0, 1))
+    axes[1, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plots.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Can 6 of SmolLM2's 30 layers be skipped at the divergence of 2 uniform ones?
+
+KL(full || nested) per completion token, exact over the vocabulary, on held-out completions of the full
+model: for uniform draws of 2 layers, and for draws of 6 by each rule. The divergences that `measured`
+draws by come from training prompts, so these prompts are new to them.
+
+    python -m experiments.plan_divergence [--json FILE]        (about five minutes on two idle cores)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nested_reft.data.pipeline import batch_prompts
+from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.metrics import versions, write_json
+from nested_reft.report import table
+from nested_reft.rollout.divergence import measure_plan_divergence, texts_of
+from nested_reft.rollout.generate import generate
+from nested_reft.train.config import load_config
+from nested_reft.train.setup import Setup, prepare
+
+FEW, MANY = 2, 6
+TEMPERATURES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
+
+
+def full_completions(setup: Setup, num_prompts: int):
+    """Completions of the full model on held-out prompts of the first source, one each."""
+    config, examples = setup.config, setup.heldout_examples[0][:num_prompts]
+    prompts = batch_prompts(examples, [0] * len(examples), setup.prompt_size)
+    return generate(
+        setup.model,
+        prompts.tokens_BP,
+        prompts.length_B,
+        LayerPlan.full(setup.model.config.num_layers),
+        np.array(setup.tokenizer.stop_ids, np.int32),
+        jax.random.key(config.train.seed),
+        group_size=1,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        sampling=config.rollout.sampling,
+    )
+
+
+def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:
+    """Name -> how plans are drawn, and of how many skipped layers."""
+    border = measured.border
+    return {
+        f"uniform, {FEW}": (NestingConfig(border=border), FEW),
+        f"uniform, {FEW}, border 2": (NestingConfig(border=2), FEW),
+        f"uniform, {MANY}": (NestingConfig(border=border), MANY),
+        f"per_layer, {MANY}": (NestingConfig(border=border, choice="per_layer"), MANY),
+    } | {
+        f"measured at {temperature:g}, {MANY}": (
+            dataclasses.replace(measured, divergence_temperature=temperature),
+            MANY,
+        )
+        for temperature in TEMPERATURES
+    }
+
+
+def measure(setup: Setup, num_prompts: int, draws: int, only: str) -> list[dict[str, Any]]:
+    """Mean and standard error over the draws of each rule; all plans on the same completions."""
+    num_layers, temperature = setup.model.config.num_layers, setup.config.rollout.sampling.temperature
+    texts = texts_of(full_completions(setup, num_prompts))
+    results = []
+    for name, (nesting, num_skipped) in rules(setup.config.nesting).items():
+        if only not in name:
+            continue
+        keys = jax.random.split(jax.random.key(1), draws)
+        plans = [draw_plan(key, nesting, num_layers, setup.divergence_L, num_skipped) for key in keys]
+        if nesting.choice == "measured" and nesting.divergence_temperature == 0:
+            plans = plans[:1]  # they are all the same
+        values = measure_plan_divergence(setup.model, texts, temperature, plans, name)
+        results.append(
+            {
+                "rule": name,
+                "skipped": num_skipped,
+                "draws": len(plans),
+                "kl_mean": float(values.mean()),
+                "kl_standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None,
+                "kl": values.tolist(),
+                "plans": [plan.skipped(num_layers) for plan in plans],
+                "different_layers": len({layer for plan in plans for layer in plan.skipped(num_layers)}),
+            }
+        )
+    return results
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="smollm2_chain_sum", help="a configuration with measured plans")
+    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
+    parser.add_argument("--draws", type=int, default=8, help="plans of each rule")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rules with this in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    known = parser.parse_args()
+    setup = prepare(load_config(known.config))
+    results = measure(setup, known.prompts, known.draws, known.only)
+    rows = [
+        [
+            result["rule"],
+            result["draws"],
+            f"{result['kl_mean']:.2f}",
+            "-" if result["kl_standard_error"] is None else f"{result['kl_standard_error']:.2f}",
+            f"{min(result['kl']):.2f} to {max(result['kl']):.2f}",
+            result["different_layers"],
+        ]
+        for result in results
+    ]
+    if not results:
+        parser.error(f"--only is '{known.only}'; allowed is a part of {', '.join(rules(setup.config.nesting))}")
+    print(table(["plans (rule, skipped)", "draws", "mean KL", "standard error", "range", "different layers"], rows))
+    if known.json is not None:
+        write_json(known.json, {"versions": versions(), "prompts": known.prompts, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The report of a run: figures and a short table, from `metrics.jsonl` alone.
+
+Needs matplotlib, of the `report` extra. Figures are drawn without a display.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nested_reft.metrics import printable
+from nested_reft.report import table
+
+Line = dict[str, Any]
+CURRICULUM = "curriculum/"
+# Title, unit of the axis, and the metrics that a plain figure shows.
+FIGURES = {
+    "accuracy": ("Accuracy of the sampled completions", "share right", ("accuracy",)),
+    "reward": ("Reward", "mean reward", ("reward",)),
+    "ess": ("Effective sample size", "share of the samples", ("ess_token", "ess_sequence")),
+    "speed": ("Rollout speed", "generated tokens / second", ("tokens_per_second",)),
+}
+# What is shown of each source of the curriculum.
+PANELS = {
+    "probability": "probability",
+    "learnability": "mean |advantage|",
+    "bonus": "exploration bonus",
+    "reward": "reward",
+    "count": "responses so far",
+}
+
+
+def read_metrics(run: Path) -> list[Line]:
+    """The lines of a run's `metrics.jsonl`; a last line cut short by a killed run is left out.
+
+    Raises:
+        ValueError: there is no such file, it has no complete step, or a line is not JSON.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"'{run}' is not a run directory: it has no metrics.jsonl")
+    lines: list[Line] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if not text.endswith("\n"):
+                break
+            raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(f"line {number} of '{path}' has no step")
+        lines.append(line)
+    if not any(line["step"] > 0 for line in lines):
+        raise ValueError(f"'{path}' has no complete step yet")
+    return lines
+
+
+def write_report(run: Path) -> dict[str, Any]:
+    """Writes figures and `report.md` into `run/report`.
+
+    Returns:
+        The figures of the tables, as JSON-able values: `directory`, `steps`, `metrics` (first, last
+        and mean of each), `curriculum` (the last values of each source).
+
+    Raises:
+        ImportError: matplotlib is not installed; names the extra.
+        ValueError: the run has nothing to report; see `read_metrics`.
+    """
+    plots = pyplot()
+    lines = read_metrics(run)
+    directory = run / "report"
+    directory.mkdir(exist_ok=True)
+    drawings = _drawings(lines)
+    for name, draw in drawings.items():
+        figure = plots.figure(figsize=(8, 4), layout="constrained")
+        draw(plots, figure)
+        figure.savefig(directory / f"{name}.png", dpi=120)
+        plots.close(figure)
+    result = summarize(lines) | {"directory": str(directory)}
+    images = "".join(f"\n![{name}]({name}.png)\n" for name in drawings)
+    text = f"# {_one_line(run.name)}\n\n```\n{report_text(result, lines)}\n```\n{images}"
+    (directory / "report.md").write_text(text, encoding="utf-8")
+    return result
+
+
+def summarize(lines: Sequence[Line]) -> dict[str, Any]:
+    """First, last and mean value of the main metrics, and the last of each source's."""
+    shown = [metric for _, _, metrics in FIGURES.values() for metric in metrics]
+    found = {name: series(lines, name)[1] for name in (*shown, *_heldout(lines))}
+    last: dict[str, dict[str, float | None]] = {}
+    for name in curriculum_sources(lines):
+        values = {column: series(lines, f"{CURRICULUM}{name}/{column}")[1] for column in PANELS}
+        last[name] = {column: value[-1] if value else None for column, value in values.items()}
+    return {
+        "steps": max(line["step"] for line in lines),
+        "metrics": {
+            name: {"first": value[0], "last": value[-1], "mean": sum(value) / len(value)}
+            for name, value in found.items()
+            if value
+        },
+        "curriculum": last,
+    }
+
+
+def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int | None = 5) -> str:
+    """The tables of `summarize`, and the curriculum's words of the last steps (None: of all)."""
+    rows = [
+        [_one_line(name), *(f"{value:.3f}" for value in values.values())] for name, values in result["metrics"].items()
+    ]
+    parts = [table([f"{result['steps']} steps", "first", "last", "mean"], rows)]
+    if result["curriculum"]:
+        rows = [
+            [_one_line(name), *("-" if value is None else f"{value:.3g}" for value in values.values())]
+            for name, values in result["curriculum"].items()
+        ]
+        parts.append(table(["source, last values", *PANELS.values()], rows))
+    words = audit(lines)
+    if words:
+        parts.append("\n".join(words if audit_lines is None else words[-audit_lines:]))
+    return "\n\n".join(parts)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        ImportError: it is not installed; names the extra.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("figures need the package matplotlib; run: pip install 'nested_reft[report]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was logged as a finite number."""
+    points = [
+        (line["step"], float(line[name]))
+        for line in lines
+        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def curriculum_sources(lines: Sequence[Line]) -> list[str]:
+    """Names of the training sources, in their order."""
+    names = (key for line in lines for key in line if key.startswith(CURRICULUM) and key.endswith("/probability"))
+    return [name.removeprefix(CURRICULUM).removesuffix("/probability") for name in dict.fromkeys(names)]
+
+
+def draw_curriculum(plots: Any, figure: Any, lines: Sequence[Line]) -> None:
+    """Per source over time: probability, mean |advantage|, bonus, reward and responses so far."""
+    names = curriculum_sources(lines)
+    axes = figure.subplots(len(PANELS), 1, sharex=True)
+    colours = plots.get_cmap("viridis")([i / max(len(names) - 1, 1) for i in range(len(names))])
+    for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
+        for name, colour in zip(names, colours, strict=True):
+            steps, values = series(lines, f"{CURRICULUM}{name}/{metric}")
+            axis.plot(steps, values, color=colour, label=_label(name), linewidth=1.2)
+        axis.set_ylabel(label)
+    axes[-1].set_xlabel("step")
+    axes[0].legend(fontsize="small", ncols=2)
+    axes[0].set_title("Curriculum: why each source was drawn, and what came of it")
+    figure.set_size_inches(8, 2.2 * len(PANELS))
+
+
+def audit(lines: Sequence[Line]) -> list[str]:
+    """The curriculum's words of each step: which source rose or fell, and why."""
+    return [
+        f"step {line['step']}: {_one_line(line['curriculum_audit'])}" for line in lines if "curriculum_audit" in line
+    ]
+
+
+def _drawings(lines: Sequence[Line]) -> dict[str, Callable[[Any, Any], None]]:
+    """What there is to draw, by file name."""
+    drawings: dict[str, Callable[[Any, Any], None]] = {}
+    for name, (title, unit, metrics) in FIGURES.items():
+        shown = [metric for metric in metrics if series(lines, metric)[0]]
+        if shown:
+            drawings[name] = _plain(lines, title, unit, shown)
+    heldout = _heldout(lines)
+    if heldout:
+        drawings["heldout"] = _plain(lines, "Held-out greedy accuracy", "share right", heldout)
+    if any(line.get("skipped_layers") for line in lines):
+        drawings["skipped_layers"] = lambda _, figure: _draw_skipped(figure, lines)
+    if curriculum_sources(lines):
+        drawings["curriculum"] = lambda plots, figure: draw_curriculum(plots, figure, lines)
+    return drawings
+
+
+def _heldout(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(key for line in lines for key in line if key.startswith("heldout/")))
+
+
+def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str]) -> Callable[[Any, Any], None]:
+    def draw(_: Any, figure: Any) -> None:
+        axis = figure.subplots()
+        for metric in metrics:
+            axis.plot(
+                *series(lines, metric), marker="." if metric.startswith("heldout/") else None, label=_label(metric)
+            )
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        if len(metrics) > 1 or metrics[0].startswith("heldout/"):
+            axis.legend()
+
+    return draw
+
+
+def _draw_skipped(figure: Any, lines: Sequence[Line]) -> None:
+    axis = figure.subplots()
+    points = [(line["step"], layer) for line in lines for layer in line.get("skipped_layers") or ()]
+    axis.scatter([step for step, _ in points], [layer for _, layer in points], s=6, marker="s")
+    axis.set(title="Layers that the rollouts skipped", xlabel="step", ylabel="layer")
+
+
+def _label(name: str) -> str:
+    """A name as a legend shows it: matplotlib reads $ as mathematics, and hides what begins with _."""
+    return _one_line(name).replace("$", r"\$").lstrip("_") or " "
+
+
+def _one_line(text: str) -> str:
+    return printable(str(text)).replace("`", "'")

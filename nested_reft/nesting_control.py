@@ -1,0 +1,221 @@
+"""How many layers the next batch skips: as many as a budget on off-policyness allows.
+
+The budget is on one of a step's metrics. Each is turned into an *excess* u, which is 0 on-policy and
+grows as the behavior policy moves away from the target, roughly by as much for each skipped layer:
+
+    hold                u                 limit U
+    kl_behavior_target  the metric        budget
+    ess_token           -log(metric)      -log(budget)
+    ess_sequence        -log(metric)      -log(budget)
+
+With m the mean of the latest `window` excesses at the present size k, after each step:
+
+    lower    to k - 1 at once when m > U, from the first reading at k on (or the `trial`-th)
+    raise    to k + 1 when m <= (1 - margin) U for patience * 2^f steps in a row, where f
+             counts how often size k + 1 was left for being over budget
+    stay     else
+
+It does not oscillate: the margin is the hysteresis, and since each failure doubles the wait, a size is
+left for being over budget at most log2(T / patience + 2) times in T steps, whatever the readings are.
+It follows a drift: the next try of a size waits for at most as many steps as had passed when it last
+failed, and 2 * patience more.
+
+A pure rule on a small state, as `curriculum` is: `update` takes in a step's metrics, `choose` says how
+many layers to skip. Which layers is `layer_skip.draw_plan`'s to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+Held = Literal["ess_token", "ess_sequence", "kl_behavior_target"]
+
+HIGHEST_EXCESS = 1e6  # stands for metrics that are not finite: the state must stay JSON
+
+
+@dataclass(frozen=True)
+class NestingControlConfig:
+    """The budget, and how carefully to use it up.
+
+    Attributes:
+        hold: the metric that the budget is on, as `estimators.health` defines it; None leaves the number
+            of skipped layers as `nesting` has it.
+        budget: for an effective sample size the smallest that is fine, in (0, 1); for the KL the
+            largest, in nats per token.
+        min_skipped, max_skipped: the sizes to move between, both included.
+        patience: steps within budget before one more layer is skipped.
+        margin: in [0, 1): the share of the budget that must be unused for that.
+        window: latest steps at the present size that the mean is taken over.
+        trial: in [1, window]: steps at a size before its mean can be over budget. 1 lowers at the first
+            bad reading; more where single readings say little, because it matters which layers a plan
+            skips.
+    """
+
+    hold: Held | None = None
+    budget: float | None = None
+    min_skipped: int = 0
+    max_skipped: int | None = None
+    patience: int = 5
+    margin: float = 0.2
+    window: int = 5
+    trial: int = 1
+
+    def __post_init__(self):
+        if self.hold is not None and self.hold not in get_args(Held):
+            raise ValueError(f"nesting_control.hold is '{self.hold}'; allowed are {', '.join(get_args(Held))}, or None")
+        for name in ("budget", "max_skipped"):
+            if (self.hold is None) != (getattr(self, name) is None):
+                raise ValueError(
+                    f"nesting_control.{name} is {getattr(self, name)} and nesting_control.hold {self.hold}:"
+                    " a controller needs hold, budget and max_skipped; leave all three out for none"
+                )
+        if self.budget is not None:
+            is_kl = self.hold == "kl_behavior_target"
+            if not (math.isfinite(self.budget) and self.budget > 0 and (is_kl or self.budget < 1)):
+                allowed = "more than 0 (nats per token)" if is_kl else f"0 < budget < 1, as a share, for '{self.hold}'"
+                raise ValueError(f"nesting_control.budget is {self.budget}; allowed is {allowed}")
+        if self.min_skipped < 0:
+            raise ValueError(f"nesting_control.min_skipped is {self.min_skipped}; allowed is 0 or more")
+        if self.max_skipped is not None and self.max_skipped < self.min_skipped:
+            raise ValueError(
+                f"nesting_control.max_skipped is {self.max_skipped}; allowed is nesting_control.min_skipped,"
+                f" which is {self.min_skipped}, or more"
+            )
+        for name in ("patience", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"nesting_control.{name} is {getattr(self, name)}; allowed is 1 or more steps")
+        if not 1 <= self.trial <= self.window:
+            raise ValueError(
+                f"nesting_control.trial is {self.trial}; allowed is 1 to nesting_control.window, which is {self.window}"
+            )
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"nesting_control.margin is {self.margin}; allowed is 0 <= margin < 1")
+
+    def validate_for(self, choice: str, most_skipped: int) -> None:
+        """Refuses a controller that the plans cannot follow.
+
+        Args:
+            choice: `nesting.choice`.
+            most_skipped: layers that a plan may skip at most.
+        """
+        if self.max_skipped is None:
+            return
+        if choice == "fixed":
+            raise ValueError(
+                f"nesting_control.hold is '{self.hold}', but nesting.choice 'fixed' always skips the same layers;"
+                " allowed are uniform, per_layer, measured"
+            )
+        if self.max_skipped > most_skipped:
+            raise ValueError(
+                f"nesting_control.max_skipped is {self.max_skipped}; allowed is up to {most_skipped}, the model's"
+                " layers less those that nesting.border keeps"
+            )
+
+
+@dataclass(frozen=True)
+class NestingControlState:
+    """All that the rule remembers.
+
+    Attributes:
+        num_skipped: layers that the next batch skips.
+        recent_excess: the latest excesses at this size, oldest first.
+        steps_within: steps in a row at this size whose mean left the margin unused.
+        failures: `failures[k]` counts how often size k was left for being over budget.
+        reason: the last decision, in words.
+    """
+
+    num_skipped: int
+    recent_excess: tuple[float, ...] = ()
+    steps_within: int = 0
+    failures: tuple[int, ...] = ()
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as JSON-able values."""
+        return asdict(self) | {"recent_excess": list(self.recent_excess), "failures": list(self.failures)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> NestingControlState:
+        """The state that `to_json` wrote."""
+        return cls(
+            value["num_skipped"],
+            tuple(value["recent_excess"]),
+            value["steps_within"],
+            tuple(value["failures"]),
+            value["reason"],
+        )
+
+
+def initial_state(config: NestingControlConfig, num_skipped: int) -> NestingControlState:
+    """Starts at `num_skipped`, or at the nearest size that the controller allows."""
+    if config.max_skipped is None:
+        return NestingControlState(num_skipped)
+    start = min(max(num_skipped, config.min_skipped), config.max_skipped)
+    return NestingControlState(start, failures=(0,) * (config.max_skipped + 1))
+
+
+def choose(state: NestingControlState) -> int:
+    """The number of layers that the next batch skips."""
+    return state.num_skipped
+
+
+def excess(config: NestingControlConfig, value: float) -> float:
+    """u of the module's table, for a value of the held metric or for the budget itself."""
+    if config.hold != "kl_behavior_target":
+        value = -math.log(value) if value > 0 else math.inf
+    return value if math.isfinite(value) else HIGHEST_EXCESS
+
+
+def update(state: NestingControlState, config: NestingControlConfig, metrics: Mapping[str, Any]) -> NestingControlState:
+    """Takes in the metrics of one step, which skipped `state.num_skipped` layers; see the module.
+
+    Args:
+        state: before the step.
+        config: the rule.
+        metrics: of the step; needs `config.hold`.
+
+    Returns:
+        The state after the step, with its reason; unchanged where nothing is held.
+    """
+    if config.hold is None or config.budget is None or config.max_skipped is None:
+        return state
+    size, limit = state.num_skipped, excess(config, config.budget)
+    recent = (*state.recent_excess, excess(config, float(metrics[config.hold])))[-config.window :]
+    mean = sum(recent) / len(recent)
+    stays = replace(state, recent_excess=recent)
+    found = _found(config, mean, len(recent))
+
+    if mean > limit:
+        if len(recent) < config.trial:
+            reason = f"{found}, over budget, judged after {config.trial} steps: stay at {size}"
+            return replace(stays, steps_within=0, reason=reason)
+        if size == config.min_skipped:
+            return replace(stays, steps_within=0, reason=f"{found}, over budget: stay at {size}, the fewest allowed")
+        failures = tuple(count + (k == size) for k, count in enumerate(state.failures))
+        return NestingControlState(
+            size - 1, failures=failures, reason=f"{found}, over budget: from {size} to {size - 1} skipped layers"
+        )
+    if size == config.max_skipped:
+        return replace(stays, reason=f"{found}, within budget: stay at {size}, the most allowed")
+    if mean > (1 - config.margin) * limit:
+        return replace(stays, steps_within=0, reason=f"{found}, within budget but inside the margin: stay at {size}")
+    within, failed = state.steps_within + 1, state.failures[size + 1]
+    wait = config.patience * 2**failed
+    if within < wait:
+        again = f", longer since {size + 1} failed {failed} times" if failed else ""
+        reason = f"{found}, within budget for {within} of {wait} steps{again}: stay at {size}"
+        return replace(stays, steps_within=within, reason=reason)
+    return NestingControlState(
+        size + 1,
+        failures=state.failures,
+        reason=f"{found}, within budget for {within} steps: from {size} to {size + 1} skipped layers",
+    )
+
+
+def _found(config: NestingControlConfig, mean: float, count: int) -> str:
+    """The held metric as its excesses' mean has it, beside its budget."""
+    value = mean if config.hold == "kl_behavior_target" else math.exp(-mean)
+    return f"{config.hold} {value:.3f} (mean of {count}; budget {config.budget:g})"

@@ -1,0 +1,242 @@
+"""Exact nested rollouts: the nested policy drafts, the full model verifies.
+
+Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) with the
+target's own sub-network as the draft. What comes out is distributed exactly as the full model's
+samples, so every importance weight is one.
+
+The draft has no prefill and no caches of its own: at verified positions it reads the full model's.
+Any proposal is valid as long as its own probabilities enter the rule below.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.transformer import KeyValues, Transformer
+from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
+from nested_reft.types import Rollouts, valid_mask
+
+DRAFT_LENGTHS = (1, 2, 4, 8)  # the sizes that compile
+
+
+@struct.dataclass
+class ExactRollouts:
+    """Rollouts of the full model, and what their drafting did.
+
+    Attributes:
+        rollouts: exactly the full model's samples; `behavior_logprob_BGC` is the full model's.
+        drafted, accepted: draft tokens proposed and kept, of rows that were not done.
+        rounds: full-model passes of the batch.
+    """
+
+    rollouts: Rollouts
+    drafted: Int[Array, ""]
+    accepted: Int[Array, ""]
+    rounds: Int[Array, ""]
+
+    @property
+    def acceptance(self) -> Float[Array, ""]:
+        """Share of draft tokens that were kept."""
+        return self.accepted / jnp.maximum(self.drafted, 1)
+
+
+@struct.dataclass
+class _State:
+    """Carry of the loop: `length_BG` tokens of each row are final; the caches hold all but the last."""
+
+    tokens_BGC: Int[Array, "B G C"]
+    logprob_BGC: Float[Array, "B G C"]
+    length_BG: Int[Array, "B G"]
+    finished_BG: Bool[Array, "B G"]
+    cache: KeyValues
+    rounds: Int[Array, ""]
+    drafted: Int[Array, ""]
+    accepted: Int[Array, ""]
+
+
+@partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "draft_length"))
+def generate_exact(
+    model: Transformer,
+    prompt_BP: Int[Array, "B P"],
+    prompt_length_B: Int[Array, " B"],
+    plan: LayerPlan,
+    stop_ids: Int[Array, " stops"],
+    key: jax.Array,
+    policy_version: Int[Array, ""] | int = 0,
+    *,
+    group_size: int,
+    max_completion_tokens: int,
+    sampling: SamplingConfig,
+    draft_length: int,
+) -> ExactRollouts:
+    """Samples completions of the full model, drafted by the policy that `plan` leaves.
+
+    Each round drafts k tokens x_1 .. x_k from the nested q and runs the full model p once over them:
+
+        accept x_t with probability min(1, p_t(x_t) / q_t(x_t)), in order;
+        at the first rejection draw from max(p_t - q_t, 0), normalised, and end the round;
+        with all k accepted draw one more token from p_{k+1}.
+
+    Greedy decoding is the same rule with one-hot p and q: the output is that of plain greedy
+    decoding, token for token.
+
+    Args:
+        draft_length: k, at least 1.
+        the rest: as in `generate`.
+    """
+    batch, size = prompt_BP.shape[0], max_completion_tokens
+    rows = (batch, group_size)
+    prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]))
+    index_B, index_G = jnp.arange(batch)[:, None], jnp.arange(group_size)[None]
+
+    def probability(hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        return policy_probability(model.logits(hidden), sampling)
+
+    def draft(carry, position):
+        """One draft token: feeds the token before it, draws it, keeps q."""
+        token_BG, cache, round_key, start_BG = carry
+        hidden_BGTD, cache = model.extend(token_BG[..., None], start_BG + position, cache, prompt, plan)
+        q_BGV = probability(hidden_BGTD[:, :, 0])
+        token_BG = draw_categorical(jax.random.fold_in(round_key, position), q_BGV)
+        return (token_BG, cache, round_key, start_BG), (token_BG, q_BGV)
+
+    def one_round(state: _State) -> _State:
+        round_key = jax.random.fold_in(key, state.rounds + 1)
+        done_BG = state.finished_BG | (state.length_BG >= size)
+        start_BG = jnp.maximum(state.length_BG - 1, 0)
+        last_BG = state.tokens_BGC[index_B, index_G, start_BG]
+        carry = (last_BG, state.cache, round_key, start_BG)
+        (_, cache, _, _), (drafts_TBG, q_TBGV) = jax.lax.scan(draft, carry, jnp.arange(draft_length))
+        drafts_BGT = jnp.moveaxis(drafts_TBG, 0, -1)
+        hidden_BGTD, cache = model.extend(
+            jnp.concatenate([last_BG[..., None], drafts_BGT], axis=-1), start_BG, cache, prompt
+        )
+        p_BGTV = probability(hidden_BGTD)
+        tokens_BGT, logprob_BGT, accepted_BG = accept(
+            jax.random.fold_in(round_key, draft_length), drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
+        )
+        # Of the accepted tokens and the one after them, those up to a stop token and within C count.
+        offset_T = jnp.arange(draft_length + 1)
+        is_stop_BGT = jnp.isin(tokens_BGT, stop_ids)
+        after_stop_BGT = jnp.cumsum(is_stop_BGT, axis=-1) - is_stop_BGT > 0
+        position_BGT = state.length_BG[..., None] + offset_T
+        kept_BGT = (offset_T <= accepted_BG[..., None]) & ~after_stop_BGT & (position_BGT < size) & ~done_BG[..., None]
+        where = (index_B[..., None], index_G[..., None], jnp.where(kept_BGT, position_BGT, size))
+        drafted_BG = jnp.where(done_BG, 0, jnp.minimum(draft_length, size - state.length_BG))
+        return _State(
+            tokens_BGC=state.tokens_BGC.at[where].set(tokens_BGT, mode="drop"),
+            logprob_BGC=state.logprob_BGC.at[where].set(logprob_BGT, mode="drop"),
+            length_BG=state.length_BG + kept_BGT.sum(axis=-1),
+            finished_BG=state.finished_BG | (kept_BGT & is_stop_BGT).any(axis=-1),
+            cache=cache,
+            rounds=state.rounds + 1,
+            drafted=state.drafted + drafted_BG.sum(),
+            accepted=state.accepted + jnp.where(done_BG, 0, jnp.minimum(accepted_BG, drafted_BG)).sum(),
+        )
+
+    def unfinished(state: _State) -> Array:
+        return ~jnp.all(state.finished_BG | (state.length_BG >= size))
+
+    first_BG, first_logprob_BG = _first_token(key, prompt.last_hidden_BD, group_size, probability)
+    zero = jnp.zeros((), jnp.int32)
+    state = _State(
+        tokens_BGC=jnp.zeros((*rows, size), jnp.int32).at[:, :, 0].set(first_BG),
+        logprob_BGC=jnp.zeros((*rows, size), jnp.float32).at[:, :, 0].set(first_logprob_BG),
+        length_BG=jnp.ones(rows, jnp.int32),
+        finished_BG=jnp.isin(first_BG, stop_ids),
+        cache=model.empty_cache(*rows, size + draft_length, None),
+        rounds=zero,
+        drafted=zero,
+        accepted=zero,
+    )
+    state = jax.lax.while_loop(unfinished, one_round, state)
+    rollouts = Rollouts(
+        prompt_BP=prompt_BP,
+        prompt_length_B=prompt_length_B,
+        tokens_BGC=state.tokens_BGC,
+        length_BG=state.length_BG,
+        finished_BG=state.finished_BG,
+        forced_BG=jnp.zeros(rows, jnp.int32),
+        behavior_logprob_BGC=state.logprob_BGC,
+        plan=LayerPlan.full(model.config.num_layers),
+        nested_BG=jnp.zeros(rows, bool),
+        policy_version=jnp.asarray(policy_version, jnp.int32),
+    )
+    return ExactRollouts(rollouts, state.drafted, state.accepted, state.rounds)
+
+
+def accept(
+    key: jax.Array,
+    drafts_BGT: Int[Array, "B G T"],
+    q_BGTV: Float[Array, "B G T V"],
+    p_BGTV: Float[Array, "B G T+1 V"],
+) -> tuple[Int[Array, "B G T+1"], Float[Array, "B G T+1"], Int[Array, "B G"]]:
+    """The speculative-sampling rule, for every row on its own.
+
+    Args:
+        key: PRNG key.
+        drafts_BGT: k draft tokens.
+        q_BGTV: the distributions they were drawn from.
+        p_BGTV: the target's distributions at the same positions, and at the one after.
+
+    Returns:
+        Tokens, of which the first `accepted + 1` count; log p of each in nats; and how many drafts were accepted.
+    """
+    uniform_key, residual_key = jax.random.split(key)
+    length = drafts_BGT.shape[-1]
+    p_draft_BGT = jnp.take_along_axis(p_BGTV[:, :, :length], drafts_BGT[..., None], axis=-1)[..., 0]
+    q_draft_BGT = jnp.take_along_axis(q_BGTV, drafts_BGT[..., None], axis=-1)[..., 0]
+    passes_BGT = jax.random.uniform(uniform_key, drafts_BGT.shape) * q_draft_BGT < p_draft_BGT
+    accepted_BG = jnp.cumprod(passes_BGT, axis=-1).sum(axis=-1)
+    at = accepted_BG[..., None, None]
+    p_BGV = jnp.take_along_axis(p_BGTV, at, axis=2)[:, :, 0]
+    q_BGV = jnp.take_along_axis(q_BGTV, jnp.minimum(at, length - 1), axis=2)[:, :, 0]
+    q_BGV = jnp.where((accepted_BG < length)[..., None], q_BGV, 0.0)
+    residual_BGV = jnp.maximum(p_BGV - q_BGV, 0.0)
+    # p = q up to rounding leaves nothing: then p itself is what is asked for.
+    residual_BGV = jnp.where(residual_BGV.sum(axis=-1, keepdims=True) > 0, residual_BGV, p_BGV)
+    next_BG = draw_categorical(residual_key, residual_BGV)
+    tokens_BGT = jnp.where(jnp.arange(length + 1) == accepted_BG[..., None], next_BG[..., None], _pad_one(drafts_BGT))
+    p_token_BGT = jnp.take_along_axis(p_BGTV, tokens_BGT[..., None], axis=-1)[..., 0]
+    return tokens_BGT, jnp.log(jnp.maximum(p_token_BGT, 1e-38)), accepted_BG
+
+
+def next_draft_length(draft_length: int, acceptance: float, draft_cost: float) -> int:
+    """The draft length, of `DRAFT_LENGTHS`, that would have been fastest at this acceptance rate.
+
+    With acceptance a per token a round yields (1 - a^(k+1)) / (1 - a) tokens on average and costs k drafts and
+    one verification (Leviathan et al., equations 1 and 8); the best k maximises yield over cost. A change of at
+    most one size a call keeps a lucky batch from swinging it.
+
+    Args:
+        draft_length: k of the last batch.
+        acceptance: a, its share of accepted drafts.
+        draft_cost: seconds of a draft token over those of a verification.
+    """
+
+    def rate(k: int) -> float:
+        tokens = k + 1 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
+        return tokens / (k * draft_cost + 1)
+
+    now = DRAFT_LENGTHS.index(draft_length)
+    near = DRAFT_LENGTHS[max(now - 1, 0) : now + 2]
+    return max(near, key=rate)
+
+
+def _first_token(key, last_hidden_BD, group_size, probability):
+    """Every row's first token, which the prompt's own pass predicts."""
+    p_BV = probability(last_hidden_BD)
+    p_BGV = jnp.broadcast_to(p_BV[:, None], (p_BV.shape[0], group_size, p_BV.shape[1]))
+    token_BG = draw_categorical(jax.random.fold_in(key, 0), p_BGV)
+    chosen_BG = jnp.take_along_axis(p_BGV, token_BG[..., None], axis=-1)[..., 0]
+    return token_BG, jnp.log(jnp.maximum(chosen_BG, 1e-38))
+
+
+def _pad_one(values_BGT: Int[Array, "B G T"]) -> Int[Array, "B G T+1"]:
+    return jnp.pad(values_BGT, ((0, 0), (0, 0), (0, 1)))
