@@ -42,6 +42,7 @@ class TaskSource:
         train_size: distinct training questions asked for.
         heldout_size: distinct held-out questions asked for.
         seed: decides every question; 0 or more.
+        level: a level of the task's own scale of difficulty, 0 the easiest; sets what `parameters` leaves open.
         prompt: how its questions become prompts; None leaves it to `data.prompt`.
         checker: how its answers are checked; None leaves it to `reward.checker`.
     """
@@ -52,6 +53,7 @@ class TaskSource:
     train_size: int
     heldout_size: int
     seed: int
+    level: int | None = None
     prompt: PromptFormat | None = None
     checker: Checker | None = None
 
@@ -178,7 +180,7 @@ def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:
         ImportError: an optional package is not installed.
     """
     if isinstance(config, TaskSource):
-        task = Task(field_path(config), config.name, config.task, config.parameters)
+        task = Task(field_path(config), config.name, config.task, config.parameters, config.level)
         train, heldout = draw_task(task, config.train_size, config.heldout_size, config.seed)
     elif isinstance(config, DatasetSource):
         train, heldout = _load_dataset(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,14 @@ class Task:
         source: name of the source.
         task: a reasoning-gym dataset name.
         parameters: fields of that task's configuration.
+        level: a level of that task's own scale of difficulty, 0 the easiest; None for no such level.
     """
 
     field: str
     source: str
     task: str
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, Any]
+    level: int | None = None
 
 
 def draw_task(task: Task, train_size: int, heldout_size: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -49,6 +51,7 @@ def draw_task(task: Task, train_size: int, heldout_size: int, seed: int) -> tupl
             train on.
         ImportError: reasoning-gym is not installed.
     """
+    task = _at_level(task)
     heldout_seed, train_seed = (_task_seed(seed, part) for part in range(2))
     heldout = _draw_distinct(task, heldout_seed, heldout_size, excluded=frozenset())
     heldout_questions = frozenset(example.question for example in heldout)
@@ -71,6 +74,42 @@ def draw_task(task: Task, train_size: int, heldout_size: int, seed: int) -> tupl
                 dict(task.parameters),
             )
     return train, heldout
+
+
+def _at_level(task: Task) -> Task:
+    """The task with its level written out as parameters; those that are given by hand stay as they are.
+
+    Every attribute that the task's scale names takes that level alone, or its highest if it has fewer:
+    levels that held the easier ones too would not be distributions of their own.
+    """
+    if task.level is None:
+        return task
+    factory = _reasoning_gym(task).factory
+    _check_name(task, factory.DATASETS)
+    if task.task not in factory.CURRICULA:
+        raise ValueError(f"{task.field}.level is {task.level}, but '{task.task}' has no levels; set parameters instead")
+    curriculum = factory.CURRICULA[task.task]()
+    highest = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
+    if not 0 <= task.level <= highest:
+        raise ValueError(f"{task.field}.level is {task.level}; '{task.task}' allows 0 to {highest}")
+    parameters = {}
+    for attribute in curriculum.attributes.values():
+        value = attribute.levels[min(task.level, len(attribute.levels) - 1)]
+        if hasattr(attribute, "lower_field_name"):
+            ends = value if isinstance(value, Iterable) else _range_ends(attribute, task.level)
+            parameters |= {attribute.lower_field_name: min(ends), attribute.upper_field_name: max(ends)}
+        else:
+            parameters[attribute.field_name] = value
+    return dataclasses.replace(task, parameters=parameters | dict(task.parameters), level=None)
+
+
+def _range_ends(attribute: Any, level: int) -> tuple[Any, Any]:
+    """The ends of a range at one level; some ranges must span two levels to hold anything."""
+    top = len(attribute.levels) - 1
+    if not attribute.ensure_interval:
+        return attribute.levels[min(level, top)], attribute.levels[min(level, top)]
+    high = min(level + 1, top)
+    return attribute.levels[max(high - 1, 0)], attribute.levels[high]
 
 
 def _task_seed(seed: int, part: int) -> int:
@@ -103,19 +142,9 @@ def _draw_distinct(task: Task, seed: int, size: int, excluded: frozenset[str]) -
 
 def _task_entries(task: Task, seed: int, num_draws: int) -> Iterator[dict[str, Any]]:
     """The entries of a reasoning-gym dataset, one by one, once its name and parameters are checked."""
-    try:
-        import reasoning_gym  # Slow to import, and not needed by those who bring their own examples.
-    except ImportError as error:
-        raise ImportError(
-            f"source '{task.source}' needs the package reasoning-gym; run: pip install 'nested_reft[tasks]'"
-        ) from error
+    reasoning_gym = _reasoning_gym(task)
     tasks = reasoning_gym.factory.DATASETS
-    if task.task not in tasks:
-        near = difflib.get_close_matches(task.task, tasks) or sorted(tasks)
-        raise ValueError(
-            f"{task.field}.task is '{task.task}', which reasoning-gym does not have;"
-            f" did you mean one of: {', '.join(near)}"
-        )
+    _check_name(task, tasks)
     allowed = {f.name for f in dataclasses.fields(tasks[task.task][1])} - {"seed", "size"}
     for name in task.parameters:
         if name not in allowed:
@@ -129,3 +158,22 @@ def _task_entries(task: Task, seed: int, num_draws: int) -> Iterator[dict[str, A
             f"{task.field}.parameters is {dict(task.parameters)}; '{task.task}' refuses it: {error}"
         ) from error
     return (dataset[index] for index in range(num_draws))
+
+
+def _reasoning_gym(task: Task) -> Any:
+    try:
+        import reasoning_gym  # Slow to import, and not needed by those who bring their own examples.
+    except ImportError as error:
+        raise ImportError(
+            f"source '{task.source}' needs the package reasoning-gym; run: pip install 'nested_reft[tasks]'"
+        ) from error
+    return reasoning_gym
+
+
+def _check_name(task: Task, tasks: Mapping[str, Any]) -> None:
+    if task.task not in tasks:
+        near = difflib.get_close_matches(task.task, tasks) or sorted(tasks)
+        raise ValueError(
+            f"{task.field}.task is '{task.task}', which reasoning-gym does not have;"
+            f" did you mean one of: {', '.join(near)}"
+        )

@@ -71,7 +71,8 @@ class WorkerPool:
         """Scores every request, each within the time limit, in any order; returns outcomes in theirs.
 
         Args:
-            requests: JSON-able; `kind` says what is asked (`worker.py` reads them).
+            requests: `kind` says what is asked (`worker.py` reads them). What JSON lacks, such as
+                fractions and dates, arrives as text.
         """
         return list(self._threads.map(self._run_one, requests))
 
@@ -165,7 +166,7 @@ class _Worker:
             if self._first_line is not None:
                 self.process.stdin.write(json.dumps(self._first_line).encode() + b"\n")
                 self._first_line = None
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except OSError:  # the process is gone

@@ -111,8 +111,9 @@ def score(
 
     Returns:
         `(reward_BG, accuracy_BG, scored_BG, parts)` as in `types.Scored`, in float32. `parts` holds
-        each component before its weight, and, where workers take part, an indicator for each way to
-        stay unscored (`FAILURES`). Unscored completions have reward and components zero.
+        each component before its weight, and an indicator for each way to stay unscored
+        (`FAILURES`); its names depend on `config` alone, so that batches can be put together.
+        Unscored completions have reward and components zero.
 
     Raises:
         ValueError: the shapes disagree, or a gold answer cannot be read.
@@ -159,8 +160,7 @@ def score(
         "overlong": config.overlong_weight,
     }
     reward_BG = sum((weights[name] * part_BG for name, part_BG in parts.items()), np.zeros(finished_BG.shape))
-    if requests:
-        parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
+    parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
     return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
 
 
@@ -181,7 +181,8 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
     """Refuses, before training, examples whose gold answer the reward cannot read, and functions that do not load.
 
     Left in, they would make every completion wrong, or none scored. The gold answer itself must be
-    scored as right.
+    scored as right. Some reasoning-gym tasks have none, since many answers are right; their verifiers
+    are taken at their word.
 
     Raises:
         ValueError: names the first such example's source, question and answer; or the function.
@@ -220,12 +221,12 @@ def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | No
         raise ValueError(f"source '{example.source}' has the checker 'task', which is for reasoning-gym tasks only")
     if checker in ("task", "function") or config.function:
         try:
-            json.dumps(example.metadata)
+            json.dumps(example.metadata, default=str)
         except (TypeError, ValueError) as error:
             raise ValueError(f"source '{example.source}' has metadata that JSON cannot keep ({error})") from None
     if checker == "math" and parse_number(example.answer) is None:
         return {"kind": "math", "text": example.answer, "answer": example.answer}
-    if checker == "task":
+    if checker == "task" and example.answer != "None":  # a task with many right answers names none
         return {"kind": "task", "text": example.answer, "answer": example.answer, "metadata": example.metadata}
     return None
 

@@ -146,4 +146,5 @@ def _take_prompts(batches: Sequence[Prompts], chosen: Sequence[tuple[int, int]])
         references=tuple((batches[i].references or ("",) * len(batches[i]))[row] for i, row in chosen)
         if has_references
         else None,
+        checkers=tuple((batches[i].checkers or (None,) * len(batches[i]))[row] for i, row in chosen),
     )

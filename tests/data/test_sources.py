@@ -113,6 +113,23 @@ def test_draws_are_bounded_for_a_task_that_repeats_itself(monkeypatch):
     assert len(drawn) == tasks._max_draws(5) + tasks._max_draws(5 + 1)
 
 
+def test_levels_are_the_tasks_own_and_parameters_come_first():
+    # chain_sum's scale: 2 to 12 terms, 1 to 10 digits.
+    for level, terms, digits in ((0, 2, 1), (1, 3, 2), (10, 12, 10)):
+        train, _ = load_source(one_digit(parameters={}, level=level))
+        for example in train:
+            numbers = [n for n in example.metadata["expression"].split() if n.isdigit()]
+            assert len(numbers) == terms and {len(n) for n in numbers} == {digits}
+    train, _ = load_source(one_digit(parameters={"min_terms": 2, "max_terms": 2}, level=1))
+    assert all(len(example.metadata["expression"].split()) == 3 for example in train)
+
+
+@pytest.mark.parametrize("level", [-1, 11])
+def test_a_level_that_the_task_lacks_is_refused(level):
+    with pytest.raises(ValueError, match=f"data.sources.one_digit.level is {level}; 'chain_sum' allows 0 to 10"):
+        load_source(one_digit(level=level))
+
+
 def test_unknown_task_is_refused_with_close_names():
     with pytest.raises(ValueError, match=r"data.sources.one_digit.task is 'chain_sums'.*chain_sum"):
         load_source(one_digit(task="chain_sums"))

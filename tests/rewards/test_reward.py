@@ -1,6 +1,7 @@
 """Scoring a batch: shapes, the sum of the parts, and gold answers checked beforehand."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_reward_is_accuracy_plus_weighted_format():
     np.testing.assert_array_equal(parts["format"], expected_format)
     np.testing.assert_array_equal(reward, [[1.25, 0.25, 0], [1.25, 0, 0.25]])
     np.testing.assert_array_equal(scored, np.ones((2, 3), dtype=bool))
-    assert set(parts) == {"accuracy", "format"}
+    assert set(parts) == {"accuracy", "format", "timed_out", "crashed", "failed"}
     assert {a.dtype for a in (reward, accuracy, *parts.values())} == {np.dtype(np.float32)}
 
 
@@ -172,10 +173,31 @@ def test_a_tasks_own_verifier_wants_full_marks():
     np.testing.assert_array_equal(parts["format"], [[0, 1, 1, 0, 0]])
 
 
+def test_tasks_whose_metadata_is_not_json_or_whose_answer_is_open():
+    pytest.importorskip("reasoning_gym", reason="needs the optional package reasoning-gym")
+    for task in ("gsm_symbolic", "graph_color"):  # fractions in its metadata; no gold answer, since many are right
+        train, _ = load_source(TaskSource(task, task, {}, 2, 1, 0, checker="task"))
+        check_answers(train, RewardConfig())
+        answers, metadata = ([e.answer for e in train], tuple(e.metadata for e in train))
+        _, accuracy, scored, _ = score_texts([["0.123"], ["nonsense"]], answers, RewardConfig(checker="task"), metadata)
+        assert scored.all() and not accuracy.any()
+    coloring = json.dumps(train[0].metadata["possible_answer"])
+    assert score_texts([[coloring]], ["None"], RewardConfig(checker="task"), (train[0].metadata,))[1] == 1
+
+
 def test_each_prompt_has_its_own_checker():
     texts = [["7", r"\boxed{7}"], ["7", r"\boxed{7}"]]
     _, accuracy, _, _ = score_texts(texts, ["7", "7"], RewardConfig(), checkers=(None, "math"))
     np.testing.assert_array_equal(accuracy, [[1, 1], [0, 1]])
+
+
+def test_parts_have_the_same_names_whether_or_not_a_worker_was_asked():
+    """Dynamic sampling puts batches together: one without a marked answer asks no worker."""
+    pytest.importorskip("math_verify", reason="needs the optional package math-verify")
+    batches = [
+        score_texts([[text]], ["7"], RewardConfig(checker="math"))[3] for text in ("no", r"\boxed{\frac{14}{2}}")
+    ]
+    assert batches[0].keys() == batches[1].keys() and batches[1]["accuracy"] == 1
 
 
 def test_a_function_adds_to_the_reward_or_decides_it():
@@ -265,7 +287,7 @@ def test_bad_configuration_is_refused(changes, message):
         (Example("q", "7", "s", checker="task"), RewardConfig(), "which is for reasoning-gym tasks only"),
         (
             Example(
-                "q", "7", "s", {"source_dataset": "chain_sum", "source_parameters": {}, "when": {1, 2}}, checker="task"
+                "q", "7", "s", {"source_dataset": "chain_sum", "source_parameters": {}, ("a", 1): 2}, checker="task"
             ),
             RewardConfig(),
             "source 's' has metadata that JSON cannot keep",
