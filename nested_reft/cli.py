@@ -7,6 +7,7 @@
     report RUN                         figures and tables of a run, written into RUN/report
     measure-layers POLICY              each layer's divergence, for measured plans
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
+    compile CONFIG --topology NAME     what a decode step and an update cost on a TPU that is not here
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
 Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 130 interrupted.
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         "report": _report,
         "measure-layers": _measure_layers,
         "export": _export,
+        "compile": _compile,
         "verify-estimators": _verify_estimators,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -345,6 +347,41 @@ def _export(arguments: list[str]) -> None:
         setup = trained_policy(known.run)
         save_huggingface(setup.model, known.directory, setup.tokenizer)
     print(f"written: {known.directory}")
+
+
+def _compile(arguments: list[str]) -> None:
+    from nested_reft.ahead_of_time import Workload, decode_cost, topology_mesh, update_cost
+    from nested_reft.models.registry import model_shape
+    from nested_reft.report import cost_table
+    from nested_reft.train.config import load_config
+
+    parser = _parser("compile", "Compiles one decode step, full and nested, and one update for a TPU topology.")
+    parser.add_argument("config", help="the configuration whose shapes to use; overrides follow as --FIELD VALUE")
+    parser.add_argument("--topology", default="v5e:2x2", help="as libtpu names it: v5e:4x4, v5p:2x2x1, v6e:2x2, ...")
+    parser.add_argument("--model", help="another model: a known name, a directory or a GGUF file")
+    parser.add_argument("--no-update", action="store_true", help="leave the update out: it takes longest to compile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    known, overrides = parser.parse_known_args(arguments)
+    with _checking_input():
+        _check_writable(known.json)
+        config = _override(load_config(known.config), overrides)
+        name = known.model or config.model.name
+        shape = config.model.shape if name == "scratch" else model_shape(name)
+        config.nesting.validate_for(shape.num_layers)
+        mesh = topology_mesh(known.topology, config.mesh)
+    workload = Workload(
+        prompts=config.data.prompts_per_batch,
+        group_size=config.rollout.group_size,
+        prompt_tokens=config.data.max_prompt_tokens,
+        completion_tokens=config.rollout.max_completion_tokens,
+    )
+    num_kept = shape.num_layers - config.nesting.num_skipped(shape.num_layers)
+    costs = [decode_cost(shape, workload, mesh), decode_cost(shape, workload, mesh, num_kept)]
+    if not known.no_update:
+        costs.append(update_cost(shape, workload, mesh, config))
+    results = [cost.to_json() for cost in costs]
+    print(cost_table(results))
+    _write_json(known.json, results)
 
 
 def _verify_estimators(arguments: list[str]) -> None:

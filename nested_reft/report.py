@@ -86,3 +86,21 @@ def estimator_table(results: Sequence[dict[str, Any]]) -> str:
         " Direction bias is what the best scaling leaves; about 1e-6 is float32."
     )
     return "\n\n".join([*tables, legend])
+
+
+def cost_table(costs: list[dict[str, Any]]) -> str:
+    """What compiled programs cost per chip, and how far the bytes they access are from the floor."""
+    rows = []
+    for cost in costs:
+        floor = cost["floor_bytes"]
+        rows.append(
+            [
+                f"{cost['program']}, {cost['layers']} layers",
+                f"{cost['argument_bytes'] / 1e9:.3f}",
+                f"{cost['temporary_bytes'] / 1e9:.3f}",
+                f"{cost['flops'] / 1e9:.1f}",
+                f"{cost['bytes_accessed'] / 1e9:.3f}",
+                "" if floor is None else f"{floor / 1e9:.3f} ({cost['bytes_accessed'] / floor:.2f}x)",
+            ]
+        )
+    return table(["per chip", "arguments GB", "temporaries GB", "GFLOP", "accessed GB", "floor GB"], rows)
