@@ -393,15 +393,15 @@ def test_nesting_control_moves_the_plans_and_compiles_each_size_once(tmp_path):
 
 
 def test_nesting_control_lowers_over_budget_in_a_whole_run(tmp_path):
-    control = NestingControlConfig("ess_token", budget=0.9999, max_skipped=3, patience=1)
-    config = controlled(nesting_control=control, nesting=NestingConfig(skip_ratio=0.5), train__steps=4)
+    control = NestingControlConfig("ess_token", budget=0.9999, max_skipped=1, patience=1)
+    config = controlled(nesting_control=control, nesting=NestingConfig(skip_ratio=0.2), train__steps=2)
     run = RunDirectory.create(tmp_path, config.name, config.to_json())
     summary = Trainer(prepare(config), run).run()
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()][1:]
-    assert [len(line["skipped_layers"]) for line in lines] == [3, 2, 1, 0]
-    assert all("over budget" in line["nesting_reason"] for line in lines[:3])
-    assert [line["next_num_skipped"] for line in lines[:3]] == [2, 1, 0]
-    assert summary["kept_layers"] == 6 - lines[3]["next_num_skipped"]
+    assert [len(line["skipped_layers"]) for line in lines] == [1, 0]
+    assert lines[0]["nesting_reason"].endswith("over budget: from 1 to 0 skipped layers")
+    assert "within budget for 1 of 2 steps, longer since 1 failed 1 times" in lines[1]["nesting_reason"]
+    assert summary["kept_layers"] == 6
     assert trained_policy(run.path).model.config.num_layers == 6
 
 
