@@ -5,9 +5,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TASKS = ["reasoning-gym>=0.1.23"]
+DATA = [
+    "array_record>=0.5",  # with it, tensorflow-datasets needs no TensorFlow
+    "importlib_resources>=6.0",  # tensorflow-datasets uses it without asking for it
+    "tensorflow-datasets>=4.9.8",
+]
+MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.8"]
 TEST = [
     *TASKS,
+    *DATA,
+    *MATH,
     *REPORT,
     "beartype>=0.19",
     "pyright>=1.1.390",
@@ -53,6 +61,8 @@ setup(
     ],
     extras_require={
         "tasks": TASKS,
+        "data": DATA,
+        "math": MATH,
         "report": REPORT,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

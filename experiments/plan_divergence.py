@@ -4,7 +4,7 @@ KL(full || nested) per completion token, exact over the vocabulary, on held-out 
 model: for uniform draws of 2 layers, and for draws of 6 by each rule. The divergences that `measured`
 draws by come from training prompts, so these prompts are new to them.
 
-    python -m experiments.plan_divergence [--json FILE]        (about four minutes on two cores)
+    python -m experiments.plan_divergence [--json FILE]        (about five minutes on two idle cores)
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:
     border = measured.border
     return {
         f"uniform, {FEW}": (NestingConfig(border=border), FEW),
+        f"uniform, {FEW}, border 2": (NestingConfig(border=2), FEW),
         f"uniform, {MANY}": (NestingConfig(border=border), MANY),
         f"per_layer, {MANY}": (NestingConfig(border=border, choice="per_layer"), MANY),
     } | {
@@ -63,12 +64,14 @@ def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:
     }
 
 
-def measure(setup: Setup, num_prompts: int, draws: int) -> list[dict[str, Any]]:
+def measure(setup: Setup, num_prompts: int, draws: int, only: str) -> list[dict[str, Any]]:
     """Mean and standard error over the draws of each rule; all plans on the same completions."""
     num_layers, temperature = setup.model.config.num_layers, setup.config.rollout.sampling.temperature
     texts = texts_of(full_completions(setup, num_prompts))
     results = []
     for name, (nesting, num_skipped) in rules(setup.config.nesting).items():
+        if only not in name:
+            continue
         keys = jax.random.split(jax.random.key(1), draws)
         plans = [draw_plan(key, nesting, num_layers, setup.divergence_L, num_skipped) for key in keys]
         if nesting.choice == "measured" and nesting.divergence_temperature == 0:
@@ -95,10 +98,11 @@ def main() -> None:
     parser.add_argument("--config", default="smollm2_chain_sum", help="a configuration with measured plans")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
     parser.add_argument("--draws", type=int, default=8, help="plans of each rule")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rules with this in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     known = parser.parse_args()
     setup = prepare(load_config(known.config))
-    results = measure(setup, known.prompts, known.draws)
+    results = measure(setup, known.prompts, known.draws, known.only)
     rows = [
         [
             result["rule"],
@@ -110,6 +114,8 @@ def main() -> None:
         ]
         for result in results
     ]
+    if not results:
+        parser.error(f"--only is '{known.only}'; allowed is a part of {', '.join(rules(setup.config.nesting))}")
     print(table(["plans (rule, skipped)", "draws", "mean KL", "standard error", "range", "different layers"], rows))
     if known.json is not None:
         write_json(known.json, {"versions": versions(), "prompts": known.prompts, "results": results})

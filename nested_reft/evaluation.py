@@ -60,6 +60,8 @@ class Evaluation:
         sampled_accuracy: share of samples right, at the rollout temperature; None if not sampled.
         pass_at_k: unbiased estimate of the chance that one of k samples is right.
         pass_k: that k.
+        unscored: completions whose answer could not be checked (`rewards.reward.FAILURES`); they count
+            as not right here, so the accuracies are lower bounds where this is not 0.
     """
 
     prompts: int
@@ -67,6 +69,7 @@ class Evaluation:
     sampled_accuracy: float | None = None
     pass_at_k: float | None = None
     pass_k: int | None = None
+    unscored: int = 0
 
     def to_json(self) -> dict[str, float | int | None]:
         """The fields as plain values."""
@@ -105,21 +108,22 @@ def evaluate(
         plan: layers that act; None is the full model.
     """
 
-    def correct(group_size: int, how: SamplingConfig) -> Int[np.ndarray, " E"]:
+    def correct(group_size: int, how: SamplingConfig) -> tuple[Int[np.ndarray, " E"], int]:
         return num_correct(
             model, tokenizer, examples, reward, config.batch_size, max_completion_tokens, how, key, group_size, plan
         )
 
-    greedy_E = correct(1, GREEDY)
+    greedy_E, unscored = correct(1, GREEDY)
     if not samples or not config.samples_per_prompt:
-        return Evaluation(len(examples), float(greedy_E.mean()))
-    sampled_E = correct(config.samples_per_prompt, sampling)
+        return Evaluation(len(examples), float(greedy_E.mean()), unscored=unscored)
+    sampled_E, unscored_samples = correct(config.samples_per_prompt, sampling)
     return Evaluation(
         len(examples),
         float(greedy_E.mean()),
         float(sampled_E.mean() / config.samples_per_prompt),
         float(np.mean([pass_at_k(config.samples_per_prompt, int(c), config.pass_k) for c in sampled_E])),
         config.pass_k,
+        unscored + unscored_samples,
     )
 
 
@@ -134,12 +138,14 @@ def num_correct(
     key: jax.Array,
     group_size: int,
     plan: LayerPlan | None = None,
-) -> Int[np.ndarray, " E"]:
-    """Right answers among `group_size` completions of each example; one compiled shape for all batches."""
+) -> tuple[Int[np.ndarray, " E"], int]:
+    """Right answers among `group_size` completions of each example, and how many could not be checked at all;
+    one compiled shape for all batches."""
     plan = LayerPlan.full(model.config.num_layers) if plan is None else plan
     size = prompt_size([len(example.tokens) for example in examples])
     batch_size = min(batch_size, len(examples))
     counts: list[int] = []
+    unscored = 0
     for start in range(0, len(examples), batch_size):
         chunk = list(examples[start : start + batch_size])
         padded = chunk + [chunk[-1]] * (batch_size - len(chunk))
@@ -156,6 +162,8 @@ def num_correct(
             sampling=sampling,
         )
         texts = tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))
-        accuracy_BG = score(texts, prompts, np.asarray(rollouts.finished_BG), reward)[1]
+        finished_BG, length_BG = np.asarray(rollouts.finished_BG), np.asarray(rollouts.length_BG)
+        _, accuracy_BG, scored_BG, _ = score(texts, prompts, finished_BG, reward, length_BG, max_completion_tokens)
         counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
-    return np.array(counts)
+        unscored += int((~scored_BG[: len(chunk)]).sum())
+    return np.array(counts), unscored

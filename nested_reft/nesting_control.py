@@ -10,7 +10,7 @@ grows as the behavior policy moves away from the target, roughly by as much for 
 
 With m the mean of the latest `window` excesses at the present size k, after each step:
 
-    lower    to k - 1 at once when m > U
+    lower    to k - 1 at once when m > U, from the first reading at k on (or the `trial`-th)
     raise    to k + 1 when m <= (1 - margin) U for patience * 2^f steps in a row, where f
              counts how often size k + 1 was left for being over budget
     stay     else
@@ -48,7 +48,10 @@ class NestingControlConfig:
         min_skipped, max_skipped: the sizes to move between, both included.
         patience: steps within budget before one more layer is skipped.
         margin: in [0, 1): the share of the budget that must be unused for that.
-        window: latest steps at the present size that the mean is taken over; the first step counts alone.
+        window: latest steps at the present size that the mean is taken over.
+        trial: in [1, window]: steps at a size before its mean can be over budget. 1 lowers at the first
+            bad reading; more where single readings say little, because it matters which layers a plan
+            skips.
     """
 
     hold: Held | None = None
@@ -58,6 +61,7 @@ class NestingControlConfig:
     patience: int = 5
     margin: float = 0.2
     window: int = 5
+    trial: int = 1
 
     def __post_init__(self):
         if self.hold is not None and self.hold not in get_args(Held):
@@ -83,6 +87,10 @@ class NestingControlConfig:
         for name in ("patience", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"nesting_control.{name} is {getattr(self, name)}; allowed is 1 or more steps")
+        if not 1 <= self.trial <= self.window:
+            raise ValueError(
+                f"nesting_control.trial is {self.trial}; allowed is 1 to nesting_control.window, which is {self.window}"
+            )
         if not 0 <= self.margin < 1:
             raise ValueError(f"nesting_control.margin is {self.margin}; allowed is 0 <= margin < 1")
 
@@ -181,6 +189,9 @@ def update(state: NestingControlState, config: NestingControlConfig, metrics: Ma
     found = _found(config, mean, len(recent))
 
     if mean > limit:
+        if len(recent) < config.trial:
+            reason = f"{found}, over budget, judged after {config.trial} steps: stay at {size}"
+            return replace(stays, steps_within=0, reason=reason)
         if size == config.min_skipped:
             return replace(stays, steps_within=0, reason=f"{found}, over budget: stay at {size}, the fewest allowed")
         failures = tuple(count + (k == size) for k, count in enumerate(state.failures))

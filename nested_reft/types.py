@@ -38,6 +38,7 @@ class Prompts:
         answers: the gold answers that the reward checks against.
         metadata: per prompt, whatever its source's verifier needs beyond the answer.
         references: optional known-good completions (dataset reset starts from them).
+        checkers: how each answer is checked; None, or nothing at all, leaves it to the reward.
     """
 
     tokens_BP: Int[np.ndarray, "B P"]
@@ -47,6 +48,7 @@ class Prompts:
     answers: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
     references: tuple[str, ...] | None = None
+    checkers: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.answers)

@@ -1,5 +1,6 @@
 """The nesting controller: each decision by hand, and its budget on synthetic plants."""
 
+import dataclasses
 import json
 import math
 
@@ -87,6 +88,14 @@ def test_each_failure_of_a_size_doubles_the_wait():
     assert "of 32 steps, longer since 1 failed 4 times" in state.reason
 
 
+def test_a_trial_lets_a_size_recover_from_its_first_reading():
+    patient = dataclasses.replace(KL, window=3, trial=3)
+    state, sizes = after(patient, [1.9, 0.5, 0.5], start=3)  # means 1.9, 1.2, 0.967
+    assert sizes == [3, 3, 3] and choose(state) == 3
+    assert "over budget, judged after 3 steps: stay at 3" in after(patient, [1.9], start=3)[0].reason
+    assert choose(after(patient, [1.9, 0.5, 0.7], start=3)[0]) == 2  # mean 1.033
+
+
 def test_bounds():
     bounded = NestingControlConfig("ess_token", budget=0.5, min_skipped=1, max_skipped=2, patience=1)
     state, sizes = after(bounded, [0.9] * 5)
@@ -167,6 +176,7 @@ def test_follows_a_plant_that_drifts(seed):
         ({"hold": "ess_token", "budget": 0.5, "min_skipped": 3, "max_skipped": 2}, "max_skipped is 2; allowed is .* 3"),
         ({"patience": 0}, "nesting_control.patience is 0; allowed is 1 or more steps"),
         ({"window": 0}, "nesting_control.window is 0"),
+        ({"trial": 6}, "nesting_control.trial is 6; allowed is 1 to nesting_control.window, which is 5"),
         ({"margin": 1.0}, "nesting_control.margin is 1.0; allowed is 0 <= margin < 1"),
     ],
 )

@@ -18,7 +18,7 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.types import valid_mask
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"torch", "tensorflow", "reasoning_gym", "matplotlib", "transformers"}
+OPTIONAL = {"torch", "tensorflow", "reasoning_gym", "matplotlib", "transformers", "tensorflow_datasets", "math_verify"}
 
 RULES = {
     "estimators", "losses", "curriculum", "replay", "dataset_reset", "nesting_control", "rewards", "data",

@@ -5,7 +5,7 @@ Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_chain
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
-from nested_reft.data.sources import SourceConfig
+from nested_reft.data.sources import TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
@@ -16,10 +16,10 @@ from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutCon
 from nested_reft.train.optimizer import OptimizerConfig
 
 
-def chain_sum(name: str, terms: int, digits: int, train_size: int, heldout_size: int) -> SourceConfig:
+def chain_sum(name: str, terms: int, digits: int, train_size: int, heldout_size: int) -> TaskSource:
     """Sums and differences of `terms` numbers of `digits` digits."""
     parameters = {"min_terms": terms, "max_terms": terms, "min_digits": digits, "max_digits": digits}
-    return SourceConfig(name, "chain_sum", parameters, train_size, heldout_size, seed=1)
+    return TaskSource(name, "chain_sum", parameters, train_size, heldout_size, seed=1)
 
 
 def get_config() -> Config:

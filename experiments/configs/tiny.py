@@ -6,7 +6,7 @@ Command: nested-reft train tiny
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
-from nested_reft.data.sources import SourceConfig
+from nested_reft.data.sources import TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import LossConfig
@@ -37,7 +37,7 @@ def get_config() -> Config:
             alphabet=ALPHABET,
         ),
         data=DataConfig(
-            sources=(SourceConfig("three_terms_one_digit", "chain_sum", parameters, 3000, 128, seed=1),),
+            sources=(TaskSource("three_terms_one_digit", "chain_sum", parameters, 3000, 128, seed=1),),
             prompts_per_batch=16,
             max_prompt_tokens=16,
             prompt=PromptFormat("{expression} =", chat=False),

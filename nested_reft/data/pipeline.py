@@ -24,19 +24,32 @@ class PromptStream:
     Args:
         examples_by_source: the encoded examples of each source, in the order of source indices.
         seed: decides every order; 0 or more.
+        process_index, process_count: this host and how many there are. The hosts share one order
+            and take turns in it, so that together they see every example once before any comes again.
     """
 
-    def __init__(self, examples_by_source: Sequence[Sequence[EncodedExample]], seed: int):
+    def __init__(
+        self,
+        examples_by_source: Sequence[Sequence[EncodedExample]],
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"PromptStream got process_index {process_index} of {process_count}; allowed is 0 to one less"
+            )
         if not examples_by_source:
             raise ValueError("PromptStream got no sources; give at least one")
         for index, examples in enumerate(examples_by_source):
             if not examples:
                 raise ValueError(f"PromptStream got no examples for source {index}; every source needs at least one")
-        self._seed = seed
+        self._seed, self._shard = seed, [process_index, process_count]
         self._sizes = [len(examples) for examples in examples_by_source]
         self._fingerprint = _fingerprint(examples_by_source)
         self._iterators = [
-            _endless_iterator(examples, seed, index) for index, examples in enumerate(examples_by_source)
+            _endless_iterator(examples, seed, index, process_index, process_count)
+            for index, examples in enumerate(examples_by_source)
         ]
 
     def next(self, source_index: int) -> EncodedExample:
@@ -50,6 +63,7 @@ class PromptStream:
             "seed": self._seed,
             "sizes": list(self._sizes),
             "fingerprint": self._fingerprint,
+            "shard": list(self._shard),
             "positions": positions,
         }
 
@@ -57,10 +71,12 @@ class PromptStream:
         """Continues from a position that `get_state` gave.
 
         Raises:
-            ValueError: the state is of another seed or of other examples (a generator of another
-                version makes others), so that its positions would mean something else.
+            ValueError: the state is of another seed, of another host, or of other examples (a generator
+                of another version makes others), so that its positions would mean something else.
         """
-        for name, now in (("seed", self._seed), ("sizes", self._sizes), ("fingerprint", self._fingerprint)):
+        state = {"shard": [0, 1]} | state  # runs from before there were several hosts
+        mine = {"seed": self._seed, "sizes": self._sizes, "fingerprint": self._fingerprint, "shard": self._shard}
+        for name, now in mine.items():
             if state[name] != now:
                 raise ValueError(
                     f"the saved data position has {name} {state[name]}, this run has {now};"
@@ -76,14 +92,16 @@ def _fingerprint(examples_by_source: Sequence[Sequence[EncodedExample]]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def _endless_iterator(examples: Sequence[EncodedExample], seed: int, source_index: int) -> grain.DatasetIterator:
+def _endless_iterator(
+    examples: Sequence[EncodedExample], seed: int, source_index: int, process_index: int, process_count: int
+) -> grain.DatasetIterator:
     """Shuffled, then repeated: grain reshuffles each epoch with a seed of its own.
 
     Seed and source index are hashed, since their sum would give source 1 of one run the order of
     source 0 in the run with the next seed. No threads: the examples are in memory.
     """
     source_seed = int(np.random.SeedSequence([seed, source_index]).generate_state(1)[0])
-    dataset = grain.MapDataset.source(examples).seed(source_seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(examples).seed(source_seed).shuffle().repeat()[process_index::process_count]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -130,5 +148,6 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
         texts=tuple(e.text for e in encoded),
         answers=tuple(e.example.answer for e in encoded),
         metadata=tuple(e.example.metadata for e in encoded),
+        checkers=tuple(e.example.checker for e in encoded),
         references=references if any(references) else None,
     )

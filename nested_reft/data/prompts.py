@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-from nested_reft.data.sources import Example
+from nested_reft.data.examples import Example
+
+logger = logging.getLogger(__name__)
+
+TooLong = Literal["refuse", "drop"]
 
 
 @runtime_checkable
@@ -51,8 +56,8 @@ class PromptFormat:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
         return tokenizer.apply_chat_template([*turns, {"role": "user", "content": message}], add_generation_prompt=True)
 
-    def fill(self, example: Example) -> str:
-        """The user's message of one example.
+    def fill(self, example: Example, field: str = "data.prompt") -> str:
+        """The user's message of one example; `field` is where the format stands in the configuration.
 
         Raises:
             ValueError: the template names a field that the example does not have.
@@ -62,7 +67,7 @@ class PromptFormat:
             return self.template.format_map(fields)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"data.prompt.template is {self.template!r}, which cannot be filled for source '{example.source}'"
+                f"{field}.template is {self.template!r}, which cannot be filled for source '{example.source}'"
                 f" ({error!r}); allowed fields are {', '.join(sorted(fields))}"
             ) from None
 
@@ -83,7 +88,12 @@ class EncodedExample:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PromptTokenizer, prompt: PromptFormat, max_prompt_tokens: int
+    examples: Sequence[Example],
+    tokenizer: PromptTokenizer,
+    prompt: PromptFormat,
+    max_prompt_tokens: int,
+    too_long: TooLong = "refuse",
+    field: str = "data.prompt",
 ) -> list[EncodedExample]:
     """Writes and tokenizes the prompt of each example.
 
@@ -91,23 +101,46 @@ def encode_examples(
         examples: at least one.
         tokenizer: turns messages into text, and text into ids.
         prompt: how prompts are written.
-        max_prompt_tokens: longest prompt allowed. Cutting one would change the question, so a longer
-            one is refused.
+        max_prompt_tokens: longest prompt allowed. Cutting one would change the question.
+        too_long: `refuse` a longer prompt, or `drop` such examples with a warning that counts them.
+        field: where `prompt` stands in the configuration, for messages.
 
     Raises:
-        ValueError: no examples, a template field that an example does not have, or a prompt too long or empty.
+        ValueError: no examples, or none left; a template field that an example does not have; or a
+            prompt too long or empty.
     """
     if not examples:
         raise ValueError("encode_examples got no examples; every source needs at least one")
     encoded = []
     for example in examples:
-        text = prompt.write(prompt.fill(example), tokenizer)
+        text = prompt.write(prompt.fill(example, field), tokenizer)
         encoded.append(EncodedExample(example, tokenizer.encode(text), text))
+    if too_long == "drop":
+        encoded = _drop_too_long(encoded, max_prompt_tokens)
     _check_lengths(encoded, max_prompt_tokens)
     return encoded
 
 
-def check_demonstrations(prompt: PromptFormat, heldout: Sequence[Example]) -> None:
+def _drop_too_long(encoded: list[EncodedExample], max_prompt_tokens: int) -> list[EncodedExample]:
+    kept = [e for e in encoded if len(e.tokens) <= max_prompt_tokens]
+    source, dropped = encoded[0].example.source, len(encoded) - len(kept)
+    if not kept:
+        raise ValueError(
+            f"data.max_prompt_tokens is {max_prompt_tokens}, and all {dropped} prompts of source '{source}' are longer;"
+            f" the shortest has {min(len(e.tokens) for e in encoded)} tokens"
+        )
+    if dropped:
+        logger.warning(
+            "source '%s': %d of %d prompts dropped, because they are longer than data.max_prompt_tokens, which is %d",
+            source,
+            dropped,
+            len(encoded),
+            max_prompt_tokens,
+        )
+    return kept
+
+
+def check_demonstrations(prompt: PromptFormat, heldout: Sequence[Example], field: str = "data.prompt") -> None:
     """Refuses demonstrations that give away the answer to a held-out question.
 
     Raises:
@@ -115,9 +148,9 @@ def check_demonstrations(prompt: PromptFormat, heldout: Sequence[Example]) -> No
     """
     shown = {asked for asked, _ in prompt.demonstrations}
     for example in heldout:
-        if prompt.fill(example) in shown:
+        if prompt.fill(example, field) in shown:
             raise ValueError(
-                f"data.prompt.demonstrations holds {prompt.fill(example)!r}, which is a held-out question of source"
+                f"{field}.demonstrations holds {prompt.fill(example)!r}, which is a held-out question of source"
                 f" '{example.source}'; show another one"
             )
 
@@ -128,7 +161,7 @@ def _check_lengths(encoded: Sequence[EncodedExample], max_prompt_tokens: int) ->
         raise ValueError(
             f"data.max_prompt_tokens is {max_prompt_tokens}, but the longest prompt of source"
             f" '{longest.example.source}' has {len(longest.tokens)} tokens; raise it to at least"
-            f" {len(longest.tokens)} (question: {longest.example.question[:80]!r})"
+            f" {len(longest.tokens)}, or set data.too_long to drop (question: {longest.example.question[:80]!r})"
         )
     shortest = min(encoded, key=lambda e: len(e.tokens))
     if not shortest.tokens:

@@ -1,57 +1,38 @@
 """Sources: where questions with checkable answers come from.
 
 A source is one distribution of questions. The curriculum chooses between sources, evaluation
-reports each one on its own, and `Prompts.source_B` holds a source's index. Today every source is
-generated offline by reasoning-gym.
+reports each one on its own, and `Prompts.source_B` holds a source's index. There are three kinds,
+and each has its own configuration:
 
-To add a source:
+- `TaskSource`: a reasoning-gym task at one difficulty, generated offline
+  (`python -c "import reasoning_gym as r; print(*r.factory.DATASETS)"` lists the tasks; a task's
+  parameters are the fields of its configuration dataclass).
+- `DatasetSource`: a published dataset, such as GSM8K (`datasets.py` lists them and adds others).
+- `JsonlSource`: a user's own file.
 
-- another reasoning-gym task, or another difficulty of one: no code, only a `SourceConfig` with
-  the task's name and parameters (`python -c "import reasoning_gym as r; print(*r.factory.DATASETS)"`
-  lists the names; a task's parameters are the fields of its configuration dataclass).
-- another kind of data: write a function from its own frozen configuration to
-  `(train, heldout)`, two lists of `Example`, and have `load_source` dispatch on that
-  configuration's type. Keep the promises of `load_source`: no question twice, none in both lists,
-  the same lists for the same configuration.
-
-The reward must be able to read the answers: `rewards.reward.check_answers` says so before training.
+A new kind is a new configuration, told apart by the names of its fields, and a case in
+`load_source`. Keep that function's promises: no question twice, none in both lists, the same lists
+for the same configuration. The reward must be able to read the answers:
+`rewards.reward.check_answers` says so before training.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from nested_reft.data.datasets import DATASETS, load_dataset
+from nested_reft.data.examples import Checker, Example, distinct
+from nested_reft.data.jsonl import read_jsonl
+from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.tasks import Task, draw_task
 
 
 @dataclass(frozen=True)
-class Example:
-    """One question and what is needed to check an answer to it.
-
-    Attributes:
-        question: the text asked, without instruction or chat template.
-        answer: the gold answer.
-        source: name of the source that it came from.
-        metadata: whatever the source's verifier needs beyond the answer.
-        reference: a known-good completion, if the source has one.
-    """
-
-    question: str
-    answer: str
-    source: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-    reference: str | None = None
-
-
-@dataclass(frozen=True)
-class SourceConfig:
+class TaskSource:
     """One reasoning-gym task at one difficulty.
 
     Attributes:
@@ -61,6 +42,8 @@ class SourceConfig:
         train_size: distinct training questions asked for.
         heldout_size: distinct held-out questions asked for.
         seed: decides every question; 0 or more.
+        prompt: how its questions become prompts; None leaves it to `data.prompt`.
+        checker: how its answers are checked; None leaves it to `reward.checker`.
     """
 
     name: str
@@ -69,17 +52,93 @@ class SourceConfig:
     train_size: int
     heldout_size: int
     seed: int
+    prompt: PromptFormat | None = None
+    checker: Checker | None = None
 
     def __post_init__(self):
-        if not self.name.strip():
-            raise ValueError("sources.name is empty; give the source a label, such as 'one_digit'")
-        for size in ("train_size", "heldout_size"):
-            if getattr(self, size) < 1:
-                raise ValueError(
-                    f"sources.{size} is {getattr(self, size)} in source '{self.name}'; allowed is 1 or more"
-                )
-        if self.seed < 0:
-            raise ValueError(f"sources.seed is {self.seed} in source '{self.name}'; allowed is 0 or more")
+        _check_common(self)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A published dataset, kept as ArrayRecord by TFDS in `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+
+    The official test split is held out; a dataset without one is split by `seed`.
+
+    Attributes:
+        name: label of the source in logs and reports.
+        dataset: `gsm8k`, `svamp`, `math` or `hh_harmless_test`.
+        train_size: training questions, drawn by `seed`; None for all.
+        heldout_size: held-out questions, drawn by `seed`.
+        seed: 0 or more.
+        folder: where the original files lie; None downloads them from their official place.
+        prompt: how its questions become prompts; None leaves it to `data.prompt`.
+        checker: how its answers are checked; None leaves it to `reward.checker`.
+    """
+
+    name: str
+    dataset: str
+    train_size: int | None
+    heldout_size: int
+    seed: int
+    folder: str | None = None
+    prompt: PromptFormat | None = None
+    checker: Checker | None = None
+
+    def __post_init__(self):
+        _check_common(self)
+        if self.dataset not in DATASETS:
+            raise ValueError(
+                f"{field_path(self)}.dataset is '{self.dataset}'; allowed are {', '.join(sorted(DATASETS))},"
+                " and any file of your own as a JsonlSource"
+            )
+
+
+@dataclass(frozen=True)
+class JsonlSource:
+    """A user's own questions: one JSON object a line.
+
+    Attributes:
+        name: label of the source in logs and reports.
+        file: the JSONL file to train on.
+        train_size: training questions, drawn by `seed`; None for all.
+        heldout_size: held-out questions, drawn by `seed`.
+        seed: 0 or more.
+        heldout_file: a second file for the held-out questions; None takes them out of `file`.
+        question_field, answer_field: names of the fields; all other fields go to the metadata.
+        reference_field: name of the field with a known-good completion, if there is one.
+        prompt: how its questions become prompts; None leaves it to `data.prompt`.
+        checker: how its answers are checked; None leaves it to `reward.checker`.
+    """
+
+    name: str
+    file: str
+    train_size: int | None
+    heldout_size: int
+    seed: int
+    heldout_file: str | None = None
+    question_field: str = "question"
+    answer_field: str = "answer"
+    reference_field: str | None = None
+    prompt: PromptFormat | None = None
+    checker: Checker | None = None
+
+    def __post_init__(self):
+        _check_common(self)
+        names = [self.question_field, self.answer_field, self.reference_field]
+        if len(set(names)) < 3:
+            raise ValueError(
+                f"{field_path(self)} has question_field '{self.question_field}', answer_field '{self.answer_field}' and"
+                f" reference_field '{self.reference_field}'; each needs a field of its own"
+            )
+
+
+SourceConfig = TaskSource | DatasetSource | JsonlSource
+
+
+def field_path(config: SourceConfig) -> str:
+    """Where a source stands in the configuration, for messages: by its name, which is unique."""
+    return f"data.sources.{config.name}"
 
 
 def exactly(**values: int) -> dict[str, int]:
@@ -89,118 +148,108 @@ def exactly(**values: int) -> dict[str, int]:
 
 def difficulty_ladder(
     task: str, levels: Mapping[str, dict[str, int]], train_size: int, heldout_size: int, seed: int
-) -> tuple[SourceConfig, ...]:
+) -> tuple[TaskSource, ...]:
     """One source for each difficulty of a task, the easiest first, as curricula expect them.
 
     Args:
         task: a reasoning-gym dataset name.
         levels: label of each source and the task's parameters, e.g. `{"two_terms": exactly(terms=2)}`.
-        train_size, heldout_size, seed: of every source, as in `SourceConfig`.
+        train_size, heldout_size, seed: of every source, as in `TaskSource`.
     """
     return tuple(
-        SourceConfig(label, task, dict(parameters), train_size, heldout_size, seed)
+        TaskSource(label, task, dict(parameters), train_size, heldout_size, seed)
         for label, parameters in levels.items()
     )
 
 
 def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:
-    """Generates the training and the held-out examples of one source.
+    """The training and the held-out examples of one source.
 
-    The two lists share no question text and neither holds a question twice. Different seeds alone
-    would not do: two-term one-digit sums have only 200 distinct questions. So the held-out list is
-    drawn first, from its own seed, and then kept out of the training list. The promise is for one
-    source; two sources of the same task may share questions where their difficulties overlap.
-
-    When the task runs out of distinct questions, held-out keeps its size, training gets what
-    remains, and a warning states how many. The number of draws is bounded (`_max_draws`).
-
-    The lists depend on `config` alone, the held-out list not on `train_size`, and the training list
-    on `heldout_size` only through the questions withheld from it. A few reasoning-gym tasks vary
-    with PYTHONHASHSEED as well (`chain_sum` does not).
+    The two lists share no question text and neither holds a question twice; what is removed for
+    that is reported. The promise is for one source; two sources may share questions where their
+    contents overlap. The lists depend on `config` alone, and on the files that it names.
 
     Returns:
         `(train, heldout)`.
 
     Raises:
-        ValueError: unknown task or parameter, refused parameter value, or no question left to
-            train on.
-        ImportError: reasoning-gym is not installed.
+        ValueError: something in the source cannot work, such as no question left to train on, a
+            missing file or a row without an answer; names the field, and the row.
+        ImportError: an optional package is not installed.
     """
-    heldout_seed, train_seed = (_task_seed(config.seed, part) for part in range(2))
-    heldout = _draw_distinct(config, heldout_seed, config.heldout_size, excluded=frozenset())
-    heldout_questions = frozenset(example.question for example in heldout)
-    train = _draw_distinct(config, train_seed, config.train_size, excluded=heldout_questions)
+    if isinstance(config, TaskSource):
+        task = Task(field_path(config), config.name, config.task, config.parameters)
+        train, heldout = draw_task(task, config.train_size, config.heldout_size, config.seed)
+    elif isinstance(config, DatasetSource):
+        train, heldout = _load_dataset(config)
+    else:
+        train, heldout = _load_jsonl(config)
+    if config.checker is None:
+        return train, heldout
+    return (
+        [dataclasses.replace(example, checker=config.checker) for example in train],
+        [dataclasses.replace(example, checker=config.checker) for example in heldout],
+    )
+
+
+def _load_dataset(config: DatasetSource) -> tuple[list[Example], list[Example]]:
+    splits = {
+        split: [Example(row.question, row.answer, config.name, row.metadata, row.reference or None) for row in rows]
+        for split, rows in load_dataset(config.dataset, config.folder, field_path(config)).items()
+    }
+    return _split(config, splits["train"], splits.get("test"))
+
+
+def _load_jsonl(config: JsonlSource) -> tuple[list[Example], list[Example]]:
+    def read(path: str, field: str) -> list[Example]:
+        fields = (config.question_field, config.answer_field, config.reference_field)
+        return read_jsonl(path, f"{field_path(config)}.{field}", config.name, *fields)
+
+    heldout = None if config.heldout_file is None else read(config.heldout_file, "heldout_file")
+    return _split(config, read(config.file, "file"), heldout)
+
+
+def _split(
+    config: DatasetSource | JsonlSource, rows: list[Example], heldout_rows: list[Example] | None
+) -> tuple[list[Example], list[Example]]:
+    """Removes duplicates, shuffles by seed, and cuts both lists to the sizes asked for.
+
+    Rows that are held out officially but not drawn stay out of training all the same.
+
+    Raises:
+        ValueError: there are fewer rows than asked for, or none is left to train on.
+    """
+    path, generators = field_path(config), [np.random.default_rng([config.seed, part]) for part in range(2)]
+    if heldout_rows is None:
+        rows = _shuffled(distinct(rows, "train"), generators[0])
+        heldout, train = rows[: config.heldout_size], rows[config.heldout_size :]
+    else:
+        heldout = _shuffled(distinct(heldout_rows, "heldout"), generators[0])
+        train = _shuffled(distinct(rows, "train", excluded=heldout), generators[1])
+    if len(heldout) < config.heldout_size:
+        raise ValueError(f"{path}.heldout_size is {config.heldout_size}; there are {len(heldout)} distinct rows")
     if not train:
         raise ValueError(
-            f"sources.heldout_size is {config.heldout_size} in source '{config.name}', and all {len(heldout)}"
-            f" distinct questions that '{config.task}' gave with {config.parameters} went there; none is left"
-            " to train on: lower heldout_size or widen the parameters"
+            f"{path}.heldout_size is {config.heldout_size}, and no question is left to train on; lower it, or add rows"
         )
-    for part, got, asked in (("heldout", heldout, config.heldout_size), ("train", train, config.train_size)):
-        if len(got) < asked:
-            logger.warning(
-                "source '%s': %d distinct %s questions instead of the %d asked for; '%s' gives no more with %s",
-                config.name,
-                len(got),
-                part,
-                asked,
-                config.task,
-                config.parameters,
-            )
-    return train, heldout
-
-
-def _task_seed(seed: int, part: int) -> int:
-    """A 31-bit seed, far from that of the other part: reasoning-gym seeds question i with seed + i."""
-    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0] >> 1)
-
-
-def _max_draws(num_questions: int) -> int:
-    """Draws after which a task counts as exhausted.
-
-    Of n equally likely questions, 20 n draws miss any given one with probability e^-20.
-    """
-    return 1000 + 20 * num_questions
-
-
-def _draw_distinct(config: SourceConfig, seed: int, size: int, excluded: frozenset[str]) -> list[Example]:
-    """Up to `size` examples with different questions, none of them in `excluded`, in order of drawing."""
-    examples: dict[str, Example] = {}
-    for entry in _task_entries(config, seed, _max_draws(size + len(excluded))):
-        example = Example(entry["question"], str(entry["answer"]), config.name, dict(entry["metadata"]))
-        if example.question not in excluded:
-            examples.setdefault(example.question, example)
-        if len(examples) == size:
-            break
-    return list(examples.values())
-
-
-def _task_entries(config: SourceConfig, seed: int, num_draws: int) -> Iterator[dict[str, Any]]:
-    """The entries of a reasoning-gym dataset, one by one, once its name and parameters are checked."""
-    try:
-        import reasoning_gym  # Slow to import, and not needed by those who bring their own examples.
-    except ImportError as error:
-        raise ImportError(
-            f"source '{config.name}' needs the package reasoning-gym; run: pip install 'nested_reft[tasks]'"
-        ) from error
-    tasks = reasoning_gym.factory.DATASETS
-    if config.task not in tasks:
-        near = difflib.get_close_matches(config.task, tasks) or sorted(tasks)
+    if config.train_size is not None and len(train) < config.train_size:
         raise ValueError(
-            f"sources.task is '{config.task}' in source '{config.name}', which reasoning-gym does not have;"
-            f" did you mean one of: {', '.join(near)}"
+            f"{path}.train_size is {config.train_size}; {len(train)} distinct rows are left beside the held-out ones"
         )
-    allowed = {f.name for f in dataclasses.fields(tasks[config.task][1])} - {"seed", "size"}
-    for name in config.parameters:
-        if name not in allowed:
-            raise ValueError(
-                f"sources.parameters names '{name}' in source '{config.name}';"
-                f" '{config.task}' allows: {', '.join(sorted(allowed))}"
-            )
-    try:
-        dataset = reasoning_gym.create_dataset(config.task, seed=seed, size=num_draws, **config.parameters)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"sources.parameters is {config.parameters} in source '{config.name}'; '{config.task}' refuses it: {error}"
-        ) from error
-    return (dataset[index] for index in range(num_draws))
+    return train[: config.train_size], heldout[: config.heldout_size]
+
+
+def _shuffled(examples: list[Example], generator: np.random.Generator) -> list[Example]:
+    return [examples[index] for index in generator.permutation(len(examples))]
+
+
+def _check_common(config: SourceConfig) -> None:
+    if not config.name.strip():
+        raise ValueError("data.sources.N.name is empty; give the source a label, such as 'one_digit'")
+    path = field_path(config)
+    if config.train_size is not None and config.train_size < 1:
+        raise ValueError(f"{path}.train_size is {config.train_size}; allowed is 1 or more")
+    if config.heldout_size < 1:
+        raise ValueError(f"{path}.heldout_size is {config.heldout_size}; allowed is 1 or more")
+    if config.seed < 0:
+        raise ValueError(f"{path}.seed is {config.seed}; allowed is 0 or more")

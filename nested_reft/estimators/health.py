@@ -89,8 +89,9 @@ def health_warning(metrics: Mapping[str, float], threshold: float) -> str | None
     trouble = f"{name} is {metrics[name]:.3f}, under {threshold}{where}: "
     if name == "ess_weight":
         return trouble + (
-            "few samples carry this update. Lower nesting.skip_ratio, set nesting.choice to 'measured', or bound the"
-            " weights: loss.bias_mitigation 'mixture' (unbiased) or 'retrace', or loss.truncate_at (both biased)"
+            "few samples carry this update. Lower nesting.skip_ratio (nesting_control can hold a budget), set"
+            " nesting.choice to 'measured', or bound the weights: loss.bias_mitigation 'mixture' (unbiased) or"
+            " 'retrace', or loss.truncate_at (both biased)"
         )
     return trouble + (
         "the loss's weights are bounded, so the update is biased rather than noisy. Lower nesting.skip_ratio, set"

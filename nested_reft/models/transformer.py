@@ -399,7 +399,8 @@ def project_qkv(
     normed = rms_norm(x_BGTD, layer["attention_norm"], config.norm_epsilon)
 
     def heads(name: str) -> Array:
-        return linear(layer, name, normed).reshape(*x_BGTD.shape[:-1], -1, config.head_size)
+        flat = linear(layer, name, normed)  # no -1 below: a completion of one token has none to run
+        return flat.reshape(*flat.shape[:-1], flat.shape[-1] // config.head_size, config.head_size)
 
     query, key, value = heads("query"), heads("key"), heads("value")
     if config.qk_norm:

@@ -2,31 +2,84 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from nested_reft.data.sources import Example
+from nested_reft.data.examples import Checker, Example
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
+from nested_reft.rewards.length import overlong_punishment
+from nested_reft.rewards.math_answer import compare_quickly, has_foreign_digits, marked_answer
+from nested_reft.rewards.pool import Failure, Outcome, WorkerPool
 from nested_reft.types import Prompts
+
+logger = logging.getLogger(__name__)
+
+FAILURES: tuple[str, ...] = get_args(Failure)
+MAX_TASK_CHARS = 10_000  # of an answer that a task's own verifier reads
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How the parts add up to the reward.
+    """How answers are checked, and how the parts add up to the reward.
 
     Attributes:
-        format_weight: reward for a completion that is one number, right or wrong; 0 or more.
+        checker: what decides whether an answer is right, where a source does not say otherwise:
+            `exact`, the completion is or announces one number; `math`, it marks one final answer that
+            equals the gold one; `task`, the verifier of the source's reasoning-gym task gives full
+            marks; `function`, `function` returns 1 or more.
+        format_weight: reward for a completion in the checker's form, right or wrong; 0 or more.
+        function: a function of your own, as `package.module:function` or `path/file.py:function`. It is
+            called with the completion and a dictionary of `answer`, `prompt`, `metadata` and `finished`,
+            and returns a number. A run's configuration thus names code: look before you load a
+            stranger's run.
+        function_weight: of that number in the reward.
+        overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
+            tokens before `rollout.max_completion_tokens`; 0 for none.
+        overlong_weight: of the punishment in the reward; 0 or more.
+        workers: processes that check what must not run in this one.
+        time_limit_seconds: for one completion in a worker. What is cut off is counted as unscored.
+        memory_gib: address space that a worker may use; 0 for no limit.
     """
 
+    checker: Checker = "exact"
     format_weight: float = 0.0
+    function: str | None = None
+    function_weight: float = 1.0
+    overlong_cache_tokens: int = 0
+    overlong_weight: float = 1.0
+    workers: int = 2
+    time_limit_seconds: float = 5.0
+    memory_gib: float = 4.0
 
     def __post_init__(self):
-        if not (math.isfinite(self.format_weight) and self.format_weight >= 0):
-            raise ValueError(f"reward.format_weight is {self.format_weight}; allowed is a finite number, 0 or more")
+        for name in ("format_weight", "overlong_weight", "memory_gib"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"reward.{name} is {value}; allowed is a finite number, 0 or more")
+        if not math.isfinite(self.function_weight):
+            raise ValueError(f"reward.function_weight is {self.function_weight}; allowed is a finite number")
+        if not (math.isfinite(self.time_limit_seconds) and self.time_limit_seconds > 0):
+            raise ValueError(f"reward.time_limit_seconds is {self.time_limit_seconds}; allowed is more than 0")
+        if self.workers < 1:
+            raise ValueError(f"reward.workers is {self.workers}; allowed is 1 or more")
+        if self.overlong_cache_tokens < 0:
+            raise ValueError(f"reward.overlong_cache_tokens is {self.overlong_cache_tokens}; allowed is 0 or more")
+        if self.function is not None and not all(self.function.rpartition(":")):
+            raise ValueError(
+                f"reward.function is '{self.function}'; allowed is 'package.module:function' or 'path/file.py:function'"
+            )
+        if self.checker == "function" and self.function is None:
+            raise ValueError("reward.checker is 'function', but reward.function is None; name the function there")
 
 
 def score(
@@ -34,26 +87,35 @@ def score(
     prompts: Prompts,
     finished_BG: Bool[np.ndarray, "B G"],
     config: RewardConfig,
+    length_BG: Int[np.ndarray, "B G"] | None = None,
+    max_completion_tokens: int | None = None,
 ) -> tuple[
     Float[np.ndarray, "B G"],
     Float[np.ndarray, "B G"],
     Bool[np.ndarray, "B G"],
     dict[str, Float[np.ndarray, "B G"]],
 ]:
-    """Scores the completions of a batch: reward = accuracy + format_weight * format.
+    """Scores the completions of a batch.
+
+        reward = accuracy + format_weight * format + function_weight * function + overlong_weight * overlong
+
+    where a prompt's checker is `function`, without the accuracy, which follows from the function.
 
     Args:
         texts_BG: decoded completions, untrusted.
         prompts: B prompts with their gold answers.
-        finished_BG: False where the completion was cut off; those score zero.
-        config: the weights.
+        finished_BG: False where the completion was cut off; those are not right, whatever they say.
+        config: the checker and the weights.
+        length_BG, max_completion_tokens: tokens of each completion and the limit that they were
+            sampled with; needed for the overlong punishment.
 
     Returns:
-        `(reward_BG, accuracy_BG, scored_BG, parts)` as in `types.Scored`, in float32; `parts` holds
-        each component before its weight. This reward can always be computed: `scored_BG` is True.
+        `(reward_BG, accuracy_BG, scored_BG, parts)` as in `types.Scored`, in float32. `parts` holds
+        each component before its weight, and, where workers take part, an indicator for each way to
+        stay unscored (`FAILURES`). Unscored completions have reward and components zero.
 
     Raises:
-        ValueError: the shapes disagree, or a gold answer is not one number.
+        ValueError: the shapes disagree, or a gold answer cannot be read.
     """
     num_prompts, group_size = finished_BG.shape
     if len(prompts) != num_prompts or [len(texts) for texts in texts_BG] != [group_size] * num_prompts:
@@ -61,29 +123,194 @@ def score(
             f"score got {len(prompts)} prompts, {[len(texts) for texts in texts_BG]} texts per prompt and finished_BG"
             f" of shape {finished_BG.shape}; all must agree"
         )
-    cells = [
-        [exact_answer(text, answer, bool(finished)) for text, finished in zip(texts_G, finished_G, strict=True)]
-        for texts_G, answer, finished_G in zip(texts_BG, prompts.answers, finished_BG, strict=True)
-    ]
-    parts = {
-        name: np.array([[cell[name] for cell in row] for row in cells], dtype=np.float32).reshape(finished_BG.shape)
-        for name in ("accuracy", "format")
+    checkers = [checker or config.checker for checker in prompts.checkers or [None] * num_prompts]
+    names = ["accuracy", "format", *(["function"] if config.function else [])]
+    parts = {name: np.zeros(finished_BG.shape, np.float32) for name in names}
+    requests: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for b, g in itertools.product(range(num_prompts), range(group_size)):
+        text, finished = texts_BG[b][g], bool(finished_BG[b, g])
+        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished)
+        parts["format"][b, g] = check.format
+        if check.request is None:
+            parts["accuracy"][b, g] = check.accuracy
+        else:
+            requests["accuracy", b, g] = check.request
+        if config.function:
+            requests["function", b, g] = _function_request(text, prompts, b, finished)
+    outcomes = _run(requests, config)
+    for (name, b, g), outcome in outcomes.items():
+        parts[name][b, g] = outcome.value or 0.0
+    if config.overlong_cache_tokens:
+        if length_BG is None or max_completion_tokens is None:
+            raise ValueError("reward.overlong_cache_tokens is set; score needs length_BG and max_completion_tokens")
+        parts["overlong"] = overlong_punishment(length_BG, max_completion_tokens, config.overlong_cache_tokens)
+
+    by_function_B1 = np.array([[checker == "function"] for checker in checkers]).reshape(num_prompts, 1)
+    if config.function:
+        right_BG = (parts["function"] >= 1) & finished_BG
+        parts["accuracy"] = np.where(by_function_B1, right_BG, parts["accuracy"]).astype(np.float32)
+    failures = _failures(outcomes, finished_BG.shape)
+    scored_BG = ~np.any(list(failures.values()), axis=0)
+    parts = {name: np.where(scored_BG, part_BG, np.float32(0)) for name, part_BG in parts.items()}
+    weights = {
+        "accuracy": np.where(by_function_B1, 0, 1),
+        "format": config.format_weight,
+        "function": config.function_weight,
+        "overlong": config.overlong_weight,
     }
-    reward_BG = parts["accuracy"] + np.float32(config.format_weight) * parts["format"]
-    return reward_BG, parts["accuracy"].copy(), np.ones(finished_BG.shape, dtype=bool), parts
+    reward_BG = sum((weights[name] * part_BG for name, part_BG in parts.items()), np.zeros(finished_BG.shape))
+    if requests:
+        parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
+    return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
 
 
-def check_answers(examples: Iterable[Example]) -> None:
-    """Refuses, before training, examples whose gold answer the reward cannot read.
+def component_metrics(
+    parts: dict[str, Float[np.ndarray, "B G"]], scored_BG: Bool[np.ndarray, "B G"]
+) -> dict[str, float]:
+    """What to log of a batch's parts: means of the components over the scored completions, and counts of failures."""
+    metrics = {}
+    for name, part_BG in parts.items():
+        if name in FAILURES:
+            metrics[f"unscored/{name}"] = float(part_BG.sum())
+        elif scored_BG.any():
+            metrics[f"reward/{name}"] = float(part_BG[scored_BG].mean())
+    return metrics
 
-    Left in, they would make every completion wrong.
+
+def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
+    """Refuses, before training, examples whose gold answer the reward cannot read, and functions that do not load.
+
+    Left in, they would make every completion wrong, or none scored. The gold answer itself must be
+    scored as right.
 
     Raises:
-        ValueError: names the first such example's source, question and answer.
+        ValueError: names the first such example's source, question and answer; or the function.
+        ImportError: an optional package is not installed.
     """
-    for example in examples:
-        if parse_number(example.answer) is None:
+    examples = list(examples)
+    kinds = {example.checker or config.checker for example in examples} | ({"function"} if config.function else set())
+    if "function" in kinds:
+        if config.function is None:
             raise ValueError(
-                f"source '{example.source}' has the gold answer {example.answer[:80]!r}, which is not one number"
-                f" (question: {example.question[:200]!r}); the exact-answer reward needs numeric answers"
+                "a source has the checker 'function', but reward.function is None; name the function there"
             )
+        problem = _pool(config).check("function")
+        if problem is not None:
+            raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+    for kind, package, extra in (("math", "math-verify", "math"), ("task", "reasoning-gym", "tasks")):
+        problem = _pool(config).check(kind) if kind in kinds else None
+        if problem is not None:
+            raise ImportError(
+                f"the checker '{kind}' needs the package {package} ({problem}); run: pip install 'nested_reft[{extra}]'"
+            )
+    requests = {("accuracy", i, 0): r for i, e in enumerate(examples) if (r := _gold_request(e, config)) is not None}
+    for (_, index, _), outcome in _run(requests, config).items():
+        if outcome.value != 1.0:
+            raise ValueError(_unreadable(examples[index], config, outcome.message or "it is not scored as right"))
+
+
+def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | None:
+    """What to ask a worker about a gold answer; None where it is known to be readable."""
+    checker = example.checker or config.checker
+    if checker == "exact":
+        if parse_number(example.answer) is None:
+            raise ValueError(_unreadable(example, config, "the exact-answer reward needs numeric answers"))
+        return None
+    if checker == "task" and "source_dataset" not in example.metadata:
+        raise ValueError(f"source '{example.source}' has the checker 'task', which is for reasoning-gym tasks only")
+    if checker in ("task", "function") or config.function:
+        try:
+            json.dumps(example.metadata)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"source '{example.source}' has metadata that JSON cannot keep ({error})") from None
+    if checker == "math" and parse_number(example.answer) is None:
+        return {"kind": "math", "text": example.answer, "answer": example.answer}
+    if checker == "task":
+        return {"kind": "task", "text": example.answer, "answer": example.answer, "metadata": example.metadata}
+    return None
+
+
+def _unreadable(example: Example, config: RewardConfig, why: str) -> str:
+    return (
+        f"source '{example.source}' has the gold answer {example.answer[:80]!r}, which the checker"
+        f" '{example.checker or config.checker}' cannot read: {why} (question: {example.question[:200]!r})"
+    )
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What is known of a completion at once, and the request that tells the rest, if any."""
+
+    accuracy: float = 0.0
+    format: float = 0.0
+    request: dict[str, Any] | None = None
+
+
+def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finished: bool) -> _Check:
+    if checker == "exact":
+        cell = exact_answer(text, answer, finished)
+        return _Check(cell["accuracy"], cell["format"])
+    if checker == "function" or not finished:
+        return _Check()
+    marked = marked_answer(text)
+    form = float(marked is not None)
+    if checker == "task":
+        # Verifiers know their own answers, so an unmarked completion is handed to them as it is.
+        given = text.strip() if marked is None else marked
+        if len(given) > MAX_TASK_CHARS or (has_foreign_digits(given) and not has_foreign_digits(answer)):
+            return _Check(0.0, form)
+        return _Check(format=form, request={"kind": "task", "text": given, "answer": answer, "metadata": metadata})
+    if marked is None:
+        return _Check()
+    right = compare_quickly(marked, answer)
+    if right is None:
+        return _Check(format=form, request={"kind": "math", "text": marked, "answer": answer})
+    return _Check(float(right), form)
+
+
+def _function_request(text: str, prompts: Prompts, b: int, finished: bool) -> dict[str, Any]:
+    example = {
+        "answer": prompts.answers[b],
+        "prompt": prompts.texts[b],
+        "metadata": prompts.metadata[b],
+        "finished": finished,
+    }
+    return {"kind": "function", "text": text, "example": example}
+
+
+def _run(requests: dict[tuple[str, int, int], dict[str, Any]], config: RewardConfig) -> dict[Any, Outcome]:
+    """The outcome of each request, and one warning for those that have no score."""
+    if not requests:
+        return {}
+    outcomes = dict(zip(requests, _pool(config).run(list(requests.values())), strict=True))
+    failed = [outcome for outcome in outcomes.values() if outcome.failure is not None]
+    if failed:
+        counts = Counter(outcome.failure for outcome in failed)
+        logger.warning(
+            "reward: %d of %d checks have no score and do not count (%s); the first: %s",
+            len(failed),
+            len(outcomes),
+            ", ".join(f"{name} {count}" for name, count in counts.items()),
+            failed[0].message,
+        )
+    return outcomes
+
+
+def _failures(outcomes: dict[Any, Outcome], shape: tuple[int, ...]) -> dict[str, Bool[np.ndarray, "B G"]]:
+    """For each way to fail, where it happened; a completion that failed twice counts under the first."""
+    failures = {name: np.zeros(shape, bool) for name in FAILURES}
+    seen = np.zeros(shape, bool)
+    for (_, b, g), outcome in outcomes.items():
+        if outcome.failure is not None and not seen[b, g]:
+            failures[outcome.failure][b, g] = seen[b, g] = True
+    return failures
+
+
+def _pool(config: RewardConfig) -> WorkerPool:
+    return _shared_pool(config.workers, config.time_limit_seconds, config.memory_gib, config.function)
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_pool(workers: int, time_limit_seconds: float, memory_gib: float, function: str | None) -> WorkerPool:
+    """One pool for training and evaluation alike: starting workers takes a second or more."""
+    return WorkerPool(workers, time_limit_seconds, memory_gib, function)

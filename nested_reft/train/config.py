@@ -15,8 +15,8 @@ from typing import Any, Literal
 import dacite
 
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.data.prompts import PromptFormat
-from nested_reft.data.sources import SourceConfig
+from nested_reft.data.prompts import PromptFormat, TooLong
+from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -26,6 +26,7 @@ from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.rollout.exact import DRAFT_LENGTHS
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.optimizer import OptimizerConfig
@@ -66,7 +67,8 @@ class DataConfig:
         sources: where questions come from; the curriculum chooses between them.
         prompts_per_batch: B.
         max_prompt_tokens: longest prompt allowed.
-        prompt: how a question becomes a prompt.
+        prompt: how a question becomes a prompt, unless its source says otherwise.
+        too_long: `refuse` prompts that are longer than allowed, or `drop` and count them.
         split: how sources are divided into finer ones before training.
     """
 
@@ -74,6 +76,7 @@ class DataConfig:
     prompts_per_batch: int
     max_prompt_tokens: int
     prompt: PromptFormat = field(default_factory=PromptFormat)
+    too_long: TooLong = "refuse"
     split: SplitConfig = field(default_factory=SplitConfig)
 
     def __post_init__(self):
@@ -98,11 +101,16 @@ class RolloutConfig:
         group_size: G, completions per prompt; every advantage but `no_baseline` needs 2 or more.
         max_completion_tokens: C.
         sampling: temperature and truncation.
+        mode: `nested` samples from the layer-skipped policy; `exact` only drafts with it, and the full model
+            verifies, so that samples are exactly its own (`rollout.exact`).
+        draft_length: drafts of the first `exact` batch; later ones follow the acceptance rate.
     """
 
     group_size: int
     max_completion_tokens: int
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    mode: Literal["nested", "exact"] = "nested"
+    draft_length: int = 2
 
     def __post_init__(self):
         if self.group_size < 1:
@@ -111,6 +119,10 @@ class RolloutConfig:
             raise ValueError(f"rollout.max_completion_tokens is {self.max_completion_tokens}; allowed is 1 or more")
         if self.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
+        if self.mode not in ("nested", "exact"):
+            raise ValueError(f"rollout.mode is '{self.mode}'; allowed are nested, exact")
+        if self.draft_length not in DRAFT_LENGTHS:
+            raise ValueError(f"rollout.draft_length is {self.draft_length}; allowed are {DRAFT_LENGTHS}")
 
 
 @dataclass(frozen=True)
@@ -215,6 +227,16 @@ class Config:
             raise ValueError(
                 f"mesh.data is {self.mesh.data}; it must divide warm_start.batch_size, {self.warm_start.batch_size}"
             )
+        if self.reward.overlong_cache_tokens > self.rollout.max_completion_tokens:
+            raise ValueError(
+                f"reward.overlong_cache_tokens is {self.reward.overlong_cache_tokens}; allowed is 0 to"
+                f" rollout.max_completion_tokens, which is {self.rollout.max_completion_tokens}"
+            )
+        if self.rollout.mode == "exact" and self.loss.mixture_alpha is not None:
+            raise ValueError(
+                f"rollout.mode is 'exact' and loss.mixture_alpha {self.loss.mixture_alpha}; exact rollouts are all the"
+                " full model's, so there is nothing to mix: use bias_mitigation 'base', or mode 'nested'"
+            )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
         self.curriculum.validate_for([source.name for source in self.data.sources])
@@ -248,9 +270,29 @@ class Config:
             ValueError: a field is missing, unknown or of the wrong type.
         """
         try:
-            return dacite.from_dict(cls, value, dacite.Config(cast=[tuple, float], strict=True))
+            return dacite.from_dict(cls, value, _reading(type_hooks={SourceConfig: _read_source}))
         except dacite.DaciteError as error:
             raise ValueError(f"not a configuration of this version: {error}") from None
+
+
+def _reading(**options: Any) -> dacite.Config:
+    return dacite.Config(cast=[tuple, float], strict=True, **options)
+
+
+def _read_source(value: dict[str, Any]) -> SourceConfig:
+    """A source of the kind that its fields tell; dacite would try all kinds and hide what is wrong with the right one.
+
+    Raises:
+        ValueError: it is of no kind, or a field is missing, unknown or of the wrong type.
+    """
+    kinds = {"task": TaskSource, "dataset": DatasetSource, "file": JsonlSource}
+    found = [kind for name, kind in kinds.items() if name in value]
+    if len(found) != 1:
+        raise ValueError(f"data.sources.{value.get('name')} needs exactly one of the fields {', '.join(kinds)}")
+    try:
+        return dacite.from_dict(found[0], value, _reading())
+    except dacite.DaciteError as error:
+        raise ValueError(f"data.sources.{value.get('name')}: {error}") from None
 
 
 def config_names() -> list[str]:

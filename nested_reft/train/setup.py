@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.data.pipeline import prompt_size
-from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
-from nested_reft.data.sources import load_source
+from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
+from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.models.lora import add_lora
 from nested_reft.models.registry import load_model, resolve_model
@@ -71,9 +71,10 @@ def prepare(config: Config) -> Setup:
     if config.model.name != "scratch":
         resolve_model(config.model.name)
     raw = [load_source(source) for source in config.data.sources]
-    for train, heldout in raw:
-        check_answers([*train, *heldout])
-        check_demonstrations(config.data.prompt, heldout)
+    prompts = [_prompt_format(config, source) for source in config.data.sources]
+    for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):
+        check_answers([*train, *heldout], config.reward)
+        check_demonstrations(prompt, heldout, field)
     model, tokenizer = initial_policy(config)
     num_layers = model.config.num_layers
     config.nesting.validate_for(num_layers)
@@ -87,9 +88,13 @@ def prepare(config: Config) -> Setup:
             f"data.max_prompt_tokens + rollout.max_completion_tokens is {longest};"
             f" the model allows {model.config.max_positions} positions"
         )
-    data = config.data
-    train = [encode_examples(examples, tokenizer, data.prompt, data.max_prompt_tokens) for examples, _ in raw]
-    heldout = [encode_examples(examples, tokenizer, data.prompt, data.max_prompt_tokens) for _, examples in raw]
+    train, heldout = (
+        [
+            encode_examples(lists[part], tokenizer, prompt, config.data.max_prompt_tokens, config.data.too_long, field)
+            for lists, (prompt, field) in zip(raw, prompts, strict=True)
+        ]
+        for part in range(2)
+    )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
     if config.lora.rank:
@@ -100,12 +105,19 @@ def prepare(config: Config) -> Setup:
         model=model,
         tokenizer=tokenizer,
         train_examples=train,
-        source_names=tuple(source.name for source in data.sources),
+        source_names=tuple(source.name for source in config.data.sources),
         heldout_examples=heldout,
-        heldout_of_source=tuple(range(len(data.sources))),
+        heldout_of_source=tuple(range(len(config.data.sources))),
         prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
         divergence_L=divergence_L,
     )
+
+
+def _prompt_format(config: Config, source: SourceConfig) -> tuple[PromptFormat, str]:
+    """How a source's questions become prompts, and where that stands in the configuration."""
+    if source.prompt is None:
+        return config.data.prompt, "data.prompt"
+    return source.prompt, f"{field_path(source)}.prompt"
 
 
 def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer, max_completion_tokens: int) -> None:

@@ -74,7 +74,7 @@ def _divide(setup: Setup, source: int, model: Transformer, key: jax.Array) -> li
 
 def _pass_rates(setup: Setup, examples: list[EncodedExample], model: Transformer, key: jax.Array) -> np.ndarray:
     config = setup.config
-    correct_E = num_correct(
+    correct_E, _ = num_correct(
         model,
         setup.tokenizer,
         examples,

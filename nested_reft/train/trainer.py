@@ -32,7 +32,7 @@ from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
-from nested_reft.rewards.reward import score
+from nested_reft.rewards.reward import component_metrics, score
 from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
 from nested_reft.rollout.dynamic_sampling import (
     GenerationLimitError,
@@ -41,6 +41,7 @@ from nested_reft.rollout.dynamic_sampling import (
     mixed_groups,
     select_groups,
 )
+from nested_reft.rollout.exact import generate_exact, next_draft_length
 from nested_reft.rollout.generate import completion_logprobs, generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.throughput import compare_throughput
@@ -99,6 +100,7 @@ class Trainer:
             config.nesting_control, config.nesting.num_skipped(self.num_layers)
         )
         self.divergence_L = setup.divergence_L
+        self.draft_length, self.draft_metrics = config.rollout.draft_length, dict[str, float]()
         self.steps_done = 0
         self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
@@ -178,6 +180,7 @@ class Trainer:
         return metrics | {
             **_generation_metrics(generated, rollout_seconds, len(self.setup.source_names)),
             **curriculum_metrics,
+            **self.draft_metrics,
             "skipped_layers": list(plan.skipped(self.num_layers)),
             "step_seconds": time.monotonic() - started,
             "compilations": self.compilations.count,
@@ -286,8 +289,10 @@ class Trainer:
         return logged
 
     def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
-        """Completions of the nested policy, or of its defensive mixture with the full one."""
+        """Completions of the nested policy, of its defensive mixture with the full one, or drafted by it."""
         alpha, group_size = self.config.loss.mixture_alpha, self.config.rollout.group_size
+        if self.config.rollout.mode == "exact":
+            return self._sample_exact(prompts, plan, key)
         if alpha is None:
             return self._sample(prompts, plan, key, group_size)
         return mixture_rollouts(
@@ -318,11 +323,37 @@ class Trainer:
         )
         return jax.block_until_ready(rollouts)
 
+    def _sample_exact(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
+        """Completions of the full model, drafted by the nested one; adapts the draft length for the next batch."""
+        config = self.config.rollout
+        exact = generate_exact(
+            self.state.model,
+            shard_batch(prompts.tokens_BP, self.mesh),
+            shard_batch(prompts.length_B, self.mesh),
+            replicate(plan, self.mesh),
+            self.stop_ids,
+            key,
+            self.state.updates,
+            group_size=config.group_size,
+            max_completion_tokens=config.max_completion_tokens,
+            sampling=config.sampling,
+            draft_length=self.draft_length,
+        )
+        acceptance = float(exact.acceptance)
+        self.draft_metrics = {"draft_length": self.draft_length, "draft_acceptance": acceptance}
+        self.draft_length = next_draft_length(self.draft_length, acceptance, plan.num_kept / self.num_layers)
+        return exact.rollouts
+
     def _score(self, rollouts: Rollouts, prompts: Prompts) -> Scored:
         tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
         texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts, prompts, np.asarray(rollouts.finished_BG), self.config.reward
+            texts,
+            prompts,
+            np.asarray(rollouts.finished_BG),
+            self.config.reward,
+            length_BG,
+            self.config.rollout.max_completion_tokens,
         )
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
 
@@ -448,6 +479,7 @@ class Trainer:
             "before": self.before,
             "curriculum": self.curriculum.to_json(),
             "nesting": self.nesting.to_json(),
+            "draft_length": self.draft_length,
             "divergence": self.divergence_L.tolist(),
             "stream": self.stream.get_state(),
         }
@@ -460,7 +492,7 @@ class Trainer:
         self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
         self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
         self.nesting = nesting_control.NestingControlState.from_json(host["nesting"])
-        self.divergence_L = np.array(host["divergence"])
+        self.divergence_L, self.draft_length = np.array(host["divergence"]), host["draft_length"]
         self.stream.set_state(host["stream"])
 
 
@@ -483,7 +515,8 @@ def _generation_metrics(batches: Sequence[Scored], rollout_seconds: float, num_s
         value_BG = np.concatenate([getattr(scored, name) for scored in batches])
         return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
 
-    return {
+    parts = {name: np.concatenate([scored.parts[name] for scored in batches]) for name in batches[0].parts}
+    return component_metrics(parts, scored_BG) | {
         "reward": mean("reward_BG"),
         "accuracy": mean("accuracy_BG"),
         "unscored": int((~scored_BG).sum()),

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import PromptStream, batch_prompts, prompt_size
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
-from nested_reft.data.sources import Example
 
 
 class CharTokenizer:
@@ -219,3 +219,38 @@ def test_a_held_out_question_as_demonstration_is_refused():
     check_demonstrations(prompt, make_examples(1))
     with pytest.raises(ValueError, match=r"demonstrations holds 'What is a1\?', which is a held-out"):
         check_demonstrations(prompt, make_examples(2))
+
+
+# several hosts
+
+
+def test_hosts_take_turns_in_one_order():
+    examples = [encode(make_examples(7))]
+    alone = draw(PromptStream(examples, 0), 0, 42)
+    hosts = [draw(PromptStream(examples, 0, index, 3), 0, 14) for index in range(3)]
+    assert [question for turn in zip(*hosts, strict=True) for question in turn] == alone
+
+
+def test_the_position_of_another_host_is_refused():
+    state = PromptStream([encode(make_examples(7))], 0, 1, 3).get_state()
+    with pytest.raises(ValueError, match=r"data position has shard \[1, 3\], this run has \[0, 1\]"):
+        PromptStream([encode(make_examples(7))], 0).set_state(state)
+    with pytest.raises(ValueError, match="process_index 3 of 3"):
+        PromptStream([encode(make_examples(7))], 0, 3, 3)
+
+
+# prompts that are too long
+
+
+def test_too_long_prompts_are_dropped_and_counted(caplog):
+    examples = [Example("1", "1", "sums"), Example("12345", "1", "sums"), Example("123", "1", "sums")]
+    kept = encode_examples(examples, CharTokenizer(), PromptFormat(chat=False), 3, "drop")
+    assert [e.text for e in kept] == ["1", "123"]
+    assert "source 'sums': 1 of 3 prompts dropped" in caplog.text
+    with pytest.raises(ValueError, match="all 1 prompts of source 'sums' are longer; the shortest has 5 tokens"):
+        encode_examples(examples[1:2], CharTokenizer(), PromptFormat(chat=False), 3, "drop")
+
+
+def test_a_source_with_a_prompt_of_its_own_is_named_in_refusals():
+    with pytest.raises(ValueError, match=r"data.sources.sums.prompt.template is '\{no\}', which cannot be filled"):
+        encode_examples(make_examples(1), CharTokenizer(), PromptFormat("{no}"), 9, field="data.sources.sums.prompt")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nested_reft.data import sources
-from nested_reft.data.sources import SourceConfig, load_source
+from nested_reft.data import tasks
+from nested_reft.data.sources import TaskSource, load_source
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="needs the optional package reasoning-gym")
 
@@ -16,9 +16,9 @@ ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 NUM_ONE_DIGIT = 200  # 10 x 10 pairs, plus or minus.
 
 
-def one_digit(**changes) -> SourceConfig:
+def one_digit(**changes) -> TaskSource:
     values = dict(name="one_digit", task="chain_sum", parameters=ONE_DIGIT, train_size=50, heldout_size=20, seed=3)
-    return SourceConfig(**(values | changes))
+    return TaskSource(**(values | changes))
 
 
 def questions(examples):
@@ -56,7 +56,7 @@ def test_heldout_is_served_first_and_train_gets_the_rest_with_a_warning(caplog):
 
 
 def test_nothing_left_to_train_on_is_refused():
-    with pytest.raises(ValueError, match=r"heldout_size is 500 .*all 200 distinct questions .*lower heldout_size"):
+    with pytest.raises(ValueError, match=r"heldout_size is 500, and all 200 distinct questions .*lower heldout_size"):
         load_source(one_digit(heldout_size=500))
 
 
@@ -83,7 +83,7 @@ def test_training_does_not_shift_with_the_heldout_size():
 
 def test_lists_do_not_depend_on_the_hash_seed():
     code = (
-        "from nested_reft.data.sources import *; print(load_source(SourceConfig('a', 'chain_sum',"
+        "from nested_reft.data.sources import *; print(load_source(TaskSource('a', 'chain_sum',"
         f" {ONE_DIGIT}, 50, 20, 3)))"
     )
     outputs = set()
@@ -110,18 +110,20 @@ def test_draws_are_bounded_for_a_task_that_repeats_itself(monkeypatch):
     monkeypatch.setattr(reasoning_gym, "create_dataset", lambda *args, **kwargs: Repeating())
     with pytest.raises(ValueError, match="1 distinct questions"):
         load_source(one_digit(heldout_size=5, train_size=5))
-    assert len(drawn) == sources._max_draws(5) + sources._max_draws(5 + 1)
+    assert len(drawn) == tasks._max_draws(5) + tasks._max_draws(5 + 1)
 
 
 def test_unknown_task_is_refused_with_close_names():
-    with pytest.raises(ValueError, match=r"sources.task is 'chain_sums' in source 'one_digit'.*chain_sum"):
+    with pytest.raises(ValueError, match=r"data.sources.one_digit.task is 'chain_sums'.*chain_sum"):
         load_source(one_digit(task="chain_sums"))
     with pytest.raises(ValueError, match=r"'qqqqqq'.*gsm_symbolic"):  # Nothing close: all names.
         load_source(one_digit(task="qqqqqq"))
 
 
 def test_unknown_parameter_is_refused_with_the_allowed_ones():
-    with pytest.raises(ValueError, match=r"sources.parameters names 'min_term' .*max_digits.*min_terms") as refusal:
+    with pytest.raises(
+        ValueError, match=r"data.sources.one_digit.parameters names 'min_term'; .*max_digits.*min_terms"
+    ) as refusal:
         load_source(one_digit(parameters={"min_term": 2}))
     allowed = str(refusal.value).split("allows: ")[1].split(", ")
     assert "seed" not in allowed and "size" not in allowed
@@ -129,7 +131,7 @@ def test_unknown_parameter_is_refused_with_the_allowed_ones():
 
 @pytest.mark.parametrize("name", ["seed", "size"])
 def test_parameters_may_not_replace_the_seed_or_the_size(name):
-    with pytest.raises(ValueError, match=f"sources.parameters names '{name}'"):
+    with pytest.raises(ValueError, match=f"data.sources.one_digit.parameters names '{name}'"):
         load_source(one_digit(parameters={name: 1}))
 
 
@@ -147,10 +149,10 @@ def test_missing_package_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": " "}, "sources.name is empty"),
-        ({"train_size": 0}, "sources.train_size is 0 in source 'one_digit'; allowed is 1 or more"),
-        ({"heldout_size": -1}, "sources.heldout_size is -1 in source 'one_digit'; allowed is 1 or more"),
-        ({"seed": -1}, "sources.seed is -1 in source 'one_digit'; allowed is 0 or more"),
+        ({"name": " "}, "data.sources.N.name is empty"),
+        ({"train_size": 0}, "data.sources.one_digit.train_size is 0; allowed is 1 or more"),
+        ({"heldout_size": -1}, "data.sources.one_digit.heldout_size is -1; allowed is 1 or more"),
+        ({"seed": -1}, "data.sources.one_digit.seed is -1; allowed is 0 or more"),
     ],
 )
 def test_bad_configuration_is_refused(changes, message):

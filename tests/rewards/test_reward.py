@@ -1,11 +1,17 @@
 """Scoring a batch: shapes, the sum of the parts, and gold answers checked beforehand."""
 
+import dataclasses
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from nested_reft.data.sources import Example
-from nested_reft.rewards.reward import RewardConfig, check_answers, score
+from nested_reft.data.examples import Example
+from nested_reft.data.sources import DatasetSource, TaskSource, load_source
+from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, score
 from nested_reft.types import Prompts
+from tests.shared_data import original_files
 
 
 def make_prompts(answers):
@@ -65,6 +71,224 @@ def test_bad_format_weight_is_refused(weight):
 
 def test_unreadable_gold_answer_is_refused_with_source_question_and_answer():
     good = Example("1 + 1 =", "2", "sums")
-    check_answers([good, good])
+    check_answers([good, good], RewardConfig())
     with pytest.raises(ValueError, match=r"source 'stories' has the gold answer 'seven'.*'How many\?'"):
-        check_answers([good, Example("How many?", "seven", "stories")])
+        check_answers([good, Example("How many?", "seven", "stories")], RewardConfig())
+
+
+# workers
+
+FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))
+ADVERSARIAL = [
+    " ".join(map(str, range(1, 1001))),
+    r"\boxed{" + " ".join(map(str, range(1, 13))) + "}",
+    r"\boxed{" + ",".join(map(str, range(1, 13))) + "}",
+    " ".join(rf"\boxed{{{n}}}" for n in range(1, 1001)),
+    "".join(f"<answer>{n}</answer>" for n in range(1, 1001)),
+    "",
+    r"\boxed{}",
+    "<answer></answer>",
+    "9^{9^{9^9}}",
+    r"\boxed{9^{9^{9^9}}}",
+    r"\boxed{10000000000!}",
+    r"\boxed{{{{{18",
+    r"\boxed{18",
+    r"18}}}}",
+    r"\boxed{}18}",
+    "<answer>18",
+    "18",
+    "The answer is 18",
+    r"\boxed{18 or 19}",
+    r"\boxed{17, 18}",
+    r"\boxed{x}",
+    r"\boxed{٨١}",
+    r"\boxed{１８}",
+    r"\boxed{18²}",
+    r"\boxed{nan}",
+    r"\boxed{\infty}",
+    r"\boxed{__import__('os')._exit(0)}",
+    r"\boxed{\input{/etc/passwd}}",
+    r"\boxed{" * 1000 + "18",
+    r"\boxed{" + "9" * 1_000_000 + "}",
+    "18 " * 333_333,
+    "<answer>" * 120_000,
+    "\x00\ud800",
+]
+
+
+def score_texts(texts, answers, config, metadata=None, **changes):
+    prompts = dataclasses.replace(make_prompts(answers), metadata=metadata or ({},) * len(answers), **changes)
+    return score(texts, prompts, np.ones((len(answers), len(texts[0])), dtype=bool), config)
+
+
+def test_all_gsm8k_test_solutions_are_right_and_wrong_numbers_are_not(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets", reason="needs the optional package tensorflow-datasets")
+    pytest.importorskip("math_verify", reason="needs the optional package math-verify")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    _, heldout = load_source(DatasetSource("gsm8k", "gsm8k", None, 1319, 0, original_files("gsm8k"), checker="math"))
+    config = RewardConfig(checker="math")
+    check_answers(heldout, config)
+    # The solution as published; as a box that only math-verify can read; and off by one.
+    texts = [
+        [e.reference or "", rf"\boxed{{\frac{{{2 * int(e.answer)}}}{{2}}}}", rf"\boxed{{{int(e.answer) + 1}}}"]
+        for e in heldout
+    ]
+    _, accuracy_BG, scored_BG, _ = score_texts(texts, [e.answer for e in heldout], config)
+    assert scored_BG.all()
+    assert accuracy_BG.sum(axis=0).tolist() == [1319, 1319, 0]
+
+
+@pytest.mark.parametrize("checker", ["math", "task", "exact"])
+def test_no_adversarial_text_is_right_and_none_hangs(checker):
+    if checker != "exact":
+        pytest.importorskip(
+            {"math": "math_verify", "task": "reasoning_gym"}[checker], reason="needs an optional package"
+        )
+    config = RewardConfig(checker=checker, time_limit_seconds=2.0)
+    metadata = ({"source_dataset": "chain_sum", "source_parameters": {}},)
+    texts = [text for text in ADVERSARIAL if checker == "math" or text not in ("18", "The answer is 18")]
+    start = time.monotonic()
+    _, accuracy_BG, scored_BG, parts = score_texts([texts], ["18"], config, metadata)
+    assert not accuracy_BG.any()
+    assert time.monotonic() - start < 30
+    unscored = [text for text, scored in zip(texts, scored_BG[0], strict=True) if not scored]
+    # What takes for ever is not called wrong; nothing else is left without a score.
+    assert set(unscored) <= {r"\boxed{9^{9^{9^9}}}", r"\boxed{10000000000!}"}
+    if checker != "exact":
+        assert parts["timed_out"].sum() + parts["failed"].sum() + parts["crashed"].sum() == len(unscored)
+
+
+def test_a_tasks_own_verifier_wants_full_marks():
+    pytest.importorskip("reasoning_gym", reason="needs the optional package reasoning-gym")
+    source = TaskSource("c", "countdown", {"min_numbers": 3, "max_numbers": 3}, 4, 4, 0, checker="task")
+    train, _ = load_source(source)
+    check_answers(train, RewardConfig())
+    example = train[0]
+    texts = [[example.answer, f"<answer>{example.answer}</answer>", rf"so \boxed{{{example.answer}}}", "0", "1 + 1"]]
+    _, accuracy, _, parts = score_texts(
+        texts, [example.answer], RewardConfig(), (example.metadata,), checkers=("task",)
+    )
+    np.testing.assert_array_equal(accuracy, [[1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(parts["format"], [[0, 1, 1, 0, 0]])
+
+
+def test_each_prompt_has_its_own_checker():
+    texts = [["7", r"\boxed{7}"], ["7", r"\boxed{7}"]]
+    _, accuracy, _, _ = score_texts(texts, ["7", "7"], RewardConfig(), checkers=(None, "math"))
+    np.testing.assert_array_equal(accuracy, [[1, 1], [0, 1]])
+
+
+def test_a_function_adds_to_the_reward_or_decides_it():
+    texts = [["7", "x" * 20]]
+    config = RewardConfig(function=f"{FUNCTIONS}:length", function_weight=-0.5)
+    reward, accuracy, _, parts = score_texts(texts, ["7"], config)
+    np.testing.assert_allclose(parts["function"], [[0.1, 2.0]])
+    np.testing.assert_array_equal(accuracy, [[1, 0]])
+    np.testing.assert_allclose(reward, [[1 - 0.05, -1.0]])
+    # As the checker: right from 1 on, and the accuracy is not counted again.
+    reward, accuracy, _, parts = score_texts(texts, ["7"], dataclasses.replace(config, checker="function"))
+    np.testing.assert_array_equal(accuracy, [[0, 1]])
+    np.testing.assert_array_equal(parts["accuracy"], accuracy)
+    np.testing.assert_allclose(reward, [[-0.05, -1.0]])
+
+
+def test_a_completion_that_was_cut_off_is_not_right_whatever_the_checker():
+    config = RewardConfig(function=f"{FUNCTIONS}:length")
+    prompts = dataclasses.replace(make_prompts(["7"] * 3), checkers=("exact", "math", "function"))
+    texts = [["7"], [r"\boxed{7}"], ["x" * 20]]
+    assert score(texts, prompts, np.ones((3, 1), bool), config)[1].tolist() == [[1], [1], [1]]
+    assert score(texts, prompts, np.zeros((3, 1), bool), config)[1].tolist() == [[0], [0], [0]]
+
+
+def test_a_function_is_told_what_it_needs():
+    prompts = dataclasses.replace(make_prompts(["7"]), texts=("3 + 4 =",), metadata=({"level": 2},))
+    config = RewardConfig(function=f"{FUNCTIONS}:show")
+    _, _, scored, parts = score([["x"]], prompts, np.zeros((1, 1), bool), config)
+    assert scored.all() and parts["function"] == 0.25
+
+
+def test_what_has_no_score_is_not_wrong_and_is_counted(caplog):
+    config = RewardConfig(function=f"{FUNCTIONS}:misbehave", time_limit_seconds=1.0, format_weight=0.5)
+    reward, accuracy, scored, parts = score_texts([["7", "hang", "exit", "raise"]], ["7"], config)
+    np.testing.assert_array_equal(scored, [[True, False, False, False]])
+    np.testing.assert_array_equal(reward, [[2.5, 0, 0, 0]])
+    np.testing.assert_array_equal(accuracy, [[1, 0, 0, 0]])
+    assert [parts[name].tolist() for name in ("timed_out", "crashed", "failed")] == [
+        [[0, 1, 0, 0]],
+        [[0, 0, 1, 0]],
+        [[0, 0, 0, 1]],
+    ]
+    metrics = component_metrics(parts, scored)
+    assert metrics["unscored/timed_out"] == metrics["unscored/crashed"] == metrics["unscored/failed"] == 1
+    assert metrics["reward/accuracy"] == metrics["reward/function"] == 1
+    assert "3 of 4 checks have no score and do not count (timed_out 1, crashed 1, failed 1)" in caplog.text
+    assert component_metrics(parts, np.zeros((1, 4), bool)).keys() == {
+        f"unscored/{f}" for f in ("timed_out", "crashed", "failed")
+    }
+
+
+def test_overlong_completions_are_punished():
+    config = RewardConfig(overlong_cache_tokens=8, overlong_weight=2.0)
+    prompts, finished = make_prompts(["7"]), np.array([[True, True, False]])
+    length_BG = np.array([[12, 16, 20]], np.int32)
+    reward, accuracy, _, parts = score([["7", "7", "7"]], prompts, finished, config, length_BG, 20)
+    np.testing.assert_array_equal(parts["overlong"], [[0, -0.5, -1]])
+    np.testing.assert_array_equal(accuracy, [[1, 1, 0]])
+    np.testing.assert_array_equal(reward, [[1, 0, -2]])
+    with pytest.raises(ValueError, match="score needs length_BG and max_completion_tokens"):
+        score([["7", "7", "7"]], prompts, finished, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"function": "rewards"}, "reward.function is 'rewards'; allowed is 'package.module:function' or"),
+        ({"function": "rewards:"}, "reward.function is 'rewards:'; allowed"),
+        ({"checker": "function"}, "reward.checker is 'function', but reward.function is None"),
+        ({"function_weight": float("nan")}, "reward.function_weight is nan; allowed"),
+        ({"overlong_weight": -1.0}, "reward.overlong_weight is -1.0; allowed"),
+        ({"overlong_cache_tokens": -1}, "reward.overlong_cache_tokens is -1; allowed is 0 or more"),
+        ({"time_limit_seconds": 0.0}, "reward.time_limit_seconds is 0.0; allowed is more than 0"),
+        ({"workers": 0}, "reward.workers is 0; allowed is 1 or more"),
+        ({"memory_gib": -1.0}, "reward.memory_gib is -1.0; allowed"),
+    ],
+)
+def test_bad_configuration_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("example", "config", "message"),
+    [
+        (Example("q", "7", "s", checker="function"), RewardConfig(), "reward.function is None"),
+        (Example("q", "7", "s", checker="task"), RewardConfig(), "which is for reasoning-gym tasks only"),
+        (
+            Example(
+                "q", "7", "s", {"source_dataset": "chain_sum", "source_parameters": {}, "when": {1, 2}}, checker="task"
+            ),
+            RewardConfig(),
+            "source 's' has metadata that JSON cannot keep",
+        ),
+        (
+            Example("q", "7", "s"),
+            RewardConfig(function="no_such_package:f"),
+            "reward.function is 'no_such_package:f', which",
+        ),
+        (
+            Example("q", r"\frac{1}{", "s", checker="math"),
+            RewardConfig(),
+            r"source 's' has the gold answer .*checker 'math'",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_training(example, config, message):
+    with pytest.raises(ValueError, match=message):
+        check_answers([example], config)
+
+
+def test_missing_math_verify_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"'math' needs the package math-verify .*pip install 'nested_reft\[math\]'"):
+        check_answers([Example("q", "x", "s", checker="math")], RewardConfig(time_limit_seconds=7.0))

@@ -202,3 +202,14 @@ def test_logits_of_all_tokens_never_exist():
     memory = jax.jit(jax.grad(loss, has_aux=True)).lower(shapes, *integers, tokens_BGC).compile().memory_analysis()
     all_logits = rows[0] * rows[1] * size * config.vocab_size * 4
     assert memory.temp_size_in_bytes < 0.7 * all_logits
+
+
+def test_completions_of_one_token_can_be_scored():
+    """All of a batch may be a lone stop token; the update then cuts it to one position."""
+    model, (prompt_BP, length_B) = tiny_model(), tiny_prompts()
+    tokens_BGC = jnp.array([[[3], [4]]] * 3)
+    score = jax.jit(completion_logprobs, static_argnames="temperature")
+    one, _ = score(model, prompt_BP, length_B, tokens_BGC, temperature=1.0)
+    padded, _ = score(model, prompt_BP, length_B, jnp.pad(tokens_BGC, ((0, 0), (0, 0), (0, 2))), temperature=1.0)
+    np.testing.assert_allclose(one, padded[..., :1], rtol=1e-5)
+    assert len(set(np.asarray(one).ravel().tolist())) == 6

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import string
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.cli import _override
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
-from nested_reft.data.sources import difficulty_ladder, exactly
+from nested_reft.data.sources import DatasetSource, JsonlSource, difficulty_ladder, exactly
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -20,6 +22,7 @@ from nested_reft.metrics import RunDirectory
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, ModelSource, config_names, load_config
@@ -392,14 +395,14 @@ def test_nesting_control_moves_the_plans_and_compiles_each_size_once(tmp_path):
 def test_nesting_control_lowers_over_budget_in_a_whole_run(tmp_path):
     control = NestingControlConfig("ess_token", budget=0.9999, max_skipped=3, patience=1)
     config = controlled(nesting_control=control, nesting=NestingConfig(skip_ratio=0.5), train__steps=4)
-    run = RunDirectory(tmp_path)
+    run = RunDirectory.create(tmp_path, config.name, config.to_json())
     summary = Trainer(prepare(config), run).run()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()][1:]
     assert [len(line["skipped_layers"]) for line in lines] == [3, 2, 1, 0]
     assert all("over budget" in line["nesting_reason"] for line in lines[:3])
     assert [line["next_num_skipped"] for line in lines[:3]] == [2, 1, 0]
     assert summary["kept_layers"] == 6 - lines[3]["next_num_skipped"]
-    assert trained_policy(tmp_path).model.config.num_layers == 6
+    assert trained_policy(run.path).model.config.num_layers == 6
 
 
 MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
@@ -484,3 +487,100 @@ def test_dynamic_sampling_counts_generation_batches_apart_from_updates(tmp_path)
     assert metrics["generation_batches"] == 2 and sum(metrics["sources"]) == 8  # an untrained model is never right
     assert int(run.state.updates) == 1
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0  # fillers: nothing to learn from
+
+
+def test_a_run_with_a_hanging_and_crashing_reward_completes_with_the_right_counts(tmp_path):
+    functions = Path(__file__).parents[1] / "rewards" / "reward_functions.py"
+    reward = RewardConfig(function=f"{functions}:by_first_character", workers=4, time_limit_seconds=1.0)
+    config = nano(train__steps=2, evaluation__samples_per_prompt=0, reward=reward)
+    trainer(config, tmp_path).run()
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 4 * 4  # every completion of the run
+    hung = crashed = 0
+    for step, line in enumerate(metrics, 1):
+        texts = [sample["text"] for sample in samples if sample["step"] == step]
+        counts = [sum(text[:1] in first for text in texts) for first in (("0", "1"), ("2", "3"))]
+        assert [line["unscored/timed_out"], line["unscored/crashed"], line["unscored/failed"]] == [*counts, 0]
+        assert line["unscored"] == sum(counts) < len(texts)
+        hung, crashed = hung + counts[0], crashed + counts[1]
+        scored = [text for text in texts if text[:1] not in ("0", "1", "2", "3")]
+        assert line["reward/function"] == pytest.approx(sum(len(text) % 2 for text in scored) / len(scored))
+    assert hung and crashed  # otherwise nothing was tested
+    for sample in samples:
+        if sample["text"][:1] in ("0", "1", "2", "3"):
+            assert sample["reward"] == 0 and sample["parts"]["function"] == 0
+
+
+def test_overlong_cache_larger_than_a_completion_is_refused():
+    with pytest.raises(
+        ValueError, match=r"reward.overlong_cache_tokens is 5; allowed is 0 to rollout.max_completion_tokens"
+    ):
+        nano(reward=RewardConfig(overlong_cache_tokens=5))
+
+
+def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = JsonlSource("own", "own.jsonl", None, 2, 0, prompt=PromptFormat("{question}=", chat=False), checker="math")
+    published = DatasetSource("gsm8k", "gsm8k", 100, 10, 0, folder="somewhere")
+    config = nano()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sources=(*config.data.sources, own, published), too_long="drop")
+    )
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    changed = _override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
+    assert changed.data.sources[1] == dataclasses.replace(own, file="x.jsonl")
+    assert changed.data.sources[2] == dataclasses.replace(published, train_size=None)
+
+
+def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
+    rows = [{"question": f"{n}+1", "answer": n + 1} for n in range(9)] + [{"question": "1" * 40, "answer": 1}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = PromptFormat("{question} =", chat=False)
+    own = JsonlSource("own", str(tmp_path / "own.jsonl"), None, 2, 1, prompt=prompt)
+    config = nano()
+    data = dataclasses.replace(config.data, sources=(own,), prompt=PromptFormat("{no}"), too_long="drop")
+    setup = prepare(dataclasses.replace(config, data=data))
+    texts = [example.text for examples in (setup.train_examples[0], setup.heldout_examples[0]) for example in examples]
+    assert sorted(texts) == [f"{n}+1 =" for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout_size": 0}, "data.sources.three_terms_one_digit.heldout_size is 0; allowed is 1 or more"),
+        ({"heldout_sizes": 1}, "data.sources.three_terms_one_digit: can not match .*heldout_sizes"),
+        ({"seed": "x"}, "data.sources.three_terms_one_digit: wrong value type for field .*seed"),
+        ({"checker": "guess"}, "data.sources.three_terms_one_digit: wrong value type for field .*checker"),
+        ({"file": "x"}, "data.sources.three_terms_one_digit needs exactly one of the fields task, dataset, file"),
+    ],
+)
+def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
+    value = nano().to_json()
+    value["data"]["sources"][0] |= changes
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(value)
+
+
+def test_exact_rollouts_train_on_policy(tmp_path):
+    exact = dataclasses.replace(nano().rollout, mode="exact", draft_length=2)
+    run = trainer(nano(rollout=exact, nesting=NestingConfig(skip_ratio=0.4)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["ess_token"] == pytest.approx(1, abs=1e-4) and metrics["ess_sequence"] == pytest.approx(1, abs=1e-3)
+    assert metrics["draft_length"] == 2 and 0 < metrics["draft_acceptance"] <= 1
+    assert metrics["skipped_layers"]  # what drafted
+    run.step(1)
+    run._save()
+    saved = run.draft_length
+    run.close()
+    run.steps_done = 2
+    assert trainer(run.config, tmp_path, resume=True).draft_length == saved
+
+
+def test_exact_rollouts_have_nothing_to_mix():
+    mixture = dataclasses.replace(nano().loss, bias_mitigation="mixture", level="sequence", mixture_alpha=0.5)
+    exact = dataclasses.replace(nano().rollout, mode="exact")
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and loss.mixture_alpha 0.5"):
+        nano(loss=mixture, rollout=exact)
+    with pytest.raises(ValueError, match=r"rollout.draft_length is 3; allowed are"):
+        dataclasses.replace(exact, draft_length=3)

@@ -1,0 +1,69 @@
+"""One question and what is needed to check an answer to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+Checker = Literal["exact", "math", "task", "function"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question and what is needed to check an answer to it.
+
+    Attributes:
+        question: the text asked, without instruction or chat template.
+        answer: the gold answer; of preference pairs, the preferred reply.
+        source: name of the source that it came from.
+        metadata: whatever the source's verifier needs beyond the answer.
+        reference: a known-good completion, if the source has one.
+        checker: how answers to it are checked; None leaves it to `reward.checker`.
+    """
+
+    question: str
+    answer: str
+    source: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    checker: Checker | None = None
+
+
+def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example] = ()) -> list[Example]:
+    """The examples whose question was not asked before, in order; what is removed is reported.
+
+    A repeated question would weigh double in training, and one that is held out as well would be
+    trained on and then tested. Of two examples with one question the first stays.
+
+    Args:
+        examples: of one source.
+        part: what they are, for the warning: `train` or `heldout`.
+        excluded: examples whose questions may not come again.
+    """
+    elsewhere = {example.question for example in excluded}
+    kept: dict[str, Example] = {}
+    repeated, heldout = [], []
+    for row, example in enumerate(examples, 1):
+        if example.question in elsewhere:
+            heldout.append((row, example))
+        elif example.question in kept:
+            repeated.append((row, example))
+        else:
+            kept[example.question] = example
+    for removed, why in ((repeated, "ask what an earlier one asks"), (heldout, "are held out as well")):
+        if removed:
+            row, first = removed[0]
+            logger.warning(
+                "source '%s': %d %s rows removed, because they %s; the first is row %d: %.80r",
+                first.source,
+                len(removed),
+                part,
+                why,
+                row,
+                first.question,
+            )
+    return list(kept.values())

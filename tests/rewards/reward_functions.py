@@ -1,0 +1,51 @@
+"""Reward functions as users write them, good and bad; workers load this file by its path."""
+
+import os
+import time
+
+CALLS = []
+
+
+def length(text, example):
+    print("a reward function may print")
+    return len(text) / 10
+
+
+def misbehave(text, example):
+    """Hangs, crashes or fails as the completion says; otherwise 1.0 for the answer."""
+    if text == "hang":
+        while True:
+            time.sleep(60)
+    if text == "exit":
+        os._exit(3)
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "nan":
+        return float("nan")
+    if text == "text":
+        return "1.0"
+    if text == "memory":
+        return float(len(bytearray(1 << 40)))
+    if text == "spawn":
+        os.system("sleep 60")
+    return float(text == example["answer"])
+
+
+def show(text, example):
+    assert example == {"answer": "7", "prompt": "3 + 4 =", "metadata": {"level": 2}, "finished": False}
+    return 0.25
+
+
+def count(text, example):
+    """How often this worker was called: a replaced one starts from one again."""
+    CALLS.append(text)
+    return float(len(CALLS))
+
+
+def by_first_character(text, example):
+    """For a whole run: hangs on some completions and crashes on others."""
+    if text[:1] in ("0", "1"):
+        time.sleep(60)
+    if text[:1] in ("2", "3"):
+        os.abort()
+    return float(len(text) % 2)
