@@ -7,7 +7,7 @@ sums to longer ones. Command: nested-reft train smollm2_dump
 import dataclasses
 
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.data.sources import SourceConfig, difficulty_ladder, exactly
+from nested_reft.data.sources import TaskSource, difficulty_ladder, exactly
 from nested_reft.train.config import Config, load_config
 
 LEVELS = {
@@ -22,7 +22,7 @@ LEVELS = {
 def get_config() -> Config:
     base = load_config("smollm2_chain_sum")
     # Only 200 sums of two one-digit numbers exist.
-    easiest = SourceConfig("two_terms_one_digit", "chain_sum", exactly(terms=2, digits=1), 136, 64, seed=1)
+    easiest = TaskSource("two_terms_one_digit", "chain_sum", exactly(terms=2, digits=1), 136, 64, seed=1)
     harder = difficulty_ladder("chain_sum", LEVELS, train_size=1000, heldout_size=32, seed=1)
     return dataclasses.replace(
         base,
