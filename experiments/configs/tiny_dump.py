@@ -1,6 +1,6 @@
 """Six sources of graded difficulty for a three-layer transformer, chosen by DUMP (arXiv 2504.09710).
 
-The warm start leaves sampled accuracies from about a third down to almost nothing; all layers act in
+The warm start leaves sampled accuracies from about 0.3 down to nothing; all layers act in
 the rollouts, so that only the curriculum decides. `experiments/dump.py` compares it with others.
 Command: nested-reft train tiny_dump
 """
