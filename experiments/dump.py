@@ -7,8 +7,9 @@ All runs of a seed start from one warm-started model. What is finished is kept a
 and not computed again, so the command can be stopped and repeated. It ends with a table, a JSON
 file and two figures: held-out accuracy over steps, and which sources were drawn when.
 
-The measure: mean held-out greedy accuracy over all sources, smoothed over three evaluations. A
-run's time is the first step (linear between evaluations) at which it reaches the level that the
+The measure: held-out accuracy at the rollout temperature (four samples a prompt, what the reward is
+the mean of), mean over all sources, smoothed over three evaluations; greedy accuracy is kept beside
+it. A run's time is the first step (linear between evaluations) at which it reaches the level that the
 uniform run of the same seed ends at; a run that never does counts with its last step, a lower
 bound. It is divided by the steps of the uniform run, and, because a curve that flattens reaches its
 own end early too, also by the time that the uniform run itself takes to that level.
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("experiments.dump", description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", "dump"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-dump"))
     parser.add_argument("--report-only", action="store_true", help="tables and figures of the runs that are there")
     known = parser.parse_args(arguments)
@@ -94,6 +95,7 @@ def experiment_config(kind: str, seed: int, steps: int) -> Config:
         name=f"dump-{kind}-{seed}",
         curriculum=KINDS[kind],
         train=dataclasses.replace(config.train, seed=seed, steps=steps),
+        evaluation=dataclasses.replace(config.evaluation, samples_per_prompt=4, pass_k=4),
         warm_start=WarmStartConfig(),
     )
 
@@ -132,14 +134,13 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
     config, started = setup.config, time.monotonic()
     run = RunDirectory.create(out / "runs", config.name, config.to_json())
     trainer = Trainer(dataclasses.replace(setup, model=jax.tree.map(jax.numpy.copy, setup.model)), run)
-    accuracy = [heldout_accuracy(trainer)]
-    probability = []
+    accuracy, probability = [heldout_accuracy(trainer)], []
     for step in range(config.train.steps):
         metrics = trainer.step(step)
         probability.append([metrics[f"curriculum/{name}/probability"] for name in setup.source_names])
         if (step + 1) % EVERY == 0:
             accuracy.append(heldout_accuracy(trainer))
-            metrics |= {f"heldout/{name}": a for name, a in zip(setup.source_names, accuracy[-1], strict=True)}
+            metrics |= {f"heldout/{name}": a for name, a in zip(setup.source_names, accuracy[-1][1], strict=True)}
         run.log_metrics(step + 1, metrics)
     trainer.close()
     return {
@@ -147,17 +148,18 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
         "run_directory": str(run.path),
         "sources": list(setup.source_names),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
-        "accuracy": accuracy,
+        "accuracy": [sampled for sampled, _ in accuracy],
+        "greedy_accuracy": [greedy for _, greedy in accuracy],
         "probability": probability,
         "seconds": time.monotonic() - started,
         "versions": versions(),
     }
 
 
-def heldout_accuracy(trainer: Trainer) -> list[float]:
-    """Greedy accuracy of each source; the curriculum does not see it."""
+def heldout_accuracy(trainer: Trainer) -> tuple[list[float], list[float]]:
+    """Sampled and greedy accuracy of each source; the curriculum does not see them."""
     setup, config = trainer.setup, trainer.config
-    return [
+    results = [
         evaluate(
             trainer.state.model,
             setup.tokenizer,
@@ -167,10 +169,11 @@ def heldout_accuracy(trainer: Trainer) -> list[float]:
             config.rollout.max_completion_tokens,
             config.rollout.sampling,
             trainer.key,
-            samples=False,
-        ).greedy_accuracy
+            samples=True,
+        )
         for examples in setup.heldout_examples
     ]
+    return [result.sampled_accuracy or 0.0 for result in results], [result.greedy_accuracy for result in results]
 
 
 def curve(result: dict[str, Any]) -> np.ndarray:
@@ -291,7 +294,9 @@ def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.plot(
             runs[0]["steps"], np.mean([curve(r) for r in runs], axis=0), color=f"C{index}", linewidth=2.5, label=kind
         )
-    axis.set(xlabel="step", ylabel="held-out greedy accuracy, mean of sources", title="From one warm start per seed")
+    axis.set(
+        xlabel="step", ylabel="held-out accuracy of samples, mean of sources", title="From one warm start per seed"
+    )
     axis.legend()
     figure.savefig(path, dpi=120)
     plots.close(figure)
