@@ -43,19 +43,28 @@ class Checkpoints:
         Raises:
             ValueError: there is none, it is damaged, or it does not fit `like`.
         """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        step, restored = self._restore(arrays=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
+        return step, restored["arrays"], restored["host"]
+
+    def restore_some(self, like: dict[str, Any]) -> dict[str, Any]:
+        """Those entries of the newest checkpoint's arrays that `like` has; errors as `restore`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+        return self._restore(arrays=arrays)[1]["arrays"]
+
+    def _restore(self, **items: Any) -> tuple[int, Any]:
         step = self._manager.latest_step()
         if step is None:
             raise ValueError(f"no complete checkpoint in '{self._manager.directory}'")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arguments = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=arguments)
+            return step, self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and its storage raise many kinds
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"checkpoint {step} in '{self._manager.directory}' is damaged or of another model: {reason}"
             ) from None
-        return step, restored["arrays"], restored["host"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""

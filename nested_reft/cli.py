@@ -232,10 +232,10 @@ def _sample(arguments: list[str]) -> None:
         sampling = SamplingConfig(temperature=1.0 if known.temperature is None else known.temperature)
         nesting = NestingConfig(skip_ratio=known.skip_ratio)
         if (Path(known.policy) / "checkpoints").is_dir():
-            setup = trained_policy(Path(known.policy))
-            model, tokenizer, prompt = setup.model, setup.tokenizer, setup.config.data.prompt
+            policy = trained_policy(Path(known.policy))
+            model, tokenizer, prompt = policy.model, policy.tokenizer, policy.config.data.prompt
             if known.temperature is None:
-                sampling = setup.config.rollout.sampling
+                sampling = policy.config.rollout.sampling
         else:
             (model, tokenizer), prompt = load_model(known.policy), PromptFormat()
         tokens = tokenizer.encode(prompt.write(known.prompt, tokenizer))
@@ -344,8 +344,8 @@ def _export(arguments: list[str]) -> None:
     with _checking_input():
         if known.directory.exists():
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
-        setup = trained_policy(known.run)
-        save_huggingface(setup.model, known.directory, setup.tokenizer)
+        policy = trained_policy(known.run)
+        save_huggingface(policy.model, known.directory, policy.tokenizer)
     print(f"written: {known.directory}")
 
 
@@ -413,14 +413,19 @@ def _policy(policy: str, config_name: str | None) -> Any:
     if (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir():
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
-        return trained_policy(Path(policy))
+        trained = trained_policy(Path(policy))
+        return prepare(_without_plans(trained.config), trained)
     if config_name is None:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)
     if policy != config.model.name:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
-    no_plans = {"nesting": type(config.nesting)(), "nesting_control": type(config.nesting_control)()}
-    return prepare(dataclasses.replace(config, **no_plans))
+    return prepare(_without_plans(config))
+
+
+def _without_plans(config: Any) -> Any:
+    """The configuration of commands that draw no plans and so need nothing that plans need."""
+    return dataclasses.replace(config, nesting=type(config.nesting)(), nesting_control=type(config.nesting_control)())
 
 
 def _skipping(num_layers: int, layers: list[int]) -> Any:

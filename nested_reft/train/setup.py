@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Float
 
@@ -17,17 +18,14 @@ from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.data.pipeline import prompt_size
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
-from nested_reft.layer_skip import NestingConfig
 from nested_reft.models.lora import add_lora
 from nested_reft.models.registry import load_model, resolve_model
 from nested_reft.models.transformer import Transformer, initial_parameters, parameter_axes
-from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.divergence import load_divergence
-from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_parameters
+from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 from nested_reft.train.config import Config, find_data_file
-from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.step import create_train_state
 
 
@@ -58,8 +56,27 @@ class Setup:
     divergence_L: Float[np.ndarray, " L"]
 
 
-def prepare(config: Config) -> Setup:
+@dataclass(frozen=True)
+class Policy:
+    """A model that can answer.
+
+    Attributes:
+        config: the configuration that it was made with.
+        model: with its weights, adapters and placement on the mesh.
+        tokenizer: the model's.
+    """
+
+    config: Config
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def prepare(config: Config, policy: Policy | None = None) -> Setup:
     """Loads and checks data, tokenizer and model.
+
+    Args:
+        config: the configuration.
+        policy: a model and tokenizer to use; None for those that the configuration starts from.
 
     Raises:
         ValueError: something in the configuration cannot work; names the field, its value and
@@ -67,15 +84,16 @@ def prepare(config: Config) -> Setup:
     """
     if Config.from_json(config.to_json()) != config:
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
-    mesh = make_mesh(config.mesh)
-    if config.model.name != "scratch":
+    make_mesh(config.mesh)
+    if policy is None and config.model.name != "scratch":
         resolve_model(config.model.name)
     raw = [load_source(source) for source in config.data.sources]
     prompts = [_prompt_format(config, source) for source in config.data.sources]
     for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):
         check_answers([*train, *heldout], config.reward)
         check_demonstrations(prompt, heldout, field)
-    model, tokenizer = initial_policy(config)
+    policy = initial_policy(config) if policy is None else policy
+    model, tokenizer = policy.model, policy.tokenizer
     num_layers = model.config.num_layers
     config.nesting.validate_for(num_layers)
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
@@ -97,9 +115,6 @@ def prepare(config: Config) -> Setup:
     )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
-    if config.lora.rank:
-        add_lora(model, config.lora, jax.random.key(config.train.seed))
-        nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
     return Setup(
         config=config,
         model=model,
@@ -131,9 +146,9 @@ def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer
             )
 
 
-def initial_policy(config: Config) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer that a configuration starts from, placed on its mesh."""
-    dtype = jnp.dtype(config.model.dtype)
+def initial_policy(config: Config) -> Policy:
+    """The model and tokenizer that a configuration starts from, placed on its mesh, with adapters if it has any."""
+    dtype, mesh = jnp.dtype(config.model.dtype), make_mesh(config.mesh)
     if config.model.shape is None:
         model, tokenizer = load_model(config.model.name, dtype)
     else:
@@ -141,27 +156,28 @@ def initial_policy(config: Config) -> tuple[Transformer, Tokenizer]:
         key = jax.random.key(config.train.seed)
         model = Transformer(config.model.shape, initial_parameters(config.model.shape, key, dtype))
         check_tokenizer(model.config, tokenizer)
-    axes, mesh = parameter_axes(model.config), make_mesh(config.mesh)
-    return Transformer(model.config, shard_parameters(model.parameters(), axes, mesh)), tokenizer
+    model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
+    if config.lora.rank:
+        add_lora(model, config.lora, jax.random.key(config.train.seed))
+        nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
+    return Policy(config, model, tokenizer)
 
 
-def trained_policy(run: Path) -> Setup:
-    """A run's configuration, data and tokenizer, with the model of its newest checkpoint.
+def trained_policy(run: Path) -> Policy:
+    """The model of a run's newest checkpoint, on one device whatever the run's mesh was.
 
     Raises:
         ValueError: not a run directory, or it has no complete checkpoint.
     """
-    # The full model needs no plans.
-    config = dataclasses.replace(run_config(run), nesting=NestingConfig(), nesting_control=NestingControlConfig())
+    config = dataclasses.replace(run_config(run), mesh=MeshConfig())
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
-    setup = prepare(config)
-    state = create_train_state(setup.model, make_optimizer(config.optimizer, 1))
-    state = replicate_scalars(state, make_mesh(config.mesh))
+    policy = initial_policy(config)
+    state = create_train_state(policy.model, optax.identity())
     checkpoints = Checkpoints(run / "checkpoints", config.train.keep_checkpoints)
-    _, arrays, _ = checkpoints.restore(state.checkpoint_arrays())
+    trainable = checkpoints.restore_some({"trainable": state.trainable})["trainable"]
     checkpoints.close()
-    return dataclasses.replace(setup, model=dataclasses.replace(state, **arrays).model)
+    return dataclasses.replace(policy, model=dataclasses.replace(state, trainable=trainable).model)
 
 
 def run_config(run: Path) -> Config:

@@ -112,6 +112,20 @@ def test_the_trained_policy_can_be_loaded(whole_run):
     assert setup.model.config.num_layers == 6
 
 
+def test_a_mesh_runs_policy_loads_on_one_device(tmp_path):
+    config = nano(mesh=MeshConfig(data=2), lora=LoraConfig(rank=2), optimizer__learning_rate=0.1, loss=MOVING)
+    run = Trainer(prepare(config), RunDirectory.create(tmp_path, config.name, config.to_json()))
+    run.step(0)
+    run._save()
+    run.close()
+    policy = trained_policy(run.run_directory.path)
+    tokens_BT = jnp.arange(6)[None]
+    assert len(policy.model.embedding[...].devices()) == 1
+    np.testing.assert_allclose(policy.model(tokens_BT), run.state.model(tokens_BT), atol=1e-5)
+    fresh = prepare(dataclasses.replace(config, mesh=MeshConfig())).model
+    assert not np.allclose(policy.model(tokens_BT), fresh(tokens_BT), atol=1e-3)
+
+
 def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
     config = nano(train__steps=8)
     straight = trainer(config, tmp_path / "straight")
