@@ -113,7 +113,10 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
     parts = [table([f"{result['steps']} steps", "first", "last", "mean"], rows)]
     if result["curriculum"]:
         rows = [
-            [_one_line(name), *("-" if value is None else f"{value:.3g}" for value in values.values())]
+            [
+                _one_line(name),
+                *("-" if value is None else f"{value:.3f}".removesuffix(".000") for value in values.values()),
+            ]
             for name, values in result["curriculum"].items()
         ]
         parts.append(table(["source, last values", *PANELS.values()], rows))
