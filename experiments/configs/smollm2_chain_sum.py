@@ -49,7 +49,7 @@ def get_config() -> Config:
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),
-        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=3),
+        optimizer=OptimizerConfig(learning_rate=1.5e-5, schedule="linear", warmup_steps=8),
         train=TrainConfig(steps=40, checkpoint_every=20),
         evaluation=EvaluationConfig(every_steps=5, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.97, window=512),
