@@ -39,7 +39,7 @@ def get_config() -> Config:
         ),
         rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=1.0)),
         nesting=NestingConfig(
-            skip_ratio=0.07,
+            skip_ratio=0.034,
             choice="measured",
             divergence_file="smollm2_chain_sum_layers.json",
             divergence_temperature=0.03,
@@ -49,7 +49,7 @@ def get_config() -> Config:
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),
-        optimizer=OptimizerConfig(learning_rate=1.5e-5, schedule="linear", warmup_steps=8),
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=3),
         train=TrainConfig(steps=40, checkpoint_every=20),
         evaluation=EvaluationConfig(every_steps=5, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.97, window=512),

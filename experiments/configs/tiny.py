@@ -1,6 +1,8 @@
 """A six-layer transformer from scratch: supervised warm start with layer dropout, then nested RL.
 
-Everything the main job does, in under two minutes on two cores: for tests, notebooks and a first look.
+It learns to repeat numbers (sums of one term), which a model of 220,000 parameters can still improve at by trial; sums
+it knows by heart or not at all. Everything the main job does, in under two minutes on two cores: for tests, notebooks
+and a first look.
 Command: nested-reft train tiny
 """
 
@@ -19,7 +21,7 @@ ALPHABET = "0123456789+-= "
 
 
 def get_config() -> Config:
-    parameters = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    parameters = {"min_terms": 1, "max_terms": 1, "min_digits": 3, "max_digits": 6}
     return Config(
         name="tiny",
         model=ModelSource(
@@ -37,18 +39,20 @@ def get_config() -> Config:
             alphabet=ALPHABET,
         ),
         data=DataConfig(
-            sources=(TaskSource("three_terms_one_digit", "chain_sum", parameters, 3000, 128, seed=1),),
+            sources=(TaskSource("three_to_six_digits", "chain_sum", parameters, 3000, 128, seed=1),),
             prompts_per_batch=16,
             max_prompt_tokens=16,
             prompt=PromptFormat("{expression} =", chat=False),
         ),
-        rollout=RolloutConfig(group_size=8, max_completion_tokens=4),
+        rollout=RolloutConfig(group_size=8, max_completion_tokens=8),
         nesting=NestingConfig(skip_ratio=0.2, border=1),
         reward=RewardConfig(),
-        loss=LossConfig(advantage="leave_one_out", bias_mitigation="base", level="token", normalization="token_mean"),
-        optimizer=OptimizerConfig(learning_rate=3e-4),
-        train=TrainConfig(steps=150, checkpoint_every=50),
+        loss=LossConfig(
+            advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
+        ),
+        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=10),
+        train=TrainConfig(steps=300, checkpoint_every=100),
         evaluation=EvaluationConfig(every_steps=25),
         curriculum=CurriculumConfig("uniform"),
-        warm_start=WarmStartConfig(steps=300, batch_size=64, learning_rate=2e-3, layer_dropout=0.4),
+        warm_start=WarmStartConfig(steps=200, batch_size=64, learning_rate=2e-3, layer_dropout=0.4),
     )

@@ -13,7 +13,7 @@ import pytest
 from nested_reft.cli import _override
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
-from nested_reft.data.sources import DatasetSource, JsonlSource, difficulty_ladder, exactly
+from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, difficulty_ladder, exactly
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_that_explains_it(whole_run):
     assert any(file.name.startswith("events.out.tfevents") for file in path.iterdir())
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
-    assert "heldout/three_terms_one_digit" in lines[0] and "heldout/three_terms_one_digit" in lines[2]
+    assert "heldout/three_to_six_digits" in lines[0] and "heldout/three_to_six_digits" in lines[2]
     assert 0 < lines[1]["ess_token"] <= 1 and len(lines[1]["skipped_layers"]) == 1
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 * 4 * 4
@@ -98,7 +98,7 @@ def test_a_run_leaves_everything_that_explains_it(whole_run):
     )
     assert summary["kept_layers"] == 5 and summary["layers"] == 6
     assert summary["nested_tokens_per_second"] > 0 and summary["full_tokens_per_second"] > 0
-    assert set(summary["before"]["three_terms_one_digit"]) == set(summary["after"]["three_terms_one_digit"])
+    assert set(summary["before"]["three_to_six_digits"]) == set(summary["after"]["three_to_six_digits"])
 
 
 def test_steps_after_the_first_compile_nothing(whole_run):
@@ -189,7 +189,7 @@ def test_sources_are_divided_once_and_a_resumed_run_keeps_them(kind, tmp_path):
     assert len(names) == len(parts) and sum(len(part) for part in parts) == 20
     assert len(parts) == 2 or kind == "pass_rate"  # an untrained model may be wrong everywhere
     assert [len(examples) for examples in first.setup.heldout_examples] == [8]
-    assert set(first._evaluate_trained_sources(first.step(0))) == {"heldout/three_terms_one_digit"}
+    assert set(first._evaluate_trained_sources(first.step(0))) == {"heldout/three_to_six_digits"}
     first.steps_done = 1
     first._save()
     expected = comparable(first.step(1))
@@ -210,7 +210,7 @@ def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypa
     monkeypatch.setattr("nested_reft.train.split.num_correct", lambda *rest: np.arange(len(rest[2])) % 2 * rest[-1])
     config = nano(data__split=SplitConfig("pass_rate", parts=4, samples=8))
     setup = trainer(config, tmp_path).setup
-    assert setup.source_names == ("three_terms_one_digit.pass_1.00-1.00", "three_terms_one_digit.pass_0.00-0.00")
+    assert setup.source_names == ("three_to_six_digits.pass_1.00-1.00", "three_to_six_digits.pass_0.00-0.00")
     whole = prepare(config).train_examples[0]
     assert [e.text for e in setup.train_examples[0]] == [e.text for e in whole[1::2]]
     (written,) = json.loads((tmp_path / "sources.json").read_text())
@@ -305,13 +305,17 @@ def test_many_devices_train_like_one(mesh, tmp_path):
 def test_every_configuration_takes_a_step(name, tmp_path):
     config = load_config(name)
     shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=400)
-    sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in config.data.sources)
+    generated = [source for source in config.data.sources if isinstance(source, TaskSource)]
+    sums = TaskSource("instead_of_a_dataset", "chain_sum", exactly(terms=2, digits=1), 8, 2, seed=0)
+    sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in generated or [sums])
     data = dataclasses.replace(config.data, sources=sources, prompts_per_batch=2, max_prompt_tokens=300)
     config = dataclasses.replace(
         config,
         model=ModelSource("scratch", shape=shape, alphabet=string.printable),
         data=data,
         nesting=dataclasses.replace(config.nesting, choice="uniform", divergence_file=None, skip_ratio=0.1),
+        rollout=dataclasses.replace(config.rollout, max_completion_tokens=16),
+        reward=dataclasses.replace(config.reward, overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4)),
         warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
         train=dataclasses.replace(config.train, micro_batches=1),
     )
@@ -562,11 +566,11 @@ def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heldout_size": 0}, "data.sources.three_terms_one_digit.heldout_size is 0; allowed is 1 or more"),
-        ({"heldout_sizes": 1}, "data.sources.three_terms_one_digit: can not match .*heldout_sizes"),
-        ({"seed": "x"}, "data.sources.three_terms_one_digit: wrong value type for field .*seed"),
-        ({"checker": "guess"}, "data.sources.three_terms_one_digit: wrong value type for field .*checker"),
-        ({"file": "x"}, "data.sources.three_terms_one_digit needs exactly one of the fields task, dataset, file"),
+        ({"heldout_size": 0}, "data.sources.three_to_six_digits.heldout_size is 0; allowed is 1 or more"),
+        ({"heldout_sizes": 1}, "data.sources.three_to_six_digits: can not match .*heldout_sizes"),
+        ({"seed": "x"}, "data.sources.three_to_six_digits: wrong value type for field .*seed"),
+        ({"checker": "guess"}, "data.sources.three_to_six_digits: wrong value type for field .*checker"),
+        ({"file": "x"}, "data.sources.three_to_six_digits needs exactly one of the fields task, dataset, file"),
     ],
 )
 def test_what_is_wrong_with_a_stored_source_is_said(changes, message):

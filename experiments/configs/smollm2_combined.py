@@ -1,0 +1,14 @@
+"""SmolLM2-135M-Instruct on sums of six difficulties: nested rollouts, DAPO and DUMP together.
+
+Command: nested-reft train smollm2_combined
+"""
+
+import dataclasses
+
+from nested_reft.train.config import Config, load_config
+from nested_reft.train.presets import with_dapo
+
+
+def get_config() -> Config:
+    base = load_config("smollm2_dump")
+    return dataclasses.replace(with_dapo(base, cache_tokens=4, max_generation_batches=4), name="smollm2_combined")

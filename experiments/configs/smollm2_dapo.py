@@ -1,0 +1,14 @@
+"""SmolLM2-135M-Instruct on one-digit sums with DAPO (arXiv 2503.14476), rollouts nested.
+
+The model, prompts and layer plans of `smollm2_chain_sum`. Command: nested-reft train smollm2_dapo
+"""
+
+import dataclasses
+
+from nested_reft.train.config import Config, load_config
+from nested_reft.train.presets import with_dapo
+
+
+def get_config() -> Config:
+    base = load_config("smollm2_chain_sum")
+    return dataclasses.replace(with_dapo(base, cache_tokens=4, max_generation_batches=4), name="smollm2_dapo")

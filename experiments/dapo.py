@@ -1,0 +1,105 @@
+"""DAPO's parts switched on one at a time, on `tiny`.
+
+    python -m experiments.dapo                      # three seeds of five variants
+
+Every variant holds all parts of those above it, and all start from the same warm-started model.
+What is finished is kept as JSON in `--out` and not computed again. The table shows held-out accuracy
+of samples (mean over the sources), the policy's entropy over the last tenth of the steps, the
+length of its completions, and generation batches for each update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.runs import EVERY, finished, train, warm_started
+from nested_reft.losses.presets import dapo, grpo
+from nested_reft.metrics import write_json
+from nested_reft.report import table
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.train.config import Config, WarmStartConfig, load_config
+
+VARIANTS = ("grpo", "clip_higher", "overlong_punishment", "token_mean", "dynamic_sampling")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("experiments.dapo", description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment-dapo"))
+    known = parser.parse_args(arguments)
+    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
+    known.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in known.seeds:
+        shared = None
+        for variant in known.variants:
+            config = variant_config(variant, seed, known.steps)
+            file = known.out / f"{variant}-seed{seed}-steps{known.steps}.json"
+            found = finished(file, config)
+            if found is None:
+                shared = shared or warm_started(variant_config("grpo", seed, known.steps), known.out)
+                found = train(dataclasses.replace(shared, config=config), known.out)
+                write_json(file, found)
+                print(f"{variant}, seed {seed}: {found['seconds']:.0f} s", flush=True)
+            results.append(found | {"variant": variant, "seed": seed})
+    rows = [_row(variant, [result for result in results if result["variant"] == variant]) for variant in known.variants]
+    columns = ["with", "accuracy before", "accuracy after", "entropy", "tokens", "generation batches", "seconds"]
+    print(table(columns, rows))
+    write_json(known.out / "results.json", [dict(zip(columns, row, strict=True)) for row in rows])
+    print(f"written: {known.out / 'results.json'}")
+    return 0
+
+
+def variant_config(variant: str, seed: int, steps: int) -> Config:
+    """`tiny_dapo` without the parts that come after `variant`."""
+    full = load_config("tiny_dapo")
+    have = VARIANTS[: VARIANTS.index(variant) + 1]
+    loss = dataclasses.replace(
+        grpo("base", reference_kl_coefficient=0.0),
+        clip_high=dapo("base").clip_high if "clip_higher" in have else 0.2,
+        normalization="token_mean" if "token_mean" in have else "sequence_mean",
+    )
+    cache_tokens = full.reward.overlong_cache_tokens if "overlong_punishment" in have else 0
+    return dataclasses.replace(
+        full,
+        name=f"dapo-{variant}-{seed}",
+        loss=loss,
+        reward=dataclasses.replace(full.reward, overlong_cache_tokens=cache_tokens),
+        dynamic_sampling=full.dynamic_sampling if "dynamic_sampling" in have else DynamicSamplingConfig(),
+        train=dataclasses.replace(full.train, seed=seed, steps=steps),
+        evaluation=dataclasses.replace(full.evaluation, samples_per_prompt=4, pass_k=4),
+        warm_start=WarmStartConfig(),
+    )
+
+
+def _row(variant: str, results: list[dict[str, Any]]) -> list[str]:
+    def mean(values: Sequence[float]) -> str:
+        spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+        return f"{np.mean(values):.3f} ({spread:.3f})"
+
+    def late(name: str) -> list[float]:
+        return [float(np.mean(result["metrics"][name][-EVERY:])) for result in results]
+
+    accuracy = [np.mean(result["accuracy"], axis=1) for result in results]
+    return [
+        ("" if variant == VARIANTS[0] else "+ ") + variant,
+        mean([curve[0] for curve in accuracy]),
+        mean([curve[-1] for curve in accuracy]),
+        mean(late("entropy")),
+        mean(late("completion_tokens")),
+        mean(late("generation_batches")),
+        mean([result["seconds"] for result in results]),
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
