@@ -1,12 +1,14 @@
 """DAPO's ablation: each variant holds the parts of those before it and one more."""
 
+import itertools
+
 from experiments.dapo import VARIANTS, variant_config
 from nested_reft.train.config import differences, load_config
 
 
 def test_variants_differ_by_one_part_and_end_at_the_preset():
     changed = []
-    for before, after in zip(VARIANTS, VARIANTS[1:], strict=False):
+    for before, after in itertools.pairwise(VARIANTS):
         parts = differences(variant_config(before, 0, 10).to_json(), variant_config(after, 0, 10).to_json())
         changed.append([field for field, _, _ in parts if field != "name"])
     assert changed == [
