@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.lora import add_lora
 from nested_reft.models.transformer import (
     KeyValues,
     PromptCache,
@@ -30,7 +30,7 @@ from nested_reft.models.transformer import (
 from nested_reft.rollout.sampling import SamplingConfig, sample_token
 from nested_reft.sharding import MeshConfig, partition_spec
 from nested_reft.train.optimizer import make_optimizer
-from nested_reft.train.step import TrainState, make_update
+from nested_reft.train.step import TrainState, create_train_state, make_update
 from nested_reft.types import TrainBatch
 
 # What libtpu asks of the environment on a machine without a TPU.
@@ -166,17 +166,23 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, run: Any) -
     """
     sharded = _Shapes(mesh)
     dtype = jnp.dtype(run.model.dtype)
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-    model = _model(config, sharded.parameters(config, dtype), dtype)
-    graph, trainable, frozen = nnx.split(model, nnx.Param, ...)
-    moments = jax.eval_shape(optimizer.init, trainable)
-    by_shape = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(trainable)}
+    parameters = sharded.parameters(config, dtype)
+    optimizer = make_optimizer(run.optimizer, run.train.steps * run.train.updates_per_batch)
+
+    def initial_state(parameters: dict[str, Any]) -> TrainState:
+        model = _model(config, parameters, dtype)
+        if run.lora.rank:
+            add_lora(model, run.lora, jax.random.key(0))
+        return create_train_state(model, optimizer)
+
+    by_shape = {leaf.shape: leaf.sharding for leaf in parameters.values()}
     replicated = NamedSharding(mesh, PartitionSpec())
-    moments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_shape.get(leaf.shape, replicated)),
-        moments,
-    )
-    state = TrainState(trainable, frozen, moments, sharded((), jnp.int32), graph)
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Moments lie as their parameters do; adapters and counters are whole everywhere."""
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_shape.get(leaf.shape, replicated))
+
+    state = jax.tree.map(place, jax.eval_shape(initial_state, parameters))
     rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
     tokens = {name: sharded((*rows, size), jnp.float32, "batch") for name in _needed_logprobs(run)}
     batch = TrainBatch(
@@ -187,12 +193,21 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, run: Any) -
         forced_BG=sharded(rows, jnp.int32, "batch"),
         behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
         advantage_BG=sharded(rows, jnp.float32, "batch"),
+        plan=_plan_shape(run, config, sharded),
         **tokens,
     )
     update = make_update(
         optimizer, run.loss, run.rollout.sampling.temperature, run.train.micro_batches, run.train.remat
     )
     return _cost("update", config.num_layers, update, (state, batch), None)
+
+
+def _plan_shape(run: Any, config: ModelConfig, sharded: _Shapes) -> Any:
+    """The plan that an update reads where it teaches the nested policy."""
+    if not run.loss.self_distillation_coefficient:
+        return None
+    kept = config.num_layers - run.nesting.num_skipped(config.num_layers)
+    return LayerPlan(sharded((kept,), jnp.int32))
 
 
 def _needed_logprobs(run: Any) -> list[str]:

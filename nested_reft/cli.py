@@ -83,6 +83,7 @@ def _checking_input() -> Iterator[None]:
 
 def _train(arguments: list[str]) -> None:
     from nested_reft.checkpoints import newest_checkpoint
+    from nested_reft.figures import write_report
     from nested_reft.metrics import RunDirectory
     from nested_reft.report import summary_table
     from nested_reft.rollout.dynamic_sampling import GenerationLimitError
@@ -130,6 +131,10 @@ def _train(arguments: list[str]) -> None:
         raise SystemExit(1) from None
     print(f"\n{summary_table(summary)}")
     _write_json(known.json, summary)
+    try:
+        print(f"report: {write_report(run.path)['directory']}")
+    except ImportError as error:
+        print(f"no figures: {error}")
 
 
 def _resolve_config(name: str | None, resume: Path | None, overrides: list[str]) -> Any:

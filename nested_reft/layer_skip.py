@@ -108,6 +108,8 @@ class NestingConfig:
             )
         if self.choice == "fixed" and not self.layers:
             raise ValueError("nesting.layers is empty; choice 'fixed' needs the layers to skip")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"nesting.layers is {self.layers}, which names a layer twice; allowed is each once")
         if self.choice != "fixed" and self.layers:
             raise ValueError(f"nesting.layers is {self.layers}, but choice is '{self.choice}'; set choice to 'fixed'")
         if self.choice == "measured" and self.divergence_file is None and not self.remeasure_every:
@@ -129,7 +131,7 @@ class NestingConfig:
     def num_skipped(self, num_layers: int) -> int:
         """floor(skip_ratio * L), or the number of fixed layers."""
         if self.choice == "fixed":
-            return len(set(self.layers))
+            return len(self.layers)
         return math.floor(self.skip_ratio * num_layers + 1e-9)
 
     def most_skipped(self, num_layers: int) -> int:
@@ -150,7 +152,7 @@ class NestingConfig:
             unknown = [layer for layer in self.layers if not 0 <= layer < num_layers]
             if unknown:
                 raise ValueError(f"nesting.layers names {unknown}; the model has layers 0 to {num_layers - 1}")
-            if len(set(self.layers)) >= num_layers:
+            if len(self.layers) >= num_layers:
                 raise ValueError(f"nesting.layers skips all {num_layers} layers; at least one must remain")
             return
         most = self.most_skipped(num_layers)

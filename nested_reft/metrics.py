@@ -26,6 +26,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
+        self._purge_step: int | None = None
         path.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
 
@@ -34,7 +35,7 @@ class RunDirectory:
         """Made with the first point, so that a run whose checkpoint cannot be restored stays as it was."""
         from tensorboardX import SummaryWriter  # Half a second that only a training run needs.
 
-        return SummaryWriter(str(self.path))
+        return SummaryWriter(str(self.path), purge_step=self._purge_step)
 
     def _open(self, name: str) -> TextIO:
         return (self.path / name).open("a", encoding="utf-8")
@@ -56,7 +57,8 @@ class RunDirectory:
         return run
 
     def drop_after(self, step: int) -> None:
-        """Drops log lines of later steps than the checkpoint that a run resumes from."""
+        """Drops log lines and TensorBoard points of later steps than the checkpoint that a run resumes from."""
+        self._purge_step = step + 1
         for file in (self._metrics, self._samples):
             file.close()
         for name in ("metrics.jsonl", "samples.jsonl"):

@@ -34,8 +34,10 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """A `data` x `model` mesh over the first devices.
 
     Raises:
-        ValueError: there are fewer devices than the mesh needs.
+        ValueError: there are fewer devices than the mesh needs, or several processes.
     """
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes are running; training across hosts is not supported yet")
     needed, devices = config.data * config.model, jax.devices()
     if needed > len(devices):
         raise ValueError(

@@ -95,7 +95,8 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"the tokenizer cannot encode {text[:80]!r} ({error}); use characters it knows") from error
+            known = "".join(sorted(token for token in self._backend.get_vocab() if len(token) == 1))[:100]
+            raise ValueError(f"the tokenizer cannot encode {text[:80]!r} ({error}); it knows {known!r}") from error
 
     def decode(self, token_ids: Iterable[int] | Int[np.ndarray, " T"]) -> str:
         """Text of `token_ids`, special tokens and stop tokens left out."""
@@ -208,7 +209,7 @@ class Tokenizer:
             ValueError: the alphabet is empty or repeats a character.
         """
         if not alphabet or len(set(alphabet)) != len(alphabet):
-            raise ValueError(f"tokenizer.alphabet is {alphabet!r}; allowed is one or more characters, each once")
+            raise ValueError(f"model.alphabet is {alphabet!r}; allowed is one or more characters, each once")
         vocabulary = {END_OF_TEXT: 0} | {character: i for i, character in enumerate(alphabet, start=1)}
         # The unknown token is named but absent, so that a foreign character is refused, not dropped.
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))

@@ -128,6 +128,7 @@ def test_no_skipped_layer_is_the_full_model(key):
         ({"divergence_temperature": -1.0}, "nesting.divergence_temperature is -1.0"),
         ({"choice": "fixed"}, "nesting.layers is empty"),
         ({"layers": (1,)}, "set choice to 'fixed'"),
+        ({"choice": "fixed", "layers": (3, 1, 3)}, "which names a layer twice"),
         ({"choice": "measured"}, "nesting.divergence_file is not set"),
         ({"remeasure_every": 5}, "nesting.remeasure_every is 5, but choice is 'uniform'"),
         ({"remeasure_every": -1}, "nesting.remeasure_every is -1"),

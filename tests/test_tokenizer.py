@@ -249,7 +249,7 @@ def test_characters_round_trip(transformers, tmp_path):
 
 
 def test_characters_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="cannot encode '1x'"):
+    with pytest.raises(ValueError, match=r"cannot encode '1x' .* it knows '012'"):
         Tokenizer.characters("012").encode("1x")
     for alphabet in ("", "aba"):
         with pytest.raises(ValueError, match=f"alphabet is '{alphabet}'; allowed is one or more characters, each once"):

@@ -11,4 +11,5 @@ from nested_reft.train.presets import with_dapo
 
 def get_config() -> Config:
     base = load_config("smollm2_dump")
-    return dataclasses.replace(with_dapo(base, cache_tokens=4, max_generation_batches=4), name="smollm2_combined")
+    roomy = dataclasses.replace(base, rollout=dataclasses.replace(base.rollout, max_completion_tokens=24))
+    return dataclasses.replace(with_dapo(roomy, cache_tokens=4, max_generation_batches=4), name="smollm2_combined")

@@ -8,6 +8,7 @@ import dataclasses
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, difficulty_ladder, exactly
+from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.train.config import Config, load_config
 
 LEVELS = {
@@ -27,6 +28,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         name="smollm2_dump",
+        dynamic_sampling=DynamicSamplingConfig(),  # the curriculum alone decides
         data=dataclasses.replace(base.data, sources=(easiest, *harder)),
         train=dataclasses.replace(base.train, steps=60, checkpoint_every=20),
         curriculum=CurriculumConfig("dump", window=300, temperature=0.1),

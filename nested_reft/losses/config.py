@@ -107,6 +107,7 @@ def claims_unbiased(config: LossConfig) -> bool:
         and config.advantage != "group_std"
         and config.normalization == "fixed_length"
         and config.reference_kl in (None, "k1_in_reward")
+        and not config.overlong_filter
         and config.entropy_coefficient == 0
         and config.self_distillation_coefficient == 0
     )

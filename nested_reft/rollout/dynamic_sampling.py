@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -124,11 +124,27 @@ def select_groups(batches: Sequence[Scored], config: DynamicSamplingConfig, num_
     )
 
 
-def drop_cut_off(rollouts: Rollouts) -> Rollouts:
-    """Marks completions that were cut off as forced: their reward still counts for their group's
-    baseline, but their tokens enter no loss (DAPO's overlong filtering, section 3.4)."""
-    forced_BG = np.where(rollouts.finished_BG, rollouts.forced_BG, rollouts.length_BG)
-    return dataclasses.replace(rollouts, forced_BG=forced_BG)
+def trained_groups(batches: Sequence[Scored], config: DynamicSamplingConfig, num_groups: int) -> dict[str, Any]:
+    """How many mixed groups an update trains on, and in words if the limit left it short; for the log."""
+    if config.max_generation_batches == 1:
+        return {}
+    num_mixed = sum(int(mixed_groups(scored).sum()) for scored in batches)
+    metrics: dict[str, Any] = {"trained_groups": min(num_mixed, num_groups)}
+    if num_mixed < num_groups:
+        metrics["shortfall"] = (
+            f"the limit of {config.max_generation_batches} generation batches left {num_mixed} of {num_groups} groups"
+            " with right and wrong completions to train on"
+        )
+    return metrics
+
+
+def without_gradient(rollouts: Rollouts, which_BG: Bool[np.ndarray, "B G"]) -> Rollouts:
+    """Marks all tokens of some completions as forced, so that they enter neither the loss nor its divisor.
+
+    Their rewards still count for their group's baseline. For completions that could not be scored, and for
+    those that were cut off (DAPO's overlong filtering, section 3.4).
+    """
+    return dataclasses.replace(rollouts, forced_BG=np.where(which_BG, rollouts.length_BG, rollouts.forced_BG))
 
 
 def _take_prompts(batches: Sequence[Prompts], chosen: Sequence[tuple[int, int]]) -> Prompts:

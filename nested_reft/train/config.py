@@ -237,6 +237,11 @@ class Config:
                 f"rollout.mode is 'exact' and loss.mixture_alpha {self.loss.mixture_alpha}; exact rollouts are all the"
                 " full model's, so there is nothing to mix: use bias_mitigation 'base', or mode 'nested'"
             )
+        if self.rollout.mode == "exact" and self.nesting_control.hold is not None:
+            raise ValueError(
+                f"rollout.mode is 'exact' and nesting_control.hold '{self.nesting_control.hold}'; exact rollouts are"
+                " on-policy at any depth, so there is no budget to hold: use mode 'nested', or no nesting_control"
+            )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
         self.curriculum.validate_for([source.name for source in self.data.sources])

@@ -16,8 +16,10 @@ from nested_reft.train.config import Config
 def with_dapo(config: Config, cache_tokens: int, max_generation_batches: int = 10) -> Config:
     """DAPO (arXiv 2503.14476): clip-higher, token-level loss, dynamic sampling, soft overlong punishment.
 
-    The ratio is to whatever policy sampled (`base`), so that nested rollouts stay corrected. The paper
-    stops a run at the limit of generation batches; here it trains on what there is.
+    The ratio is to whatever policy sampled (`base`). With nested rollouts the clip therefore acts on their
+    correction as well: a right token that the nested policy underrates by more than 1.28 has no gradient in
+    the first pass already. The dual clip of the recipe (10) bounds the other side. The paper stops a run at
+    the limit of generation batches; here it trains on what there is.
 
     Args:
         config: what to change; its learning rate and sizes stay.
@@ -26,7 +28,7 @@ def with_dapo(config: Config, cache_tokens: int, max_generation_batches: int = 1
     """
     return dataclasses.replace(
         config,
-        loss=presets.dapo("base"),
+        loss=presets.dapo("base", dual_clip=10.0),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches),
         reward=dataclasses.replace(config.reward, overlong_cache_tokens=cache_tokens),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
@@ -27,6 +29,8 @@ from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_paramet
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 from nested_reft.train.config import Config, find_data_file
 from nested_reft.train.step import create_train_state
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     make_mesh(config.mesh)
     if policy is None and config.model.name != "scratch":
         resolve_model(config.model.name)
-    raw = [load_source(source) for source in config.data.sources]
+    raw = _without_held_out(config, [load_source(source) for source in config.data.sources])
     prompts = [_prompt_format(config, source) for source in config.data.sources]
     for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):
         check_answers([*train, *heldout], config.reward)
@@ -96,6 +100,12 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     model, tokenizer = policy.model, policy.tokenizer
     num_layers = model.config.num_layers
     config.nesting.validate_for(num_layers)
+    if config.nesting.skip_ratio and config.nesting.num_skipped(num_layers) == 0:
+        logger.warning(
+            "nesting.skip_ratio is %g, which of %d layers is none: rollouts are the full model's",
+            config.nesting.skip_ratio,
+            num_layers,
+        )
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
@@ -128,6 +138,26 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     )
 
 
+def _without_held_out(
+    config: Config, raw: list[tuple[list[Example], list[Example]]]
+) -> list[tuple[list[Example], list[Example]]]:
+    """Sources whose training examples are held out in none of them; removed ones are reported."""
+    held_out = {example.question for _, heldout in raw for example in heldout}
+    kept = []
+    for source, (train, heldout) in zip(config.data.sources, raw, strict=True):
+        remaining = [example for example in train if example.question not in held_out]
+        if len(remaining) < len(train):
+            logger.warning(
+                "%s: %d training questions are held out in another source and were removed",
+                field_path(source),
+                len(train) - len(remaining),
+            )
+        if not remaining:
+            raise ValueError(f"{field_path(source)} has no training question that is not held out in another source")
+        kept.append((remaining, heldout))
+    return kept
+
+
 def _prompt_format(config: Config, source: SourceConfig) -> tuple[PromptFormat, str]:
     """How a source's questions become prompts, and where that stands in the configuration."""
     if source.prompt is None:
@@ -157,6 +187,8 @@ def initial_policy(config: Config) -> Policy:
         model = Transformer(config.model.shape, initial_parameters(config.model.shape, key, dtype))
         check_tokenizer(model.config, tokenizer)
     model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
+    if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
+        model.cache_dtype = dtype
     if config.lora.rank:
         add_lora(model, config.lora, jax.random.key(config.train.seed))
         nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))

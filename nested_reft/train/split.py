@@ -39,6 +39,8 @@ def split_sources(setup: Setup, model: Transformer, key: jax.Array, file: Path, 
     if not resume:
         write_json(file, division)
     parts = [(source, part) for source, parts in enumerate(division) for part in parts]
+    if config.kind == "pass_rate":  # the easiest first, whatever source it is of
+        parts.sort(key=lambda part: -part[1].get("pass_rate", 1.0))
     return dataclasses.replace(
         setup,
         train_examples=[[setup.train_examples[source][e] for e in part["examples"]] for source, part in parts],

@@ -1,8 +1,8 @@
 """The synchronous training loop.
 
-    sources -> curriculum -> rollout(plan) -> rewards -> advantages -> weights -> loss -> update
-                                     ^                                                       |
-                                     +------------ nesting control (ESS / KL budget) <-------+
+    curriculum -> prompts -> rollout(plan) -> rewards -> dynamic sampling -> advantages -> loss -> update
+        ^                         ^                                                                  |
+        +-- |advantage| --        +------------- nesting control (ESS / KL budget) <-----------------+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -32,20 +33,18 @@ from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
-from nested_reft.rewards.reward import component_metrics, score
 from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
 from nested_reft.rollout.dynamic_sampling import (
     GenerationLimitError,
-    drop_cut_off,
     enough,
-    mixed_groups,
     select_groups,
+    trained_groups,
+    without_gradient,
 )
-from nested_reft.rollout.exact import generate_exact, next_draft_length
-from nested_reft.rollout.generate import completion_logprobs, generate
-from nested_reft.rollout.mixture import mixture_rollouts
+from nested_reft.rollout.generate import completion_logprobs
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
+from nested_reft.train.generation import Generation, generation_metrics
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.setup import Setup
 from nested_reft.train.split import split_sources
@@ -56,6 +55,8 @@ from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 # Purposes of random keys: each step's key is folded with one of these.
 CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY, SPLIT_KEY = range(7)
 GENERATION_KEY = 100  # and up: the generation batches of a step
+CURRICULUM_SEES = ("reward_BG", "accuracy_BG", "scored_BG")
+LAST_PASS = ("loss", "policy_loss", "gradient_norm", "clipped_share", "limited_share", "reference_kl")
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
 
@@ -78,8 +79,8 @@ class Trainer:
         self.checkpoints = Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints)
         self.mesh = make_mesh(config.mesh)
         self.key = replicate(jax.random.key(config.train.seed), self.mesh)
-        self.stop_ids = replicate(np.array(setup.tokenizer.stop_ids, np.int32), self.mesh)
         self.num_layers = setup.model.config.num_layers
+        self.generation = Generation(config, setup.tokenizer, self.num_layers, self.mesh)
 
         total_updates = config.train.steps * config.train.updates_per_batch
         optimizer = make_optimizer(config.optimizer, total_updates)
@@ -100,7 +101,6 @@ class Trainer:
             config.nesting_control, config.nesting.num_skipped(self.num_layers)
         )
         self.divergence_L = setup.divergence_L
-        self.draft_length, self.draft_metrics = config.rollout.draft_length, dict[str, float]()
         self.steps_done = 0
         self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
@@ -162,69 +162,81 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One training step: choose prompts, sample nested, score, and update the full model."""
         config, step_key = self.config, jax.random.fold_in(self.key, 1000 + step)
-        started = time.monotonic()
+        started, num_prompts = time.monotonic(), config.data.prompts_per_batch
 
         plan = self._draw_plan(jax.random.fold_in(step_key, PLAN_KEY))
-        generated, rollout_seconds, curriculum_metrics = self._generate(plan, step_key)
-        scored = select_groups(generated, config.dynamic_sampling, config.data.prompts_per_batch)
-        batch = self._train_batch(scored)
-        for _ in range(config.train.updates_per_batch):
-            self.state, update_metrics, weight_BGC = self.update(self.state, batch)
-
-        metrics: dict[str, Any] = {name: float(value) for name, value in update_metrics.items()}
+        generated, rollout_seconds, before = list[Scored](), 0.0, self.curriculum
+        while not enough(generated, config.dynamic_sampling, num_prompts):
+            key = jax.random.fold_in(step_key, GENERATION_KEY + len(generated))
+            source_B = curriculum.choose(
+                self.curriculum, config.curriculum, jax.random.fold_in(key, CURRICULUM_KEY), num_prompts
+            )
+            prompts = self._next_prompts(source_B)
+            rollout_started = time.monotonic()
+            rollouts = self.generation.rollout(self.state, prompts, plan, jax.random.fold_in(key, ROLLOUT_KEY))
+            rollout_seconds += time.monotonic() - rollout_started
+            generated.append(self.generation.score(rollouts, prompts))
+            self._update_curriculum(generated[-1])
+        scored = select_groups(generated, config.dynamic_sampling, num_prompts)
+        batch = self._train_batch(scored, plan)
+        metrics, weight_BGC = self._update_policy(batch)
         metrics |= self._adapt_nesting(step, generated[0].rollouts, metrics)
-        warning = health_warning(metrics, config.train.ess_warning)
-        if warning is not None:
-            metrics["warning"] = warning
+
         self._log_samples(step + 1, scored, weight_BGC)
         return metrics | {
-            **_generation_metrics(generated, rollout_seconds, len(self.setup.source_names)),
-            **curriculum_metrics,
-            **self.draft_metrics,
+            **generation_metrics(generated, rollout_seconds, len(self.setup.source_names)),
+            **trained_groups(generated, config.dynamic_sampling, num_prompts),
+            **self._curriculum_metrics(before, generated),
+            **self.generation.draft_metrics,
             "skipped_layers": list(plan.skipped(self.num_layers)),
             "step_seconds": time.monotonic() - started,
             "compilations": self.compilations.count,
         }
 
-    def _generate(self, plan: LayerPlan, step_key: jax.Array) -> tuple[list[Scored], float, dict[str, Any]]:
-        """Generation batches for one update: one, or as many as dynamic sampling asks for.
+    def _update_curriculum(self, scored: Scored) -> None:
+        """Shows the curriculum what was generated, trained on or not.
 
-        The curriculum learns from all of them, whether or not they are trained on.
-
-        Returns:
-            The batches, the seconds of their rollouts, and the curriculum's metrics.
+        Its advantages are those of raw accuracy: under a shaped reward, a hopeless source with answers of
+        unequal lengths would look the most learnable.
         """
-        config, batches, rollout_seconds = self.config, list[Scored](), 0.0
-        rule, before, num_prompts = config.curriculum, self.curriculum, config.data.prompts_per_batch
-        while not batches or not enough(batches, config.dynamic_sampling, num_prompts):
-            key = jax.random.fold_in(step_key, GENERATION_KEY + len(batches))
-            source_B = curriculum.choose(self.curriculum, rule, jax.random.fold_in(key, CURRICULUM_KEY), num_prompts)
-            prompts = self._next_prompts(source_B)
-            started = time.monotonic()
-            rollouts = self._rollout(prompts, plan, jax.random.fold_in(key, ROLLOUT_KEY))
-            rollout_seconds += time.monotonic() - started
-            scored = self._score(rollouts, prompts)
-            batches.append(scored)
-            advantage_BG = np.asarray(self._advantages(scored))
-            self.curriculum = curriculum.update(
-                self.curriculum, rule, source_B, advantage_BG, scored.accuracy_BG, scored.scored_BG
-            )
+        config = self.config
+        advantage_BG = group_advantages(
+            jnp.asarray(scored.accuracy_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
+        )
+        self.curriculum = curriculum.update(
+            self.curriculum,
+            config.curriculum,
+            scored.prompts.source_B,
+            np.asarray(advantage_BG),
+            scored.accuracy_BG,
+            scored.scored_BG,
+        )
 
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(scored, name) for scored in batches])
-
-        source_B = np.concatenate([scored.prompts.source_B for scored in batches])
-        metrics = curriculum.step_metrics(
+    def _curriculum_metrics(self, before: curriculum.CurriculumState, generated: Sequence[Scored]) -> dict[str, Any]:
+        return curriculum.step_metrics(
             before,
             self.curriculum,
-            rule,
+            self.config.curriculum,
             self.setup.source_names,
-            source_B,
-            joined("reward_BG"),
-            joined("accuracy_BG"),
-            joined("scored_BG"),
+            np.concatenate([scored.prompts.source_B for scored in generated]),
+            *(np.concatenate([getattr(scored, name) for scored in generated]) for name in CURRICULUM_SEES),
         )
-        return batches, rollout_seconds, metrics
+
+    def _update_policy(self, batch: TrainBatch) -> tuple[dict[str, Any], np.ndarray]:
+        """Every pass over a batch: metrics of the step, and the weight of each token.
+
+        How far off-policy the rollouts were is read off the first pass: from the second on, the
+        optimizer has moved the target itself. A batch without a token to learn from changes nothing.
+        """
+        if not np.any(np.asarray(batch.forced_BG) < np.asarray(batch.length_BG)):
+            return {"empty": True, "loss": 0.0, "gradient_norm": 0.0}, np.zeros(batch.tokens_BGC.shape, np.float32)
+        passes = []
+        for _ in range(self.config.train.updates_per_batch):
+            self.state, update_metrics, weight_BGC = self.update(self.state, batch)
+            passes.append({name: float(value) for name, value in update_metrics.items()})
+        metrics: dict[str, Any] = passes[0] | {name: passes[-1][name] for name in LAST_PASS if name in passes[-1]}
+        warning = health_warning(metrics, self.config.train.ess_warning)
+        return metrics if warning is None else metrics | {"warning": warning}, np.asarray(weight_BGC)
 
     def _check_finite(self, metrics: dict[str, Any]) -> None:
         """Stops before a broken model replaces a good checkpoint."""
@@ -254,7 +266,7 @@ class Trainer:
             f"reward {metrics['reward']:.2f}",
             f"accuracy {metrics['accuracy']:.2f}",
             f"{metrics['tokens_per_second']:.0f} tok/s",
-            f"ESS {metrics['ess_token']:.2f}",
+            f"ESS {metrics.get('ess_token', math.nan):.2f}",
             *(f"{name} {accuracy:.2f}" for name, accuracy in self.shown_accuracy.items()),
         ]
         return ", ".join(shown)
@@ -276,7 +288,8 @@ class Trainer:
     def _adapt_nesting(self, step: int, rollouts: Rollouts, metrics: dict[str, Any]) -> dict[str, Any]:
         """Decides how many layers the next batch skips, re-measures them when it is time, and says so."""
         nesting, logged = self.config.nesting, {}
-        self.nesting = nesting_control.update(self.nesting, self.config.nesting_control, metrics)
+        if "empty" not in metrics:
+            self.nesting = nesting_control.update(self.nesting, self.config.nesting_control, metrics)
         if self.nesting.reason:
             logged |= {"next_num_skipped": self.nesting.num_skipped, "nesting_reason": self.nesting.reason}
         if nesting.remeasure_every and step % nesting.remeasure_every == 0:
@@ -288,85 +301,15 @@ class Trainer:
             logged["remeasure_seconds"] = time.monotonic() - started
         return logged
 
-    def _rollout(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
-        """Completions of the nested policy, of its defensive mixture with the full one, or drafted by it."""
-        alpha, group_size = self.config.loss.mixture_alpha, self.config.rollout.group_size
-        if self.config.rollout.mode == "exact":
-            return self._sample_exact(prompts, plan, key)
-        if alpha is None:
-            return self._sample(prompts, plan, key, group_size)
-        return mixture_rollouts(
-            lambda layers, sample_key, count: self._sample(prompts, layers, sample_key, count),
-            key,
-            plan,
-            self.num_layers,
-            len(prompts),
-            group_size,
-            alpha,
-        )
-
-    def _sample(
-        self, prompts: Prompts, plan: LayerPlan, key: jax.Array, group_size: int, stop_ids: Array | None = None
-    ) -> Rollouts:
-        config = self.config.rollout
-        rollouts = generate(
-            self.state.model,
-            shard_batch(prompts.tokens_BP, self.mesh),
-            shard_batch(prompts.length_B, self.mesh),
-            replicate(plan, self.mesh),
-            self.stop_ids if stop_ids is None else stop_ids,
-            key,
-            self.state.updates,
-            group_size=group_size,
-            max_completion_tokens=config.max_completion_tokens,
-            sampling=config.sampling,
-        )
-        return jax.block_until_ready(rollouts)
-
-    def _sample_exact(self, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
-        """Completions of the full model, drafted by the nested one; adapts the draft length for the next batch."""
-        config = self.config.rollout
-        exact = generate_exact(
-            self.state.model,
-            shard_batch(prompts.tokens_BP, self.mesh),
-            shard_batch(prompts.length_B, self.mesh),
-            replicate(plan, self.mesh),
-            self.stop_ids,
-            key,
-            self.state.updates,
-            group_size=config.group_size,
-            max_completion_tokens=config.max_completion_tokens,
-            sampling=config.sampling,
-            draft_length=self.draft_length,
-        )
-        acceptance = float(exact.acceptance)
-        self.draft_metrics = {"draft_length": self.draft_length, "draft_acceptance": acceptance}
-        self.draft_length = next_draft_length(self.draft_length, acceptance, plan.num_kept / self.num_layers)
-        return exact.rollouts
-
-    def _score(self, rollouts: Rollouts, prompts: Prompts) -> Scored:
-        tokens_BGC, length_BG = np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)
-        texts = self.setup.tokenizer.decode_completions(tokens_BGC, length_BG)
-        reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts,
-            prompts,
-            np.asarray(rollouts.finished_BG),
-            self.config.reward,
-            length_BG,
-            self.config.rollout.max_completion_tokens,
-        )
-        return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts)
-
-    def _advantages(self, scored: Scored) -> Float[Array, "B G"]:
-        return group_advantages(
-            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), self.config.loss.advantage
-        )
-
-    def _train_batch(self, scored: Scored) -> TrainBatch:
+    def _train_batch(self, scored: Scored, plan: LayerPlan) -> TrainBatch:
         """Advantages, and log-probabilities of the other policies where the loss needs them."""
         config, rollouts = self.config, jax.device_get(scored.rollouts)
+        rollouts = without_gradient(rollouts, ~scored.scored_BG)
         if config.loss.overlong_filter:
-            rollouts = drop_cut_off(rollouts)
+            rollouts = without_gradient(rollouts, ~np.asarray(rollouts.finished_BG))
+        advantage_BG = group_advantages(
+            jnp.asarray(scored.reward_BG), jnp.asarray(scored.scored_BG), config.loss.advantage
+        )
         size = completion_bucket(int(np.asarray(rollouts.length_BG).max()), config.rollout.max_completion_tokens)
         batch = TrainBatch(
             prompt_BP=rollouts.prompt_BP,
@@ -375,18 +318,18 @@ class Trainer:
             length_BG=rollouts.length_BG,
             forced_BG=rollouts.forced_BG,
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size],
-            advantage_BG=self._advantages(scored),
+            advantage_BG=advantage_BG,
         )
         batch = shard_batch(batch, self.mesh)
         if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
             batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
         if config.loss.mixture_alpha is not None:
-            nested_logprob_BGC = self._logprobs(self.state.model, batch, replicate(rollouts.plan, self.mesh))
+            nested_logprob_BGC = self._logprobs(self.state.model, batch, replicate(plan, self.mesh))
             batch = dataclasses.replace(batch, nested_logprob_BGC=nested_logprob_BGC)
         if config.loss.reference_kl_coefficient:
             batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
         if config.loss.self_distillation_coefficient:
-            batch = dataclasses.replace(batch, plan=replicate(rollouts.plan, self.mesh))
+            batch = dataclasses.replace(batch, plan=replicate(plan, self.mesh))
         return batch
 
     def _reference_model(self) -> Transformer:
@@ -424,7 +367,7 @@ class Trainer:
         key = jax.random.fold_in(self.key, THROUGHPUT_KEY)
         plan = self._draw_plan(key)
         throughput = compare_throughput(
-            lambda plan: self._sample(prompts, plan, key, config.rollout.group_size, jnp.full_like(self.stop_ids, -1)),
+            lambda plan: self.generation.full_length(self.state, prompts, plan, key),
             plan,
             self.num_layers,
         )
@@ -447,11 +390,11 @@ class Trainer:
             **health,
         }
 
-    def _log_samples(self, step: int, scored: Scored, weight_BGC: Array) -> None:
+    def _log_samples(self, step: int, scored: Scored, weight_BGC: np.ndarray) -> None:
         """Writes the completions of the first prompts of a step, with what explains their rewards."""
         prompts, rollouts = scored.prompts, jax.device_get(scored.rollouts)
         tokens_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
-        mean_weight_BG = np.asarray(weight_BGC).sum(axis=-1) / tokens_BG
+        mean_weight_BG = weight_BGC.sum(axis=-1) / tokens_BG
         skipped = list(rollouts.plan.skipped(self.num_layers))
         self.run_directory.log_samples(
             step,
@@ -479,7 +422,7 @@ class Trainer:
             "before": self.before,
             "curriculum": self.curriculum.to_json(),
             "nesting": self.nesting.to_json(),
-            "draft_length": self.draft_length,
+            "draft_length": self.generation.draft_length,
             "divergence": self.divergence_L.tolist(),
             "stream": self.stream.get_state(),
         }
@@ -492,7 +435,7 @@ class Trainer:
         self.steps_done, self.seconds_before, self.before = host["steps_done"], host["seconds"], host["before"]
         self.curriculum = curriculum.CurriculumState.from_json(host["curriculum"])
         self.nesting = nesting_control.NestingControlState.from_json(host["nesting"])
-        self.divergence_L, self.draft_length = np.array(host["divergence"]), host["draft_length"]
+        self.divergence_L, self.generation.draft_length = np.array(host["divergence"]), host["draft_length"]
         self.stream.set_state(host["stream"])
 
 
@@ -503,31 +446,6 @@ def completion_bucket(longest: int, limit: int) -> int:
     """
     quarter = -(-limit // 4)
     return min(-(-longest // quarter) * quarter, limit)
-
-
-def _generation_metrics(batches: Sequence[Scored], rollout_seconds: float, num_sources: int) -> dict[str, Any]:
-    """What the policy did on everything that was generated, trained on or not."""
-    length_BG = np.concatenate([np.asarray(scored.rollouts.length_BG) for scored in batches])
-    scored_BG = np.concatenate([scored.scored_BG for scored in batches])
-    source_B = np.concatenate([scored.prompts.source_B for scored in batches])
-
-    def mean(name: str) -> float:
-        value_BG = np.concatenate([getattr(scored, name) for scored in batches])
-        return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
-
-    parts = {name: np.concatenate([scored.parts[name] for scored in batches]) for name in batches[0].parts}
-    return component_metrics(parts, scored_BG) | {
-        "reward": mean("reward_BG"),
-        "accuracy": mean("accuracy_BG"),
-        "unscored": int((~scored_BG).sum()),
-        "completion_tokens": float(length_BG.mean()),
-        "finished": float(np.concatenate([np.asarray(scored.rollouts.finished_BG) for scored in batches]).mean()),
-        "mixed_groups": float(np.concatenate([mixed_groups(scored) for scored in batches]).mean()),
-        "generation_batches": len(batches),
-        "rollout_seconds": rollout_seconds,
-        "tokens_per_second": float(length_BG.sum() / rollout_seconds),
-        "sources": np.bincount(source_B, minlength=num_sources).tolist(),
-    }
 
 
 def _copy(model: Transformer) -> Transformer:

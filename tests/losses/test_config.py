@@ -97,6 +97,7 @@ def test_what_means_something_is_allowed(start, changes):
         ({"reference_kl": "k3_loss", "reference_kl_coefficient": 0.1}, False),
         ({"entropy_coefficient": 0.01}, False),
         ({"self_distillation_coefficient": 0.01}, False),
+        ({"overlong_filter": True}, False),
     ],
 )
 def test_claims(changes, claims):

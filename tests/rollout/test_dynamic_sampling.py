@@ -13,10 +13,11 @@ from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.rollout.dynamic_sampling import (
     DynamicSamplingConfig,
     GenerationLimitError,
-    drop_cut_off,
     enough,
     mixed_groups,
     select_groups,
+    trained_groups,
+    without_gradient,
 )
 from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
@@ -99,6 +100,10 @@ def test_off_trains_on_the_one_batch_as_it_is():
 def test_at_the_limit_it_trains_on_what_there_is_or_stops():
     batches = [scored([WRONG, MIXED]), scored([RIGHT, RIGHT], first=2)]
     assert enough(batches, DynamicSamplingConfig(max_generation_batches=2), 2)
+    said = trained_groups(batches, DynamicSamplingConfig(max_generation_batches=2), 2)
+    assert said["trained_groups"] == 1 and "left 1 of 2 groups" in said["shortfall"]
+    assert trained_groups(batches, DynamicSamplingConfig(max_generation_batches=2), 1) == {"trained_groups": 1}
+    assert trained_groups(batches[:1], DynamicSamplingConfig(), 2) == {}
     with pytest.raises(GenerationLimitError, match=r"2 generation batches gave 1 groups .* an update takes 2"):
         enough(batches, DynamicSamplingConfig(max_generation_batches=2, at_limit="stop"), 2)
 
@@ -142,7 +147,7 @@ def test_groups_that_fill_the_batch_change_neither_loss_nor_divisor():
 
 def test_overlong_filter_keeps_cut_off_completions_out_of_the_loss():
     batch = scored([MIXED])
-    filtered = drop_cut_off(batch.rollouts)
+    filtered = without_gradient(batch.rollouts, ~np.asarray(batch.rollouts.finished_BG))
     assert np.asarray(filtered.forced_BG).tolist() == [[4, 0, 0, 0]]
     _, gradient = loss_and_gradient(as_train_batch(dataclasses.replace(batch, rollouts=filtered), [[1.0] * GROUP]))
     assert not np.asarray(gradient[0, 0]).any()

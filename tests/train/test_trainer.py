@@ -27,6 +27,7 @@ from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, Generati
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, ModelSource, config_names, load_config
 from nested_reft.train.setup import prepare, trained_policy
+from nested_reft.train.split import split_sources
 from nested_reft.train.trainer import Trainer, completion_bucket
 
 WITH_KL = LossConfig(
@@ -503,8 +504,19 @@ def test_dynamic_sampling_counts_generation_batches_apart_from_updates(tmp_path)
     run = trainer(nano(dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2)), tmp_path)
     metrics = run.step(0)
     assert metrics["generation_batches"] == 2 and sum(metrics["sources"]) == 8  # an untrained model is never right
-    assert int(run.state.updates) == 1
-    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0  # fillers: nothing to learn from
+    assert metrics["trained_groups"] == 0 and "left 0 of 4 groups" in metrics["shortfall"]
+
+
+def test_a_batch_without_a_token_to_learn_from_changes_nothing(tmp_path):
+    control = NestingControlConfig("ess_token", budget=0.5, max_skipped=2, patience=1)
+    run = trainer(nano(loss=MOVING, optimizer__learning_rate=0.01, nesting_control=control), tmp_path)
+    run.step(0)  # Adam has momentum now
+    run.config = dataclasses.replace(run.config, dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2))
+    before, nesting, updates = jax.tree.map(jnp.copy, run.state.trainable), run.nesting, int(run.state.updates)
+    metrics = run.step(1)
+    assert metrics["empty"] and "warning" not in metrics and "ess_token" not in metrics
+    assert int(run.state.updates) == updates and run.nesting == nesting
+    jax.tree.map(np.testing.assert_array_equal, run.state.trainable, before)
 
 
 def test_a_run_with_a_hanging_and_crashing_reward_completes_with_the_right_counts(tmp_path):
@@ -589,10 +601,10 @@ def test_exact_rollouts_train_on_policy(tmp_path):
     assert metrics["skipped_layers"]  # what drafted
     run.step(1)
     run._save()
-    saved = run.draft_length
+    saved = run.generation.draft_length
     run.close()
     run.steps_done = 2
-    assert trainer(run.config, tmp_path, resume=True).draft_length == saved
+    assert trainer(run.config, tmp_path, resume=True).generation.draft_length == saved
 
 
 def test_exact_rollouts_have_nothing_to_mix():
@@ -600,5 +612,57 @@ def test_exact_rollouts_have_nothing_to_mix():
     exact = dataclasses.replace(nano().rollout, mode="exact")
     with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and loss.mixture_alpha 0.5"):
         nano(loss=mixture, rollout=exact)
+    control = NestingControlConfig("ess_token", budget=0.5, max_skipped=2)
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and nesting_control.hold 'ess_token'"):
+        nano(nesting_control=control, rollout=exact)
     with pytest.raises(ValueError, match=r"rollout.draft_length is 3; allowed are"):
         dataclasses.replace(exact, draft_length=3)
+
+
+def test_self_distillation_teaches_the_policy_that_drafts(tmp_path):
+    exact = dataclasses.replace(nano().rollout, mode="exact")
+    loss = dataclasses.replace(nano().loss, self_distillation_coefficient=0.5)
+    run = trainer(nano(rollout=exact, loss=loss, nesting=NestingConfig(skip_ratio=0.4)), tmp_path)
+    assert run.step(0)["self_distillation_kl"] > 1e-4
+
+
+def test_the_curriculum_learns_from_raw_accuracy(tmp_path):
+    """Groups that are all wrong teach nothing, however unequal the punishment of their lengths."""
+    config = nano(
+        curriculum=CurriculumConfig("dump"),
+        reward=RewardConfig(overlong_cache_tokens=8),
+        loss=dataclasses.replace(nano().loss, advantage="group_std"),
+    )
+    run = trainer(config, tmp_path)
+    metrics = run.step(0)
+    assert metrics["accuracy"] == 0 and metrics["gradient_norm"] > 0  # the punishment does reach the update
+    assert metrics["curriculum/three_to_six_digits/learnability"] == 0
+
+
+def test_a_question_held_out_in_one_source_is_trained_on_in_none():
+    easy = TaskSource("all_of_them", "chain_sum", exactly(terms=2, digits=1), 200, 1, seed=0)
+    other = TaskSource("some", "chain_sum", exactly(terms=2, digits=1), 20, 100, seed=1)
+    setup = prepare(nano(data=dataclasses.replace(nano().data, sources=(easy, other))))
+    questions = [{e.example.question for e in part} for part in (*setup.train_examples, *setup.heldout_examples)]
+    assert not (questions[0] | questions[1]) & (questions[2] | questions[3])
+    assert 90 <= len(questions[0]) <= 110
+
+
+def test_parts_of_sources_come_the_easiest_first_whatever_their_source(tmp_path):
+    sources = difficulty_ladder(
+        "chain_sum", {"a": exactly(terms=1, digits=1), "b": exactly(terms=2, digits=1)}, 20, 4, 1
+    )
+    config = nano(data=dataclasses.replace(nano().data, sources=sources, split=SplitConfig("pass_rate", parts=2)))
+    setup = prepare(config)
+    file = tmp_path / "sources.json"
+    parts = [
+        [
+            {"name": f"{name}{i}", "examples": list(range(i, len(examples), 2)), "pass_rate": rate}
+            for i, rate in enumerate(rates)
+        ]
+        for name, examples, rates in zip("ab", setup.train_examples, ((0.9, 0.1), (0.5, 0.0)), strict=True)
+    ]
+    file.write_text(json.dumps(parts))
+    divided = split_sources(setup, setup.model, jax.random.key(0), file, resume=True)
+    assert divided.source_names == ("a0", "b0", "a1", "b1")
+    assert divided.heldout_of_source == (0, 1, 0, 1)
