@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from experiments.runs import EVERY, finished, train, warm_started
-from nested_reft.losses.presets import dapo, grpo
 from nested_reft.metrics import write_json
 from nested_reft.report import table
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
@@ -64,9 +63,9 @@ def variant_config(variant: str, seed: int, steps: int) -> Config:
     full = load_config("tiny_dapo")
     have = VARIANTS[: VARIANTS.index(variant) + 1]
     loss = dataclasses.replace(
-        grpo("base", reference_kl_coefficient=0.0),
-        clip_high=dapo("base").clip_high if "clip_higher" in have else 0.2,
-        normalization="token_mean" if "token_mean" in have else "sequence_mean",
+        full.loss,
+        clip_high=full.loss.clip_high if "clip_higher" in have else full.loss.clip_low,
+        normalization=full.loss.normalization if "token_mean" in have else "sequence_mean",
     )
     cache_tokens = full.reward.overlong_cache_tokens if "overlong_punishment" in have else 0
     return dataclasses.replace(

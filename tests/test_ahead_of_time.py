@@ -11,7 +11,7 @@ from nested_reft.ahead_of_time import Workload, decode_cost, topology_mesh, upda
 from nested_reft.cli import main
 from nested_reft.models.lora import LoraConfig
 from nested_reft.sharding import MeshConfig, make_mesh
-from nested_reft.train.config import load_config
+from nested_reft.train.config import WarmStartConfig, load_config
 from tests.tiny_models import TINY
 
 WORKLOAD = Workload(prompts=2, group_size=3, prompt_tokens=8, completion_tokens=4)
@@ -46,8 +46,9 @@ def test_devices_share_weights_and_rows():
 
 def test_adapters_hold_no_moments_of_the_base():
     run, mesh = load_config("tiny"), make_mesh(MeshConfig())
+    adapted = dataclasses.replace(run, lora=LoraConfig(rank=1), warm_start=WarmStartConfig())
     whole = update_cost(TINY, WORKLOAD, mesh, run)
-    adapters = update_cost(TINY, WORKLOAD, mesh, dataclasses.replace(run, lora=LoraConfig(rank=1)))
+    adapters = update_cost(TINY, WORKLOAD, mesh, adapted)
     parameters = sum(4 * jnp.prod(jnp.array(s)).item() for s in _shapes())
     assert whole.argument_bytes > 3 * parameters  # weights and two moments
     assert parameters < adapters.argument_bytes < 2 * parameters

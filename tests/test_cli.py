@@ -41,7 +41,7 @@ def refused(arguments, capsys) -> str:
     [
         (["fly"], "command 'fly' is unknown; known are train"),
         (["train"], "train needs the name of a configuration"),
-        (["train", "nothing"], "configuration 'nothing' is unknown; known are smollm2_chain_sum"),
+        (["train", "nothing"], "configuration 'nothing' is unknown; known are qwen_math_combined"),
         (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
         (["train", "tiny", "--no.such-field", "1"], "no.such-field"),
         (["train", "tiny", "--nesting.skip-ratio", "1.5"], "nesting.skip_ratio is 1.5; allowed is 0 <= skip_ratio < 1"),

@@ -33,7 +33,7 @@ LAYERS = [
     {"rollout"},
     {"evaluation", "checkpoints", "metrics", "enumeration"},
     {"train"},
-    {"report", "figures", "cli"},
+    {"report", "figures", "ahead_of_time", "cli"},
     {"configs", "experiments"},
 ]
 MODEL_SIDE = {"sharding", "models", "tokenizer", "rollout"}  # knows no rule: what to sample is not how to train

@@ -56,7 +56,16 @@ from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 CURRICULUM_KEY, PLAN_KEY, ROLLOUT_KEY, EVALUATION_KEY, WARM_START_KEY, THROUGHPUT_KEY, SPLIT_KEY = range(7)
 GENERATION_KEY = 100  # and up: the generation batches of a step
 CURRICULUM_SEES = ("reward_BG", "accuracy_BG", "scored_BG")
-LAST_PASS = ("loss", "policy_loss", "gradient_norm", "clipped_share", "limited_share", "reference_kl")
+LAST_PASS = (
+    "loss",
+    "policy_loss",
+    "gradient_norm",
+    "clipped_share",
+    "limited_share",
+    "weight_mean",
+    "ess_weight",
+    "reference_kl",
+)
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
 

@@ -17,7 +17,7 @@ from nested_reft.losses.policy_gradient import normalization_shares, policy_grad
 from nested_reft.losses.presets import dapo
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import completion_logits, completion_logprobs
-from nested_reft.types import gradient_mask
+from nested_reft.types import TrainBatch, gradient_mask
 from tests.losses.batches import one_group, random_batch
 from tests.tiny_models import tiny_model, tiny_prompts
 
@@ -424,7 +424,11 @@ def test_self_distillation_needs_its_divergence(key):
 
 
 def entropy_after_training(clip_high: float) -> float:
-    """Entropy of a one-token policy after many clipped updates; of ten tokens a common and a rare one are right."""
+    """Entropy of a one-token policy after many clipped updates on rewards that say nothing about the tokens.
+
+    A symmetric clip lets a token rise by log 1.2 = 0.18 a batch and fall by -log 0.8 = 0.22, so chance alone
+    thins out the rare ones; with log 1.28 = 0.25 it does not.
+    """
     config = LossConfig(
         advantage="group_std",
         bias_mitigation="base",
@@ -433,12 +437,12 @@ def entropy_after_training(clip_high: float) -> float:
         clip_low=0.2,
         clip_high=clip_high,
     )
-    probability_V = jnp.array([0.3, 0.02] + [0.085] * 8)
+    probability_V = jnp.array([0.6] + [0.05] * 8)
 
     def one_batch(logits_V, key):
         behavior_V = jax.nn.log_softmax(logits_V)
         tokens_BG = jax.random.categorical(key, logits_V, shape=(8, 16))
-        reward_BG = (tokens_BG < 2).astype(jnp.float32)
+        reward_BG = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, tokens_BG.shape).astype(jnp.float32)
         batch = TrainBatch(
             prompt_BP=jnp.zeros((8, 1), jnp.int32),
             prompt_length_B=jnp.ones(8, jnp.int32),
@@ -467,5 +471,4 @@ def entropy_after_training(clip_high: float) -> float:
 
 
 def test_clip_higher_keeps_more_entropy():
-    """A rare right token rises by 1.28 a batch instead of 1.2, so the policy settles less on the common one."""
-    assert entropy_after_training(0.28) > entropy_after_training(0.2) + 0.01
+    assert entropy_after_training(0.28) > entropy_after_training(0.2) + 0.1
