@@ -50,7 +50,7 @@ def get_config() -> Config:
         ),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=3),
-        train=TrainConfig(steps=36, checkpoint_every=18),
-        evaluation=EvaluationConfig(every_steps=6, samples_per_prompt=4),
+        train=TrainConfig(steps=40, checkpoint_every=20),
+        evaluation=EvaluationConfig(every_steps=5, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.97, window=512),
     )

@@ -57,8 +57,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, decay_steps),
     }[config.schedule]()
-    first_rate = config.learning_rate / (config.warmup_steps + 1)  # a rate of zero would waste the first update
-    warmup = optax.linear_schedule(first_rate, config.learning_rate, config.warmup_steps)
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     schedule = optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
     return optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),
