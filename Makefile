@@ -23,7 +23,7 @@ INSTALL := $(PIP) install -c constraints.txt
 .NOTPARALLEL:
 
 help:
-	@echo "make run     set up, train SmolLM2-135M on chain_sum, show where the report is"
+	@echo "make run     set up, train SmolLM2-135M on chain_sum, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make lint    check format and style       make types   check types"
 	@echo "make format  apply both                   make clean   remove .venv, caches, builds; runs/ stays"
