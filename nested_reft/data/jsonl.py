@@ -33,7 +33,8 @@ def read_jsonl(
         ValueError: no such file, no row, or a row that is not an object with these fields; names the row.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{field} is '{path}', which does not exist")
+        what = "is not a file" if Path(path).exists() else "does not exist"
+        raise ValueError(f"{field} is '{path}', which {what}")
     examples = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

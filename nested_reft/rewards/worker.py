@@ -12,6 +12,7 @@ import faulthandler
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -95,7 +96,11 @@ def _task_scorer(task: str, parameters: str) -> Callable[..., float]:
 
 @functools.cache
 def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
-    """The function of `package.module:function` or `path/file.py:function`."""
+    """The function of `package.module:function` or `path/file.py:function`.
+
+    Raises:
+        TypeError: it is not a function of a text and an example.
+    """
     module_name, _, function = name.rpartition(":")
     if module_name.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
@@ -105,7 +110,11 @@ def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(module_name)
-    return getattr(module, function)
+    found: Any = getattr(module, function)
+    if not callable(found):
+        raise TypeError(f"'{name}' is of type {type(found).__name__}, not a function")
+    inspect.signature(found).bind("text", {})
+    return found
 
 
 if __name__ == "__main__":

@@ -242,6 +242,15 @@ class Config:
                 f"rollout.mode is 'exact' and nesting_control.hold '{self.nesting_control.hold}'; exact rollouts are"
                 " on-policy at any depth, so there is no budget to hold: use mode 'nested', or no nesting_control"
             )
+        if self.nesting.remeasure_every:
+            for name, most, of in (
+                ("remeasure_prompts", self.data.prompts_per_batch, "data.prompts_per_batch"),
+                ("remeasure_completions", self.rollout.group_size, "rollout.group_size"),
+            ):
+                if getattr(self.nesting, name) > most:
+                    raise ValueError(
+                        f"nesting.{name} is {getattr(self.nesting, name)}; allowed is 1 to {of}, which is {most}"
+                    )
         sampling = self.rollout.sampling
         self.loss.validate_for(self.rollout.group_size, truncated_sampling=sampling.top_k > 0 or sampling.top_p < 1)
         self.curriculum.validate_for([source.name for source in self.data.sources])

@@ -669,3 +669,18 @@ def test_parts_of_sources_come_the_easiest_first_whatever_their_source(tmp_path)
     divided = split_sources(setup, setup.model, jax.random.key(0), file, resume=True)
     assert divided.source_names == ("a0", "b0", "a1", "b1")
     assert divided.heldout_of_source == (0, 1, 0, 1)
+
+
+def test_a_reward_that_is_no_function_of_text_and_example_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("number = 3\n\n\ndef nullary():\n    return 1\n")
+    for name, reason in (("number", "is of type int, not a function"), ("nullary", "too many positional arguments")):
+        reward = RewardConfig(checker="function", function=f"{file}:{name}")
+        with pytest.raises(ValueError, match=f"reward.function is .*{reason}"):
+            prepare(nano(reward=reward))
+
+
+def test_re_measuring_reads_no_more_than_a_batch_has():
+    nesting = dataclasses.replace(MEASURED, remeasure_completions=5)
+    with pytest.raises(ValueError, match=r"nesting.remeasure_completions is 5; allowed is 1 to rollout.group_size"):
+        nano(nesting=nesting)
