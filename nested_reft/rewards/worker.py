@@ -20,7 +20,7 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from nested_reft.rewards.math_answer import verify_math
 
@@ -114,7 +114,7 @@ def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
     if not callable(found):
         raise TypeError(f"'{name}' is of type {type(found).__name__}, not a function")
     inspect.signature(found).bind("text", {})
-    return found
+    return cast("Callable[[str, dict[str, Any]], float]", found)
 
 
 if __name__ == "__main__":
