@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_reft.figures import pyplot
 from nested_reft.metrics import RunDirectory, versions, write_json
 from nested_reft.nesting_control import NestingControlConfig, choose, initial_state, update
 from nested_reft.report import table
@@ -106,19 +107,13 @@ def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]
 
 def plot(path: Path, results: dict[str, tuple[NestingControlConfig, list[dict[str, Any]]]]) -> None:
     """Skipped layers above, effective sample size and budget below, a column for each plant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = pyplot.subplots(2, len(results), figsize=(4.2 * len(results), 5), sharex="col", squeeze=False)
+    figure, axes = pyplot().subplots(2, len(results), figsize=(4.2 * len(results), 5), sharex="col", squeeze=False)
     for column, (name, (control, lines)) in enumerate(results.items()):
         steps = [line["step"] for line in lines]
         above, below = axes[:, column]
         above.step(steps, [line["skipped"] for line in lines], where="mid", color="tab:blue")
         above.set_title(name)
-        above.yaxis.set_major_locator(MaxNLocator(integer=True))
+        above.yaxis.get_major_locator().set_params(integer=True)
         below.plot(steps, [line["ess_token"] for line in lines], ".", markersize=3, color="tab:blue", label="ESS")
         below.axhline(control.budget, color="tab:red", linestyle="--", label="budget")
         below.set_ylim(0, 1.25)

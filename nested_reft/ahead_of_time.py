@@ -184,7 +184,10 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, run: Any) -
 
     state = jax.tree.map(place, jax.eval_shape(initial_state, parameters))
     rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
-    tokens = {name: sharded((*rows, size), jnp.float32, "batch") for name in _needed_logprobs(run)}
+    tokens = {
+        name: sharded((*rows, size), jnp.float32, "batch")
+        for name in run.loss.needed_logprobs(run.train.updates_per_batch)
+    }
     batch = TrainBatch(
         prompt_BP=sharded((rows[0], workload.prompt_tokens), jnp.int32, "batch"),
         prompt_length_B=sharded((rows[0],), jnp.int32, "batch"),
@@ -208,17 +211,6 @@ def _plan_shape(run: Any, config: ModelConfig, sharded: _Shapes) -> Any:
         return None
     kept = config.num_layers - run.nesting.num_skipped(config.num_layers)
     return LayerPlan(sharded((kept,), jnp.int32))
-
-
-def _needed_logprobs(run: Any) -> list[str]:
-    names = []
-    if run.train.updates_per_batch > 1 and run.loss.bias_mitigation in ("practical", "mixture"):
-        names.append("old_logprob_BGC")
-    if run.loss.mixture_alpha is not None:
-        names.append("nested_logprob_BGC")
-    if run.loss.reference_kl_coefficient:
-        names.append("reference_logprob_BGC")
-    return names
 
 
 def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Transformer:

@@ -293,9 +293,9 @@ def _measure_layers(arguments: list[str]) -> None:
     import numpy as np
 
     from nested_reft.data.pipeline import batch_prompts
+    from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
     from nested_reft.layer_skip import LayerPlan
     from nested_reft.report import table
-    from nested_reft.rollout.divergence import measure_layer_divergence, save_divergence, texts_of
     from nested_reft.rollout.generate import generate
 
     parser = _parser("measure-layers", "KL(full || full without the layer) per token, for each layer.")

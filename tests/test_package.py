@@ -31,7 +31,7 @@ LAYERS = [
     {"sharding"},
     {"models", "tokenizer"},
     {"rollout"},
-    {"evaluation", "checkpoints", "metrics", "enumeration"},
+    {"evaluation", "divergence", "checkpoints", "metrics", "enumeration"},
     {"train"},
     {"report", "figures", "ahead_of_time", "cli"},
     {"configs", "experiments"},

@@ -69,6 +69,15 @@ class LossConfig:
         _check_meaning(self)
         _check_reach(self)
 
+    def needed_logprobs(self, updates_per_batch: int) -> tuple[str, ...]:
+        """Log-probabilities of other policies that this loss reads, as fields of `TrainBatch`."""
+        needed = {
+            "old_logprob_BGC": updates_per_batch > 1 and self.bias_mitigation in ("practical", "mixture"),
+            "nested_logprob_BGC": self.mixture_alpha is not None,
+            "reference_logprob_BGC": self.reference_kl_coefficient > 0,
+        }
+        return tuple(name for name, is_needed in needed.items() if is_needed)
+
     def validate_for(self, group_size: int, truncated_sampling: bool) -> None:
         """Refuses a loss that the rollouts would make wrong.
 

@@ -60,7 +60,7 @@ class ModelConfig:
                 raise ValueError(f"model.shape.{name} is {getattr(self, name)}; allowed is 1 or more")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.shape.num_heads is {self.num_heads}, model.num_kv_heads {self.num_kv_heads};"
+                f"model.shape.num_heads is {self.num_heads}, model.shape.num_kv_heads {self.num_kv_heads};"
                 " the first must be a multiple of the second"
             )
         if self.head_size % 2:

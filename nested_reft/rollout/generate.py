@@ -114,19 +114,6 @@ def generate(
     )
 
 
-def completion_logits(
-    model: Transformer,
-    prompt_BP: Int[Array, "B P"],
-    prompt_length_B: Int[Array, " B"],
-    tokens_BGC: Int[Array, "B G C"],
-    temperature: float,
-    plan: LayerPlan | None = None,
-) -> Float[Array, "B G C V"]:
-    """The tempered logits that every completion token is drawn from; arguments as in `completion_logprobs`."""
-    valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    return tempered(model.logits(model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan)), temperature)
-
-
 def completion_logprobs(
     model: Transformer,
     prompt_BP: Int[Array, "B P"],

@@ -20,11 +20,11 @@ from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
+from nested_reft.divergence import load_divergence
 from nested_reft.models.lora import add_lora
 from nested_reft.models.registry import load_model, resolve_model
 from nested_reft.models.transformer import Transformer, initial_parameters, parameter_axes
 from nested_reft.rewards.reward import check_answers
-from nested_reft.rollout.divergence import load_divergence
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 from nested_reft.train.config import Config, find_data_file

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from nested_reft import curriculum, nesting_control
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.divergence import measure_layer_divergence, texts_of
 from nested_reft.rollout.dynamic_sampling import (
     GenerationLimitError,
     enough,
@@ -330,13 +330,14 @@ class Trainer:
             advantage_BG=advantage_BG,
         )
         batch = shard_batch(batch, self.mesh)
-        if config.train.updates_per_batch > 1 and config.loss.bias_mitigation in ("practical", "mixture"):
-            batch = dataclasses.replace(batch, old_logprob_BGC=self._logprobs(self.state.model, batch))
-        if config.loss.mixture_alpha is not None:
-            nested_logprob_BGC = self._logprobs(self.state.model, batch, replicate(plan, self.mesh))
-            batch = dataclasses.replace(batch, nested_logprob_BGC=nested_logprob_BGC)
-        if config.loss.reference_kl_coefficient:
-            batch = dataclasses.replace(batch, reference_logprob_BGC=self._logprobs(self._reference_model(), batch))
+        policies: dict[str, Callable[[], tuple[Transformer, LayerPlan | None]]] = {
+            "old_logprob_BGC": lambda: (self.state.model, None),
+            "nested_logprob_BGC": lambda: (self.state.model, replicate(plan, self.mesh)),
+            "reference_logprob_BGC": lambda: (self._reference_model(), None),
+        }
+        needed = config.loss.needed_logprobs(config.train.updates_per_batch)
+        scores = {name: self._logprobs(batch, *policies[name]()) for name in needed}
+        batch = dataclasses.replace(batch, **scores)
         if config.loss.self_distillation_coefficient:
             batch = dataclasses.replace(batch, plan=replicate(plan, self.mesh))
         return batch
@@ -349,7 +350,7 @@ class Trainer:
         model.lora_scale = 0.0
         return model
 
-    def _logprobs(self, model: Transformer, batch: TrainBatch, plan: LayerPlan | None = None) -> Float[Array, "B G C"]:
+    def _logprobs(self, batch: TrainBatch, model: Transformer, plan: LayerPlan | None) -> Float[Array, "B G C"]:
         return self.score_logprobs(model, batch, plan)
 
     def _evaluate(self, source: int, step: int, samples: bool):

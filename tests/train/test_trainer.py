@@ -4,6 +4,7 @@ import dataclasses
 import json
 import string
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,17 @@ def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
     resumed.drop_after(2)
     resumed.log_metrics(3, {"reward": 0.25})
     assert [line["step"] for line in resumed.read_metrics()] == [0, 1, 2, 3]
+
+
+def test_resuming_drops_tensorboard_points_after_the_checkpoint(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path, purge_step: made.append(purge_step) or MagicMock())
+    fresh, resumed = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    resumed.drop_after(2)
+    assert made == []  # a run that cannot be restored gets no events file
+    for run in (fresh, resumed):
+        run.log_metrics(3, {"reward": 0.25})
+    assert made == [None, 3]
 
 
 def test_adapters_train_and_the_base_stays(tmp_path):

@@ -15,30 +15,36 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from nested_reft.estimators.kl import exact_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import completion_logits
+from nested_reft.rollout.generate import over_position_blocks
+from nested_reft.rollout.sampling import tempered
 from nested_reft.types import Rollouts, Weighted, valid_mask
 
 Texts = tuple[Int[Array, "B P"], Int[Array, " B"], Int[Array, "B G C"], Int[Array, "B G"]]
 
 
-@partial(jax.jit, static_argnames="temperature")
-def completion_distributions(
-    model: Transformer, texts: Texts, temperature: float, plan: LayerPlan | None = None
-) -> Float[Array, "B G C V"]:
-    """log pi(. | x, y_<t) over the whole vocabulary at every completion token, under a plan."""
-    return jax.nn.log_softmax(completion_logits(model, *texts[:3], temperature, plan), axis=-1)
-
-
 @jax.jit
+def completion_hidden(model: Transformer, texts: Texts, plan: LayerPlan | None = None) -> Float[Array, "B G C D"]:
+    """Final hidden states that predict every completion token, under a plan."""
+    prompt_BP, prompt_length_B, tokens_BGC, _ = texts
+    return model.completion_hidden(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), tokens_BGC, plan)
+
+
+@partial(jax.jit, static_argnames="temperature")
 def mean_divergence(
-    full_logprob: Float[Array, "B G C V"], nested_logprob: Float[Array, "B G C V"], length_BG: Int[Array, "B G"]
+    model: Transformer, full_BGCD: Float[Array, "B G C D"], texts: Texts, temperature: float, plan: LayerPlan
 ) -> Float[Array, ""]:
-    """KL(full || nested) per completion token, in nats: exact over the vocabulary, mean over tokens."""
-    kl_BGC = jnp.sum(jnp.exp(full_logprob) * (full_logprob - nested_logprob), axis=-1)
-    mask_BGC = valid_mask(length_BG, kl_BGC.shape[-1])
-    return Weighted((kl_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
+    """KL(full || plan) per completion token, in nats: exact over the vocabulary, mean over tokens."""
+
+    def block(full: Array, nested: Array) -> Array:
+        return exact_kl(*(tempered(model.logits(hidden), temperature) for hidden in (full, nested)))
+
+    nested_BGCD = completion_hidden(model, texts, plan)
+    kl_BGC = over_position_blocks(block, model.config.vocab_size, full_BGCD, nested_BGCD)
+    mask_BGC = valid_mask(texts[3], kl_BGC.shape[-1])
+    return Weighted(jnp.where(mask_BGC, kl_BGC, 0.0).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
 
 
 def texts_of(rollouts: Rollouts, prompts: int | None = None, completions: int | None = None) -> Texts:
@@ -67,13 +73,9 @@ def measure_plan_divergence(
         plans: the nested policies.
         description: for the progress bar.
     """
-    full = completion_distributions(model, texts, temperature)
-
-    def divergence(plan: LayerPlan) -> float:
-        nested = completion_distributions(model, texts, temperature, plan)
-        return float(mean_divergence(full, nested, texts[3]))
-
-    return np.array([divergence(plan) for plan in tqdm(plans, desc=description, unit="plan", leave=False)])
+    full_BGCD = completion_hidden(model, texts)
+    progress = tqdm(plans, desc=description, unit="plan", leave=False)
+    return np.array([float(mean_divergence(model, full_BGCD, texts, temperature, plan)) for plan in progress])
 
 
 def measure_layer_divergence(model: Transformer, texts: Texts, temperature: float) -> Float[np.ndarray, " L"]:
