@@ -133,7 +133,7 @@ def test_refuses_parameters_that_do_not_fit():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_heads": 3}, "num_heads is 3, model.num_kv_heads 2"),
+        ({"num_heads": 3}, "num_heads is 3, model.shape.num_kv_heads 2"),
         ({"head_size": 7}, "head_size is 7"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"family": "gpt2"}, "family is 'gpt2'; allowed are llama"),
