@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
@@ -163,6 +163,8 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(parameters["embedding"])
         self.final_norm = nnx.Param(parameters["final_norm"])
         self.head = None if config.tied_embeddings else nnx.Param(parameters["head"])
+        self.embedding_scale: nnx.Param | None = nnx.data(None)  # of int8 copies; see `models.low_precision`
+        self.head_scale: nnx.Param | None = nnx.data(None)
         self.layers = LayerStack(
             {name.removeprefix("layers/"): value for name, value in parameters.items() if name.startswith("layers/")}
         )
@@ -193,8 +195,10 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 logits of final hidden states."""
-        head_VD = self.embedding[...] if self.head is None else self.head[...]
-        return jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
+        head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
+        head_VD = _product_dtype(head[...])
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
+        return logits if scale is None else logits * scale[...]
 
     def prefill(
         self, prompt_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"], plan: LayerPlan | None = None
@@ -394,7 +398,8 @@ class Transformer(nnx.Module):
         return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs, unroll=self.layers_unrolled)
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return self.embedding[...][tokens].astype(jnp.float32)
+        rows = self.embedding[...][tokens].astype(jnp.float32)
+        return rows if self.embedding_scale is None else rows * self.embedding_scale[...][tokens][..., None]
 
     def _final_norm(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
@@ -467,8 +472,10 @@ def finish_layer(
 
 
 def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-    """`x @ W (+ bias) (+ scale * x @ A @ B)`: a projection with its bias and low-rank adapter, if any."""
+    """`x @ W (* scale) (+ bias) (+ alpha / r * x @ A @ B)`: a projection with its int8 scale, bias and adapter, if any."""
     y = _matmul(x, layer[name])
+    if f"{name}_scale" in layer:
+        y = y * layer[f"{name}_scale"]
     if f"{name}_bias" in layer:
         y = y + layer[f"{name}_bias"].astype(jnp.float32)
     if f"{name}_lora_in" in layer:
@@ -477,8 +484,38 @@ def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Ar
     return y
 
 
-def _matmul(x: Float[Array, "*rows I"], weight_IO: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+@jax.custom_vjp
+def _matmul(x: Float[Array, "*rows I"], weight_IO: Num[Array, "I O"]) -> Float[Array, "*rows O"]:
+    """`x @ W`, inputs in the dtype of `W`, accumulated in float32.
+
+    Its gradient is written out for two reasons. Cotangents take the dtype of `W` too, where autodiff would widen
+    bfloat16 matrices to float32. And rows are flattened first: for `[B, G, T]` rows XLA lets the products read
+    transposed copies, into which it fuses whatever made the rows; on a CPU that took a third of an update.
+    """
+    weight_IO = _product_dtype(weight_IO)
     return jnp.dot(x.astype(weight_IO.dtype), weight_IO, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x: Array, weight_IO: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, weight_IO), (x.astype(_product_dtype(weight_IO).dtype), weight_IO)
+
+
+def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, weight_IO = residuals
+    x_NI = x.reshape(-1, x.shape[-1])
+    cotangent_NO = cotangent.reshape(-1, cotangent.shape[-1]).astype(x.dtype)
+    float32 = {"preferred_element_type": jnp.float32}
+    dx_NI = jnp.einsum("no,io->ni", cotangent_NO, _product_dtype(weight_IO), **float32)
+    dweight_IO = jnp.einsum("ni,no->io", x_NI, cotangent_NO, **float32)
+    return dx_NI.reshape(x.shape), dweight_IO.astype(weight_IO.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _product_dtype(weight: Array) -> Array:
+    """The matrix as it enters a product: int8 ones in bfloat16, which holds their values exactly."""
+    return weight.astype(jnp.bfloat16) if weight.dtype == jnp.int8 else weight
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:

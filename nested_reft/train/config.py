@@ -104,6 +104,8 @@ class RolloutConfig:
         mode: `nested` samples from the layer-skipped policy; `exact` only drafts with it, and the full model
             verifies, so that samples are exactly its own (`rollout.exact`).
         draft_length: drafts of the first `exact` batch; later ones follow the acceptance rate.
+        weights: what rollouts are computed with: the `target`'s own weights, or a `bfloat16` or `int8` copy made
+            after each update (`models.low_precision`), whose rounding the importance weight corrects.
     """
 
     group_size: int
@@ -111,6 +113,7 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     mode: Literal["nested", "exact"] = "nested"
     draft_length: int = 2
+    weights: Literal["target", "bfloat16", "int8"] = "target"
 
     def __post_init__(self):
         if self.group_size < 1:
@@ -121,6 +124,13 @@ class RolloutConfig:
             raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
         if self.mode not in ("nested", "exact"):
             raise ValueError(f"rollout.mode is '{self.mode}'; allowed are nested, exact")
+        if self.weights not in ("target", "bfloat16", "int8"):
+            raise ValueError(f"rollout.weights is '{self.weights}'; allowed are target, bfloat16, int8")
+        if self.mode == "exact" and self.weights != "target":
+            raise ValueError(
+                f"rollout.mode is 'exact' and rollout.weights '{self.weights}'; exact rollouts are the target's own:"
+                " use weights 'target', or mode 'nested'"
+            )
         if self.draft_length not in DRAFT_LENGTHS:
             raise ValueError(f"rollout.draft_length is {self.draft_length}; allowed are {DRAFT_LENGTHS}")
 
@@ -236,6 +246,11 @@ class Config:
             raise ValueError(
                 f"rollout.mode is 'exact' and loss.mixture_alpha {self.loss.mixture_alpha}; exact rollouts are all the"
                 " full model's, so there is nothing to mix: use bias_mitigation 'base', or mode 'nested'"
+            )
+        if self.rollout.weights != "target" and self.loss.mixture_alpha is not None:
+            raise ValueError(
+                f"rollout.weights is '{self.rollout.weights}' and loss.mixture_alpha {self.loss.mixture_alpha}; a mixture"
+                " weighs with the target's own density: use weights 'target', or another bias_mitigation"
             )
         if self.rollout.mode == "exact" and self.nesting_control.hold is not None:
             raise ValueError(

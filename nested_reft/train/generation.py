@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.low_precision import low_precision
+from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import component_metrics, score
 from nested_reft.rollout.dynamic_sampling import mixed_groups
 from nested_reft.rollout.exact import generate_exact, next_draft_length
@@ -41,6 +43,7 @@ class Generation:
         self._config, self._tokenizer, self._num_layers, self._mesh = config, tokenizer, num_layers, mesh
         self._stop_ids = replicate(np.array(tokenizer.stop_ids, np.int32), mesh)
         self.draft_length, self.draft_metrics = config.rollout.draft_length, dict[str, float]()
+        self._copied: tuple[TrainState, Transformer] | None = None
 
     def rollout(self, state: TrainState, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
         """Completions of the nested policy, of its defensive mixture with the full one, or drafted by it."""
@@ -82,7 +85,7 @@ class Generation:
         self, state: TrainState, prompts: Prompts, plan: LayerPlan, key: jax.Array, group_size: int, stop_ids: Array
     ) -> Rollouts:
         rollouts = generate(
-            state.model,
+            self._behavior_model(state),
             shard_batch(prompts.tokens_BP, self._mesh),
             shard_batch(prompts.length_B, self._mesh),
             replicate(plan, self._mesh),
@@ -94,6 +97,14 @@ class Generation:
             sampling=self._config.rollout.sampling,
         )
         return jax.block_until_ready(rollouts)
+
+    def _behavior_model(self, state: TrainState) -> Transformer:
+        """What samples: the target's weights, or their copy in fewer bits, made once per update."""
+        if self._config.rollout.weights == "target":
+            return state.model
+        if self._copied is None or self._copied[0] is not state:
+            self._copied = (state, low_precision(state.model, self._config.rollout.weights))
+        return self._copied[1]
 
     def _exact(self, state: TrainState, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Rollouts:
         """Completions of the full model, drafted by the nested one; adapts the draft length for the next batch."""

@@ -1,0 +1,118 @@
+"""Rollout copies in bfloat16 and int8: the same function up to their rounding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.lora import LoraConfig, add_lora
+from nested_reft.models.low_precision import _int8, low_precision
+from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.sampling import SamplingConfig
+from tests.tiny_models import TINY, forward, tiny_model, tiny_prompts
+
+UNTIED = ModelConfig(
+    vocab_size=31,
+    num_layers=3,
+    width=16,
+    hidden_width=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    tied_embeddings=False,
+    qkv_bias=True,
+    qk_norm=True,
+)
+
+
+def with_matrices(model: Transformer, change) -> Transformer:
+    return Transformer(
+        model.config,
+        {n: change(n, v) if v.ndim - n.startswith("layers/") == 2 else v for n, v in model.parameters().items()},
+    )
+
+
+def test_int8_by_hand():
+    # Columns [1, -2, 0.5] and [0, 0, 0]: scales 2 / 127 and 1; 1 / s = 63.5 rounds to the even 64.
+    integer_IO, scale_O = _int8(jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 0.0]]), input_axis=-2)
+    np.testing.assert_array_equal(integer_IO, [[64, 0], [-127, 0], [32, 0]])
+    np.testing.assert_allclose(scale_O, [2 / 127, 1.0])
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
+def test_int8_copy_is_the_model_with_rounded_matrices(config):
+    model = tiny_model(config)
+
+    def rounded(name: str, value: jax.Array) -> jax.Array:
+        axis = -1 if name in ("embedding", "head") else -2
+        integer, scale = _int8(value, axis)
+        return integer * jnp.expand_dims(scale, axis)
+
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab_size)
+    copied = forward(low_precision(model, "int8"), tokens_BT)
+    expected = forward(with_matrices(model, rounded), tokens_BT)
+    # The copy's products take bfloat16 inputs, 8 bits each: a few per cent after five layers with large matrices.
+    np.testing.assert_allclose(copied, expected, atol=0.1 * float(jnp.abs(expected).max()))
+    assert jnp.abs(copied - forward(model, tokens_BT)).max() > 0
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
+def test_bfloat16_copy_is_the_model_with_matrices_cast(config):
+    model = tiny_model(config)
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab_size)
+    expected = forward(with_matrices(model, lambda _, value: value.astype(jnp.bfloat16)), tokens_BT)
+    np.testing.assert_array_equal(forward(low_precision(model, "bfloat16"), tokens_BT), expected)
+
+
+@pytest.mark.parametrize("precision, bytes_of_4", [("bfloat16", 2), ("int8", 1)])
+def test_a_copy_is_smaller(precision, bytes_of_4):
+    model = tiny_model(ModelConfig(64, 2, 128, 256, num_heads=4, num_kv_heads=2, head_size=32, max_positions=64))
+
+    def size(module) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
+
+    assert size(low_precision(model, precision)) < size(model) * (bytes_of_4 / 4 + 0.03)
+
+
+def test_adapters_stay_in_float32():
+    model = tiny_model()
+    expected = with_matrices(model, lambda _, value: value.astype(jnp.bfloat16))
+    for policy in (model, expected):
+        add_lora(policy, LoraConfig(rank=2), jax.random.key(2))
+        for name in ("query", "down"):
+            adapter = getattr(policy.layers, f"{name}_lora_out")
+            adapter[...] = 0.3 * jax.random.normal(jax.random.key(3), adapter.shape)
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 7), 0, TINY.vocab_size)
+    np.testing.assert_array_equal(forward(low_precision(model, "bfloat16"), tokens_BT), forward(expected, tokens_BT))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_behavior_logprobs_are_those_of_the_copy(precision, key):
+    model, plan = tiny_model(), LayerPlan.skipping(5, [1])
+    copy = low_precision(model, precision)
+    tokens_BP, length_B = tiny_prompts()
+    result = generate(
+        copy,
+        tokens_BP,
+        length_B,
+        plan,
+        jnp.array([-1]),
+        key,
+        group_size=4,
+        max_completion_tokens=6,
+        sampling=SamplingConfig(),
+    )
+
+    def logprobs(policy: Transformer) -> jax.Array:
+        sequence = jnp.concatenate([tokens_BP[0, : length_B[0]], result.tokens_BGC[0, 0]])[None]
+        logits = forward(policy, sequence, plan)[0, length_B[0] - 1 : -1]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), result.tokens_BGC[0, 0][:, None], 1)[:, 0]
+
+    # An uncached pass sees float32 keys as the cached one does; bfloat16 inputs may round either way.
+    np.testing.assert_allclose(result.behavior_logprob_BGC[0, 0], logprobs(copy), atol=0.05)
+    own_error = jnp.abs(result.behavior_logprob_BGC[0, 0] - logprobs(copy)).mean()
+    assert own_error < 0.5 * jnp.abs(result.behavior_logprob_BGC[0, 0] - logprobs(model)).mean()
