@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from nested_reft.data.pipeline import batch_prompts, prompt_size
+from nested_reft.data.pipeline import batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
@@ -143,6 +143,7 @@ def num_correct(
     one compiled shape for all batches."""
     plan = LayerPlan.full(model.config.num_layers) if plan is None else plan
     size = prompt_size([len(example.tokens) for example in examples])
+    prefix = shared_prefix([example.tokens for example in examples])
     batch_size = min(batch_size, len(examples))
     counts: list[int] = []
     unscored = 0
@@ -160,6 +161,7 @@ def num_correct(
             group_size=group_size,
             max_completion_tokens=max_completion_tokens,
             sampling=sampling,
+            shared_prefix=prefix,
         )
         texts = tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))
         finished_BG, length_BG = np.asarray(rollouts.finished_BG), np.asarray(rollouts.length_BG)

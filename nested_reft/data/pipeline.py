@@ -115,6 +115,18 @@ def prompt_size(lengths: Sequence[int], bucket: int = 8) -> int:
     return -(-max(lengths) // bucket) * bucket
 
 
+def shared_prefix(prompts: Sequence[Sequence[int]], least: int = 16) -> int:
+    """How many leading tokens all prompts have in common: those of a system message, of demonstrations.
+
+    Every prompt keeps at least one token of its own. Fewer than `least` count as none: what running them
+    once would save is less than what a second stream costs.
+    """
+    first, last = min(prompts), max(prompts)  # in lexicographic order: what these two share, all share
+    limit = min(len(prompt) for prompt in prompts) - 1
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+    return min(same, limit) if min(same, limit) >= least else 0
+
+
 def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int], prompt_size: int) -> Prompts:
     """Stacks encoded examples into one batch, right-padded with zeros.
 

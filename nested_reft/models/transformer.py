@@ -201,10 +201,17 @@ class Transformer(nnx.Module):
         return logits if scale is None else logits * scale[...]
 
     def prefill(
-        self, prompt_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"], plan: LayerPlan | None = None
+        self,
+        prompt_BP: Int[Array, "B P"],
+        valid_BP: Bool[Array, "B P"],
+        plan: LayerPlan | None = None,
+        shared_prefix: int = 0,
     ) -> PromptCache:
-        """Runs prompts once and keeps what their completions need; see `PromptCache`."""
-        hidden_BPD, layers = self._run_prompt(prompt_BP, valid_BP, plan, self.cache_dtype)
+        """Runs prompts once and keeps what their completions need; see `PromptCache`.
+
+        The first `shared_prefix` tokens, which all prompts must have in common, run once for all of them.
+        """
+        hidden_BPD, layers = self._run_prompt(prompt_BP, valid_BP, plan, self.cache_dtype, shared_prefix)
         return PromptCache(layers, valid_BP, _last_valid(hidden_BPD, valid_BP))
 
     def empty_cache(self, batch: int, group: int, size: int, plan: LayerPlan | None) -> KeyValues:
@@ -314,6 +321,7 @@ class Transformer(nnx.Module):
         tokens_BGC: Int[Array, "B G C"],
         plan: LayerPlan | None = None,
         remat: bool = False,
+        shared_prefix: int = 0,
     ) -> Float[Array, "B G C D"]:
         """Hidden states that predict each completion token, the prompt run once per group.
 
@@ -325,45 +333,40 @@ class Transformer(nnx.Module):
             tokens_BGC: completions.
             plan: layers to run; None is the full model.
             remat: recompute each layer in the backward pass instead of storing its activations.
+            shared_prefix: leading tokens that all prompts have in common; they run once for all of them.
         """
         config = self.config
         completion_size = tokens_BGC.shape[-1] - 1
         length_B = valid_BP.sum(axis=-1)
-        prompt_rotation = rope(config, _positions(valid_BP)[:, None])
-        prompt_mask = _causal_mask(valid_BP)
+        prompts = _PromptPass(config, valid_BP, shared_prefix)
         rotation = rope(config, length_B[:, None, None] + jnp.arange(completion_size))
         own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
         shared_mask = valid_BP[:, None, None, None, None, :]
 
         def layer_step(carry, layer, _):
-            prompt, completion = carry
-            query, own = project_qkv(config, layer, prompt, prompt_rotation)
-            prompt = finish_layer(config, layer, prompt, attend(query, own, prompt_mask))
-            shared = jax.tree.map(lambda x: x[:, 0], own)
+            streams, completion = carry
+            streams, shared = prompts.layer(layer, streams)
             query, own = project_qkv(config, layer, completion, rotation)
             attended = attend(query, own, own_mask, shared, shared_mask)
-            return (prompt, finish_layer(config, layer, completion, attended)), None
+            return (streams, finish_layer(config, layer, completion, attended)), None
 
-        carry = (self._embed(prompt_BP[:, None]), self._embed(tokens_BGC[:, :, :-1]))
-        (prompt, completion), _ = self._scan_layers(layer_step, carry, None, plan, remat)
-        first_BD = _last_valid(self._final_norm(prompt[:, 0]), valid_BP)
+        carry = (prompts.split(self._embed(prompt_BP[:, None])), self._embed(tokens_BGC[:, :, :-1]))
+        (streams, completion), _ = self._scan_layers(layer_step, carry, None, plan, remat)
+        first_BD = _last_valid(self._final_norm(prompts.join(streams)), valid_BP)
         first = jnp.broadcast_to(first_BD[:, None, None], (*completion.shape[:2], 1, config.width))
         return jnp.concatenate([first, self._final_norm(completion)], axis=2)
 
     def _run_prompt(
-        self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32
+        self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32, shared_prefix=0
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
-        config = self.config
-        rotation = rope(config, _positions(valid_BT)[:, None])
-        mask = _causal_mask(valid_BT)
+        prompts = _PromptPass(self.config, valid_BT, shared_prefix)
 
-        def layer_step(x, layer, _):
-            query, own = project_qkv(config, layer, x, rotation)
-            x = finish_layer(config, layer, x, attend(query, own, mask))
-            return x, jax.tree.map(lambda a: a[:, 0].astype(cache_dtype), own)
+        def layer_step(streams, layer, _):
+            streams, keys_values = prompts.layer(layer, streams)
+            return streams, jax.tree.map(lambda a: a.astype(cache_dtype), keys_values)
 
-        x, layers = self._scan_layers(layer_step, self._embed(tokens_BT[:, None]), None, plan)
-        return self._final_norm(x[:, 0]), layers
+        streams, layers = self._scan_layers(layer_step, prompts.split(self._embed(tokens_BT[:, None])), None, plan)
+        return self._final_norm(prompts.join(streams)), layers
 
     def _scan_layers(
         self,
@@ -403,6 +406,51 @@ class Transformer(nnx.Module):
 
     def _final_norm(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+
+
+class _PromptPass:
+    """Prompts on their way through the layers: one stream, or two where they begin with the same tokens.
+
+    A system message and demonstrations are often most of a prompt. As a stream `[1, 1, Q, D]` of their own
+    they run once per batch; what is left of each prompt, `[B, 1, P - Q, D]`, attends to their keys.
+    """
+
+    def __init__(self, config: ModelConfig, valid_BP: Bool[Array, "B P"], shared_prefix: int):
+        self._config, self._batch, self._size = config, valid_BP.shape[0], shared_prefix
+        rotation = rope(config, _positions(valid_BP)[:, None])
+        self._rotations = self.split(rotation[0]), self.split(rotation[1])
+        masks = _causal_mask(valid_BP[:, shared_prefix:]), _causal_mask(jnp.ones((1, shared_prefix), bool))
+        self._masks = masks if shared_prefix else masks[:1]
+
+    def split(self, x_B1PD: Float[Array, "B 1 P D"]) -> tuple[Array, ...]:
+        """The stream of each prompt's own tokens and, if they share any, that of the shared ones."""
+        own, shared = x_B1PD[:, :, self._size :], x_B1PD[:1, :, : self._size]
+        return (own, shared) if self._size else (own,)
+
+    def join(self, streams: tuple[Array, ...]) -> Float[Array, "B P D"]:
+        """The inverse of `split`."""
+        own, *shared = (stream[:, 0] for stream in streams)
+        return jnp.concatenate([self._repeat(shared[0]), own], axis=1) if shared else own
+
+    def layer(self, layer: Parameters, streams: tuple[Array, ...]) -> tuple[tuple[Array, ...], KeyValues]:
+        """One layer: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts."""
+        own, *shared = zip(streams, zip(*self._rotations, strict=True), self._masks, strict=True)
+        if not shared:
+            own, keys_values = self._stream(layer, *own)
+            return (own,), keys_values
+        prefix, prefix_keys = self._stream(layer, *shared[0])
+        prefix_keys = jax.tree.map(self._repeat, prefix_keys)
+        own, keys_values = self._stream(layer, *own, prefix_keys)
+        whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), prefix_keys, keys_values)
+        return (own, prefix), whole
+
+    def _stream(self, layer, x, rotation, mask, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
+        query, keys_values = project_qkv(self._config, layer, x, rotation)
+        attended = attend(query, keys_values, mask, shared, None if shared is None else jnp.ones((), bool))
+        return finish_layer(self._config, layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
+
+    def _repeat(self, x: Array) -> Array:
+        return jnp.broadcast_to(x, (self._batch, *x.shape[1:]))
 
 
 def project_qkv(
@@ -472,7 +520,7 @@ def finish_layer(
 
 
 def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-    """`x @ W (* scale) (+ bias) (+ alpha / r * x @ A @ B)`: a projection with its int8 scale, bias and adapter, if any."""
+    """`x @ W (* scale) (+ bias) (+ alpha / r * x @ A @ B)`: a projection, with int8 scale, bias and adapter if any."""
     y = _matmul(x, layer[name])
     if f"{name}_scale" in layer:
         y = y * layer[f"{name}_scale"]

@@ -60,7 +60,7 @@ class _State:
     accepted: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "draft_length"))
+@partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "draft_length", "shared_prefix"))
 def generate_exact(
     model: Transformer,
     prompt_BP: Int[Array, "B P"],
@@ -74,6 +74,7 @@ def generate_exact(
     max_completion_tokens: int,
     sampling: SamplingConfig,
     draft_length: int,
+    shared_prefix: int = 0,
 ) -> ExactRollouts:
     """Samples completions of the full model, drafted by the policy that `plan` leaves.
 
@@ -92,7 +93,7 @@ def generate_exact(
     """
     batch, size = prompt_BP.shape[0], max_completion_tokens
     rows = (batch, group_size)
-    prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]))
+    prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), shared_prefix=shared_prefix)
     index_B, index_G = jnp.arange(batch)[:, None], jnp.arange(group_size)[None]
 
     def probability(hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

@@ -32,7 +32,7 @@ class _DecodeState:
     cache: KeyValues
 
 
-@partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling"))
+@partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "shared_prefix"))
 def generate(
     model: Transformer,
     prompt_BP: Int[Array, "B P"],
@@ -45,6 +45,7 @@ def generate(
     group_size: int,
     max_completion_tokens: int,
     sampling: SamplingConfig,
+    shared_prefix: int = 0,
 ) -> Rollouts:
     """Samples `group_size` completions of each prompt from the policy that `plan` leaves.
 
@@ -61,9 +62,10 @@ def generate(
         group_size: G.
         max_completion_tokens: C.
         sampling: temperature and truncation.
+        shared_prefix: leading tokens that all prompts have in common (`data.pipeline.shared_prefix`).
     """
     batch, size = prompt_BP.shape[0], max_completion_tokens
-    prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan)
+    prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
 
     def add_token(state: _DecodeState, hidden_BGD: Array) -> _DecodeState:
         token_key = jax.random.fold_in(key, state.step)
@@ -123,6 +125,7 @@ def completion_logprobs(
     plan: LayerPlan | None = None,
     remat: bool = False,
     differentiable_entropy: bool = False,
+    shared_prefix: int = 0,
 ) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
     """Log-probability of every completion token, and the entropy of the distribution it came from.
 
@@ -136,9 +139,10 @@ def completion_logprobs(
         remat: recompute activations in the backward pass.
         differentiable_entropy: let gradients through the entropy, at the cost of keeping a second
             array over the vocabulary for the backward pass; otherwise they stop there.
+        shared_prefix: leading tokens that all prompts have in common.
     """
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat)
+    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat, shared_prefix)
     return hidden_logprobs(model, hidden_BGCD, tokens_BGC, temperature, differentiable_entropy)
 
 

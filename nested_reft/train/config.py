@@ -249,8 +249,8 @@ class Config:
             )
         if self.rollout.weights != "target" and self.loss.mixture_alpha is not None:
             raise ValueError(
-                f"rollout.weights is '{self.rollout.weights}' and loss.mixture_alpha {self.loss.mixture_alpha}; a mixture"
-                " weighs with the target's own density: use weights 'target', or another bias_mitigation"
+                f"rollout.weights is '{self.rollout.weights}' and loss.mixture_alpha {self.loss.mixture_alpha};"
+                " a mixture weighs with the target's own density: use weights 'target', or another bias_mitigation"
             )
         if self.rollout.mode == "exact" and self.nesting_control.hold is not None:
             raise ValueError(

@@ -19,8 +19,7 @@ from nested_reft.rollout.exact import generate_exact, next_draft_length
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.sharding import replicate, shard_batch
-from nested_reft.tokenizer import Tokenizer
-from nested_reft.train.config import Config
+from nested_reft.train.setup import Setup
 from nested_reft.train.step import TrainState
 from nested_reft.types import Prompts, Rollouts, Scored
 
@@ -33,15 +32,15 @@ class Generation:
         draft_metrics: of the last ones; empty in other modes.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, num_layers: int, mesh: Mesh):
+    def __init__(self, setup: Setup, mesh: Mesh):
         """Args:
-        config: the run's.
-        tokenizer: decodes completions and knows what ends them.
-        num_layers: L.
+        setup: the run's.
         mesh: where prompts are spread.
         """
-        self._config, self._tokenizer, self._num_layers, self._mesh = config, tokenizer, num_layers, mesh
-        self._stop_ids = replicate(np.array(tokenizer.stop_ids, np.int32), mesh)
+        config, self._tokenizer = setup.config, setup.tokenizer
+        self._config, self._num_layers, self._mesh = config, setup.model.config.num_layers, mesh
+        self._shared_prefix = setup.shared_prefix
+        self._stop_ids = replicate(np.array(setup.tokenizer.stop_ids, np.int32), mesh)
         self.draft_length, self.draft_metrics = config.rollout.draft_length, dict[str, float]()
         self._copied: tuple[TrainState, Transformer] | None = None
 
@@ -95,6 +94,7 @@ class Generation:
             group_size=group_size,
             max_completion_tokens=self._config.rollout.max_completion_tokens,
             sampling=self._config.rollout.sampling,
+            shared_prefix=self._shared_prefix,
         )
         return jax.block_until_ready(rollouts)
 
@@ -121,6 +121,7 @@ class Generation:
             max_completion_tokens=config.max_completion_tokens,
             sampling=config.sampling,
             draft_length=self.draft_length,
+            shared_prefix=self._shared_prefix,
         )
         acceptance = float(exact.acceptance)
         self.draft_metrics = {"draft_length": self.draft_length, "draft_acceptance": acceptance}

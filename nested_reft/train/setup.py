@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.data.examples import Example
-from nested_reft.data.pipeline import prompt_size
+from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
@@ -46,6 +46,7 @@ class Setup:
         heldout_examples: of each source of the configuration.
         heldout_of_source: for each training source, the source of the configuration that it is part of.
         prompt_size: P of every training batch.
+        shared_prefix: leading tokens that all training prompts have in common; they run once per batch.
         divergence_L: measured divergence of each layer, for `measured` plans; all alike where none is.
     """
 
@@ -57,6 +58,7 @@ class Setup:
     heldout_examples: list[list[EncodedExample]]
     heldout_of_source: tuple[int, ...]
     prompt_size: int
+    shared_prefix: int
     divergence_L: Float[np.ndarray, " L"]
 
 
@@ -133,6 +135,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         source_names=tuple(source.name for source in config.data.sources),
         heldout_examples=heldout,
         heldout_of_source=tuple(range(len(config.data.sources))),
+        shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
         prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
         divergence_L=divergence_L,
     )

@@ -68,7 +68,12 @@ def create_train_state(model: Transformer, optimizer: optax.GradientTransformati
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, loss: LossConfig, temperature: float, micro_batches: int, remat: bool
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    temperature: float,
+    micro_batches: int,
+    remat: bool,
+    shared_prefix: int = 0,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics, Float[Array, "B G C"]]]:
     """Compiles `update(state, batch) -> state, metrics, weights h`, zero at tokens that do not count.
 
@@ -82,6 +87,7 @@ def make_update(
         temperature: that of the rollouts.
         micro_batches: divides the number of prompts.
         remat: recompute activations in the backward pass.
+        shared_prefix: leading tokens that all prompts of every batch have in common.
     """
 
     def update(state: TrainState, batch: TrainBatch):
@@ -90,13 +96,17 @@ def make_update(
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
             model = nnx.merge(state.graph, trainable, state.frozen)
             valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
-            hidden_BGCD = model.completion_hidden(micro.prompt_BP, valid_BP, micro.tokens_BGC, remat=remat)
+            hidden_BGCD = model.completion_hidden(
+                micro.prompt_BP, valid_BP, micro.tokens_BGC, None, remat, shared_prefix
+            )
             logprob_BGC, entropy_BGC = hidden_logprobs(
                 model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=loss.entropy_coefficient > 0
             )
             distillation_kl_BGC = None
             if loss.self_distillation_coefficient and plan is not None:
-                nested_BGCD = model.completion_hidden(micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, remat)
+                nested_BGCD = model.completion_hidden(
+                    micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, remat, shared_prefix
+                )
                 distillation_kl_BGC = over_position_blocks(
                     lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
                     model.config.vocab_size,

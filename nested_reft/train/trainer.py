@@ -89,7 +89,7 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         self.key = replicate(jax.random.key(config.train.seed), self.mesh)
         self.num_layers = setup.model.config.num_layers
-        self.generation = Generation(config, setup.tokenizer, self.num_layers, self.mesh)
+        self.generation = Generation(setup, self.mesh)
 
         total_updates = config.train.steps * config.train.updates_per_batch
         optimizer = make_optimizer(config.optimizer, total_updates)
@@ -99,11 +99,18 @@ class Trainer:
             config.rollout.sampling.temperature,
             config.train.micro_batches,
             config.train.remat,
+            setup.shared_prefix,
         )
         temperature = config.rollout.sampling.temperature
         self.score_logprobs = jax.jit(
             lambda model, batch, plan: completion_logprobs(
-                model, batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, temperature, plan
+                model,
+                batch.prompt_BP,
+                batch.prompt_length_B,
+                batch.tokens_BGC,
+                temperature,
+                plan,
+                shared_prefix=setup.shared_prefix,
             )[0]
         )
         self.nesting = nesting_control.initial_state(

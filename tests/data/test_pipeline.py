@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nested_reft.data.examples import Example
-from nested_reft.data.pipeline import PromptStream, batch_prompts, prompt_size
+from nested_reft.data.pipeline import PromptStream, batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 
 
@@ -254,3 +254,17 @@ def test_too_long_prompts_are_dropped_and_counted(caplog):
 def test_a_source_with_a_prompt_of_its_own_is_named_in_refusals():
     with pytest.raises(ValueError, match=r"data.sources.sums.prompt.template is '\{no\}', which cannot be filled"):
         encode_examples(make_examples(1), CharTokenizer(), PromptFormat("{no}"), 9, field="data.sources.sums.prompt")
+
+
+@pytest.mark.parametrize(
+    "prompts, expected",
+    [
+        ([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3]], 2),  # the third keeps one token of its own
+        ([[1, 2, 3, 4], [1, 2, 9, 4], [1, 2, 3, 4]], 2),
+        ([[1, 2], [3, 4]], 0),
+        ([[1, 2, 3, 4]], 3),
+        ([[1, 2, 3, 4], [1, 5, 3, 4]], 0),  # one token is under the least of two
+    ],
+)
+def test_shared_prefix(prompts, expected):
+    assert shared_prefix(prompts, least=2) == expected

@@ -213,3 +213,40 @@ def test_completions_of_one_token_can_be_scored():
     padded, _ = score(model, prompt_BP, length_B, jnp.pad(tokens_BGC, ((0, 0), (0, 0), (0, 2))), temperature=1.0)
     np.testing.assert_allclose(one, padded[..., :1], rtol=1e-5)
     assert len(set(np.asarray(one).ravel().tolist())) == 6
+
+
+@pytest.mark.parametrize("skipped", [(), (0, 2)])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_a_shared_prefix_run_once_changes_nothing(skipped, shared, key):
+    model, plan = tiny_model(), LayerPlan.skipping(5, list(skipped))
+    tokens_BP, length_B = tiny_prompts()
+    tokens_BP = tokens_BP.at[:, :shared].set(tokens_BP[0, :shared])
+    valid_BP = jnp.arange(9) < length_B[:, None]
+    whole, parts = (model.prefill(tokens_BP, valid_BP, plan, shared_prefix=q) for q in (0, shared))
+    np.testing.assert_allclose(parts.last_hidden_BD, whole.last_hidden_BD, atol=1e-4)
+    mask = valid_BP[None, :, None, :, None]
+    np.testing.assert_allclose(parts.layers.key * mask, whole.layers.key * mask, atol=1e-4)
+    np.testing.assert_allclose(parts.layers.value * mask, whole.layers.value * mask, atol=1e-4)
+
+    tokens_BGC = jax.random.randint(key, (3, 4, 6), 0, TINY.vocab_size)
+
+    def loss(model, shared_prefix):
+        logprob_BGC, _ = completion_logprobs(
+            model, tokens_BP, length_B, tokens_BGC, 1.0, plan, shared_prefix=shared_prefix
+        )
+        return jnp.sum(jnp.sin(jnp.arange(72.0)).reshape(3, 4, 6) * logprob_BGC), logprob_BGC
+
+    gradients, logprobs = zip(
+        *(jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(model, q) for q in (0, shared)), strict=True
+    )
+    np.testing.assert_allclose(logprobs[1], logprobs[0], atol=1e-4)
+    for name, gradient in gradients[0].parameters().items():
+        np.testing.assert_allclose(gradients[1].parameters()[name], gradient, atol=2e-4, err_msg=name)
+
+
+def test_a_prefix_that_is_not_shared_would_show(key):
+    model = tiny_model()
+    tokens_BP, length_B = tiny_prompts()  # different from the first token on
+    valid_BP = jnp.arange(9) < length_B[:, None]
+    whole, parts = (model.prefill(tokens_BP, valid_BP, shared_prefix=q).last_hidden_BD for q in (0, 3))
+    assert jnp.abs(parts[0] - whole[0]).max() < 1e-4 < jnp.abs(parts[1:] - whole[1:]).max()
