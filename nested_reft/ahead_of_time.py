@@ -2,7 +2,7 @@
 
 XLA compiles for a TPU pod on any machine that has `libtpu` (the `tpu` extra). Its cost analysis
 counts a loop body once, so the layers are unrolled here; its figures do not drift, which makes them
-the ones to drive down.
+the ones to drive down. Its bytes accessed include on-chip memory; `hbm_traffic` counts the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nested_reft.hbm_traffic import hbm_bytes
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import add_lora
@@ -66,7 +67,10 @@ class Cost:
         argument_bytes: weights, caches and other inputs held.
         temporary_bytes: peak of what it allocates besides.
         flops: floating-point operations.
-        bytes_accessed: bytes read and written.
+        bytes_accessed: bytes read and written, on-chip memory included and asynchronous copies counted
+            several times over: XLA's figure.
+        hbm_bytes: bytes that cross the chip's main memory, counted in the optimised program: what the floor
+            is a floor of.
         floor_bytes: the least that must be read: each weight and each cache entry in use, once; None where
             no such simple floor exists.
     """
@@ -77,6 +81,7 @@ class Cost:
     temporary_bytes: int
     flops: float
     bytes_accessed: float
+    hbm_bytes: int
     floor_bytes: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -229,6 +234,7 @@ def _cost(program: str, layers: int, function: Any, arguments: tuple, floor_byte
         temporary_bytes=memory.temp_size_in_bytes,
         flops=analysis["flops"],
         bytes_accessed=analysis["bytes accessed"],
+        hbm_bytes=hbm_bytes(compiled.as_text()),
         floor_bytes=floor_bytes,
     )
 

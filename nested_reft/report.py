@@ -89,7 +89,14 @@ def estimator_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def cost_table(costs: list[dict[str, Any]]) -> str:
-    """What compiled programs cost per chip, and how far the bytes they access are from the floor."""
+    """What compiled programs cost per chip, and how far the bytes they move are from the floor.
+
+    `accessed` is XLA's figure, which includes on-chip memory; `HBM` is what crosses main memory.
+    """
+
+    def against(floor: float | None, moved: float) -> str:
+        return f"{moved / 1e9:.3f}" + ("" if floor is None else f" ({moved / floor:.2f}x)")
+
     rows = []
     for cost in costs:
         floor = cost["floor_bytes"]
@@ -99,8 +106,9 @@ def cost_table(costs: list[dict[str, Any]]) -> str:
                 f"{cost['argument_bytes'] / 1e9:.3f}",
                 f"{cost['temporary_bytes'] / 1e9:.3f}",
                 f"{cost['flops'] / 1e9:.1f}",
-                f"{cost['bytes_accessed'] / 1e9:.3f}",
-                "" if floor is None else f"{floor / 1e9:.3f} ({cost['bytes_accessed'] / floor:.2f}x)",
+                against(floor, cost["bytes_accessed"]),
+                against(floor, cost["hbm_bytes"]),
+                "" if floor is None else f"{floor / 1e9:.3f}",
             ]
         )
-    return table(["per chip", "arguments GB", "temporaries GB", "GFLOP", "accessed GB", "floor GB"], rows)
+    return table(["per chip", "arguments GB", "temporaries GB", "GFLOP", "accessed GB", "HBM GB", "floor GB"], rows)

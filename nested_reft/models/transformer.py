@@ -14,6 +14,7 @@ norms, softmax and caches are float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -244,26 +245,23 @@ class Transformer(nnx.Module):
         config = self.config
         rotation = rope(config, prompt.length_B[:, None, None] + step)
         own_mask = jnp.arange(cache.key.shape[-2]) <= step
+        at_step = (jnp.arange(cache.key.shape[-2]) == step)[:, None]
         shared_mask = prompt.valid_BP[:, None, None, None, None, :]
 
-        def layer_step(carry, layer, inputs):
-            x, cache = carry
-            prompt_layer, slot = inputs
+        def layer_step(x, layer, inputs):
+            prompt_layer, cached = inputs
             query, new = project_qkv(config, layer, x, rotation)
-            cache = jax.tree.map(
-                lambda whole, row: jax.lax.dynamic_update_slice(
-                    whole, row[None].astype(whole.dtype), (slot, 0, 0, 0, step, 0)
-                ),
-                cache,
-                new,
-            )
-            own = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, slot, keepdims=False), cache)
+            new = jax.tree.map(lambda row, whole: row.astype(whole.dtype), new, cached)
+            own = jax.tree.map(lambda row, whole: jnp.where(at_step, row, whole), new, cached)
             attended = attend(query, own, own_mask, prompt_layer, shared_mask)
-            return (finish_layer(config, layer, x, attended), cache), None
+            return finish_layer(config, layer, x, attended), new
 
-        x = self._embed(token_BG[..., None])
-        inputs = (prompt.layers, jnp.arange(cache.key.shape[0]))
-        (x, cache), _ = self._scan_layers(layer_step, (x, cache), inputs, plan)
+        # The layers only read the caches and one write adds all layers' rows: a TPU's compiler would move caches
+        # that every layer writes to on-chip memory, and back out whole.
+        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (prompt.layers, cache), plan)
+        cache = jax.tree.map(
+            lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
+        )
         return self._final_norm(x[:, :, 0]), cache
 
     def extend(
@@ -460,7 +458,9 @@ def project_qkv(
     normed = rms_norm(x_BGTD, layer["attention_norm"], config.norm_epsilon)
 
     def heads(name: str) -> Array:
-        flat = linear(layer, name, normed)  # no -1 below: a completion of one token has none to run
+        # Without the barrier a TPU's compiler moves the split into heads to the weights, and transposes them each step.
+        flat = jax.lax.optimization_barrier(linear(layer, name, normed))
+        # No -1: a completion of one token has none to run.
         return flat.reshape(*flat.shape[:-1], flat.shape[-1] // config.head_size, config.head_size)
 
     query, key, value = heads("query"), heads("key"), heads("value")
@@ -481,7 +481,8 @@ def attend(
     """Softmax attention over a row's own keys and, if given, the prompt's shared ones.
 
     One softmax spans both segments, so the result is that of ordinary attention over their
-    concatenation, without ever repeating the prompt's keys for each of its completions.
+    concatenation, without ever repeating the prompt's keys for each of its completions. It is
+    normalised last, so that the segments need not be joined.
 
     Args:
         query_BGTHK: queries; head `h` reads key head `h // (H / J)`.
@@ -494,19 +495,24 @@ def attend(
     num_kv_heads = own.key.shape[2]
     query = query_BGTHK.reshape(batch, group, length, num_kv_heads, num_heads // num_kv_heads, head_size)
     query = (query / math.sqrt(head_size)).astype(own.key.dtype)
-    float32 = {"preferred_element_type": jnp.float32}
-
-    scores = jnp.einsum("bgtjrk,bgjsk->bgjrts", query, own.key, **float32)
-    scores = jnp.where(own_mask, scores, MASKED)
+    segments = [("bgjsk", own, own_mask)]
     if shared is not None:
         assert shared_mask is not None
-        shared_scores = jnp.einsum("bgtjrk,bjpk->bgjrtp", query, shared.key, **float32)
-        scores = jnp.concatenate([jnp.where(shared_mask, shared_scores, MASKED), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(own.value.dtype)
-    split = weights.shape[-1] - own.key.shape[3]
-    attended = jnp.einsum("bgjrts,bgjsk->bgtjrk", weights[..., split:], own.value, **float32)
-    if shared is not None:
-        attended += jnp.einsum("bgjrtp,bjpk->bgtjrk", weights[..., :split], shared.value, **float32)
+        segments.append(("bjsk", shared, shared_mask))
+    float32 = {"preferred_element_type": jnp.float32}
+
+    scores = [
+        jnp.where(mask, jnp.einsum(f"bgtjrk,{axes}->bgjrts", query, segment.key, **float32), MASKED)
+        for axes, segment, mask in segments
+    ]
+    highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=MASKED, keepdims=True) for x in scores])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
+    attended = sum(
+        jnp.einsum(f"bgjrts,{axes}->bgtjrk", weight.astype(segment.value.dtype), segment.value, **float32)
+        for weight, (axes, segment, _) in zip(weights, segments, strict=True)
+    )
+    total_BGJRT = sum(jnp.sum(weight, axis=-1) for weight in weights)
+    attended /= jnp.moveaxis(total_BGJRT, -1, 2)[..., None]
     return attended.reshape(batch, group, length, num_heads * head_size)
 
 

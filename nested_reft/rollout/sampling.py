@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -46,7 +47,7 @@ def token_logprob(
 ) -> Float[Array, "*rows"]:
     """log softmax(logits / temperature)[token], in nats, over the full vocabulary.
 
-    Rollout and update both use this function, so behavior and target are comparable. Greedy
+    Rollouts take it from the sums they draw from (`sample_token`), to rounding. Greedy
     decoding (temperature 0) has no density; its log-probabilities are those at temperature 1.
     """
     logits = tempered(logits, temperature)
@@ -73,9 +74,9 @@ def sample_token(
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, token_logprob(logits, token, 1.0)
     logits = truncated(tempered(logits, config.temperature), config.top_k, config.top_p)
-    probability = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    token = draw_categorical(key, probability)
-    return token, token_logprob(logits, token, 1.0)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    token, logit, total = _draw(key, logits, -jnp.inf, lambda x, highest: jnp.exp(x - highest), highest)
+    return token, logit - highest[..., 0] - jnp.log(total)
 
 
 def policy_probability(logits: Float[Array, "*rows V"], config: SamplingConfig) -> Float[Array, "*rows V"]:
@@ -101,19 +102,39 @@ def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Floa
 
 
 def draw_categorical(key: jax.Array, weight: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """Draws an index with probability proportional to `weight`, which need not be normalised.
+    """Draws an index with probability proportional to `weight`, which need not be normalised."""
+    return _draw(key, weight, 0.0, lambda x: x)[0]
+
+
+def _draw(
+    key: jax.Array, values: Float[Array, "*rows V"], padding: float, weight_of: Callable[..., Array], *row_values: Array
+) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Draws an index with probability proportional to `weight_of(values, *row_values)`.
 
     First a block of 128 indices by its total, then an index within it, each by an inverse
     cumulative sum of one uniform: two random numbers per row where the Gumbel method draws one
-    per vocabulary entry, which on a CPU costs more than the whole output head.
+    per vocabulary entry, which on a CPU costs more than the whole output head. The weights are
+    made twice, for the totals and again for the one block, and so never stored.
+
+    Args:
+        key, values: as in `draw_categorical`.
+        padding: a value of weight 0.
+        weight_of: from values and row values `[*rows, 1]` to weights, none negative.
+
+    Returns:
+        The index, the value at it, and the sum of all weights.
     """
-    size = weight.shape[-1]
     block_key, index_key = jax.random.split(key)
-    padding = [(0, 0)] * (weight.ndim - 1) + [(0, -size % BLOCK)]
-    blocks = jnp.pad(weight, padding).reshape(*weight.shape[:-1], -1, BLOCK)
-    block = _inverse_cumulative(block_key, blocks.sum(axis=-1))
+    widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)]
+    blocks = jnp.pad(values, widths, constant_values=padding).reshape(*values.shape[:-1], -1, BLOCK)
+    block_total = weight_of(blocks, *(x[..., None] for x in row_values)).sum(axis=-1)
+    # Without the barrier XLA sums the totals by a second pass over all weights.
+    block_total = jax.lax.optimization_barrier(block_total)
+    block = _inverse_cumulative(block_key, block_total)
     within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * BLOCK + _inverse_cumulative(index_key, within)
+    index = _inverse_cumulative(index_key, weight_of(within, *row_values))
+    value = jnp.take_along_axis(within, index[..., None], axis=-1)[..., 0]
+    return block * BLOCK + index, value, block_total.sum(axis=-1)
 
 
 def _inverse_cumulative(key: jax.Array, weight: Float[Array, "*rows M"]) -> Int[Array, "*rows"]:

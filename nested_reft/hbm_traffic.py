@@ -1,0 +1,183 @@
+"""Bytes that an optimised XLA program moves through a TPU's main memory (HBM), read from its text.
+
+XLA's own `bytes accessed` is an upper bound that no program of ours reaches: it counts operands in the
+on-chip vector memory (layouts with `S(1)`) like those in HBM, and an asynchronous copy of X bytes as
+4 X, for its start returns the source's buffer beside the destination and its end names the destination
+again. The floor of a decode step is about HBM, so this counts what crosses HBM and nothing else:
+
+- an array counts where its layout names no other memory space, padded to its tiles;
+- each instruction reads its operands and writes its results once;
+- operands that a fusion only slices or gathers from count as what it takes;
+- `dynamic-update-slice` writes the update, for XLA has made it in-place by then;
+- an asynchronous copy reads its source and writes its destination once.
+
+Everything else counts whole. Loop bodies count once, as in XLA's cost analysis.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?(%[\w.\-]+) = ")
+_HEADER = re.compile(r"(ENTRY )?(%[\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=(%[\w.\-]+)")
+
+_ALIASES = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier", "ConcatBitcast"}
+_FREE = _ALIASES | {"parameter", "constant", "iota", "after-all", "partition-id", "replica-id", "AllocateBuffer"}
+_TAKES_PART = {"slice", "dynamic-slice", "gather"}
+_WHOLE = 2**62  # more bytes than any array has
+
+
+@dataclass(frozen=True)
+class _Array:
+    bytes: int
+    in_hbm: bool
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    opcode: str
+    results: tuple[_Array, ...]
+    operands: tuple[str, ...]
+    parameter: int | None  # its number, where the instruction is one
+    called: tuple[str, ...]
+    is_root: bool
+
+
+_Computation = dict[str, _Instruction]
+
+
+def hbm_bytes(hlo: str) -> int:
+    """Bytes read from and written to HBM by a program, given as `compiled.as_text()`."""
+    computations, entry = _parse(hlo)
+    return _computation_bytes(computations, entry)
+
+
+def _computation_bytes(computations: dict[str, _Computation], name: str) -> int:
+    computation = computations[name]
+    return sum(_instruction_bytes(computations, computation, i) for i in computation.values())
+
+
+def _instruction_bytes(computations: dict[str, _Computation], computation: _Computation, i: _Instruction) -> int:
+    if i.opcode in _FREE or i.opcode.endswith("-done"):
+        return 0
+    if i.opcode in ("while", "call", "conditional"):
+        return sum(_computation_bytes(computations, called) for called in i.called)
+    operands = [computation[name].results for name in i.operands]
+    if i.opcode in ("copy-start", "slice-start"):
+        source, destination = operands[0][0], i.results[0 if i.opcode == "copy-start" else 1]
+        return destination.bytes * (source.in_hbm + destination.in_hbm)
+    read = sum(
+        min(array.bytes, _read_of_operand(computations, i, k) if len(arrays) == 1 else _WHOLE)
+        for k, arrays in enumerate(operands)
+        for array in arrays
+        if array.in_hbm
+    )
+    written = sum(
+        array.bytes if update is None else update
+        for array, update in zip(i.results, _updates(computations, computation, i), strict=True)
+        if array.in_hbm
+    )
+    return read + written
+
+
+def _read_of_operand(computations: dict[str, _Computation], i: _Instruction, k: int) -> int:
+    """Bytes that an instruction takes of its operand `k`; `_WHOLE` stands for all of it."""
+    if i.opcode == "fusion":
+        body = computations[i.called[0]]
+        name = next(name for name, inner in body.items() if inner.parameter == k)
+        return _read_inside(computations, body, name)
+    if k == 0 and i.opcode in _TAKES_PART:
+        return sum(array.bytes for array in i.results)
+    return 0 if k == 0 and i.opcode == "dynamic-update-slice" else _WHOLE
+
+
+def _read_inside(computations: dict[str, _Computation], body: _Computation, name: str) -> int:
+    """Bytes that a fusion's body takes of one of its values."""
+    total = _WHOLE if body[name].is_root else 0
+    for user_name, user in body.items():
+        for k, operand in enumerate(user.operands):
+            if operand == name and user.opcode in _ALIASES:
+                total += _read_inside(computations, body, user_name)
+            elif operand == name:
+                total += _read_of_operand(computations, user, k)
+    return total
+
+
+def _updates(computations: dict[str, _Computation], computation: _Computation, i: _Instruction) -> list[int | None]:
+    """For each result, the bytes of the in-place update that makes it, or None where it is written whole."""
+    if i.opcode == "dynamic-update-slice":
+        return [computation[i.operands[1]].results[0].bytes]
+    if i.opcode != "fusion":
+        return [None] * len(i.results)
+    body = computations[i.called[0]]
+    root = next(inner for inner in body.values() if inner.is_root)
+    makers = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    makers = [_unaliased(body, maker) for maker in makers]
+    return [update for maker in makers for update in _updates(computations, body, maker)]
+
+
+def _unaliased(body: _Computation, i: _Instruction) -> _Instruction:
+    while i.opcode == "bitcast":
+        i = body[i.operands[0]]
+    return i
+
+
+def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif current is not None and (start := _INSTRUCTION.match(line)):
+            current[start[2]] = _instruction(line[start.end() :], start[1] is not None)
+    if not entry:
+        raise ValueError("this text has no ENTRY computation; hbm_bytes takes compiled.as_text()")
+    return computations, entry
+
+
+def _instruction(text: str, is_root: bool) -> _Instruction:
+    """One instruction, of the text behind its `%name = `: `type opcode(operands), attributes`."""
+    type_end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
+    opening = text.index("(", type_end)
+    closing = _closing(text, opening)
+    opcode, inside = text[type_end:opening].strip(), text[opening + 1 : closing]
+    if opcode == "custom-call":
+        target = re.search(r'custom_call_target="(\w+)"', text)
+        opcode = target[1] if target else opcode
+    is_parameter = opcode == "parameter"
+    return _Instruction(
+        opcode=opcode,
+        results=tuple(_array(*match) for match in _ARRAY.findall(text[:type_end])),
+        operands=() if is_parameter else tuple(re.findall(r"%[\w.\-]+", inside)),
+        parameter=int(inside) if is_parameter else None,
+        called=tuple(_CALLED.findall(text[closing:])),
+        is_root=is_root,
+    )
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for at in range(opening, len(text)):
+        depth += (text[at] == "(") - (text[at] == ")")
+        if depth == 0:
+            return at
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def _array(dtype: str, dimensions: str, layout: str) -> _Array:
+    """Size of an array such as `bf16[12,64]{1,0:T(8,128)(2,1)S(1)}`: the last dimensions fill whole tiles."""
+    order, _, tiling = layout.partition(":")
+    shape = [int(size) for size in dimensions.split(",") if size]
+    physical = [shape[int(axis)] for axis in reversed(order.split(","))] if order else shape
+    tile = re.match(r"T\(([\d,]+)\)", tiling)
+    if tile and shape:
+        sizes = [int(size) for size in tile[1].split(",")][-len(physical) :]
+        padded = [-(-size // unit) * unit for size, unit in zip(physical[-len(sizes) :], sizes, strict=True)]
+        physical = physical[: -len(sizes)] + padded
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+    return _Array(bytes=math.prod(physical) * max(1, bits // 8), in_hbm="S(" not in tiling)

@@ -1,0 +1,65 @@
+"""Bytes through main memory, by hand, in programs as XLA writes them for a TPU."""
+
+import pytest
+
+from nested_reft.hbm_traffic import hbm_bytes
+
+PROGRAM = """HloModule step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %add = f32[]{:T(128)} add(%a, %b)
+}
+
+%slice_of (p: bf16[4,16,128], i: s32[]) -> bf16[16,128] {
+  %p = bf16[4,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %part = bf16[1,16,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,16,128}
+  ROOT %flat = bf16[16,128]{1,0:T(8,128)(2,1)} bitcast(%part)
+}
+
+%dot (w: bf16[4,16,128], x: f32[8,16], i: s32[]) -> f32[8,128] {
+  %w = bf16[4,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %i.1 = s32[]{:T(128)S(6)} parameter(2)
+  %layer = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%w, %i.1), kind=kLoop, calls=%slice_of
+  ROOT %convolution = f32[8,128]{1,0:T(8,128)S(1)} convolution(%x, %layer), dim_labels=bf_io->bf
+}
+
+ENTRY %main (W: bf16[4,16,128], X: f32[8,16], I: s32[], C: f32[32,128]) -> (f32[8], f32[32,128]) {
+  %W = bf16[4,16,128]{2,1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="w"}
+  %X = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %I = s32[]{:T(128)S(6)} parameter(2)
+  %C = f32[32,128]{1,0:T(8,128)} parameter(3)
+  %copy-start = (f32[32,128]{1,0:T(8,128)S(1)}, f32[32,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%C)
+  %y = f32[8,128]{1,0:T(8,128)S(1)} fusion(%W, /*index=1*/%X, %I), kind=kOutput, calls=%dot
+  %zero.1 = f32[]{:T(128)} constant(0)
+  %total = f32[8]{0:T(128)} reduce(%y, %zero.1), dimensions={1}, to_apply=%sum
+  %copy-done = f32[32,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %row = f32[8,128]{1,0:T(8,128)} copy(%y)
+  %updated = f32[32,128]{1,0:T(8,128)} dynamic-update-slice(%C, %row, %I, %I)
+  ROOT %result = (f32[8]{0:T(128)}, f32[32,128]{1,0:T(8,128)}) tuple(%total, %updated)
+}
+"""
+
+
+def test_each_rule_by_hand():
+    prefetch = 32 * 128 * 4  # once, though its start has two arrays and its end another
+    dot = 16 * 128 * 2 + 8 * 128 * 4  # one layer of the stack, and x, whose 16 columns fill tiles of 128
+    reduce = 4 + 128 * 4  # a scalar, and 8 results in a tile of 128; its operand is on the chip
+    copy = 8 * 128 * 4  # written; read from the chip
+    update = 8 * 128 * 4 + 8 * 128 * 4  # read and written in place; the other 24 rows stay
+    assert hbm_bytes(PROGRAM) == prefetch + dot + reduce + copy + update
+
+
+def test_any_other_use_of_a_stack_counts_whole():
+    text = PROGRAM.replace("ROOT %flat = bf16[16,128]{1,0:T(8,128)(2,1)} bitcast(%part)", "ROOT %all = add(%p, %p)")
+    text = text.replace("ROOT %all = add", "ROOT %all = bf16[4,16,128]{2,1,0} add")
+    assert hbm_bytes(text) - hbm_bytes(PROGRAM) == 3 * 16 * 128 * 2
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hbm_bytes("HloModule nothing")
