@@ -28,6 +28,7 @@ from nested_reft.rewards.reward import check_answers
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 from nested_reft.train.config import Config, find_data_file
+from nested_reft.train.memory import check_memory
 from nested_reft.train.step import create_train_state
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
+    size = prompt_size([len(example.tokens) for examples in train for example in examples])
+    check_memory(config, model.config, size, make_mesh(config.mesh))
     return Setup(
         config=config,
         model=model,
@@ -136,7 +139,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         heldout_examples=heldout,
         heldout_of_source=tuple(range(len(config.data.sources))),
         shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
-        prompt_size=prompt_size([len(example.tokens) for examples in train for example in examples]),
+        prompt_size=size,
         divergence_L=divergence_L,
     )
 
