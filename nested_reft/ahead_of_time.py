@@ -28,7 +28,7 @@ from nested_reft.models.transformer import (
     parameter_axes,
     parameter_shapes,
 )
-from nested_reft.rollout.sampling import SamplingConfig, sample_token
+from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, partition_spec
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.step import TrainState, create_train_state, make_update
@@ -145,8 +145,8 @@ def decode_cost(
     def step(parameters, token_BG, at, cache, prompt, plan, key_data):
         model = _model(config, parameters, dtype)
         hidden, cache = model.decode(token_BG, at, cache, prompt, plan)
-        key = jax.random.wrap_key_data(key_data)
-        return sample_token(key, model.logits(hidden), SamplingConfig()), cache
+        uniform = row_uniforms(jax.random.wrap_key_data(key_data), token_BG.shape)
+        return sample_token(uniform, model.logits(hidden), SamplingConfig()), cache
 
     arguments = (
         sharded.parameters(config, dtype),

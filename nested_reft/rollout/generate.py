@@ -13,18 +13,25 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.transformer import KeyValues, Transformer
-from nested_reft.rollout.sampling import SamplingConfig, sample_token, tempered, token_logprob
+from nested_reft.models.transformer import KeyValues, PromptCache, Transformer
+from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token, tempered, token_logprob
 from nested_reft.types import Rollouts, valid_mask
 
 LOGITS_AT_ONCE = 2**26  # 256 MB of float32
+COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
+COMPACTIONS = 3  # each compiles the decode step once more
 
 
 @struct.dataclass
 class _DecodeState:
-    """Carry of the decode loop; `step` tokens of every row are sampled."""
+    """Carry of the decode loop; `step` tokens of every row are sampled.
+
+    Its B x G rows are those of the batch, or after a compaction those at (`prompt_B`, `row_BG`) of it.
+    """
 
     step: Int[Array, ""]
+    prompt_B: Int[Array, " B"]
+    row_BG: Int[Array, "B G"]
     tokens_BGC: Int[Array, "B G C"]
     logprob_BGC: Float[Array, "B G C"]
     length_BG: Int[Array, "B G"]
@@ -49,8 +56,9 @@ def generate(
 ) -> Rollouts:
     """Samples `group_size` completions of each prompt from the policy that `plan` leaves.
 
-    The prompt runs once per group and its caches are shared by the group. The loop ends as soon
-    as every row has drawn a stop token. It compiles once per shape and plan size.
+    The prompt runs once per group and its caches are shared by the group. Decoding ends as soon as
+    every row has drawn a stop token; where completions may be long, rows that have are dropped whenever half of
+    each group would do (`_compactions`). It compiles once per shape and plan size.
 
     Args:
         model: the target; the plan picks the layers that act.
@@ -66,10 +74,12 @@ def generate(
     """
     batch, size = prompt_BP.shape[0], max_completion_tokens
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
+    rows = (batch, group_size)
 
     def add_token(state: _DecodeState, hidden_BGD: Array) -> _DecodeState:
-        token_key = jax.random.fold_in(key, state.step)
-        token_BG, logprob_BG = sample_token(token_key, model.logits(hidden_BGD), sampling)
+        uniform = row_uniforms(jax.random.fold_in(key, state.step), rows)  # of the whole batch, compacted or not
+        uniform = uniform[:, state.prompt_B[:, None], state.row_BG]
+        token_BG, logprob_BG = sample_token(uniform, model.logits(hidden_BGD), sampling)
         token_BG = jnp.where(state.done_BG, 0, token_BG)
         logprob_BG = jnp.where(state.done_BG, 0.0, logprob_BG)
         at_step = (0, 0, state.step)
@@ -82,18 +92,25 @@ def generate(
             done_BG=state.done_BG | jnp.isin(token_BG, stop_ids),
         )
 
-    def unfinished(state: _DecodeState) -> Array:
-        return (state.step < size) & ~jnp.all(state.done_BG)
+    def decode_until_fits(state: _DecodeState, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
+        """Decodes until all rows still running fit into `fewer` prompts and completions of each."""
 
-    def decode_one(state: _DecodeState) -> _DecodeState:
-        last = state.step - 1
-        token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGC, last, axis=2, keepdims=False)
-        hidden_BGD, cache = model.decode(token_BG, last, state.cache, prompt, plan)
-        return add_token(dataclasses.replace(state, cache=cache), hidden_BGD)
+        def too_many(state: _DecodeState) -> Array:
+            running_B = jnp.sum(~state.done_BG, axis=1)
+            return (state.step < size) & ((jnp.sum(running_B > 0) > fewer[0]) | jnp.any(running_B > fewer[1]))
 
-    rows = (batch, group_size)
+        def decode_one(state: _DecodeState) -> _DecodeState:
+            last = state.step - 1
+            token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGC, last, axis=2, keepdims=False)
+            hidden_BGD, cache = model.decode(token_BG, last, state.cache, prompt, plan)
+            return add_token(dataclasses.replace(state, cache=cache), hidden_BGD)
+
+        return jax.lax.while_loop(too_many, decode_one, state)
+
     state = _DecodeState(
         step=jnp.zeros((), jnp.int32),
+        prompt_B=jnp.arange(batch),
+        row_BG=jnp.broadcast_to(jnp.arange(group_size), rows),
         tokens_BGC=jnp.zeros((*rows, size), jnp.int32),
         logprob_BGC=jnp.zeros((*rows, size), jnp.float32),
         length_BG=jnp.zeros(rows, jnp.int32),
@@ -101,19 +118,74 @@ def generate(
         cache=model.empty_cache(*rows, max(size - 1, 1), plan),
     )
     first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*rows, prompt.last_hidden_BD.shape[-1]))
-    state = jax.lax.while_loop(unfinished, decode_one, add_token(state, first_BGD))
+    state = whole = add_token(state, first_BGD)
+    for fewer in _compactions(*rows, size):
+        state = decode_until_fits(state, prompt, fewer)
+        whole = _put_back(whole, state)
+        if fewer[1] > 0:
+            state, prompt = _compacted(state, prompt, *fewer)
     return Rollouts(
         prompt_BP=prompt_BP,
         prompt_length_B=prompt_length_B,
-        tokens_BGC=state.tokens_BGC,
-        length_BG=state.length_BG,
-        finished_BG=state.done_BG,
+        tokens_BGC=whole.tokens_BGC,
+        length_BG=whole.length_BG,
+        finished_BG=whole.done_BG,
         forced_BG=jnp.zeros(rows, jnp.int32),
-        behavior_logprob_BGC=state.logprob_BGC,
+        behavior_logprob_BGC=whole.logprob_BGC,
         plan=plan,
         nested_BG=jnp.ones(rows, bool),
         policy_version=jnp.asarray(policy_version, jnp.int32),
     )
+
+
+def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
+    """Prompts and completions of each that decoding shrinks to, one after the other; the last is none.
+
+    Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches.
+    """
+    shapes = []
+    while size >= COMPACT_FROM and len(shapes) < COMPACTIONS and batch * group >= 4:
+        batch, group = (batch, -(-group // 2)) if group > 1 else (-(-batch // 2), group)
+        shapes.append((batch, group))
+    return [*shapes, (0, 0)]
+
+
+def _compacted(state: _DecodeState, prompt: PromptCache, batch: int, group: int) -> tuple[_DecodeState, PromptCache]:
+    """The rows that still run, with finished ones where those leave room."""
+    running_BG = ~state.done_BG
+    chosen_B = jnp.arange(batch)
+    if batch < running_BG.shape[0]:
+        chosen_B = jnp.argsort(~running_BG.any(axis=1), stable=True)[:batch]
+        prompt = PromptCache(
+            jax.tree.map(lambda a: a[:, chosen_B], prompt.layers),
+            prompt.valid_BP[chosen_B],
+            prompt.last_hidden_BD[chosen_B],
+        )
+    chosen_BG = jnp.argsort(~running_BG[chosen_B], axis=1, stable=True)[:, :group]
+
+    def rows(x_BG: Array) -> Array:
+        return x_BG[chosen_B[:, None], chosen_BG]
+
+    return _DecodeState(
+        step=state.step,
+        prompt_B=state.prompt_B[chosen_B],
+        row_BG=rows(state.row_BG),
+        tokens_BGC=rows(state.tokens_BGC),
+        logprob_BGC=rows(state.logprob_BGC),
+        length_BG=rows(state.length_BG),
+        done_BG=rows(state.done_BG),
+        cache=jax.tree.map(lambda a: a[:, chosen_B[:, None], chosen_BG], state.cache),
+    ), prompt
+
+
+def _put_back(whole: _DecodeState, part: _DecodeState) -> _DecodeState:
+    """The batch's tokens, log-probabilities, lengths and ends, with those of the part's rows in their places."""
+
+    def put(name: str) -> Array:
+        return getattr(whole, name).at[part.prompt_B[:, None], part.row_BG].set(getattr(part, name))
+
+    names = ("tokens_BGC", "logprob_BGC", "length_BG", "done_BG")
+    return dataclasses.replace(whole, **{name: put(name) for name in names})
 
 
 def completion_logprobs(

@@ -61,10 +61,19 @@ def tempered(logits: Float[Array, "*rows V"], temperature: float) -> Float[Array
     return logits if temperature in (0, 1) else logits / temperature
 
 
+def row_uniforms(key: jax.Array, rows: tuple[int, ...]) -> Float[Array, "2 *rows"]:
+    """The two random numbers in [0, 1) that each row's draw takes."""
+    return jnp.stack([jax.random.uniform(part, rows) for part in jax.random.split(key)])
+
+
 def sample_token(
-    key: jax.Array, logits: Float[Array, "*rows V"], config: SamplingConfig
+    uniform: Float[Array, "2 *rows"], logits: Float[Array, "*rows V"], config: SamplingConfig
 ) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"]]:
     """Draws one token per row.
+
+    Args:
+        uniform: of `row_uniforms`; greedy decoding does not read it.
+        logits, config: the policy.
 
     Returns:
         The tokens and their log-probabilities under the distribution they were drawn from, that
@@ -75,7 +84,7 @@ def sample_token(
         return token, token_logprob(logits, token, 1.0)
     logits = truncated(tempered(logits, config.temperature), config.top_k, config.top_p)
     highest = jnp.max(logits, axis=-1, keepdims=True)
-    token, logit, total = _draw(key, logits, -jnp.inf, lambda x, highest: jnp.exp(x - highest), highest)
+    token, logit, total = _draw(uniform, logits, -jnp.inf, lambda x, highest: jnp.exp(x - highest), highest)
     return token, logit - highest[..., 0] - jnp.log(total)
 
 
@@ -103,11 +112,15 @@ def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Floa
 
 def draw_categorical(key: jax.Array, weight: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     """Draws an index with probability proportional to `weight`, which need not be normalised."""
-    return _draw(key, weight, 0.0, lambda x: x)[0]
+    return _draw(row_uniforms(key, weight.shape[:-1]), weight, 0.0, lambda x: x)[0]
 
 
 def _draw(
-    key: jax.Array, values: Float[Array, "*rows V"], padding: float, weight_of: Callable[..., Array], *row_values: Array
+    uniform: Float[Array, "2 *rows"],
+    values: Float[Array, "*rows V"],
+    padding: float,
+    weight_of: Callable[..., Array],
+    *row_values: Array,
 ) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Draws an index with probability proportional to `weight_of(values, *row_values)`.
 
@@ -117,29 +130,29 @@ def _draw(
     made twice, for the totals and again for the one block, and so never stored.
 
     Args:
-        key, values: as in `draw_categorical`.
+        uniform: of `row_uniforms`.
+        values: what weights are made from.
         padding: a value of weight 0.
         weight_of: from values and row values `[*rows, 1]` to weights, none negative.
 
     Returns:
         The index, the value at it, and the sum of all weights.
     """
-    block_key, index_key = jax.random.split(key)
     widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)]
     blocks = jnp.pad(values, widths, constant_values=padding).reshape(*values.shape[:-1], -1, BLOCK)
     block_total = weight_of(blocks, *(x[..., None] for x in row_values)).sum(axis=-1)
     # Without the barrier XLA sums the totals by a second pass over all weights.
     block_total = jax.lax.optimization_barrier(block_total)
-    block = _inverse_cumulative(block_key, block_total)
+    block = _inverse_cumulative(uniform[0], block_total)
     within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    index = _inverse_cumulative(index_key, weight_of(within, *row_values))
+    index = _inverse_cumulative(uniform[1], weight_of(within, *row_values))
     value = jnp.take_along_axis(within, index[..., None], axis=-1)[..., 0]
     return block * BLOCK + index, value, block_total.sum(axis=-1)
 
 
-def _inverse_cumulative(key: jax.Array, weight: Float[Array, "*rows M"]) -> Int[Array, "*rows"]:
+def _inverse_cumulative(uniform: Float[Array, "*rows"], weight: Float[Array, "*rows M"]) -> Int[Array, "*rows"]:
     cumulative = jnp.cumsum(weight, axis=-1)
-    threshold = jax.random.uniform(key, weight.shape[:-1])[..., None] * cumulative[..., -1:]
+    threshold = uniform[..., None] * cumulative[..., -1:]
     drawn = jnp.sum(cumulative <= threshold, axis=-1)
     # Rounding may carry the threshold up to the total: stay on the last index with any weight.
     last = jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[-1]), 0), axis=-1)

@@ -250,3 +250,60 @@ def test_a_prefix_that_is_not_shared_would_show(key):
     valid_BP = jnp.arange(9) < length_B[:, None]
     whole, parts = (model.prefill(tokens_BP, valid_BP, shared_prefix=q).last_hidden_BD for q in (0, 3))
     assert jnp.abs(parts[0] - whole[0]).max() < 1e-4 < jnp.abs(parts[1:] - whole[1:]).max()
+
+
+def test_compactions_halve_groups_first():
+    assert generate_module._compactions(3, 8, 32) == [(3, 4), (3, 2), (3, 1), (0, 0)]
+    assert generate_module._compactions(7, 1, 32) == [(4, 1), (2, 1), (1, 1), (0, 0)]
+    assert generate_module._compactions(8, 8, 31) == [(0, 0)]  # too short to pay
+
+
+@pytest.mark.parametrize("skipped", [(), (0, 2)])
+@pytest.mark.parametrize("group_size", [8, 1])
+def test_dropping_finished_rows_changes_nothing(skipped, group_size, key, monkeypatch):
+    model, plan, stop_ids = tiny_model(scale=1.0), LayerPlan.skipping(5, list(skipped)), jnp.arange(0, 31, 5)
+    prompts = None
+    if group_size == 1:
+        prompts = jax.random.randint(key, (8, 9), 0, TINY.vocab_size), jnp.arange(2, 10)
+    results = []
+    for compact_from in (10**9, 8):
+        monkeypatch.setattr(generate_module, "COMPACT_FROM", compact_from)
+        generate.clear_cache()
+        results.append(
+            rollout(model, key, plan=plan, stop_ids=stop_ids, prompts=prompts, group_size=group_size, size=24)
+        )
+    generate.clear_cache()
+    whole, compacted = results
+    assert len(set(whole.length_BG.ravel().tolist())) > 4  # rows end at different times, most of them early
+    for name in ("tokens_BGC", "length_BG", "finished_BG"):
+        np.testing.assert_array_equal(getattr(compacted, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(compacted.behavior_logprob_BGC, whole.behavior_logprob_BGC, atol=1e-4)
+
+
+def test_compacted_rows_are_those_that_run():
+    model = tiny_model()
+    tokens_BP, length_B = tiny_prompts()
+    prompt = model.prefill(tokens_BP, jnp.arange(9) < length_B[:, None])
+    done_BG = jnp.array([[True, True, False, True], [True, True, True, True], [False, True, True, False]])
+    number_BG = jnp.arange(12).reshape(3, 4)
+    state = generate_module._DecodeState(
+        step=jnp.array(1),
+        prompt_B=jnp.arange(3),
+        row_BG=jnp.broadcast_to(jnp.arange(4), (3, 4)),
+        tokens_BGC=number_BG[..., None],
+        logprob_BGC=jnp.zeros((3, 4, 1)),
+        length_BG=jnp.ones((3, 4), jnp.int32),
+        done_BG=done_BG,
+        cache=jax.tree.map(lambda a: a + number_BG[None, :, :, None, None, None], model.empty_cache(3, 4, 2, None)),
+    )
+    part, part_prompt = generate_module._compacted(state, prompt, 2, 2)
+    assert part.prompt_B.tolist() == [0, 2] and part.row_BG.tolist() == [[2, 0], [0, 3]]
+    assert part.tokens_BGC[..., 0].tolist() == [[2, 0], [8, 11]]
+    assert part.cache.key[3, ..., 0, 1, 5].tolist() == [[2, 0], [8, 11]]
+    np.testing.assert_array_equal(part_prompt.layers.value, prompt.layers.value[:, jnp.array([0, 2])])
+    moved = dataclasses.replace(part, tokens_BGC=part.tokens_BGC + 100)
+    assert generate_module._put_back(state, moved).tokens_BGC[..., 0].tolist() == [
+        [100, 1, 102, 3],
+        [4, 5, 6, 7],
+        [108, 9, 10, 111],
+    ]

@@ -9,6 +9,7 @@ from nested_reft.rollout.sampling import (
     GREEDY,
     SamplingConfig,
     draw_categorical,
+    row_uniforms,
     sample_token,
     token_logprob,
     truncated,
@@ -61,7 +62,7 @@ def test_logprob_is_that_of_the_tempered_softmax(temperature):
 def test_sampled_logprob_is_of_the_distribution_that_was_drawn_from(key):
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, 40)).astype(np.float32) * 2)
     config = SamplingConfig(temperature=0.8, top_k=7, top_p=0.9)
-    token, logprob = sample_token(key, logits, config)
+    token, logprob = sample_token(row_uniforms(key, logits.shape[:-1]), logits, config)
     kept = truncated(logits / 0.8, 7, 0.9)
     for row in range(50):
         probability = slow_softmax(np.asarray(kept[row]))
@@ -71,7 +72,7 @@ def test_sampled_logprob_is_of_the_distribution_that_was_drawn_from(key):
 
 def test_greedy_is_the_argmax(key):
     logits = jax.random.normal(key, (6, 40))
-    token, logprob = sample_token(key, logits, GREEDY)
+    token, logprob = sample_token(row_uniforms(key, logits.shape[:-1]), logits, GREEDY)
     assert jnp.array_equal(token, jnp.argmax(logits, axis=-1))
     np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits).max(axis=-1), rtol=1e-5)
 
