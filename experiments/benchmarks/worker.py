@@ -1,0 +1,141 @@
+"""The loop of every timed program, ours or a peer's: spec in, timed calls, results out.
+
+Workers run in environments of their own, so this module needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload.
+
+    Attributes:
+        prompts: B, all different.
+        group: G, completions per prompt.
+        prompt_tokens: P, of every prompt.
+        new_tokens: C, of every completion; nothing stops earlier.
+        skip_ratio: share of the layers that the rollout skips; ours alone.
+    """
+
+    prompts: int
+    group: int
+    prompt_tokens: int
+    new_tokens: int
+    skip_ratio: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """B * G."""
+        return self.prompts * self.group
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that a rollout returns."""
+        return self.rows * self.new_tokens
+
+    def token_ids(self, vocab_size: int, rows: int, length: int) -> list[list[int]]:
+        """Random token ids, the same for everybody; the first few, which are special tokens, left out."""
+        draw = random.Random(f"{rows} {length}")
+        return [[draw.randrange(100, vocab_size) for _ in range(length)] for _ in range(rows)]
+
+    def prompt_ids(self, vocab_size: int) -> list[list[int]]:
+        """The prompts `[B][P]`."""
+        return self.token_ids(vocab_size, self.prompts, self.prompt_tokens)
+
+    def completion_ids(self, vocab_size: int) -> list[list[int]]:
+        """Completions for an update `[B * G][C]`."""
+        return self.token_ids(vocab_size, self.rows, self.new_tokens)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker is asked for.
+
+    Attributes:
+        variant: what the worker calls it: a precision, or full fine-tuning or LoRA.
+        cases: the workloads.
+        directory: the weights in Hugging Face layout.
+        gguf: the 4-bit weights, for who reads them.
+        vocab_size: V.
+        threads: of every system alike.
+        repeats: timed calls of each case, after one that may compile.
+    """
+
+    variant: str
+    cases: tuple[Case, ...]
+    directory: str
+    gguf: str
+    vocab_size: int
+    threads: int
+    repeats: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        fields = json.loads(text)
+        return cls(**fields | {"cases": tuple(Case(**case) for case in fields["cases"])})
+
+
+def measure(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Seconds of the first call, which may compile, and of `repeats` more; peak memory of them all."""
+    reset_peak_memory()
+    first, *seconds = (_seconds(call) for _ in range(repeats + 1))
+    return {
+        "first_seconds": first,
+        "seconds": min(seconds),
+        "all_seconds": seconds,
+        "peak_bytes": peak_memory(),
+    }
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory` start anew, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory at once."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def serve(
+    prepare: Callable[[Spec], Callable[[Case], Callable[[], Any]]],
+    observe: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Reads a spec from standard input, times its cases, writes the results to the file in `argv[1]`.
+
+    Args:
+        prepare: loads the model, and returns what makes a case's call; the call waits for its result.
+        observe: more to say about each case once it is timed.
+    """
+    spec = Spec.from_json(sys.stdin.read())
+    make_call = prepare(spec)
+    results = [measure(make_call(case), spec.repeats) | observe() for case in spec.cases]
+    Path(sys.argv[1]).write_text(json.dumps(results))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
