@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -73,6 +74,17 @@ def measured(system: System, spec: Spec) -> list[dict[str, Any]]:
 def shown(value: float | None, form: str = ".2f") -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+def cost_cells(row: dict[str, Any]) -> list[str]:
+    """Seconds of the first call, of compilations and their number, and peak memory in GB."""
+    compiled = f"{row['compile_seconds']:.1f} ({row['compilations']})" if "compilations" in row else "-"
+    return [f"{row['first_seconds']:.1f}", compiled, f"{row['peak_bytes'] / 1e9:.1f}"]
+
+
+def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as JSON can hold them."""
+    return [row | {"case": dataclasses.asdict(row["case"])} for row in rows]
 
 
 def write_results(path: Path | None, results: dict[str, Any]) -> None:

@@ -80,9 +80,12 @@ def update_tokens(case: Case, shared_prompt: bool) -> int:
     return (case.prompts if shared_prompt else case.rows) * case.prompt_tokens + case.rows * case.new_tokens
 
 
-def update_floor(parameters: int, tokens: int, flops: float) -> float:
-    """6 x parameters x tokens / rate: two operations per weight forward, four backward."""
-    return 6 * parameters * tokens / flops
+def update_floor(parameters: int, tokens: int, flops: float, trains_all: bool = True) -> float:
+    """6 x parameters x tokens / rate: two operations per weight forward, four backward.
+
+    Adapters alone need no gradient of the other weights: two backward. Attention is left out.
+    """
+    return (6 if trains_all else 4) * parameters * tokens / flops
 
 
 def decode_rate(case: Case, seconds: float, first_token_seconds: float) -> float | None:

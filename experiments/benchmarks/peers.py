@@ -39,6 +39,10 @@ class System:
     requirements: tuple[str, ...] = ()
 
 
+TORCH = ("transformers", ("torch==2.13.0", "transformers==5.23.0"))
+"""The environment that two peers share, and what it holds."""
+
+
 class Skipped(Exception):
     """A system cannot be measured; says why in one line."""
 
@@ -108,6 +112,8 @@ def run_limited(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    if process.returncode < 0:
+        raise Skipped(f"crashed: {signal.Signals(-process.returncode).name}")
     if process.returncode:
         lines = [line.strip() for line in printed.splitlines() if line.strip()]
         raise Skipped(lines[-1][:200] if lines else f"ended with status {process.returncode}")

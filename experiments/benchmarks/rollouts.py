@@ -17,16 +17,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.benchmarks.ceilings import measure_ceilings, memory_bandwidth, sampling_seconds
-from experiments.benchmarks.common import measured, parser, shown, spec_maker, write_results
+from experiments.benchmarks.common import cost_cells, measured, parser, plain, shown, spec_maker, write_results
 from experiments.benchmarks.floors import Ceilings, decode_rate, predicted_speedup, ratio
 from experiments.benchmarks.ours import VARIANTS, plan_of
-from experiments.benchmarks.peers import System
+from experiments.benchmarks.peers import TORCH, System
 from experiments.benchmarks.worker import Case
 from nested_reft.models.config import ModelConfig
 from nested_reft.report import table
 
 OURS = System("ours", "ours")
-TRANSFORMERS = System("transformers", "peer_transformers", "transformers", ("torch==2.13.0", "transformers==5.23.0"))
+TRANSFORMERS = System("transformers", "peer_transformers", *TORCH)
 TUNIX = System("Tunix Sampler", "peer_tunix", "tunix", ("google-tunix==0.1.7",))
 LLAMA_CPP = System("llama.cpp decode", "peer_llama_cpp", "llama_cpp", ("llama-cpp-python==0.3.36",))
 PEERS = {
@@ -68,7 +68,7 @@ def main() -> None:
         print(nested_table(nested))
     write_results(
         known.json,
-        {"threads": known.threads, "bandwidth": bandwidth, "rows": _plain(rows), "nested": _plain(nested)},
+        {"threads": known.threads, "bandwidth": bandwidth, "rows": plain(rows), "nested": plain(nested)},
     )
 
 
@@ -138,7 +138,6 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
             if "skipped" in row:
                 cells.append([workload, name, f"skipped: {row['skipped']}", *[""] * 6])
                 continue
-            compiled = f"{row['compile_seconds']:.1f} ({row['compilations']})" if "compilations" in row else "-"
             cells.append(
                 [
                     workload,
@@ -147,9 +146,7 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
                     shown(row.get("decode_tokens_per_second"), ".0f"),
                     f"{shown(row['ours_float32_ratio'])}x",
                     f"{shown(row['ours_best_ratio'])}x",
-                    f"{row['first_seconds']:.1f}",
-                    compiled,
-                    f"{row['peak_bytes'] / 1e9:.1f}",
+                    *cost_cells(row),
                 ]
             )
     return table(header, cells)
@@ -202,10 +199,6 @@ def nested_table(nested: Sequence[dict[str, Any]]) -> str:
         for row in nested
     ]
     return table(header, cells)
-
-
-def _plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row | {"case": dataclasses.asdict(row["case"])} for row in rows]
 
 
 if __name__ == "__main__":
