@@ -1,5 +1,8 @@
 """llama.cpp: decode steps of many sequences at once through `llama_batch`; no token is drawn."""
 
+# It runs in an environment of its own, which the checker does not see.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import os

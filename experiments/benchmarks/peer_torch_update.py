@@ -1,5 +1,8 @@
 """A plain GRPO step with transformers and torch: every row runs its whole sequence."""
 
+# It runs in an environment of its own, which the checker does not see.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,8 @@
 """Hugging Face transformers on torch: `generate`, with a group as `num_return_sequences`."""
 
+# It runs in an environment of its own, which the checker does not see.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,8 @@
 """Tunix: its own JAX `Sampler`, with temperature 1 over the full vocabulary."""
 
+# It runs in an environment of its own, which the checker does not see.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

@@ -32,7 +32,7 @@ PEERS = {"torch": (PLAIN, ("float32", "bfloat16"))}
 
 def main() -> None:
     """Prints the table."""
-    options = parser(__doc__, PEERS)
+    options = parser(__doc__ or "", PEERS)
     options.add_argument("--ours", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="our variants")
     known = options.parse_args()
     case = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)

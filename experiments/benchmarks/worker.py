@@ -127,11 +127,15 @@ def serve(
 
     Args:
         prepare: loads the model, and returns what makes a case's call; the call waits for its result.
-        observe: more to say about each case once it is timed.
+        observe: what has happened since it was last asked, said of each case's calls.
     """
     spec = Spec.from_json(sys.stdin.read())
     make_call = prepare(spec)
-    results = [measure(make_call(case), spec.repeats) | observe() for case in spec.cases]
+    results = []
+    for case in spec.cases:
+        call = make_call(case)
+        observe()
+        results.append(measure(call, spec.repeats) | observe())
     Path(sys.argv[1]).write_text(json.dumps(results))
 
 
