@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.benchmarks.ceilings import measure_ceilings, memory_bandwidth
+from experiments.benchmarks.ceilings import ceilings_of
 from experiments.benchmarks.common import exported_model, parser, use_threads, write_results
-from experiments.benchmarks.floors import Ceilings, head_parameters, layer_parameters, rollout_floor
+from experiments.benchmarks.floors import CeilingsAt, head_parameters, layer_parameters, rollout_floor
 from experiments.benchmarks.our_updates import train_batch
 from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
@@ -47,11 +47,8 @@ def main() -> None:
     use_threads(known.threads)
     model = load_model(exported_model()[1], jnp.dtype(known.dtype))[0]
     best = partial(measure, repeats=known.repeats)
-    bandwidth = memory_bandwidth()
-
-    def ceilings(rows: int) -> Ceilings:
-        return measure_ceilings(model.config, rows, jnp.dtype(known.dtype), bandwidth)
-
+    ceilings = ceilings_of(model.config, jnp.dtype(known.dtype))
+    bandwidth = ceilings(1).bandwidth
     print(f"memory {bandwidth / 1e9:.1f} GB/s; {known.dtype} products by rows:", end=" ")
     rates = {rows: ceilings(rows).flops for rows in (1, ROLLOUT.rows, ROLLOUT.prompts * ROLLOUT.prompt_tokens, 1192)}
     print(", ".join(f"{rows}: {rate / 1e9:.0f} GFLOP/s" for rows, rate in rates.items()), flush=True)
@@ -62,9 +59,7 @@ def main() -> None:
     write_results(known.json, results | {"breakdowns": [dataclasses.asdict(breakdown) for breakdown in found]})
 
 
-def rollout_breakdown(
-    model: Transformer, ceilings: Callable[[int], Ceilings], best: Callable[[Any], dict[str, Any]]
-) -> Breakdown:
+def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[Any], dict[str, Any]]) -> Breakdown:
     """Prefill, then for each token layers, attention, output head and sampling."""
     case, config = ROLLOUT, model.config
     shape, steps = (case.prompts, case.group), case.new_tokens - 1
@@ -105,20 +100,15 @@ def rollout_breakdown(
     decode_seconds, attention_seconds = (
         timed(best, call)["seconds"] for call in (decode_once, lambda: attention(query, cache, prompt.layers))
     )
-    rows, prompt_rows = ceilings(case.rows), ceilings(case.prompts * case.prompt_tokens)
-    floor = rollout_floor(config, case, config.num_layers, rows)
+    bandwidth, floor = ceilings(case.rows).bandwidth, rollout_floor(config, case, config.num_layers, ceilings)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache, prompt.layers)))
     return with_rest(
         "rollout call",
         whole,
         [
-            Stage(
-                "prefill",
-                timed(best, lambda: prefill(model, prompt_BP))["seconds"],
-                rollout_floor(config, case, config.num_layers, prompt_rows)["prefill"],
-            ),
+            Stage("prefill", timed(best, lambda: prefill(model, prompt_BP))["seconds"], floor["prefill"]),
             Stage("decode: layers without attention", steps * (decode_seconds - attention_seconds), floor["layers"]),
-            Stage("decode: attention", steps * attention_seconds, steps * cache_bytes / rows.bandwidth),
+            Stage("decode: attention", steps * attention_seconds, steps * cache_bytes / bandwidth),
             Stage(
                 "output head",
                 case.new_tokens * timed(best, lambda: logits(model, hidden_BGD))["seconds"],
@@ -127,15 +117,13 @@ def rollout_breakdown(
             Stage(
                 "sampling",
                 case.new_tokens * timed(best, lambda: draw(key, logits_BGV, SamplingConfig()))["seconds"],
-                case.new_tokens * logits_BGV.nbytes / rows.bandwidth,
+                case.new_tokens * logits_BGV.nbytes / bandwidth,
             ),
         ],
     )
 
 
-def update_breakdown(
-    model: Transformer, ceilings: Callable[[int], Ceilings], best: Callable[[Any], dict[str, Any]]
-) -> Breakdown:
+def update_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[Any], dict[str, Any]]) -> Breakdown:
     """Layers and log-probabilities forward, both backward, and the optimizer."""
     case, config = UPDATE, model.config
     batch = train_batch(case, config.vocab_size)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.floors import Ceilings
+from experiments.benchmarks.floors import Ceilings, CeilingsAt
 from experiments.benchmarks.worker import measure
 from nested_reft.models.config import ModelConfig
 from nested_reft.rollout.sampling import SamplingConfig, sample_token
 
-INSIDE = 20  # operations within one timed call, so that starting it does not count
+INSIDE = 2e10  # operations within one timed call, so that starting it does not count
 REPEATS = 5
 
 
-def measure_ceilings(config: ModelConfig, rows: int, dtype: Any, bandwidth: float) -> Ceilings:
-    """Ceilings of products of `rows` vectors with this model's matrices."""
-    return Ceilings(product_flops(rows, config.width, config.hidden_width, dtype), bandwidth, jnp.dtype(dtype).itemsize)
+def ceilings_of(config: ModelConfig, dtype: Any) -> CeilingsAt:
+    """`ceilings(rows)` of products with this model's matrices, each measured when it is first asked for."""
+    bandwidth = memory_bandwidth()
+
+    @functools.cache
+    def at(rows: int) -> Ceilings:
+        flops = product_flops(rows, config.width, config.hidden_width, dtype)
+        return Ceilings(flops, bandwidth, jnp.dtype(dtype).itemsize)
+
+    return at
 
 
 def product_flops(rows: int, inner: int, outer: int, dtype: Any) -> float:
@@ -28,16 +36,17 @@ def product_flops(rows: int, inner: int, outer: int, dtype: Any) -> float:
     """
     up = jnp.ones((inner, outer), dtype)
     down = jnp.ones((outer, inner), dtype) / (inner * outer)
+    times = max(1, round(INSIDE / (4 * rows * inner * outer)))
 
     @jax.jit
     def call(x, up, down):
         def product(x, weight):
             return jnp.dot(x.astype(dtype), weight, preferred_element_type=jnp.float32)
 
-        return jax.lax.fori_loop(0, INSIDE, lambda _, x: product(product(x, up), down), x)
+        return jax.lax.fori_loop(0, times, lambda _, x: product(product(x, up), down), x)
 
     x = jnp.ones((rows, inner), jnp.float32)
-    return INSIDE * 4 * rows * inner * outer / _seconds(call, x, up, down)
+    return times * 4 * rows * inner * outer / _seconds(call, x, up, down)
 
 
 def memory_bandwidth(size: int = 2**26) -> float:

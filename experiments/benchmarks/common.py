@@ -51,7 +51,10 @@ def use_threads(threads: int) -> None:
 def spec_maker(known: argparse.Namespace) -> tuple[ModelConfig, Callable[[str, Sequence[Case]], Spec]]:
     """The model's shape, and `spec(variant, cases)` under the command's options."""
     use_threads(known.threads)
-    shape, directory, gguf = exported_model()
+    try:
+        shape, directory, gguf = exported_model()
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
 
     def spec(variant: str, cases: Sequence[Case]) -> Spec:
         return Spec(variant, tuple(cases), directory, gguf, shape.vocab_size, known.threads, known.repeats)

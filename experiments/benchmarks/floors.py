@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.benchmarks.worker import Case
@@ -29,6 +30,10 @@ class Ceilings:
         return max(2 * parameters * rows / self.flops, parameters * self.weight_bytes / self.bandwidth)
 
 
+CeilingsAt = Callable[[int], Ceilings]
+"""The ceilings of products of that many rows."""
+
+
 def layer_parameters(config: ModelConfig) -> int:
     """Weights of one layer's matrices."""
     shapes = parameter_shapes(config)
@@ -41,7 +46,7 @@ def head_parameters(config: ModelConfig) -> int:
 
 
 def rollout_floor(
-    config: ModelConfig, case: Case, kept: int, ceilings: Ceilings, sampling_seconds: float = 0.0
+    config: ModelConfig, case: Case, kept: int, ceilings: CeilingsAt, sampling_seconds: float = 0.0
 ) -> dict[str, float]:
     """Least seconds of a rollout call with `kept` layers, by stage.
 
@@ -52,20 +57,21 @@ def rollout_floor(
         config: the model's shape.
         case: the workload.
         kept: layers that run.
-        ceilings: of the machine.
+        ceilings: of the machine, by rows.
         sampling_seconds: of one draw for all rows: it does not shrink with the plan.
     """
     layer, head, steps = layer_parameters(config), head_parameters(config), case.new_tokens - 1
+    prompt_rows, decode = case.prompts * case.prompt_tokens, ceilings(case.rows)
     return {
-        "prefill": kept * ceilings.product_seconds(layer, case.prompts * case.prompt_tokens),
-        "layers": kept * steps * ceilings.product_seconds(layer, case.rows),
-        "head": case.new_tokens * ceilings.product_seconds(head, case.rows),
+        "prefill": kept * ceilings(prompt_rows).product_seconds(layer, prompt_rows),
+        "layers": kept * steps * decode.product_seconds(layer, case.rows),
+        "head": case.new_tokens * decode.product_seconds(head, case.rows),
         "sampling": case.new_tokens * sampling_seconds,
     }
 
 
 def predicted_speedup(
-    config: ModelConfig, case: Case, kept: int, ceilings: Ceilings, sampling_seconds: float = 0.0
+    config: ModelConfig, case: Case, kept: int, ceilings: CeilingsAt, sampling_seconds: float = 0.0
 ) -> float:
     """What the floors say that a plan of `kept` layers gains over the full model."""
     full, nested = (

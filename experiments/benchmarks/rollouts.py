@@ -5,6 +5,7 @@
 Whole calls (prefill included), temperature 1, full vocabulary, no stop token; every system has the same
 weights, prompts and threads, one call to warm up, and the best of the repeats. Decode steps alone are a
 call less one that draws a single token; llama.cpp's are timed as they are, without drawing tokens.
+The floor of ours is its matrix products at the measured rate, or the reading of the weights.
 Ratios compare rows of this run; other programs on the machine spoil them.
 """
 
@@ -16,9 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.benchmarks.ceilings import measure_ceilings, memory_bandwidth, sampling_seconds
+from experiments.benchmarks.ceilings import ceilings_of, sampling_seconds
 from experiments.benchmarks.common import cost_cells, measured, parser, plain, shown, spec_maker, write_results
-from experiments.benchmarks.floors import Ceilings, decode_rate, predicted_speedup, ratio
+from experiments.benchmarks.floors import CeilingsAt, decode_rate, predicted_speedup, ratio, rollout_floor
 from experiments.benchmarks.ours import VARIANTS, plan_of
 from experiments.benchmarks.peers import TORCH, System
 from experiments.benchmarks.worker import Case
@@ -53,8 +54,12 @@ def main() -> None:
         options.error("--new-tokens must be 2 or more and --prompt-tokens 1 or more")
     cases = [Case(*WORKLOADS[name], known.prompt_tokens, known.new_tokens) for name in known.workloads]
     shape, spec = spec_maker(known)
-    bandwidth = memory_bandwidth()
-    ceilings = {case: measure_ceilings(shape, case.rows, jnp.float32, bandwidth) for case in cases}
+    for skip_ratio in known.skip_ratios:
+        try:
+            plan_of(skip_ratio, shape.num_layers)
+        except ValueError as error:
+            options.error(f"--skip-ratios: {error}")
+    ceilings = {dtype: ceilings_of(shape, jnp.dtype(dtype)) for dtype in ("float32", "bfloat16")}
     rows = []
     for variant in known.ours:
         skip_ratios = known.skip_ratios if variant == NESTED else ()
@@ -64,13 +69,14 @@ def main() -> None:
         for variant in variants:
             rows += measured(system, spec(variant, cases))
     add_rates(rows)
+    add_floors(rows, shape, ceilings)
     print(f"\n{speed_table(cases, rows)}\n")
-    nested = [row for case in cases for row in nested_rows(shape, case, ceilings[case], rows)]
+    nested = [row for case in cases for row in nested_rows(shape, case, ceilings[NESTED], rows)]
     if nested:
         print(nested_table(nested))
     write_results(
         known.json,
-        {"threads": known.threads, "bandwidth": bandwidth, "rows": plain(rows), "nested": plain(nested)},
+        {"threads": known.threads, "rows": plain(rows), "nested": plain(nested)},
     )
 
 
@@ -102,6 +108,14 @@ def add_rates(rows: Sequence[dict[str, Any]]) -> None:
             row["decode_tokens_per_second"] = decode_rate(case, row["seconds"], short)
 
 
+def add_floors(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: dict[str, CeilingsAt]) -> None:
+    """Adds to our full-model rows the share of the floor that they reach, where their ceilings are measured."""
+    for row in rows:
+        if row["system"] == OURS.title and row["variant"] in ceilings and "seconds" in row:
+            floor = sum(rollout_floor(shape, row["case"], shape.num_layers, ceilings[row["variant"]]).values())
+            row["share_of_floor"] = None if row["case"].skip_ratio else floor / row["seconds"]
+
+
 def compared(rows: Sequence[dict[str, Any]], case: Case) -> list[dict[str, Any]]:
     """The rows of one workload, each with how many times faster ours are: in float32, and at best."""
     found = [row for row in rows if row["case"] == case]
@@ -128,6 +142,7 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
         "decode tokens/s",
         "ours float32 is",
         "ours best is",
+        "share of floor",
         "first call s",
         "compile s (count)",
         "peak GB",
@@ -138,7 +153,7 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
             name = f"{row['system']} {row['variant']}"
             workload = f"{case.prompts} x {case.group}, {case.prompt_tokens} + {case.new_tokens}"
             if "skipped" in row:
-                cells.append([workload, name, f"skipped: {row['skipped']}", *[""] * 6])
+                cells.append([workload, name, f"skipped: {row['skipped']}", *[""] * 7])
                 continue
             cells.append(
                 [
@@ -148,6 +163,7 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
                     shown(row.get("decode_tokens_per_second"), ".0f"),
                     f"{shown(row['ours_float32_ratio'])}x",
                     f"{shown(row['ours_best_ratio'])}x",
+                    shown(row.get("share_of_floor")),
                     *cost_cells(row),
                 ]
             )
@@ -155,7 +171,7 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def nested_rows(
-    shape: ModelConfig, case: Case, ceilings: Ceilings, rows: Sequence[dict[str, Any]]
+    shape: ModelConfig, case: Case, ceilings: CeilingsAt, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """For each share of skipped layers: the speed-up, and how much of the predicted one it is."""
     mine = {

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,11 @@ from tests.tiny_models import TINY
 
 CASE = Case(prompts=2, group=3, prompt_tokens=4, new_tokens=5)
 SPEC = Spec("float32", (CASE, Case(1, 1, 4, 5, 0.5)), "weights", "file.gguf", 300, 2, 1)
-COMPUTE_BOUND = Ceilings(flops=2.0, bandwidth=math.inf)
+
+
+def compute_bound(rows: int) -> Ceilings:
+    """Two operations a second, whatever the rows."""
+    return Ceilings(flops=2.0, bandwidth=math.inf)
 
 
 def test_parameters_of_layers_and_head():
@@ -38,7 +43,7 @@ def test_parameters_of_layers_and_head():
 
 def test_rollout_floor_runs_prompts_once_and_one_step_fewer_than_tokens():
     """At 2 operations a second, a vector through a matrix takes as many seconds as it has weights."""
-    found = rollout_floor(TINY, CASE, 4, COMPUTE_BOUND, sampling_seconds=10.0)
+    found = rollout_floor(TINY, CASE, 4, compute_bound, sampling_seconds=10.0)
     assert found == {
         "prefill": 4 * 2688 * (2 * 4),  # not 6 rows x 4 tokens
         "layers": 4 * 2688 * 6 * (5 - 1),
@@ -47,16 +52,21 @@ def test_rollout_floor_runs_prompts_once_and_one_step_fewer_than_tokens():
     }
 
 
+def test_prefill_and_decode_each_run_at_the_rate_of_their_rows():
+    found = rollout_floor(TINY, CASE, 1, lambda rows: Ceilings({8: 4.0, 6: 2.0}[rows], math.inf))
+    assert found["prefill"] == 2688 * 8 / 2 and found["layers"] == 2688 * 6 * 4
+
+
 def test_few_rows_cost_the_reading_of_the_weights():
     ceilings = Ceilings(flops=1e12, bandwidth=100.0, weight_bytes=2.0)
     assert ceilings.product_seconds(500, rows=1) == 500 * 2 / 100
 
 
 def test_predicted_speedup_is_below_the_ratio_of_layers_because_head_and_sampling_stay():
-    assert predicted_speedup(TINY, CASE, TINY.num_layers, COMPUTE_BOUND, 1.0) == 1
+    assert predicted_speedup(TINY, CASE, TINY.num_layers, compute_bound, 1.0) == 1
     layer, head = 2688 * (8 + 24), 496 * 30
-    assert predicted_speedup(TINY, CASE, 2, COMPUTE_BOUND) == pytest.approx((5 * layer + head) / (2 * layer + head))
-    assert predicted_speedup(TINY, CASE, 2, COMPUTE_BOUND, 1e9) == pytest.approx(1, abs=1e-3)
+    assert predicted_speedup(TINY, CASE, 2, compute_bound) == pytest.approx((5 * layer + head) / (2 * layer + head))
+    assert predicted_speedup(TINY, CASE, 2, compute_bound, 1e9) == pytest.approx(1, abs=1e-3)
 
 
 def test_update_tokens_and_floor():
@@ -77,7 +87,7 @@ def row(system: System, variant: str, case: Case = CASE, **found):
     return {"system": system.title, "variant": variant, "case": case} | found
 
 
-COSTS = {"first_seconds": 1.0, "peak_bytes": 1e9}
+COSTS: dict[str, Any] = {"first_seconds": 1.0, "peak_bytes": 1e9}
 
 
 def test_rollout_ratios_compare_whole_calls_and_with_llama_cpp_decode_steps():
@@ -102,7 +112,7 @@ def test_nested_share_is_the_speedup_over_the_floors():
         row(rollouts.OURS, "float32", seconds=4.0, tokens_per_second=10.0),
         row(rollouts.OURS, "float32", Case(2, 3, 4, 5, 0.4), seconds=2.0, tokens_per_second=20.0),
     ]
-    (found,) = rollouts.nested_rows(TINY, CASE, COMPUTE_BOUND, rows)
+    (found,) = rollouts.nested_rows(TINY, CASE, compute_bound, rows)
     assert (found["kept"], found["speedup"]) == (3, 2.0)
     assert found["share"] == pytest.approx(2.0 / found["predicted"])
 
