@@ -16,13 +16,9 @@ from experiments.benchmarks.worker import Case, Spec, serve
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
     model = _load(spec.gguf, extra_buffers=_extra_buffers_work(spec.gguf))
-    contexts: list[Any] = []
 
     def make_call(case: Case) -> Callable[[], Any]:
-        while contexts:
-            llama_cpp.llama_free(contexts.pop())
         context = _context(model, case, spec.threads)
-        contexts.append(context)
         memory = llama_cpp.llama_get_memory(context)
         rows, start = range(case.rows), case.prompt_tokens
         for prompt, ids in enumerate(case.prompt_ids(spec.vocab_size)):

@@ -11,7 +11,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,32 @@ class Spec:
 
 def measure(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
     """Seconds of the first call, which may compile, and of `repeats` more; peak memory of them all."""
-    reset_peak_memory()
-    first, *seconds = (_seconds(call) for _ in range(repeats + 1))
-    return {
-        "first_seconds": first,
-        "seconds": min(seconds),
-        "all_seconds": seconds,
-        "peak_bytes": peak_memory(),
-    }
+    return measure_all([call], repeats)[0]
+
+
+def measure_all(
+    calls: Sequence[Callable[[], Any]], repeats: int, observe: Callable[[], dict[str, Any]] = dict
+) -> list[dict[str, Any]]:
+    """`measure` of several calls, in turn: a slow minute of the machine falls on all of them alike.
+
+    Args:
+        calls: what to time.
+        repeats: rounds after the first.
+        observe: amounts since it was last asked, added up over each call's rounds.
+    """
+    found: list[dict[str, Any]] = [{"all_seconds": [], "peak_bytes": 0} for _ in calls]
+    for _ in range(repeats + 1):
+        for result, call in zip(found, calls, strict=True):
+            reset_peak_memory()
+            observe()
+            result["all_seconds"].append(_seconds(call))
+            result["peak_bytes"] = max(result["peak_bytes"], peak_memory())
+            for name, amount in observe().items():
+                result[name] = result.get(name, 0) + amount
+    for result in found:
+        result["first_seconds"] = result["all_seconds"].pop(0)
+        result["seconds"] = min(result["all_seconds"])
+    return found
 
 
 def reset_peak_memory() -> None:
@@ -127,15 +145,11 @@ def serve(
 
     Args:
         prepare: loads the model, and returns what makes a case's call; the call waits for its result.
-        observe: what has happened since it was last asked, said of each case's calls.
+        observe: as in `measure_all`.
     """
     spec = Spec.from_json(sys.stdin.read())
     make_call = prepare(spec)
-    results = []
-    for case in spec.cases:
-        call = make_call(case)
-        observe()
-        results.append(measure(call, spec.repeats) | observe())
+    results = measure_all([make_call(case) for case in spec.cases], spec.repeats, observe)
     Path(sys.argv[1]).write_text(json.dumps(results))
 
 
