@@ -18,6 +18,7 @@ from nested_reft.models.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, model_shape, resolve_model
 
 MODEL = "smollm2-135m"
+DISTURBED = 0.1  # cores that other programs may use
 
 
 def parser(description: str, peers: Iterable[str]) -> argparse.ArgumentParser:
@@ -88,6 +89,16 @@ def cost_cells(row: dict[str, Any]) -> list[str]:
 def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows as JSON can hold them."""
     return [row | {"case": dataclasses.asdict(row["case"])} for row in rows]
+
+
+def disturbance(rows: Iterable[dict[str, Any]]) -> str:
+    """A line that says which best calls shared the machine with other programs; empty where none did."""
+    spoiled = [row for row in rows if row.get("others_cpu", 0) > DISTURBED]
+    if not spoiled:
+        return ""
+    worst = max(row["others_cpu"] for row in spoiled)
+    names = ", ".join(dict.fromkeys(f"{row['system']} {row['variant']}" for row in spoiled))
+    return f"disturbed: other programs used up to {worst:.1f} cores during the best calls of {names}; run it again"
 
 
 def write_results(path: Path | None, results: dict[str, Any]) -> None:

@@ -104,11 +104,13 @@ def run_limited(
         )
     except OSError as error:
         raise Skipped(f"{Path(command[0]).name} cannot be started: {error.strerror}") from None
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is ended too
     try:
         printed, _ = process.communicate(text, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise Skipped(f"took more than {seconds:g} seconds") from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

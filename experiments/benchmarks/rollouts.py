@@ -18,7 +18,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.benchmarks.ceilings import ceilings_of, sampling_seconds
-from experiments.benchmarks.common import cost_cells, measured, parser, plain, shown, spec_maker, write_results
+from experiments.benchmarks.common import (
+    cost_cells,
+    disturbance,
+    measured,
+    parser,
+    plain,
+    shown,
+    spec_maker,
+    write_results,
+)
 from experiments.benchmarks.floors import CeilingsAt, decode_rate, predicted_speedup, ratio, rollout_floor
 from experiments.benchmarks.ours import VARIANTS, plan_of
 from experiments.benchmarks.peers import TORCH, System
@@ -70,7 +79,7 @@ def main() -> None:
             rows += measured(system, spec(variant, cases))
     add_rates(rows)
     add_floors(rows, shape, ceilings)
-    print(f"\n{speed_table(cases, rows)}\n")
+    print(f"\n{speed_table(cases, rows)}\n{disturbance(rows)}\n")
     nested = [row for case in cases for row in nested_rows(shape, case, ceilings[NESTED], rows)]
     if nested:
         print(nested_table(nested))

@@ -16,7 +16,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.benchmarks.ceilings import product_flops
-from experiments.benchmarks.common import cost_cells, measured, parser, plain, shown, spec_maker, write_results
+from experiments.benchmarks.common import (
+    cost_cells,
+    disturbance,
+    measured,
+    parser,
+    plain,
+    shown,
+    spec_maker,
+    write_results,
+)
 from experiments.benchmarks.floors import ratio, update_floor, update_tokens
 from experiments.benchmarks.our_updates import VARIANTS
 from experiments.benchmarks.peers import TORCH, System
@@ -47,7 +56,7 @@ def main() -> None:
         system, variants = PEERS[name]
         rows += [row for variant in variants for row in measured(system, spec(variant, [case]))]
     rows = compared(rows, shape, flops)
-    print(f"\n{update_table(rows)}")
+    print(f"\n{update_table(rows)}\n{disturbance(rows)}")
     print("\nmatrix products: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in flops.items()))
     write_results(known.json, {"threads": known.threads, "flops": flops, "rows": plain(rows)})
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import resource
 import sys
@@ -91,7 +92,10 @@ class Spec:
 
 
 def measure(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Seconds of the first call, which may compile, and of `repeats` more; peak memory of them all."""
+    """Seconds of the first call, which may compile, and the best of `repeats` more; peak memory of them all.
+
+    `others_cpu` is the number of cores that other programs kept busy during the best call.
+    """
     return measure_all([call], repeats)[0]
 
 
@@ -105,19 +109,32 @@ def measure_all(
         repeats: rounds after the first.
         observe: amounts since it was last asked, added up over each call's rounds.
     """
-    found: list[dict[str, Any]] = [{"all_seconds": [], "peak_bytes": 0} for _ in calls]
+    found: list[dict[str, Any]] = [{"all_seconds": [], "all_others_cpu": [], "peak_bytes": 0} for _ in calls]
     for _ in range(repeats + 1):
         for result, call in zip(found, calls, strict=True):
             reset_peak_memory()
             observe()
+            busy, own = busy_cpu_seconds(), time.process_time()
             result["all_seconds"].append(_seconds(call))
+            others = busy_cpu_seconds() - busy - (time.process_time() - own)
+            result["all_others_cpu"].append(max(0.0, others) / result["all_seconds"][-1])
             result["peak_bytes"] = max(result["peak_bytes"], peak_memory())
             for name, amount in observe().items():
                 result[name] = result.get(name, 0) + amount
     for result in found:
         result["first_seconds"] = result["all_seconds"].pop(0)
-        result["seconds"] = min(result["all_seconds"])
+        result["all_others_cpu"].pop(0)
+        result["seconds"], result["others_cpu"] = min(zip(result["all_seconds"], result["all_others_cpu"], strict=True))
     return found
+
+
+def busy_cpu_seconds() -> float:
+    """Seconds that all cores together have worked since the machine started; 0 where the system does not say."""
+    try:
+        user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[1:4]
+    except (OSError, ValueError):
+        return 0.0
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def reset_peak_memory() -> None:

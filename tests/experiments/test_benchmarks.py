@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks import peers, rollouts, updates, worker
-from experiments.benchmarks.common import measured
+from experiments.benchmarks.common import disturbance, measured
 from experiments.benchmarks.floors import (
     Ceilings,
     decode_rate,
@@ -105,6 +105,14 @@ def test_rollout_ratios_compare_whole_calls_and_with_llama_cpp_decode_steps():
     tunix, llama = found[rollouts.TUNIX.title], found[rollouts.LLAMA_CPP.title]
     assert (tunix["ours_float32_ratio"], tunix["ours_best_ratio"]) == (2.0, 3.0)
     assert (llama["ours_float32_ratio"], llama["ours_best_ratio"]) == (3.0, 4.0)
+
+
+def test_calls_that_shared_the_machine_are_named():
+    alone = row(rollouts.TUNIX, "float32", others_cpu=0.05)
+    assert disturbance([alone]) == ""
+    assert "up to 0.7 cores during the best calls of ours float32;" in disturbance(
+        [alone, row(rollouts.OURS, "float32", others_cpu=0.7)]
+    )
 
 
 def test_nested_share_is_the_speedup_over_the_floors():
