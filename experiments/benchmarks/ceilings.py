@@ -1,0 +1,67 @@
+"""The machine's ceilings, measured: matrix products at given shapes, and memory bandwidth."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks.floors import Ceilings, CeilingsAt
+from experiments.benchmarks.worker import measure
+from nested_reft.models.config import ModelConfig
+from nested_reft.rollout.sampling import SamplingConfig, sample_token
+
+INSIDE = 2e10  # operations within one timed call, so that starting it does not count
+REPEATS = 5
+
+
+def ceilings_of(config: ModelConfig, dtype: Any) -> CeilingsAt:
+    """`ceilings(rows)` of products with this model's matrices, each measured when it is first asked for."""
+    bandwidth = memory_bandwidth()
+
+    @functools.cache
+    def at(rows: int) -> Ceilings:
+        flops = product_flops(rows, config.width, config.hidden_width, dtype)
+        return Ceilings(flops, bandwidth, jnp.dtype(dtype).itemsize)
+
+    return at
+
+
+def product_flops(rows: int, inner: int, outer: int, dtype: Any) -> float:
+    """Operations per second of `[rows, inner] @ [inner, outer]` and back, accumulated in float32.
+
+    The weights stay in cache, so this is the rate of arithmetic, whatever memory does.
+    """
+    up = jnp.ones((inner, outer), dtype)
+    down = jnp.ones((outer, inner), dtype) / (inner * outer)
+    times = max(1, round(INSIDE / (4 * rows * inner * outer)))
+
+    @jax.jit
+    def call(x, up, down):
+        def product(x, weight):
+            return jnp.dot(x.astype(dtype), weight, preferred_element_type=jnp.float32)
+
+        return jax.lax.fori_loop(0, times, lambda _, x: product(product(x, up), down), x)
+
+    x = jnp.ones((rows, inner), jnp.float32)
+    return times * 4 * rows * inner * outer / _seconds(call, x, up, down)
+
+
+def memory_bandwidth(size: int = 2**26) -> float:
+    """Bytes per second read: one vector times a float32 matrix that no cache holds."""
+    matrix = jnp.ones((size // 2048, 2048), jnp.float32)
+    call = jax.jit(lambda matrix, x: matrix @ x)
+    return 4 * size / _seconds(call, matrix, jnp.ones(2048, jnp.float32))
+
+
+def sampling_seconds(rows: int, vocab_size: int) -> float:
+    """Seconds of one draw from `rows` rows of logits, log-probabilities included."""
+    logits = jax.random.normal(jax.random.key(0), (rows, vocab_size))
+    draw = jax.jit(sample_token, static_argnums=2)
+    return _seconds(draw, jax.random.key(1), logits, SamplingConfig())
+
+
+def _seconds(call: Any, *arguments: Any) -> float:
+    return measure(lambda: jax.block_until_ready(call(*arguments)), REPEATS)["seconds"]

@@ -1,0 +1,121 @@
+"""What the benchmark commands share: options, the weights that everybody loads, tables."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
+from experiments.benchmarks.worker import Case, Spec
+from nested_reft.metrics import versions, write_json
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.huggingface import save_huggingface
+from nested_reft.models.registry import load_model, model_shape, resolve_model
+
+MODEL = "smollm2-135m"
+DISTURBED = 0.1  # cores that other programs may use
+
+
+def parser(description: str, peers: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(peers)
+    if names:
+        found.add_argument("--peers", nargs="*", choices=names, default=names, help="systems to compare with")
+    found.add_argument("--threads", type=_positive, default=2, help="of every system alike")
+    found.add_argument("--repeats", type=_positive, default=3, help="timed calls of each case; the best counts")
+    found.add_argument("--json", type=_writable, metavar="FILE", help="also write the results here")
+    return found
+
+
+def exported_model() -> tuple[ModelConfig, str, str]:
+    """The model's shape, its directory in Hugging Face layout (written once), and its 4-bit file."""
+    directory = PEERS_DIRECTORY / "weights" / MODEL
+    if not directory.is_dir():
+        print(f"writing {MODEL} for all systems to {directory.relative_to(PEERS_DIRECTORY.parent)}", flush=True)
+        model, tokenizer = load_model(MODEL)
+        save_huggingface(model, directory, tokenizer)
+    return model_shape(MODEL), str(directory), resolve_model(MODEL).location
+
+
+def use_threads(threads: int) -> None:
+    """Holds this process, and all that it starts, to that many cores: JAX takes what it may run on."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def spec_maker(known: argparse.Namespace) -> tuple[ModelConfig, Callable[[str, Sequence[Case]], Spec]]:
+    """The model's shape, and `spec(variant, cases)` under the command's options."""
+    use_threads(known.threads)
+    try:
+        shape, directory, gguf = exported_model()
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+    def spec(variant: str, cases: Sequence[Case]) -> Spec:
+        return Spec(variant, tuple(cases), directory, gguf, shape.vocab_size, known.threads, known.repeats)
+
+    return shape, spec
+
+
+def measured(system: System, spec: Spec) -> list[dict[str, Any]]:
+    """One row per case: what the system answered, or why it is skipped."""
+    named = [{"system": system.title, "variant": spec.variant, "case": case} for case in spec.cases]
+    print(f"{system.title}, {spec.variant}: {len(named)} cases", flush=True)
+    try:
+        answers = ask(system, spec)
+    except Skipped as reason:
+        print(f"{system.title}, {spec.variant}: skipped: {reason}", flush=True)
+        answers = [{"skipped": str(reason)}] * len(named)
+    return [name | answer for name, answer in zip(named, answers, strict=True)]
+
+
+def shown(value: float | None, form: str = ".2f") -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def cost_cells(row: dict[str, Any]) -> list[str]:
+    """Seconds of the first call, of compilations and their number, and peak memory in GB."""
+    compiled = f"{row['compile_seconds']:.1f} ({row['compilations']})" if "compilations" in row else "-"
+    return [f"{row['first_seconds']:.1f}", compiled, f"{row['peak_bytes'] / 1e9:.1f}"]
+
+
+def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as JSON can hold them."""
+    return [row | {"case": dataclasses.asdict(row["case"])} for row in rows]
+
+
+def disturbance(rows: Iterable[dict[str, Any]]) -> str:
+    """A line that says which best calls shared the machine with other programs; empty where none did."""
+    spoiled = [row for row in rows if row.get("others_cpu", 0) > DISTURBED]
+    if not spoiled:
+        return ""
+    worst = max(row["others_cpu"] for row in spoiled)
+    names = ", ".join(dict.fromkeys(f"{row['system']} {row['variant']}" for row in spoiled))
+    return f"disturbed: other programs used up to {worst:.1f} cores during the best calls of {names}; run it again"
+
+
+def write_results(path: Path | None, results: dict[str, Any]) -> None:
+    """Writes the results with the versions that made them, if a file is asked for."""
+    if path is not None:
+        write_json(path, {"versions": versions(), "command": sys.argv[1:]} | results)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; allowed is 1 or more")
+    return value
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write '{path}': name a file in a directory that exists")
+    return path

@@ -1,0 +1,108 @@
+"""The least time that rollouts and updates can take on a machine of measured speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.benchmarks.worker import Case
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.transformer import parameter_shapes
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at one precision.
+
+    Attributes:
+        flops: of matrix products at the shapes concerned, per second.
+        bandwidth: bytes per second read from memory.
+        weight_bytes: of one weight.
+    """
+
+    flops: float
+    bandwidth: float
+    weight_bytes: float = 4.0
+
+    def product_seconds(self, parameters: float, rows: int) -> float:
+        """Least seconds of `rows` vectors through matrices of that many weights: compute, or reading them."""
+        return max(2 * parameters * rows / self.flops, parameters * self.weight_bytes / self.bandwidth)
+
+
+CeilingsAt = Callable[[int], Ceilings]
+"""The ceilings of products of that many rows."""
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Weights of one layer's matrices."""
+    shapes = parameter_shapes(config)
+    return sum(math.prod(shape[1:]) for name, shape in shapes.items() if name.startswith("layers/") and len(shape) == 3)
+
+
+def head_parameters(config: ModelConfig) -> int:
+    """Weights of the output head."""
+    return config.vocab_size * config.width
+
+
+def rollout_floor(
+    config: ModelConfig, case: Case, kept: int, ceilings: CeilingsAt, sampling_seconds: float = 0.0
+) -> dict[str, float]:
+    """Least seconds of a rollout call with `kept` layers, by stage.
+
+    Each prompt runs once per group, without the output head; then C tokens of B * G rows are drawn,
+    of which the first C - 1 run through the layers. Attention is left out.
+
+    Args:
+        config: the model's shape.
+        case: the workload.
+        kept: layers that run.
+        ceilings: of the machine, by rows.
+        sampling_seconds: of one draw for all rows: it does not shrink with the plan.
+    """
+    layer, head, steps = layer_parameters(config), head_parameters(config), case.new_tokens - 1
+    prompt_rows, decode = case.prompts * case.prompt_tokens, ceilings(case.rows)
+    return {
+        "prefill": kept * ceilings(prompt_rows).product_seconds(layer, prompt_rows),
+        "layers": kept * steps * decode.product_seconds(layer, case.rows),
+        "head": case.new_tokens * decode.product_seconds(head, case.rows),
+        "sampling": case.new_tokens * sampling_seconds,
+    }
+
+
+def predicted_speedup(
+    config: ModelConfig, case: Case, kept: int, ceilings: CeilingsAt, sampling_seconds: float = 0.0
+) -> float:
+    """What the floors say that a plan of `kept` layers gains over the full model."""
+    full, nested = (
+        sum(rollout_floor(config, case, layers, ceilings, sampling_seconds).values())
+        for layers in (config.num_layers, kept)
+    )
+    return full / nested
+
+
+def update_tokens(case: Case, shared_prompt: bool) -> int:
+    """Tokens that an update runs: prompts once per group, or once per completion as plain code does."""
+    return (case.prompts if shared_prompt else case.rows) * case.prompt_tokens + case.rows * case.new_tokens
+
+
+def update_floor(parameters: int, tokens: int, flops: float, trains_all: bool = True) -> float:
+    """6 x parameters x tokens / rate: two operations per weight forward, four backward.
+
+    Adapters alone need no gradient of the other weights: two backward. Attention is left out.
+    """
+    return (6 if trains_all else 4) * parameters * tokens / flops
+
+
+def decode_rate(case: Case, seconds: float, first_token_seconds: float) -> float | None:
+    """Tokens per second of the decode steps alone: a call less one that draws a single token.
+
+    None where noise leaves nothing.
+    """
+    left = seconds - first_token_seconds
+    return case.rows * (case.new_tokens - 1) / left if left > 0 else None
+
+
+def ratio(value: float | None, other: float | None) -> float | None:
+    """value / other, None where one of them is missing or zero."""
+    return value / other if value and other else None

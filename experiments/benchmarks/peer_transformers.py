@@ -1,0 +1,46 @@
+"""Hugging Face transformers on torch: `generate`, with a group as `num_return_sequences`."""
+
+# It runs in an environment of its own, which the checker does not see.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from experiments.benchmarks.worker import Case, Spec, serve
+
+
+def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
+    torch.set_num_threads(spec.threads)
+    model = AutoModelForCausalLM.from_pretrained(spec.directory, dtype=getattr(torch, spec.variant)).eval()
+    model.generation_config.eos_token_id = None  # nothing stops early
+
+    def make_call(case: Case) -> Callable[[], Any]:
+        prompts = torch.tensor(case.prompt_ids(spec.vocab_size))
+
+        def call() -> None:
+            with torch.inference_mode():
+                tokens = model.generate(
+                    input_ids=prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=case.new_tokens,
+                    num_return_sequences=case.group,
+                    pad_token_id=0,
+                )
+            assert tokens.shape == (case.rows, case.prompt_tokens + case.new_tokens)
+
+        return call
+
+    return make_call
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,0 +1,218 @@
+"""Arithmetic and plumbing of the benchmarks; no peer is installed and nothing is timed."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.benchmarks import peers, rollouts, updates, worker
+from experiments.benchmarks.common import disturbance, measured
+from experiments.benchmarks.floors import (
+    Ceilings,
+    decode_rate,
+    head_parameters,
+    layer_parameters,
+    predicted_speedup,
+    ratio,
+    rollout_floor,
+    update_floor,
+    update_tokens,
+)
+from experiments.benchmarks.peers import Skipped, System
+from experiments.benchmarks.worker import Case, Spec
+from tests.tiny_models import TINY
+
+CASE = Case(prompts=2, group=3, prompt_tokens=4, new_tokens=5)
+SPEC = Spec("float32", (CASE, Case(1, 1, 4, 5, 0.5)), "weights", "file.gguf", 300, 2, 1)
+
+
+def compute_bound(rows: int) -> Ceilings:
+    """Two operations a second, whatever the rows."""
+    return Ceilings(flops=2.0, bandwidth=math.inf)
+
+
+def test_parameters_of_layers_and_head():
+    # query and output 16 x 32, key and value 16 x 16, gate, up and down 16 x 24; head 31 x 16
+    assert layer_parameters(TINY) == 2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * 24 == 2688
+    assert head_parameters(TINY) == 31 * 16
+
+
+def test_rollout_floor_runs_prompts_once_and_one_step_fewer_than_tokens():
+    """At 2 operations a second, a vector through a matrix takes as many seconds as it has weights."""
+    found = rollout_floor(TINY, CASE, 4, compute_bound, sampling_seconds=10.0)
+    assert found == {
+        "prefill": 4 * 2688 * (2 * 4),  # not 6 rows x 4 tokens
+        "layers": 4 * 2688 * 6 * (5 - 1),
+        "head": 496 * 6 * 5,
+        "sampling": 5 * 10.0,
+    }
+
+
+def test_prefill_and_decode_each_run_at_the_rate_of_their_rows():
+    found = rollout_floor(TINY, CASE, 1, lambda rows: Ceilings({8: 4.0, 6: 2.0}[rows], math.inf))
+    assert found["prefill"] == 2688 * 8 / 2 and found["layers"] == 2688 * 6 * 4
+
+
+def test_few_rows_cost_the_reading_of_the_weights():
+    ceilings = Ceilings(flops=1e12, bandwidth=100.0, weight_bytes=2.0)
+    assert ceilings.product_seconds(500, rows=1) == 500 * 2 / 100
+
+
+def test_predicted_speedup_is_below_the_ratio_of_layers_because_head_and_sampling_stay():
+    assert predicted_speedup(TINY, CASE, TINY.num_layers, compute_bound, 1.0) == 1
+    layer, head = 2688 * (8 + 24), 496 * 30
+    assert predicted_speedup(TINY, CASE, 2, compute_bound) == pytest.approx((5 * layer + head) / (2 * layer + head))
+    assert predicted_speedup(TINY, CASE, 2, compute_bound, 1e9) == pytest.approx(1, abs=1e-3)
+
+
+def test_update_tokens_and_floor():
+    case = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
+    assert update_tokens(case, shared_prompt=True) == 8 * 53 + 64 * 12 == 1192
+    assert update_tokens(case, shared_prompt=False) == 64 * 65
+    assert update_floor(10, 1192, flops=60.0) == 1192
+    assert update_floor(10, 1192, flops=60.0, trains_all=False) == pytest.approx(1192 * 4 / 6)
+
+
+def test_decode_rate_leaves_the_first_token_out():
+    assert decode_rate(CASE, seconds=5.0, first_token_seconds=1.0) == 6 * 4 / 4
+    assert decode_rate(CASE, seconds=1.0, first_token_seconds=1.1) is None
+    assert ratio(3.0, 2.0) == 1.5 and ratio(None, 2.0) is None and ratio(1.0, None) is None
+
+
+def row(system: System, variant: str, case: Case = CASE, **found):
+    return {"system": system.title, "variant": variant, "case": case} | found
+
+
+COSTS: dict[str, Any] = {"first_seconds": 1.0, "peak_bytes": 1e9}
+
+
+def test_rollout_ratios_compare_whole_calls_and_with_llama_cpp_decode_steps():
+    short = Case(2, 3, 4, 1)
+    rows = [
+        row(rollouts.OURS, "float32", short, seconds=1.0, **COSTS),
+        row(rollouts.OURS, "float32", seconds=3.0, **COSTS),  # 10 tokens/s; decode 24 in 2 s
+        row(rollouts.OURS, "bfloat16", short, seconds=0.5, **COSTS),
+        row(rollouts.OURS, "bfloat16", seconds=2.0, **COSTS),  # 15; decode 16
+        row(rollouts.TUNIX, "float32", seconds=6.0, **COSTS),  # 5
+        row(rollouts.LLAMA_CPP, "Q4_1", seconds=7.5, **COSTS),  # decode 4
+    ]
+    rollouts.add_rates(rows)
+    found = {row["system"]: row for row in rollouts.compared(rows, CASE)}
+    tunix, llama = found[rollouts.TUNIX.title], found[rollouts.LLAMA_CPP.title]
+    assert (tunix["ours_float32_ratio"], tunix["ours_best_ratio"]) == (2.0, 3.0)
+    assert (llama["ours_float32_ratio"], llama["ours_best_ratio"]) == (3.0, 4.0)
+
+
+def test_calls_that_shared_the_machine_are_named():
+    alone = row(rollouts.TUNIX, "float32", others_cpu=0.05)
+    assert disturbance([alone]) == ""
+    assert "up to 0.7 cores during the best calls of ours float32;" in disturbance(
+        [alone, row(rollouts.OURS, "float32", others_cpu=0.7)]
+    )
+
+
+def test_nested_share_is_the_speedup_over_the_floors():
+    rows = [
+        row(rollouts.OURS, "float32", seconds=4.0, tokens_per_second=10.0),
+        row(rollouts.OURS, "float32", Case(2, 3, 4, 5, 0.4), seconds=2.0, tokens_per_second=20.0),
+    ]
+    (found,) = rollouts.nested_rows(TINY, CASE, compute_bound, rows)
+    assert (found["kept"], found["speedup"]) == (3, 2.0)
+    assert found["share"] == pytest.approx(2.0 / found["predicted"])
+
+
+def test_update_ratios_and_share_of_the_floor():
+    case = Case(8, 8, 53, 12)
+    rows = [
+        row(updates.OURS, "float32", case, seconds=4.0),
+        row(updates.OURS, "float32 LoRA", case, seconds=2.0),
+        row(updates.PLAIN, "float32", case, seconds=10.0),
+    ]
+    ours, lora, plain = updates.compared(rows, TINY, {"float32": 1e9})
+    assert plain["ours_float32_ratio"] == plain["ours_best_ratio"] == 2.5  # adapters are no full update
+    assert plain["tokens"] == 4160 and plain["share_of_floor"] is None
+    assert ours["share_of_floor"] == ours["floor_seconds"] / 4
+    assert lora["floor_seconds"] == pytest.approx(ours["floor_seconds"] * 4 / 6)
+
+
+def test_spec_round_trip_and_prompts_are_the_same_for_everybody():
+    assert Spec.from_json(SPEC.to_json()) == SPEC
+    prompts = CASE.prompt_ids(300)
+    assert prompts == Case(2, 3, 4, 5).prompt_ids(300) and len(prompts) == 2 and prompts[0] != prompts[1]
+    assert all(len(ids) == 5 for ids in CASE.completion_ids(300)) and len(CASE.completion_ids(300)) == 6
+
+
+def test_a_worker_answers_each_case(tmp_path, monkeypatch):
+    calls, seen = [], []
+
+    def since_last():
+        new = calls[len(seen) :]
+        seen.extend(new)
+        return {"calls": len(new)}
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(SPEC.to_json()))
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "answer.json")])
+    worker.serve(lambda spec: lambda case: lambda: calls.append(case.skip_ratio), since_last)
+    answers = json.loads((tmp_path / "answer.json").read_text())
+    assert calls == [0.0, 0.5, 0.0, 0.5]  # in turn: once to warm up, once timed
+    assert [answer["calls"] for answer in answers] == [2, 2] and all(answer["peak_bytes"] > 0 for answer in answers)
+
+
+def test_a_peer_that_cannot_start_is_skipped_with_its_reason(capsys):
+    missing = System("absent system", "no_such_worker")
+    rows = measured(missing, SPEC)
+    assert "absent system, float32: skipped: " in capsys.readouterr().out
+    assert len(rows) == 2 and all("no_such_worker" in row["skipped"] for row in rows)
+    assert "skipped: " in rollouts.speed_table([CASE], rows) and "skipped: " in updates.update_table(
+        updates.compared(rows, TINY, {})
+    )
+
+
+def test_a_peer_that_cannot_be_installed_is_skipped_and_tried_again_next_time(tmp_path, monkeypatch):
+    peer = System("peer", "peer_tunix", "home", ("no-such-package==1",))
+    ran = []
+
+    def run_limited(command, *_):
+        ran.append(command)
+        if "install" in command:
+            raise Skipped("no matching distribution")
+        (tmp_path / "home").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(peers, "run_limited", run_limited)
+    for _ in range(2):
+        with pytest.raises(Skipped, match="no matching distribution"):
+            peers.ask(peer, SPEC, tmp_path)
+    assert len(ran) == 4
+
+
+def test_a_ready_environment_is_reused_until_its_requirements_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "run_limited", lambda *_: pytest.fail("it must not be made again"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "ready.json").write_text('["a==1"]')
+    python = peers.environment_python(System("peer", "w", "home", ("a==1",)), tmp_path)
+    assert python == tmp_path / "home" / "bin" / "python"
+    with pytest.raises(pytest.fail.Exception):
+        peers.environment_python(System("peer", "w", "home", ("a==2",)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "reason"),
+    [
+        ("echo one; echo the reason >&2; exit 3", 60, "the reason"),
+        ("exit 3", 60, "ended with status 3"),
+        ("kill -SEGV $$", 60, "crashed: SIGSEGV"),
+        ("sleep 60", 0.5, "took more than 0.5 seconds"),
+    ],
+)
+def test_a_command_that_fails_says_why(script, seconds, reason):
+    with pytest.raises(Skipped, match=reason):
+        peers.run_limited(["sh", "-c", script], seconds)
+
+
+def test_an_interpreter_that_is_not_there_is_a_reason_too():
+    with pytest.raises(Skipped, match="cannot be started"):
+        peers.run_limited([str(Path("/no/such/python"))], 1)
