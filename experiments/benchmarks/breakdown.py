@@ -31,7 +31,7 @@ from nested_reft.losses.presets import grpo
 from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import KeyValues, Transformer, attend
 from nested_reft.rollout.generate import generate, hidden_logprobs
-from nested_reft.rollout.sampling import SamplingConfig, sample_token
+from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.train.optimizer import OptimizerConfig, make_optimizer
 from nested_reft.train.step import create_train_state, make_update
 
@@ -96,7 +96,8 @@ def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[
     attention = jax.jit(partial(_all_attention, masks=(jnp.ones(steps, bool), jnp.ones(case.prompt_tokens, bool))))
     hidden_BGD = jnp.ones((*shape, config.width))
     logits = jax.jit(lambda m, hidden: m.logits(hidden))
-    draw, logits_BGV = jax.jit(sample_token, static_argnums=2), logits(model, hidden_BGD)
+    draw = jax.jit(lambda key, logits: sample_token(row_uniforms(key, shape), logits, SamplingConfig()))
+    logits_BGV = logits(model, hidden_BGD)
     decode_seconds, attention_seconds = (
         timed(best, call)["seconds"] for call in (decode_once, lambda: attention(query, cache, prompt.layers))
     )
@@ -116,7 +117,7 @@ def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[
             ),
             Stage(
                 "sampling",
-                case.new_tokens * timed(best, lambda: draw(key, logits_BGV, SamplingConfig()))["seconds"],
+                case.new_tokens * timed(best, lambda: draw(key, logits_BGV))["seconds"],
                 case.new_tokens * logits_BGV.nbytes / bandwidth,
             ),
         ],

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.benchmarks.worker import Case, Spec, serve
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.metrics import CompileCounter
+from nested_reft.models.low_precision import low_precision
 from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import generate
@@ -19,7 +20,8 @@ from nested_reft.rollout.sampling import SamplingConfig
 
 VARIANTS: dict[str, Callable[[str], Transformer]] = {
     "float32": lambda directory: load_model(directory, jnp.float32)[0],
-    "bfloat16": lambda directory: load_model(directory, jnp.bfloat16)[0],
+    "bfloat16": lambda directory: low_precision(load_model(directory, jnp.float32)[0], "bfloat16"),
+    "int8": lambda directory: low_precision(load_model(directory, jnp.float32)[0], "int8"),
 }
 """How the sampling model is made of a directory of weights."""
 

@@ -699,3 +699,56 @@ def test_re_measuring_reads_no_more_than_a_batch_has():
     nesting = dataclasses.replace(MEASURED, remeasure_completions=5)
     with pytest.raises(ValueError, match=r"nesting.remeasure_completions is 5; allowed is 1 to rollout.group_size"):
         nano(nesting=nesting)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_rounded_rollouts_are_off_policy_and_corrected(weights, tmp_path):
+    """With all layers kept, the copy's rounding is all that the importance weight has to correct."""
+    rollout = dataclasses.replace(nano().rollout, weights=weights)
+    run = trainer(nano(rollout=rollout, nesting=NestingConfig(skip_ratio=0.0)), tmp_path)
+    metrics = run.step(0)
+    assert 1e-9 < metrics["kl_behavior_target"] < 0.01 and 0.9 < metrics["ess_token"] < 1 - 1e-9
+    before = run.compilations.count
+    run.step(1)
+    run.step(2)
+    assert run.compilations.count == before
+    run.close()
+
+
+def test_updates_in_bfloat16_train_on_policy(tmp_path):
+    """Rollouts and updates that round alike agree on the policy, up to the order of sums."""
+    rollout = dataclasses.replace(nano().rollout, weights="bfloat16")
+    train = dataclasses.replace(nano().train, precision="bfloat16")
+    run = trainer(nano(rollout=rollout, train=train, nesting=NestingConfig(skip_ratio=0.0)), tmp_path)
+    metrics = run.step(0)
+    assert metrics["ess_token"] > 0.999 and np.isfinite(metrics["loss"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.state.trainable)} == {jnp.dtype("float32")}
+    run.close()
+
+
+def test_rounded_rollouts_are_refused_where_the_targets_own_density_is_needed():
+    rounded = dataclasses.replace(nano().rollout, weights="int8")
+    mixture = dataclasses.replace(nano().loss, bias_mitigation="mixture", level="sequence", mixture_alpha=0.5)
+    with pytest.raises(ValueError, match=r"rollout.weights is 'int8' and loss.mixture_alpha 0.5"):
+        nano(loss=mixture, rollout=rounded)
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and rollout.weights 'int8'"):
+        dataclasses.replace(rounded, mode="exact")
+    with pytest.raises(ValueError, match=r"rollout.weights is 'int4'; allowed are target, bfloat16, int8"):
+        dataclasses.replace(rounded, weights="int4")
+    with pytest.raises(ValueError, match=r"train.precision is 'float16'; allowed are float32, bfloat16"):
+        dataclasses.replace(nano().train, precision="float16")
+
+
+def test_adapters_do_not_pay_for_gradients_of_the_base(tmp_path):
+    """Forward, activations' gradient and weights' gradient cost alike, so leaving the last out saves a third."""
+
+    def flops(**changes) -> float:
+        run = trainer(nano(**changes), tmp_path)
+        prompts = run._next_prompts(np.zeros(4, np.int32))
+        plan = LayerPlan.full(run.num_layers)
+        scored = run.generation.score(run.generation.rollout(run.state, prompts, plan, run.key), prompts)
+        cost = run.update.lower(run.state, run._train_batch(scored, plan)).compile().cost_analysis()
+        run.close()
+        return cost["flops"]
+
+    assert flops(lora=LoraConfig(rank=1)) < 0.75 * flops()
