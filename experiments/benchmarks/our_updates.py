@@ -30,10 +30,9 @@ def with_lora(model: Transformer) -> Transformer:
 
 VARIANTS: dict[str, Callable[[str], Transformer]] = {
     "float32": lambda directory: load_model(directory, jnp.float32)[0],
-    "bfloat16": lambda directory: load_model(directory, jnp.float32)[0],
     "float32 LoRA": lambda directory: with_lora(load_model(directory, jnp.float32)[0]),
 }
-"""How the model to train is made of a directory of weights; the first word is `train.precision`."""
+"""How the model to train is made of a directory of weights."""
 
 
 def train_batch(case: Case, vocab_size: int) -> TrainBatch:
@@ -56,7 +55,7 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), total_steps=1000)
         state = create_train_state(VARIANTS[spec.variant](spec.directory), optimizer)
         loss = grpo("base", reference_kl_coefficient=0.0)
-        update = make_update(optimizer, loss, 1.0, micro_batches=1, remat=False, precision=spec.variant.split()[0])
+        update = make_update(optimizer, loss, 1.0, micro_batches=1, remat=False)
         batch = train_batch(case, spec.vocab_size)
 
         def call() -> None:

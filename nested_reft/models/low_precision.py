@@ -47,11 +47,6 @@ def low_precision(model: Transformer, precision: Precision) -> Transformer:
     return copy
 
 
-def in_precision(model: Transformer, precision: Literal["float32", "bfloat16"]) -> Transformer:
-    """What an update runs: the model as it is, or its bfloat16 copy, through which gradients reach the model."""
-    return model if precision == "float32" else low_precision(model, precision)
-
-
 def _int8(weight: Float[Array, "..."], input_axis: int) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=input_axis, keepdims=True)

@@ -172,7 +172,6 @@ class TrainConfig:
             the log-probabilities of the full model at rollout time are scored first.
         micro_batches: parts that a batch is computed in, to save memory; the gradient is the same.
         remat: recompute activations in the backward pass, to save more.
-        precision: of the inputs of matrix products in updates; weights and optimizer keep their own.
         seed: decides everything random in the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest ones kept.
@@ -183,7 +182,6 @@ class TrainConfig:
     updates_per_batch: int = 1
     micro_batches: int = 1
     remat: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     checkpoint_every: int = 20
     keep_checkpoints: int = 1
@@ -193,8 +191,6 @@ class TrainConfig:
         for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; allowed is 1 or more")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"train.precision is '{self.precision}'; allowed are float32, bfloat16")
         if not 0 < self.ess_warning < 1:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
         if self.seed < 0:

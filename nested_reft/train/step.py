@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import LossConfig
 from nested_reft.losses.policy_gradient import batch_log_weight, policy_gradient_loss
-from nested_reft.models.low_precision import in_precision
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import completion_logprobs, hidden_logprobs, over_position_blocks
 from nested_reft.rollout.sampling import tempered
@@ -75,7 +74,6 @@ def make_update(
     micro_batches: int,
     remat: bool,
     shared_prefix: int = 0,
-    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics, Float[Array, "B G C"]]]:
     """Compiles `update(state, batch) -> state, metrics, weights h`, zero at tokens that do not count.
 
@@ -90,8 +88,6 @@ def make_update(
         micro_batches: divides the number of prompts.
         remat: recompute activations in the backward pass.
         shared_prefix: leading tokens that all prompts of every batch have in common.
-        precision: `bfloat16` runs matrix products on rounded copies of the weights (`low_precision`) and of what
-            they meet; weights, their gradients and the optimizer stay float32.
     """
 
     def update(state: TrainState, batch: TrainBatch):
@@ -99,7 +95,6 @@ def make_update(
 
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
             model = nnx.merge(state.graph, trainable, state.frozen)
-            model = in_precision(model, precision)
             valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
             hidden_BGCD = model.completion_hidden(
                 micro.prompt_BP, valid_BP, micro.tokens_BGC, None, remat, shared_prefix

@@ -33,7 +33,6 @@ from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.metrics import CompileCounter, RunDirectory, versions
-from nested_reft.models.low_precision import in_precision
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.dynamic_sampling import (
     GenerationLimitError,
@@ -101,12 +100,11 @@ class Trainer:
             config.train.micro_batches,
             config.train.remat,
             setup.shared_prefix,
-            config.train.precision,
         )
         temperature = config.rollout.sampling.temperature
         self.score_logprobs = jax.jit(
             lambda model, batch, plan: completion_logprobs(
-                in_precision(model, config.train.precision),
+                model,
                 batch.prompt_BP,
                 batch.prompt_length_B,
                 batch.tokens_BGC,
