@@ -121,7 +121,8 @@ def shared_prefix(prompts: Sequence[Sequence[int]], least: int = 16) -> int:
     Every prompt keeps at least one token of its own. Fewer than `least` count as none: what running them
     once would save is less than what a second stream costs.
     """
-    first, last = min(prompts), max(prompts)  # in lexicographic order: what these two share, all share
+    ordered = [tuple(prompt) for prompt in prompts]
+    first, last = min(ordered), max(ordered)  # in lexicographic order: what these two share, all share
     limit = min(len(prompt) for prompt in prompts) - 1
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
     return min(same, limit) if min(same, limit) >= least else 0

@@ -507,11 +507,14 @@ def attend(
     ]
     highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=MASKED, keepdims=True) for x in scores])
     weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
-    attended = sum(
-        jnp.einsum(f"bgjrts,{axes}->bgjrtk", weight.astype(segment.value.dtype), segment.value, **float32)
-        for weight, (axes, segment, _) in zip(weights, segments, strict=True)
+    attended = functools.reduce(
+        jnp.add,
+        [
+            jnp.einsum(f"bgjrts,{axes}->bgjrtk", weight.astype(segment.value.dtype), segment.value, **float32)
+            for weight, (axes, segment, _) in zip(weights, segments, strict=True)
+        ],
     )
-    total_BGJRT = sum(jnp.sum(weight, axis=-1) for weight in weights)
+    total_BGJRT = functools.reduce(jnp.add, [jnp.sum(weight, axis=-1) for weight in weights])
     attended = jnp.moveaxis(attended / total_BGJRT[..., None], 4, 2)
     return attended.reshape(batch, group, length, num_heads * head_size)
 
