@@ -25,7 +25,7 @@ RULES = {
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
-    {"layer_skip", "gguf_reader"},
+    {"layer_skip", "gguf_reader", "hbm_traffic"},
     {"types"},
     RULES,
     {"sharding"},
