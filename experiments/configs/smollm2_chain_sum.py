@@ -36,12 +36,10 @@ def get_config() -> Config:
             prompt=PromptFormat(
                 "What is {expression}?",
                 system="Calculate.",
-                demonstrations=(("What is 3 - 8?", "3 - 8 = -(8 - 3) = -5"),),
+                demonstrations=(("What is 3 - 8?", "3 - 8 = -5"),),
             ),
         ),
-        rollout=RolloutConfig(
-            group_size=8, max_completion_tokens=20, sampling=SamplingConfig(temperature=1.0), weights="int8"
-        ),
+        rollout=RolloutConfig(group_size=8, max_completion_tokens=16, sampling=SamplingConfig(temperature=1.0)),
         nesting=NestingConfig(
             skip_ratio=0.034,
             choice="measured",
@@ -54,7 +52,7 @@ def get_config() -> Config:
         ),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=3),
-        train=TrainConfig(steps=48, checkpoint_every=24),
+        train=TrainConfig(steps=40, checkpoint_every=20),
         evaluation=EvaluationConfig(every_steps=10, samples_per_prompt=4),
         curriculum=CurriculumConfig("easy_to_hard", promote_at=0.97, window=512),
     )
