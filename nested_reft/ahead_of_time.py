@@ -20,9 +20,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from nested_reft.hbm_traffic import hbm_bytes
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora
 from nested_reft.models.transformer import (
-    KeyValues,
     PromptCache,
     Transformer,
     parameter_axes,

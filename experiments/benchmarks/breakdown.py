@@ -23,17 +23,17 @@ from flax import nnx
 from experiments.benchmarks.ceilings import ceilings_of
 from experiments.benchmarks.common import exported_model, parser, use_threads, write_results
 from experiments.benchmarks.floors import CeilingsAt, head_parameters, layer_parameters, rollout_floor
-from experiments.benchmarks.our_updates import train_batch
+from experiments.benchmarks.our_updates import grpo_update, train_batch
+from experiments.benchmarks.ours import rollout_call
 from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.losses.presets import grpo
+from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.registry import load_model
-from nested_reft.models.transformer import KeyValues, Transformer, attend
-from nested_reft.rollout.generate import generate, hidden_logprobs
+from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.generate import hidden_logprobs
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
-from nested_reft.train.optimizer import OptimizerConfig, make_optimizer
-from nested_reft.train.step import create_train_state, make_update
+from nested_reft.train.step import create_train_state
 
 ROLLOUT = Case(prompts=8, group=8, prompt_tokens=64, new_tokens=32)
 UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
@@ -64,22 +64,8 @@ def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[
     case, config = ROLLOUT, model.config
     shape, steps = (case.prompts, case.group), case.new_tokens - 1
     prompt_BP = jnp.asarray(case.prompt_ids(config.vocab_size), jnp.int32)
-    length_B, plan = jnp.full(case.prompts, case.prompt_tokens), LayerPlan.full(config.num_layers)
-    never, key = jnp.full(1, -1), jax.random.key(0)
-    whole = timed(
-        best,
-        lambda: generate(
-            model,
-            prompt_BP,
-            length_B,
-            plan,
-            never,
-            key,
-            group_size=case.group,
-            max_completion_tokens=case.new_tokens,
-            sampling=SamplingConfig(),
-        ),
-    )
+    plan = LayerPlan.full(config.num_layers)
+    whole = timed(best, rollout_call(model, case))
     prefill = jax.jit(lambda m, tokens: m.prefill(tokens, jnp.ones(tokens.shape, bool), plan))
     prompt = prefill(model, prompt_BP)
     decode = jax.jit(
@@ -117,7 +103,7 @@ def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[
             ),
             Stage(
                 "sampling",
-                case.new_tokens * timed(best, lambda: draw(key, logits_BGV))["seconds"],
+                case.new_tokens * timed(best, lambda: draw(jax.random.key(0), logits_BGV))["seconds"],
                 case.new_tokens * logits_BGV.nbytes / bandwidth,
             ),
         ],
@@ -128,8 +114,7 @@ def update_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[A
     """Layers and log-probabilities forward, both backward, and the optimizer."""
     case, config = UPDATE, model.config
     batch = train_batch(case, config.vocab_size)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), total_steps=1000)
-    update = make_update(optimizer, grpo("base", reference_kl_coefficient=0.0), 1.0, micro_batches=1, remat=False)
+    optimizer, update = grpo_update()
     state = create_train_state(jax.tree.map(jnp.copy, model), optimizer)
 
     def update_once() -> Any:

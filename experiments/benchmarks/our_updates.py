@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.benchmarks.ours import compilations
 from experiments.benchmarks.worker import Case, Spec, serve
@@ -35,6 +36,13 @@ VARIANTS: dict[str, Callable[[str], Transformer]] = {
 """How the model to train is made of a directory of weights."""
 
 
+def grpo_update() -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer and the update that are timed."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), total_steps=1000)
+    loss = grpo("base", reference_kl_coefficient=0.0)
+    return optimizer, make_update(optimizer, loss, temperature=1.0, micro_batches=1, remat=False)
+
+
 def train_batch(case: Case, vocab_size: int) -> TrainBatch:
     """Full-length completions, half of each group right."""
     shape = (case.prompts, case.group, case.new_tokens)
@@ -52,10 +60,8 @@ def train_batch(case: Case, vocab_size: int) -> TrainBatch:
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
     def make_call(case: Case) -> Callable[[], Any]:
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), total_steps=1000)
+        optimizer, update = grpo_update()
         state = create_train_state(VARIANTS[spec.variant](spec.directory), optimizer)
-        loss = grpo("base", reference_kl_coefficient=0.0)
-        update = make_update(optimizer, loss, 1.0, micro_batches=1, remat=False)
         batch = train_batch(case, spec.vocab_size)
 
         def call() -> None:

@@ -17,6 +17,7 @@ from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.types import Rollouts
 
 VARIANTS: dict[str, Callable[[str], Transformer]] = {
     "float32": lambda directory: load_model(directory, jnp.float32)[0],
@@ -31,28 +32,36 @@ def plan_of(skip_ratio: float, num_layers: int) -> LayerPlan:
     return draw_plan(jax.random.key(0), NestingConfig(skip_ratio=skip_ratio), num_layers)
 
 
+def rollout_call(model: Transformer, case: Case) -> Callable[[], Rollouts]:
+    """A rollout of the case, as `generate` runs it for training, that no token ends."""
+    prompt_BP = jnp.asarray(case.prompt_ids(model.config.vocab_size), jnp.int32)
+    length_B = jnp.full(case.prompts, case.prompt_tokens, jnp.int32)
+    plan, never = plan_of(case.skip_ratio, model.config.num_layers), jnp.full(1, -1, jnp.int32)
+
+    def call() -> Rollouts:
+        return generate(
+            model,
+            prompt_BP,
+            length_B,
+            plan,
+            never,
+            jax.random.key(0),
+            group_size=case.group,
+            max_completion_tokens=case.new_tokens,
+            sampling=SamplingConfig(),
+        )
+
+    return call
+
+
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
     model = VARIANTS[spec.variant](spec.directory)
 
     def make_call(case: Case) -> Callable[[], Any]:
-        prompt_BP = jnp.asarray(case.prompt_ids(spec.vocab_size), jnp.int32)
-        length_B = jnp.full(case.prompts, case.prompt_tokens, jnp.int32)
-        plan = plan_of(case.skip_ratio, model.config.num_layers)
-        never, key = jnp.full(1, -1, jnp.int32), jax.random.key(0)
+        rollout = rollout_call(model, case)
 
         def call() -> None:
-            rollouts = generate(
-                model,
-                prompt_BP,
-                length_B,
-                plan,
-                never,
-                key,
-                group_size=case.group,
-                max_completion_tokens=case.new_tokens,
-                sampling=SamplingConfig(),
-            )
-            assert int(np.asarray(rollouts.length_BG).sum()) == case.sampled_tokens
+            assert int(np.asarray(rollout().length_BG).sum()) == case.sampled_tokens
 
         return call
 

@@ -125,7 +125,8 @@ def shared_prefix(prompts: Sequence[Sequence[int]], least: int = 16) -> int:
     first, last = min(ordered), max(ordered)  # in lexicographic order: what these two share, all share
     limit = min(len(prompt) for prompt in prompts) - 1
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
-    return min(same, limit) if min(same, limit) >= least else 0
+    length = min(same, limit)
+    return length if length >= least else 0
 
 
 def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int], prompt_size: int) -> Prompts:

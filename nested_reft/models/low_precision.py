@@ -14,36 +14,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from nested_reft.models.transformer import Parameters, Transformer, parameter_axes
-
-Precision = Literal["bfloat16", "int8"]
+from nested_reft.models.transformer import Transformer, parameter_axes
 
 
 @partial(jax.jit, static_argnames="precision")
-def low_precision(model: Transformer, precision: Precision) -> Transformer:
+def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) -> Transformer:
     """A copy of `model` whose matrices are stored in `precision`; norms, biases and adapters stay as they are.
 
     Products take bfloat16 inputs and accumulate in float32. An int8 matrix stands for
     `round(W / s) * s` with one scale `s = max|W| / 127` per output channel (per token for embedding and
     head), multiplied in after the product.
     """
-    small: Parameters = {}
-    scales: Parameters = {}
+    copy = nnx.clone(model)
     for name, axes in parameter_axes(model.config).items():
-        value = model.parameters()[name]
         if len([axis for axis in axes if axis != "layer"]) < 2:
-            small[name] = value
-        elif precision == "bfloat16":
-            small[name] = value.astype(jnp.bfloat16)
+            continue
+        owner, leaf = (copy.layers, name.removeprefix("layers/")) if axes[0] == "layer" else (copy, name)
+        weight = getattr(owner, leaf)[...]
+        if precision == "bfloat16":
+            setattr(owner, leaf, nnx.Param(weight.astype(jnp.bfloat16)))
         else:
-            small[name], scales[name] = _int8(value, input_axis=-1 if axes[0] == "vocab" else -2)
-    copy = Transformer(model.config, small)
-    copy.cache_dtype, copy.layers_unrolled, copy.lora_scale = model.cache_dtype, model.layers_unrolled, model.lora_scale
-    for name, scale in scales.items():
-        owner = copy.layers if name.startswith("layers/") else copy
-        setattr(owner, f"{name.removeprefix('layers/')}_scale", nnx.Param(scale))
-    for name, adapter in nnx.state(model.layers, nnx.LoRAParam).items():
-        setattr(copy.layers, str(name), nnx.LoRAParam(adapter[...]))
+            integers, scale = _int8(weight, input_axis=-1 if axes[0] == "vocab" else -2)
+            setattr(owner, leaf, nnx.Param(integers))
+            setattr(owner, f"{leaf}_scale", nnx.Param(scale))
     return copy
 
 

@@ -14,7 +14,6 @@ norms, softmax and caches are float32.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +21,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
-
-MASKED = -1e30  # finite, so that a row with no valid key stays finite
-
-Parameters = dict[str, Any]
+from nested_reft.models.layer import (
+    KeyValues,
+    Parameters,
+    attend,
+    finish_layer,
+    product_dtype,
+    project_qkv,
+    rms_norm,
+    rope,
+)
 
 
 def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -105,18 +110,6 @@ class LayerStack(nnx.Module):
     def __init__(self, parameters: Parameters):
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
-
-
-@struct.dataclass
-class KeyValues:
-    """Keys and values of one attention segment.
-
-    Shapes `[B, J, P, K]` for a prompt, `[B, G, J, C, K]` for completions; with a further
-    leading axis `S` when they hold all kept layers. Keys are already rotated.
-    """
-
-    key: Array
-    value: Array
 
 
 @struct.dataclass
@@ -197,7 +190,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 logits of final hidden states."""
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
-        head_VD = _product_dtype(head[...])
+        head_VD = product_dtype(head[...])
         logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
         return logits if scale is None else logits * scale[...]
 
@@ -449,163 +442,6 @@ class _PromptPass:
 
     def _repeat(self, x: Array) -> Array:
         return jnp.broadcast_to(x, (self._batch, *x.shape[1:]))
-
-
-def project_qkv(
-    config: ModelConfig, layer: Parameters, x_BGTD: Float[Array, "B G T D"], rotation: tuple[Array, Array]
-) -> tuple[Float[Array, "B G T H K"], KeyValues]:
-    """Rotated queries, and rotated keys and values `[B, G, J, T, K]`, of one layer."""
-    normed = rms_norm(x_BGTD, layer["attention_norm"], config.norm_epsilon)
-
-    def heads(name: str) -> Array:
-        # Without the barrier a TPU's compiler moves the split into heads to the weights, and transposes them each step.
-        flat = jax.lax.optimization_barrier(linear(layer, name, normed))
-        # No -1: a completion of one token has none to run.
-        return flat.reshape(*flat.shape[:-1], flat.shape[-1] // config.head_size, config.head_size)
-
-    query, key, value = heads("query"), heads("key"), heads("value")
-    if config.qk_norm:
-        query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
-        key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
-    query, key = rotate(query, rotation), rotate(key, rotation)
-    return query, KeyValues(jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3))
-
-
-def attend(
-    query_BGTHK: Float[Array, "B G T H K"],
-    own: KeyValues,
-    own_mask: Bool[Array, "..."],
-    shared: KeyValues | None = None,
-    shared_mask: Bool[Array, "..."] | None = None,
-) -> Float[Array, "B G T H*K"]:
-    """Softmax attention over a row's own keys and, if given, the prompt's shared ones.
-
-    One softmax spans both segments, so the result is that of ordinary attention over their
-    concatenation, without ever repeating the prompt's keys for each of its completions. It is
-    normalised last, so that the segments need not be joined.
-
-    Args:
-        query_BGTHK: queries; head `h` reads key head `h // (H / J)`.
-        own: keys and values `[B, G, J, S, K]`.
-        own_mask: True where a query may look; broadcasts to `[B, G, J, H/J, T, S]`.
-        shared: keys and values `[B, J, P, K]` of the prompts.
-        shared_mask: the same for the shared segment.
-    """
-    batch, group, length, num_heads, head_size = query_BGTHK.shape
-    num_kv_heads = own.key.shape[2]
-    query = query_BGTHK.reshape(batch, group, length, num_kv_heads, num_heads // num_kv_heads, head_size)
-    query = (query / math.sqrt(head_size)).astype(own.key.dtype)
-    segments = [("bgjsk", own, own_mask)]
-    if shared is not None:
-        assert shared_mask is not None
-        segments.append(("bjsk", shared, shared_mask))
-    float32 = {"preferred_element_type": jnp.float32}
-
-    scores = [
-        jnp.where(mask, jnp.einsum(f"bgtjrk,{axes}->bgjrts", query, segment.key, **float32), MASKED)
-        for axes, segment, mask in segments
-    ]
-    highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=MASKED, keepdims=True) for x in scores])
-    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
-    attended = functools.reduce(
-        jnp.add,
-        [
-            jnp.einsum(f"bgjrts,{axes}->bgjrtk", weight.astype(segment.value.dtype), segment.value, **float32)
-            for weight, (axes, segment, _) in zip(weights, segments, strict=True)
-        ],
-    )
-    total_BGJRT = functools.reduce(jnp.add, [jnp.sum(weight, axis=-1) for weight in weights])
-    attended = jnp.moveaxis(attended / total_BGJRT[..., None], 4, 2)
-    return attended.reshape(batch, group, length, num_heads * head_size)
-
-
-def finish_layer(
-    config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"], attended: Float[Array, "B G T I"]
-) -> Float[Array, "B G T D"]:
-    """Output projection and SwiGLU block, each added to the residual stream."""
-    x = x + linear(layer, "output", attended)
-    normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
-    return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
-
-
-def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-    """`x @ W (* scale) (+ bias) (+ alpha / r * x @ A @ B)`: a projection, with int8 scale, bias and adapter if any."""
-    y = _matmul(x, layer[name])
-    if f"{name}_scale" in layer:
-        y = y * layer[f"{name}_scale"]
-    if f"{name}_bias" in layer:
-        y = y + layer[f"{name}_bias"].astype(jnp.float32)
-    if f"{name}_lora_in" in layer:
-        low_rank = _matmul(x, layer[f"{name}_lora_in"])
-        y = y + layer["lora_scale"] * _matmul(low_rank, layer[f"{name}_lora_out"])
-    return y
-
-
-@jax.custom_vjp
-def _matmul(x: Float[Array, "*rows I"], weight_IO: Num[Array, "I O"]) -> Float[Array, "*rows O"]:
-    """`x @ W`, inputs in the dtype of `W`, accumulated in float32.
-
-    Its gradient is written out for two reasons. Cotangents take the dtype of `W` too, where autodiff would widen
-    bfloat16 matrices to float32. And rows are flattened first: for `[B, G, T]` rows XLA lets the products read
-    transposed copies, into which it fuses whatever made the rows; on a CPU that took a third of an update.
-    """
-    weight_IO = _product_dtype(weight_IO)
-    return jnp.dot(x.astype(weight_IO.dtype), weight_IO, preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(x: Array, weight_IO: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, weight_IO), (x.astype(_product_dtype(weight_IO).dtype), weight_IO)
-
-
-def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, weight_IO = residuals
-    x_NI = x.reshape(-1, x.shape[-1])
-    cotangent_NO = cotangent.reshape(-1, cotangent.shape[-1]).astype(x.dtype)
-    float32 = {"preferred_element_type": jnp.float32}
-    dx_NI = jnp.einsum("no,io->ni", cotangent_NO, _product_dtype(weight_IO), **float32)
-    dweight_IO = jnp.einsum("ni,no->io", x_NI, cotangent_NO, **float32)
-    return dx_NI.reshape(x.shape), dweight_IO.astype(weight_IO.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _product_dtype(weight: Array) -> Array:
-    """The matrix as it enters a product: int8 ones in bfloat16, which holds their values exactly."""
-    return weight.astype(jnp.bfloat16) if weight.dtype == jnp.int8 else weight
-
-
-def rms_norm(x: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis (Zhang and Sennrich, 2019)."""
-    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + epsilon) * scale_D.astype(jnp.float32)
-
-
-def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Array, "*rows k"], Float[Array, "*rows k"]]:
-    """Cosine and sine of the rotary angles `position * theta^(-2i / K)`, i < K / 2.
-
-    Source: RoFormer (Su et al., 2021), with Llama 3's frequency scaling where configured.
-    """
-    exponent_k = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
-    frequency_k = 1.0 / (config.rope_theta**exponent_k)
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        wavelength_k = 2 * math.pi / frequency_k
-        # 0 where the wavelength is long (fully stretched), 1 where it is short (kept).
-        keep_k = (scaling.original_max_positions / wavelength_k - scaling.low_frequency_factor) / (
-            scaling.high_frequency_factor - scaling.low_frequency_factor
-        )
-        keep_k = jnp.clip(keep_k, 0.0, 1.0)
-        frequency_k = frequency_k * (keep_k + (1 - keep_k) / scaling.factor)
-    angle = position[..., None].astype(jnp.float32) * frequency_k
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, "*rows heads K"], rotation: tuple[Array, Array]) -> Float[Array, "*rows heads K"]:
-    """Rotates the pairs (i, i + K/2) of each head by the angles of its position."""
-    cos, sin = rotation[0][..., None, :], rotation[1][..., None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -18,7 +18,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.transformer import KeyValues, Transformer
+from nested_reft.models.layer import KeyValues
+from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
 from nested_reft.types import Rollouts, valid_mask
 

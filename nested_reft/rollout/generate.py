@@ -13,7 +13,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.transformer import KeyValues, PromptCache, Transformer
+from nested_reft.models.layer import KeyValues
+from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token, tempered, token_logprob
 from nested_reft.types import Rollouts, valid_mask
 
@@ -22,21 +23,20 @@ COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping fin
 COMPACTIONS = 3  # each compiles the decode step once more
 
 
+Rows = tuple[Int[Array, "_ 1"], Int[Array, "_ _"]]
+"""Rows that are being decoded, as an index into arrays `[B, G]`: all, or after a compaction some of some prompts."""
+
+
 @struct.dataclass
 class _DecodeState:
-    """Carry of the decode loop; `step` tokens of every row are sampled.
-
-    Its B x G rows are those of the batch, or after a compaction those at (`prompt_B`, `row_BG`) of it.
-    """
+    """Carry of the decode loop; `step` tokens of every unfinished row are sampled."""
 
     step: Int[Array, ""]
-    prompt_B: Int[Array, " B"]
-    row_BG: Int[Array, "B G"]
     tokens_BGC: Int[Array, "B G C"]
     logprob_BGC: Float[Array, "B G C"]
     length_BG: Int[Array, "B G"]
     done_BG: Bool[Array, "B G"]
-    cache: KeyValues
+    cache: KeyValues  # of the rows that are being decoded
 
 
 @partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "shared_prefix"))
@@ -72,27 +72,24 @@ def generate(
         sampling: temperature and truncation.
         shared_prefix: leading tokens that all prompts have in common (`data.pipeline.shared_prefix`).
     """
-    batch, size = prompt_BP.shape[0], max_completion_tokens
+    shape, size = (prompt_BP.shape[0], group_size), max_completion_tokens
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
-    rows = (batch, group_size)
 
-    def add_token(state: _DecodeState, hidden_BGD: Array) -> _DecodeState:
-        uniform = row_uniforms(jax.random.fold_in(key, state.step), rows)  # of the whole batch, compacted or not
-        uniform = uniform[:, state.prompt_B[:, None], state.row_BG]
-        token_BG, logprob_BG = sample_token(uniform, model.logits(hidden_BGD), sampling)
-        token_BG = jnp.where(state.done_BG, 0, token_BG)
-        logprob_BG = jnp.where(state.done_BG, 0.0, logprob_BG)
-        at_step = (0, 0, state.step)
+    def add_token(state: _DecodeState, rows: Rows, hidden_bgD: Array) -> _DecodeState:
+        uniform = row_uniforms(jax.random.fold_in(key, state.step), shape)[:, *rows]  # by place in the whole batch
+        token_bg, logprob_bg = sample_token(uniform, model.logits(hidden_bgD), sampling)
+        done_bg = state.done_BG[rows]
+        token_bg, logprob_bg = (jnp.where(done_bg, 0, value) for value in (token_bg, logprob_bg))
         return dataclasses.replace(
             state,
             step=state.step + 1,
-            tokens_BGC=jax.lax.dynamic_update_slice(state.tokens_BGC, token_BG[..., None], at_step),
-            logprob_BGC=jax.lax.dynamic_update_slice(state.logprob_BGC, logprob_BG[..., None], at_step),
-            length_BG=state.length_BG + ~state.done_BG,
-            done_BG=state.done_BG | jnp.isin(token_BG, stop_ids),
+            tokens_BGC=state.tokens_BGC.at[*rows, state.step].set(token_bg),
+            logprob_BGC=state.logprob_BGC.at[*rows, state.step].set(logprob_bg),
+            length_BG=state.length_BG.at[rows].add(~done_bg),
+            done_BG=state.done_BG.at[rows].set(done_bg | jnp.isin(token_bg, stop_ids)),
         )
 
-    def decode_until_fits(state: _DecodeState, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
+    def decode_until_fits(state: _DecodeState, rows: Rows, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
         """Decodes until all rows still running fit into `fewer` prompts and completions of each."""
 
         def too_many(state: _DecodeState) -> Array:
@@ -101,45 +98,42 @@ def generate(
 
         def decode_one(state: _DecodeState) -> _DecodeState:
             last = state.step - 1
-            token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGC, last, axis=2, keepdims=False)
-            hidden_BGD, cache = model.decode(token_BG, last, state.cache, prompt, plan)
-            return add_token(dataclasses.replace(state, cache=cache), hidden_BGD)
+            hidden_bgD, cache = model.decode(state.tokens_BGC[*rows, last], last, state.cache, prompt, plan)
+            return add_token(dataclasses.replace(state, cache=cache), rows, hidden_bgD)
 
         return jax.lax.while_loop(too_many, decode_one, state)
 
+    rows = (jnp.arange(shape[0])[:, None], jnp.broadcast_to(jnp.arange(group_size), shape))
     state = _DecodeState(
         step=jnp.zeros((), jnp.int32),
-        prompt_B=jnp.arange(batch),
-        row_BG=jnp.broadcast_to(jnp.arange(group_size), rows),
-        tokens_BGC=jnp.zeros((*rows, size), jnp.int32),
-        logprob_BGC=jnp.zeros((*rows, size), jnp.float32),
-        length_BG=jnp.zeros(rows, jnp.int32),
-        done_BG=jnp.zeros(rows, bool),
-        cache=model.empty_cache(*rows, max(size - 1, 1), plan),
+        tokens_BGC=jnp.zeros((*shape, size), jnp.int32),
+        logprob_BGC=jnp.zeros((*shape, size), jnp.float32),
+        length_BG=jnp.zeros(shape, jnp.int32),
+        done_BG=jnp.zeros(shape, bool),
+        cache=model.empty_cache(*shape, max(size - 1, 1), plan),
     )
-    first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*rows, prompt.last_hidden_BD.shape[-1]))
-    state = whole = add_token(state, first_BGD)
-    for fewer in _compactions(*rows, size):
-        state = decode_until_fits(state, prompt, fewer)
-        whole = _put_back(whole, state)
-        if fewer[1] > 0:
-            state, prompt = _compacted(state, prompt, *fewer)
+    first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*shape, prompt.last_hidden_BD.shape[-1]))
+    state = add_token(state, rows, first_BGD)
+    for fewer in _compactions(*shape, size):
+        state = decode_until_fits(state, rows, prompt, fewer)
+        state, rows, prompt = _compacted(state, rows, prompt, *fewer)
+    state = decode_until_fits(state, rows, prompt, (0, 0))
     return Rollouts(
         prompt_BP=prompt_BP,
         prompt_length_B=prompt_length_B,
-        tokens_BGC=whole.tokens_BGC,
-        length_BG=whole.length_BG,
-        finished_BG=whole.done_BG,
-        forced_BG=jnp.zeros(rows, jnp.int32),
-        behavior_logprob_BGC=whole.logprob_BGC,
+        tokens_BGC=state.tokens_BGC,
+        length_BG=state.length_BG,
+        finished_BG=state.done_BG,
+        forced_BG=jnp.zeros(shape, jnp.int32),
+        behavior_logprob_BGC=state.logprob_BGC,
         plan=plan,
-        nested_BG=jnp.ones(rows, bool),
+        nested_BG=jnp.ones(shape, bool),
         policy_version=jnp.asarray(policy_version, jnp.int32),
     )
 
 
 def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
-    """Prompts and completions of each that decoding shrinks to, one after the other; the last is none.
+    """Prompts and completions of each that decoding shrinks to, one after the other.
 
     Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches.
     """
@@ -147,45 +141,23 @@ def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
     while size >= COMPACT_FROM and len(shapes) < COMPACTIONS and batch * group >= 4:
         batch, group = (batch, -(-group // 2)) if group > 1 else (-(-batch // 2), group)
         shapes.append((batch, group))
-    return [*shapes, (0, 0)]
+    return shapes
 
 
-def _compacted(state: _DecodeState, prompt: PromptCache, batch: int, group: int) -> tuple[_DecodeState, PromptCache]:
-    """The rows that still run, with finished ones where those leave room."""
-    running_BG = ~state.done_BG
-    chosen_B = jnp.arange(batch)
-    if batch < running_BG.shape[0]:
-        chosen_B = jnp.argsort(~running_BG.any(axis=1), stable=True)[:batch]
+def _compacted(
+    state: _DecodeState, rows: Rows, prompt: PromptCache, batch: int, group: int
+) -> tuple[_DecodeState, Rows, PromptCache]:
+    """The rows that still run, with finished ones where those leave room, and their caches."""
+    running_bg = ~state.done_BG[rows]
+    kept_b = jnp.arange(batch)
+    if batch < running_bg.shape[0]:
+        kept_b = jnp.argsort(~running_bg.any(axis=1), stable=True)[:batch]
         prompt = PromptCache(
-            jax.tree.map(lambda a: a[:, chosen_B], prompt.layers),
-            prompt.valid_BP[chosen_B],
-            prompt.last_hidden_BD[chosen_B],
+            jax.tree.map(lambda a: a[:, kept_b], prompt.layers), prompt.valid_BP[kept_b], prompt.last_hidden_BD[kept_b]
         )
-    chosen_BG = jnp.argsort(~running_BG[chosen_B], axis=1, stable=True)[:, :group]
-
-    def rows(x_BG: Array) -> Array:
-        return x_BG[chosen_B[:, None], chosen_BG]
-
-    return _DecodeState(
-        step=state.step,
-        prompt_B=state.prompt_B[chosen_B],
-        row_BG=rows(state.row_BG),
-        tokens_BGC=rows(state.tokens_BGC),
-        logprob_BGC=rows(state.logprob_BGC),
-        length_BG=rows(state.length_BG),
-        done_BG=rows(state.done_BG),
-        cache=jax.tree.map(lambda a: a[:, chosen_B[:, None], chosen_BG], state.cache),
-    ), prompt
-
-
-def _put_back(whole: _DecodeState, part: _DecodeState) -> _DecodeState:
-    """The batch's tokens, log-probabilities, lengths and ends, with those of the part's rows in their places."""
-
-    def put(name: str) -> Array:
-        return getattr(whole, name).at[part.prompt_B[:, None], part.row_BG].set(getattr(part, name))
-
-    names = ("tokens_BGC", "logprob_BGC", "length_BG", "done_BG")
-    return dataclasses.replace(whole, **{name: put(name) for name in names})
+    kept_bg = kept_b[:, None], jnp.argsort(~running_bg[kept_b], axis=1, stable=True)[:, :group]
+    cache = jax.tree.map(lambda a: a[:, *kept_bg], state.cache)
+    return dataclasses.replace(state, cache=cache), (rows[0][kept_b], rows[1][kept_bg]), prompt
 
 
 def completion_logprobs(

@@ -14,7 +14,6 @@ from nested_reft.models.transformer import parameter_shapes
 from nested_reft.train.config import Config
 
 SIZES = "data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens"
-WEIGHT_BYTES = {"bfloat16": 2, "int8": 1}  # of a rollout copy
 
 
 def check_memory(config: Config, model: ModelConfig, prompt_size: int, mesh: Mesh) -> None:
@@ -33,7 +32,7 @@ def check_memory(config: Config, model: ModelConfig, prompt_size: int, mesh: Mes
         most = max(parts, key=lambda name: parts[name])
         remedy = {
             "caches": f"lower {SIZES}",
-            "activations": f"lower {SIZES}, raise train.micro_batches, or set train.remat",
+            "activations": f"lower {SIZES}, or raise train.micro_batches",
         }.get(
             most, "train adapters (lora.rank), spread the model over more devices (mesh), or take a smaller model.name"
         )
@@ -46,8 +45,8 @@ def check_memory(config: Config, model: ModelConfig, prompt_size: int, mesh: Mes
 def least_bytes(config: Config, model: ModelConfig, prompt_size: int) -> dict[str, dict[str, float]]:
     """Bytes that rollouts and updates cannot do without, by what holds them.
 
-    Caches are keys and values of the kept layers; activations are each layer's input, of every token of a
-    micro-batch, and one block of logits.
+    Caches are keys and values of all layers, for a run ends by timing the full model too; activations are each
+    layer's input, of every token of a micro-batch.
     """
     prompts, group, size = (
         config.data.prompts_per_batch,
@@ -58,19 +57,19 @@ def least_bytes(config: Config, model: ModelConfig, prompt_size: int) -> dict[st
     count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
     weights = float(count * item)
     moments = 0.0 if config.lora.rank else 2.0 * weights
-    kept = model.num_layers - config.nesting.num_skipped(model.num_layers)
-    token_cache = 2 * kept * model.num_kv_heads * model.head_size * item
+    copy = 0 if config.rollout.weights == "target" else count * jnp.dtype(config.rollout.weights).itemsize
+    tokens = prompt_size + group * (size - 1)  # of a prompt and its completions; the last ones are never fed
+    token_cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * item
     rollouts = {
-        "weights": weights + count * WEIGHT_BYTES.get(config.rollout.weights, 0),
+        "weights": weights + copy,
         "optimizer": moments,
-        "caches": float(token_cache * prompts * (prompt_size + group * (size - 1))),
+        "caches": float(token_cache * prompts * tokens),
     }
-    tokens = prompts // config.train.micro_batches * (prompt_size + group * (size - 1))
     updates = {
-        "weights": weights,
+        "weights": weights + copy,
         "optimizer": moments,
         "gradient": 0.0 if config.lora.rank else weights,
-        "activations": float(tokens * model.num_layers * model.width * 4),
+        "activations": float(4 * prompts // config.train.micro_batches * tokens * model.num_layers * model.width),
     }
     return {"rollouts": rollouts, "updates": updates}
 

@@ -1,5 +1,7 @@
 """Rollout copies in bfloat16 and int8: the same function up to their rounding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,6 @@ import pytest
 from flax import nnx
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.low_precision import _int8, low_precision
 from nested_reft.models.transformer import Transformer
@@ -15,18 +16,7 @@ from nested_reft.rollout.generate import generate
 from nested_reft.rollout.sampling import SamplingConfig
 from tests.tiny_models import TINY, forward, tiny_model, tiny_prompts
 
-UNTIED = ModelConfig(
-    vocab_size=31,
-    num_layers=3,
-    width=16,
-    hidden_width=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=8,
-    tied_embeddings=False,
-    qkv_bias=True,
-    qk_norm=True,
-)
+UNTIED = dataclasses.replace(TINY, tied_embeddings=False, qkv_bias=True, qk_norm=True)
 
 
 def with_matrices(model: Transformer, change) -> Transformer:
@@ -70,7 +60,7 @@ def test_bfloat16_copy_is_the_model_with_matrices_cast(config):
 
 @pytest.mark.parametrize("precision, bytes_of_4", [("bfloat16", 2), ("int8", 1)])
 def test_a_copy_is_smaller(precision, bytes_of_4):
-    model = tiny_model(ModelConfig(64, 2, 128, 256, num_heads=4, num_kv_heads=2, head_size=32, max_positions=64))
+    model = tiny_model(dataclasses.replace(TINY, width=128, hidden_width=256, head_size=32))
 
     def size(module) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))

@@ -254,9 +254,9 @@ def test_a_prefix_that_is_not_shared_would_show(key):
 
 
 def test_compactions_halve_groups_first():
-    assert generate_module._compactions(3, 8, 32) == [(3, 4), (3, 2), (3, 1), (0, 0)]
-    assert generate_module._compactions(7, 1, 32) == [(4, 1), (2, 1), (0, 0)]
-    assert generate_module._compactions(8, 8, 31) == [(0, 0)]  # too short to pay
+    assert generate_module._compactions(3, 8, 32) == [(3, 4), (3, 2), (3, 1)]
+    assert generate_module._compactions(7, 1, 32) == [(4, 1), (2, 1)]
+    assert generate_module._compactions(8, 8, 31) == []  # too short to pay
 
 
 @pytest.mark.parametrize("skipped", [(), (0, 2)])
@@ -289,22 +289,16 @@ def test_compacted_rows_are_those_that_run():
     number_BG = jnp.arange(12).reshape(3, 4)
     state = generate_module._DecodeState(
         step=jnp.array(1),
-        prompt_B=jnp.arange(3),
-        row_BG=jnp.broadcast_to(jnp.arange(4), (3, 4)),
         tokens_BGC=number_BG[..., None],
         logprob_BGC=jnp.zeros((3, 4, 1)),
         length_BG=jnp.ones((3, 4), jnp.int32),
         done_BG=done_BG,
         cache=jax.tree.map(lambda a: a + number_BG[None, :, :, None, None, None], model.empty_cache(3, 4, 2, None)),
     )
-    part, part_prompt = generate_module._compacted(state, prompt, 2, 2)
-    assert part.prompt_B.tolist() == [0, 2] and part.row_BG.tolist() == [[2, 0], [0, 3]]
-    assert part.tokens_BGC[..., 0].tolist() == [[2, 0], [8, 11]]
+    every_row = (jnp.arange(3)[:, None], jnp.broadcast_to(jnp.arange(4), (3, 4)))
+    part, rows, part_prompt = generate_module._compacted(state, every_row, prompt, 2, 2)
+    assert number_BG[rows].tolist() == [[2, 0], [8, 11]]
     assert part.cache.key[3, ..., 0, 1, 5].tolist() == [[2, 0], [8, 11]]
     np.testing.assert_array_equal(part_prompt.layers.value, prompt.layers.value[:, jnp.array([0, 2])])
-    moved = dataclasses.replace(part, tokens_BGC=part.tokens_BGC + 100)
-    assert generate_module._put_back(state, moved).tokens_BGC[..., 0].tolist() == [
-        [100, 1, 102, 3],
-        [4, 5, 6, 7],
-        [108, 9, 10, 111],
-    ]
+    _, rows, _ = generate_module._compacted(part, rows, part_prompt, 2, 1)  # of what is left
+    assert number_BG[rows].tolist() == [[2], [8]]

@@ -11,7 +11,7 @@ from nested_reft.train.config import load_config
 from nested_reft.train.memory import check_memory, least_bytes
 
 SHAPE = ModelConfig(
-    vocab_size=100, num_layers=4, width=12, hidden_width=20, num_heads=2, num_kv_heads=1, head_size=6, max_positions=64
+    vocab_size=100, num_layers=4, width=12, hidden_width=20, num_heads=2, num_kv_heads=1, head_size=4, max_positions=64
 )
 
 
@@ -21,18 +21,20 @@ def config(prompts=2, group=3, size=5, micro_batches=1):
         tiny,
         data=dataclasses.replace(tiny.data, prompts_per_batch=prompts),
         rollout=dataclasses.replace(tiny.rollout, group_size=group, max_completion_tokens=size),
-        nesting=dataclasses.replace(tiny.nesting, skip_ratio=0.25),
         train=dataclasses.replace(tiny.train, micro_batches=micro_batches),
     )
 
 
 def test_least_bytes_by_hand():
     parts = least_bytes(config(), SHAPE, prompt_size=8)
-    # Embedding 1200, final norm 12; a layer: norms 24, query 144, key and value 72 each, output 144, MLP 720.
-    weights = 4 * (1200 + 12 + 4 * (24 + 144 + 144 + 144 + 720))
+    # Embedding 1200, final norm 12; a layer: norms 24, query 96, key and value 48 each, output 96, MLP 720.
+    weights = 4 * (1200 + 12 + 4 * (24 + 96 + 96 + 96 + 720))
     tokens = 2 * (8 + 3 * 4)
-    assert parts["rollouts"] == {"weights": weights, "optimizer": 2 * weights, "caches": 2 * 3 * 6 * 4 * tokens}
+    assert parts["rollouts"] == {"weights": weights, "optimizer": 2 * weights, "caches": 2 * 4 * 4 * 4 * tokens}
     assert parts["updates"]["activations"] == tokens * 4 * 12 * 4
+    rounded = config()
+    rounded = dataclasses.replace(rounded, rollout=dataclasses.replace(rounded.rollout, weights="bfloat16"))
+    assert least_bytes(rounded, SHAPE, 8)["rollouts"]["weights"] == weights + weights // 2  # the target and its copy
     assert least_bytes(config(micro_batches=2), SHAPE, 8)["updates"]["activations"] == tokens // 2 * 4 * 12 * 4
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nested_reft import curriculum
 from nested_reft.cli import _override
@@ -23,6 +24,7 @@ from nested_reft.losses.config import LossConfig
 from nested_reft.metrics import RunDirectory
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.models.low_precision import low_precision
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
@@ -708,6 +710,8 @@ def test_rounded_rollouts_are_off_policy_and_corrected(weights, tmp_path):
     run = trainer(nano(rollout=rollout, nesting=NestingConfig(skip_ratio=0.0)), tmp_path)
     metrics = run.step(0)
     assert 1e-9 < abs(metrics["kl_behavior_target"]) < 0.01 and 0.9 < metrics["ess_token"] < 1 - 1e-9
+    sampling, updated = run.generation._behavior_model(run.state), low_precision(run.state.model, weights)
+    assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(sampling), nnx.state(updated)))
     before = run.compilations.count
     run.step(1)
     run.step(2)
