@@ -123,9 +123,8 @@ def shared_prefix(prompts: Sequence[Sequence[int]], least: int = 16) -> int:
     """
     ordered = [tuple(prompt) for prompt in prompts]
     first, last = min(ordered), max(ordered)  # in lexicographic order: what these two share, all share
-    limit = min(len(prompt) for prompt in prompts) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
-    length = min(same, limit)
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    length = next(differ, len(first) - 1)
     return length if length >= least else 0
 
 

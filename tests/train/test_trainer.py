@@ -710,8 +710,10 @@ def test_rounded_rollouts_are_off_policy_and_corrected(weights, tmp_path):
     run = trainer(nano(rollout=rollout, nesting=NestingConfig(skip_ratio=0.0)), tmp_path)
     metrics = run.step(0)
     assert 1e-9 < abs(metrics["kl_behavior_target"]) < 0.01 and 0.9 < metrics["ess_token"] < 1 - 1e-9
-    sampling, updated = run.generation._behavior_model(run.state), low_precision(run.state.model, weights)
-    assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(sampling), nnx.state(updated)))
+    moved = dataclasses.replace(run.state, trainable=jax.tree.map(lambda x: 1.5 * x, run.state.trainable))
+    for state in (run.state, moved):  # the copy is of the weights as they are now
+        sampling, now = run.generation._behavior_model(state), low_precision(state.model, weights)
+        assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(sampling), nnx.state(now)))
     before = run.compilations.count
     run.step(1)
     run.step(2)
