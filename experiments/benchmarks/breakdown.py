@@ -27,6 +27,7 @@ from experiments.benchmarks.our_updates import grpo_update, train_batch
 from experiments.benchmarks.ours import rollout_call
 from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
+from nested_reft.command import restart_with_huge_pages
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.registry import load_model
@@ -41,6 +42,7 @@ UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
 
 def main() -> None:
     """Prints the tables."""
+    restart_with_huge_pages()
     options = parser(__doc__ or "", ())
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     known = options.parse_args()
@@ -172,7 +174,7 @@ def _all_attention(query: jax.Array, cache: KeyValues, prompt: KeyValues, masks:
 
     def layer(total: jax.Array, key_values: tuple[KeyValues, KeyValues]) -> tuple[jax.Array, None]:
         own, shared = key_values
-        return total + attend(query, own, masks[0], shared, masks[1]), None
+        return total + attend(query, (own, masks[0]), (shared, masks[1])), None
 
     shape = (*query.shape[:3], query.shape[-2] * query.shape[-1])
     return jax.lax.scan(layer, jnp.zeros(shape), (cache, prompt))[0]

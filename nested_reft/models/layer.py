@@ -55,51 +55,66 @@ def project_qkv(
 
 
 def attend(
-    query_BGTHK: Float[Array, "B G T H K"],
-    own: KeyValues,
-    own_mask: Bool[Array, "..."],
-    shared: KeyValues | None = None,
-    shared_mask: Bool[Array, "..."] | None = None,
+    query_BGTHK: Float[Array, "B G T H K"], *segments: tuple[KeyValues, Bool[Array, "..."]]
 ) -> Float[Array, "B G T H*K"]:
-    """Softmax attention over a row's own keys and, if given, the prompt's shared ones.
+    """Softmax attention over one or more segments of keys and values.
 
-    One softmax spans both segments, so the result is that of ordinary attention over their
-    concatenation, without ever repeating the prompt's keys for each of its completions. It is
+    One softmax spans all segments, so the result is that of ordinary attention over their
+    concatenation, without ever repeating a prompt's keys for each of its completions. It is
     normalised last, so that the segments need not be joined.
 
     Args:
         query_BGTHK: queries; head `h` reads key head `h // (H / J)`.
-        own: keys and values `[B, G, J, S, K]`.
-        own_mask: True where a query may look; broadcasts to `[B, G, J, H/J, T, S]`.
-        shared: keys and values `[B, J, P, K]` of the prompts.
-        shared_mask: the same for the shared segment.
+        segments: each one's keys and values, `[B, G, J, S, K]` of a row's own or `[B, J, S, K]` that a group
+            shares, and a mask: True where a query may look; broadcasts to `[B, G, T, S]`.
     """
     batch, group, length, num_heads, head_size = query_BGTHK.shape
-    num_kv_heads = own.key.shape[2]
+    num_kv_heads = segments[0][0].key.shape[-3]
     query = query_BGTHK.reshape(batch, group, length, num_kv_heads, num_heads // num_kv_heads, head_size)
-    query = (query / math.sqrt(head_size)).astype(own.key.dtype)
-    segments = [("bgjsk", own, own_mask)]
-    if shared is not None:
-        assert shared_mask is not None
-        segments.append(("bjsk", shared, shared_mask))
-    float32 = {"preferred_element_type": jnp.float32}
+    query = query / math.sqrt(head_size)
 
-    scores = [
-        jnp.where(mask, jnp.einsum(f"bgtjrk,{axes}->bgjrts", query, segment.key, **float32), MASKED)
-        for axes, segment, mask in segments
-    ]
+    scores = [jnp.where(_over_heads(mask), _scores(query, segment.key), MASKED) for segment, mask in segments]
     highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=MASKED, keepdims=True) for x in scores])
     weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
-    attended = functools.reduce(
-        jnp.add,
-        [
-            jnp.einsum(f"bgjrts,{axes}->bgjrtk", weight.astype(segment.value.dtype), segment.value, **float32)
-            for weight, (axes, segment, _) in zip(weights, segments, strict=True)
-        ],
-    )
-    total_BGJRT = functools.reduce(jnp.add, [jnp.sum(weight, axis=-1) for weight in weights])
-    attended = jnp.moveaxis(attended / total_BGJRT[..., None], 4, 2)
+    sums = [_weighted_sum(weight, segment.value) for weight, (segment, _) in zip(weights, segments, strict=True)]
+    total_BGJTR = functools.reduce(jnp.add, [jnp.sum(weight, axis=-1) for weight in weights])
+    attended = jnp.swapaxes(functools.reduce(jnp.add, sums) / total_BGJTR[..., None], 2, 3)
     return attended.reshape(batch, group, length, num_heads * head_size)
+
+
+def _over_heads(mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
+    """A mask over `[B, G, T, S]`, broadcast over heads: `[B, G, J, T, H/J, S]`."""
+    return jnp.expand_dims(mask.reshape((1,) * (4 - mask.ndim) + mask.shape), (2, 4))
+
+
+# The next two spell their products out, batch axes first and the contracted axis last where it lies so: einsum may
+# ask for transposed keys, values or weights, and a CPU then spends more on moving them than on the product.
+
+
+def _scores(query_BGTJRK: Float[Array, "B G T J R K"], key: Num[Array, "..."]) -> Float[Array, "B G J T R S"]:
+    """Products of queries with keys `[B, G, J, S, K]` or `[B, J, S, K]`."""
+    if key.ndim == 4:
+        query = jnp.moveaxis(query_BGTJRK, 3, 1)
+        return jnp.moveaxis(_batched_product(query, key, axes=(5, 3), batch=2), 1, 2)
+    # Keys first: a group's few queries make a poor left side.
+    return jnp.moveaxis(_batched_product(key, jnp.swapaxes(query_BGTJRK, 2, 3), axes=(4, 5), batch=3), 3, 5)
+
+
+def _weighted_sum(weight_BGJTRS: Float[Array, "B G J T R S"], value: Num[Array, "..."]) -> Float[Array, "B G J T R K"]:
+    """Sums of values `[B, G, J, S, K]` or `[B, J, S, K]` under attention weights."""
+    if value.ndim == 4:
+        weight = jnp.swapaxes(weight_BGJTRS, 1, 2)
+        return jnp.moveaxis(_batched_product(weight, value, axes=(5, 2), batch=2), 1, 2)
+    return _batched_product(weight_BGJTRS, value, axes=(5, 3), batch=3)
+
+
+def _batched_product(x: Array, y: Array, axes: tuple[int, int], batch: int) -> Float[Array, "..."]:
+    """Contracts one axis of each, the first `batch` axes shared, in the narrower dtype and summed in float32."""
+    x, y = as_operand(x), as_operand(y)
+    dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    shared = tuple(range(batch))
+    dimensions = (((axes[0],), (axes[1],)), (shared, shared))
+    return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), dimensions, preferred_element_type=jnp.float32)
 
 
 def finish_layer(
@@ -113,7 +128,7 @@ def finish_layer(
 
 def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
     """`x @ W (* scale) (+ bias) (+ alpha / r * x @ A @ B)`: a projection, with int8 scale, bias and adapter if any."""
-    y = _matmul(x, product_dtype(layer[name]))
+    y = _matmul(x, as_operand(layer[name]))
     if f"{name}_scale" in layer:
         y = y * layer[f"{name}_scale"]
     if f"{name}_bias" in layer:
@@ -152,9 +167,21 @@ def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def product_dtype(weight: Num[Array, "..."]) -> Float[Array, "..."]:
-    """The matrix as it enters a product: int8 ones in bfloat16, which holds their values exactly."""
-    return weight.astype(jnp.bfloat16) if weight.dtype == jnp.int8 else weight
+def stored_as(x: Float[Array, "..."], dtype: Any) -> Num[Array, "..."]:
+    """Values in `dtype`, where uint16 stands for the bits of bfloat16; `as_operand` reads them back.
+
+    XLA's CPU backend has no slices of bfloat16: it would widen a whole stack to float32 before it takes one layer.
+    """
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def as_operand(stored: Num[Array, "..."]) -> Float[Array, "..."]:
+    """What was stored as it enters a product: int8 in bfloat16, which holds it exactly, bits as what they stand for."""
+    if stored.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+    return stored.astype(jnp.bfloat16) if stored.dtype == jnp.int8 else stored
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:

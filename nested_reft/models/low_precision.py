@@ -14,25 +14,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from nested_reft.models.layer import stored_as
 from nested_reft.models.transformer import Transformer, parameter_axes
 
 
 @partial(jax.jit, static_argnames="precision")
 def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) -> Transformer:
-    """A copy of `model` whose matrices are stored in `precision`; norms, biases and adapters stay as they are.
+    """A copy of `model` with matrices in `precision` and caches in bfloat16; norms, biases and adapters stay.
 
     Products take bfloat16 inputs and accumulate in float32. An int8 matrix stands for
     `round(W / s) * s` with one scale `s = max|W| / 127` per output channel (per token for embedding and
     head), multiplied in after the product.
     """
     copy = nnx.clone(model)
+    bfloat16 = jnp.uint16 if jax.default_backend() == "cpu" else jnp.bfloat16  # see `stored_as`
+    copy.cache_dtype = bfloat16
     for name, axes in parameter_axes(model.config).items():
         if len([axis for axis in axes if axis != "layer"]) < 2:
             continue
         owner, leaf = (copy.layers, name.removeprefix("layers/")) if axes[0] == "layer" else (copy, name)
         weight = getattr(owner, leaf)[...]
         if precision == "bfloat16":
-            setattr(owner, leaf, nnx.Param(weight.astype(jnp.bfloat16)))
+            setattr(owner, leaf, nnx.Param(stored_as(weight, bfloat16)))
         else:
             integers, scale = _int8(weight, input_axis=-1 if axes[0] == "vocab" else -2)
             setattr(owner, leaf, nnx.Param(integers))

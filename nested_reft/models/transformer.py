@@ -9,7 +9,7 @@ streams: the prompt `[B, P]`, run once, and the completions `[B, G, C]`, whose q
 the prompt's keys and to their own earlier ones. Sampling, scoring and training all use it.
 
 Matrix products take the dtype of the matrices and accumulate in float32; the residual stream,
-norms, softmax and caches are float32.
+norms and softmax are float32. Caches hold keys and values in `cache_dtype`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import (
     KeyValues,
     Parameters,
+    as_operand,
     attend,
     finish_layer,
-    product_dtype,
     project_qkv,
     rms_norm,
     rope,
+    stored_as,
 )
 
 
@@ -151,7 +152,7 @@ class Transformer(nnx.Module):
             if found != shape:
                 raise ValueError(f"model parameter '{name}' has shape {found}; the configuration says {shape}")
         self.config = config
-        self.cache_dtype: Any = jnp.float32  # of keys and values between decoding steps
+        self.cache_dtype: Any = jnp.float32  # of keys and values between decoding steps; see `stored_as`
         self.layers_unrolled = 1  # layers per iteration of the compiled layer loop
         self.lora_scale = 1.0  # alpha / rank, once `add_lora` has given the layers adapters
         self.embedding = nnx.Param(parameters["embedding"])
@@ -190,7 +191,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 logits of final hidden states."""
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
-        head_VD = product_dtype(head[...])
+        head_VD = as_operand(head[...])
         logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
         return logits if scale is None else logits * scale[...]
 
@@ -237,21 +238,21 @@ class Transformer(nnx.Module):
         """
         config = self.config
         rotation = rope(config, prompt.length_B[:, None, None] + step)
-        own_mask = jnp.arange(cache.key.shape[-2]) <= step
-        at_step = (jnp.arange(cache.key.shape[-2]) == step)[:, None]
-        shared_mask = prompt.valid_BP[:, None, None, None, None, :]
+        earlier_mask = jnp.arange(cache.key.shape[-2]) < step
+        here = jnp.ones((), bool)
+        shared_mask = prompt.valid_BP[:, None, None]
 
-        def layer_step(x, layer, inputs):
-            prompt_layer, cached = inputs
+        def layer_step(x, layer, slot):
             query, new = project_qkv(config, layer, x, rotation)
-            new = jax.tree.map(lambda row, whole: row.astype(whole.dtype), new, cached)
-            own = jax.tree.map(lambda row, whole: jnp.where(at_step, row, whole), new, cached)
-            attended = attend(query, own, own_mask, prompt_layer, shared_mask)
+            shared, earlier = _entry((prompt.layers, cache), slot)
+            new = jax.tree.map(lambda row, whole: stored_as(row, whole.dtype), new, earlier)
+            attended = attend(query, (earlier, earlier_mask), (new, here), (shared, shared_mask))
             return finish_layer(config, layer, x, attended), new
 
+        slots = jnp.arange(cache.key.shape[0])
         # The layers only read the caches and one write adds all layers' rows: a TPU's compiler would move caches
         # that every layer writes to on-chip memory, and back out whole.
-        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (prompt.layers, cache), plan)
+        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), slots, plan)
         cache = jax.tree.map(
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
@@ -284,21 +285,21 @@ class Transformer(nnx.Module):
         config, length = self.config, tokens_BGT.shape[-1]
         position_BGT = offset_BG[..., None] + jnp.arange(length)
         rotation = rope(config, prompt.length_B[:, None, None] + position_BGT)
-        own_mask = (jnp.arange(cache.key.shape[-2]) <= position_BGT[..., None])[:, :, None, None]
-        shared_mask = prompt.valid_BP[:, None, None, None, None, :]
+        own_mask = jnp.arange(cache.key.shape[-2]) <= position_BGT[..., None]
+        shared_mask = prompt.valid_BP[:, None, None]
         write_rows = jax.vmap(jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))))
 
         def layer_step(carry, layer, slot):
             x, cache = carry
             query, new = project_qkv(config, layer, x, rotation)
-            shared, own = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), (prompt.layers, cache)
+            shared, own = _entry((prompt.layers, cache), slot)
+            own = jax.tree.map(
+                lambda rows, values: write_rows(rows, stored_as(values, rows.dtype), offset_BG), own, new
             )
-            own = jax.tree.map(lambda rows, values: write_rows(rows, values.astype(rows.dtype), offset_BG), own, new)
             cache = jax.tree.map(
                 lambda whole, rows: jax.lax.dynamic_update_index_in_dim(whole, rows, slot, 0), cache, own
             )
-            attended = attend(query, own, own_mask, shared, shared_mask)
+            attended = attend(query, (own, own_mask), (shared, shared_mask))
             return (finish_layer(config, layer, x, attended), cache), None
 
         slots = jnp.arange(config.num_layers) if plan is None else plan.kept_S
@@ -332,13 +333,13 @@ class Transformer(nnx.Module):
         prompts = _PromptPass(config, valid_BP, shared_prefix)
         rotation = rope(config, length_B[:, None, None] + jnp.arange(completion_size))
         own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
-        shared_mask = valid_BP[:, None, None, None, None, :]
+        shared_mask = valid_BP[:, None, None]
 
         def layer_step(carry, layer, _):
             streams, completion = carry
             streams, shared = prompts.layer(layer, streams)
             query, own = project_qkv(config, layer, completion, rotation)
-            attended = attend(query, own, own_mask, shared, shared_mask)
+            attended = attend(query, (own, own_mask), (shared, shared_mask))
             return (streams, finish_layer(config, layer, completion, attended)), None
 
         carry = (prompts.split(self._embed(prompt_BP[:, None])), self._embed(tokens_BGC[:, :, :-1]))
@@ -354,7 +355,7 @@ class Transformer(nnx.Module):
 
         def layer_step(streams, layer, _):
             streams, keys_values = prompts.layer(layer, streams)
-            return streams, jax.tree.map(lambda a: a.astype(cache_dtype), keys_values)
+            return streams, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
 
         streams, layers = self._scan_layers(layer_step, prompts.split(self._embed(tokens_BT[:, None])), None, plan)
         return self._final_norm(prompts.join(streams)), layers
@@ -385,18 +386,22 @@ class Transformer(nnx.Module):
 
             def body(carry, xs):
                 index, layer_inputs = xs
-                layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
-                return layer_step(carry, layer | scale, layer_inputs)
+                return layer_step(carry, _entry(stack, index) | scale, layer_inputs)
 
             xs = (plan.kept_S, inputs)
         return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs, unroll=self.layers_unrolled)
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        rows = self.embedding[...][tokens].astype(jnp.float32)
+        rows = as_operand(self.embedding[...][tokens]).astype(jnp.float32)
         return rows if self.embedding_scale is None else rows * self.embedding_scale[...][tokens][..., None]
 
     def _final_norm(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+
+
+def _entry(stacks: Any, index: Int[Array, ""]) -> Any:
+    """Entry `index` of every stack in a pytree."""
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
 
 
 class _PromptPass:
@@ -437,7 +442,8 @@ class _PromptPass:
 
     def _stream(self, layer, x, rotation, mask, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
         query, keys_values = project_qkv(self._config, layer, x, rotation)
-        attended = attend(query, keys_values, mask, shared, None if shared is None else jnp.ones((), bool))
+        prefix = [] if shared is None else [(shared, jnp.ones((), bool))]
+        attended = attend(query, (keys_values, mask), *prefix)
         return finish_layer(self._config, layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
 
     def _repeat(self, x: Array) -> Array:
@@ -449,9 +455,9 @@ def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0)
 
 
-def _causal_mask(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B 1 1 1 T T"]:
+def _causal_mask(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     size = valid_BT.shape[-1]
-    return (jnp.tril(jnp.ones((size, size), bool)) & valid_BT[:, None, :])[:, None, None, None]
+    return (jnp.tril(jnp.ones((size, size), bool)) & valid_BT[:, None, :])[:, None]
 
 
 def _last_valid(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B D"]:

@@ -102,7 +102,7 @@ def test_behavior_logprobs_are_those_of_the_copy(precision, key):
         logits = forward(policy, sequence, plan)[0, length_B[0] - 1 : -1]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), result.tokens_BGC[0, 0][:, None], 1)[:, 0]
 
-    # An uncached pass sees float32 keys as the cached one does; bfloat16 inputs may round either way.
-    np.testing.assert_allclose(result.behavior_logprob_BGC[0, 0], logprobs(copy), atol=0.05)
+    # The cached pass rounds keys and values to bfloat16, an uncached one does not.
+    np.testing.assert_allclose(result.behavior_logprob_BGC[0, 0], logprobs(copy), atol=0.1)
     own_error = jnp.abs(result.behavior_logprob_BGC[0, 0] - logprobs(copy)).mean()
     assert own_error < 0.5 * jnp.abs(result.behavior_logprob_BGC[0, 0] - logprobs(model)).mean()
