@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, tree_map_with_path
 
 from nested_reft.hbm_traffic import hbm_bytes
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora
-from nested_reft.models.transformer import (
-    PromptCache,
-    Transformer,
-    parameter_axes,
-    parameter_shapes,
-)
+from nested_reft.models.parameters import parameter_axes, parameter_shapes
+from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, partition_spec
+from nested_reft.train.config import Config
 from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.step import TrainState, create_train_state, make_update
 from nested_reft.types import TrainBatch
@@ -41,6 +42,11 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so nothing is contended
 }
+
+_PLANES = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
+_CUBES = ["1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"]
+KNOWN_TOPOLOGIES = {"v5e": _PLANES, "v6e": _PLANES, "v4": _CUBES, "v5p": _CUBES}
+"""Generation -> shapes, in chips, that libtpu 0.0.52 knows; a topology's name is `generation:shape`."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the compiler says about one program, per chip.
+    """What the compiler says about one program, per device; see `device_unit`.
 
     Attributes:
         program: what was compiled.
         layers: layers that run.
+        dtype: of the weights.
         argument_bytes: weights, caches and other inputs held.
         temporary_bytes: peak of what it allocates besides.
         flops: floating-point operations.
         bytes_accessed: bytes read and written, on-chip memory included and asynchronous copies counted
             several times over: XLA's figure.
-        hbm_bytes: bytes that cross the chip's main memory, counted in the optimised program: what the floor
+        hbm_bytes: bytes that cross main memory, counted in the optimised program: what the floor
             is a floor of.
         floor_bytes: the least that must be read: each weight and each cache entry in use, once; None where
             no such simple floor exists.
@@ -77,6 +84,7 @@ class Cost:
 
     program: str
     layers: int
+    dtype: str
     argument_bytes: int
     temporary_bytes: int
     flops: float
@@ -89,24 +97,39 @@ class Cost:
         return dataclasses.asdict(self)
 
 
-def topology_mesh(topology: str, mesh: MeshConfig) -> Mesh:
-    """A mesh over the chips of a named TPU topology, such as `v5e:4x4`, none of which need exist.
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of a named TPU topology, such as `v5e:4x4`, none of which need exist.
 
     Raises:
-        ValueError: libtpu is not installed, the name is unknown, or the mesh has more devices than it.
+        ValueError: libtpu is not installed, or does not know the name.
     """
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the plugin raises several kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(
-            f"--topology is '{topology}', which cannot be compiled for: {reason}. Names look like v5e:2x2, v5p:2x2x1 or"
-            " v6e:4x4; the compiler comes with: pip install 'nested_reft[tpu]' (or pip install libtpu)"
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    if find_spec("libtpu") is None:
+        reason = "the compiler is not installed (pip install 'nested_reft[tpu]', or pip install libtpu)"
+    known = ", ".join(f"{generation}:{shape}" for generation, shapes in KNOWN_TOPOLOGIES.items() for shape in shapes)
+    raise ValueError(f"--topology is '{topology}', which cannot be compiled for: {reason}; known are {known}")
+
+
+def device_unit(devices: Sequence[Any]) -> str:
+    """`chip`, or `core` where a chip's cores are devices of their own, as on v4."""
+    places = {tuple(getattr(device, "coords", (device.id,))) for device in devices}
+    return "chip" if len(places) == len(devices) else "core"
+
+
+def topology_mesh(topology: str, mesh: MeshConfig) -> Mesh:
+    """A mesh over the first devices of a named TPU topology; see `topology_devices`.
+
+    Raises:
+        ValueError: the topology cannot be had, or the mesh has more devices than it.
+    """
+    devices = topology_devices(topology)
     needed = mesh.data * mesh.model
     if needed > len(devices):
         raise ValueError(
@@ -157,41 +180,56 @@ def decode_cost(
         plan,
         sharded((2,), jnp.uint32),
     )
-    return _cost(
-        "decode step", layers, jax.jit(step, donate_argnums=3), arguments, _decode_floor(config, layers, arguments)
-    )
+    floor_bytes = _decode_floor(config, layers, arguments)
+    return _cost("decode step", layers, dtype, jax.jit(step, donate_argnums=3), arguments, floor_bytes)
 
 
-def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, run: Any) -> Cost:
-    """One update of all parameters, as `train.step` makes it.
+def state_shapes(
+    config: ModelConfig, training: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The shapes and placements of what an update reads and writes.
+
+    Parameters are placed by name, and their moments as they are; adapters and counters are whole on every device.
 
     Args:
-        config, workload, mesh: as in `decode_cost`.
-        run: a `train.config.Config`: its loss, optimizer, micro-batches and rematerialisation.
+        config: the model.
+        training: its dtype and adapters.
+        optimizer: whose state it is.
+        mesh: where it lies.
     """
-    sharded = _Shapes(mesh)
-    dtype = jnp.dtype(run.model.dtype)
-    parameters = sharded.parameters(config, dtype)
-    optimizer = make_optimizer(run.optimizer, run.train.steps * run.train.updates_per_batch)
+    dtype = jnp.dtype(training.model.dtype)
+    parameters = _Shapes(mesh).parameters(config, dtype)
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def initial_state(parameters: dict[str, Any]) -> TrainState:
         model = _model(config, parameters, dtype)
-        if run.lora.rank:
-            add_lora(model, run.lora, jax.random.key(0))
+        if training.lora.rank:
+            add_lora(model, training.lora, jax.random.key(0))
         return create_train_state(model, optimizer)
 
-    by_shape = {leaf.shape: leaf.sharding for leaf in parameters.values()}
-    replicated = NamedSharding(mesh, PartitionSpec())
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # The names in a path are its dictionary keys; what is around them says whether it is a moment.
+        name = "/".join(str(key.key) for key in path if isinstance(key, DictKey))
+        sharding = parameters[name].sharding if name in parameters else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """Moments lie as their parameters do; adapters and counters are whole everywhere."""
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_shape.get(leaf.shape, replicated))
+    return tree_map_with_path(place, jax.eval_shape(initial_state, parameters))
 
-    state = jax.tree.map(place, jax.eval_shape(initial_state, parameters))
+
+def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: Config) -> Cost:
+    """One update of what trains, the adapters or else all parameters, as `train.step` makes it.
+
+    Args:
+        config, workload, mesh: as in `decode_cost`.
+        training: dtype, adapters, loss, optimizer, micro-batches and rematerialisation.
+    """
+    sharded = _Shapes(mesh)
+    optimizer = make_optimizer(training.optimizer, training.train.steps * training.train.updates_per_batch)
+    state = state_shapes(config, training, optimizer, mesh)
     rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
     tokens = {
         name: sharded((*rows, size), jnp.float32, "batch")
-        for name in run.loss.needed_logprobs(run.train.updates_per_batch)
+        for name in training.loss.needed_logprobs(training.train.updates_per_batch)
     }
     batch = TrainBatch(
         prompt_BP=sharded((rows[0], workload.prompt_tokens), jnp.int32, "batch"),
@@ -201,20 +239,24 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, run: Any) -
         forced_BG=sharded(rows, jnp.int32, "batch"),
         behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
         advantage_BG=sharded(rows, jnp.float32, "batch"),
-        plan=_plan_shape(run, config, sharded),
+        plan=_plan_shape(training, config, sharded),
         **tokens,
     )
     update = make_update(
-        optimizer, run.loss, run.rollout.sampling.temperature, run.train.micro_batches, run.train.remat
+        optimizer,
+        training.loss,
+        training.rollout.sampling.temperature,
+        training.train.micro_batches,
+        training.train.remat,
     )
-    return _cost("update", config.num_layers, update, (state, batch), None)
+    return _cost("update", config.num_layers, training.model.dtype, update, (state, batch), None)
 
 
-def _plan_shape(run: Any, config: ModelConfig, sharded: _Shapes) -> Any:
+def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> Any:
     """The plan that an update reads where it teaches the nested policy."""
-    if not run.loss.self_distillation_coefficient:
+    if not training.loss.self_distillation_coefficient:
         return None
-    kept = config.num_layers - run.nesting.num_skipped(config.num_layers)
+    kept = config.num_layers - training.nesting.num_skipped(config.num_layers)
     return LayerPlan(sharded((kept,), jnp.int32))
 
 
@@ -224,12 +266,13 @@ def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Trans
     return model
 
 
-def _cost(program: str, layers: int, function: Any, arguments: tuple, floor_bytes: float | None) -> Cost:
+def _cost(program: str, layers: int, dtype: Any, function: Any, arguments: tuple, floor_bytes: float | None) -> Cost:
     compiled = function.lower(*arguments).compile()
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Cost(
         program=program,
         layers=layers,
+        dtype=jnp.dtype(dtype).name,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         flops=analysis["flops"],
@@ -240,7 +283,7 @@ def _cost(program: str, layers: int, function: Any, arguments: tuple, floor_byte
 
 
 def _decode_floor(config: ModelConfig, layers: int, arguments: tuple) -> float:
-    """Bytes per chip that a decode step cannot avoid reading: the kept layers' weights, the head, all caches."""
+    """Bytes per device that a decode step cannot avoid reading: the kept layers' weights, the head, all caches."""
     parameters, _, _, cache, prompt, *_ = arguments
 
     def local_bytes(leaf: jax.ShapeDtypeStruct) -> float:

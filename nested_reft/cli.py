@@ -87,6 +87,7 @@ def _train(arguments: list[str]) -> None:
     from nested_reft.metrics import RunDirectory
     from nested_reft.report import summary_table
     from nested_reft.rollout.dynamic_sampling import GenerationLimitError
+    from nested_reft.train.memory import check_memory
     from nested_reft.train.setup import prepare
     from nested_reft.train.trainer import Trainer
 
@@ -114,6 +115,7 @@ def _train(arguments: list[str]) -> None:
                 print(f"run '{known.resume}' is complete: {summary}")
                 return
         setup = prepare(config)
+        check_memory(setup)
         if known.resume is None:
             run = RunDirectory.create(Path(known.runs), config.name, config.to_json())
         else:
@@ -355,7 +357,14 @@ def _export(arguments: list[str]) -> None:
 
 
 def _compile(arguments: list[str]) -> None:
-    from nested_reft.ahead_of_time import Workload, decode_cost, topology_mesh, update_cost
+    from nested_reft.ahead_of_time import (
+        Workload,
+        decode_cost,
+        device_unit,
+        topology_devices,
+        topology_mesh,
+        update_cost,
+    )
     from nested_reft.models.registry import model_shape
     from nested_reft.report import cost_table
     from nested_reft.train.config import load_config
@@ -374,6 +383,7 @@ def _compile(arguments: list[str]) -> None:
         shape = config.model.shape if name == "scratch" else model_shape(name)
         config.nesting.validate_for(shape.num_layers)
         mesh = topology_mesh(known.topology, config.mesh)
+        devices = topology_devices(known.topology)
     workload = Workload(
         prompts=config.data.prompts_per_batch,
         group_size=config.rollout.group_size,
@@ -385,7 +395,10 @@ def _compile(arguments: list[str]) -> None:
     if not known.no_update:
         costs.append(update_cost(shape, workload, mesh, config))
     results = [cost.to_json() for cost in costs]
-    print(cost_table(results))
+    unit = device_unit(devices)
+    programs = ", ".join({cost.program: f"{cost.program} in {cost.dtype}" for cost in costs}.values())
+    print(f"{programs}, for {mesh.size} of {len(devices)} {unit}s of {known.topology}\n")
+    print(cost_table(results, unit))
     _write_json(known.json, results)
 
 

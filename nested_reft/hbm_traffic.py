@@ -11,7 +11,8 @@ again. The floor of a decode step is about HBM, so this counts what crosses HBM 
 - `dynamic-update-slice` writes the update, for XLA has made it in-place by then;
 - an asynchronous copy reads its source and writes its destination once.
 
-Everything else counts whole. Loop bodies count once, as in XLA's cost analysis.
+Everything else counts whole. Loop bodies count once and a conditional as its largest branch, as in XLA's
+cost analysis.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from dataclasses import dataclass
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?(%[\w.\-]+) = ")
 _HEADER = re.compile(r"(ENTRY )?(%[\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=(%[\w.\-]+)")
+_NAME = re.compile(r"%[\w.\-]+")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
+    r"(?:%[\w.\-]+|\{[^{}]*\})"
+)
 
 _ALIASES = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier", "ConcatBitcast"}
 _FREE = _ALIASES | {"parameter", "constant", "iota", "after-all", "partition-id", "replica-id", "AllocateBuffer"}
@@ -65,7 +70,8 @@ def _instruction_bytes(computations: dict[str, _Computation], computation: _Comp
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0
     if i.opcode in ("while", "call", "conditional"):
-        return sum(_computation_bytes(computations, called) for called in i.called)
+        called = [_computation_bytes(computations, name) for name in i.called]
+        return max(called) if i.opcode == "conditional" else sum(called)
     operands = [computation[name].results for name in i.operands]
     if i.opcode in ("copy-start", "slice-start"):
         source, destination = operands[0][0], i.results[0 if i.opcode == "copy-start" else 1]
@@ -153,9 +159,9 @@ def _instruction(text: str, is_root: bool) -> _Instruction:
     return _Instruction(
         opcode=opcode,
         results=tuple(_array(*match) for match in _ARRAY.findall(text[:type_end])),
-        operands=() if is_parameter else tuple(re.findall(r"%[\w.\-]+", inside)),
+        operands=() if is_parameter else tuple(_NAME.findall(inside)),
         parameter=int(inside) if is_parameter else None,
-        called=tuple(_CALLED.findall(text[closing:])),
+        called=tuple(name for attribute in _CALLED.findall(text[closing:]) for name in _NAME.findall(attribute)),
         is_root=is_root,
     )
 

@@ -88,13 +88,13 @@ def estimator_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([*tables, legend])
 
 
-def cost_table(costs: list[dict[str, Any]]) -> str:
-    """What compiled programs cost per chip, and how far the bytes they move are from the floor.
+def cost_table(costs: list[dict[str, Any]], unit: str = "chip") -> str:
+    """What compiled programs cost per `unit`, and how far the bytes they move are from the floor.
 
     `accessed` is XLA's figure, which includes on-chip memory; `HBM` is what crosses main memory.
     """
 
-    def against(floor: float | None, moved: float) -> str:
+    def against(floor: float | None, moved: int | float) -> str:
         return f"{moved / 1e9:.3f}" + ("" if floor is None else f" ({moved / floor:.2f}x)")
 
     rows = []
@@ -111,4 +111,4 @@ def cost_table(costs: list[dict[str, Any]]) -> str:
                 "" if floor is None else f"{floor / 1e9:.3f}",
             ]
         )
-    return table(["per chip", "arguments GB", "temporaries GB", "GFLOP", "accessed GB", "HBM GB", "floor GB"], rows)
+    return table([f"per {unit}", "arguments GB", "temporaries GB", "GFLOP", "accessed GB", "HBM GB", "floor GB"], rows)

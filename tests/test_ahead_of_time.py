@@ -2,17 +2,31 @@
 
 import dataclasses
 import importlib.util
+import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
-from nested_reft.ahead_of_time import Workload, decode_cost, topology_mesh, update_cost
+from nested_reft import ahead_of_time
+from nested_reft.ahead_of_time import (
+    KNOWN_TOPOLOGIES,
+    Workload,
+    decode_cost,
+    device_unit,
+    state_shapes,
+    topology_devices,
+    topology_mesh,
+    update_cost,
+)
 from nested_reft.cli import main
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import QWEN2_5_SHAPE
 from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.train.config import WarmStartConfig, load_config
+from nested_reft.train.optimizer import make_optimizer
 from tests.tiny_models import TINY
 
 WORKLOAD = Workload(prompts=2, group_size=3, prompt_tokens=8, completion_tokens=4)
@@ -53,13 +67,40 @@ def test_adapters_hold_no_moments_of_the_base():
     parameters = sum(4 * jnp.prod(jnp.array(s)).item() for s in _shapes())
     assert whole.argument_bytes > 3 * parameters  # weights and two moments
     assert parameters < adapters.argument_bytes < 2 * parameters
-    assert whole.floor_bytes is None
+    assert whole.floor_bytes is None and whole.dtype == "float32"
 
 
 def _shapes():
-    from nested_reft.models.transformer import parameter_shapes
+    from nested_reft.models.parameters import parameter_shapes
 
     return parameter_shapes(TINY).values()
+
+
+def placements(training):
+    """Path of every array of a state -> its partition, where heads times head size is the width: on shapes alone, query
+    and output are the same, and so are a key and an adapter of rank 16."""
+    square = dataclasses.replace(TINY, width=TINY.num_heads * TINY.head_size, vocab_size=32)
+    mesh = make_mesh(MeshConfig(data=1, model=2))
+    state = state_shapes(square, training, make_optimizer(training.optimizer, 1), mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec for path, leaf in leaves}
+
+
+def test_a_state_is_placed_by_name():
+    specs = placements(load_config("tiny"))
+    by_columns, by_rows = PartitionSpec(None, None, "model"), PartitionSpec(None, "model", None)
+    for name, spec in (("query", by_columns), ("key", by_columns), ("output", by_rows), ("down", by_rows)):
+        found = [specs[path] for path in specs if path.endswith(f"layers/{name}/value")]
+        assert found == [spec] * 3  # the parameter and its two moments
+    assert [specs[path] for path in specs if "embedding" in path] == [PartitionSpec("model", None)] * 3
+    assert specs["updates"] == PartitionSpec()
+
+
+def test_adapters_are_whole_on_every_device():
+    specs = placements(dataclasses.replace(load_config("tiny"), lora=LoraConfig(rank=16), warm_start=WarmStartConfig()))
+    adapters = [spec for path, spec in specs.items() if "_lora_" in path]
+    assert adapters == [PartitionSpec()] * (3 * 2 * 7)  # with two moments, in and out, of seven projections
+    assert specs["frozen/layers/query/value"] == PartitionSpec(None, None, "model")
 
 
 def test_a_topology_that_cannot_be_had_is_refused(capsys):
@@ -67,6 +108,41 @@ def test_a_topology_that_cannot_be_had_is_refused(capsys):
     assert "--topology is 'v0:9x9', which cannot be compiled for" in capsys.readouterr().err
     assert main(["compile", "tiny", "--model", "smollm2-360m"]) == 2
     assert "the shape of model 'smollm2-360m' is not known without its files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_unknown_topology_lists_the_known(monkeypatch, installed):
+    monkeypatch.setattr(ahead_of_time, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ValueError, match="--topology is 'v0:9x9', which cannot be compiled for") as refusal:
+        topology_devices("v0:9x9")
+    known = str(refusal.value).partition("; known are ")[2].split(", ")
+    assert {"v5e:2x4", "v6e:16x16", "v4:2x2x1", "v5p:4x4x4"} < set(known)
+    assert len(known) == sum(len(shapes) for shapes in KNOWN_TOPOLOGIES.values())
+    assert ("pip install libtpu" in str(refusal.value)) == (not installed)
+
+
+def test_compile_says_for_what(monkeypatch, capsys):
+    monkeypatch.setattr(ahead_of_time, "topology_devices", lambda topology: jax.devices()[:4])
+    assert main(["compile", "tiny", "--no-update", "--topology", "v5e:2x2", "--mesh.data", "2"]) == 0
+    first, _, header, *_ = capsys.readouterr().out.splitlines()
+    assert first == "decode step in bfloat16, for 2 of 4 chips of v5e:2x2"
+    assert header.startswith("per chip")
+    with pytest.raises(ValueError, match=r"mesh.data x mesh.model is 4 x 2 = 8 devices; 'v5e:2x2' has 4"):
+        topology_mesh("v5e:2x2", MeshConfig(data=4, model=2))
+
+
+def test_cores_that_are_devices_are_not_called_chips():
+    chips = [SimpleNamespace(id=x, coords=[x, 0, 0]) for x in range(2)]
+    assert device_unit(chips) == "chip"
+    assert device_unit([*chips, *chips]) == "core"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
+def test_the_known_topologies_can_be_had():
+    for generation, shapes in KNOWN_TOPOLOGIES.items():
+        for shape in shapes:
+            devices = topology_devices(f"{generation}:{shape}")
+            assert len({tuple(device.coords) for device in devices}) == math.prod(map(int, shape.split("x")))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
@@ -86,3 +162,11 @@ def test_a_tpu_moves_little_more_than_the_floor(num_kept):
     cost = decode_cost(config, workload, topology_mesh("v5e:2x2", MeshConfig()), num_kept)
     assert cost.floor_bytes is not None
     assert cost.hbm_bytes < (1.02 if num_kept is None else 1.06) * cost.floor_bytes
+
+
+def test_an_update_never_holds_the_logits_of_all_tokens():
+    """With Qwen's vocabulary, its peak memory stays under the size of one [N, C, V] array."""
+    config = dataclasses.replace(TINY, vocab_size=151_936)
+    workload = Workload(prompts=8, group_size=8, prompt_tokens=4, completion_tokens=32)
+    cost = update_cost(config, workload, make_mesh(MeshConfig()), load_config("tiny"))
+    assert cost.temporary_bytes < 0.7 * (8 * 8 * 32 * config.vocab_size * 4)

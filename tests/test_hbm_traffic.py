@@ -60,6 +60,40 @@ def test_any_other_use_of_a_stack_counts_whole():
     assert hbm_bytes(text) - hbm_bytes(PROGRAM) == 3 * 16 * 128 * 2
 
 
+BRANCHES = """HloModule choose, is_scheduled=true
+
+%once (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %copy.a = f32[8,128]{1,0:T(8,128)} copy(%a)
+}
+
+%twice (b: f32[8,128]) -> f32[8,128] {
+  %b = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %copy.b = f32[8,128]{1,0:T(8,128)} copy(%b)
+  ROOT %copy.c = f32[8,128]{1,0:T(8,128)} copy(%copy.b)
+}
+
+%never (d: f32[8,128]) -> f32[8,128] {
+  ROOT %d = f32[8,128]{1,0:T(8,128)} parameter(0)
+}
+
+ENTRY %main (I: s32[], X: f32[8,128]) -> f32[8,128] {
+  %I = s32[]{:T(128)S(6)} parameter(0)
+  %X = f32[8,128]{1,0:T(8,128)} parameter(1)
+  ROOT %chosen = f32[8,128]{1,0:T(8,128)} conditional(%I, %X, %X, %X), BRANCHES_OF_IT
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%once, %twice, %never}", "true_computation=%twice, false_computation=%once"],
+)
+def test_a_conditional_counts_as_its_largest_branch(branches):
+    """Two copies, each read and written. Branches that are not found would make 0, all of them added up 6 arrays."""
+    assert hbm_bytes(BRANCHES.replace("BRANCHES_OF_IT", branches)) == 4 * 8 * 128 * 4
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hbm_bytes("HloModule nothing")

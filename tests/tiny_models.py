@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.transformer import Transformer, initial_parameters
+from nested_reft.models.parameters import initial_parameters
+from nested_reft.models.transformer import Transformer
 
 TINY = ModelConfig(
     vocab_size=31, num_layers=5, width=16, hidden_width=24, num_heads=4, num_kv_heads=2, head_size=8, max_positions=64

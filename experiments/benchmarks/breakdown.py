@@ -1,11 +1,12 @@
 """Where the time of one rollout call and of one update goes, against what the machine can do.
 
-    python -m experiments.benchmarks.breakdown [--dtype bfloat16] [--json FILE]
+    python -m experiments.benchmarks.breakdown [--ours int8] [--json FILE]
 
 Each stage is compiled and timed by itself at the shapes that it has inside: 8 prompts x 8 completions of
 SmolLM2-135M, 64 + 32 tokens for the rollout and 53 + 12 for the update. "The rest" is what the whole call
 takes beyond them; it is negative where the compiler saves by fusing stages. Floors are products at the
 measured rate for their number of rows, or the bytes that a stage must move at the measured bandwidth.
+`--ours` picks the weights that the rollout samples from; the update is always of float32 ones.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from flax import nnx
 
 from experiments.benchmarks.ceilings import ceilings_of
 from experiments.benchmarks.common import exported_model, parser, use_threads, write_results
-from experiments.benchmarks.floors import CeilingsAt, head_parameters, layer_parameters, rollout_floor
+from experiments.benchmarks.floors import Ceilings, CeilingsAt, rollout_floor, update_floor, update_tokens
 from experiments.benchmarks.our_updates import grpo_update, train_batch
-from experiments.benchmarks.ours import rollout_call
+from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
 from nested_reft.command import restart_with_huge_pages
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues, attend
-from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import hidden_logprobs
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
@@ -44,20 +44,27 @@ def main() -> None:
     """Prints the tables."""
     restart_with_huge_pages()
     options = parser(__doc__ or "", ())
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    options.add_argument("--ours", choices=VARIANTS, default="float32", help="weights of the rollout")
     known = options.parse_args()
     use_threads(known.threads)
-    model = load_model(exported_model()[1], jnp.dtype(known.dtype))[0]
+    config, directory, _ = exported_model()
     best = partial(measure, repeats=known.repeats)
-    ceilings = ceilings_of(model.config, jnp.dtype(known.dtype))
-    bandwidth = ceilings(1).bandwidth
-    print(f"memory {bandwidth / 1e9:.1f} GB/s; {known.dtype} products by rows:", end=" ")
-    rates = {rows: ceilings(rows).flops for rows in (1, ROLLOUT.rows, ROLLOUT.prompts * ROLLOUT.prompt_tokens, 1192)}
-    print(", ".join(f"{rows}: {rate / 1e9:.0f} GFLOP/s" for rows, rate in rates.items()), flush=True)
-    found = [rollout_breakdown(model, ceilings, best), update_breakdown(model, ceilings, best)]
+    sampling = ceilings_of(config, jnp.dtype(known.ours))
+    training = ceilings_of(config, jnp.float32)(update_tokens(UPDATE, shared_prompt=True))
+    rates = {
+        f"{known.ours} decode step": sampling(ROLLOUT.rows).flops,
+        f"{known.ours} prefill": sampling(ROLLOUT.prompts * ROLLOUT.prompt_tokens).flops,
+        "float32 update": training.flops,
+    }
+    print(f"memory {training.bandwidth / 1e9:.1f} GB/s; products of", end=" ")
+    print(", ".join(f"{name}: {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()), flush=True)
+    found = [
+        rollout_breakdown(VARIANTS[known.ours](directory), sampling, best),
+        update_breakdown(VARIANTS["float32"](directory), training, best),
+    ]
     for breakdown in found:
         print(f"\n{breakdown_table(breakdown)}")
-    results = {"dtype": known.dtype, "bandwidth": bandwidth, "product_flops": rates}
+    results = {"ours": known.ours, "bandwidth": training.bandwidth, "product_flops": rates}
     write_results(known.json, results | {"breakdowns": [dataclasses.asdict(breakdown) for breakdown in found]})
 
 
@@ -112,7 +119,7 @@ def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[
     )
 
 
-def update_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[Any], dict[str, Any]]) -> Breakdown:
+def update_breakdown(model: Transformer, ceilings: Ceilings, best: Callable[[Any], dict[str, Any]]) -> Breakdown:
     """Layers and log-probabilities forward, both backward, and the optimizer."""
     case, config = UPDATE, model.config
     batch = train_batch(case, config.vocab_size)
@@ -148,23 +155,17 @@ def update_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[A
     layers_seconds = timed(best, lambda: forward(model))["seconds"]
     logprob_seconds = timed(best, lambda: logprobs(model, hidden_BGCD))["seconds"]
     both_ways = timed(best, lambda: gradient_of(trainable))["seconds"]
-    completion_tokens = case.rows * case.new_tokens
-    prompt_tokens = case.prompts * case.prompt_tokens
-    least = ceilings(prompt_tokens + completion_tokens)
-    layers = config.num_layers * least.product_seconds(
-        layer_parameters(config), prompt_tokens + case.rows * (case.new_tokens - 1)
-    )
-    head = least.product_seconds(head_parameters(config), completion_tokens)
+    floor = update_floor(config, case, ceilings)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
     return with_rest(
         "update",
         whole,
         [
-            Stage("layers, forward", layers_seconds, layers),
-            Stage("head and log-probabilities, forward", logprob_seconds, head),
-            Stage("backward", both_ways - layers_seconds - logprob_seconds, 2 * (layers + head)),
+            Stage("layers, forward", layers_seconds, floor["layers"]),
+            Stage("head and log-probabilities, forward", logprob_seconds, floor["head"]),
+            Stage("backward", both_ways - layers_seconds - logprob_seconds, floor["backward"]),
             # reads weight, gradient and two moments, writes all but the gradient
-            Stage("optimizer", timed(best, step_once)["seconds"], 7 * weights / least.bandwidth),
+            Stage("optimizer", timed(best, step_once)["seconds"], 7 * weights / ceilings.bandwidth),
         ],
     )
 

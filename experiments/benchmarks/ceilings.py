@@ -18,12 +18,16 @@ REPEATS = 5
 
 
 def ceilings_of(config: ModelConfig, dtype: Any) -> CeilingsAt:
-    """`ceilings(rows)` of products with this model's matrices, each measured when it is first asked for."""
+    """`ceilings(rows)` of products with this model's matrices, each measured when it is first asked for.
+
+    Matrices of int8 multiply in bfloat16 (`low_precision`).
+    """
     bandwidth = memory_bandwidth()
+    product_dtype = jnp.bfloat16 if dtype == jnp.int8 else dtype
 
     @functools.cache
     def at(rows: int) -> Ceilings:
-        flops = product_flops(rows, config.width, config.hidden_width, dtype)
+        flops = product_flops(rows, config.width, config.hidden_width, product_dtype)
         return Ceilings(flops, bandwidth, jnp.dtype(dtype).itemsize)
 
     return at

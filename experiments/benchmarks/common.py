@@ -34,13 +34,19 @@ def parser(description: str, peers: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def exported_model() -> tuple[ModelConfig, str, str]:
-    """The model's shape, its directory in Hugging Face layout (written once), and its 4-bit file."""
+    """The model's shape, its directory in Hugging Face layout (written once, and whole), and its 4-bit file.
+
+    Ends the command where the model is not there or cannot be written.
+    """
     directory = PEERS_DIRECTORY / "weights" / MODEL
-    if not directory.is_dir():
-        print(f"writing {MODEL} for all systems to {directory.relative_to(PEERS_DIRECTORY.parent)}", flush=True)
-        model, tokenizer = load_model(MODEL)
-        save_huggingface(model, directory, tokenizer)
-    return model_shape(MODEL), str(directory), resolve_model(MODEL).location
+    try:
+        if not directory.is_dir():
+            print(f"writing {MODEL} for all systems to {directory.relative_to(PEERS_DIRECTORY.parent)}", flush=True)
+            model, tokenizer = load_model(MODEL)
+            save_huggingface(model, directory, tokenizer)
+        return model_shape(MODEL), str(directory), resolve_model(MODEL).location
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 def use_threads(threads: int) -> None:
@@ -52,10 +58,7 @@ def use_threads(threads: int) -> None:
 def spec_maker(known: argparse.Namespace) -> tuple[ModelConfig, Callable[[str, Sequence[Case]], Spec]]:
     """The model's shape, and `spec(variant, cases)` under the command's options."""
     use_threads(known.threads)
-    try:
-        shape, directory, gguf = exported_model()
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    shape, directory, gguf = exported_model()
 
     def spec(variant: str, cases: Sequence[Case]) -> Spec:
         return Spec(variant, tuple(cases), directory, gguf, shape.vocab_size, known.threads, known.repeats)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from experiments.benchmarks.worker import Case
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.transformer import parameter_shapes
+from nested_reft.models.parameters import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,17 @@ def update_tokens(case: Case, shared_prompt: bool) -> int:
     return (case.prompts if shared_prompt else case.rows) * case.prompt_tokens + case.rows * case.new_tokens
 
 
-def update_floor(parameters: int, tokens: int, flops: float, trains_all: bool = True) -> float:
-    """6 x parameters x tokens / rate: two operations per weight forward, four backward.
+def update_floor(config: ModelConfig, case: Case, ceilings: Ceilings, trains_all: bool = True) -> dict[str, float]:
+    """Least seconds of an update, by stage.
 
-    Adapters alone need no gradient of the other weights: two backward. Attention is left out.
+    Layers run over each prompt once and over the first C - 1 tokens of its completions, the output head over all C.
+    Backward is once the forward products for the inputs' gradients and once for the weights', which training
+    adapters alone does not need. Attention is left out.
     """
-    return (6 if trains_all else 4) * parameters * tokens / flops
+    layer_rows = update_tokens(case, shared_prompt=True) - case.rows
+    layers = config.num_layers * ceilings.product_seconds(layer_parameters(config), layer_rows)
+    head = ceilings.product_seconds(head_parameters(config), case.sampled_tokens)
+    return {"layers": layers, "head": head, "backward": (2 if trains_all else 1) * (layers + head)}
 
 
 def decode_rate(case: Case, seconds: float, first_token_seconds: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,19 +32,21 @@ def plan_of(skip_ratio: float, num_layers: int) -> LayerPlan:
     return draw_plan(jax.random.key(0), NestingConfig(skip_ratio=skip_ratio), num_layers)
 
 
-def rollout_call(model: Transformer, case: Case) -> Callable[[], Rollouts]:
-    """A rollout of the case, as `generate` runs it for training, that no token ends."""
+def rollout_call(
+    model: Transformer, case: Case, stop_ids: Sequence[int] = (-1,), sampler: Callable[..., Rollouts] = generate
+) -> Callable[[], Rollouts]:
+    """A rollout of the case, as `generate` runs it for training; no token ends it unless some are named."""
     prompt_BP = jnp.asarray(case.prompt_ids(model.config.vocab_size), jnp.int32)
     length_B = jnp.full(case.prompts, case.prompt_tokens, jnp.int32)
-    plan, never = plan_of(case.skip_ratio, model.config.num_layers), jnp.full(1, -1, jnp.int32)
+    plan, stops = plan_of(case.skip_ratio, model.config.num_layers), jnp.asarray(stop_ids, jnp.int32)
 
     def call() -> Rollouts:
-        return generate(
+        return sampler(
             model,
             prompt_BP,
             length_B,
             plan,
-            never,
+            stops,
             jax.random.key(0),
             group_size=case.group,
             max_completion_tokens=case.new_tokens,

@@ -126,7 +126,7 @@ def _worker_environment(threads: int) -> dict[str, str]:
     """This environment with every library's thread count set, JAX taking its cores, and huge pages for all."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
-        TUNABLES: HUGE_PAGES,
+        TUNABLES: os.environ.get(TUNABLES, HUGE_PAGES),
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),

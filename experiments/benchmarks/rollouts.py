@@ -80,7 +80,8 @@ def main() -> None:
     add_rates(rows)
     add_floors(rows, shape, ceilings)
     print(f"\n{speed_table(cases, rows)}\n{disturbance(rows)}\n")
-    nested = [row for case in cases for row in nested_rows(shape, case, ceilings[NESTED], rows)]
+    drawing = {case.rows: sampling_seconds(case.rows, shape.vocab_size) for case in cases}
+    nested = [row for case in cases for row in nested_rows(shape, case, ceilings[NESTED], drawing[case.rows], rows)]
     if nested:
         print(nested_table(nested))
     write_results(
@@ -180,7 +181,7 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def nested_rows(
-    shape: ModelConfig, case: Case, ceilings: CeilingsAt, rows: Sequence[dict[str, Any]]
+    shape: ModelConfig, case: Case, ceilings: CeilingsAt, drawing_seconds: float, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """For each share of skipped layers: the speed-up, and how much of the predicted one it is."""
     mine = {
@@ -191,11 +192,11 @@ def nested_rows(
         and "tokens_per_second" in row
         and dataclasses.replace(row["case"], skip_ratio=0.0) == case
     }
-    full, drawing = mine.pop(0.0, None), sampling_seconds(case.rows, shape.vocab_size)
+    full = mine.pop(0.0, None)
     found = []
     for skipped, rate in mine.items():
         kept = plan_of(skipped, shape.num_layers).num_kept
-        speedup, predicted = ratio(rate, full), predicted_speedup(shape, case, kept, ceilings, drawing)
+        speedup, predicted = ratio(rate, full), predicted_speedup(shape, case, kept, ceilings, drawing_seconds)
         found.append(
             {
                 "case": case,

@@ -16,10 +16,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.parameters import Parameters
 
 MASKED = -1e30  # finite, so that a row with no valid key stays finite
-
-Parameters = dict[str, Any]
 
 
 @struct.dataclass

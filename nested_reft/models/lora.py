@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nested_reft.models.layer import Parameters
+from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")

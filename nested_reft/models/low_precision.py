@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int8
 
 from nested_reft.models.layer import stored_as
-from nested_reft.models.transformer import Transformer, parameter_axes
+from nested_reft.models.parameters import parameter_axes
+from nested_reft.models.transformer import Transformer
 
 
 @partial(jax.jit, static_argnames="precision")
@@ -26,6 +27,8 @@ def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) ->
     `round(W / s) * s` with one scale `s = max|W| / 127` per output channel (per token for embedding and
     head), multiplied in after the product.
     """
+    if precision not in ("bfloat16", "int8"):
+        raise ValueError(f"precision is '{precision}'; allowed are bfloat16 and int8")
     copy = nnx.clone(model)
     bfloat16 = jnp.uint16 if jax.default_backend() == "cpu" else jnp.bfloat16  # see `stored_as`
     copy.cache_dtype = bfloat16

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.layer import Parameters
-from nested_reft.models.transformer import parameter_shapes
+from nested_reft.models.parameters import Parameters, parameter_shapes
 
 TRANSPOSED = frozenset(f"layers/{name}" for name in ("query", "key", "value", "output", "gate", "up", "down"))
 

@@ -14,7 +14,6 @@ norms and softmax are float32. Caches hold keys and values in `cache_dtype`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,6 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import (
     KeyValues,
-    Parameters,
     as_operand,
     attend,
     finish_layer,
@@ -36,73 +34,8 @@ from nested_reft.models.layer import (
     rope,
     stored_as,
 )
-
-
-def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Names of the model's parameters and the logical axes of each.
-
-    The one table behind initialisation, sharding and weight formats. Layer parameters carry a
-    leading `layer` axis and are named `layers/<name>`.
-    """
-    axes: dict[str, tuple[str, ...]] = {
-        "embedding": ("vocab", "width"),
-        "final_norm": ("norm",),
-        "layers/attention_norm": ("layer", "norm"),
-        "layers/query": ("layer", "width", "heads"),
-        "layers/key": ("layer", "width", "kv_heads"),
-        "layers/value": ("layer", "width", "kv_heads"),
-        "layers/output": ("layer", "heads", "width"),
-        "layers/mlp_norm": ("layer", "norm"),
-        "layers/gate": ("layer", "width", "hidden"),
-        "layers/up": ("layer", "width", "hidden"),
-        "layers/down": ("layer", "hidden", "width"),
-    }
-    if not config.tied_embeddings:
-        axes["head"] = ("vocab", "width")
-    if config.qkv_bias:
-        axes["layers/query_bias"] = ("layer", "heads")
-        axes["layers/key_bias"] = ("layer", "kv_heads")
-        axes["layers/value_bias"] = ("layer", "kv_heads")
-    if config.qk_norm:
-        axes["layers/query_norm"] = ("layer", "head_size")
-        axes["layers/key_norm"] = ("layer", "head_size")
-    return axes
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter named in `parameter_axes`."""
-    size = {
-        "vocab": config.vocab_size,
-        "width": config.width,
-        "norm": config.width,
-        "hidden": config.hidden_width,
-        "heads": config.num_heads * config.head_size,
-        "kv_heads": config.num_kv_heads * config.head_size,
-        "head_size": config.head_size,
-        "layer": config.num_layers,
-    }
-    return {name: tuple(size[axis] for axis in axes) for name, axes in parameter_axes(config).items()}
-
-
-def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Parameters:
-    """Fresh parameters: norms one, biases zero, matrices normal with standard deviation
-    1 / sqrt(fan in), those that write to the residual stream scaled by 1 / sqrt(2 L) more.
-    """
-    parameters: Parameters = {}
-    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
-        leaf = name.removeprefix("layers/")
-        if leaf.endswith("norm"):
-            value = jnp.ones(shape, dtype)
-        elif leaf.endswith("bias"):
-            value = jnp.zeros(shape, dtype)
-        else:
-            fan_in = shape[-1] if leaf in ("embedding", "head") else shape[-2]
-            scale = 1 / math.sqrt(fan_in)
-            if leaf in ("output", "down"):
-                scale /= math.sqrt(2 * config.num_layers)
-            value = (scale * jax.random.normal(jax.random.fold_in(key, index), shape)).astype(dtype)
-        parameters[name] = value
-    return parameters
+from nested_reft.models.parameters import Parameters, parameter_axes, parameter_shapes
+from nested_reft.models.prompt_pass import PromptPass
 
 
 class LayerStack(nnx.Module):
@@ -330,7 +263,7 @@ class Transformer(nnx.Module):
         config = self.config
         completion_size = tokens_BGC.shape[-1] - 1
         length_B = valid_BP.sum(axis=-1)
-        prompts = _PromptPass(config, valid_BP, shared_prefix)
+        prompts = PromptPass(config, valid_BP, shared_prefix)
         rotation = rope(config, length_B[:, None, None] + jnp.arange(completion_size))
         own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
         shared_mask = valid_BP[:, None, None]
@@ -351,7 +284,7 @@ class Transformer(nnx.Module):
     def _run_prompt(
         self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32, shared_prefix=0
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
-        prompts = _PromptPass(self.config, valid_BT, shared_prefix)
+        prompts = PromptPass(self.config, valid_BT, shared_prefix)
 
         def layer_step(streams, layer, _):
             streams, keys_values = prompts.layer(layer, streams)
@@ -402,62 +335,6 @@ class Transformer(nnx.Module):
 def _entry(stacks: Any, index: Int[Array, ""]) -> Any:
     """Entry `index` of every stack in a pytree."""
     return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
-
-
-class _PromptPass:
-    """Prompts on their way through the layers: one stream, or two where they begin with the same tokens.
-
-    A system message and demonstrations are often most of a prompt. As a stream `[1, 1, Q, D]` of their own
-    they run once per batch; what is left of each prompt, `[B, 1, P - Q, D]`, attends to their keys.
-    """
-
-    def __init__(self, config: ModelConfig, valid_BP: Bool[Array, "B P"], shared_prefix: int):
-        self._config, self._batch, self._size = config, valid_BP.shape[0], shared_prefix
-        rotation = rope(config, _positions(valid_BP)[:, None])
-        self._rotations = self.split(rotation[0]), self.split(rotation[1])
-        masks = _causal_mask(valid_BP[:, shared_prefix:]), _causal_mask(jnp.ones((1, shared_prefix), bool))
-        self._masks = masks if shared_prefix else masks[:1]
-
-    def split(self, x_B1PD: Float[Array, "B 1 P D"]) -> tuple[Array, ...]:
-        """The stream of each prompt's own tokens and, if they share any, that of the shared ones."""
-        own, shared = x_B1PD[:, :, self._size :], x_B1PD[:1, :, : self._size]
-        return (own, shared) if self._size else (own,)
-
-    def join(self, streams: tuple[Array, ...]) -> Float[Array, "B P D"]:
-        """The inverse of `split`."""
-        own, *shared = (stream[:, 0] for stream in streams)
-        return jnp.concatenate([self._repeat(shared[0]), own], axis=1) if shared else own
-
-    def layer(self, layer: Parameters, streams: tuple[Array, ...]) -> tuple[tuple[Array, ...], KeyValues]:
-        """One layer: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts."""
-        own, *shared = zip(streams, zip(*self._rotations, strict=True), self._masks, strict=True)
-        if not shared:
-            own, keys_values = self._stream(layer, *own)
-            return (own,), keys_values
-        prefix, prefix_keys = self._stream(layer, *shared[0])
-        prefix_keys = jax.tree.map(self._repeat, prefix_keys)
-        own, keys_values = self._stream(layer, *own, prefix_keys)
-        whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), prefix_keys, keys_values)
-        return (own, prefix), whole
-
-    def _stream(self, layer, x, rotation, mask, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
-        query, keys_values = project_qkv(self._config, layer, x, rotation)
-        prefix = [] if shared is None else [(shared, jnp.ones((), bool))]
-        attended = attend(query, (keys_values, mask), *prefix)
-        return finish_layer(self._config, layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
-
-    def _repeat(self, x: Array) -> Array:
-        return jnp.broadcast_to(x, (self._batch, *x.shape[1:]))
-
-
-def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each valid token among the valid ones: padding on either side does not count."""
-    return jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0)
-
-
-def _causal_mask(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    size = valid_BT.shape[-1]
-    return (jnp.tril(jnp.ones((size, size), bool)) & valid_BT[:, None, :])[:, None]
 
 
 def _last_valid(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B D"]:

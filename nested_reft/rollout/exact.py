@@ -32,19 +32,22 @@ class ExactRollouts:
 
     Attributes:
         rollouts: exactly the full model's samples; `behavior_logprob_BGC` is the full model's.
-        drafted, accepted: draft tokens proposed and kept, of rows that were not done.
+        tested, accepted: draft tokens that verification reached, and those it kept, of rows that were not done.
         rounds: full-model passes of the batch.
     """
 
     rollouts: Rollouts
-    drafted: Int[Array, ""]
+    tested: Int[Array, ""]
     accepted: Int[Array, ""]
     rounds: Int[Array, ""]
 
     @property
     def acceptance(self) -> Float[Array, ""]:
-        """Share of draft tokens that were kept."""
-        return self.accepted / jnp.maximum(self.drafted, 1)
+        """Share of tested draft tokens that were kept: an estimate of E min(1, p / q).
+
+        Drafts after a rejection are never tested; counting them would estimate less, the more the longer drafts are.
+        """
+        return self.accepted / jnp.maximum(self.tested, 1)
 
 
 @struct.dataclass
@@ -57,7 +60,7 @@ class _State:
     finished_BG: Bool[Array, "B G"]
     cache: KeyValues
     rounds: Int[Array, ""]
-    drafted: Int[Array, ""]
+    tested: Int[Array, ""]
     accepted: Int[Array, ""]
 
 
@@ -138,8 +141,8 @@ def generate_exact(
             finished_BG=state.finished_BG | (kept_BGT & is_stop_BGT).any(axis=-1),
             cache=cache,
             rounds=state.rounds + 1,
-            drafted=state.drafted + drafted_BG.sum(),
-            accepted=state.accepted + jnp.where(done_BG, 0, jnp.minimum(accepted_BG, drafted_BG)).sum(),
+            tested=state.tested + jnp.minimum(accepted_BG + 1, drafted_BG).sum(),
+            accepted=state.accepted + jnp.minimum(accepted_BG, drafted_BG).sum(),
         )
 
     def unfinished(state: _State) -> Array:
@@ -154,7 +157,7 @@ def generate_exact(
         finished_BG=jnp.isin(first_BG, stop_ids),
         cache=model.empty_cache(*rows, size + draft_length, None),
         rounds=zero,
-        drafted=zero,
+        tested=zero,
         accepted=zero,
     )
     state = jax.lax.while_loop(unfinished, one_round, state)
@@ -170,7 +173,7 @@ def generate_exact(
         nested_BG=jnp.zeros(rows, bool),
         policy_version=jnp.asarray(policy_version, jnp.int32),
     )
-    return ExactRollouts(rollouts, state.drafted, state.accepted, state.rounds)
+    return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
 
 
 def accept(
@@ -218,8 +221,9 @@ def next_draft_length(draft_length: int, acceptance: float, draft_cost: float) -
 
     Args:
         draft_length: k of the last batch.
-        acceptance: a, its share of accepted drafts.
-        draft_cost: seconds of a draft token over those of a verification.
+        acceptance: a, its share of accepted drafts among those tested.
+        draft_cost: seconds of a draft token over those of a verification; `train.generation` takes the share of
+            layers kept, which leaves the output head and the longer verification out.
     """
 
     def rate(k: int) -> float:

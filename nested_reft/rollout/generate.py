@@ -167,7 +167,6 @@ def completion_logprobs(
     tokens_BGC: Int[Array, "B G C"],
     temperature: float,
     plan: LayerPlan | None = None,
-    remat: bool = False,
     differentiable_entropy: bool = False,
     shared_prefix: int = 0,
 ) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
@@ -180,13 +179,12 @@ def completion_logprobs(
         model, prompt_BP, prompt_length_B, tokens_BGC: as in a rollout.
         temperature: that of the rollout.
         plan: the policy's layers; None is the full model, with the cheapest gradient.
-        remat: recompute activations in the backward pass.
         differentiable_entropy: let gradients through the entropy, at the cost of keeping a second
             array over the vocabulary for the backward pass; otherwise they stop there.
         shared_prefix: leading tokens that all prompts have in common.
     """
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, remat, shared_prefix)
+    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, shared_prefix=shared_prefix)
     return hidden_logprobs(model, hidden_BGCD, tokens_BGC, temperature, differentiable_entropy)
 
 
@@ -202,7 +200,7 @@ def hidden_logprobs(
     def block(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = tempered(model.logits(hidden), temperature)
         all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
-        return token_logprob(logits, tokens, 1.0), -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+        return token_logprob(logits, tokens), -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
 
     return over_position_blocks(block, model.config.vocab_size, hidden_BGCD, tokens_BGC)
 

@@ -42,15 +42,12 @@ class SamplingConfig:
 GREEDY = SamplingConfig(temperature=0.0)
 
 
-def token_logprob(
-    logits: Float[Array, "*rows V"], token: Int[Array, "*rows"], temperature: float
-) -> Float[Array, "*rows"]:
-    """log softmax(logits / temperature)[token], in nats, over the full vocabulary.
+def token_logprob(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """log softmax(logits)[token], in nats, over the full vocabulary; the logits are `tempered` ones.
 
     Rollouts take it from the sums they draw from (`sample_token`), to rounding. Greedy
     decoding (temperature 0) has no density; its log-probabilities are those at temperature 1.
     """
-    logits = tempered(logits, temperature)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -81,7 +78,7 @@ def sample_token(
     """
     if config.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, token_logprob(logits, token, 1.0)
+        return token, token_logprob(tempered(logits, config.temperature), token)
     logits = truncated(tempered(logits, config.temperature), config.top_k, config.top_p)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     token, logit, total = _draw(uniform, logits, -jnp.inf, lambda x, highest: jnp.exp(x - highest), highest)

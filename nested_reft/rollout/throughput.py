@@ -25,16 +25,14 @@ def compare_throughput(
         repeats: timed calls of each; one more before them may compile.
     """
 
-    def tokens_per_second(plan: LayerPlan) -> float:
-        tokens = int(np.asarray(rollout(plan).length_BG).sum())
-        seconds = []
-        for _ in range(repeats):
-            started = time.monotonic()
-            rollout(plan)
-            seconds.append(time.monotonic() - started)
-        return tokens / min(seconds)
-
-    full, nested = tokens_per_second(LayerPlan.full(num_layers)), tokens_per_second(plan)
+    plans = (LayerPlan.full(num_layers), plan)
+    tokens = [int(np.asarray(rollout(each).length_BG).sum()) for each in plans]
+    seconds = np.full((repeats, 2), np.inf)
+    for row, column in np.ndindex(seconds.shape):  # in turn: a slow minute of the machine falls on both
+        started = time.monotonic()
+        rollout(plans[column])
+        seconds[row, column] = time.monotonic() - started
+    full, nested = (float(x) for x in np.array(tokens) / seconds.min(axis=0))
     return {
         "full_tokens_per_second": full,
         "nested_tokens_per_second": nested,

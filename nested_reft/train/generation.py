@@ -103,6 +103,7 @@ class Generation:
         if self._config.rollout.weights == "target":
             return state.model
         if self._copied is None or self._copied[0] is not state:
+            self._copied = None  # before its successor is made
             self._copied = (state, low_precision(state.model, self._config.rollout.weights))
         return self._copied[1]
 

@@ -9,67 +9,68 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nested_reft.models.config import ModelConfig
-from nested_reft.models.transformer import parameter_shapes
-from nested_reft.train.config import Config
-
-SIZES = "data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens"
+from nested_reft.models.parameters import parameter_shapes
+from nested_reft.sharding import make_mesh
+from nested_reft.train.setup import Setup
 
 
-def check_memory(config: Config, model: ModelConfig, prompt_size: int, mesh: Mesh) -> None:
-    """Refuses batches and caches that cannot fit the mesh's devices together.
+def check_memory(setup: Setup) -> None:
+    """Refuses training whose batches and caches cannot fit the mesh's devices together.
 
-    The figures are lower bounds (`least_bytes`), so what passes may still not fit; what is refused never does.
+    The figures are lower bounds (`least_bytes`), so what passes may still not fit.
 
     Raises:
         ValueError: says what is needed for what, what there is, and which fields to change.
     """
-    capacity = mesh_bytes(mesh)
-    for stage, parts in least_bytes(config, model, prompt_size).items():
+    config, capacity = setup.config, mesh_bytes(make_mesh(setup.config.mesh))
+    sizes = (
+        f"data.prompts_per_batch ({config.data.prompts_per_batch}), rollout.group_size ({config.rollout.group_size})"
+        f" or rollout.max_completion_tokens ({config.rollout.max_completion_tokens})"
+    )
+    remedies = {
+        "caches": f"lower {sizes}",
+        "activations": f"lower {sizes}, or raise train.micro_batches ({config.train.micro_batches})",
+    }
+    for stage, parts in least_bytes(setup).items():
         if sum(parts.values()) <= capacity:
             continue
-        listed = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in parts.items())
-        most = max(parts, key=lambda name: parts[name])
-        remedy = {
-            "caches": f"lower {SIZES}",
-            "activations": f"lower {SIZES}, or raise train.micro_batches",
-        }.get(
-            most, "train adapters (lora.rank), spread the model over more devices (mesh), or take a smaller model.name"
-        )
+        listed = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
+        smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.model ({config.mesh.model})"
+        remedy = remedies.get(max(parts, key=lambda name: parts[name]), f"{smaller} or take a smaller model.name")
         raise ValueError(
-            f"{stage} need at least {sum(parts.values()) / 1e9:.1f} GB ({listed});"
-            f" there are {capacity / 1e9:.1f} GB: {remedy}"
+            f"{stage} need at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
         )
 
 
-def least_bytes(config: Config, model: ModelConfig, prompt_size: int) -> dict[str, dict[str, float]]:
-    """Bytes that rollouts and updates cannot do without, by what holds them.
+def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
+    """Bytes that rollouts and updates cannot do without, on all devices together, by what holds them.
 
-    Caches are keys and values of all layers, for a run ends by timing the full model too; activations are each
-    layer's input, of every token of a micro-batch.
+    Weights, their moments and gradients lie once on each share of the batch (`mesh.data`). Caches are keys and values
+    of all layers, for a run ends by timing the full model too; activations are each layer's input, of every token of
+    a micro-batch whose completions take all their tokens.
     """
-    prompts, group, size = (
-        config.data.prompts_per_batch,
-        config.rollout.group_size,
-        config.rollout.max_completion_tokens,
-    )
+    config, model = setup.config, setup.model.config
+    prompts, group = config.data.prompts_per_batch, config.rollout.group_size
+    own = group * (config.rollout.max_completion_tokens - 1)  # of a prompt's completions; the last is never fed
     item = jnp.dtype(config.model.dtype).itemsize
-    count = sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    count = config.mesh.data * sum(math.prod(shape) for shape in parameter_shapes(model).values())
     weights = float(count * item)
     moments = 0.0 if config.lora.rank else 2.0 * weights
-    copy = 0 if config.rollout.weights == "target" else count * jnp.dtype(config.rollout.weights).itemsize
-    tokens = prompt_size + group * (size - 1)  # of a prompt and its completions; the last ones are never fed
-    token_cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * item
+    is_copied = config.rollout.weights != "target"
+    copy = count * jnp.dtype(config.rollout.weights).itemsize if is_copied else 0
+    token_cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * (2 if is_copied else item)
+    shared = setup.shared_prefix
+    tokens = shared + prompts // config.train.micro_batches * (setup.prompt_size - shared + own)
     rollouts = {
         "weights": weights + copy,
         "optimizer": moments,
-        "caches": float(token_cache * prompts * tokens),
+        "caches": float(token_cache * prompts * (setup.prompt_size + own)),
     }
     updates = {
         "weights": weights + copy,
         "optimizer": moments,
         "gradient": 0.0 if config.lora.rank else weights,
-        "activations": float(4 * prompts // config.train.micro_batches * tokens * model.num_layers * model.width),
+        "activations": float(4 * tokens * model.num_layers * model.width),
     }
     return {"rollouts": rollouts, "updates": updates}
 
@@ -83,3 +84,7 @@ def mesh_bytes(mesh: Mesh) -> float:
     if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return math.inf  # not known
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"

@@ -22,13 +22,13 @@ from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonst
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
 from nested_reft.models.lora import add_lora
+from nested_reft.models.parameters import initial_parameters, parameter_axes
 from nested_reft.models.registry import load_model, resolve_model
-from nested_reft.models.transformer import Transformer, initial_parameters, parameter_axes
+from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import check_answers
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 from nested_reft.train.config import Config, find_data_file
-from nested_reft.train.memory import check_memory
 from nested_reft.train.step import create_train_state
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,6 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
     size = prompt_size([len(example.tokens) for examples in train for example in examples])
-    check_memory(config, model.config, size, make_mesh(config.mesh))
     return Setup(
         config=config,
         model=model,

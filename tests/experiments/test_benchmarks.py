@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmarks import peers, rollouts, updates, worker
+from experiments.benchmarks import compaction, peers, rollouts, updates, worker
 from experiments.benchmarks.common import disturbance, measured
 from experiments.benchmarks.floors import (
     Ceilings,
@@ -23,6 +23,7 @@ from experiments.benchmarks.floors import (
     update_tokens,
 )
 from experiments.benchmarks.peers import Skipped, System
+from experiments.benchmarks.stages import Stage, breakdown_table, with_rest
 from experiments.benchmarks.worker import Case, Spec
 from tests.tiny_models import TINY
 
@@ -73,8 +74,12 @@ def test_update_tokens_and_floor():
     case = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
     assert update_tokens(case, shared_prompt=True) == 8 * 53 + 64 * 12 == 1192
     assert update_tokens(case, shared_prompt=False) == 64 * 65
-    assert update_floor(10, 1192, flops=60.0) == 1192
-    assert update_floor(10, 1192, flops=60.0, trains_all=False) == pytest.approx(1192 * 4 / 6)
+    layers, head = 5 * 2688 * (2 * 4 + 6 * 4), 496 * 6 * 5  # not 6 x 5 completion tokens, not 38 through the head
+    assert (layers, head) == (430_080, 14_880)
+    found = update_floor(TINY, CASE, compute_bound(38))
+    assert found == {"layers": layers, "head": head, "backward": 2 * (layers + head)}
+    adapters = update_floor(TINY, CASE, compute_bound(38), trains_all=False)
+    assert adapters == found | {"backward": layers + head}  # no gradients of the weights
 
 
 def test_decode_rate_leaves_the_first_token_out():
@@ -116,27 +121,55 @@ def test_calls_that_shared_the_machine_are_named():
 
 
 def test_nested_share_is_the_speedup_over_the_floors():
+    """Of 5 layers: 5 x 86,016 + head 14,880 + draws 5 x 83,040 = 860,160; of 3: 688,128; so 1.25 is predicted."""
     rows = [
         row(rollouts.OURS, "float32", seconds=4.0, tokens_per_second=10.0),
         row(rollouts.OURS, "float32", Case(2, 3, 4, 5, 0.4), seconds=2.0, tokens_per_second=20.0),
     ]
-    (found,) = rollouts.nested_rows(TINY, CASE, compute_bound, rows)
+    (found,) = rollouts.nested_rows(TINY, CASE, compute_bound, 83_040, rows)
     assert (found["kept"], found["speedup"]) == (3, 2.0)
-    assert found["share"] == pytest.approx(2.0 / found["predicted"])
+    assert found["predicted"] == pytest.approx(1.25) and found["share"] == pytest.approx(1.6)
 
 
 def test_update_ratios_and_share_of_the_floor():
-    case = Case(8, 8, 53, 12)
+    """The floor is 444,960 forward (see above) and twice that backward, once for adapters."""
     rows = [
-        row(updates.OURS, "float32", case, seconds=4.0),
-        row(updates.OURS, "float32 LoRA", case, seconds=2.0),
-        row(updates.PLAIN, "float32", case, seconds=10.0),
+        row(updates.OURS, "float32", seconds=2_669_760.0),
+        row(updates.OURS, "float32 LoRA", seconds=1_779_840.0),
+        row(updates.PLAIN, "float32", seconds=6_674_400.0),
     ]
-    ours, lora, plain = updates.compared(rows, TINY, {"float32": 1e9})
-    assert plain["ours_float32_ratio"] == plain["ours_best_ratio"] == 2.5  # adapters are no full update
-    assert plain["tokens"] == 4160 and plain["share_of_floor"] is None
-    assert ours["share_of_floor"] == ours["floor_seconds"] / 4
-    assert lora["floor_seconds"] == pytest.approx(ours["floor_seconds"] * 4 / 6)
+    ours, lora, plain = updates.compared(rows, TINY, compute_bound(38))
+    assert (ours["tokens"], ours["floor_seconds"], ours["share_of_floor"]) == (38, 1_334_880, 0.5)
+    assert (lora["tokens"], lora["floor_seconds"], lora["share_of_floor"]) == (38, 889_920, 0.5)
+    assert (plain["tokens"], plain["floor_seconds"], plain["share_of_floor"]) == (54, None, None)
+    assert plain["ours_float32_ratio"] == 2.5  # adapters are no full update
+
+
+def test_stages_and_what_they_leave_of_the_whole():
+    whole = {"seconds": 8.0, "compile_seconds": 1.5, "compilations": 3, "peak_bytes": 2_500_000_000}
+    found = with_rest("call", whole, [Stage("layers", 4.0, 2.0), Stage("sampling", 5.0)])
+    assert found.stages[-1] == Stage("the rest", -1.0)  # stages that the compiler fuses take less than alone
+    lines = breakdown_table(found).splitlines()
+    assert [line.split() for line in lines[2:-1]] == [
+        ["layers", "4.000", "0.50", "2.000", "0.50"],
+        ["sampling", "5.000", "0.62", "-", "-"],
+        ["the", "rest", "-1.000", "-0.12", "-", "-"],
+        ["whole", "8.000", "1.00", "2.000", "0.25"],
+    ]
+    assert lines[-1] == "compiled in 1.5 s (3 programs); peak 2.5 GB"
+
+
+def test_stop_tokens_are_a_fixed_share_of_the_vocabulary():
+    found = compaction.stop_ids(480, 1 / 16)
+    assert found == compaction.stop_ids(480, 1 / 16) and len(set(found)) == 30 and max(found) < 480
+    assert max(found) - min(found) > 240  # from all over it
+
+
+def test_compaction_table_pairs_rows_without_and_with():
+    common = {"case": CASE, "stop_share": 1 / 16, "mean_length": 3.25, "longest": 5}
+    rows = [common | {"seconds": 3.0, "first_seconds": 9.0}, common | {"seconds": 2.0, "first_seconds": 14.0}]
+    line = compaction.compaction_table(rows).splitlines()[-1]
+    assert line.split() == ["5", "0.062", "3.2", "5", "3.00", "2.00", "1.50x", "9.0", "14.0"]
 
 
 def test_spec_round_trip_and_prompts_are_the_same_for_everybody():
@@ -168,7 +201,7 @@ def test_a_peer_that_cannot_start_is_skipped_with_its_reason(capsys):
     assert "absent system, float32: skipped: " in capsys.readouterr().out
     assert len(rows) == 2 and all("no_such_worker" in row["skipped"] for row in rows)
     assert "skipped: " in rollouts.speed_table([CASE], rows) and "skipped: " in updates.update_table(
-        updates.compared(rows, TINY, {})
+        updates.compared(rows, TINY, compute_bound(38))
     )
 
 

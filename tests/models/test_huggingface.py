@@ -22,7 +22,8 @@ from nested_reft.models.huggingface import (
     save_huggingface,
 )
 from nested_reft.models.lora import LoraConfig, add_lora
-from nested_reft.models.transformer import Transformer, initial_parameters
+from nested_reft.models.parameters import initial_parameters
+from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer
 from tests.models.reference_models import (
     CASES,

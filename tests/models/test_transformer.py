@@ -9,7 +9,8 @@ from flax import nnx
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig, add_lora, merge_lora
-from nested_reft.models.transformer import Transformer, initial_parameters, parameter_shapes
+from nested_reft.models.parameters import initial_parameters, parameter_shapes
+from nested_reft.models.transformer import Transformer
 from nested_reft.types import valid_mask
 from tests.tiny_models import TINY, forward, tiny_model, tiny_prompts
 

@@ -1,7 +1,5 @@
 """Rollouts: cached decoding against uncached forward passes, stopping, padding, compile counts."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,8 @@ import pytest
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.metrics import CompileCounter
-from nested_reft.models.transformer import Transformer, parameter_axes, parameter_shapes
+from nested_reft.models.parameters import parameter_axes
+from nested_reft.models.transformer import Transformer
 from nested_reft.rollout import generate as generate_module
 from nested_reft.rollout.generate import completion_logprobs, generate, right_padded
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
@@ -98,10 +97,41 @@ def test_rows_end_at_their_stop_token(key):
         assert (row[end:] == 0).all() and (logprob[b, g, end:] == 0).all()
 
 
-def test_loop_ends_when_every_row_is_done(key):
+@pytest.fixture
+def decoded_rows(monkeypatch):
+    """Rows of every decoding step that runs, in order, `[prompts, completions]`."""
+    shapes = []
+    decode = Transformer.decode
+
+    def counted(model, token_BG, *inputs):
+        jax.debug.callback(lambda: shapes.append(token_BG.shape), ordered=True)
+        return decode(model, token_BG, *inputs)
+
+    monkeypatch.setattr(Transformer, "decode", counted)
+    generate.clear_cache()
+    yield shapes
+    generate.clear_cache()
+
+
+def test_loop_ends_when_every_row_is_done(key, decoded_rows):
     """With every token a stop token, one token per row is all there is."""
     result = rollout(tiny_model(), key, stop_ids=jnp.arange(31))
-    assert jnp.all(result.length_BG == 1) and jnp.all(result.finished_BG)
+    jax.effects_barrier()
+    assert jnp.all(result.length_BG == 1) and jnp.all(result.finished_BG) and not decoded_rows
+    rollout(tiny_model(), key, stop_ids=jnp.array([-1]), size=6)
+    jax.effects_barrier()
+    assert decoded_rows == [(3, 4)] * 5
+
+
+def test_finished_rows_are_dropped_on_the_way(key, decoded_rows):
+    """Each decoding step takes the smallest shape that holds the rows still running."""
+    result = rollout(tiny_model(), key, stop_ids=jnp.array([3, 8]), size=40)
+    jax.effects_barrier()
+    expected = []
+    for step in range(1, int(result.length_BG.max())):
+        running_B = (np.asarray(result.length_BG) > step).sum(axis=1)
+        expected.append((3, 1) if running_B.max() <= 1 else (3, 2) if running_B.max() <= 2 else (3, 4))
+    assert decoded_rows == expected and len(set(expected)) > 1
 
 
 def test_stopping_does_not_change_what_came_before(key):
@@ -185,23 +215,6 @@ def test_blocks_of_positions_change_neither_logprobs_nor_gradient(key, monkeypat
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), (gradient, blocks), (whole_gradient, whole)
     )
-
-
-def test_logits_of_all_tokens_never_exist():
-    """With Qwen's vocabulary, an update's peak memory stays under the size of one [N, C, V] array."""
-    config = dataclasses.replace(TINY, vocab_size=151_936)
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameter_shapes(config).items()}
-    rows, size = (8, 8), 32
-    integers = jax.ShapeDtypeStruct((8, 4), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
-
-    def loss(parameters, prompt_BP, length_B, tokens_BGC):
-        logprob, entropy = completion_logprobs(Transformer(config, parameters), prompt_BP, length_B, tokens_BGC, 1.0)
-        return logprob.sum(), entropy
-
-    tokens_BGC = jax.ShapeDtypeStruct((*rows, size), jnp.int32)
-    memory = jax.jit(jax.grad(loss, has_aux=True)).lower(shapes, *integers, tokens_BGC).compile().memory_analysis()
-    all_logits = rows[0] * rows[1] * size * config.vocab_size * 4
-    assert memory.temp_size_in_bytes < 0.7 * all_logits
 
 
 def test_completions_of_one_token_can_be_scored():

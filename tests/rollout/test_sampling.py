@@ -11,6 +11,7 @@ from nested_reft.rollout.sampling import (
     draw_categorical,
     row_uniforms,
     sample_token,
+    tempered,
     token_logprob,
     truncated,
 )
@@ -56,7 +57,8 @@ def test_logprob_is_that_of_the_tempered_softmax(temperature):
     logits = np.random.default_rng(1).normal(size=(3, 11)).astype(np.float32) * 3
     token = np.array([0, 5, 10])
     expected = [np.log(slow_softmax(row / temperature)[t]) for row, t in zip(logits, token, strict=True)]
-    np.testing.assert_allclose(token_logprob(jnp.asarray(logits), jnp.asarray(token), temperature), expected, rtol=1e-5)
+    logprob = token_logprob(tempered(jnp.asarray(logits), temperature), jnp.asarray(token))
+    np.testing.assert_allclose(logprob, expected, rtol=1e-5)
 
 
 def test_sampled_logprob_is_of_the_distribution_that_was_drawn_from(key):

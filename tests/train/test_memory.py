@@ -4,38 +4,63 @@ import dataclasses
 
 import pytest
 
+from nested_reft.cli import main
 from nested_reft.models.config import ModelConfig
-from nested_reft.sharding import make_mesh
+from nested_reft.models.parameters import initial_parameters
+from nested_reft.models.transformer import Transformer
+from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.train import memory
 from nested_reft.train.config import load_config
 from nested_reft.train.memory import check_memory, least_bytes
+from nested_reft.train.setup import Setup, prepare
 
 SHAPE = ModelConfig(
     vocab_size=100, num_layers=4, width=12, hidden_width=20, num_heads=2, num_kv_heads=1, head_size=4, max_positions=64
 )
+# Embedding 1200, final norm 12; a layer: norms 24, query 96, key and value 48 each, output 96, MLP 720.
+WEIGHTS = 4 * (1200 + 12 + 4 * (24 + 96 + 96 + 96 + 720))
 
 
-def config(prompts=2, group=3, size=5, micro_batches=1):
-    tiny = load_config("tiny")
-    return dataclasses.replace(
-        tiny,
-        data=dataclasses.replace(tiny.data, prompts_per_batch=prompts),
-        rollout=dataclasses.replace(tiny.rollout, group_size=group, max_completion_tokens=size),
-        train=dataclasses.replace(tiny.train, micro_batches=micro_batches),
-    )
+@pytest.fixture(scope="module")
+def tiny_setup() -> Setup:
+    return prepare(load_config("tiny"))
 
 
-def test_least_bytes_by_hand():
-    parts = least_bytes(config(), SHAPE, prompt_size=8)
-    # Embedding 1200, final norm 12; a layer: norms 24, query 96, key and value 48 each, output 96, MLP 720.
-    weights = 4 * (1200 + 12 + 4 * (24 + 96 + 96 + 96 + 720))
+@pytest.fixture
+def setup_of(tiny_setup, key):
+    """Setups of SHAPE with prompts of 8 tokens and the sizes given."""
+    model = Transformer(SHAPE, initial_parameters(SHAPE, key))
+
+    def make(prompts=2, group=3, size=5, micro_batches=1, weights="target", data=1, shared_prefix=0) -> Setup:
+        tiny = tiny_setup.config
+        config = dataclasses.replace(
+            tiny,
+            data=dataclasses.replace(tiny.data, prompts_per_batch=prompts),
+            rollout=dataclasses.replace(tiny.rollout, group_size=group, max_completion_tokens=size, weights=weights),
+            train=dataclasses.replace(tiny.train, micro_batches=micro_batches),
+            mesh=MeshConfig(data=data),
+        )
+        return dataclasses.replace(tiny_setup, config=config, model=model, prompt_size=8, shared_prefix=shared_prefix)
+
+    return make
+
+
+def test_least_bytes_by_hand(setup_of):
+    parts = least_bytes(setup_of())
     tokens = 2 * (8 + 3 * 4)
-    assert parts["rollouts"] == {"weights": weights, "optimizer": 2 * weights, "caches": 2 * 4 * 4 * 4 * tokens}
+    assert parts["rollouts"] == {"weights": WEIGHTS, "optimizer": 2 * WEIGHTS, "caches": 2 * 4 * 4 * 4 * tokens}
     assert parts["updates"]["activations"] == tokens * 4 * 12 * 4
-    rounded = config()
-    rounded = dataclasses.replace(rounded, rollout=dataclasses.replace(rounded.rollout, weights="bfloat16"))
-    assert least_bytes(rounded, SHAPE, 8)["rollouts"]["weights"] == weights + weights // 2  # the target and its copy
-    assert least_bytes(config(micro_batches=2), SHAPE, 8)["updates"]["activations"] == tokens // 2 * 4 * 12 * 4
+
+
+def test_what_changes_the_bound(setup_of):
+    copied = least_bytes(setup_of(weights="bfloat16"))["rollouts"]
+    assert copied["weights"] == WEIGHTS + WEIGHTS // 2  # the target and its copy
+    assert copied["caches"] == 2 * 4 * 4 * 2 * 2 * (8 + 3 * 4)  # in bfloat16, too
+    assert least_bytes(setup_of(micro_batches=2))["updates"]["activations"] == (8 + 3 * 4) * 4 * 12 * 4
+    shared = least_bytes(setup_of(shared_prefix=6))["updates"]["activations"]
+    assert shared == (6 + 2 * (2 + 3 * 4)) * 4 * 12 * 4  # the common tokens run once
+    replicated = least_bytes(setup_of(data=2))["updates"]
+    assert replicated["weights"] == replicated["gradient"] == 2 * WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -43,18 +68,28 @@ def test_least_bytes_by_hand():
     [
         (
             {"prompts": 2000, "size": 5000, "micro_batches": 2000},
-            "rollouts need at least .* caches .* lower data.prompts_per_batch",
+            r"rollouts need at least .* caches .* lower data.prompts_per_batch \(2000\), .*_tokens \(5000\)",
         ),
-        ({"prompts": 100, "size": 500}, "updates need at least .* activations .* raise train.micro_batches"),
-        ({}, "rollouts need at least 0.0 GB .* there are 0.0 GB: train adapters"),
+        ({"prompts": 100, "size": 500}, r"updates need at least .* activations .* raise train.micro_batches \(1\)"),
+        ({}, r"rollouts need at least 0.069 MB .* there are 0.01 MB: train adapters"),
     ],
 )
-def test_what_cannot_fit_is_refused(sizes, message, monkeypatch):
+def test_what_cannot_fit_is_refused(sizes, message, setup_of, monkeypatch):
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 2.5e7 if sizes else 1e4)
     with pytest.raises(ValueError, match=message):
-        check_memory(config(**sizes), SHAPE, 8, make_mesh(config().mesh))
+        check_memory(setup_of(**sizes))
 
 
-def test_what_fits_passes():
-    check_memory(config(), SHAPE, 8, make_mesh(config().mesh))
-    assert memory.mesh_bytes(make_mesh(config().mesh)) > 1e9
+def test_what_fits_passes(setup_of):
+    check_memory(setup_of())
+    assert memory.mesh_bytes(make_mesh(MeshConfig())) > 1e9
+
+
+def test_only_training_is_refused(tmp_path, monkeypatch, capsys):
+    """An evaluation holds no moments, gradients or batches of a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 1e4)
+    assert main(["train", "tiny"]) == 2
+    assert "rollouts need at least" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    prepare(load_config("tiny"))

@@ -1,0 +1,80 @@
+"""A model's parameters: their names, shapes and logical axes, and fresh values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nested_reft.models.config import ModelConfig
+
+Parameters = dict[str, Any]
+
+
+def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Names of the model's parameters and the logical axes of each.
+
+    The one table behind initialisation, sharding and weight formats. Layer parameters carry a
+    leading `layer` axis and are named `layers/<name>`.
+    """
+    axes: dict[str, tuple[str, ...]] = {
+        "embedding": ("vocab", "width"),
+        "final_norm": ("norm",),
+        "layers/attention_norm": ("layer", "norm"),
+        "layers/query": ("layer", "width", "heads"),
+        "layers/key": ("layer", "width", "kv_heads"),
+        "layers/value": ("layer", "width", "kv_heads"),
+        "layers/output": ("layer", "heads", "width"),
+        "layers/mlp_norm": ("layer", "norm"),
+        "layers/gate": ("layer", "width", "hidden"),
+        "layers/up": ("layer", "width", "hidden"),
+        "layers/down": ("layer", "hidden", "width"),
+    }
+    if not config.tied_embeddings:
+        axes["head"] = ("vocab", "width")
+    if config.qkv_bias:
+        axes["layers/query_bias"] = ("layer", "heads")
+        axes["layers/key_bias"] = ("layer", "kv_heads")
+        axes["layers/value_bias"] = ("layer", "kv_heads")
+    if config.qk_norm:
+        axes["layers/query_norm"] = ("layer", "head_size")
+        axes["layers/key_norm"] = ("layer", "head_size")
+    return axes
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter named in `parameter_axes`."""
+    size = {
+        "vocab": config.vocab_size,
+        "width": config.width,
+        "norm": config.width,
+        "hidden": config.hidden_width,
+        "heads": config.num_heads * config.head_size,
+        "kv_heads": config.num_kv_heads * config.head_size,
+        "head_size": config.head_size,
+        "layer": config.num_layers,
+    }
+    return {name: tuple(size[axis] for axis in axes) for name, axes in parameter_axes(config).items()}
+
+
+def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Parameters:
+    """Fresh parameters: norms one, biases zero, matrices normal with standard deviation
+    1 / sqrt(fan in), those that write to the residual stream scaled by 1 / sqrt(2 L) more.
+    """
+    parameters: Parameters = {}
+    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
+        leaf = name.removeprefix("layers/")
+        if leaf.endswith("norm"):
+            value = jnp.ones(shape, dtype)
+        elif leaf.endswith("bias"):
+            value = jnp.zeros(shape, dtype)
+        else:
+            fan_in = shape[-1] if leaf in ("embedding", "head") else shape[-2]
+            scale = 1 / math.sqrt(fan_in)
+            if leaf in ("output", "down"):
+                scale /= math.sqrt(2 * config.num_layers)
+            value = (scale * jax.random.normal(jax.random.fold_in(key, index), shape)).astype(dtype)
+        parameters[name] = value
+    return parameters

@@ -1,0 +1,67 @@
+"""Prompts on their way through the layers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.layer import KeyValues, attend, finish_layer, project_qkv, rope
+from nested_reft.models.parameters import Parameters
+
+
+class PromptPass:
+    """One stream of tokens, or two where all prompts begin with the same ones.
+
+    A system message and demonstrations are often most of a prompt. As a stream `[1, 1, Q, D]` of their own
+    they run once per batch; what is left of each prompt, `[B, 1, P - Q, D]`, attends to their keys.
+    """
+
+    def __init__(self, config: ModelConfig, valid_BP: Bool[Array, "B P"], shared_prefix: int):
+        self._config, self._batch, self._size = config, valid_BP.shape[0], shared_prefix
+        rotation = rope(config, _positions(valid_BP)[:, None])
+        self._rotations = self.split(rotation[0]), self.split(rotation[1])
+        masks = _causal_mask(valid_BP[:, shared_prefix:]), _causal_mask(jnp.ones((1, shared_prefix), bool))
+        self._masks = masks if shared_prefix else masks[:1]
+
+    def split(self, x_B1PD: Float[Array, "B 1 P D"]) -> tuple[Array, ...]:
+        """The stream of each prompt's own tokens and, if they share any, that of the shared ones."""
+        own, shared = x_B1PD[:, :, self._size :], x_B1PD[:1, :, : self._size]
+        return (own, shared) if self._size else (own,)
+
+    def join(self, streams: tuple[Array, ...]) -> Float[Array, "B P D"]:
+        """The inverse of `split`."""
+        own, *shared = (stream[:, 0] for stream in streams)
+        return jnp.concatenate([self._repeat(shared[0]), own], axis=1) if shared else own
+
+    def layer(self, layer: Parameters, streams: tuple[Array, ...]) -> tuple[tuple[Array, ...], KeyValues]:
+        """One layer: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts."""
+        own, *shared = zip(streams, zip(*self._rotations, strict=True), self._masks, strict=True)
+        if not shared:
+            own, keys_values = self._stream(layer, *own)
+            return (own,), keys_values
+        prefix, prefix_keys = self._stream(layer, *shared[0])
+        prefix_keys = jax.tree.map(self._repeat, prefix_keys)
+        own, keys_values = self._stream(layer, *own, prefix_keys)
+        whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), prefix_keys, keys_values)
+        return (own, prefix), whole
+
+    def _stream(self, layer, x, rotation, mask, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
+        query, keys_values = project_qkv(self._config, layer, x, rotation)
+        prefix = [] if shared is None else [(shared, jnp.ones((), bool))]
+        attended = attend(query, (keys_values, mask), *prefix)
+        return finish_layer(self._config, layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
+
+    def _repeat(self, x: Array) -> Array:
+        return jnp.broadcast_to(x, (self._batch, *x.shape[1:]))
+
+
+def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each valid token among the valid ones: padding on either side does not count."""
+    return jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0)
+
+
+def _causal_mask(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+    size = valid_BT.shape[-1]
+    return (jnp.tril(jnp.ones((size, size), bool)) & valid_BT[:, None, :])[:, None]
