@@ -113,6 +113,9 @@ def topology_devices(topology: str) -> list[Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     if find_spec("libtpu") is None:
         reason = "the compiler is not installed (pip install 'nested_reft[tpu]', or pip install libtpu)"
+    generation, _, size = topology.partition(":")
+    if size not in KNOWN_TOPOLOGIES.get(generation, ()):
+        reason = f"not a topology that is known here, and {reason}"
     known = ", ".join(f"{generation}:{shape}" for generation, shapes in KNOWN_TOPOLOGIES.items() for shape in shapes)
     raise ValueError(f"--topology is '{topology}', which cannot be compiled for: {reason}; known are {known}")
 
@@ -267,7 +270,15 @@ def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Trans
 
 
 def _cost(program: str, layers: int, dtype: Any, function: Any, arguments: tuple, floor_bytes: float | None) -> Cost:
-    compiled = function.lower(*arguments).compile()
+    try:
+        compiled = function.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"the {program} of {layers} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
+            " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.model"
+        ) from None
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Cost(
         program=program,

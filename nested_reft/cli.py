@@ -365,9 +365,12 @@ def _compile(arguments: list[str]) -> None:
         topology_mesh,
         update_cost,
     )
+    from nested_reft.models.parameters import parameter_axes, parameter_shapes
     from nested_reft.models.registry import model_shape
     from nested_reft.report import cost_table
+    from nested_reft.sharding import check_divisible
     from nested_reft.train.config import load_config
+    from nested_reft.train.setup import check_positions
 
     parser = _parser("compile", "Compiles one decode step, full and nested, and one update for a TPU topology.")
     parser.add_argument("config", help="the configuration whose shapes to use; overrides follow as --FIELD VALUE")
@@ -382,7 +385,9 @@ def _compile(arguments: list[str]) -> None:
         name = known.model or config.model.name
         shape = config.model.shape if name == "scratch" else model_shape(name)
         config.nesting.validate_for(shape.num_layers)
+        check_positions(config, shape)
         mesh = topology_mesh(known.topology, config.mesh)
+        check_divisible(parameter_shapes(shape), parameter_axes(shape), mesh)
         devices = topology_devices(known.topology)
     workload = Workload(
         prompts=config.data.prompts_per_batch,
@@ -391,9 +396,10 @@ def _compile(arguments: list[str]) -> None:
         completion_tokens=config.rollout.max_completion_tokens,
     )
     num_kept = shape.num_layers - config.nesting.num_skipped(shape.num_layers)
-    costs = [decode_cost(shape, workload, mesh), decode_cost(shape, workload, mesh, num_kept)]
-    if not known.no_update:
-        costs.append(update_cost(shape, workload, mesh, config))
+    with _checking_input():
+        costs = [decode_cost(shape, workload, mesh), decode_cost(shape, workload, mesh, num_kept)]
+        if not known.no_update:
+            costs.append(update_cost(shape, workload, mesh, config))
     results = [cost.to_json() for cost in costs]
     unit = device_unit(devices)
     programs = ", ".join({cost.program: f"{cost.program} in {cost.dtype}" for cost in costs}.values())
@@ -481,8 +487,10 @@ def _check_seed(seed: int) -> None:
 
 
 def _check_writable(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"cannot write '{path}': name a file in a directory that exists")
+    from nested_reft.metrics import check_writable
+
+    if path is not None:
+        check_writable(path)
 
 
 def _write_json(path: Path | None, value: Any) -> None:

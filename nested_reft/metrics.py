@@ -93,6 +93,18 @@ class RunDirectory:
             file.close()
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written, before the work whose result it is to hold."""
+    trial = path.with_name(f"{path.name}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError):
+        raise ValueError(f"cannot write '{path}': name a file in a directory that exists and can be written") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that `path` is never half written."""
     partial = path.with_name(path.name + ".partial")

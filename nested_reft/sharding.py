@@ -69,17 +69,22 @@ def shard_parameters(
     Raises:
         ValueError: a split axis is not a multiple of the mesh axis.
     """
-    placed = {}
-    for name, value in parameters.items():
-        spec = partition_spec(axes[name])
-        for size, logical, mesh_axis in zip(value.shape, axes[name], spec, strict=True):
+    check_divisible({name: value.shape for name, value in parameters.items()}, axes, mesh)
+    return {
+        name: jax.device_put(value, NamedSharding(mesh, partition_spec(axes[name])))
+        for name, value in parameters.items()
+    }
+
+
+def check_divisible(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str, ...]], mesh: Mesh) -> None:
+    """Refuses a mesh that does not split each named parameter evenly."""
+    for name, shape in shapes.items():
+        for size, logical, mesh_axis in zip(shape, axes[name], partition_spec(axes[name]), strict=True):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 raise ValueError(
                     f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, but '{name}' has {size} along '{logical}';"
                     " the first must divide the second"
                 )
-        placed[name] = jax.device_put(value, NamedSharding(mesh, spec))
-    return placed
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

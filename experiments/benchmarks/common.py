@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
 from experiments.benchmarks.worker import Case, Spec
-from nested_reft.metrics import versions, write_json
+from nested_reft.metrics import check_writable, versions, write_json
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, model_shape, resolve_model
@@ -51,6 +51,8 @@ def exported_model() -> tuple[ModelConfig, str, str]:
 
 def use_threads(threads: int) -> None:
     """Holds this process, and all that it starts, to that many cores: JAX takes what it may run on."""
+    if threads > (os.cpu_count() or threads):
+        sys.exit(f"error: --threads is {threads}; this machine has {os.cpu_count()} cores")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
@@ -118,7 +120,8 @@ def _positive(text: str) -> int:
 
 
 def _writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write '{path}': name a file in a directory that exists")
-    return path
+    try:
+        check_writable(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.worker import Spec
-from nested_reft.command import HUGE_PAGES, TUNABLES
 
 ROOT = Path(__file__).parents[2]
 PEERS_DIRECTORY = ROOT / ".peers"
@@ -123,10 +122,9 @@ def run_limited(
 
 
 def _worker_environment(threads: int) -> dict[str, str]:
-    """This environment with every library's thread count set, JAX taking its cores, and huge pages for all."""
+    """This environment with every library's thread count set; JAX takes the cores it may run on."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
-        TUNABLES: os.environ.get(TUNABLES, HUGE_PAGES),
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),

@@ -63,6 +63,8 @@ def main() -> None:
         options.error("--new-tokens must be 2 or more and --prompt-tokens 1 or more")
     cases = [Case(*WORKLOADS[name], known.prompt_tokens, known.new_tokens) for name in known.workloads]
     shape, spec = spec_maker(known)
+    if known.prompt_tokens + known.new_tokens > shape.max_positions:
+        options.error(f"--prompt-tokens + --new-tokens must be at most {shape.max_positions}: the model's positions")
     for skip_ratio in known.skip_ratios:
         try:
             plan_of(skip_ratio, shape.num_layers)

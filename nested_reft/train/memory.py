@@ -23,27 +23,31 @@ def check_memory(setup: Setup) -> None:
         ValueError: says what is needed for what, what there is, and which fields to change.
     """
     config, capacity = setup.config, mesh_bytes(make_mesh(setup.config.mesh))
-    sizes = (
+    completions = f"rollout.max_completion_tokens ({config.rollout.max_completion_tokens})"
+    batch = (
         f"data.prompts_per_batch ({config.data.prompts_per_batch}), rollout.group_size ({config.rollout.group_size})"
-        f" or rollout.max_completion_tokens ({config.rollout.max_completion_tokens})"
     )
-    remedies = {
-        "caches": f"lower {sizes}",
-        "activations": f"lower {sizes}, or raise train.micro_batches ({config.train.micro_batches})",
+    samples = f"evaluation.samples_per_prompt ({config.evaluation.samples_per_prompt})"
+    sizes = {
+        "rollouts": f"lower {batch} or {completions}",
+        "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})",
+        "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}",
+        "warm start": f"lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
+    smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.model ({config.mesh.model})"
     for stage, parts in least_bytes(setup).items():
         if sum(parts.values()) <= capacity:
             continue
         listed = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
-        smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.model ({config.mesh.model})"
-        remedy = remedies.get(max(parts, key=lambda name: parts[name]), f"{smaller} or take a smaller model.name")
+        is_batch = max(parts, key=lambda name: parts[name]) in ("caches", "activations")
+        remedy = sizes[stage] if is_batch else f"{smaller} or take a smaller model.name"
         raise ValueError(
-            f"{stage} need at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
+            f"{stage} needs at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
         )
 
 
 def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
-    """Bytes that rollouts and updates cannot do without, on all devices together, by what holds them.
+    """Bytes that each stage cannot do without, on all devices together, by what holds them.
 
     Weights, their moments and gradients lie once on each share of the batch (`mesh.data`). Caches are keys and values
     of all layers, for a run ends by timing the full model too; activations are each layer's input, of every token of
@@ -58,13 +62,13 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     moments = 0.0 if config.lora.rank else 2.0 * weights
     is_copied = config.rollout.weights != "target"
     copy = count * jnp.dtype(config.rollout.weights).itemsize if is_copied else 0
-    token_cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * (2 if is_copied else item)
+    token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
     shared = setup.shared_prefix
     tokens = shared + prompts // config.train.micro_batches * (setup.prompt_size - shared + own)
     rollouts = {
         "weights": weights + copy,
         "optimizer": moments,
-        "caches": float(token_cache * prompts * (setup.prompt_size + own)),
+        "caches": float((2 if is_copied else item) * token_values * prompts * (setup.prompt_size + own)),
     }
     updates = {
         "weights": weights + copy,
@@ -72,7 +76,17 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         "gradient": 0.0 if config.lora.rank else weights,
         "activations": float(4 * tokens * model.num_layers * model.width),
     }
-    return {"rollouts": rollouts, "updates": updates}
+    evaluated = max(config.evaluation.samples_per_prompt, 1) * (config.rollout.max_completion_tokens - 1)
+    evaluation = {
+        "weights": weights,
+        "optimizer": moments,
+        "caches": float(item * token_values * config.evaluation.batch_size * (setup.prompt_size + evaluated)),
+    }
+    stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
+    if config.warm_start.steps:
+        tokens = config.warm_start.batch_size * setup.prompt_size
+        stages["warm start"] = updates | {"activations": float(4 * tokens * model.num_layers * model.width)}
+    return stages
 
 
 def mesh_bytes(mesh: Mesh) -> float:

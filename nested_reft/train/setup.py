@@ -21,6 +21,7 @@ from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
+from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import add_lora
 from nested_reft.models.parameters import initial_parameters, parameter_axes
 from nested_reft.models.registry import load_model, resolve_model
@@ -113,12 +114,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
         divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    if longest > model.config.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_completion_tokens is {longest};"
-            f" the model allows {model.config.max_positions} positions"
-        )
+    check_positions(config, model.config)
     train, heldout = (
         [
             encode_examples(lists[part], tokenizer, prompt, config.data.max_prompt_tokens, config.data.too_long, field)
@@ -141,6 +137,16 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         prompt_size=size,
         divergence_L=divergence_L,
     )
+
+
+def check_positions(config: Config, model: ModelConfig) -> None:
+    """Refuses sequences that are longer than the model allows."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if longest > model.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_completion_tokens is {longest};"
+            f" the model allows {model.max_positions} positions"
+        )
 
 
 def _without_held_out(

@@ -228,8 +228,7 @@ def test_completions_of_one_token_can_be_scored():
     assert len(set(np.asarray(one).ravel().tolist())) == 6
 
 
-@pytest.mark.parametrize("skipped", [(), (0, 2)])
-@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize(("skipped", "shared"), [((), 3), ((0, 2), 1)])
 def test_a_shared_prefix_run_once_changes_nothing(skipped, shared, key):
     model, plan = tiny_model(scale=1.0), LayerPlan.skipping(5, list(skipped))
     tokens_BP, length_B = tiny_prompts()

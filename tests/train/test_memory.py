@@ -68,16 +68,37 @@ def test_what_changes_the_bound(setup_of):
     [
         (
             {"prompts": 2000, "size": 5000, "micro_batches": 2000},
-            r"rollouts need at least .* caches .* lower data.prompts_per_batch \(2000\), .*_tokens \(5000\)",
+            r"rollouts needs at least .* caches .* lower data.prompts_per_batch \(2000\), .*_tokens \(5000\)",
         ),
-        ({"prompts": 100, "size": 500}, r"updates need at least .* activations .* raise train.micro_batches \(1\)"),
-        ({}, r"rollouts need at least 0.069 MB .* there are 0.01 MB: train adapters"),
+        ({"prompts": 100, "size": 500}, r"updates needs at least .* activations .* raise train.micro_batches \(1\)"),
+        ({}, r"rollouts needs at least 0.069 MB .* there are 0.01 MB: train adapters"),
     ],
 )
 def test_what_cannot_fit_is_refused(sizes, message, setup_of, monkeypatch):
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 2.5e7 if sizes else 1e4)
     with pytest.raises(ValueError, match=message):
         check_memory(setup_of(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("room", "change", "message"),
+    [
+        (
+            "warm_start",
+            {"steps": 1, "batch_size": 10**15},
+            r"warm start needs .* lower warm_start.batch_size \(10{15}\)",
+        ),
+        ("evaluation", {"samples_per_prompt": 10**8}, r"evaluation needs .* evaluation.samples_per_prompt \(10{8}\)"),
+        ("evaluation", {"batch_size": 10**12}, r"evaluation needs .* lower evaluation.batch_size \(10{12}\)"),
+    ],
+)
+def test_other_batches_that_cannot_fit_are_refused(room, change, message, setup_of, monkeypatch):
+    monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 1e8)
+    setup = setup_of()
+    changed = dataclasses.replace(getattr(setup.config, room), **change)
+    config = dataclasses.replace(setup.config, **{room: changed})
+    with pytest.raises(ValueError, match=message):
+        check_memory(dataclasses.replace(setup, config=config))
 
 
 def test_what_fits_passes(setup_of):
@@ -90,6 +111,6 @@ def test_only_training_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 1e4)
     assert main(["train", "tiny"]) == 2
-    assert "rollouts need at least" in capsys.readouterr().err
+    assert "rollouts needs at least" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     prepare(load_config("tiny"))
