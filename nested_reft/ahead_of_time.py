@@ -29,9 +29,10 @@ from nested_reft.models.lora import add_lora
 from nested_reft.models.parameters import parameter_axes, parameter_shapes
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
-from nested_reft.sharding import MeshConfig, partition_spec
+from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
 from nested_reft.train.config import Config
 from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.setup import check_positions
 from nested_reft.train.step import TrainState, create_train_state, make_update
 from nested_reft.types import TrainBatch
 
@@ -126,21 +127,47 @@ def device_unit(devices: Sequence[Any]) -> str:
     return "chip" if len(places) == len(devices) else "core"
 
 
-def topology_mesh(topology: str, mesh: MeshConfig) -> Mesh:
-    """A mesh over the first devices of a named TPU topology; see `topology_devices`.
+def topology_mesh(devices: Sequence[Any], mesh: MeshConfig) -> Mesh:
+    """A mesh over the first devices of a topology.
 
     Raises:
-        ValueError: the topology cannot be had, or the mesh has more devices than it.
+        ValueError: the mesh has more devices than the topology.
     """
-    devices = topology_devices(topology)
     needed = mesh.data * mesh.model
     if needed > len(devices):
         raise ValueError(
-            f"mesh.data x mesh.model is {mesh.data} x {mesh.model} = {needed} devices; '{topology}' has {len(devices)}"
+            f"mesh.data x mesh.model is {mesh.data} x {mesh.model} = {needed} devices; the topology has {len(devices)}"
         )
     return Mesh(
         np.array(devices[:needed]).reshape(mesh.data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
     )
+
+
+def configured_costs(training: Config, config: ModelConfig, devices: Sequence[Any], with_update: bool) -> list[Cost]:
+    """Costs of a configuration's decode step, full and nested, and of its update.
+
+    Args:
+        training: batch sizes, mesh, nesting, and what an update reads.
+        config: the model, which need not be the configuration's own.
+        devices: of `topology_devices`.
+        with_update: updates take longest to compile.
+
+    Raises:
+        ValueError: sequences, mesh or plan do not go with the model, or a program does not fit a device.
+    """
+    training.nesting.validate_for(config.num_layers)
+    check_positions(training, config)
+    mesh = topology_mesh(devices, training.mesh)
+    check_divisible(parameter_shapes(config), parameter_axes(config), mesh)
+    workload = Workload(
+        prompts=training.data.prompts_per_batch,
+        group_size=training.rollout.group_size,
+        prompt_tokens=training.data.max_prompt_tokens,
+        completion_tokens=training.rollout.max_completion_tokens,
+    )
+    num_kept = config.num_layers - training.nesting.num_skipped(config.num_layers)
+    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, num_kept)]
+    return [*costs, update_cost(config, workload, mesh, training)] if with_update else costs
 
 
 def decode_cost(

@@ -357,20 +357,10 @@ def _export(arguments: list[str]) -> None:
 
 
 def _compile(arguments: list[str]) -> None:
-    from nested_reft.ahead_of_time import (
-        Workload,
-        decode_cost,
-        device_unit,
-        topology_devices,
-        topology_mesh,
-        update_cost,
-    )
-    from nested_reft.models.parameters import parameter_axes, parameter_shapes
+    from nested_reft.ahead_of_time import configured_costs, device_unit, topology_devices
     from nested_reft.models.registry import model_shape
     from nested_reft.report import cost_table
-    from nested_reft.sharding import check_divisible
     from nested_reft.train.config import load_config
-    from nested_reft.train.setup import check_positions
 
     parser = _parser("compile", "Compiles one decode step, full and nested, and one update for a TPU topology.")
     parser.add_argument("config", help="the configuration whose shapes to use; overrides follow as --FIELD VALUE")
@@ -384,26 +374,12 @@ def _compile(arguments: list[str]) -> None:
         config = _override(load_config(known.config), overrides)
         name = known.model or config.model.name
         shape = config.model.shape if name == "scratch" else model_shape(name)
-        config.nesting.validate_for(shape.num_layers)
-        check_positions(config, shape)
-        mesh = topology_mesh(known.topology, config.mesh)
-        check_divisible(parameter_shapes(shape), parameter_axes(shape), mesh)
         devices = topology_devices(known.topology)
-    workload = Workload(
-        prompts=config.data.prompts_per_batch,
-        group_size=config.rollout.group_size,
-        prompt_tokens=config.data.max_prompt_tokens,
-        completion_tokens=config.rollout.max_completion_tokens,
-    )
-    num_kept = shape.num_layers - config.nesting.num_skipped(shape.num_layers)
-    with _checking_input():
-        costs = [decode_cost(shape, workload, mesh), decode_cost(shape, workload, mesh, num_kept)]
-        if not known.no_update:
-            costs.append(update_cost(shape, workload, mesh, config))
+        costs = configured_costs(config, shape, devices, with_update=not known.no_update)
     results = [cost.to_json() for cost in costs]
     unit = device_unit(devices)
     programs = ", ".join({cost.program: f"{cost.program} in {cost.dtype}" for cost in costs}.values())
-    print(f"{programs}, for {mesh.size} of {len(devices)} {unit}s of {known.topology}\n")
+    print(f"{programs}, for {config.mesh.data * config.mesh.model} of {len(devices)} {unit}s of {known.topology}\n")
     print(cost_table(results, unit))
     _write_json(known.json, results)
 

@@ -437,6 +437,7 @@ def group_gradients(
 @partial(jax.jit, static_argnums=0)
 def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, reference_XNGC, nested_XNGC, behavior_XNGC):
     def of_prompt(reward_NG, target_NGC, old_NGC, reference_NGC, nested_NGC, behavior_NGC):
+        """Of all groups of one prompt."""
         advantage_NG = group_advantages(reward_NG, jnp.ones(reward_NG.shape, bool), loss.advantage)
         num_groups = reward_NG.shape[0]
         batch = TrainBatch(
@@ -454,6 +455,8 @@ def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, referen
         return jax.vmap(of_group)(target_NGC, batch)
 
     def of_group(target_GC, group):
+        """The gradient with respect to one group's log-probabilities, and the sums behind its weights."""
+
         def loss_sum(target_BGC):
             total, parts = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
             return total.sum, (total.weight, parts)

@@ -127,8 +127,20 @@ def test_compile_says_for_what(monkeypatch, capsys):
     first, _, header, *_ = capsys.readouterr().out.splitlines()
     assert first == "decode step in bfloat16, for 2 of 4 chips of v5e:2x2"
     assert header.startswith("per chip")
-    with pytest.raises(ValueError, match=r"mesh.data x mesh.model is 4 x 2 = 8 devices; 'v5e:2x2' has 4"):
-        topology_mesh("v5e:2x2", MeshConfig(data=4, model=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh.data", "4", "--mesh.model", "2"], "mesh.data x mesh.model is 4 x 2 = 8 devices; the topology has 4"),
+        (["--mesh.model", "3"], "mesh.model is 3, but 'embedding' has 16 along 'vocab'; the first must divide"),
+        (["--rollout.max-completion-tokens", "100"], "is 116; the model allows 64 positions"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(ahead_of_time, "topology_devices", lambda topology: jax.devices()[:4])
+    assert main(["compile", "tiny", "--no-update", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_cores_that_are_devices_are_not_called_chips():
@@ -147,9 +159,17 @@ def test_the_known_topologies_can_be_had():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
 def test_compiles_for_a_tpu_that_is_not_here():
-    cost = decode_cost(TINY, WORKLOAD, topology_mesh("v5e:2x2", MeshConfig(data=2)), num_kept=3)
+    cost = decode_cost(TINY, WORKLOAD, topology_mesh(topology_devices("v5e:2x2"), MeshConfig(data=2)), num_kept=3)
     assert cost.bytes_accessed > cost.hbm_bytes > 0
     assert jax.devices()[0].platform == "cpu"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
+def test_a_program_that_does_not_fit_is_refused(capsys):
+    sizes = ["--data.prompts-per-batch", "10000000", "--data.max-prompt-tokens", "16"]
+    assert main(["compile", "tiny", "--no-update", "--topology", "v5e:1x1", *sizes]) == 2
+    message = capsys.readouterr().err
+    assert "the decode step of 6 layers does not fit: " in message and "lower data.prompts_per_batch" in message
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
@@ -159,7 +179,7 @@ def test_a_tpu_moves_little_more_than_the_floor(num_kept):
     wider because small stacks are prefetched whole."""
     config = dataclasses.replace(QWEN2_5_SHAPE, num_layers=8, vocab_size=16_384)
     workload = Workload(prompts=8, group_size=8, prompt_tokens=192, completion_tokens=64)
-    cost = decode_cost(config, workload, topology_mesh("v5e:2x2", MeshConfig()), num_kept)
+    cost = decode_cost(config, workload, topology_mesh(topology_devices("v5e:2x2"), MeshConfig()), num_kept)
     assert cost.floor_bytes is not None
     assert cost.hbm_bytes < (1.02 if num_kept is None else 1.06) * cost.floor_bytes
 

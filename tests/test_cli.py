@@ -53,6 +53,7 @@ def refused(arguments, capsys) -> str:
         (["train", "smollm2_chain_sum", "--model.name", "gpt-9"], "model is 'gpt-9', which is neither known"),
         (["train", "smollm2_chain_sum", "--model.name", "./weights.gguf"], "weights.gguf' does not exist"),
         (["train", "tiny", "--json", "no/such/dir/file.json"], "cannot write"),
+        (["train", "tiny", "--json", "/proc/file.json"], "cannot write '/proc/file.json'"),
         (["train", "--resume", "nowhere"], "'nowhere' is not a run directory"),
         (["eval", "nowhere"], "'nowhere' is not a run directory; name the configuration"),
         (["eval", "smollm2-135m", "--config", "nothing"], "configuration 'nothing' is unknown"),

@@ -113,10 +113,9 @@ def write_results(path: Path | None, results: dict[str, Any]) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; allowed is 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; allowed is a whole number, 1 or more")
+    return int(text)
 
 
 def _writable(text: str) -> Path:

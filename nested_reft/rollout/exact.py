@@ -63,6 +63,11 @@ class _State:
     tested: Int[Array, ""]
     accepted: Int[Array, ""]
 
+    @property
+    def done_BG(self) -> Bool[Array, "B G"]:
+        """Rows that take no more tokens."""
+        return self.finished_BG | (self.length_BG >= self.tokens_BGC.shape[-1])
+
 
 @partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "draft_length", "shared_prefix"))
 def generate_exact(
@@ -112,8 +117,8 @@ def generate_exact(
         return (token_BG, cache, round_key, start_BG), (token_BG, q_BGV)
 
     def one_round(state: _State) -> _State:
+        """Drafts, verifies, and adds what was accepted."""
         round_key = jax.random.fold_in(key, state.rounds + 1)
-        done_BG = state.finished_BG | (state.length_BG >= size)
         start_BG = jnp.maximum(state.length_BG - 1, 0)
         last_BG = state.tokens_BGC[index_B, index_G, start_BG]
         carry = (last_BG, state.cache, round_key, start_BG)
@@ -126,27 +131,10 @@ def generate_exact(
         tokens_BGT, logprob_BGT, accepted_BG = accept(
             jax.random.fold_in(round_key, draft_length), drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
         )
-        # Of the accepted tokens and the one after them, those up to a stop token and within C count.
-        offset_T = jnp.arange(draft_length + 1)
-        is_stop_BGT = jnp.isin(tokens_BGT, stop_ids)
-        after_stop_BGT = jnp.cumsum(is_stop_BGT, axis=-1) - is_stop_BGT > 0
-        position_BGT = state.length_BG[..., None] + offset_T
-        kept_BGT = (offset_T <= accepted_BG[..., None]) & ~after_stop_BGT & (position_BGT < size) & ~done_BG[..., None]
-        where = (index_B[..., None], index_G[..., None], jnp.where(kept_BGT, position_BGT, size))
-        drafted_BG = jnp.where(done_BG, 0, jnp.minimum(draft_length, size - state.length_BG))
-        return _State(
-            tokens_BGC=state.tokens_BGC.at[where].set(tokens_BGT, mode="drop"),
-            logprob_BGC=state.logprob_BGC.at[where].set(logprob_BGT, mode="drop"),
-            length_BG=state.length_BG + kept_BGT.sum(axis=-1),
-            finished_BG=state.finished_BG | (kept_BGT & is_stop_BGT).any(axis=-1),
-            cache=cache,
-            rounds=state.rounds + 1,
-            tested=state.tested + jnp.minimum(accepted_BG + 1, drafted_BG).sum(),
-            accepted=state.accepted + jnp.minimum(accepted_BG, drafted_BG).sum(),
-        )
+        return _with_tokens(state, tokens_BGT, logprob_BGT, accepted_BG, stop_ids, cache)
 
     def unfinished(state: _State) -> Array:
-        return ~jnp.all(state.finished_BG | (state.length_BG >= size))
+        return ~jnp.all(state.done_BG)
 
     first_BG, first_logprob_BG = _first_token(key, prompt.last_hidden_BD, group_size, probability)
     zero = jnp.zeros((), jnp.int32)
@@ -174,6 +162,37 @@ def generate_exact(
         policy_version=jnp.asarray(policy_version, jnp.int32),
     )
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
+
+
+def _with_tokens(
+    state: _State,
+    tokens_BGT: Int[Array, "B G T"],
+    logprob_BGT: Float[Array, "B G T"],
+    accepted_BG: Int[Array, "B G"],
+    stop_ids: Int[Array, " stops"],
+    cache: KeyValues,
+) -> _State:
+    """The state after a round of k = T - 1 drafts: of the accepted tokens and the one after them, those up to a stop
+    token and within C are added to rows that are not done."""
+    offset_T, size = jnp.arange(tokens_BGT.shape[-1]), state.tokens_BGC.shape[-1]
+    is_stop_BGT = jnp.isin(tokens_BGT, stop_ids)
+    after_stop_BGT = jnp.cumsum(is_stop_BGT, axis=-1) - is_stop_BGT > 0
+    position_BGT = state.length_BG[..., None] + offset_T
+    kept_BGT = offset_T <= accepted_BG[..., None]
+    kept_BGT &= ~after_stop_BGT & (position_BGT < size) & ~state.done_BG[..., None]
+    index_B, index_G = (jnp.arange(count) for count in state.length_BG.shape)
+    where = (index_B[:, None, None], index_G[None, :, None], jnp.where(kept_BGT, position_BGT, size))
+    drafted_BG = jnp.where(state.done_BG, 0, jnp.minimum(offset_T[-1], size - state.length_BG))
+    return _State(
+        tokens_BGC=state.tokens_BGC.at[where].set(tokens_BGT, mode="drop"),
+        logprob_BGC=state.logprob_BGC.at[where].set(logprob_BGT, mode="drop"),
+        length_BG=state.length_BG + kept_BGT.sum(axis=-1),
+        finished_BG=state.finished_BG | (kept_BGT & is_stop_BGT).any(axis=-1),
+        cache=cache,
+        rounds=state.rounds + 1,
+        tested=state.tested + jnp.minimum(accepted_BG + 1, drafted_BG).sum(),
+        accepted=state.accepted + jnp.minimum(accepted_BG, drafted_BG).sum(),
+    )
 
 
 def accept(

@@ -76,6 +76,7 @@ def generate(
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
 
     def add_token(state: _DecodeState, rows: Rows, hidden_bgD: Array) -> _DecodeState:
+        """Draws each row's next token from its hidden state."""
         uniform = row_uniforms(jax.random.fold_in(key, state.step), shape)[:, *rows]  # by place in the whole batch
         token_bg, logprob_bg = sample_token(uniform, model.logits(hidden_bgD), sampling)
         done_bg = state.done_BG[rows]

@@ -85,7 +85,8 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
     if config.warm_start.steps:
         tokens = config.warm_start.batch_size * setup.prompt_size
-        stages["warm start"] = updates | {"activations": float(4 * tokens * model.num_layers * model.width)}
+        activations = float(4 * tokens * model.num_layers * model.width)
+        stages["warm start"] = updates | {"weights": weights, "activations": activations}  # before any copy is made
     return stages
 
 

@@ -1,5 +1,6 @@
 """Arithmetic and plumbing of the benchmarks; no peer is installed and nothing is timed."""
 
+import dataclasses
 import io
 import json
 import math
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks import compaction, peers, rollouts, updates, worker
-from experiments.benchmarks.common import disturbance, measured
+from experiments.benchmarks.common import disturbance, measured, use_threads
 from experiments.benchmarks.floors import (
     Ceilings,
     decode_rate,
@@ -170,6 +171,29 @@ def test_compaction_table_pairs_rows_without_and_with():
     rows = [common | {"seconds": 3.0, "first_seconds": 9.0}, common | {"seconds": 2.0, "first_seconds": 14.0}]
     line = compaction.compaction_table(rows).splitlines()[-1]
     assert line.split() == ["5", "0.062", "3.2", "5", "3.00", "2.00", "1.50x", "9.0", "14.0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--new-tokens", "1000000"], "--prompt-tokens + --new-tokens must be at most 64"),
+        (["--new-tokens", "1"], "--new-tokens must be 2 or more"),
+        (["--skip-ratios", "1.5"], "--skip-ratios: "),
+        (["--repeats", "x"], "x; allowed is a whole number, 1 or more"),
+        (["--json", "no/such/dir/file.json"], "cannot write 'no/such/dir/file.json'"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(rollouts, "spec_maker", lambda known: (dataclasses.replace(TINY, max_positions=64), None))
+    monkeypatch.setattr(sys, "argv", ["rollouts", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        rollouts.main()
+    assert message in capsys.readouterr().err
+
+
+def test_more_threads_than_cores_are_refused():
+    with pytest.raises(SystemExit, match="--threads is 100000; this machine has"):
+        use_threads(100_000)
 
 
 def test_spec_round_trip_and_prompts_are_the_same_for_everybody():

@@ -68,6 +68,20 @@ def test_a_copy_is_smaller(precision, bytes_of_4):
     assert size(low_precision(model, precision)) < size(model) * (bytes_of_4 / 4 + 0.03)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_copys_stacks_are_never_widened(precision):
+    """XLA's CPU backend slices bfloat16 by way of float32: decoding would hold, and read, whole stacks in 4 bytes."""
+    copy, plan = low_precision(tiny_model(), precision), LayerPlan.skipping(5, [1])
+    tokens_BP, length_B = tiny_prompts()
+    prompt = copy.prefill(tokens_BP, jnp.arange(tokens_BP.shape[1]) < length_B[:, None], plan)
+    cache = copy.empty_cache(len(length_B), 2, 3, plan)
+    assert cache.key.dtype.itemsize == prompt.layers.key.dtype.itemsize == 2
+    decode = jax.jit(lambda m, cache, prompt: m.decode(jnp.zeros((len(length_B), 2), int), 1, cache, prompt, plan))
+    text = decode.lower(copy, cache, prompt).compile().as_text()
+    for stack in (copy.layers.gate[...], cache.key, prompt.layers.key):
+        assert f"f32[{','.join(map(str, stack.shape))}]" not in text
+
+
 def test_adapters_stay_in_float32():
     model = tiny_model()
     expected = with_matrices(model, lambda _, value: value.astype(jnp.bfloat16))
