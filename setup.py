@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["nested_reft", "nested_reft.*"]), "nested_reft.configs"],
     package_dir={"nested_reft.configs": "experiments/configs"},
     package_data={"nested_reft.configs": ["*.json"]},
-    entry_points={"console_scripts": ["nested-reft = nested_reft.cli:main"]},
+    entry_points={"console_scripts": ["nested-reft = nested_reft.command:main"]},
     install_requires=[
         "dacite>=1.8",
         "flax>=0.12",

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nested_reft import command
 from nested_reft.cli import main
+from nested_reft.command import HUGE_PAGES, TUNABLES
 
 SMALL = [
     *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
@@ -166,3 +168,31 @@ def test_a_stopped_run_resumes(number, tmp_path):
     process.wait()
     logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert logged == sorted(set(logged)) and max(logged) > stopped_at
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+@pytest.mark.parametrize(("already", "expected"), [({}, HUGE_PAGES), ({TUNABLES: "glibc.malloc.tcache_count=7"}, "7")])
+def test_command_restarts_itself_with_huge_pages_unless_tunables_are_set(already, expected):
+    environment = {name: value for name, value in os.environ.items() if name != TUNABLES} | already
+    code = f"""
+import os, sys
+print("process", os.getpid())
+from nested_reft.command import restart_with_huge_pages
+restart_with_huge_pages()
+print(os.environ["{TUNABLES}"], sys.argv[1], "jax" in sys.modules)
+"""
+    started = [sys.executable, "-u", "-c", code, "an argument"]
+    printed = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    *processes, result = printed.splitlines()
+    assert len(processes) == (1 if already else 2) and len(set(processes)) == 1
+    assert result.endswith(f"{expected} an argument False")
+
+
+@pytest.mark.parametrize("program", ["nested-reft", "other"])
+def test_only_the_command_itself_restarts(program, monkeypatch):
+    restarts = []
+    monkeypatch.setattr(command, "restart_with_huge_pages", lambda: restarts.append(program))
+    monkeypatch.setattr(sys, "argv", [f"/some/bin/{program}", "train", "nosuch"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert restarts == ["nested-reft"] * (program == "nested-reft")

@@ -34,6 +34,7 @@ LAYERS = [
     {"evaluation", "divergence", "checkpoints", "metrics", "enumeration"},
     {"train"},
     {"report", "figures", "ahead_of_time", "cli"},
+    {"command"},
     {"configs", "experiments"},
 ]
 MODEL_SIDE = {"sharding", "models", "tokenizer", "rollout"}  # knows no rule: what to sample is not how to train

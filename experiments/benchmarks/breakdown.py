@@ -28,6 +28,7 @@ from experiments.benchmarks.our_updates import grpo_update, train_batch
 from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
+from nested_reft.command import restart_with_huge_pages
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.transformer import Transformer
@@ -41,6 +42,7 @@ UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
 
 def main() -> None:
     """Prints the tables."""
+    restart_with_huge_pages()
     options = parser(__doc__ or "", ())
     options.add_argument("--ours", choices=VARIANTS, default="float32", help="weights of the rollout")
     known = options.parse_args()

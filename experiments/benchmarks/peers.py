@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.worker import Spec
+from nested_reft.command import HUGE_PAGES, TUNABLES
 
 ROOT = Path(__file__).parents[2]
 PEERS_DIRECTORY = ROOT / ".peers"
@@ -122,9 +123,10 @@ def run_limited(
 
 
 def _worker_environment(threads: int) -> dict[str, str]:
-    """This environment with every library's thread count set; JAX takes the cores it may run on."""
+    """This environment with every library's thread count set and huge pages for all; JAX takes its cores."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
+        TUNABLES: os.environ.get(TUNABLES, HUGE_PAGES),
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),

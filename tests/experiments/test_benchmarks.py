@@ -176,7 +176,7 @@ def test_compaction_table_pairs_rows_without_and_with():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--new-tokens", "1000000"], "--prompt-tokens + --new-tokens must be at most 64"),
+        (["--new-tokens", "1000000"], "--prompt-tokens + --new-tokens must be at most 128"),
         (["--new-tokens", "1"], "--new-tokens must be 2 or more"),
         (["--skip-ratios", "1.5"], "--skip-ratios: "),
         (["--repeats", "x"], "x; allowed is a whole number, 1 or more"),
@@ -184,7 +184,7 @@ def test_compaction_table_pairs_rows_without_and_with():
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(rollouts, "spec_maker", lambda known: (dataclasses.replace(TINY, max_positions=64), None))
+    monkeypatch.setattr(rollouts, "spec_maker", lambda known: (dataclasses.replace(TINY, max_positions=128), None))
     monkeypatch.setattr(sys, "argv", ["rollouts", *arguments])
     with pytest.raises(SystemExit, match="2"):
         rollouts.main()

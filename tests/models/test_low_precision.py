@@ -76,7 +76,9 @@ def test_a_copys_stacks_are_never_widened(precision):
     prompt = copy.prefill(tokens_BP, jnp.arange(tokens_BP.shape[1]) < length_B[:, None], plan)
     cache = copy.empty_cache(len(length_B), 2, 3, plan)
     assert cache.key.dtype.itemsize == prompt.layers.key.dtype.itemsize == 2
-    decode = jax.jit(lambda m, cache, prompt: m.decode(jnp.zeros((len(length_B), 2), int), 1, cache, prompt, plan))
+    decode = jax.jit(
+        lambda m, cache, prompt: m.decode(jnp.zeros((len(length_B), 2), int), jnp.array(1), cache, prompt, plan)
+    )
     text = decode.lower(copy, cache, prompt).compile().as_text()
     for stack in (copy.layers.gate[...], cache.key, prompt.layers.key):
         assert f"f32[{','.join(map(str, stack.shape))}]" not in text
