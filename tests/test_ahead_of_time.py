@@ -88,8 +88,8 @@ def placements(training):
 
 def test_a_state_is_placed_by_name():
     specs = placements(load_config("tiny"))
-    by_columns, by_rows = PartitionSpec(None, None, "model"), PartitionSpec(None, "model", None)
-    for name, spec in (("query", by_columns), ("key", by_columns), ("output", by_rows), ("down", by_rows)):
+    by_output, by_input = PartitionSpec(None, "model", None), PartitionSpec(None, None, "model")
+    for name, spec in (("query", by_output), ("key", by_output), ("output", by_input), ("down", by_input)):
         found = [specs[path] for path in specs if path.endswith(f"layers/{name}/value")]
         assert found == [spec] * 3  # the parameter and its two moments
     assert [specs[path] for path in specs if "embedding" in path] == [PartitionSpec("model", None)] * 3
@@ -100,7 +100,7 @@ def test_adapters_are_whole_on_every_device():
     specs = placements(dataclasses.replace(load_config("tiny"), lora=LoraConfig(rank=16), warm_start=WarmStartConfig()))
     adapters = [spec for path, spec in specs.items() if "_lora_" in path]
     assert adapters == [PartitionSpec()] * (3 * 2 * 7)  # with two moments, in and out, of seven projections
-    assert specs["frozen/layers/query/value"] == PartitionSpec(None, None, "model")
+    assert specs["frozen/layers/query/value"] == PartitionSpec(None, "model", None)
 
 
 def test_a_topology_that_cannot_be_had_is_refused(capsys):

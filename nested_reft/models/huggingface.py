@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from nested_reft.models.config import FAMILIES, ModelConfig, RopeScaling
 from nested_reft.models.lora import merge_lora
-from nested_reft.models.stacking import TRANSPOSED, check_tensors, stack_parameters
+from nested_reft.models.stacking import check_tensors, stack_parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer, read_json, write_json
 
@@ -393,8 +393,7 @@ def _write_model(model: Transformer, directory: Path, ids: dict[str, Any]) -> No
             tensors[TENSOR_NAMES[name]] = np.ascontiguousarray(host)
             continue
         for layer in range(model.config.num_layers):
-            matrix = host[layer].T if name in TRANSPOSED else host[layer]
-            tensors[TENSOR_NAMES[name].format(layer=layer)] = np.ascontiguousarray(matrix)
+            tensors[TENSOR_NAMES[name].format(layer=layer)] = np.ascontiguousarray(host[layer])
     save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
 
 

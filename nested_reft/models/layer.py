@@ -19,6 +19,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
 
 MASKED = -1e30  # finite, so that a row with no valid key stays finite
+FEW_ROWS = 64  # up to which a CPU multiplies features-first float32 arrays faster; see `add_mlp`
 
 
 @struct.dataclass
@@ -120,47 +121,77 @@ def finish_layer(
     config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"], attended: Float[Array, "B G T I"]
 ) -> Float[Array, "B G T D"]:
     """Output projection and SwiGLU block, each added to the residual stream."""
-    x = x + linear(layer, "output", attended)
+    return add_mlp(config, layer, x + linear(layer, "output", attended))
+
+
+def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) -> Float[Array, "B G T D"]:
+    """`x + W_down (silu(W_gate n) * W_up n)`, n the normed `x`: the SwiGLU block (Shazeer, 2020).
+
+    A CPU's products of few rows in float32 are faster with the weights on the left, which it need not repack there,
+    and with `[features, rows]` in between.
+    """
     normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
-    return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
+    rows_ND = normed.reshape(-1, normed.shape[-1])
+    if len(rows_ND) > FEW_ROWS or layer["down"].dtype != jnp.float32:
+        return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
+    gate_FN, up_FN = (linear(layer, name, rows_ND, features_first=True) for name in ("gate", "up"))
+    hidden_NF = (jax.nn.silu(gate_FN) * up_FN).T
+    return x + linear(layer, "down", hidden_NF, features_first=True).T.reshape(x.shape)
 
 
-def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-    """`x @ W (* scale) (+ bias) (+ alpha / r * x @ A @ B)`: a projection, with int8 scale, bias and adapter if any."""
-    y = _matmul(x, as_operand(layer[name]))
+def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"], features_first: bool = False) -> Array:
+    """`W x (* scale) (+ bias) (+ alpha / r * B A x)` of each row: a projection, int8 scale, bias and adapter if any.
+
+    Returns:
+        `[*rows, O]`; of `x_NI` and `features_first`, `[O, N]`.
+    """
+    product = _product_features_first if features_first else _matmul
+    y = product(x, as_operand(layer[name]))
     if f"{name}_scale" in layer:
-        y = y * layer[f"{name}_scale"]
+        scale_O = layer[f"{name}_scale"]
+        y = y * (scale_O[:, None] if features_first else scale_O)
     if f"{name}_bias" in layer:
-        y = y + layer[f"{name}_bias"].astype(jnp.float32)
+        bias_O = layer[f"{name}_bias"].astype(jnp.float32)
+        y = y + (bias_O[:, None] if features_first else bias_O)
     if f"{name}_lora_in" in layer:
         low_rank = _matmul(x, layer[f"{name}_lora_in"])
-        y = y + layer["lora_scale"] * _matmul(low_rank, layer[f"{name}_lora_out"])
+        y = y + layer["lora_scale"] * product(low_rank, layer[f"{name}_lora_out"])
     return y
 
 
+def _product_features_first(x_NI: Float[Array, "N I"], weight_OI: Float[Array, "O I"]) -> Float[Array, "O N"]:
+    """What `_matmul` returns, transposed. The barrier keeps XLA from turning the product around again."""
+    return jax.lax.optimization_barrier(
+        jax.lax.dot_general(
+            weight_OI, x_NI.astype(weight_OI.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+    )
+
+
 @jax.custom_vjp
-def _matmul(x: Float[Array, "*rows I"], weight_IO: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
-    """`x @ W`, inputs in the dtype of `W`, accumulated in float32.
+def _matmul(x: Float[Array, "*rows I"], weight_OI: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
+    """`x @ W^T`, inputs in the dtype of `W`, accumulated in float32.
 
     Its gradient is written out for two reasons. Cotangents take the dtype of `W` too, where autodiff would widen
     bfloat16 matrices to float32. And rows are flattened first: for `[B, G, T]` rows XLA lets the products read
     transposed copies, into which it fuses whatever made the rows; on a CPU that took a third of an update.
     """
-    return jnp.dot(x.astype(weight_IO.dtype), weight_IO, preferred_element_type=jnp.float32)
+    contracted = ((x.ndim - 1,), (1,)), ((), ())
+    return jax.lax.dot_general(x.astype(weight_OI.dtype), weight_OI, contracted, preferred_element_type=jnp.float32)
 
 
-def _matmul_forward(x: Array, weight_IO: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, weight_IO), (x.astype(weight_IO.dtype), weight_IO)
+def _matmul_forward(x: Array, weight_OI: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, weight_OI), (x.astype(weight_OI.dtype), weight_OI)
 
 
 def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, weight_IO = residuals
+    x, weight_OI = residuals
     x_NI = x.reshape(-1, x.shape[-1])
     cotangent_NO = cotangent.reshape(-1, cotangent.shape[-1]).astype(x.dtype)
     float32 = {"preferred_element_type": jnp.float32}
-    dx_NI = jnp.einsum("no,io->ni", cotangent_NO, weight_IO, **float32)
-    dweight_IO = jnp.einsum("ni,no->io", x_NI, cotangent_NO, **float32)
-    return dx_NI.reshape(x.shape), dweight_IO.astype(weight_IO.dtype)
+    dx_NI = jnp.einsum("no,oi->ni", cotangent_NO, weight_OI, **float32)
+    dweight_OI = jnp.einsum("no,ni->oi", cotangent_NO, x_NI, **float32)
+    return dx_NI.reshape(x.shape), dweight_OI.astype(weight_OI.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -40,19 +40,18 @@ class LoraConfig:
 
 
 def add_lora(model: Transformer, config: LoraConfig, key: jax.Array) -> None:
-    """Adds an adapter W + (alpha / r) A B to each target, A normal(1 / sqrt(fan in)), B zero.
+    """Adds an adapter W + (alpha / r) B A to each target, A normal(1 / sqrt(fan in)), B zero.
 
-    The model computes the same function until the first update. A is `[L, in, r]`, B `[L, r, out]`,
+    The model computes the same function until the first update. A is `[L, r, in]`, B `[L, out, r]`,
     both float32 whatever the model is stored in, so that small updates do not round away.
     """
     model.lora_scale = config.alpha / config.rank
     for name in config.targets:
-        weight_LIO = getattr(model.layers, name)[...]
-        num_layers, size_in, size_out = weight_LIO.shape
+        num_layers, size_out, size_in = getattr(model.layers, name)[...].shape
         name_key = jax.random.fold_in(key, PROJECTIONS.index(name))
-        a = jax.random.normal(name_key, (num_layers, size_in, config.rank)) / math.sqrt(size_in)
+        a = jax.random.normal(name_key, (num_layers, config.rank, size_in)) / math.sqrt(size_in)
         setattr(model.layers, f"{name}_lora_in", nnx.LoRAParam(a))
-        b = jnp.zeros((num_layers, config.rank, size_out))
+        b = jnp.zeros((num_layers, size_out, config.rank))
         setattr(model.layers, f"{name}_lora_out", nnx.LoRAParam(b))
 
 
@@ -64,6 +63,6 @@ def merge_lora(model: Transformer) -> Parameters:
             a = getattr(model.layers, f"{name}_lora_in")[...].astype(jnp.float32)
             b = getattr(model.layers, f"{name}_lora_out")[...].astype(jnp.float32)
             weight = parameters[f"layers/{name}"]
-            delta = model.lora_scale * jnp.einsum("lir,lro->lio", a, b)
+            delta = model.lora_scale * jnp.einsum("lor,lri->loi", b, a)
             parameters[f"layers/{name}"] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
     return parameters

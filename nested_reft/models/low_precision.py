@@ -40,14 +40,14 @@ def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) ->
         if precision == "bfloat16":
             setattr(owner, leaf, nnx.Param(stored_as(weight, bfloat16)))
         else:
-            integers, scale = _int8(weight, input_axis=-1 if axes[0] == "vocab" else -2)
+            integers, scale = _int8(weight)
             setattr(owner, leaf, nnx.Param(integers))
             setattr(owner, f"{leaf}_scale", nnx.Param(scale))
     return copy
 
 
-def _int8(weight: Float[Array, "..."], input_axis: int) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+def _int8(weight: Float[Array, "*stack O I"]) -> tuple[Int8[Array, "*stack O I"], Float[Array, "*stack O"]]:
     weight = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(weight), axis=input_axis, keepdims=True)
+    largest = jnp.max(jnp.abs(weight), axis=-1, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / 127)
-    return jnp.round(weight / scale).astype(jnp.int8), jnp.squeeze(scale, axis=input_axis)
+    return jnp.round(weight / scale).astype(jnp.int8), jnp.squeeze(scale, axis=-1)

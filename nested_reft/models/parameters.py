@@ -23,14 +23,14 @@ def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         "embedding": ("vocab", "width"),
         "final_norm": ("norm",),
         "layers/attention_norm": ("layer", "norm"),
-        "layers/query": ("layer", "width", "heads"),
-        "layers/key": ("layer", "width", "kv_heads"),
-        "layers/value": ("layer", "width", "kv_heads"),
-        "layers/output": ("layer", "heads", "width"),
+        "layers/query": ("layer", "heads", "width"),
+        "layers/key": ("layer", "kv_heads", "width"),
+        "layers/value": ("layer", "kv_heads", "width"),
+        "layers/output": ("layer", "width", "heads"),
         "layers/mlp_norm": ("layer", "norm"),
-        "layers/gate": ("layer", "width", "hidden"),
-        "layers/up": ("layer", "width", "hidden"),
-        "layers/down": ("layer", "hidden", "width"),
+        "layers/gate": ("layer", "hidden", "width"),
+        "layers/up": ("layer", "hidden", "width"),
+        "layers/down": ("layer", "width", "hidden"),
     }
     if not config.tied_embeddings:
         axes["head"] = ("vocab", "width")
@@ -71,8 +71,7 @@ def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.flo
         elif leaf.endswith("bias"):
             value = jnp.zeros(shape, dtype)
         else:
-            fan_in = shape[-1] if leaf in ("embedding", "head") else shape[-2]
-            scale = 1 / math.sqrt(fan_in)
+            scale = 1 / math.sqrt(shape[-1])
             if leaf in ("output", "down"):
                 scale /= math.sqrt(2 * config.num_layers)
             value = (scale * jax.random.normal(jax.random.fold_in(key, index), shape)).astype(dtype)

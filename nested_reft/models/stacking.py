@@ -1,8 +1,7 @@
 """Stacked parameters out of checkpoints that hold one tensor per layer.
 
 A weight format is a table from our parameter names to its tensor names, with `{layer}` where the
-layer's index goes. Every format that we read stores linear weights as `[out, in]`; ours are
-`[in, out]`.
+layer's index goes. Every format that we read stores linear weights as `[out, in]`, and so do we.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import numpy as np
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters, parameter_shapes
-
-TRANSPOSED = frozenset(f"layers/{name}" for name in ("query", "key", "value", "output", "gate", "up", "down"))
 
 
 def tensor_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -31,9 +28,8 @@ def tensor_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tu
         if not parameter.startswith("layers/"):
             shapes[names[parameter]] = shape
             continue
-        stored = shape[:0:-1] if parameter in TRANSPOSED else shape[1:]
         for layer in range(config.num_layers):
-            shapes[names[parameter].format(layer=layer)] = stored
+            shapes[names[parameter].format(layer=layer)] = shape[1:]
     return shapes
 
 
@@ -88,8 +84,7 @@ def stack_parameters(
         stack = np.empty(shape, jnp.dtype(dtype))
         if parameter.startswith("layers/"):
             for layer in range(config.num_layers):
-                tensor = read(names[parameter].format(layer=layer))
-                stack[layer] = tensor.T if parameter in TRANSPOSED else tensor
+                stack[layer] = read(names[parameter].format(layer=layer))
         else:
             stack[...] = read(names[parameter])
         parameters[parameter] = jnp.asarray(stack)

@@ -26,9 +26,11 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import (
     KeyValues,
+    add_mlp,
     as_operand,
     attend,
     finish_layer,
+    linear,
     project_qkv,
     rms_norm,
     rope,
@@ -175,17 +177,20 @@ class Transformer(nnx.Module):
         here = jnp.ones((), bool)
         shared_mask = prompt.valid_BP[:, None, None]
 
-        def layer_step(x, layer, slot):
+        def layer_step(x, layer, inputs):
+            slot, index = inputs
             query, new = project_qkv(config, layer, x, rotation)
+            mlp = self._layer(_known_after(new.value, index))
             shared, earlier = _entry((prompt.layers, cache), slot)
             new = jax.tree.map(lambda row, whole: stored_as(row, whole.dtype), new, earlier)
             attended = attend(query, (earlier, earlier_mask), (new, here), (shared, shared_mask))
-            return finish_layer(config, layer, x, attended), new
+            return add_mlp(config, mlp, x + linear(layer, "output", attended)), new
 
         slots = jnp.arange(cache.key.shape[0])
+        indices = slots if plan is None else plan.kept_S
         # The layers only read the caches and one write adds all layers' rows: a TPU's compiler would move caches
         # that every layer writes to on-chip memory, and back out whole.
-        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), slots, plan)
+        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (slots, indices), plan)
         cache = jax.tree.map(
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
@@ -306,23 +311,28 @@ class Transformer(nnx.Module):
         Without a plan the stack itself is scanned, so that its gradient comes out layer by layer.
         With one, each layer is read at its index; both run the same arithmetic.
         """
-        stack = {name: value[...] for name, value in nnx.state(self.layers).items()}
-        scale = {"lora_scale": self.lora_scale}
         if plan is None:
 
             def body(carry, xs):
                 layer, layer_inputs = xs
-                return layer_step(carry, layer | scale, layer_inputs)
+                return layer_step(carry, layer | {"lora_scale": self.lora_scale}, layer_inputs)
 
-            xs = (stack, inputs)
+            xs = (self._stack(), inputs)
         else:
 
             def body(carry, xs):
                 index, layer_inputs = xs
-                return layer_step(carry, _entry(stack, index) | scale, layer_inputs)
+                return layer_step(carry, self._layer(index), layer_inputs)
 
             xs = (plan.kept_S, inputs)
         return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs, unroll=self.layers_unrolled)
+
+    def _stack(self) -> Parameters:
+        return {name: value[...] for name, value in nnx.state(self.layers).items()}
+
+    def _layer(self, index: Int[Array, ""]) -> Parameters:
+        """Layer `index` as the functions of `models.layer` take it."""
+        return _entry(self._stack(), index) | {"lora_scale": self.lora_scale}
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         rows = as_operand(self.embedding[...][tokens]).astype(jnp.float32)
@@ -335,6 +345,21 @@ class Transformer(nnx.Module):
 def _entry(stacks: Any, index: Int[Array, ""]) -> Any:
     """Entry `index` of every stack in a pytree."""
     return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
+
+
+def _known_after(value: Float[Array, "..."], index: Int[Array, ""]) -> Int[Array, ""]:
+    """`index`, on a CPU known only once `value` is.
+
+    XLA's CPU backend copies a layer's weights out of the stack before it uses them, as soon as it knows the layer.
+    Those of the MLP would go first, on all cores, and then attention, on one. With an index that waits for the
+    values that attention reads, both run at once. Nothing exceeds infinity, which XLA does not know.
+    """
+    return jax.lax.platform_dependent(
+        value,
+        index,
+        cpu=lambda value, index: index + (value.ravel()[0] > jnp.inf),
+        default=lambda value, index: index,
+    )
 
 
 def _last_valid(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B D"]:

@@ -27,9 +27,9 @@ def with_matrices(model: Transformer, change) -> Transformer:
 
 
 def test_int8_by_hand():
-    # Columns [1, -2, 0.5] and [0, 0, 0]: scales 2 / 127 and 1; 1 / s = 63.5 rounds to the even 64.
-    integer_IO, scale_O = _int8(jnp.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 0.0]]), input_axis=-2)
-    np.testing.assert_array_equal(integer_IO, [[64, 0], [-127, 0], [32, 0]])
+    # Rows [1, -2, 0.5] and [0, 0, 0]: scales 2 / 127 and 1; 1 / s = 63.5 rounds to the even 64.
+    integer_OI, scale_O = _int8(jnp.array([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
+    np.testing.assert_array_equal(integer_OI, [[64, -127, 32], [0, 0, 0]])
     np.testing.assert_allclose(scale_O, [2 / 127, 1.0])
 
 
@@ -37,10 +37,9 @@ def test_int8_by_hand():
 def test_int8_copy_is_the_model_with_rounded_matrices(config):
     model = tiny_model(config)
 
-    def rounded(name: str, value: jax.Array) -> jax.Array:
-        axis = -1 if name in ("embedding", "head") else -2
-        integer, scale = _int8(value, axis)
-        return integer * jnp.expand_dims(scale, axis)
+    def rounded(_: str, value: jax.Array) -> jax.Array:
+        integer, scale = _int8(value)
+        return integer * scale[..., None]
 
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab_size)
     copied = forward(low_precision(model, "int8"), tokens_BT)
