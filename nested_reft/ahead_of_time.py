@@ -179,7 +179,7 @@ def decode_cost(
         config: the model.
         workload: sizes.
         mesh: of the topology.
-        num_kept: S of a nested plan; None is the full model, without a plan.
+        num_kept: S of a nested plan; None is the full model.
         dtype: of weights and caches.
     """
     layers = config.num_layers if num_kept is None else num_kept
@@ -193,7 +193,7 @@ def decode_cost(
         sharded((rows[0], workload.prompt_tokens), bool, "batch"),
         sharded((rows[0], config.width), jnp.float32, "batch"),
     )
-    plan = None if num_kept is None else LayerPlan(sharded((layers,), jnp.int32))
+    plan = LayerPlan(sharded((layers,), jnp.int32))
 
     def step(parameters, token_BG, at, cache, prompt, plan, key_data):
         model = _model(config, parameters, dtype)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nested_reft.estimators.kl import exact_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import over_position_blocks
+from nested_reft.rollout.logprobs import over_position_blocks
 from nested_reft.rollout.sampling import tempered
 from nested_reft.types import Rollouts, Weighted, valid_mask
 

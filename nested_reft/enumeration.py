@@ -40,7 +40,7 @@ from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.types import TrainBatch, valid_mask
 
 STOP_ID = 0

@@ -28,7 +28,7 @@ from nested_reft.enumeration import (
 )
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.losses.policy_gradient import policy_gradient_loss
-from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.types import TrainBatch
 
 ONE_PLAN, DRAWN, MOVED = range(3)
@@ -172,7 +172,7 @@ def test_practical_is_one_until_the_target_moves(reports):
     for level in ("token", "sequence"):
         same, one = reports[DRAWN][f"practical, {level}"], reports[DRAWN]["one"]
         assert same.relative_bias == pytest.approx(one.relative_bias) and same.variance == pytest.approx(one.variance)
-        assert abs(reports[MOVED][f"practical, {level}"].scale - reports[MOVED]["one"].scale) > 0.1
+        assert abs(reports[MOVED][f"practical, {level}"].scale - reports[MOVED]["one"].scale) > 0.02
 
 
 def test_fixed_counts_bias_the_leave_one_out_baseline_only(reports):

@@ -22,17 +22,16 @@ import optax
 from flax import nnx
 
 from experiments.benchmarks.ceilings import ceilings_of
-from experiments.benchmarks.common import exported_model, parser, use_threads, write_results
+from experiments.benchmarks.common import exported_model, parser, prepare_process, write_results
 from experiments.benchmarks.floors import Ceilings, CeilingsAt, rollout_floor, update_floor, update_tokens
 from experiments.benchmarks.our_updates import grpo_update, train_batch
 from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
-from nested_reft.command import restart_with_huge_pages
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import hidden_logprobs
+from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.train.step import create_train_state
 
@@ -42,11 +41,10 @@ UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
 
 def main() -> None:
     """Prints the tables."""
-    restart_with_huge_pages()
     options = parser(__doc__ or "", ())
     options.add_argument("--ours", choices=VARIANTS, default="float32", help="weights of the rollout")
     known = options.parse_args()
-    use_threads(known.threads)
+    prepare_process(known.threads)
     config, directory, _ = exported_model()
     best = partial(measure, repeats=known.repeats)
     sampling = ceilings_of(config, jnp.dtype(known.ours))

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
 from experiments.benchmarks.worker import Case, Spec
+from nested_reft.command import restart_with_huge_pages
 from nested_reft.metrics import check_writable, versions, write_json
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.huggingface import save_huggingface
@@ -49,17 +52,19 @@ def exported_model() -> tuple[ModelConfig, str, str]:
         sys.exit(f"error: {error}")
 
 
-def use_threads(threads: int) -> None:
-    """Holds this process, and all that it starts, to that many cores: JAX takes what it may run on."""
+def prepare_process(threads: int) -> None:
+    """What the workers run under, for this process: huge pages, the CPU, and so many cores, which JAX then takes."""
     if threads > (os.cpu_count() or threads):
         sys.exit(f"error: --threads is {threads}; this machine has {os.cpu_count()} cores")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    restart_with_huge_pages()
+    jax.config.update("jax_platforms", "cpu")
 
 
 def spec_maker(known: argparse.Namespace) -> tuple[ModelConfig, Callable[[str, Sequence[Case]], Spec]]:
     """The model's shape, and `spec(variant, cases)` under the command's options."""
-    use_threads(known.threads)
+    prepare_process(known.threads)
     shape, directory, gguf = exported_model()
 
     def spec(variant: str, cases: Sequence[Case]) -> Spec:

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmarks.common import disturbance, exported_model, parser, plain, use_threads, write_results
+from experiments.benchmarks.common import disturbance, exported_model, parser, plain, prepare_process, write_results
 from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.worker import Case, measure_all
-from nested_reft.command import restart_with_huge_pages
 from nested_reft.models.transformer import Transformer
 from nested_reft.report import table
 from nested_reft.rollout import generate as generate_module
@@ -31,9 +30,8 @@ STOP_SHARES = (1 / 16, 1 / 48)
 
 def main() -> None:
     """Prints the table."""
-    restart_with_huge_pages()
     known = parser(__doc__ or "", ()).parse_args()
-    use_threads(known.threads)
+    prepare_process(known.threads)
     model = VARIANTS["float32"](exported_model()[1])
     rows = []
     for new_tokens in NEW_TOKENS:

@@ -82,8 +82,12 @@ def predicted_speedup(
 
 
 def update_tokens(case: Case, shared_prompt: bool) -> int:
-    """Tokens that an update runs: prompts once per group, or once per completion as plain code does."""
-    return (case.prompts if shared_prompt else case.rows) * case.prompt_tokens + case.rows * case.new_tokens
+    """Tokens that an update runs: all, or prompts once per group and completions without the last token, which leads
+    nowhere.
+    """
+    if shared_prompt:
+        return case.prompts * case.prompt_tokens + case.rows * (case.new_tokens - 1)
+    return case.rows * (case.prompt_tokens + case.new_tokens)
 
 
 def update_floor(config: ModelConfig, case: Case, ceilings: Ceilings, trains_all: bool = True) -> dict[str, float]:
@@ -93,7 +97,7 @@ def update_floor(config: ModelConfig, case: Case, ceilings: Ceilings, trains_all
     Backward is once the forward products for the inputs' gradients and once for the weights', which training
     adapters alone does not need. Attention is left out.
     """
-    layer_rows = update_tokens(case, shared_prompt=True) - case.rows
+    layer_rows = update_tokens(case, shared_prompt=True)
     layers = config.num_layers * ceilings.product_seconds(layer_parameters(config), layer_rows)
     head = ceilings.product_seconds(head_parameters(config), case.sampled_tokens)
     return {"layers": layers, "head": head, "backward": (2 if trains_all else 1) * (layers + head)}

@@ -40,7 +40,7 @@ TRANSFORMERS = System("transformers", "peer_transformers", *TORCH)
 TUNIX = System("Tunix Sampler", "peer_tunix", "tunix", ("google-tunix==0.1.7",))
 LLAMA_CPP = System("llama.cpp decode", "peer_llama_cpp", "llama_cpp", ("llama-cpp-python==0.3.36",))
 PEERS = {
-    "tunix": (TUNIX, ("float32",)),
+    "tunix": (TUNIX, ("float32", "bfloat16")),
     "transformers": (TRANSFORMERS, ("float32", "bfloat16")),
     "llama.cpp": (LLAMA_CPP, ("Q4_1",)),
 }

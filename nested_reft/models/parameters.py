@@ -74,6 +74,11 @@ def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.flo
             scale = 1 / math.sqrt(shape[-1])
             if leaf in ("output", "down"):
                 scale /= math.sqrt(2 * config.num_layers)
-            value = (scale * jax.random.normal(jax.random.fold_in(key, index), shape)).astype(dtype)
+            matrix_key = jax.random.fold_in(key, index)
+            if name.startswith("layers/"):  # drawn `[in, out]`, as earlier versions did: a seed's model stays the same
+                matrix = jax.random.normal(matrix_key, (shape[0], shape[2], shape[1])).swapaxes(1, 2)
+            else:
+                matrix = jax.random.normal(matrix_key, shape)
+            value = (scale * matrix).astype(dtype)
         parameters[name] = value
     return parameters

@@ -157,7 +157,7 @@ class Transformer(nnx.Module):
         step: Int[Array, ""],
         cache: KeyValues,
         prompt: PromptCache,
-        plan: LayerPlan | None = None,
+        plan: LayerPlan,
     ) -> tuple[Float[Array, "B G D"], KeyValues]:
         """Feeds completion token number `step` of every row and returns what predicts the next.
 
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
             step: 0 for the first completion token; the same for all rows.
             cache: caches of `empty_cache`, filled up to `step`.
             prompt: the prompts' caches under the same plan.
-            plan: layers to run; None is the full model.
+            plan: layers to run.
 
         Returns:
             Final hidden states and the caches with this token added.
@@ -180,17 +180,16 @@ class Transformer(nnx.Module):
         def layer_step(x, layer, inputs):
             slot, index = inputs
             query, new = project_qkv(config, layer, x, rotation)
-            mlp = self._layer(_known_after(new.value, index))
+            mlp = self._layer(_known_after(new.value, index))  # the same layer, read when attention begins
             shared, earlier = _entry((prompt.layers, cache), slot)
             new = jax.tree.map(lambda row, whole: stored_as(row, whole.dtype), new, earlier)
             attended = attend(query, (earlier, earlier_mask), (new, here), (shared, shared_mask))
             return add_mlp(config, mlp, x + linear(layer, "output", attended)), new
 
-        slots = jnp.arange(cache.key.shape[0])
-        indices = slots if plan is None else plan.kept_S
+        slots = jnp.arange(plan.num_kept)
         # The layers only read the caches and one write adds all layers' rows: a TPU's compiler would move caches
         # that every layer writes to on-chip memory, and back out whole.
-        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (slots, indices), plan)
+        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (slots, plan.kept_S), plan)
         cache = jax.tree.map(
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.transformer import PromptCache, Transformer
-from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token, tempered, token_logprob
+from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.types import Rollouts, valid_mask
 
-LOGITS_AT_ONCE = 2**26  # 256 MB of float32
 COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
 COMPACTIONS = 3  # each compiles the decode step once more
 
@@ -159,71 +156,6 @@ def _compacted(
     kept_bg = kept_b[:, None], jnp.argsort(~running_bg[kept_b], axis=1, stable=True)[:, :group]
     cache = jax.tree.map(lambda a: a[:, *kept_bg], state.cache)
     return dataclasses.replace(state, cache=cache), (rows[0][kept_b], rows[1][kept_bg]), prompt
-
-
-def completion_logprobs(
-    model: Transformer,
-    prompt_BP: Int[Array, "B P"],
-    prompt_length_B: Int[Array, " B"],
-    tokens_BGC: Int[Array, "B G C"],
-    temperature: float,
-    plan: LayerPlan | None = None,
-    differentiable_entropy: bool = False,
-    shared_prefix: int = 0,
-) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
-    """Log-probability of every completion token, and the entropy of the distribution it came from.
-
-    Both in nats, at the given temperature, over the full vocabulary. Values at padding are those
-    of token 0 there: mask them by length.
-
-    Args:
-        model, prompt_BP, prompt_length_B, tokens_BGC: as in a rollout.
-        temperature: that of the rollout.
-        plan: the policy's layers; None is the full model, with the cheapest gradient.
-        differentiable_entropy: let gradients through the entropy, at the cost of keeping a second
-            array over the vocabulary for the backward pass; otherwise they stop there.
-        shared_prefix: leading tokens that all prompts have in common.
-    """
-    valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
-    hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, shared_prefix=shared_prefix)
-    return hidden_logprobs(model, hidden_BGCD, tokens_BGC, temperature, differentiable_entropy)
-
-
-def hidden_logprobs(
-    model: Transformer,
-    hidden_BGCD: Float[Array, "B G C D"],
-    tokens_BGC: Int[Array, "B G C"],
-    temperature: float,
-    differentiable_entropy: bool = False,
-) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
-    """What `completion_logprobs` returns, of final hidden states."""
-
-    def block(hidden: Array, tokens: Array) -> tuple[Array, Array]:
-        logits = tempered(model.logits(hidden), temperature)
-        all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
-        return token_logprob(logits, tokens), -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
-
-    return over_position_blocks(block, model.config.vocab_size, hidden_BGCD, tokens_BGC)
-
-
-def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays: Array) -> Any:
-    """`function` of arrays `[B, G, C, ...]` that makes logits on its way to results `[B, G, C]`.
-
-    Logits of all tokens at once can be larger than everything else together (1,000 tokens of Qwen's
-    vocabulary take 600 MB). Where they would exceed `LOGITS_AT_ONCE`, completion positions are worked
-    off block by block, each block's logits computed again in the backward pass.
-    """
-    batch, group, size = arrays[0].shape[:3]
-    block_size = min(size, max(1, LOGITS_AT_ONCE // (batch * group * vocab_size)))
-    if block_size == size:
-        return function(*arrays)
-
-    def split(value: Array) -> Array:
-        padded = jnp.pad(value, [(0, 0), (0, 0), (0, -size % block_size)] + [(0, 0)] * (value.ndim - 3))
-        return jnp.moveaxis(padded.reshape(batch, group, -1, block_size, *value.shape[3:]), 2, 0)
-
-    results = jax.lax.map(lambda blocks: jax.checkpoint(function)(*blocks), tuple(split(value) for value in arrays))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, group, -1)[..., :size], results)
 
 
 def right_padded(

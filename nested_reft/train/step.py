@@ -19,7 +19,7 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import LossConfig
 from nested_reft.losses.policy_gradient import batch_log_weight, policy_gradient_loss
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import completion_logprobs, hidden_logprobs, over_position_blocks
+from nested_reft.rollout.logprobs import completion_logprobs, hidden_logprobs, over_position_blocks
 from nested_reft.rollout.sampling import tempered
 from nested_reft.types import TrainBatch, Weighted, gradient_mask, valid_mask
 

@@ -41,7 +41,7 @@ from nested_reft.rollout.dynamic_sampling import (
     trained_groups,
     without_gradient,
 )
-from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
 from nested_reft.train.generation import Generation, generation_metrics

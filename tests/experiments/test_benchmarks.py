@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks import compaction, peers, rollouts, updates, worker
-from experiments.benchmarks.common import disturbance, measured, use_threads
+from experiments.benchmarks.common import disturbance, measured, prepare_process
 from experiments.benchmarks.floors import (
     Ceilings,
     decode_rate,
@@ -73,13 +73,13 @@ def test_predicted_speedup_is_below_the_ratio_of_layers_because_head_and_samplin
 
 def test_update_tokens_and_floor():
     case = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
-    assert update_tokens(case, shared_prompt=True) == 8 * 53 + 64 * 12 == 1192
+    assert update_tokens(case, shared_prompt=True) == 8 * 53 + 64 * 11 == 1128
     assert update_tokens(case, shared_prompt=False) == 64 * 65
     layers, head = 5 * 2688 * (2 * 4 + 6 * 4), 496 * 6 * 5  # not 6 x 5 completion tokens, not 38 through the head
     assert (layers, head) == (430_080, 14_880)
-    found = update_floor(TINY, CASE, compute_bound(38))
+    found = update_floor(TINY, CASE, compute_bound(32))
     assert found == {"layers": layers, "head": head, "backward": 2 * (layers + head)}
-    adapters = update_floor(TINY, CASE, compute_bound(38), trains_all=False)
+    adapters = update_floor(TINY, CASE, compute_bound(32), trains_all=False)
     assert adapters == found | {"backward": layers + head}  # no gradients of the weights
 
 
@@ -139,9 +139,9 @@ def test_update_ratios_and_share_of_the_floor():
         row(updates.OURS, "float32 LoRA", seconds=1_779_840.0),
         row(updates.PLAIN, "float32", seconds=6_674_400.0),
     ]
-    ours, lora, plain = updates.compared(rows, TINY, compute_bound(38))
-    assert (ours["tokens"], ours["floor_seconds"], ours["share_of_floor"]) == (38, 1_334_880, 0.5)
-    assert (lora["tokens"], lora["floor_seconds"], lora["share_of_floor"]) == (38, 889_920, 0.5)
+    ours, lora, plain = updates.compared(rows, TINY, compute_bound(32))
+    assert (ours["tokens"], ours["floor_seconds"], ours["share_of_floor"]) == (32, 1_334_880, 0.5)
+    assert (lora["tokens"], lora["floor_seconds"], lora["share_of_floor"]) == (32, 889_920, 0.5)
     assert (plain["tokens"], plain["floor_seconds"], plain["share_of_floor"]) == (54, None, None)
     assert plain["ours_float32_ratio"] == 2.5  # adapters are no full update
 
@@ -193,7 +193,7 @@ def test_wrong_options_are_refused_before_anything_runs(arguments, message, monk
 
 def test_more_threads_than_cores_are_refused():
     with pytest.raises(SystemExit, match="--threads is 100000; this machine has"):
-        use_threads(100_000)
+        prepare_process(100_000)
 
 
 def test_spec_round_trip_and_prompts_are_the_same_for_everybody():
@@ -225,7 +225,7 @@ def test_a_peer_that_cannot_start_is_skipped_with_its_reason(capsys):
     assert "absent system, float32: skipped: " in capsys.readouterr().out
     assert len(rows) == 2 and all("no_such_worker" in row["skipped"] for row in rows)
     assert "skipped: " in rollouts.speed_table([CASE], rows) and "skipped: " in updates.update_table(
-        updates.compared(rows, TINY, compute_bound(38))
+        updates.compared(rows, TINY, compute_bound(32))
     )
 
 

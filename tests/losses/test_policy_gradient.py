@@ -15,7 +15,7 @@ from nested_reft.losses.config import LossConfig
 from nested_reft.losses.policy_gradient import normalization_shares, policy_gradient_loss
 from nested_reft.losses.presets import dapo
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import completion_logprobs
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.types import gradient_mask, valid_mask
 from tests.losses.batches import one_group, random_batch
 from tests.tiny_models import tiny_model, tiny_prompts

@@ -73,3 +73,9 @@ def test_the_mlp_of_few_rows_and_of_many_is_its_formula(dtype, adapters, key):
 def test_an_index_that_waits_is_the_index(value):
     found = jax.jit(_known_after)(jnp.full((2, 2), value), jnp.array(3))
     assert found == 3 and found.dtype == jnp.int32
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only the CPU backend's index waits")
+def test_an_index_waits():
+    compiled = jax.jit(_known_after).lower(jnp.zeros((2, 2)), jnp.array(3)).compile()
+    assert "compare(" in compiled.as_text()

@@ -46,7 +46,6 @@ def test_int8_copy_is_the_model_with_rounded_matrices(config):
     expected = forward(with_matrices(model, rounded), tokens_BT)
     # The copy's products take bfloat16 inputs, 8 bits each: a few per cent after five layers with large matrices.
     np.testing.assert_allclose(copied, expected, atol=0.1 * float(jnp.abs(expected).max()))
-    assert jnp.abs(copied - forward(model, tokens_BT)).max() > 0
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])

@@ -8,7 +8,8 @@ import pytest
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.metrics import CompileCounter
 from nested_reft.rollout.exact import DRAFT_LENGTHS, accept, generate_exact, next_draft_length
-from nested_reft.rollout.generate import completion_logprobs, generate
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 from tests.tiny_models import forward, tiny_model, tiny_prompts
 

@@ -10,7 +10,9 @@ from nested_reft.metrics import CompileCounter
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout import generate as generate_module
-from nested_reft.rollout.generate import completion_logprobs, generate, right_padded
+from nested_reft.rollout import logprobs
+from nested_reft.rollout.generate import generate, right_padded
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch, shard_parameters
 from tests.tiny_models import TINY, forward, tiny_model, tiny_prompts
@@ -150,7 +152,7 @@ def test_left_right_and_no_padding_give_the_same_rollouts(key):
     from_right, from_wide = rollout(model, key), rollout(model, key, prompts=(wide, length_B))
     for other in (from_left, from_wide):
         assert jnp.array_equal(from_right.tokens_BGC, other.tokens_BGC)
-        np.testing.assert_allclose(from_right.behavior_logprob_BGC, other.behavior_logprob_BGC, atol=1e-5)
+        np.testing.assert_allclose(from_right.behavior_logprob_BGC, other.behavior_logprob_BGC, atol=2e-5)
     alone = rollout(model, key, prompts=(tokens_BP[1:2, :4], length_B[1:2]), sampling=GREEDY)
     together = rollout(model, key, sampling=GREEDY)
     assert jnp.array_equal(alone.tokens_BGC[0], together.tokens_BGC[1])
@@ -210,7 +212,7 @@ def test_blocks_of_positions_change_neither_logprobs_nor_gradient(key, monkeypat
         return (jnp.sin(logprob) + jnp.cos(entropy)).sum(), (logprob, entropy)
 
     whole_gradient, whole = jax.jit(jax.grad(both, has_aux=True))(model.parameters())
-    monkeypatch.setattr(generate_module, "LOGITS_AT_ONCE", block_size * 2 * len(length_B) * 31)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", block_size * 2 * len(length_B) * 31)
     gradient, blocks = jax.jit(jax.grad(both, has_aux=True))(model.parameters())
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), (gradient, blocks), (whole_gradient, whole)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.rollout.generate import completion_logprobs, generate
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.types import Rollouts
