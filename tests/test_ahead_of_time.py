@@ -174,13 +174,13 @@ def test_a_program_that_does_not_fit_is_refused(capsys):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
 @pytest.mark.parametrize("num_kept", [None, 6])
 def test_a_tpu_moves_little_more_than_the_floor(num_kept):
-    """With q, k and v transposed every step and caches written by every layer it was 1.086 and 1.071. A plan's bound is
-    wider because small stacks are prefetched whole."""
+    """With q, k and v transposed every step and caches written by every layer it was 1.086 and 1.071; the
+    bound leaves room for small stacks, which are prefetched whole."""
     config = dataclasses.replace(QWEN2_5_SHAPE, num_layers=8, vocab_size=16_384)
     workload = Workload(prompts=8, group_size=8, prompt_tokens=192, completion_tokens=64)
     cost = decode_cost(config, workload, topology_mesh(topology_devices("v5e:2x2"), MeshConfig()), num_kept)
     assert cost.floor_bytes is not None
-    assert cost.hbm_bytes < (1.02 if num_kept is None else 1.06) * cost.floor_bytes
+    assert cost.hbm_bytes < 1.06 * cost.floor_bytes
 
 
 def test_an_update_never_holds_the_logits_of_all_tokens():
