@@ -18,6 +18,7 @@ from nested_reft.types import Rollouts, valid_mask
 
 COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
 COMPACTIONS = 3  # each compiles the decode step once more
+GROW_FROM = 64  # completion tokens; with fewer, reading caches half empty costs less than compiling for smaller ones
 
 
 Rows = tuple[Int[Array, "_ 1"], Int[Array, "_ _"]]
@@ -55,7 +56,7 @@ def generate(
 
     The prompt runs once per group and its caches are shared by the group. Decoding ends as soon as
     every row has drawn a stop token; where completions may be long, rows that have are dropped whenever half of
-    each group would do (`_compactions`). It compiles once per shape and plan size.
+    each group would do (`_compactions`), and caches grow in steps. It compiles once per shape and plan size.
 
     Args:
         model: the target; the plan picks the layers that act.
@@ -88,11 +89,12 @@ def generate(
         )
 
     def decode_until_fits(state: _DecodeState, rows: Rows, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
-        """Decodes until all rows still running fit into `fewer` prompts and completions of each."""
+        """Decodes until all rows still running fit into `fewer` prompts and completions of each, or caches are full."""
+        end = min(size, state.cache.key.shape[-2] + 1)  # a step feeds the token before the one that it draws
 
         def too_many(state: _DecodeState) -> Array:
             running_B = jnp.sum(~state.done_BG, axis=1)
-            return (state.step < size) & ((jnp.sum(running_B > 0) > fewer[0]) | jnp.any(running_B > fewer[1]))
+            return (state.step < end) & ((jnp.sum(running_B > 0) > fewer[0]) | jnp.any(running_B > fewer[1]))
 
         def decode_one(state: _DecodeState) -> _DecodeState:
             last = state.step - 1
@@ -101,6 +103,7 @@ def generate(
 
         return jax.lax.while_loop(too_many, decode_one, state)
 
+    cache_sizes = _cache_sizes(size)
     rows = (jnp.arange(shape[0])[:, None], jnp.broadcast_to(jnp.arange(group_size), shape))
     state = _DecodeState(
         step=jnp.zeros((), jnp.int32),
@@ -108,11 +111,15 @@ def generate(
         logprob_BGC=jnp.zeros((*shape, size), jnp.float32),
         length_BG=jnp.zeros(shape, jnp.int32),
         done_BG=jnp.zeros(shape, bool),
-        cache=model.empty_cache(*shape, max(size - 1, 1), plan),
+        cache=model.empty_cache(*shape, cache_sizes[0], plan),
     )
     first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*shape, prompt.last_hidden_BD.shape[-1]))
     state = add_token(state, rows, first_BGD)
-    for fewer in _compactions(*shape, size):
+    compactions = _compactions(*shape, size)
+    for cache_size in cache_sizes[1:]:
+        state = decode_until_fits(state, rows, prompt, (compactions or [(0, 0)])[0])
+        state = _with_cache_size(state, cache_size)
+    for fewer in compactions:
         state = decode_until_fits(state, rows, prompt, fewer)
         state, rows, prompt = _compacted(state, rows, prompt, *fewer)
     state = decode_until_fits(state, rows, prompt, (0, 0))
@@ -140,6 +147,18 @@ def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
         batch, group = (batch, -(-group // 2)) if group > 1 else (-(-batch // 2), group)
         shapes.append((batch, group))
     return shapes
+
+
+def _cache_sizes(size: int) -> list[int]:
+    """Tokens that caches hold room for, one after the other: every step reads them whole."""
+    last = max(size - 1, 1)
+    return [-(-last // 4), -(-last // 2), last] if size >= GROW_FROM else [last]
+
+
+def _with_cache_size(state: _DecodeState, size: int) -> _DecodeState:
+    """The same caches with room for `size` tokens."""
+    room = [(0, 0)] * 4 + [(0, size - state.cache.key.shape[-2]), (0, 0)]
+    return dataclasses.replace(state, cache=jax.tree.map(lambda a: jnp.pad(a, room), state.cache))
 
 
 def _compacted(

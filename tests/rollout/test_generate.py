@@ -273,6 +273,28 @@ def test_compactions_halve_groups_first():
     assert generate_module._compactions(8, 8, 31) == []  # too short to pay
 
 
+def test_caches_hold_a_quarter_half_and_all():
+    assert generate_module._cache_sizes(128) == [32, 64, 127]
+    assert generate_module._cache_sizes(63) == [62] and generate_module._cache_sizes(1) == [1]
+
+
+def test_growing_caches_changes_nothing(key, monkeypatch):
+    results = []
+    for grow_from in (10**9, 8):
+        monkeypatch.setattr(generate_module, "GROW_FROM", grow_from)
+        generate.clear_cache()
+        plan = LayerPlan.skipping(5, [1])
+        results.append(
+            rollout(tiny_model(scale=1.0), key, plan=plan, stop_ids=jnp.arange(0, 31, 9), group_size=8, size=23)
+        )
+    generate.clear_cache()
+    whole, grown = results
+    assert len(set(whole.length_BG.ravel().tolist())) > 4 and whole.length_BG.max() > 12  # ends in every phase
+    for name in ("tokens_BGC", "length_BG", "finished_BG"):
+        np.testing.assert_array_equal(getattr(grown, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(grown.behavior_logprob_BGC, whole.behavior_logprob_BGC, atol=1e-4)
+
+
 @pytest.mark.parametrize("skipped", [(), (0, 2)])
 @pytest.mark.parametrize("group_size", [8, 1])
 def test_dropping_finished_rows_changes_nothing(skipped, group_size, key, monkeypatch):
