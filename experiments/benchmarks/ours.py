@@ -17,7 +17,6 @@ from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.types import Rollouts
 
 VARIANTS: dict[str, Callable[[str], Transformer]] = {
     "float32": lambda directory: load_model(directory, jnp.float32)[0],
@@ -33,14 +32,14 @@ def plan_of(skip_ratio: float, num_layers: int) -> LayerPlan:
 
 
 def rollout_call(
-    model: Transformer, case: Case, stop_ids: Sequence[int] = (-1,), sampler: Callable[..., Rollouts] = generate
-) -> Callable[[], Rollouts]:
-    """A rollout of the case, as `generate` runs it for training; no token ends it unless some are named."""
+    model: Transformer, case: Case, stop_ids: Sequence[int] = (-1,), sampler: Callable[..., Any] = generate
+) -> Callable[[], Any]:
+    """A rollout of the case, as `sampler` returns it; no token ends it unless some are named."""
     prompt_BP = jnp.asarray(case.prompt_ids(model.config.vocab_size), jnp.int32)
     length_B = jnp.full(case.prompts, case.prompt_tokens, jnp.int32)
     plan, stops = plan_of(case.skip_ratio, model.config.num_layers), jnp.asarray(stop_ids, jnp.int32)
 
-    def call() -> Rollouts:
+    def call() -> Any:
         return sampler(
             model,
             prompt_BP,

@@ -56,10 +56,19 @@ def hidden_logprobs(
 
     def block(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = tempered(model.logits(hidden), temperature)
-        all_logprobs = jax.nn.log_softmax(logits if differentiable_entropy else jax.lax.stop_gradient(logits), axis=-1)
-        return token_logprob(logits, tokens), -jnp.sum(jnp.exp(all_logprobs) * all_logprobs, axis=-1)
+        return token_logprob(logits, tokens), entropy(
+            logits if differentiable_entropy else jax.lax.stop_gradient(logits)
+        )
 
     return over_position_blocks(block, model.config.vocab_size, hidden_BGCD, tokens_BGC)
+
+
+def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, " *rows"]:
+    """`log Z - sum_v e^(x_v - max x) (x_v - max x) / Z` in nats: two sums over the vocabulary."""
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weight = jnp.exp(shifted)
+    total = jnp.sum(weight, axis=-1)
+    return jnp.log(total) - jnp.sum(weight * shifted, axis=-1) / total
 
 
 def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays: Array) -> Any:

@@ -91,9 +91,11 @@ def make_update(
     """
 
     def update(state: TrainState, batch: TrainBatch):
+        """One optimizer step on the batch, in micro-batches whose sums are divided once."""
         plan, batch = batch.plan, dataclasses.replace(batch, plan=None)  # the one part without prompts to split
 
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
+            """The sum to differentiate, and with its weight what is logged."""
             model = nnx.merge(state.graph, trainable, state.frozen)
             valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
             hidden_BGCD = model.completion_hidden(
@@ -152,6 +154,7 @@ def make_supervised_update(
     """
 
     def update(state: TrainState, batch: TrainBatch, plan: LayerPlan):
+        """One optimizer step on the mean over the completions' tokens."""
         mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, batch.tokens_BGC.shape[-1])
 
         def cross_entropy(trainable: nnx.State):

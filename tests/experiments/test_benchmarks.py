@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmarks import compaction, peers, rollouts, updates, worker
+from experiments.benchmarks import compaction, exact, peers, rollouts, updates, worker
 from experiments.benchmarks.common import disturbance, measured, prepare_process
 from experiments.benchmarks.floors import (
     Ceilings,
@@ -171,6 +171,14 @@ def test_compaction_table_pairs_rows_without_and_with():
     rows = [common | {"seconds": 3.0, "first_seconds": 9.0}, common | {"seconds": 2.0, "first_seconds": 14.0}]
     line = compaction.compaction_table(rows).splitlines()[-1]
     assert line.split() == ["5", "0.062", "3.2", "5", "3.00", "2.00", "1.50x", "9.0", "14.0"]
+
+
+def test_exact_table_compares_with_the_first_row():
+    plain = {"variant": "plain", "case": Case(2, 3, 4, 5), "seconds": 2.0}
+    drafted = plain | {"variant": "exact, 1 drafts", "kept": 4, "accepted": 0.875, "seconds": 3.0}
+    first, second = exact.exact_table([plain, drafted]).splitlines()[2:]
+    assert first.split() == ["plain", "-", "-", "15", "1.00x"]
+    assert second.split() == ["exact,", "1", "drafts", "4", "0.88", "10", "0.67x"]
 
 
 @pytest.mark.parametrize(

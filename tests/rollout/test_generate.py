@@ -219,6 +219,20 @@ def test_blocks_of_positions_change_neither_logprobs_nor_gradient(key, monkeypat
     )
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_entropy_and_its_gradient_are_those_of_the_definition(shift, key):
+    logits = 5 * jax.random.normal(key, (3, 4, 31))
+
+    def definition(logits):
+        return -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
+
+    atol = 1e-5 if shift == 0 else 0.02  # such logits are 0.001 apart
+    np.testing.assert_allclose(logprobs.entropy(logits + shift), definition(logits), atol=atol)
+    gradient, expected = (jax.grad(lambda x, f=f: f(x).sum())(logits) for f in (logprobs.entropy, definition))
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+    assert logprobs.entropy(jnp.zeros(31)) == pytest.approx(np.log(31), abs=1e-6)
+
+
 def test_completions_of_one_token_can_be_scored():
     """All of a batch may be a lone stop token; the update then cuts it to one position."""
     model, (prompt_BP, length_B) = tiny_model(), tiny_prompts()
