@@ -19,7 +19,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
 
 MASKED = -1e30  # finite, so that a row with no valid key stays finite
-FEW_ROWS = 64  # at 8 to 64 rows a CPU's MLP is 7 to 20 % faster features first, at 128 no faster; see `add_mlp`
+FEW_ROWS = 64  # up to which a CPU's MLP is faster features first; at 128 it is not; see `add_mlp`
 
 
 @struct.dataclass

@@ -292,6 +292,20 @@ def test_caches_hold_a_quarter_half_and_all():
     assert generate_module._cache_sizes(63) == [62] and generate_module._cache_sizes(1) == [1]
 
 
+def test_decoding_grows_caches_and_drops_rows():
+    model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()
+
+    def run(model):
+        return generate.__wrapped__(
+            model, tokens_BP, length_B, LayerPlan.skipping(5, [1]), jnp.array([0]), jax.random.key(0),
+            group_size=8, max_completion_tokens=64, sampling=SamplingConfig(),
+        )  # fmt: skip
+
+    program = str(jax.make_jaxpr(run)(model))
+    for group, cached in ((8, 16), (8, 32), (8, 63), (4, 63), (2, 63), (1, 63)):
+        assert f"f32[4,3,{group},2,{cached},8]" in program  # S, B, G, J, C, K
+
+
 def test_growing_caches_changes_nothing(key, monkeypatch):
     results = []
     for grow_from in (10**9, 8):
