@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.losses.config import LossConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
-from nested_reft.report import table
+from nested_reft.reports.tables import table
 from nested_reft.types import TrainBatch
 
 SHAPE = (8, 16)  # prompts, completions of one token each

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from experiments.runs import EVERY, finished, train, warm_started
-from nested_reft.metrics import write_json
-from nested_reft.report import table
+from nested_reft.json_files import write_json
+from nested_reft.reports.tables import table
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.train.config import Config, WarmStartConfig, load_config
 

@@ -29,9 +29,9 @@ import numpy as np
 
 from experiments.runs import EVERY, finished, train, warm_started
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.figures import pyplot
-from nested_reft.metrics import write_json
-from nested_reft.report import table
+from nested_reft.json_files import write_json
+from nested_reft.reports.figures import pyplot
+from nested_reft.reports.tables import table
 from nested_reft.train.config import Config, WarmStartConfig, load_config
 
 SMOOTH = 3  # evaluations that one point of a curve is the mean of

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from nested_reft.figures import pyplot
-from nested_reft.metrics import RunDirectory, versions, write_json
+from nested_reft.json_files import write_json
 from nested_reft.nesting_control import NestingControlConfig, choose, initial_state, update
-from nested_reft.report import table
+from nested_reft.reports.figures import pyplot
+from nested_reft.reports.tables import table
+from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.train.config import load_config
 from nested_reft.train.setup import prepare
 from nested_reft.train.trainer import Trainer

@@ -19,10 +19,11 @@ import numpy as np
 
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_plan_divergence, texts_of
+from nested_reft.json_files import write_json
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
-from nested_reft.metrics import versions, write_json
-from nested_reft.report import table
+from nested_reft.reports.tables import table
 from nested_reft.rollout.generate import generate
+from nested_reft.run_directory import versions
 from nested_reft.train.config import load_config
 from nested_reft.train.setup import Setup, prepare
 

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from nested_reft.evaluation import evaluate
-from nested_reft.metrics import RunDirectory, versions
 from nested_reft.models.transformer import Transformer
+from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.train.config import Config, load_config
 from nested_reft.train.setup import Setup, prepare
 from nested_reft.train.trainer import WARM_START_KEY, Trainer

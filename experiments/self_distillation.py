@@ -26,10 +26,11 @@ import numpy as np
 from experiments.plan_divergence import full_completions
 from nested_reft.divergence import measure_plan_divergence, texts_of
 from nested_reft.evaluation import EvaluationConfig, evaluate
+from nested_reft.json_files import write_json
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.metrics import RunDirectory, versions, write_json
 from nested_reft.models.transformer import Transformer
-from nested_reft.report import table
+from nested_reft.reports.tables import table
+from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.train.config import Config, load_config
 from nested_reft.train.setup import Setup, prepare
 from nested_reft.train.trainer import Trainer

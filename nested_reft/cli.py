@@ -83,10 +83,10 @@ def _checking_input() -> Iterator[None]:
 
 def _train(arguments: list[str]) -> None:
     from nested_reft.checkpoints import newest_checkpoint
-    from nested_reft.figures import write_report
-    from nested_reft.metrics import RunDirectory
-    from nested_reft.report import summary_table
+    from nested_reft.reports.figures import write_report
+    from nested_reft.reports.tables import summary_table
     from nested_reft.rollout.dynamic_sampling import GenerationLimitError
+    from nested_reft.run_directory import RunDirectory
     from nested_reft.train.memory import check_memory
     from nested_reft.train.setup import prepare
     from nested_reft.train.trainer import Trainer
@@ -173,7 +173,7 @@ def _evaluate(arguments: list[str]) -> None:
     import jax
 
     from nested_reft.evaluation import evaluate
-    from nested_reft.report import evaluation_table
+    from nested_reft.reports.tables import evaluation_table
 
     parser = _parser("eval", "Greedy accuracy and pass@k on the held-out prompts of every source.")
     parser.add_argument("policy", help="a run directory, or a model as in model.name")
@@ -211,8 +211,8 @@ def _sample(arguments: list[str]) -> None:
 
     from nested_reft.data.prompts import PromptFormat
     from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
-    from nested_reft.metrics import printable
     from nested_reft.models.registry import load_model
+    from nested_reft.reports.tables import printable
     from nested_reft.rollout.generate import generate
     from nested_reft.rollout.sampling import SamplingConfig
     from nested_reft.train.setup import trained_policy
@@ -275,7 +275,7 @@ def _sample(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from nested_reft.figures import read_metrics, report_text, write_report
+    from nested_reft.reports.figures import read_metrics, report_text, write_report
 
     parser = _parser("report", "Figures and tables of a run, from its metrics.jsonl, in RUN/report.")
     parser.add_argument("run", type=Path, help="a run directory; the run may still be going on")
@@ -297,7 +297,7 @@ def _measure_layers(arguments: list[str]) -> None:
     from nested_reft.data.pipeline import batch_prompts
     from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
     from nested_reft.layer_skip import LayerPlan
-    from nested_reft.report import table
+    from nested_reft.reports.tables import table
     from nested_reft.rollout.generate import generate
 
     parser = _parser("measure-layers", "KL(full || full without the layer) per token, for each layer.")
@@ -341,7 +341,7 @@ def _measure_layers(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    from nested_reft.models.huggingface import save_huggingface
+    from nested_reft.models.formats.huggingface import save_huggingface
     from nested_reft.train.setup import trained_policy
 
     parser = _parser("export", "Writes a directory that transformers loads; adapters are merged.")
@@ -357,10 +357,10 @@ def _export(arguments: list[str]) -> None:
 
 
 def _compile(arguments: list[str]) -> None:
-    from nested_reft.ahead_of_time import configured_costs, device_unit, topology_devices
     from nested_reft.models.registry import model_shape
-    from nested_reft.report import cost_table
+    from nested_reft.reports.tables import cost_table
     from nested_reft.train.config import load_config
+    from nested_reft.verification.compiled_costs import configured_costs, device_unit, topology_devices
 
     parser = _parser("compile", "Compiles one decode step, full and nested, and one update for a TPU topology.")
     parser.add_argument("config", help="the configuration whose shapes to use; overrides follow as --FIELD VALUE")
@@ -385,8 +385,8 @@ def _compile(arguments: list[str]) -> None:
 
 
 def _verify_estimators(arguments: list[str]) -> None:
-    from nested_reft.enumeration import verify_estimators
-    from nested_reft.report import estimator_table
+    from nested_reft.reports.tables import estimator_table
+    from nested_reft.verification.enumeration import verify_estimators
 
     parser = _parser("verify-estimators", "Exact bias and variance of every estimator on an enumerable model.")
     parser.add_argument("--seed", type=int, default=0, help="of the model's parameters")
@@ -463,7 +463,7 @@ def _check_seed(seed: int) -> None:
 
 
 def _check_writable(path: Path | None) -> None:
-    from nested_reft.metrics import check_writable
+    from nested_reft.json_files import check_writable
 
     if path is not None:
         check_writable(path)
@@ -471,7 +471,7 @@ def _check_writable(path: Path | None) -> None:
 
 def _write_json(path: Path | None, value: Any) -> None:
     if path is not None:
-        from nested_reft.metrics import write_json
+        from nested_reft.json_files import write_json
 
         write_json(path, value)
 

@@ -20,9 +20,9 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from nested_reft.gguf_reader import GgufFile, open_gguf
+from nested_reft.json_files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -149,57 +149,6 @@ class Tokenizer:
         return self._compiled_template
 
     @classmethod
-    def from_huggingface(cls, directory: str | Path) -> Tokenizer:
-        """The tokenizer in a Hugging Face model directory.
-
-        Stop tokens are all that `generation_config.json`, `config.json` and
-        `tokenizer_config.json` name: chat models end a turn with another token than a document.
-
-        Raises:
-            FileNotFoundError: the directory has no `tokenizer.json`.
-            ValueError: a file cannot be parsed, or names a token that the vocabulary lacks.
-        """
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"'{path}' does not exist; a model directory needs it: older SentencePiece tokenizers are"
-                " converted by transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"'{path}' is not a tokenizer ({error}); fetch it again") from error
-        settings = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
-        stop_ids = [
-            stop_id
-            for name in ("generation_config.json", "config.json")
-            for stop_id in _id_list(read_json(directory / name).get("eos_token_id"), directory / name)
-        ]
-        return cls(backend, _special_tokens(settings), _chat_template(directory, settings), stop_ids)
-
-    @classmethod
-    def from_gguf(cls, source: str | Path | GgufFile) -> Tokenizer:
-        """The byte-level BPE tokenizer in a GGUF file.
-
-        Args:
-            source: the file's path, or the file already opened.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a GGUF file, or a tokenizer of an unknown kind.
-        """
-        file = source if isinstance(source, GgufFile) else open_gguf(source)
-        tokens = file.require("tokenizer.ggml.tokens")
-        roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-        special_ids = {role: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
-        special_tokens = {role: tokens[i] for role, i in special_ids.items() if i is not None}
-        ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        stop_ids = [int(i) for i in ends if i is not None]
-        template = file.metadata.get("tokenizer.chat_template")
-        return cls(_backend_from_gguf(file, special_tokens.get("bos_token")), special_tokens, template, stop_ids)
-
-    @classmethod
     def characters(cls, alphabet: str) -> Tokenizer:
         """One token per character, after an end-of-text token with id 0 (also the padding).
 
@@ -231,7 +180,7 @@ class Tokenizer:
         """Writes `tokenizer.json`, `tokenizer_config.json` and, where there is none, the
         `generation_config.json` that holds all stop tokens.
 
-        `from_huggingface` and `transformers.AutoTokenizer` read them back.
+        `models.formats.huggingface_tokenizer` and `transformers.AutoTokenizer` read them back.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -268,121 +217,6 @@ def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
             f"the tokenizer's largest token id is {largest}; the model's vocab_size is {model_config.vocab_size},"
             " so ids must be below that: use the tokenizer that belongs to the model"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty when there is no such file.
-
-    Raises:
-        ValueError: the file does not hold a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"'{path}' holds a JSON {type(value).__name__}; it must hold an object")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people and programs to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# What Hugging Face directories say about special tokens.
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by role; a token is stored as its text or as an object with `content`."""
-    found = {role: settings.get(role) for role in SPECIAL_NAMES}
-    return {role: token["content"] if isinstance(token, dict) else token for role, token in found.items() if token}
-
-
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template of `chat_template.jinja`, which wins, or of `tokenizer_config.json`."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _id_list(value: Any, path: Path) -> list[int]:
-    """Token ids that a configuration gives as nothing, one integer or a list."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"'{path}': eos_token_id is {value!r}; allowed is a token id or a list of them")
-    return ids
-
-
-# GGUF tokenizers.
-
-_NORMAL_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
-
-
-def _split_then_bytes(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _gguf_pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words before BPE, by GGUF's name for it.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if kind == "smollm":
-        # Digits one by one, then GPT-2's own pattern.
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if kind == "qwen2":
-        return _split_then_bytes(_NORMAL_SPLIT % "")
-    if kind == "llama-bpe":
-        return _split_then_bytes(_NORMAL_SPLIT % "{1,3}")
-    raise ValueError(f"tokenizer.ggml.pre is '{kind}'; allowed are smollm, qwen2, llama-bpe")
-
-
-def _backend_from_gguf(file: GgufFile, bos_token: str | None) -> tokenizers.Tokenizer:
-    """Byte-level BPE from a file's tokens and merges."""
-    kind = file.require("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is '{kind}'; allowed is gpt2 (byte-level BPE)")
-    pre = file.require("tokenizer.ggml.pre")
-    pre_tokenizer = _gguf_pre_tokenizer(pre)
-    tokens = file.require("tokenizer.ggml.tokens")
-    types = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    # Unused tokens only fill the vocabulary up to the embedding's size.
-    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
-    merges = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
-
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    for token, kind in zip(tokens, types, strict=True):
-        if kind == _CONTROL:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
-    if bos_token is not None and file.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A", special_tokens=[(bos_token, vocabulary[bos_token])]
-        )
-    return backend
 
 
 # Chat templates: the Jinja environment that Hugging Face documents for them.

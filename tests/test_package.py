@@ -25,15 +25,18 @@ RULES = {
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
-    {"layer_skip", "gguf_reader", "hbm_traffic"},
+    {"layer_skip", "json_files", "compilation"},
     {"types"},
     RULES,
     {"sharding"},
     {"models", "tokenizer"},
+    {"checkpoints"},
     {"rollout"},
-    {"evaluation", "divergence", "checkpoints", "metrics", "enumeration"},
+    {"evaluation", "divergence", "run_directory"},
+    {"reports"},
     {"train"},
-    {"report", "figures", "ahead_of_time", "cli"},
+    {"verification"},
+    {"cli"},
     {"command"},
     {"configs", "experiments"},
 ]

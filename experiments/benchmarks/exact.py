@@ -18,7 +18,7 @@ import jax
 from experiments.benchmarks.common import disturbance, exported_model, parser, plain, prepare_process, write_results
 from experiments.benchmarks.ours import VARIANTS, plan_of, rollout_call
 from experiments.benchmarks.worker import Case, measure_all
-from nested_reft.report import table
+from nested_reft.reports.tables import table
 from nested_reft.rollout.exact import generate_exact
 
 CASE = Case(prompts=8, group=8, prompt_tokens=64, new_tokens=32)

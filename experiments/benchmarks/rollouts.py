@@ -33,7 +33,7 @@ from experiments.benchmarks.ours import VARIANTS, plan_of
 from experiments.benchmarks.peers import TORCH, System
 from experiments.benchmarks.worker import Case
 from nested_reft.models.config import ModelConfig
-from nested_reft.report import table
+from nested_reft.reports.tables import table
 
 OURS = System("ours", "ours")
 TRANSFORMERS = System("transformers", "peer_transformers", *TORCH)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.common import shown
-from nested_reft.metrics import CompileCounter
-from nested_reft.report import table
+from nested_reft.compilation import CompileCounter
+from nested_reft.reports.tables import table
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from experiments.benchmarks.our_updates import VARIANTS
 from experiments.benchmarks.peers import TORCH, System
 from experiments.benchmarks.worker import Case
 from nested_reft.models.config import ModelConfig
-from nested_reft.report import table
+from nested_reft.reports.tables import table
 
 OURS = System("ours", "our_updates")
 PLAIN = System("plain torch", "peer_torch_update", *TORCH)

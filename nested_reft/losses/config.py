@@ -103,7 +103,7 @@ def claims_unbiased(config: LossConfig) -> bool:
     `k1_in_reward`; `group_mean` changes its length by (G - 1) / G.
 
     It holds for every batch size, provided that the behavior policy has full support. The
-    enumeration (`nested_reft.enumeration`) shows it for every combination that returns True.
+    enumeration (`nested_reft.verification.enumeration`) shows it for every combination that returns True.
     `token_mean` does not qualify: its divisor, the number of sampled tokens, varies with the sample,
     which leaves a bias of the order 1 / batch.
     """

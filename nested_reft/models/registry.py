@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from nested_reft.gguf_reader import check_gguf_magic, open_gguf
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.gguf_file import config_from_gguf, load_gguf
-from nested_reft.models.huggingface import check_huggingface, load_huggingface
+from nested_reft.models.formats.gguf_model import config_from_gguf, load_gguf
+from nested_reft.models.formats.gguf_reader import check_gguf_magic, open_gguf
+from nested_reft.models.formats.gguf_tokenizer import gguf_tokenizer
+from nested_reft.models.formats.huggingface import check_huggingface, load_huggingface
+from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 
@@ -65,7 +67,7 @@ HUB_TIMEOUT_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelLocation:
     """Where a model is.
 
     Attributes:
@@ -84,7 +86,7 @@ def known_models() -> tuple[str, ...]:
     return (*PACKAGED_MODELS, *HUB_MODELS)
 
 
-def resolve_model(name_or_path: str | Path) -> ModelSource:
+def resolve_model(name_or_path: str | Path) -> ModelLocation:
     """Finds a model, and refuses what cannot be loaded, without reading weights or the network.
 
     Tried in this order: a known name, a `.gguf` file, a directory, a hub id `org/name`.
@@ -95,20 +97,20 @@ def resolve_model(name_or_path: str | Path) -> ModelSource:
     """
     name = str(name_or_path)
     if name in PACKAGED_MODELS:
-        return ModelSource(name, "gguf", str(_packaged_file(name)))
+        return ModelLocation(name, "gguf", str(_packaged_file(name)))
     if name in HUB_MODELS:
-        return ModelSource(name, "hub", HUB_MODELS[name])
+        return ModelLocation(name, "hub", HUB_MODELS[name])
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         check_gguf_magic(path)
-        return ModelSource(name, "gguf", str(path))
+        return ModelLocation(name, "gguf", str(path))
     if name and path.is_dir():  # an empty path would mean the current directory
         check_huggingface(path)
-        return ModelSource(name, "directory", str(path))
+        return ModelLocation(name, "directory", str(path))
     if path.is_file():
         raise ValueError(f"model is '{name}', a file; allowed are .gguf files and directories of safetensors")
     if HUB_ID.fullmatch(name):
-        return ModelSource(name, "hub", name)
+        return ModelLocation(name, "hub", name)
     raise ValueError(
         f"model is '{name}', which is neither known nor on this machine; allowed are a .gguf file, a model"
         f" directory, a hub id 'org/name', or one of: {', '.join(known_models())}"
@@ -148,11 +150,11 @@ def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Tran
     source = resolve_model(name_or_path)
     if source.kind == "gguf":
         file = open_gguf(source.location)
-        tokenizer = Tokenizer.from_gguf(file)
+        tokenizer = gguf_tokenizer(file)
         check_tokenizer(config_from_gguf(file), tokenizer)
         return load_gguf(file, dtype), tokenizer
     directory = _download(source) if source.kind == "hub" else Path(source.location)
-    tokenizer = Tokenizer.from_huggingface(directory)
+    tokenizer = huggingface_tokenizer(directory)
     check_tokenizer(check_huggingface(directory), tokenizer)
     return load_huggingface(directory, dtype), tokenizer
 
@@ -171,7 +173,7 @@ def _packaged_file(name: str) -> Path:
     return files[0]
 
 
-def _download(source: ModelSource) -> Path:
+def _download(source: ModelLocation) -> Path:
     """Path of the hub model's files in the local cache, fetched where they are not there yet."""
     import huggingface_hub
 

@@ -14,7 +14,7 @@ import numpy as np
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.splits import split_by_cluster, split_by_pass_rate
 from nested_reft.evaluation import num_correct
-from nested_reft.metrics import write_json
+from nested_reft.json_files import write_json
 from nested_reft.models.transformer import Transformer
 from nested_reft.train.setup import Setup
 

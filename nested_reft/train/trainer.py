@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from nested_reft import curriculum, nesting_control
 from nested_reft.checkpoints import Checkpoints
+from nested_reft.compilation import CompileCounter
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
-from nested_reft.metrics import CompileCounter, RunDirectory, versions
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.dynamic_sampling import (
     GenerationLimitError,
@@ -43,6 +43,7 @@ from nested_reft.rollout.dynamic_sampling import (
 )
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.throughput import compare_throughput
+from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.sharding import make_mesh, replicate, replicate_scalars, shard_batch
 from nested_reft.train.generation import Generation, generation_metrics
 from nested_reft.train.optimizer import make_optimizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.huggingface import save_huggingface
+from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.registry import ModelSource, known_models, load_model, resolve_model
 from nested_reft.models.transformer import Transformer

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.compilation import CompileCounter
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.metrics import CompileCounter
 from nested_reft.rollout.exact import DRAFT_LENGTHS, accept, generate_exact, next_draft_length
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs

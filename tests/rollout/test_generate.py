@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.compilation import CompileCounter
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.metrics import CompileCounter
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout import generate as generate_module

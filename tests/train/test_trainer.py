@@ -21,13 +21,13 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.losses.config import LossConfig
-from nested_reft.metrics import RunDirectory
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.low_precision import low_precision
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
+from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, ModelSource, config_names, load_config
 from nested_reft.train.setup import prepare, trained_policy

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nested_reft.hbm_traffic import hbm_bytes
+from nested_reft.verification.hbm_traffic import hbm_bytes
 
 PROGRAM = """HloModule step, is_scheduled=true
 

@@ -10,8 +10,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from nested_reft import ahead_of_time
-from nested_reft.ahead_of_time import (
+from nested_reft.cli import main
+from nested_reft.models.lora import LoraConfig
+from nested_reft.models.registry import QWEN2_5_SHAPE
+from nested_reft.sharding import MeshConfig, make_mesh
+from nested_reft.train.config import WarmStartConfig, load_config
+from nested_reft.train.optimizer import make_optimizer
+from nested_reft.verification import compiled_costs
+from nested_reft.verification.compiled_costs import (
     KNOWN_TOPOLOGIES,
     Workload,
     decode_cost,
@@ -21,12 +27,6 @@ from nested_reft.ahead_of_time import (
     topology_mesh,
     update_cost,
 )
-from nested_reft.cli import main
-from nested_reft.models.lora import LoraConfig
-from nested_reft.models.registry import QWEN2_5_SHAPE
-from nested_reft.sharding import MeshConfig, make_mesh
-from nested_reft.train.config import WarmStartConfig, load_config
-from nested_reft.train.optimizer import make_optimizer
 from tests.tiny_models import TINY
 
 WORKLOAD = Workload(prompts=2, group_size=3, prompt_tokens=8, completion_tokens=4)
@@ -112,7 +112,7 @@ def test_a_topology_that_cannot_be_had_is_refused(capsys):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_an_unknown_topology_lists_the_known(monkeypatch, installed):
-    monkeypatch.setattr(ahead_of_time, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(compiled_costs, "find_spec", lambda name: object() if installed else None)
     with pytest.raises(ValueError, match="--topology is 'v0:9x9', which cannot be compiled for") as refusal:
         topology_devices("v0:9x9")
     known = str(refusal.value).partition("; known are ")[2].split(", ")
@@ -122,7 +122,7 @@ def test_an_unknown_topology_lists_the_known(monkeypatch, installed):
 
 
 def test_compile_says_for_what(monkeypatch, capsys):
-    monkeypatch.setattr(ahead_of_time, "topology_devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(compiled_costs, "topology_devices", lambda topology: jax.devices()[:4])
     assert main(["compile", "tiny", "--no-update", "--topology", "v5e:2x2", "--mesh.data", "2"]) == 0
     first, _, header, *_ = capsys.readouterr().out.splitlines()
     assert first == "decode step in bfloat16, for 2 of 4 chips of v5e:2x2"
@@ -138,7 +138,7 @@ def test_compile_says_for_what(monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_compiled_is_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(ahead_of_time, "topology_devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(compiled_costs, "topology_devices", lambda topology: jax.devices()[:4])
     assert main(["compile", "tiny", "--no-update", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its directory, its logs, and a count of compilations."""
+"""What a run leaves behind: its directory and its logs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+
+from nested_reft.json_files import write_json
 
 PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -93,25 +95,6 @@ class RunDirectory:
             file.close()
 
 
-def check_writable(path: Path) -> None:
-    """Refuses a file that could not be written, before the work whose result it is to hold."""
-    trial = path.with_name(f"{path.name}.partial")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        trial.touch()
-        trial.unlink()
-    except (OSError, ValueError):
-        raise ValueError(f"cannot write '{path}': name a file in a directory that exists and can be written") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that `path` is never half written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def versions() -> dict[str, Any]:
     """Versions of what computes the results, the commit, and the devices."""
     found: dict[str, Any] = {"python": platform.python_version(), "commit": _commit()}
@@ -122,32 +105,6 @@ def versions() -> dict[str, Any]:
             found[name] = None
     devices = jax.devices()
     return found | {"platform": devices[0].platform, "device": devices[0].device_kind, "devices": len(devices)}
-
-
-class CompileCounter:
-    """Counts XLA compilations since it was made, and the seconds they took.
-
-    Recompilation is a bug: after the first steps the count must stand still.
-    """
-
-    def __init__(self):
-        self.count = 0
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.count += 1
-            self.seconds += duration_secs
-
-    def close(self) -> None:
-        """Stops counting."""
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-
-def printable(text: str) -> str:
-    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:

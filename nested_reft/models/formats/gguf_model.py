@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft.gguf_reader import GgufFile, open_gguf
 from nested_reft.models.config import FAMILIES, ModelConfig, RopeScaling
-from nested_reft.models.stacking import check_tensors, stack_parameters
+from nested_reft.models.formats.gguf_reader import GgufFile, open_gguf
+from nested_reft.models.formats.stacking import check_tensors, stack_parameters
 from nested_reft.models.transformer import Transformer
 
 TENSOR_NAMES = {

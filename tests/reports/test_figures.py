@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nested_reft.cli import main
-from nested_reft.figures import audit, curriculum_sources, read_metrics, series, summarize, write_report
+from nested_reft.reports.figures import audit, curriculum_sources, read_metrics, series, summarize, write_report
 
 pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
 

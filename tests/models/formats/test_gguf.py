@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.gguf_reader import open_gguf
-from nested_reft.models.gguf_file import load_gguf
-from nested_reft.models.huggingface import save_huggingface
+from nested_reft.models.formats.gguf_model import load_gguf
+from nested_reft.models.formats.gguf_reader import open_gguf
+from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, resolve_model
 from tests.models.reference_models import (
     LLAMA3_ROPE,

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft import enumeration
 from nested_reft.cli import main
-from nested_reft.enumeration import (
+from nested_reft.estimators.advantages import group_advantages
+from nested_reft.losses.policy_gradient import policy_gradient_loss
+from nested_reft.rollout.logprobs import completion_logprobs
+from nested_reft.types import TrainBatch
+from nested_reft.verification import enumeration
+from nested_reft.verification.enumeration import (
     ALPHA,
     EXACT,
     GROUP_SIZE,
@@ -26,10 +30,6 @@ from nested_reft.enumeration import (
     report,
     slot_probabilities,
 )
-from nested_reft.estimators.advantages import group_advantages
-from nested_reft.losses.policy_gradient import policy_gradient_loss
-from nested_reft.rollout.logprobs import completion_logprobs
-from nested_reft.types import TrainBatch
 
 ONE_PLAN, DRAWN, MOVED = range(3)
 ESTIMATORS = {estimator.name: estimator for estimator in named_estimators()}

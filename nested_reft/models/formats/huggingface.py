@@ -17,11 +17,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from nested_reft.json_files import read_json_object, write_json
 from nested_reft.models.config import FAMILIES, ModelConfig, RopeScaling
+from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
+from nested_reft.models.formats.stacking import check_tensors, stack_parameters
 from nested_reft.models.lora import merge_lora
-from nested_reft.models.stacking import check_tensors, stack_parameters
 from nested_reft.models.transformer import Transformer
-from nested_reft.tokenizer import Tokenizer, read_json, write_json
+from nested_reft.tokenizer import Tokenizer
 
 TENSOR_NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -263,7 +265,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; give a directory as transformers' save_pretrained writes it")
     try:
-        return config_from_huggingface(read_json(path))
+        return config_from_huggingface(read_json_object(path))
     except ValueError as error:
         raise ValueError(f"model directory '{directory}': {error}") from error
 
@@ -279,7 +281,7 @@ def _open_weights(directory: Path) -> Iterator[dict[str, Any]]:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"'{index}' has no weight_map; fetch it again")
         # Only names, so that an index cannot reach outside its directory.
@@ -374,7 +376,7 @@ def _write_tokenizer(tokenizer: Tokenizer | str | Path | None, directory: Path) 
     if isinstance(tokenizer, Tokenizer):
         tokenizer.save(directory)
         return tokenizer.token_ids()
-    ids = Tokenizer.from_huggingface(tokenizer).token_ids()
+    ids = huggingface_tokenizer(tokenizer).token_ids()
     for name in TOKENIZER_FILES:
         if (Path(tokenizer) / name).is_file():
             shutil.copyfile(Path(tokenizer) / name, directory / name)

@@ -21,7 +21,6 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, tree_map_with_path
 
-from nested_reft.hbm_traffic import hbm_bytes
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
@@ -35,6 +34,7 @@ from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.setup import check_positions
 from nested_reft.train.step import TrainState, create_train_state, make_update
 from nested_reft.types import TrainBatch
+from nested_reft.verification.hbm_traffic import hbm_bytes
 
 # What libtpu asks of the environment on a machine without a TPU.
 TPU_ENVIRONMENT = {

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nested_reft.metrics import printable
-from nested_reft.report import table
+from nested_reft.reports.tables import printable, table
 
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"

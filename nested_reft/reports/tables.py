@@ -20,6 +20,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
 
+def printable(text: str) -> str:
+    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def share(value: float | None) -> str:
     """A share with three decimals, or a dash where there is none."""
     return "-" if value is None else f"{value:.3f}"

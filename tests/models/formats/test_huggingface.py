@@ -12,15 +12,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from nested_reft.models import huggingface
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.huggingface import (
+from nested_reft.models.formats import huggingface
+from nested_reft.models.formats.huggingface import (
     check_huggingface,
     config_from_huggingface,
     config_to_huggingface,
     load_huggingface,
     save_huggingface,
 )
+from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer
@@ -275,7 +276,7 @@ def test_export_with_tokenizer(tmp_path):
     assert json.loads((tmp_path / "export/generation_config.json").read_text())["eos_token_id"] == 0
     save_huggingface(tiny_model(), tmp_path / "again", tmp_path / "export")  # copies a directory's files
     for directory in ("export", "again"):
-        assert Tokenizer.from_huggingface(tmp_path / directory).encode("1+2=") == tokenizer.encode("1+2=")
+        assert huggingface_tokenizer(tmp_path / directory).encode("1+2=") == tokenizer.encode("1+2=")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").encode("1+2=") == tokenizer.encode("1+2=")
 
 
