@@ -14,7 +14,7 @@ import pytest
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.parameters import initial_parameters
-from nested_reft.models.registry import ModelSource, known_models, load_model, resolve_model
+from nested_reft.models.registry import ModelLocation, known_models, load_model, resolve_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def export(path, vocab_size):
 
 
 def test_directory(directory):
-    assert resolve_model(directory) == ModelSource(str(directory), "directory", str(directory))
+    assert resolve_model(directory) == ModelLocation(str(directory), "directory", str(directory))
     model, tokenizer = load_model(str(directory), jnp.bfloat16)
     assert model.parameters()["embedding"].dtype == jnp.bfloat16
     assert tokenizer.encode("1+2=") == [2, 11, 3, 12]
@@ -45,8 +45,8 @@ def test_known_names_resolve_without_network():
     assert {"smollm2-135m", "qwen2.5-math-1.5b-instruct", "qwen2.5-math-7b-instruct", "qwen3-0.6b"} <= set(
         known_models()
     )
-    assert resolve_model("qwen3-0.6b") == ModelSource("qwen3-0.6b", "hub", "Qwen/Qwen3-0.6B")
-    assert resolve_model("some-org/some.model") == ModelSource("some-org/some.model", "hub", "some-org/some.model")
+    assert resolve_model("qwen3-0.6b") == ModelLocation("qwen3-0.6b", "hub", "Qwen/Qwen3-0.6B")
+    assert resolve_model("some-org/some.model") == ModelLocation("some-org/some.model", "hub", "some-org/some.model")
 
 
 def test_packaged_model_is_found_without_importing_its_package():
