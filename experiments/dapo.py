@@ -29,7 +29,7 @@ VARIANTS = ("grpo", "clip_higher", "overlong_punishment", "token_mean", "dynamic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("experiments.dapo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("experiments.dapo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)

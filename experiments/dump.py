@@ -46,7 +46,7 @@ KINDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("experiments.dump", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("experiments.dump", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", "dump"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=300)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -406,8 +407,9 @@ def test_bad_configuration_is_refused(values, message):
 
 def test_unknown_kind_is_refused():
     # Called directly, since beartype, where tests switch it on, refuses the constructor's argument first.
+    config: Any = SimpleNamespace(kind="hard_to_easy")
     with pytest.raises(ValueError, match=r"curriculum.kind is 'hard_to_easy'; allowed are uniform, proportional"):
-        CurriculumConfig.__post_init__(SimpleNamespace(kind="hard_to_easy"))
+        CurriculumConfig.__post_init__(config)
 
 
 def test_weights_must_be_one_per_source():

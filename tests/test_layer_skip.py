@@ -1,6 +1,7 @@
 """Layer plans: conversions, the distribution they are drawn from, and what is refused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,5 +158,6 @@ def test_refuses_for_a_models_depth(fields, message):
 
 def test_unknown_choice_is_refused():
     # Called directly, since beartype, where tests switch it on, refuses the constructor's argument first.
+    config: Any = SimpleNamespace(choice="deepest")
     with pytest.raises(ValueError, match=r"nesting.choice is 'deepest'; allowed are uniform, per_layer, fixed, measu"):
-        NestingConfig.__post_init__(SimpleNamespace(choice="deepest"))
+        NestingConfig.__post_init__(config)

@@ -9,6 +9,7 @@ how early they do is measured. Each compaction compiles the decode step once mor
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def generate_with(compactions: int) -> Callable[..., Rollouts]:
 
     def traced(*arrays: Any, **options: Any) -> Rollouts:
         generate_module.COMPACTIONS = compactions  # read while it is traced
-        return generate_module.generate.__wrapped__(*arrays, **options)
+        return inspect.unwrap(generate_module.generate)(*arrays, **options)
 
     return jax.jit(traced, static_argnames=("group_size", "max_completion_tokens", "sampling"))
 

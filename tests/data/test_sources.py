@@ -1,5 +1,6 @@
 """Sources: distinct, disjoint, deterministic, bounded; and each refusal."""
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -17,8 +18,8 @@ NUM_ONE_DIGIT = 200  # 10 x 10 pairs, plus or minus.
 
 
 def one_digit(**changes) -> TaskSource:
-    values = dict(name="one_digit", task="chain_sum", parameters=ONE_DIGIT, train_size=50, heldout_size=20, seed=3)
-    return TaskSource(**(values | changes))
+    source = TaskSource("one_digit", "chain_sum", ONE_DIGIT, train_size=50, heldout_size=20, seed=3)
+    return dataclasses.replace(source, **changes)
 
 
 def questions(examples):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from nested_reft.data.sources import DatasetSource, TaskSource, load_source
 from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, score
 from nested_reft.types import Prompts
 from tests.shared_data import original_files
+
+NOT_JSON: Any = {"source_dataset": "chain_sum", "source_parameters": {}, ("a", 1): 2}  # a tuple as a key
 
 
 def make_prompts(answers):
@@ -286,9 +289,7 @@ def test_bad_configuration_is_refused(changes, message):
         (Example("q", "7", "s", checker="function"), RewardConfig(), "reward.function is None"),
         (Example("q", "7", "s", checker="task"), RewardConfig(), "which is for reasoning-gym tasks only"),
         (
-            Example(
-                "q", "7", "s", {"source_dataset": "chain_sum", "source_parameters": {}, ("a", 1): 2}, checker="task"
-            ),
+            Example("q", "7", "s", NOT_JSON, checker="task"),
             RewardConfig(),
             "source 's' has metadata that JSON cannot keep",
         ),

@@ -144,7 +144,7 @@ def test_llama3_scaling_is_recognized(tmp_path):
     model = random_model("llama3", rope_parameters=LLAMA3_LARGE)
     freqs = ("rope_freqs.weight", llama3_divisors())
     loaded = load_gguf(write_gguf(tmp_path / "model.gguf", model, "llama", extra_tensors=[freqs]))
-    assert loaded.config.rope_scaling.factor == 8.0
+    assert loaded.config.rope_scaling and loaded.config.rope_scaling.factor == 8.0
     np.testing.assert_allclose(loaded(TOKENS_BT), reference_logits(model, TOKENS_BT), rtol=1e-4, atol=1e-4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from tests.models.reference_models import (
     transformers,
 )
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TOKENS_BT = jnp.array(random_tokens(2, 100))  # longer than the 64 positions that Llama 3's scaling starts from
 
 
@@ -57,8 +58,9 @@ def saved(tmp_path_factory):
 
 
 def tiny_model(dtype=jnp.float32, **changes) -> Transformer:
-    settings = dict(vocab_size=20, num_layers=2, width=8, hidden_width=12, num_heads=2, num_kv_heads=1, head_size=4)
-    config = ModelConfig(**settings | changes)
+    config = ModelConfig(
+        vocab_size=20, num_layers=2, width=8, hidden_width=12, num_heads=2, num_kv_heads=1, head_size=4, **changes
+    )
     return Transformer(config, initial_parameters(config, jax.random.key(0), dtype))
 
 
@@ -260,8 +262,8 @@ def test_bfloat16_round_trip_is_exact(tmp_path):
 def test_export_merges_adapters(tmp_path):
     model = tiny_model()
     add_lora(model, LoraConfig(rank=2, alpha=6.0), jax.random.key(1))
-    noise = jax.random.normal(jax.random.key(2), model.layers.down_lora_out[...].shape)
-    model.layers.down_lora_out = nnx.LoRAParam(noise)
+    layers: Any = model.layers  # the adapters are attributes that `add_lora` sets by name
+    layers.down_lora_out = nnx.LoRAParam(jax.random.normal(jax.random.key(2), layers.down_lora_out[...].shape))
     tokens_BT = jnp.array(random_tokens(1, 6, 20))
     save_huggingface(model, tmp_path / "export")
     merged = load_huggingface(tmp_path / "export")(tokens_BT)
