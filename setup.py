@@ -6,12 +6,12 @@ from setuptools import find_packages, setup
 
 TASKS = ["reasoning-gym>=0.1.23"]
 DATA = [
-    "array_record>=0.5",  # with it, tensorflow-datasets needs no TensorFlow
+    "array_record>=0.8.1",  # with it, tensorflow-datasets needs no TensorFlow
     "importlib_resources>=6.0",  # tensorflow-datasets uses it without asking for it
     "tensorflow-datasets>=4.9.8",
 ]
 MATH = ["math-verify>=0.9"]
-REPORT = ["matplotlib>=3.8"]
+REPORT = ["matplotlib>=3.9"]
 TEST = [
     *TASKS,
     *DATA,
@@ -48,16 +48,16 @@ setup(
         "grain>=0.2.12",
         "huggingface_hub>=0.30",
         "jax>=0.8",
-        "jaxtyping>=0.3",
+        "jaxtyping>=0.3.3",
         "jinja2>=3.1",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",
         "safetensors>=0.5",
-        "tensorboardX>=2.6",  # writes TensorBoard events without TensorFlow
+        "tensorboardX>=2.6.2.2",  # writes TensorBoard events without TensorFlow
         "tokenizers>=0.21",
         "tqdm>=4.66",
-        "tyro>=0.9",
+        "tyro>=0.9.1",
     ],
     extras_require={
         "tasks": TASKS,
