@@ -24,8 +24,7 @@ difference between the rewards of a right and of a wrong one; then the group's m
 
 The paper's tau = 0.1 is for the first. For the other two scale it with the signal, to about
 0.05 r; the exploration term knows no r, so rewards far larger or smaller than 1 let it vanish or
-rule. `no_baseline` has A = R: a solved source would look the most worth learning, so `dump`
-refuses it (`train.config.Config`).
+rule. `no_baseline` has A = R: a solved source would look the most worth learning, so it is no choice.
 """
 
 from __future__ import annotations
@@ -33,13 +32,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from nested_reft.estimators.advantages import group_advantages
+from nested_reft.literals import check_choice
+from nested_reft.types import Scored
+
+GroupAdvantage = Literal["leave_one_out", "group_mean", "group_std"]
 Kind = Literal["uniform", "proportional", "static", "easy_to_hard", "dump"]
 
 
@@ -56,6 +60,8 @@ class CurriculumConfig:
         temperature: of `dump` (the paper's tau): 0 takes the best source, more is more even.
         weights: of `static`, one per source in their order; they need not sum to 1.
         promote_at: mean accuracy at which `easy_to_hard` moves on to the next source, in (0, 1].
+        advantage: how the advantages that the rule learns from are computed; the paper's is `group_std`.
+            `no_baseline` is not allowed: a solved source would look the most worth learning.
     """
 
     kind: Kind
@@ -63,10 +69,11 @@ class CurriculumConfig:
     temperature: float = 0.1
     weights: tuple[float, ...] = ()
     promote_at: float = 0.9
+    advantage: GroupAdvantage = "group_std"
 
     def __post_init__(self):
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"curriculum.kind is '{self.kind}'; allowed are {', '.join(get_args(Kind))}")
+        check_choice("curriculum.kind", self.kind, Kind)
+        check_choice("curriculum.advantage", self.advantage, GroupAdvantage)
         if self.window < 1:
             raise ValueError(f"curriculum.window is {self.window}; allowed is 1 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -148,6 +155,28 @@ class CurriculumState:
             for m in value["sources"]
         )
         return cls(tuple(memories), value["level"])
+
+
+def observe(state: CurriculumState, config: CurriculumConfig, scored: Scored) -> CurriculumState:
+    """`update` by one batch of rollouts, trained on or not.
+
+    The advantages are those of raw accuracy: under a shaped reward, a hopeless source with answers of
+    unequal lengths would look the most learnable.
+
+    Args:
+        state: before the batch.
+        config: the rule.
+        scored: what was generated.
+    """
+    advantage_BG = group_advantages(jnp.asarray(scored.accuracy_BG), jnp.asarray(scored.scored_BG), config.advantage)
+    return update(
+        state,
+        config,
+        scored.prompts.source_B,
+        np.asarray(advantage_BG),
+        scored.accuracy_BG,
+        scored.scored_BG,
+    )
 
 
 def update(

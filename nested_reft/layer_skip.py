@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from nested_reft.literals import check_choice
 
 
 @struct.dataclass
@@ -96,8 +98,7 @@ class NestingConfig:
     remeasure_completions: int = 2
 
     def __post_init__(self):
-        if self.choice not in get_args(Choice):
-            raise ValueError(f"nesting.choice is '{self.choice}'; allowed are {', '.join(get_args(Choice))}")
+        check_choice("nesting.choice", self.choice, Choice)
         if not (math.isfinite(self.skip_ratio) and 0 <= self.skip_ratio < 1):
             raise ValueError(f"nesting.skip_ratio is {self.skip_ratio}; allowed is 0 <= skip_ratio < 1")
         if self.border < 0:

@@ -1,6 +1,6 @@
 """How many layers the next batch skips: as many as a budget on off-policyness allows.
 
-The budget is on one of a step's metrics. Each is turned into an *excess* u, which is 0 on-policy and
+The budget is on one field of a step's `Health`. Each is turned into an *excess* u, which is 0 on-policy and
 grows as the behavior policy moves away from the target, roughly by as much for each skipped layer:
 
     hold                u                 limit U
@@ -27,9 +27,11 @@ many layers to skip. Which layers is `layer_skip.draw_plan`'s to draw.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from nested_reft.estimators.health import Health
+from nested_reft.literals import check_choice
 
 Held = Literal["ess_token", "ess_sequence", "kl_behavior_target"]
 
@@ -64,8 +66,8 @@ class NestingControlConfig:
     trial: int = 1
 
     def __post_init__(self):
-        if self.hold is not None and self.hold not in get_args(Held):
-            raise ValueError(f"nesting_control.hold is '{self.hold}'; allowed are {', '.join(get_args(Held))}, or None")
+        if self.hold is not None:
+            check_choice("nesting_control.hold", self.hold, Held)
         for name in ("budget", "max_skipped"):
             if (self.hold is None) != (getattr(self, name) is None):
                 raise ValueError(
@@ -169,21 +171,21 @@ def excess(config: NestingControlConfig, value: float) -> float:
     return value if math.isfinite(value) else HIGHEST_EXCESS
 
 
-def update(state: NestingControlState, config: NestingControlConfig, metrics: Mapping[str, Any]) -> NestingControlState:
-    """Takes in the metrics of one step, which skipped `state.num_skipped` layers; see the module.
+def update(state: NestingControlState, config: NestingControlConfig, health: Health | None) -> NestingControlState:
+    """Takes in the health of one step, which skipped `state.num_skipped` layers; see the module.
 
     Args:
         state: before the step.
         config: the rule.
-        metrics: of the step; needs `config.hold`.
+        health: how far off-policy the step's rollouts were; None where it had nothing to learn from.
 
     Returns:
-        The state after the step, with its reason; unchanged where nothing is held.
+        The state after the step, with its reason; unchanged where nothing is held or known.
     """
-    if config.hold is None or config.budget is None or config.max_skipped is None:
+    if health is None or config.hold is None or config.budget is None or config.max_skipped is None:
         return state
     size, limit = state.num_skipped, excess(config, config.budget)
-    recent = (*state.recent_excess, excess(config, float(metrics[config.hold])))[-config.window :]
+    recent = (*state.recent_excess, excess(config, float(getattr(health, config.hold))))[-config.window :]
     mean = sum(recent) / len(recent)
     stays = replace(state, recent_excess=recent)
     found = _found(config, mean, len(recent))

@@ -8,7 +8,7 @@ from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
 from nested_reft.rollout.sampling import SamplingConfig
@@ -47,7 +47,7 @@ def get_config() -> Config:
             divergence_temperature=0.03,
         ),
         reward=RewardConfig(),
-        loss=LossConfig(
+        loss=PolicyGradientConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),

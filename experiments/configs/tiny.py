@@ -11,7 +11,7 @@ from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig, WarmStartConfig
@@ -47,7 +47,7 @@ def get_config() -> Config:
         rollout=RolloutConfig(group_size=8, max_completion_tokens=8),
         nesting=NestingConfig(skip_ratio=0.2, border=1),
         reward=RewardConfig(),
-        loss=LossConfig(
+        loss=PolicyGradientConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
         optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=10),

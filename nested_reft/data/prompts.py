@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class PromptFormat:
                 raise ValueError(
                     f"data.prompt.{name} is {value!r}, but data.prompt.chat is False; plain text has no turns"
                 )
+
+    def with_chat(self, chat: bool) -> PromptFormat:
+        """The same format with the chat template applied or not; plain text has no system message and no turns."""
+        return dataclasses.replace(self, chat=True) if chat else PromptFormat(self.template, chat=False)
 
     def write(self, message: str, tokenizer: PromptTokenizer) -> str:
         """The prompt of one user's message, up to where the answer begins."""

@@ -28,7 +28,7 @@ and the weight h_t of token t is a *variant* of it, combined over tokens by a *l
 the nesting. `retrace` at `token` level is Nested-ReFT's; at `prefix` level it is the trace of
 Retrace(lambda) (Munos et al., 2016); both are bounded by lambda and biased towards tokens that the
 behavior policy prefers. `mixture` exists at `sequence` level, is unbiased, and at theta = theta_old
-bounded. `LossConfig` refuses the combinations that mean nothing. `nested-reft verify-estimators`
+bounded. `PolicyGradientConfig` refuses the combinations that mean nothing. `nested-reft verify-estimators`
 prints the exact bias and variance of each on an enumerable model.
 """
 
@@ -96,7 +96,7 @@ def mixture_log_weight(
     full_logprob_BGC: Float[Array, "B G C"],
     nested_logprob_BGC: Float[Array, "B G C"],
     mask_BGC: Bool[Array, "B G C"],
-    alpha: float,
+    alpha_B: Float[Array, " B"],
 ) -> Float[Array, "B G C"]:
     """log of the balance-heuristic weight of a defensive mixture.
 
@@ -116,7 +116,7 @@ def mixture_log_weight(
         full_logprob_BGC, nested_logprob_BGC: log-probabilities of every completion under both
             components, full and nested model at rollout time.
         mask_BGC: the tokens that were drawn (not forced).
-        alpha: in (0, 1], probability of the full model.
+        alpha_B: in [0, 1], probability of the full model in each group; at 0 the weight is `base`'s.
 
     Returns:
         log w in nats, the same for all tokens of a completion.
@@ -127,8 +127,8 @@ def mixture_log_weight(
 
     target_over_full_BG1 = completion_log_ratio(target_logprob_BGC, full_logprob_BGC)
     nested_over_full_BG1 = completion_log_ratio(nested_logprob_BGC, full_logprob_BGC)
-    log_nested_share = math.log(1 - alpha) if alpha < 1 else -math.inf
-    mixture_over_full_BG1 = jnp.logaddexp(math.log(alpha), log_nested_share + nested_over_full_BG1)
+    alpha_B11 = alpha_B[:, None, None]
+    mixture_over_full_BG1 = jnp.logaddexp(jnp.log(alpha_B11), jnp.log1p(-alpha_B11) + nested_over_full_BG1)
     return jnp.broadcast_to(target_over_full_BG1 - mixture_over_full_BG1, target_logprob_BGC.shape)
 
 

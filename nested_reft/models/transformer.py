@@ -158,22 +158,30 @@ class Transformer(nnx.Module):
         cache: KeyValues,
         prompt: PromptCache,
         plan: LayerPlan,
+        start_BG: Int[Array, "B G"] | None = None,
     ) -> tuple[Float[Array, "B G D"], KeyValues]:
-        """Feeds completion token number `step` of every row and returns what predicts the next.
+        """Feeds one completion token of every row and returns what predicts the next.
 
         Args:
-            token_BG: the tokens, at completion position `step`.
-            step: 0 for the first completion token; the same for all rows.
+            token_BG: the tokens, which go into slot `step` of the caches.
+            step: 0 for the first slot; the same for all rows.
             cache: caches of `empty_cache`, filled up to `step`.
             prompt: the prompts' caches under the same plan.
             plan: layers to run.
+            start_BG: the slot of each row's first completion token; None means slot 0 for all. Rows
+                whose forced prefixes differ in length start at different slots, so that all of them
+                end at the same one and one `step` serves the batch.
 
         Returns:
             Final hidden states and the caches with this token added.
         """
         config = self.config
-        rotation = rope(config, prompt.length_B[:, None, None] + step)
-        earlier_mask = jnp.arange(cache.key.shape[-2]) < step
+        position = step if start_BG is None else (step - start_BG)[..., None]
+        rotation = rope(config, prompt.length_B[:, None, None] + position)
+        slot_T = jnp.arange(cache.key.shape[-2])
+        earlier_mask = slot_T < step
+        if start_BG is not None:
+            earlier_mask = (earlier_mask & (slot_T >= start_BG[..., None]))[..., None, :]
         here = jnp.ones((), bool)
         shared_mask = prompt.valid_BP[:, None, None]
 
@@ -194,6 +202,44 @@ class Transformer(nnx.Module):
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
         return self._final_norm(x[:, :, 0]), cache
+
+    def prefill_completions(
+        self,
+        tokens_BGF: Int[Array, "B G F"],
+        start_BG: Int[Array, "B G"],
+        prompt: PromptCache,
+        plan: LayerPlan,
+    ) -> tuple[Float[Array, "B G D"], KeyValues]:
+        """Runs the first tokens of completions, which are given, in one pass.
+
+        Args:
+            tokens_BGF: left-padded: row `b, g` holds its tokens from slot `start_BG` to F - 1.
+            start_BG: the slot of each row's first token, 0 to F; F means that it has none.
+            prompt: the prompts' caches under the same plan.
+            plan: layers to run.
+
+        Returns:
+            The final hidden states that predict the token at slot F, that is, the prompt's own where a
+            row has no tokens; and caches `[S, B, G, J, F, K]`, to be enlarged for `decode`.
+        """
+        config, size = self.config, tokens_BGF.shape[-1]
+        slot_F = jnp.arange(size)
+        rotation = rope(config, prompt.length_B[:, None, None] + slot_F - start_BG[..., None])
+        # A query sees the slots up to its own. Those before `start` hold padding; at least one slot stays
+        # visible in padded queries' rows, since the prompt's keys are always there.
+        own_mask = (slot_F <= slot_F[:, None]) & (slot_F >= start_BG[..., None, None])
+        shared_mask = prompt.valid_BP[:, None, None]
+
+        def layer_step(x, layer, slot):
+            query, own = project_qkv(config, layer, x, rotation)
+            shared = _entry(prompt.layers, slot)
+            attended = attend(query, (own, own_mask), (shared, shared_mask))
+            kept = jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
+            return finish_layer(config, layer, x, attended), kept
+
+        x, cache = self._scan_layers(layer_step, self._embed(tokens_BGF), jnp.arange(plan.num_kept), plan)
+        has_own_BG1 = (start_BG < size)[..., None]
+        return jnp.where(has_own_BG1, self._final_norm(x[:, :, -1]), prompt.last_hidden_BD[:, None]), cache
 
     def extend(
         self,

@@ -46,6 +46,8 @@ class RewardConfig:
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
             tokens before `rollout.max_completion_tokens`; 0 for none.
         overlong_weight: of the punishment in the reward; 0 or more.
+        overlong_filter: leave cut-off completions out of the loss (DAPO's overlong filtering). Their rewards
+            still count for their groups.
         workers: processes that check what must not run in this one.
         time_limit_seconds: for one completion in a worker. What is cut off is counted as unscored.
         memory_gib: address space that a worker may use; 0 for no limit.
@@ -57,6 +59,7 @@ class RewardConfig:
     function_weight: float = 1.0
     overlong_cache_tokens: int = 0
     overlong_weight: float = 1.0
+    overlong_filter: bool = False
     workers: int = 2
     time_limit_seconds: float = 5.0
     memory_gib: float = 4.0

@@ -53,7 +53,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     of all layers, for a run ends by timing the full model too; activations are each layer's input, of every token of
     a micro-batch whose completions take all their tokens.
     """
-    config, model = setup.config, setup.model.config
+    config, model = setup.config, setup.policy.model.config
     prompts, group = config.data.prompts_per_batch, config.rollout.group_size
     own = group * (config.rollout.max_completion_tokens - 1)  # of a prompt's completions; the last is never fed
     item = jnp.dtype(config.model.dtype).itemsize
@@ -63,12 +63,12 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     is_copied = config.rollout.weights != "target"
     copy = count * jnp.dtype(config.rollout.weights).itemsize if is_copied else 0
     token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
-    shared = setup.shared_prefix
-    tokens = shared + prompts // config.train.micro_batches * (setup.prompt_size - shared + own)
+    shared = setup.data.shared_prefix
+    tokens = shared + prompts // config.train.micro_batches * (setup.data.prompt_size - shared + own)
     rollouts = {
         "weights": weights + copy,
         "optimizer": moments,
-        "caches": float((2 if is_copied else item) * token_values * prompts * (setup.prompt_size + own)),
+        "caches": float((2 if is_copied else item) * token_values * prompts * (setup.data.prompt_size + own)),
     }
     updates = {
         "weights": weights + copy,
@@ -80,11 +80,11 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     evaluation = {
         "weights": weights,
         "optimizer": moments,
-        "caches": float(item * token_values * config.evaluation.batch_size * (setup.prompt_size + evaluated)),
+        "caches": float(item * token_values * config.evaluation.batch_size * (setup.data.prompt_size + evaluated)),
     }
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
     if config.warm_start.steps:
-        tokens = config.warm_start.batch_size * setup.prompt_size
+        tokens = config.warm_start.batch_size * setup.data.prompt_size
         activations = float(4 * tokens * model.num_layers * model.width)
         stages["warm start"] = updates | {"weights": weights, "activations": activations}  # before any copy is made
     return stages

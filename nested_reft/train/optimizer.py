@@ -8,6 +8,10 @@ from typing import Literal
 
 import optax
 
+from nested_reft.literals import check_choice
+
+Schedule = Literal["constant", "linear", "cosine"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -23,7 +27,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -31,6 +35,7 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
 
     def __post_init__(self):
+        check_choice("optimizer.schedule", self.schedule, Schedule)
         for name in ("learning_rate", "max_gradient_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

@@ -35,7 +35,7 @@ from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.health import kish
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses import presets
-from nested_reft.losses.config import LossConfig, claims_unbiased
+from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
@@ -69,7 +69,7 @@ class Estimator:
     """
 
     name: str
-    loss: LossConfig
+    loss: PolicyGradientConfig
     sampling: Sampling = "nested"
 
     @property
@@ -159,10 +159,10 @@ def verify_estimators(
 
 def named_estimators() -> list[Estimator]:
     """Every variant, level, limit, advantage, normalisation, sampling, penalty and preset, named."""
-    exact = LossConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
+    exact = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
     mixture = dataclasses.replace(exact, bias_mitigation="mixture", mixture_alpha=ALPHA)
 
-    def vary(name: str, loss: LossConfig = exact, sampling: Sampling = "nested", **changes: Any) -> Estimator:
+    def vary(name: str, loss: PolicyGradientConfig = exact, sampling: Sampling = "nested", **changes: Any) -> Estimator:
         return Estimator(name, dataclasses.replace(loss, **changes), sampling)
 
     return [

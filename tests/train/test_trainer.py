@@ -20,7 +20,7 @@ from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, dif
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import LayerPlan, NestingConfig
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.low_precision import low_precision
@@ -34,7 +34,7 @@ from nested_reft.train.setup import prepare, trained_policy
 from nested_reft.train.split import split_sources
 from nested_reft.train.trainer import Trainer, completion_bucket
 
-WITH_KL = LossConfig(
+WITH_KL = PolicyGradientConfig(
     "leave_one_out", "base", "token", "token_mean", reference_kl="k3_loss", reference_kl_coefficient=0.1
 )
 # Every update moves the model, whether or not an untrained one earns any reward.
@@ -299,7 +299,7 @@ def test_an_update_that_is_not_finite_ends_the_run(tmp_path):
 
 def test_mixture_rollouts_train(tmp_path):
     config = nano(
-        loss=LossConfig("leave_one_out", "mixture", "sequence", "fixed_length", 4, mixture_alpha=0.5),
+        loss=PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 4, mixture_alpha=0.5),
         optimizer__learning_rate=0.01,
     )
     run = trainer(config, tmp_path)
