@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.importance import LOG_RATIO_LIMIT, token_log_ratio
 
+# The median and both tails are logged, because a mean hides the few large ratios that matter.
 RATIO_QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -32,13 +33,26 @@ def off_policy_health(
     Under a mixture the behavior policy is, for each completion, the component that sampled it. All are
     zero when no token counts. What the loss made of the ratios (weights after truncation,
     clipped share) is in its own parts; see `policy_gradient_loss` and `kish`.
+
+    Args:
+        target_logprob_BGC: log pi of the full model that is being trained, in nats.
+        behavior_logprob_BGC: log pi_b of the policy that drew each token, in nats.
+        mask_BGC: True at tokens that the policy chose; forced tokens and padding are False.
+
+    Returns:
+        A scalar for each name above.
     """
+    # An empty mask gives 0 / 1 in the means below and not 0 / 0.
     count = jnp.maximum(mask_BGC.sum(), 1)
+    # Padding holds log-probabilities of token 0, so it is cleared before any sum or maximum.
     log_ratio_BGC = jnp.where(mask_BGC, token_log_ratio(target_logprob_BGC, behavior_logprob_BGC), 0.0)
+    # The exponential of a clamped log is finite, so one broken token cannot make the mean infinite.
     clamped_BGC = jnp.clip(log_ratio_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio_BGC = jnp.where(mask_BGC, jnp.exp(clamped_BGC), 0.0)
+    # NaN marks the tokens that do not count. A selection of them would have a shape that depends on values.
     quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
     return {
+        # The effective sample size takes logs that are not clamped: it shifts them by their maximum itself.
         "ess_token": effective_sample_size(jnp.where(mask_BGC, log_ratio_BGC, -jnp.inf)),
         "ess_sequence": effective_sample_size(jnp.where(mask_BGC.any(axis=-1), log_ratio_BGC.sum(axis=-1), -jnp.inf)),
         "ratio_mean": ratio_BGC.sum() / count,
@@ -46,20 +60,41 @@ def off_policy_health(
         "kl_behavior_target": -log_ratio_BGC.sum() / count,
     } | {
         f"ratio_quantile_{round(100 * quantile):02d}": jnp.where(mask_BGC.any(), value, 0.0)
+        # The quantile of no value at all is NaN, which a log file should not hold.
         for quantile, value in zip(RATIO_QUANTILES, quantiles, strict=True)
     }
 
 
 def effective_sample_size(log_weight: Float[Array, "..."]) -> Float[Array, ""]:
-    """(sum w)^2 / (n sum w^2) from log-weights, over those above -inf; zero when there are none."""
+    """(sum w)^2 / (n sum w^2) from log-weights, over those above -inf; zero when there are none.
+
+    Args:
+        log_weight: log w in nats, of any shape; -inf where there is no sample.
+
+    Returns:
+        The share of the n samples that would carry as much without weights, in [0, 1].
+    """
+    # A log-weight of -inf means that there is no sample at this place, as opposed to one of tiny weight.
     present = log_weight > -math.inf
+    # The result does not depend on the scale of the weights, so the largest is made 1 and nothing overflows. With no
+    # sample the maximum would be -inf, and -inf - (-inf) is NaN; the finite `initial` prevents that.
     shifted = log_weight - jnp.max(jnp.where(present, log_weight, -jnp.inf), initial=-1e30)
     weight = jnp.where(present, jnp.exp(shifted), 0.0)
     return kish(weight.sum() / jnp.maximum(present.sum(), 1), (weight**2).sum() / jnp.maximum(present.sum(), 1))
 
 
 def kish(weight_mean: Float[Array, ""], weight_square_mean: Float[Array, ""]) -> Float[Array, ""]:
-    """Effective sample size mean(w)^2 / mean(w^2), in [0, 1] (Kish, 1965); zero when all weights are."""
+    """Effective sample size mean(w)^2 / mean(w^2), in [0, 1] (Kish, 1965); zero when all weights are.
+
+    Args:
+        weight_mean: mean(w) of the n samples.
+        weight_square_mean: mean(w^2) of the same samples.
+
+    Returns:
+        The effective sample size as a share of n: 1 where all weights are equal, 1 / n where one is
+            alone.
+    """
+    # The inner `where` keeps the branch that is not taken finite. Otherwise its NaN gradient would reach the result.
     safe = jnp.where(weight_square_mean == 0, 1.0, weight_square_mean)
     return jnp.where(weight_square_mean == 0, 0.0, weight_mean**2 / safe)
 
@@ -76,11 +111,16 @@ def health_warning(metrics: Mapping[str, float], threshold: float) -> str | None
         metrics: one step's; needs `ess_weight` and `ess_token`, reads `kl_behavior_target` if there.
         threshold: smallest effective sample size, as a share of the batch, in (0, 1), that is fine.
 
+    Returns:
+        One sentence with the metric, its value and the fields to change; None where both metrics are
+        fine.
+
     Raises:
         ValueError: the threshold is not in (0, 1).
     """
     if not 0 < threshold < 1:
         raise ValueError(f"the threshold of the effective sample size is {threshold}; allowed is 0 < threshold < 1")
+    # The test is `not >=` and not `<`, so that NaN gives a warning too.
     name = next((name for name in ("ess_weight", "ess_token") if not metrics[name] >= threshold), None)
     if name is None:
         return None
