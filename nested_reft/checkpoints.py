@@ -10,7 +10,12 @@ import orbax.checkpoint as ocp
 
 
 def newest_checkpoint(directory: Path) -> int | None:
-    """Step of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only."""
+    """Step of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only.
+
+    Args:
+        directory: of the checkpoints; it need not exist.
+    """
+    # A checkpoint that is still being written has a longer name, so digits alone mean that it is complete.
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     return max(steps, default=None)
 
@@ -24,11 +29,19 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Orbax asks for an absolute path.
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("arrays", "host"))
 
     def save(self, step: int, arrays: Any, host: dict[str, Any]) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns."""
+        """Starts writing; the arrays may be donated as soon as this returns.
+
+        Args:
+            step: of training; names the checkpoint.
+            arrays: a tree of device arrays.
+            host: everything else, as JSON-able values.
+        """
         arguments = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
+        # The caller has decided that it is time, so Orbax's own intervals do not count.
         self._manager.save(step, args=arguments, force=True)
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
@@ -48,9 +61,20 @@ class Checkpoints:
         return step, restored["arrays"], restored["host"]
 
     def restore_some(self, like: dict[str, Any]) -> dict[str, Any]:
-        """Those entries of the newest checkpoint's arrays that `like` has; errors as `restore`."""
+        """Those entries of the newest checkpoint's arrays that `like` has.
+
+        Args:
+            like: some entries of the saved tree, with the shapes and placements that are wanted.
+
+        Returns:
+            The entries, with the structure of `like`.
+
+        Raises:
+            ValueError: as `restore`.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        # A partial restore reads only what is named, and so leaves the optimizer's moments on disk.
         arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
         return self._restore(arrays=arrays)[1]["arrays"]
 
@@ -68,5 +92,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
+        # Writing goes on in the background, and a process that ended now would lose the checkpoint.
         self._manager.wait_until_finished()
         self._manager.close()
