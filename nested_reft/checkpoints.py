@@ -13,7 +13,7 @@ def newest_checkpoint(directory: Path) -> int | None:
     """Step of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only.
 
     Args:
-        directory: of the checkpoints; it need not exist.
+        directory: the run's directory for checkpoints; it need not exist.
     """
     # A checkpoint that is still being written has a longer name, so digits alone mean that it is complete.
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
@@ -36,7 +36,7 @@ class Checkpoints:
         """Starts writing; the arrays may be donated as soon as this returns.
 
         Args:
-            step: of training; names the checkpoint.
+            step: the training step; it names the checkpoint.
             arrays: a tree of device arrays.
             host: everything else, as JSON-able values.
         """
@@ -70,7 +70,7 @@ class Checkpoints:
             The entries, with the structure of `like`.
 
         Raises:
-            ValueError: as `restore`.
+            ValueError: there is none, it is damaged, or it does not fit `like`.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -304,7 +304,7 @@ def step_metrics(
         before: the state that the step's draws came from.
         after: the state that the step led to.
         config: the rule.
-        names: of the sources, in their order.
+        names: the sources' labels, in the order of source indices.
         source_B: the source of each prompt.
         reward_BG: total reward of each response.
         accuracy_BG: raw accuracy of each response.
@@ -339,7 +339,7 @@ def explain(before: CurriculumState, after: CurriculumState, config: CurriculumC
         before: the state that the step's draws came from.
         after: the state that the step led to.
         config: the rule.
-        names: of the sources, in their order.
+        names: the sources' labels, in the order of source indices.
     """
     if config.kind == "easy_to_hard":
         recent = after.sources[before.level].accuracy

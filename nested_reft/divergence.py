@@ -31,7 +31,7 @@ def completion_hidden(model: Transformer, texts: Texts, plan: LayerPlan | None =
 
     Args:
         model: the full model.
-        texts: of `texts_of`.
+        texts: what `texts_of` returned.
         plan: layers to run; None is the full model.
     """
     prompt_BP, prompt_length_B, tokens_BGC, _ = texts
@@ -47,8 +47,8 @@ def mean_divergence(
     Args:
         model: the full model.
         full_BGCD: its states, from `completion_hidden` without a plan.
-        texts: of `texts_of`.
-        temperature: of both policies.
+        texts: what `texts_of` returned.
+        temperature: the sampling temperature of both policies.
         plan: layers of the nested policy.
 
     Returns:
@@ -74,7 +74,7 @@ def texts_of(rollouts: Rollouts, prompts: int | None = None, completions: int | 
     Args:
         rollouts: what is measured on.
         prompts: how many, from the first; None takes all.
-        completions: of each prompt, from the first; None takes all.
+        completions: how many of each prompt, from the first; None takes all.
     """
     # `slice(None)` takes everything.
     some = (slice(prompts), slice(completions))
@@ -94,7 +94,7 @@ def measure_plan_divergence(
     Args:
         model: the full model.
         texts: the prompts and completions whose tokens the mean is over.
-        temperature: of both policies.
+        temperature: the sampling temperature of both policies.
         plans: the nested policies.
         description: for the progress bar.
     """
@@ -114,7 +114,7 @@ def measure_layer_divergence(model: Transformer, texts: Texts, temperature: floa
     Args:
         model: the full model.
         texts: the prompts and completions whose tokens the mean is over.
-        temperature: of both policies.
+        temperature: the sampling temperature of both policies.
 
     Returns:
         One value per layer, as `draw_plan` reads them.
@@ -128,7 +128,7 @@ def save_divergence(path: Path, divergence_L: Float[np.ndarray, " L"], about: di
     """Writes the measurement as JSON, with `about` saying what it was measured on.
 
     Args:
-        path: of the JSON file; replaced where it exists.
+        path: the JSON file to write; it is replaced where it exists.
         divergence_L: nats per token, one value per layer.
         about: further entries, such as the model's name.
     """
@@ -144,7 +144,7 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
     """Reads what `save_divergence` wrote.
 
     Args:
-        path: of the JSON file.
+        path: a JSON file that `save_divergence` wrote.
         num_layers: L of the model that is to use it.
 
     Returns:

@@ -230,11 +230,9 @@ def update(state: NestingControlState, config: NestingControlConfig, metrics: Ma
             return replace(stays, steps_within=0, reason=f"{found}, over budget: stay at {size}, the fewest allowed")
         # The size that is left has failed; the next try of it waits twice as long.
         failures = tuple(count + (k == size) for k, count in enumerate(state.failures))
+        # The new state has no readings, because those of another size say nothing about this one.
         return NestingControlState(
-            # The new state has no readings, because those of another size say nothing about this one.
-            size - 1,
-            failures=failures,
-            reason=f"{found}, over budget: from {size} to {size - 1} skipped layers",
+            size - 1, failures=failures, reason=f"{found}, over budget: from {size} to {size - 1} skipped layers"
         )
     if size == config.max_skipped:
         return replace(stays, reason=f"{found}, within budget: stay at {size}, the most allowed")

@@ -77,7 +77,7 @@ def shard_parameters(
     Args:
         parameters: by name.
         axes: logical axes of each, as `parameter_axes` gives them.
-        mesh: where they go.
+        mesh: the devices that hold the arrays.
 
     Returns:
         The parameters by name, each split over the mesh or replicated on it.
@@ -97,9 +97,9 @@ def check_divisible(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[st
     """Refuses a mesh that does not split each named parameter evenly.
 
     Args:
-        shapes: of the parameters by name.
+        shapes: the shape of each parameter, by name.
         axes: logical axes of each, as `parameter_axes` gives them.
-        mesh: where they are to go.
+        mesh: the devices that are to hold the parameters.
 
     Raises:
         ValueError: a split axis is not a multiple of the mesh axis; names both.
@@ -118,7 +118,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
     Args:
         batch: a tree of arrays whose leading axis is B, a multiple of `mesh.data`.
-        mesh: where they go.
+        mesh: the devices that hold the arrays.
     """
     return jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
 
@@ -127,8 +127,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     """Places arrays on every device of the mesh, whole.
 
     Args:
-        tree: of arrays.
-        mesh: where they go.
+        tree: any tree of arrays.
+        mesh: the devices that hold the arrays.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
@@ -140,8 +140,8 @@ def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
     compile every program twice, and a restored counter would sit on the first device only.
 
     Args:
-        tree: of arrays, such as an optimizer's state.
-        mesh: where its scalars go.
+        tree: a tree of arrays, such as an optimizer's state.
+        mesh: the devices that are to hold the scalars.
     """
     # Arrays have been placed by their names before; only scalars have no place of their own.
     return jax.tree.map(lambda x: replicate(x, mesh) if x.ndim == 0 else x, tree)

@@ -245,8 +245,8 @@ def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
     """Refuses a tokenizer that can give the model an id it has no embedding for.
 
     Args:
-        model_config: of the model that is to read the ids.
-        tokenizer: gives the ids.
+        model_config: describes the model that is to read the ids.
+        tokenizer: produces the ids.
 
     Raises:
         ValueError: a token or stop token has an id of `model_config.vocab_size` or more.
@@ -276,11 +276,9 @@ class _GenerationBlock(Extension):
 
 def _template_environment() -> ImmutableSandboxedEnvironment:
     """Sandboxed, because templates come with downloaded models."""
+    # The settings for white space are those that templates are written for: other ones would add line breaks.
     environment = ImmutableSandboxedEnvironment(
-        # These are the settings that templates are written for: other ones would add line breaks.
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
     )
 
     def raise_exception(message: str):

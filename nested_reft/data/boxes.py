@@ -14,7 +14,7 @@ def boxed(text: str) -> list[str]:
     One pass over the text, so that no text makes it slow.
 
     Args:
-        text: any text, such as a completion; untrusted.
+        text: a completion or a solution; untrusted.
     """
     opened: list[int | None] = []  # where each open brace's content starts; None for a brace that is no box
     found: list[tuple[int, int]] = []

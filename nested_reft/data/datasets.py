@@ -270,7 +270,7 @@ def download(file: RawFile, directory: Path, field: str) -> Path:
 
     Args:
         file: what to fetch.
-        directory: where it is kept; made where it does not exist.
+        directory: where the file is kept; it is made where it does not exist.
         field: the source in the configuration, for messages.
 
     Returns:
@@ -344,7 +344,7 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal.
 
     Args:
-        path: of the file, which is read in pieces.
+        path: the file to read, piece by piece.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

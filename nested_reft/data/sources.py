@@ -143,7 +143,7 @@ def field_path(config: SourceConfig) -> str:
     """Where a source stands in the configuration, for messages: by its name, which is unique.
 
     Args:
-        config: of the source.
+        config: the source's configuration.
     """
     return f"data.sources.{config.name}"
 
@@ -184,7 +184,7 @@ def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:
     contents overlap. The lists depend on `config` alone, and on the files that it names.
 
     Args:
-        config: of any of the three kinds.
+        config: a configuration of any of the three kinds.
 
     Returns:
         `(train, heldout)`.

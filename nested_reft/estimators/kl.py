@@ -67,8 +67,8 @@ def exact_kl(logits: Float[Array, "*rows V"], other_logits: Float[Array, "*rows 
     A token that p excludes (logit -inf) adds nothing.
 
     Args:
-        logits: of p, the distribution that the mean is under; already tempered.
-        other_logits: of q, over the same vocabulary.
+        logits: the logits of p, the distribution that the mean is under; already tempered.
+        other_logits: the logits of q, over the same vocabulary.
 
     Returns:
         The divergence of each row in nats, never negative but for rounding.
@@ -94,8 +94,8 @@ def self_distillation_kl(
     LayerSkip (arXiv 2404.16710) trains its sub-networks on the labels instead.
 
     Args:
-        full_logits: of the full model, the teacher; no gradient passes through them.
-        nested_logits: of the nested model, the student, at the same positions.
+        full_logits: what the full model, the teacher, predicts; no gradient passes through them.
+        nested_logits: what the nested model, the student, predicts at the same positions.
 
     Returns:
         One divergence per position in nats, not reduced.

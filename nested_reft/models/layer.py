@@ -183,7 +183,7 @@ def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Ar
 
     Args:
         layer: parameters of one layer; what belongs to the projection is found by its name.
-        name: of the projection, such as `query`.
+        name: one of the seven projections, such as `query`.
         x: input rows.
 
     Returns:
@@ -247,7 +247,7 @@ def stored_as(x: Float[Array, "..."], dtype: Any) -> Num[Array, "..."]:
 
     Args:
         x: float values.
-        dtype: of the result; uint16 asks for the bits of bfloat16.
+        dtype: the dtype to store; uint16 asks for the bits of bfloat16.
     """
     if dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
@@ -280,7 +280,7 @@ def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Arra
     Source: RoFormer (Su et al., 2021), with Llama 3's frequency scaling where configured.
 
     Args:
-        config: gives K, theta and the scaling.
+        config: the model, which gives K, theta and the scaling.
         position: 0 for the first valid token of a sequence.
 
     Returns:

@@ -29,7 +29,7 @@ def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) ->
 
     Args:
         model: in float32 or bfloat16; it stays as it is.
-        precision: of the matrices.
+        precision: what the matrices become.
 
     Returns:
         A model that samples and scores; it is not meant for training.

@@ -55,7 +55,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter named in `parameter_axes`.
 
     Args:
-        config: gives the size of each logical axis.
+        config: the model, which gives the size of each logical axis.
     """
     size = {
         "vocab": config.vocab_size,
@@ -77,7 +77,7 @@ def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.flo
     Args:
         config: the model.
         key: PRNG key of all matrices.
-        dtype: of the result; values are drawn in float32.
+        dtype: what the parameters are stored in; values are drawn in float32.
 
     Returns:
         Parameters by name, as `Transformer` takes them.

@@ -42,7 +42,7 @@ class PromptPass:
         """The inverse of `split`.
 
         Args:
-            streams: of `split`, or what the layers made of them.
+            streams: what `split` returned, or what the layers made of it.
         """
         own, *shared = (stream[:, 0] for stream in streams)
         return jnp.concatenate([self._repeat(shared[0]), own], axis=1) if shared else own

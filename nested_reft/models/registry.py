@@ -129,7 +129,7 @@ def model_shape(name_or_path: str | Path) -> ModelConfig:
     """A model's configuration without its weights: from its files, or of a hub model in `HUB_SHAPES`.
 
     Args:
-        name_or_path: as `resolve_model`.
+        name_or_path: whatever `resolve_model` finds.
 
     Raises:
         FileNotFoundError, ValueError: as `resolve_model`; also a hub model whose shape is not known here.
@@ -151,7 +151,7 @@ def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Tran
     """A model and its tokenizer; hub models are downloaded once and kept in the hub's cache.
 
     Args:
-        name_or_path: as `resolve_model`.
+        name_or_path: whatever `resolve_model` finds.
         dtype: dtype of the parameters.
 
     Returns:

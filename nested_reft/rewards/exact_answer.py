@@ -31,7 +31,7 @@ def parse_number(text: str) -> str | None:
     At most `MAX_ANSWER_CHARS` characters, wrapper included.
 
     Args:
-        text: any text; untrusted.
+        text: a completion, a part of one, or a gold answer; untrusted.
 
     Returns:
         The number without commas, wrapper and final full stop (`"1,000."` gives `"1000"`), or None
@@ -95,7 +95,7 @@ def exact_answer(text: str, answer: str, finished: bool) -> dict[str, float]:
         return {"accuracy": 0.0, "format": 0.0}
     number = parse_answer(text)
     return {
-        # Fractions compare decimals exactly: 0.10 equals 0.1, which floats may not show.
+        # Fractions compare decimals exactly; as floats, two long numbers that differ could be equal.
         "accuracy": float(number is not None and Fraction(number) == Fraction(gold)),
         "format": float(parse_number(text) is not None),
     }

@@ -78,7 +78,7 @@ def has_foreign_digits(text: str) -> bool:
     """Whether a text holds digits or numbers of other scripts; Python, and so many a verifier, reads them.
 
     Args:
-        text: any text.
+        text: an answer; untrusted.
     """
     return any(c.isnumeric() and not c.isascii() for c in text)
 

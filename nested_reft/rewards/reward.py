@@ -179,8 +179,8 @@ def component_metrics(
     """What to log of a batch's parts: means of the components over the scored completions, and counts of failures.
 
     Args:
-        parts: of `score`.
-        scored_BG: of `score`.
+        parts: the components and failures that `score` returned.
+        scored_BG: False where a completion has no reward.
 
     Returns:
         `reward/COMPONENT` means, absent where nothing was scored, and `unscored/FAILURE` counts.
@@ -203,7 +203,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
     are taken at their word.
 
     Args:
-        examples: of all sources, training and held-out.
+        examples: the examples of all sources, for training and held out.
         config: the checker and the function.
 
     Raises:

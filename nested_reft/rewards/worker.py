@@ -105,7 +105,7 @@ def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
     """The function of `package.module:function` or `path/file.py:function`.
 
     Args:
-        name: as `reward.function` gives it.
+        name: the value of `reward.function`.
 
     Raises:
         TypeError: it is not a function of a text and an example.

@@ -58,11 +58,11 @@ def hidden_logprobs(
     """What `completion_logprobs` returns, of final hidden states.
 
     Args:
-        model: gives the output head.
+        model: the policy, of which only the output head is used.
         hidden_BGCD: states of `Transformer.completion_hidden`, under any plan.
         tokens_BGC: the tokens that they predict.
         temperature: that of the rollout.
-        differentiable_entropy: as in `completion_logprobs`.
+        differentiable_entropy: let gradients through the entropy; see `completion_logprobs`.
     """
 
     # Log-probability and entropy share the logits, which are the costly part.
@@ -99,7 +99,7 @@ def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays:
     off block by block, each block's logits computed again in the backward pass.
 
     Args:
-        function: of the blocks of all arrays; its results may be a tree.
+        function: takes a block of each array; its results may be a tree.
         vocab_size: V, which decides the size of a block.
         arrays: with the same B, G and C.
 

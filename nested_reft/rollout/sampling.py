@@ -65,7 +65,7 @@ def tempered(logits: Float[Array, "*rows V"], temperature: float) -> Float[Array
     """Float32 logits divided by the temperature, or as they are for greedy decoding.
 
     Args:
-        logits: of the model, at temperature 1.
+        logits: what the model gives, at temperature 1.
         temperature: 0 or more.
     """
     logits = logits.astype(jnp.float32)
@@ -111,7 +111,7 @@ def policy_probability(logits: Float[Array, "*rows V"], config: SamplingConfig) 
     """The distribution that `sample_token` draws from, written out; one-hot where decoding is greedy.
 
     Args:
-        logits: of the model, at temperature 1.
+        logits: what the model gives, at temperature 1.
         config: temperature and truncation.
 
     Returns:

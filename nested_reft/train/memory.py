@@ -20,7 +20,7 @@ def check_memory(setup: Setup) -> None:
     The figures are lower bounds (`least_bytes`), so what passes may still not fit.
 
     Args:
-        setup: of the run, its model not yet trained.
+        setup: what the run starts from, before any training.
 
     Raises:
         ValueError: says what is needed for what, what there is, and which fields to change.
@@ -59,7 +59,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     a micro-batch whose completions take all their tokens.
 
     Args:
-        setup: gives the sizes of model, batch and mesh.
+        setup: what the run starts from; it gives the sizes of model, batch and mesh.
 
     Returns:
         Stage -> what holds memory in it -> bytes.
@@ -110,7 +110,7 @@ def mesh_bytes(mesh: Mesh) -> float:
     """Memory of all devices of the mesh; on CPUs, which share it, that of the machine.
 
     Args:
-        mesh: of the run.
+        mesh: the devices that the run uses.
 
     Returns:
         Bytes; infinite where they are not known, so that nothing is refused.

@@ -114,13 +114,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         family=family,
     )
     found = {name: file.shape(name) for name in file.tensors}
+    # The frequency divisors are no parameter, and are read by `_rope_scaling`.
     check_tensors(
-        # The frequency divisors are no parameter, and are read by `_rope_scaling`.
-        config,
-        TENSOR_NAMES,
-        found,
-        f"GGUF file '{file.path}'",
-        ignored=lambda name: name == ROPE_FREQUENCIES,
+        config, TENSOR_NAMES, found, f"GGUF file '{file.path}'", ignored=lambda name: name == ROPE_FREQUENCIES
     )
     return config
 

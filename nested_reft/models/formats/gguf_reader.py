@@ -42,7 +42,7 @@ class GgufFile:
         """Shape of a tensor as rows of an array; GGUF itself lists the fastest axis first.
 
         Args:
-            name: of a tensor that the file holds.
+            name: a tensor that the file holds, such as `output_norm.weight`.
         """
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
@@ -50,7 +50,7 @@ class GgufFile:
         """A tensor in float32, or in its own dtype where it is not quantized.
 
         Args:
-            name: of a tensor that the file holds.
+            name: a tensor that the file holds, such as `output_norm.weight`.
         """
         tensor = self.tensors[name]
         return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -60,7 +60,7 @@ def check_gguf_magic(path: Path) -> None:
     """Refuses what is certainly not a GGUF file, without parsing it.
 
     Args:
-        path: of the file.
+        path: what is said to be a GGUF file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -69,7 +69,7 @@ def check_gguf_magic(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file '{path}' does not exist; give the path of a .gguf file")
     with path.open("rb") as stream:
-        # Parsing a file of another kind could take its bytes for huge lengths, so its first four are read alone.
+        # Four bytes tell most wrong files apart, without the time that parsing a real one takes.
         if stream.read(4) != b"GGUF":
             raise ValueError(f"'{path}' is not a GGUF file: it does not begin with the bytes 'GGUF'")
 
@@ -78,7 +78,7 @@ def open_gguf(path: str | Path) -> GgufFile:
     """Parses a GGUF file's metadata and maps its tensors.
 
     Args:
-        path: of the file; it stays open for as long as a tensor of it is in use.
+        path: the file to open; it stays open for as long as one of its tensors is in use.
 
     Raises:
         FileNotFoundError: no such file.

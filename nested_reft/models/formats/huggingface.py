@@ -114,7 +114,7 @@ def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
 
     Args:
         config: the model.
-        dtype: of the weights that are written beside it.
+        dtype: the dtype of the weights that are written beside it.
 
     Raises:
         ValueError: the family's Hugging Face model has no such biases or norms.
@@ -260,7 +260,7 @@ def check_huggingface(directory: str | Path) -> ModelConfig:
     """Everything that `load_huggingface` checks, without reading any weights.
 
     Args:
-        directory: as `load_huggingface`.
+        directory: holds `config.json` and safetensors.
 
     Returns:
         The model's configuration.
@@ -278,7 +278,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     """The configuration in a Hugging Face directory.
 
     Args:
-        directory: of the model; only its `config.json` is read.
+        directory: the model's directory; only its `config.json` is read.
 
     Raises:
         FileNotFoundError: the directory or its `config.json` is missing.

@@ -19,7 +19,7 @@ def huggingface_tokenizer(directory: str | Path) -> Tokenizer:
     `tokenizer_config.json` name: chat models end a turn with another token than a document.
 
     Args:
-        directory: of the model; files other than `tokenizer.json` may be absent.
+        directory: the model's directory; files other than `tokenizer.json` may be absent.
 
     Raises:
         FileNotFoundError: the directory has no `tokenizer.json`.
