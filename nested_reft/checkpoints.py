@@ -13,7 +13,12 @@ _ARRAY = "__array__"  # marks the place in the JSON part where a NumPy array sto
 
 
 def newest_checkpoint(directory: Path) -> int | None:
-    """Number of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only."""
+    """Number of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only.
+
+    Args:
+        directory: the run's directory for checkpoints; it need not exist.
+    """
+    # A checkpoint that is still being written has a longer name, so digits alone mean that it is complete.
     numbers = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     return max(numbers, default=None)
 
@@ -32,6 +37,7 @@ class Checkpoints:
         keep: newest ones kept, at least 1.
         """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Orbax asks for an absolute path.
         self._manager = ocp.CheckpointManager(
             directory.resolve(), options=options, item_names=("arrays", "host", "host_arrays")
         )
@@ -49,6 +55,7 @@ class Checkpoints:
         items = {"arrays": ocp.args.StandardSave(arrays), "host": ocp.args.JsonSave(plain)}
         if taken_out:
             items["host_arrays"] = ocp.args.StandardSave(taken_out)
+        # The caller has decided that it is time, so Orbax's own intervals do not count.
         self._manager.save(number, args=ocp.args.Composite(**items), force=True)
 
     def restore_host(self) -> tuple[int, dict[str, Any]]:
@@ -75,6 +82,7 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        # A partial restore reads only what is named, and so leaves the optimizer's moments on disk.
         arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
         return self._restore(arrays=arrays)[1]["arrays"]
 
@@ -98,6 +106,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
+        # Writing goes on in the background, and a process that ended now would lose the checkpoint.
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -92,7 +92,14 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.promote_at is {self.promote_at}; allowed is 0 < promote_at <= 1")
 
     def validate_for(self, source_names: Sequence[str]) -> None:
-        """Refuses weights that are not one per source."""
+        """Refuses weights that are not one per source.
+
+        Args:
+            source_names: names of the sources, in their order.
+
+        Raises:
+            ValueError: there are weights, but not one for each source.
+        """
         if self.weights and len(self.weights) != len(source_names):
             raise ValueError(
                 f"curriculum.weights has {len(self.weights)} weights; allowed is one for each of the"
@@ -140,7 +147,11 @@ class CurriculumState:
 
     @classmethod
     def start(cls, sizes: Sequence[int]) -> CurriculumState:
-        """Before the first step, of sources with these numbers of training examples."""
+        """Before the first step, of sources with these numbers of training examples.
+
+        Args:
+            sizes: training examples of each source, 1 or more, in the order of source indices.
+        """
         return cls(tuple(SourceMemory(size) for size in sizes))
 
     def to_json(self) -> dict[str, Any]:
@@ -149,8 +160,13 @@ class CurriculumState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CurriculumState:
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote.
+
+        Args:
+            value: what `to_json` returned, also after a way through a file.
+        """
         memories = (
+            # JSON gives lists, while states are compared by their tuples.
             SourceMemory(m["size"], m["count"], tuple(m["advantage_size"]), tuple(m["accuracy"]))
             for m in value["sources"]
         )
@@ -210,6 +226,7 @@ def update(
     if not np.isfinite(advantage_BG[scored_BG]).all():
         raise ValueError("curriculum.update got an advantage that is not finite for a scored response")
     sources = list(state.sources)
+    # A source without a response in this step keeps its memory as it is.
     for index in np.unique(source_B):
         old, of_source_B = sources[index], source_B == index
         counted_BG = scored_BG[of_source_B]
@@ -220,7 +237,9 @@ def update(
             accuracy=_latest(old.accuracy, accuracy_BG[of_source_B][counted_BG], config.window),
         )
     recent = sources[state.level].accuracy
+    # A window that is not full yet could promote a source by a lucky start.
     mastered = len(recent) == config.window and sum(recent) / len(recent) >= config.promote_at
+    # The last source has none after it, so the level stays there.
     level = min(state.level + mastered, len(sources) - 1)
     return CurriculumState(tuple(sources), level)
 
@@ -230,18 +249,41 @@ def _latest(old: tuple[float, ...], new: Float[np.ndarray, " n"], window: int) -
 
 
 def learnability(state: CurriculumState) -> Float[np.ndarray, " M"]:
-    """L_d: mean of the latest absolute advantages of each source, 0 where there are none."""
+    """L_d: mean of the latest absolute advantages of each source, 0 where there are none.
+
+    Args:
+        state: what is remembered of M sources.
+
+    Returns:
+        L_d, 0 or more, in the unit of the advantages.
+    """
     return np.array([_mean(source.advantage_size) for source in state.sources])
 
 
 def exploration_bonus(state: CurriculumState) -> Float[np.ndarray, " M"]:
-    """sqrt(2 ln(N + 1) / (n_d + 1)): large for sources seen little, 0 for all before the first step."""
+    """sqrt(2 ln(N + 1) / (n_d + 1)): large for sources seen little, 0 for all before the first step.
+
+    Args:
+        state: what is remembered of M sources.
+
+    Returns:
+        The second term of UCB_d, 0 or more.
+    """
     count_M = np.array([source.count for source in state.sources], dtype=np.float64)
+    # The 1 in the denominator serves a source that was never seen.
     return np.sqrt(2 * np.log1p(count_M.sum()) / (count_M + 1))
 
 
 def probabilities(state: CurriculumState, config: CurriculumConfig) -> Float[np.ndarray, " M"]:
-    """The probability of each source, M of them, in float64."""
+    """The probability of each source, M of them, in float64.
+
+    Args:
+        state: what is remembered of M sources.
+        config: the rule.
+
+    Returns:
+        Values of 0 or more that sum to 1.
+    """
     if config.kind == "uniform":
         weight_M = np.ones(len(state.sources))
     elif config.kind == "proportional":
@@ -252,6 +294,7 @@ def probabilities(state: CurriculumState, config: CurriculumConfig) -> Float[np.
         weight_M = np.eye(len(state.sources))[state.level]
     else:
         below_best_M = learnability(state) + exploration_bonus(state)
+        # A shift does not change a softmax, and with the largest exponent at 0 nothing overflows.
         below_best_M -= below_best_M.max()
         # The limit of the softmax at temperature 0: the best source, shared where several are best.
         weight_M = np.exp(below_best_M / config.temperature) if config.temperature else below_best_M == 0
@@ -269,6 +312,7 @@ def choose(state: CurriculumState, config: CurriculumConfig, key: jax.Array, num
     Returns:
         B source indices.
     """
+    # `choice` scales its draw by the sum of the probabilities, so rounding to float32 does no harm.
     probability_M = jnp.asarray(probabilities(state, config), jnp.float32)
     return np.asarray(jax.random.choice(key, len(state.sources), (num_prompts,), p=probability_M))
 
@@ -285,12 +329,23 @@ def step_metrics(
 ) -> dict[str, float | int | str]:
     """One step as flat metrics: what decided its draws, what came of them, and why that changes the next.
 
+    Args:
+        before: the state that the step's draws came from.
+        after: the state that the step led to.
+        config: the rule.
+        names: the sources' labels, in the order of source indices.
+        source_B: the source of each prompt.
+        reward_BG: total reward of each response.
+        accuracy_BG: raw accuracy of each response.
+        scored_BG: False where there is no reward; those responses do not count.
+
     Returns:
         `curriculum/SOURCE/...` with probability, learnability, bonus and count as the step found
         them, the reward and accuracy of its responses (absent where it scored none), and
         `curriculum_audit`, the words of `explain`.
     """
     found: dict[str, float | int | str] = {}
+    # Draws were decided by the state before the step; the state after it decides the next ones.
     decided = zip(probabilities(before, config), learnability(before), exploration_bonus(before), strict=True)
     for index, (probability, learnable, bonus) in enumerate(decided):
         prefix = f"curriculum/{names[index]}/"
@@ -298,6 +353,7 @@ def step_metrics(
         found[prefix + "learnability"] = float(learnable)
         found[prefix + "bonus"] = float(bonus)
         found[prefix + "count"] = before.sources[index].count
+        # The new axis lets one source per prompt stand for all its completions.
         counted_BG = scored_BG & (source_B == index)[:, None]
         if counted_BG.any():
             found[prefix + "reward"] = float(reward_BG[counted_BG].mean())
@@ -306,7 +362,14 @@ def step_metrics(
 
 
 def explain(before: CurriculumState, after: CurriculumState, config: CurriculumConfig, names: Sequence[str]) -> str:
-    """One line in plain words: which sources rose and fell most by a step, and why."""
+    """One line in plain words: which sources rose and fell most by a step, and why.
+
+    Args:
+        before: the state that the step's draws came from.
+        after: the state that the step led to.
+        config: the rule.
+        names: the sources' labels, in the order of source indices.
+    """
     if config.kind == "easy_to_hard":
         recent = after.sources[before.level].accuracy
         seen = f"accuracy {_mean(recent):.2f} over {len(recent)} of {config.window} responses"
@@ -317,6 +380,7 @@ def explain(before: CurriculumState, after: CurriculumState, config: CurriculumC
         return f"stays on {names[after.level]}: {seen}, {config.promote_at:g} over all of them moves on"
     if config.kind != "dump":
         return f"probabilities are fixed ({config.kind})"
+    # Probabilities are shown with two decimals, so a smaller change would look like none.
     change_M = probabilities(after, config) - probabilities(before, config)
     moved = [
         _why(before, after, config, names, int(index), rose)
@@ -335,6 +399,7 @@ def _why(
     rose: bool,
 ) -> str:
     """Why one source's probability moved: its own advantages, its own bonus, or what others did."""
+    # With the sign, a fall is explained by the same comparisons as a rise.
     probability_M, sign = probabilities(before, config), 1 if rose else -1
     head = f"{names[index]} {'rose' if rose else 'fell'} {probability_M[index]:.2f} to"
     head += f" {probabilities(after, config)[index]:.2f}: "
@@ -344,10 +409,12 @@ def _why(
     }
     change_M = sum((now_M - was_M for was_M, now_M in terms.values()), np.zeros(len(names)))
     others_M = np.where(np.arange(len(names)) == index, 0, probability_M)
+    # A source that has all the probability has no others, and the quotient is then 0.
     others = float(others_M @ change_M) / max(float(others_M.sum()), 1e-12)
     # To first order a probability follows its own change less the mean change of the others.
     if sign * change_M[index] < -sign * others:
         return head + f"the other sources {'fell' if rose else 'rose'} by more"
+    # The term that moved furthest in the right direction is named as the reason.
     name, (was_M, now_M) = max(terms.items(), key=lambda term: sign * (term[1][1] - term[1][0])[index])
     why = f"its {name} went {was_M[index]:.2f} to {now_M[index]:.2f}"
     source = after.sources[index]

@@ -102,6 +102,9 @@ class NestingControlConfig:
         Args:
             choice: `nesting.choice`.
             most_skipped: layers that a plan may skip at most.
+
+        Raises:
+            ValueError: the plans are fixed, or skip fewer layers than the controller may ask for.
         """
         if self.max_skipped is None:
             return
@@ -141,7 +144,11 @@ class NestingControlState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> NestingControlState:
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote.
+
+        Args:
+            value: what `to_json` returned, also after a way through a file.
+        """
         return cls(
             value["num_skipped"],
             tuple(value["recent_excess"]),
@@ -152,21 +159,45 @@ class NestingControlState:
 
 
 def initial_state(config: NestingControlConfig, num_skipped: int) -> NestingControlState:
-    """Starts at `num_skipped`, or at the nearest size that the controller allows."""
+    """Starts at `num_skipped`, or at the nearest size that the controller allows.
+
+    Args:
+        config: the rule.
+        num_skipped: layers that `nesting.skip_ratio` asks for.
+
+    Returns:
+        The state before the first step.
+    """
     if config.max_skipped is None:
         return NestingControlState(num_skipped)
+    # The skip ratio may lie outside the sizes that the controller moves between.
     start = min(max(num_skipped, config.min_skipped), config.max_skipped)
+    # `failures` has one entry for each size from 0 to the largest.
     return NestingControlState(start, failures=(0,) * (config.max_skipped + 1))
 
 
 def choose(state: NestingControlState) -> int:
-    """The number of layers that the next batch skips."""
+    """The number of layers that the next batch skips.
+
+    Args:
+        state: after the latest step.
+    """
     return state.num_skipped
 
 
 def excess(config: NestingControlConfig, value: float) -> float:
-    """u of the module's table, for a value of the held metric or for the budget itself."""
+    """u of the module's table, for a value of the held metric or for the budget itself.
+
+    Args:
+        config: says which metric is held.
+        value: an effective sample size in (0, 1], or a KL in nats per token.
+
+    Returns:
+        u, 0 on-policy and always finite.
+    """
     if config.hold != "kl_behavior_target":
+        # Each skipped layer multiplies an effective sample size by about the same factor, so its log is nearly linear
+        # in layers. NaN fails the comparison and counts as infinitely far off.
         value = -math.log(value) if value > 0 else math.inf
     return value if math.isfinite(value) else HIGHEST_EXCESS
 
@@ -185,23 +216,29 @@ def update(state: NestingControlState, config: NestingControlConfig, health: Hea
     if health is None or config.hold is None or config.budget is None or config.max_skipped is None:
         return state
     size, limit = state.num_skipped, excess(config, config.budget)
+    # Readings beyond the window are forgotten.
     recent = (*state.recent_excess, excess(config, float(getattr(health, config.hold))))[-config.window :]
     mean = sum(recent) / len(recent)
+    # Every branch that keeps the size keeps this reading too.
     stays = replace(state, recent_excess=recent)
     found = _found(config, mean, len(recent))
 
+    # Too many skipped layers harm every update, so lowering comes first and waits for nothing.
     if mean > limit:
         if len(recent) < config.trial:
             reason = f"{found}, over budget, judged after {config.trial} steps: stay at {size}"
             return replace(stays, steps_within=0, reason=reason)
         if size == config.min_skipped:
             return replace(stays, steps_within=0, reason=f"{found}, over budget: stay at {size}, the fewest allowed")
+        # The size that is left has failed; the next try of it waits twice as long.
         failures = tuple(count + (k == size) for k, count in enumerate(state.failures))
+        # The new state has no readings, because those of another size say nothing about this one.
         return NestingControlState(
             size - 1, failures=failures, reason=f"{found}, over budget: from {size} to {size - 1} skipped layers"
         )
     if size == config.max_skipped:
         return replace(stays, reason=f"{found}, within budget: stay at {size}, the most allowed")
+    # Inside the margin one more layer would probably break the budget, and the count of steps in a row begins anew.
     if mean > (1 - config.margin) * limit:
         return replace(stays, steps_within=0, reason=f"{found}, within budget but inside the margin: stay at {size}")
     within, failed = state.steps_within + 1, state.failures[size + 1]
@@ -219,5 +256,6 @@ def update(state: NestingControlState, config: NestingControlConfig, health: Hea
 
 def _found(config: NestingControlConfig, mean: float, count: int) -> str:
     """The held metric as its excesses' mean has it, beside its budget."""
+    # The exponential of a mean log is the geometric mean of the readings.
     value = mean if config.hold == "kl_behavior_target" else math.exp(-mean)
     return f"{config.hold} {value:.3f} (mean of {count}; budget {config.budget:g})"

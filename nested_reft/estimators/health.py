@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.importance import LOG_RATIO_LIMIT, token_log_ratio
 
+# The median and both tails are logged, because a mean hides the few large ratios that matter.
 RATIO_QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -55,10 +56,14 @@ def off_policy_health(
         behavior_logprob_BGC: log pi_b of the distribution that each token was drawn from, in nats.
         mask_BGC: the tokens that count.
     """
+    # An empty mask gives 0 / 1 in the means below and not 0 / 0.
     count = jnp.maximum(mask_BGC.sum(), 1)
+    # Padding holds log-probabilities of token 0, so it is cleared before any sum or maximum.
     log_ratio_BGC = jnp.where(mask_BGC, token_log_ratio(target_logprob_BGC, behavior_logprob_BGC), 0.0)
+    # The exponential of a clamped log is finite, so one broken token cannot make the mean infinite.
     clamped_BGC = jnp.clip(log_ratio_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio_BGC = jnp.where(mask_BGC, jnp.exp(clamped_BGC), 0.0)
+    # NaN marks the tokens that do not count. A selection of them would have a shape that depends on values.
     # NaN marks what does not count, and a batch without any token has NaN for every quantile.
     quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
     low, middle, high = (jnp.where(mask_BGC.any(), value, 0.0) for value in quantiles)
@@ -75,15 +80,35 @@ def off_policy_health(
 
 
 def effective_sample_size(log_weight: Float[Array, "..."]) -> Float[Array, ""]:
-    """(sum w)^2 / (n sum w^2) from log-weights, over those above -inf; zero when there are none."""
+    """(sum w)^2 / (n sum w^2) from log-weights, over those above -inf; zero when there are none.
+
+    Args:
+        log_weight: log w in nats, of any shape; -inf where there is no sample.
+
+    Returns:
+        The share of the n samples that would carry as much without weights, in [0, 1].
+    """
+    # A log-weight of -inf means that there is no sample at this place, as opposed to one of tiny weight.
     present = log_weight > -math.inf
+    # The result does not depend on the scale of the weights, so the largest is made 1 and nothing overflows. With no
+    # sample the maximum would be -inf, and -inf - (-inf) is NaN; the finite `initial` prevents that.
     shifted = log_weight - jnp.max(jnp.where(present, log_weight, -jnp.inf), initial=-1e30)
     weight = jnp.where(present, jnp.exp(shifted), 0.0)
     return kish(weight.sum() / jnp.maximum(present.sum(), 1), (weight**2).sum() / jnp.maximum(present.sum(), 1))
 
 
 def kish(weight_mean: Float[Array, ""], weight_square_mean: Float[Array, ""]) -> Float[Array, ""]:
-    """Effective sample size mean(w)^2 / mean(w^2), in [0, 1] (Kish, 1965); zero when all weights are."""
+    """Effective sample size mean(w)^2 / mean(w^2), in [0, 1] (Kish, 1965); zero when all weights are.
+
+    Args:
+        weight_mean: mean(w) of the n samples.
+        weight_square_mean: mean(w^2) of the same samples.
+
+    Returns:
+        The effective sample size as a share of n: 1 where all weights are equal, 1 / n where one is
+            alone.
+    """
+    # The inner `where` keeps the branch that is not taken finite. Otherwise its NaN gradient would reach the result.
     safe = jnp.where(weight_square_mean == 0, 1.0, weight_square_mean)
     return jnp.where(weight_square_mean == 0, 0.0, weight_mean**2 / safe)
 
@@ -101,11 +126,16 @@ def health_warning(health: Health, ess_weight: float | None, threshold: float) -
         ess_weight: effective sample size of the loss's weights; None where the objective has none.
         threshold: smallest effective sample size, as a share of the batch, in (0, 1), that is fine.
 
+    Returns:
+        One sentence with the metric, its value and the fields to change; None where both metrics are
+        fine.
+
     Raises:
         ValueError: the threshold is not in (0, 1).
     """
     if not 0 < threshold < 1:
         raise ValueError(f"the threshold of the effective sample size is {threshold}; allowed is 0 < threshold < 1")
+    # The test is `not >=` and not `<`, so that NaN gives a warning too.
     sizes = {"ess_weight": ess_weight, "ess_token": float(health.ess_token)}
     # Written so that a NaN counts as too small.
     name = next((name for name, size in sizes.items() if size is not None and not size >= threshold), None)
