@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nested_reft import command
-from nested_reft.cli import main
+from nested_reft.cli.main import main
 from nested_reft.command import HUGE_PAGES, TUNABLES
 
 SMALL = [
@@ -145,7 +145,7 @@ def test_a_users_own_configuration_file(capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_resumes(number, tmp_path):
     """SIGTERM ends it after the step, with a checkpoint; SIGKILL at once, and the last checkpoint holds."""
-    command = [sys.executable, "-m", "nested_reft.cli", "train"]
+    command = [sys.executable, "-m", "nested_reft.command", "train"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
     fast = [*SMALL, "--train.checkpoint-every", "2"]
     process = subprocess.Popen([*command, "tiny", *fast, "--train.steps", "3000"], env=environment, cwd=tmp_path)
