@@ -2,6 +2,7 @@
 
     train CONFIG [--FIELD VALUE ...]   train; every field of the configuration can be overridden
     train --resume RUN                 continue a run from its newest checkpoint
+    configs                            the configurations that ship, and how long each takes
     eval POLICY                        held-out accuracy of a run or a model
     sample POLICY PROMPT               full and nested completions side by side
     report RUN                         figures and tables of a run, written into RUN/report
@@ -26,6 +27,7 @@ from nested_reft.cli.bad_input import BadInput
 # bring JAX along, which takes seconds that `--help` and a mistyped name need not wait for.
 COMMANDS = {
     "train": "train",
+    "configs": "configs",
     "eval": "evaluate",
     "sample": "sample",
     "report": "report",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import dacite
 
+from nested_reft.config_files import CONFIG_DIRECTORIES, shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat, TooLong
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
@@ -30,9 +31,6 @@ from nested_reft.rollout.exact import DRAFT_LENGTHS
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.train.optimizer import OptimizerConfig
-
-PACKAGE = Path(__file__).resolve().parents[1]
-CONFIG_DIRECTORIES = (PACKAGE / "configs", PACKAGE.parent / "experiments" / "configs")
 
 
 @dataclass(frozen=True)
@@ -324,12 +322,6 @@ def _read_source(value: dict[str, Any]) -> SourceConfig:
         raise ValueError(f"data.sources.{value.get('name')}: {error}") from None
 
 
-def config_names() -> list[str]:
-    """Names of the configurations that ship."""
-    files = [path for directory in CONFIG_DIRECTORIES for path in directory.glob("*.py")]
-    return sorted({path.stem for path in files if not path.stem.startswith("_")})
-
-
 def load_config(name: str) -> Config:
     """The configuration of a name that ships, or of a path to a Python file with `get_config()`.
 
@@ -338,10 +330,10 @@ def load_config(name: str) -> Config:
     """
     path = Path(name)
     if path.suffix != ".py":
-        found = [file for directory in CONFIG_DIRECTORIES if (file := directory / f"{name}.py").is_file()]
-        if name not in config_names() or not found:
-            raise ValueError(f"configuration '{name}' is unknown; known are {', '.join(config_names())}, or a .py file")
-        path = found[0]
+        shipped = shipped_configs()
+        if name not in shipped:
+            raise ValueError(f"configuration '{name}' is unknown; known are {', '.join(shipped)}, or a .py file")
+        path = shipped[name]
     elif not path.is_file():
         raise ValueError(f"configuration file '{name}' does not exist")
     spec = importlib.util.spec_from_file_location(f"nested_reft_config_{path.stem}", path)

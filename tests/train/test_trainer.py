@@ -14,6 +14,7 @@ from flax import nnx
 
 from nested_reft import curriculum
 from nested_reft.cli.arguments import override
+from nested_reft.config_files import config_names
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, difficulty_ladder, exactly
@@ -29,7 +30,7 @@ from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, ModelSource, config_names, load_config
+from nested_reft.train.config import Config, ModelSource, load_config
 from nested_reft.train.setup import prepare, trained_policy
 from nested_reft.train.split import split_sources
 from nested_reft.train.trainer import Trainer, completion_bucket
