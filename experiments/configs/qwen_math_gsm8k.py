@@ -3,6 +3,7 @@
 Method: Nested-ReFT (arXiv 2508.10123) with DAPO's loss and sampling (arXiv 2503.14476). The data comes from its
 official place, the model from the Hugging Face hub; meant for one accelerator or more, `--mesh.data` and `--mesh.model`
 spread it. Command: nested-reft train qwen_math_gsm8k
+Time: not measured; it is meant for an accelerator.
 """
 
 from nested_reft.curriculum import CurriculumConfig

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct learns sums from its own layer-skipped rollouts: the main job.
 
 Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_chain_sum
+Time: about ten minutes on two cores.
 """
 
 from nested_reft.curriculum import CurriculumConfig

@@ -2,6 +2,7 @@
 
 The model, prompts and layer plans of `smollm2_chain_sum`; the curriculum finds its own way from one-digit
 sums to longer ones. Command: nested-reft train smollm2_dump
+Time: not measured.
 """
 
 import dataclasses

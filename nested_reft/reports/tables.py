@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain text table: the first column to the left, the others to the right.
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """A plain text table: the first columns to the left, the others to the right.
 
     Args:
         header: one title per column.
         rows: each with as many cells as the header; `str` turns them into text.
+        left: how many columns are words and stand to the left.
 
     Returns:
         Lines without a final line end.
@@ -22,7 +23,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     def line(row: Sequence[str]) -> str:
         return "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import dacite
 
+from nested_reft.config_files import CONFIG_DIRECTORIES, shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
@@ -30,9 +31,6 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.train.compatibility import RULES
 from nested_reft.train.optimizer import OptimizerConfig
 from nested_reft.train.warm_start import WarmStartConfig
-
-PACKAGE = Path(__file__).resolve().parents[1]
-CONFIG_DIRECTORIES = (PACKAGE / "configs", PACKAGE.parent / "experiments" / "configs")
 
 
 @dataclass(frozen=True)
@@ -161,10 +159,10 @@ def load_config(name: str) -> Config:
     """
     path = Path(name)
     if path.suffix != ".py":
-        found = [file for directory in CONFIG_DIRECTORIES if (file := directory / f"{name}.py").is_file()]
-        if name not in config_names() or not found:
-            raise ValueError(f"configuration '{name}' is unknown; known are {', '.join(config_names())}, or a .py file")
-        path = found[0]
+        shipped = shipped_configs()
+        if name not in shipped:
+            raise ValueError(f"configuration '{name}' is unknown; known are {', '.join(shipped)}, or a .py file")
+        path = shipped[name]
     elif not path.is_file():
         raise ValueError(f"configuration file '{name}' does not exist")
     spec = importlib.util.spec_from_file_location(f"nested_reft_config_{path.stem}", path)

@@ -22,7 +22,9 @@ from nested_reft.rollout.dynamic_sampling import (
 from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 SIZE, GROUP = 5, 4
-TOKEN_MEAN = PolicyGradientConfig(advantage="group_mean", bias_mitigation="base", level="token", normalization="token_mean")
+TOKEN_MEAN = PolicyGradientConfig(
+    advantage="group_mean", bias_mitigation="base", level="token", normalization="token_mean"
+)
 
 
 def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None) -> Scored:

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from nested_reft import curriculum
-from nested_reft.cli import _override
+from nested_reft.cli.arguments import override
+from nested_reft.config_files import config_names
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, difficulty_ladder, exactly
@@ -29,7 +30,7 @@ from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, ModelSource, config_names, load_config
+from nested_reft.train.config import Config, ModelSource, load_config
 from nested_reft.train.setup import prepare, trained_policy
 from nested_reft.train.split import split_sources
 from nested_reft.train.trainer import Trainer, completion_bucket
@@ -578,7 +579,7 @@ def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, 
         config, data=dataclasses.replace(config.data, sources=(*config.data.sources, own, published), too_long="drop")
     )
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
-    changed = _override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
+    changed = override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
     assert changed.data.sources[1] == dataclasses.replace(own, file="x.jsonl")
     assert changed.data.sources[2] == dataclasses.replace(published, train_size=None)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from nested_reft.cli import main
+from nested_reft.cli.main import main
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import QWEN2_5_SHAPE
 from nested_reft.sharding import MeshConfig, make_mesh
