@@ -9,7 +9,7 @@ import dataclasses
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, difficulty_ladder, exactly
-from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.train.config import Config, load_config
 
 LEVELS = {

@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     known = _parser().parse_args(arguments)
     with checking_input():
         setup = setup_of(known.policy, known.config)
-        plan = plan_without(setup.model.config.num_layers, known.skip_layers)
+        plan = plan_without(setup.policy.num_layers, known.skip_layers)
         check_json(known.json)
     results = {
         source.name: _evaluate_source(setup, index, plan) for index, source in enumerate(setup.config.data.sources)
@@ -42,13 +42,10 @@ def _parser() -> argparse.ArgumentParser:
 def _evaluate_source(setup: Setup, index: int, plan: LayerPlan | None) -> dict[str, Any]:
     config = setup.config
     return evaluate(
-        setup.model,
-        setup.tokenizer,
-        setup.heldout_examples[index],
+        setup.policy,
+        setup.data.heldout_examples[index],
         config.reward,
         config.evaluation,
-        config.rollout.max_completion_tokens,
-        config.rollout.sampling,
         jax.random.key(config.train.seed),  # the run's seed, so that an evaluation can be repeated
         samples=True,
         plan=plan,

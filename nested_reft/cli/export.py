@@ -8,7 +8,7 @@ from pathlib import Path
 from nested_reft.cli.arguments import command_parser
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.models.formats.huggingface import save_huggingface
-from nested_reft.train.setup import trained_policy
+from nested_reft.rollout.policy import Policy
 
 
 def run(arguments: list[str]) -> None:
@@ -17,7 +17,9 @@ def run(arguments: list[str]) -> None:
     with checking_input():
         if known.directory.exists():
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
-        policy = trained_policy(known.run)
+        if not (known.run / "checkpoints").is_dir():
+            raise ValueError(f"'{known.run}' is not a run directory: it has no checkpoints")
+        policy = Policy.load(known.run)
         save_huggingface(policy.model, known.directory, policy.tokenizer)
     print(f"written: {known.directory}")
 

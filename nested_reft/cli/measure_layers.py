@@ -14,9 +14,7 @@ from nested_reft.cli.policy import setup_of
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
-from nested_reft.layer_skip import LayerPlan
 from nested_reft.reports.tables import table
-from nested_reft.rollout.generate import generate
 from nested_reft.train.setup import Setup
 from nested_reft.types import Rollouts
 
@@ -32,7 +30,7 @@ def run(arguments: list[str]) -> None:
     config = setup.config
     temperature = config.rollout.sampling.temperature
     rollouts = _full_rollouts(setup, known.prompts)
-    divergence_L = measure_layer_divergence(setup.model, texts_of(rollouts), temperature)
+    divergence_L = measure_layer_divergence(setup.policy.model, texts_of(rollouts), temperature)
     about = {
         "policy": known.policy,
         "config": config.name,
@@ -58,16 +56,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _full_rollouts(setup: Setup, num_prompts: int) -> Rollouts:
     """One completion by the full model of each of the first training prompts."""
-    examples = setup.train_examples[0][:num_prompts]
-    prompts = batch_prompts(examples, [0] * len(examples), setup.prompt_size)
-    return generate(
-        setup.model,
-        prompts.tokens_BP,
-        prompts.length_B,
-        LayerPlan.full(setup.model.config.num_layers),
-        np.array(setup.tokenizer.stop_ids, np.int32),
-        jax.random.key(setup.config.train.seed),
-        group_size=1,
-        max_completion_tokens=setup.config.rollout.max_completion_tokens,
-        sampling=setup.config.rollout.sampling,
-    )
+    examples = setup.data.train_examples[0][:num_prompts]
+    prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
+    return setup.policy.generate(prompts, None, jax.random.key(setup.config.train.seed))

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import MeshConfig
 from nested_reft.train.config import Config, load_config
-from nested_reft.train.setup import Setup, prepare, trained_policy
+from nested_reft.train.setup import Setup, prepare, run_config
 
 
 def setup_of(policy: str, config_name: str | None) -> Setup:
@@ -24,8 +26,8 @@ def setup_of(policy: str, config_name: str | None) -> Setup:
     if (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir():
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
-        trained = trained_policy(Path(policy))
-        return prepare(_without_plans(trained.config), trained)
+        config = dataclasses.replace(run_config(Path(policy)), mesh=MeshConfig())
+        return prepare(_without_plans(config), Policy.load(policy))
     if config_name is None:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)

@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import jax
-import numpy as np
 
 from nested_reft.cli.arguments import check_seed, command_parser
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.policy import plan_without
-from nested_reft.data.prompts import PromptFormat
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
-from nested_reft.models.registry import load_model
-from nested_reft.models.transformer import Transformer
 from nested_reft.reports.tables import printable
-from nested_reft.rollout.generate import generate
-from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.tokenizer import Tokenizer
-from nested_reft.train.setup import trained_policy
-
-DEFAULT_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """What answers the prompt.
-
-    Attributes:
-        model: of a run or by name.
-        tokenizer: the model's.
-        prompt: how the user's words become a prompt: as in training, or a bare chat for a model by name.
-        sampling: temperature and truncation.
-    """
-
-    model: Transformer
-    tokenizer: Tokenizer
-    prompt: PromptFormat
-    sampling: SamplingConfig
+from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
 
 
 def run(arguments: list[str]) -> None:
@@ -48,17 +20,16 @@ def run(arguments: list[str]) -> None:
     known = _parser().parse_args(arguments)
     with checking_input():
         _check_ranges(known)
-        sampler = _load(known.policy, known.temperature)
-        tokens = sampler.tokenizer.encode(sampler.prompt.write(known.prompt, sampler.tokenizer))
-        num_layers = sampler.model.config.num_layers
-        nested = _nested_plan(known, num_layers)
-        max_tokens = _max_tokens(known.max_tokens, len(tokens), sampler.model.config.max_positions)
-    for label, plan in (("full", LayerPlan.full(num_layers)), ("nested", nested)):
-        completions = _complete(sampler, tokens, plan, known.samples, max_tokens, known.seed)
-        skipped = f", without layers {list(plan.skipped(num_layers))}" if label == "nested" else ""
-        print(f"{label} ({plan.num_kept} of {num_layers} layers{skipped})")
-        for text in completions:
-            print(f"  {printable(text)}")
+        policy = Policy.load(known.policy)
+        nested = _nested_plan(known, policy.num_layers)
+        max_tokens = _max_tokens(known.max_tokens, policy, known.prompt)
+    # Both draw with one seed, so that only the layers differ.
+    for label, plan in (("full", LayerPlan.full(policy.num_layers)), ("nested", nested)):
+        (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
+        skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
+        print(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
+        for completion in completions:
+            print(f"  {printable(completion.text)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,18 +57,6 @@ def _check_ranges(known: argparse.Namespace) -> None:
         raise ValueError(f"--temperature is {known.temperature}; allowed is 0 (greedy) or more")
 
 
-def _load(policy: str, temperature: float | None) -> Sampler:
-    """A run's trained model with its own prompt, or a model by name."""
-    sampling = SamplingConfig(temperature=1.0 if temperature is None else temperature)
-    if (Path(policy) / "checkpoints").is_dir():
-        trained = trained_policy(Path(policy))
-        if temperature is None:
-            sampling = trained.config.rollout.sampling
-        return Sampler(trained.model, trained.tokenizer, trained.config.data.prompt, sampling)
-    model, tokenizer = load_model(policy)
-    return Sampler(model, tokenizer, PromptFormat(), sampling)
-
-
 def _nested_plan(known: argparse.Namespace, num_layers: int) -> LayerPlan:
     """The layers that `--skip-layers` leaves, or a draw of as many as `--skip-ratio` says."""
     nesting = NestingConfig(skip_ratio=known.skip_ratio)
@@ -106,32 +65,15 @@ def _nested_plan(known: argparse.Namespace, num_layers: int) -> LayerPlan:
     return named or draw_plan(jax.random.key(known.seed), nesting, num_layers)
 
 
-def _max_tokens(asked: int | None, prompt_tokens: int, max_positions: int) -> int:
+def _max_tokens(asked: int | None, policy: Policy, prompt: str) -> int:
     """The longest completion: what was asked, or the default cut to the room that the prompt leaves."""
+    prompt_tokens, positions = policy.prompt_tokens(prompt), policy.model.config.max_positions
     # At least 1, so that a prompt that fills the model is refused below and not asked for 0 tokens.
-    room = max(max_positions - prompt_tokens, 1)
-    max_tokens = min(DEFAULT_TOKENS, room) if asked is None else asked
-    if not prompt_tokens or prompt_tokens + max_tokens > max_positions:
+    room = max(positions - prompt_tokens, 1)
+    max_tokens = min(DEFAULT_MAX_TOKENS, room) if asked is None else asked
+    if not prompt_tokens or prompt_tokens + max_tokens > positions:
         raise ValueError(
             f"the prompt has {prompt_tokens} tokens and --max-tokens is {max_tokens};"
-            f" allowed are 1 to {max_positions} in all"
+            f" allowed are 1 to {positions} in all"
         )
     return max_tokens
-
-
-def _complete(
-    sampler: Sampler, tokens: list[int], plan: LayerPlan, samples: int, max_tokens: int, seed: int
-) -> tuple[str, ...]:
-    """Completions by the layers that a plan keeps. Both plans draw with one key, so that only the layers differ."""
-    rollouts = generate(
-        sampler.model,
-        np.array([tokens], np.int32),
-        np.array([len(tokens)], np.int32),
-        plan,
-        np.array(sampler.tokenizer.stop_ids, np.int32),
-        jax.random.key(seed),
-        group_size=samples,
-        max_completion_tokens=max_tokens,
-        sampling=sampler.sampling,
-    )
-    return sampler.tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))[0]

@@ -10,12 +10,13 @@ from typing import Any
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
-from nested_reft.rollout.dynamic_sampling import GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.train.config import Config, differences, load_config
 from nested_reft.train.memory import check_memory
+from nested_reft.train.phases import last_checkpoint
 from nested_reft.train.setup import prepare, run_config
 from nested_reft.train.trainer import Trainer
 
@@ -39,11 +40,7 @@ def run(arguments: list[str]) -> None:
         if known.resume is not None and _is_complete(known.resume, config):
             print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
             return
-        setup = prepare(config)
-        check_memory(setup)
-        directory = _run_directory(known, config)
-        print(f"run directory: {directory.path}")
-        trainer = Trainer(setup, directory, resume=known.resume is not None)
+        trainer, directory = _opened_trainer(known, config)
     summary = _train(trainer, directory)
     print(f"\n{summary_table(summary)}")
     keep_json(known.json, summary)
@@ -95,7 +92,7 @@ def _check_runs_directory(runs: str) -> None:
 
 def _is_complete(run_path: Path, config: Config) -> bool:
     """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish."""
-    at_end = newest_checkpoint(run_path / "checkpoints") == config.train.steps
+    at_end = newest_checkpoint(run_path / "checkpoints") == last_checkpoint(config)
     return at_end and (run_path / "summary.json").is_file()
 
 
@@ -104,6 +101,19 @@ def _run_directory(known: argparse.Namespace, config: Config) -> RunDirectory:
     if known.resume is None:
         return RunDirectory.create(Path(known.runs), config.name, config.to_json())
     return RunDirectory(known.resume)
+
+
+def _opened_trainer(known: argparse.Namespace, config: Config) -> tuple[Trainer, RunDirectory]:
+    """The trainer of a new run, or of the one to continue, ready for its next step.
+
+    The setup ends with this function, so that training takes over the model's memory instead of copying it.
+    """
+    setup = prepare(config)
+    check_memory(setup)
+    directory = _run_directory(known, config)
+    print(f"run directory: {directory.path}")
+    trainer = Trainer(setup, directory)
+    return trainer.open(resume=known.resume is not None), directory
 
 
 def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:

@@ -272,6 +272,10 @@ class Policy:
         )
         return [found[row, 0, : len(tokens)] for row, tokens in enumerate(ids)]
 
+    def prompt_tokens(self, message: str) -> int:
+        """How many tokens the prompt of a user's message has."""
+        return len(self.tokenizer.encode(self.prompt.write(message, self.tokenizer)))
+
     def _spread(self, values: Any) -> Any:
         """Prompts spread over the mesh's `data` axis; whole on every device where they do not divide by it."""
         if values is None:

@@ -145,12 +145,6 @@ def _read_objective(value: dict[str, Any]) -> ObjectiveConfig:
         raise ValueError(f"loss: {error}") from None
 
 
-def config_names() -> list[str]:
-    """Names of the configurations that ship."""
-    files = [path for directory in CONFIG_DIRECTORIES for path in directory.glob("*.py")]
-    return sorted({path.stem for path in files if not path.stem.startswith("_")})
-
-
 def load_config(name: str) -> Config:
     """The configuration of a name that ships, or of a path to a Python file with `get_config()`.
 

@@ -236,7 +236,7 @@ class Trainer:
         return Remeasured(self.state.divergence_L, time.monotonic() - started)
 
     def _load(self) -> None:
-        number, host = self.checkpoints.restore_host()
+        _, host = self.checkpoints.restore_host()
         state, index = self.state, host["phase"]
         state.phase, state.division = index, host["division"]
         self.phases[index].prepare(state)

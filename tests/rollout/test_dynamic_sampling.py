@@ -10,7 +10,7 @@ import pytest
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
-from nested_reft.rollout.dynamic_sampling import (
+from nested_reft.replay import (
     DynamicSamplingConfig,
     GenerationLimitError,
     enough,

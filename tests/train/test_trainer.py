@@ -25,12 +25,13 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.low_precision import low_precision
+from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.replay import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.rewards.reward import RewardConfig
-from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, ModelSource, load_config
+from nested_reft.train.config import Config, load_config
 from nested_reft.train.setup import prepare, trained_policy
 from nested_reft.train.split import split_sources
 from nested_reft.train.trainer import Trainer, completion_bucket
