@@ -19,7 +19,7 @@ So `take` and `concat` work on all of them, and no other code lists the fields.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -184,9 +184,9 @@ def concat(batches: Sequence[Groups]) -> Groups:
     return _by_field(_joined, *batches)
 
 
-def _by_field(combine: Any, first: Any, *others: Any) -> Any:
+def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
     """`combine` applied to the leaves of equal values: dataclasses and dictionaries are gone through by name."""
-    if dataclasses.is_dataclass(first) and all(value is not None for value in others):
+    if dataclasses.is_dataclass(first) and not isinstance(first, type) and all(value is not None for value in others):
         return dataclasses.replace(
             first,
             **{
@@ -286,5 +286,6 @@ def gradient_mask(
 ) -> Bool[Array, "B G C"]:
     """True at the tokens that the policy chose, after the forced prefix and before the end, of counted completions."""
     position_C = jnp.arange(size)
-    own_BGC = (position_C >= forced_BG[..., None]) & (position_C < length_BG[..., None])
-    return own_BGC & counted_BG[..., None]
+    # A completion that does not count has no position between its start and its end.
+    start_BG = jnp.where(counted_BG, forced_BG, length_BG)
+    return (position_C >= start_BG[..., None]) & (position_C < length_BG[..., None])

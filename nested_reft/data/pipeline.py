@@ -167,7 +167,7 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
         prompt_size: P, at least the longest prompt.
 
     Returns:
-        Prompts; `references` is None when no example has one, and "" stands for a missing one otherwise.
+        Prompts, with None for each missing reference or checker.
 
     Raises:
         ValueError: no examples, a different number of source indices, or a prompt longer than P.
@@ -184,7 +184,6 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
     tokens_BP = np.zeros((len(encoded), prompt_size), dtype=np.int32)
     for row_P, e in zip(tokens_BP, encoded, strict=True):
         row_P[: len(e.tokens)] = e.tokens
-    references = tuple(e.example.reference or "" for e in encoded)
     return Prompts(
         tokens_BP=tokens_BP,
         length_B=length_B,
@@ -193,5 +192,5 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
         answers=tuple(e.example.answer for e in encoded),
         metadata=tuple(e.example.metadata for e in encoded),
         checkers=tuple(e.example.checker for e in encoded),
-        references=references if any(references) else None,
+        references=tuple(e.example.reference for e in encoded),
     )

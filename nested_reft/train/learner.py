@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,46 +17,14 @@ from jaxtyping import Array, Float
 
 from nested_reft.estimators.health import Health
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.losses.objective import Needs, Objective
 from nested_reft.models.lora import split_trainable
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.config import Weights
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, replicate_scalars, shard_batch
-from nested_reft.train.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
+from nested_reft.train.step import BaseModel, Task, TrainState, UpdatePlans, initial_train_state, make_update
 from nested_reft.types import Scored, TrainBatch
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the learner is asked to minimise in one phase, and how.
-
-    Attributes:
-        objective: the loss.
-        optimizer: applied once per update.
-        temperature: at which log-probabilities are taken; that of the rollouts, or 1 for demonstrations.
-        updates_per_batch: passes over each batch. From the second on the target has moved, and the
-            log-probabilities of the full model at rollout time are scored first.
-        micro_batches: parts that a batch is computed in.
-        remat: recompute activations in the backward pass.
-        shared_prefix: leading tokens that all prompts of every batch have in common.
-        max_completion_tokens: C, the longest completion of a batch.
-    """
-
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    temperature: float
-    updates_per_batch: int
-    micro_batches: int
-    remat: bool
-    shared_prefix: int
-    max_completion_tokens: int
-
-    @property
-    def needs(self) -> Needs:
-        """What the objective reads."""
-        return self.objective.needs(self.updates_per_batch)
 
 
 @dataclass(frozen=True)
@@ -111,7 +80,16 @@ class Learner:
         weights: what `behavior_policy` samples with.
         """
         self.mesh = start.mesh
-        self._start = {f.name: getattr(start, f.name) for f in dataclasses.fields(start) if f.name != "model"}
+        # All that a policy is beside its weights; holding the model itself would keep its buffers in use.
+        self._as_policy = partial(
+            Policy,
+            tokenizer=start.tokenizer,
+            sampling=start.sampling,
+            max_completion_tokens=start.max_completion_tokens,
+            prompt=start.prompt,
+            nesting=start.nesting,
+            mesh=start.mesh,
+        )
         self._weights: Weights = weights
         graph, trainable, frozen = split_trainable(start.model)
         self.base = BaseModel(frozen, graph)
@@ -127,15 +105,7 @@ class Learner:
         self.task, self.needs = task, task.needs
         self.state = replicate_scalars(initial_train_state(self.state.trainable, task.optimizer), self.mesh)
         self._rounded = None
-        self._update = make_update(
-            task.objective,
-            self.needs,
-            task.optimizer,
-            task.temperature,
-            task.micro_batches,
-            task.remat,
-            task.shared_prefix,
-        )
+        self._update = make_update(task)
 
     def keep_reference(self) -> None:
         """Makes the parameters as they are now the reference."""
@@ -143,15 +113,25 @@ class Learner:
 
     def policy(self) -> Policy:
         """The trained policy as it is now; later updates leave it alone."""
-        return self._as_policy(self._lend(self.state.trainable))
+        model = self.base.with_parameters(self.state.trainable)
+        self._lent.append(weakref.ref(model))
+        return self._as_policy(model, version=self.version)
+
+    @property
+    def version(self) -> int:
+        """Updates that the parameters have seen in this phase."""
+        return int(self.state.updates)
 
     def behavior_policy(self) -> Policy:
         """What samples: the trained policy, or its copy in fewer bits, made once per update."""
         if self._weights == "target":
             return self.policy()
-        if self._rounded is None:
-            self._rounded = low_precision(self.base.with_parameters(self.state.trainable), self._weights)
-        return self._as_policy(self._rounded)
+        # The copy has buffers of its own, so an update need not wait for whoever holds it.
+        rounded = self._rounded
+        if rounded is None:
+            rounded = low_precision(self.base.with_parameters(self.state.trainable), self._weights)
+            self._rounded = rounded
+        return self._as_policy(rounded, version=self.version)
 
     def batch(self, groups: Scored) -> LearnerBatch:
         """The signal of each completion, and only the log-probabilities that the objective needs.
@@ -182,7 +162,7 @@ class Learner:
         nested = None
         if self.needs.self_distillation:
             # One plan serves the whole batch: it only says which sub-network is taught next.
-            nested = replicate(LayerPlan.from_mask(rollouts.kept_mask_BL[0]), self.mesh)
+            nested = replicate(LayerPlan.from_mask(np.asarray(rollouts.kept_mask_BL[0])), self.mesh)
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
@@ -213,14 +193,6 @@ class Learner:
         if not in_use:
             return self.state
         return dataclasses.replace(self.state, trainable=jax.tree.map(jnp.copy, self.state.trainable))
-
-    def _lend(self, trainable: nnx.State) -> Transformer:
-        model = self.base.with_parameters(trainable)
-        self._lent.append(weakref.ref(model))
-        return model
-
-    def _as_policy(self, model: Transformer) -> Policy:
-        return Policy(model, **(self._start | {"version": int(self.state.updates)}))
 
     def _reference(self) -> nnx.State:
         assert self.reference is not None, "keep_reference was not called"

@@ -13,14 +13,16 @@ import jax
 
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.losses.registry import make_objective
 from nested_reft.sharding import replicate, shard_batch
 from nested_reft.train.config import Config
 from nested_reft.train.keys import RunKeys
 from nested_reft.train.learner import LearnerBatch
+from nested_reft.train.optimizer import make_optimizer
 from nested_reft.train.run_state import RunState
 from nested_reft.train.setup import RunData
 from nested_reft.train.split import divide, divided
-from nested_reft.train.step import UpdatePlans
+from nested_reft.train.step import Task, UpdatePlans
 from nested_reft.train.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
 
 
@@ -121,6 +123,26 @@ class Split:
         """Measures and divides."""
         state.division = divide(self._config, self._data, state.learner.policy(), self._key)
         return f"{sum(len(parts) for parts in state.division)} parts"
+
+
+def reinforcement_task(config: Config, shared_prefix: int) -> Task:
+    """What the learner minimises in reinforcement.
+
+    Args:
+        config: of the run.
+        shared_prefix: leading tokens that all training prompts have in common.
+    """
+    train = config.train
+    return Task(
+        objective=make_objective(config.loss),
+        optimizer=make_optimizer(config.optimizer, train.steps * train.updates_per_batch),
+        temperature=config.rollout.sampling.temperature,
+        updates_per_batch=train.updates_per_batch,
+        micro_batches=train.micro_batches,
+        remat=train.remat,
+        shared_prefix=shared_prefix,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+    )
 
 
 def fresh_data(state: RunState, config: Config, data: RunData) -> RunData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,6 +21,37 @@ from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs, over_position_blocks
 from nested_reft.rollout.sampling import tempered
 from nested_reft.types import TrainBatch, Weighted, valid_mask
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the learner is asked to minimise in one phase, and how.
+
+    Attributes:
+        objective: the loss.
+        optimizer: applied once per update.
+        temperature: at which log-probabilities are taken; that of the rollouts, or 1 for demonstrations.
+        updates_per_batch: passes over each batch. From the second on the target has moved, and the
+            log-probabilities of the full model at rollout time are scored first.
+        micro_batches: parts that a batch is computed in.
+        remat: recompute activations in the backward pass.
+        shared_prefix: leading tokens that all prompts of every batch have in common.
+        max_completion_tokens: C, the longest completion of a batch.
+    """
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    temperature: float
+    updates_per_batch: int
+    micro_batches: int
+    remat: bool
+    shared_prefix: int
+    max_completion_tokens: int
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective reads beside the target's own log-probabilities."""
+        return self.objective.needs(self.updates_per_batch)
 
 
 @struct.dataclass
@@ -92,37 +124,26 @@ class UpdateResult:
 Update = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
 
 
-def make_update(
-    objective: Objective,
-    needs: Needs,
-    optimizer: optax.GradientTransformation,
-    temperature: float,
-    micro_batches: int,
-    remat: bool,
-    shared_prefix: int = 0,
-) -> Update:
+def make_update(task: Task) -> Update:
     """Compiles `update(state, base, batch, plans) -> state, result`.
 
-    The batch is split along its prompts into `micro_batches` parts that run one after the other.
-    Their loss sums and gradients are added up and divided once by the weight of the whole batch,
-    so the split changes memory and nothing else. The state's buffers are donated.
+    The batch is split along its prompts into micro-batches that run one after the other. Their loss
+    sums and gradients are added up and divided once by the weight of the whole batch, so the split
+    changes memory and nothing else. The state's buffers are donated.
 
     Args:
-        objective: what is minimised.
-        needs: which passes it reads.
-        optimizer: applied once per call.
-        temperature: that of the rollouts; 1 for demonstrations.
-        micro_batches: divides the number of prompts.
-        remat: recompute activations in the backward pass.
-        shared_prefix: leading tokens that all prompts of every batch have in common.
+        task: objective, optimizer, temperature and the split.
     """
+    needs, temperature = task.needs, task.temperature
 
     def target_pass(model: Transformer, micro: TrainBatch, plans: UpdatePlans) -> TargetPass:
         """Log-probabilities and entropies of the completions, the prompts run once per group."""
         valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
 
         def hidden(plan: LayerPlan | None) -> Array:
-            return model.completion_hidden(micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, remat, shared_prefix)
+            return model.completion_hidden(
+                micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
+            )
 
         hidden_BGCD = hidden(plans.target)
         logprob_BGC, entropy_BGC = hidden_logprobs(
@@ -144,14 +165,16 @@ def make_update(
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
             """The sum to differentiate, and what is kept of the pass."""
             target = target_pass(base.with_parameters(trainable), micro, plans)
-            output = objective.loss(target, micro)
+            output = task.objective.loss(target, micro)
             return output.total.sum, (output, *jax.lax.stop_gradient((target.logprob_BGC, target.entropy_BGC)))
 
-        (output, logprob_BGC, entropy_BGC), gradient = _accumulate(micro_loss, state.trainable, batch, micro_batches)
+        (output, logprob_BGC, entropy_BGC), gradient = _accumulate(
+            micro_loss, state.trainable, batch, task.micro_batches
+        )
         total = output.total
         divisor = jnp.where(total.weight == 0, jnp.inf, total.weight)  # nothing to learn from: no gradient
         gradient = jax.tree.map(lambda g: g / divisor, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
+        updates, optimizer_state = task.optimizer.update(gradient, state.optimizer_state, state.trainable)
         mask_BGC = batch.mask_BGC
         health, entropy = None, None
         if needs.off_policy:
@@ -166,7 +189,8 @@ def make_update(
             entropy=entropy,
             weight_BGC=output.weight_BGC,
         )
-        state = TrainState(optax.apply_updates(state.trainable, updates), optimizer_state, state.updates + 1)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
+        state = TrainState(trainable, optimizer_state, state.updates + 1)
         return state, result
 
     return jax.jit(update, donate_argnums=0)

@@ -29,14 +29,12 @@ from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.evaluation import Evaluation, evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
-from nested_reft.losses.registry import make_objective
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
 from nested_reft.train import record
 from nested_reft.train.keys import RunKeys, StepKeys
-from nested_reft.train.learner import Learner, Task
-from nested_reft.train.optimizer import make_optimizer
-from nested_reft.train.phases import Phase, Split, WarmStart, first_checkpoint, fresh_data
+from nested_reft.train.learner import Learner
+from nested_reft.train.phases import Phase, Split, WarmStart, first_checkpoint, fresh_data, reinforcement_task
 from nested_reft.train.record import Remeasured, StepRecord
 from nested_reft.train.run_state import RunState
 from nested_reft.train.searcher import Searcher
@@ -260,17 +258,7 @@ class Reinforcement:
     def prepare(self, state: RunState) -> None:
         """A fresh optimizer, the divided sources, and the reference where the objective has one."""
         trainer, config = self._trainer, self._trainer.config
-        total_updates = config.train.steps * config.train.updates_per_batch
-        task = Task(
-            objective=make_objective(config.loss),
-            optimizer=make_optimizer(config.optimizer, total_updates),
-            temperature=config.rollout.sampling.temperature,
-            updates_per_batch=config.train.updates_per_batch,
-            micro_batches=config.train.micro_batches,
-            remat=config.train.remat,
-            shared_prefix=trainer.data.shared_prefix,
-            max_completion_tokens=config.rollout.max_completion_tokens,
-        )
+        task = reinforcement_task(config, trainer.data.shared_prefix)
         state.learner.begin(task)
         if "reference_logprob_BGC" in task.needs.logprobs:
             state.learner.keep_reference()

@@ -13,8 +13,8 @@ import numpy as np
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.losses.supervised import Supervised
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.train.learner import Task
 from nested_reft.train.optimizer import OptimizerConfig, make_optimizer
+from nested_reft.train.step import Task
 from nested_reft.types import Prompts, TrainBatch
 
 

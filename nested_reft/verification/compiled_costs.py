@@ -24,15 +24,15 @@ from jax.tree_util import DictKey, tree_map_with_path
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
-from nested_reft.models.lora import add_lora
+from nested_reft.models.lora import add_lora, split_trainable
 from nested_reft.models.parameters import parameter_axes, parameter_shapes
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
 from nested_reft.train.config import Config
-from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.phases import reinforcement_task
 from nested_reft.train.setup import check_positions
-from nested_reft.train.step import TrainState, create_train_state, make_update
+from nested_reft.train.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
 from nested_reft.types import TrainBatch
 from nested_reft.verification.hbm_traffic import hbm_bytes
 
@@ -243,7 +243,7 @@ def decode_cost(
 
 def state_shapes(
     config: ModelConfig, training: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+) -> tuple[TrainState, BaseModel]:
     """The shapes and placements of what an update reads and writes.
 
     Parameters are placed by name, and their moments as they are; adapters and counters are whole on every device.
@@ -255,18 +255,19 @@ def state_shapes(
         mesh: where it lies.
 
     Returns:
-        The state with a shape, a dtype and a placement in the place of each array.
+        State and frozen parameters, with a shape, a dtype and a placement in the place of each array.
     """
     dtype = jnp.dtype(training.model.dtype)
     parameters = _Shapes(mesh).parameters(config, dtype)
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def initial_state(parameters: dict[str, Any]) -> TrainState:
+    def initial_state(parameters: dict[str, Any]) -> tuple[TrainState, BaseModel]:
         model = _model(config, parameters, dtype)
         # Adapters are part of what trains, and so of the state.
         if training.lora.rank:
             add_lora(model, training.lora, jax.random.key(0))
-        return create_train_state(model, optimizer)
+        graph, trainable, frozen = split_trainable(model)
+        return initial_train_state(trainable, optimizer), BaseModel(frozen, graph)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The names in a path are its dictionary keys; what is around them says whether it is a moment.
@@ -289,39 +290,31 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
         Figures per device; an update has no simple floor.
     """
     sharded = _Shapes(mesh)
-    optimizer = make_optimizer(training.optimizer, training.train.steps * training.train.updates_per_batch)
-    state = state_shapes(config, training, optimizer, mesh)
+    task = reinforcement_task(training, shared_prefix=0)
+    state, base = state_shapes(config, training, task.optimizer, mesh)
     rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
-    tokens = {
-        name: sharded((*rows, size), jnp.float32, "batch")
-        for name in training.loss.needed_logprobs(training.train.updates_per_batch)
-    }
+    tokens = {name: sharded((*rows, size), jnp.float32, "batch") for name in task.needs.logprobs}
     batch = TrainBatch(
         prompt_BP=sharded((rows[0], workload.prompt_tokens), jnp.int32, "batch"),
         prompt_length_B=sharded((rows[0],), jnp.int32, "batch"),
         tokens_BGC=sharded((*rows, size), jnp.int32, "batch"),
         length_BG=sharded(rows, jnp.int32, "batch"),
         forced_BG=sharded(rows, jnp.int32, "batch"),
+        counted_BG=sharded(rows, bool, "batch"),
+        signal_BG=sharded(rows, jnp.float32, "batch"),
         behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
-        advantage_BG=sharded(rows, jnp.float32, "batch"),
-        plan=_plan_shape(training, config, sharded),
+        full_share_B=sharded(rows[:1], jnp.float32, "batch") if task.needs.mixture_density else None,
         **tokens,
     )
     # This is the trainer's own update, so the figures are those of a real run.
-    update = make_update(
-        optimizer,
-        training.loss,
-        training.rollout.sampling.temperature,
-        training.train.micro_batches,
-        training.train.remat,
+    plans = UpdatePlans(nested=_plan_shape(training, config, sharded) if task.needs.self_distillation else None)
+    return _cost(
+        "update", config.num_layers, training.model.dtype, make_update(task), (state, base, batch, plans), None
     )
-    return _cost("update", config.num_layers, training.model.dtype, update, (state, batch), None)
 
 
-def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> Any:
+def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> LayerPlan:
     """The plan that an update reads where it teaches the nested policy."""
-    if not training.loss.self_distillation_coefficient:
-        return None
     kept = config.num_layers - training.nesting.num_skipped(config.num_layers)
     return LayerPlan(sharded((kept,), jnp.int32))
 

@@ -166,7 +166,7 @@ def named_estimators() -> list[Estimator]:
     """Every variant, level, limit, advantage, normalisation, sampling, penalty and preset, named."""
     # This one is unbiased; each of the others changes something about it.
     exact = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
-    mixture = dataclasses.replace(exact, bias_mitigation="mixture", mixture_alpha=ALPHA)
+    mixture = dataclasses.replace(exact, bias_mitigation="mixture")
 
     def vary(name: str, loss: PolicyGradientConfig = exact, sampling: Sampling = "nested", **changes: Any) -> Estimator:
         return Estimator(name, dataclasses.replace(loss, **changes), sampling)
@@ -524,8 +524,10 @@ def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, referen
             tokens_BGC=jnp.zeros(target_NGC.shape, jnp.int32),
             length_BG=length_NG,
             forced_BG=jnp.zeros_like(length_NG),
+            counted_BG=jnp.ones(length_NG.shape, bool),
             behavior_logprob_BGC=behavior_NGC,
-            advantage_BG=advantage_NG,
+            full_share_B=jnp.full(num_groups, ALPHA),
+            signal_BG=advantage_NG,
             old_logprob_BGC=old_NGC,
             reference_logprob_BGC=reference_NGC,
             nested_logprob_BGC=nested_NGC,
@@ -536,8 +538,8 @@ def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, referen
         """The gradient with respect to one group's log-probabilities, and the sums behind its weights."""
 
         def loss_sum(target_BGC):
-            total, parts = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
-            return total.sum, (total.weight, parts)
+            output = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
+            return output.total.sum, (output.total.weight, output.parts)
 
         gradient_BGC, (weight, parts) = jax.grad(loss_sum, has_aux=True)(target_GC[None])
         mean, square = parts["weight_mean"], parts["weight_square_mean"]
