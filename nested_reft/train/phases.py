@@ -6,21 +6,24 @@ number counts the steps of all phases, and one more for the beginning of each, s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+from tqdm.auto import tqdm
 
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.losses.registry import make_objective
+from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
 from nested_reft.train.config import Config
 from nested_reft.train.keys import RunKeys
 from nested_reft.train.learner import LearnerBatch
 from nested_reft.train.optimizer import make_optimizer
-from nested_reft.train.run_state import RunState
-from nested_reft.train.setup import RunData
+from nested_reft.train.run_state import RunState, initial_run_state
+from nested_reft.train.setup import RunData, Setup
 from nested_reft.train.split import divide, divided
 from nested_reft.train.step import Task, UpdatePlans
 from nested_reft.train.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
@@ -157,6 +160,21 @@ def fresh_data(state: RunState, config: Config, data: RunData) -> RunData:
     state.stream = PromptStream(data.train_examples, config.train.seed)
     state.curriculum = CurriculumState.start([len(examples) for examples in data.train_examples])
     return data
+
+
+def warm_started(setup: Setup) -> Policy:
+    """The policy after the warm start alone: one start for several runs that are compared.
+
+    Args:
+        setup: its configuration says how; its policy stays as it is.
+    """
+    state, keys = initial_run_state(setup), RunKeys(jax.random.key(setup.config.train.seed))
+    phase = WarmStart(setup.config, setup.data, keys)
+    phase.prepare(state)
+    bar = tqdm(range(phase.steps), desc=phase.name, unit="step")
+    for number in bar:
+        bar.set_postfix_str(phase.step(state, number))
+    return dataclasses.replace(state.learner.policy(), version=0)
 
 
 def first_checkpoint(phases: Sequence[Phase], index: int) -> int:

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream
-from nested_reft.nesting_control import NestingControlState
+from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.train.learner import Learner
+from nested_reft.train.setup import Setup
 from nested_reft.train.split import Division
 
 
@@ -32,6 +33,7 @@ class RunState:
         divergence_L: measured divergence of each layer, for `measured` plans.
         division: the parts that the sources were divided into; None before, or where there is no split.
         phase: index of the phase that the run is in.
+        started: whether what comes before the phase's first step is done.
         step: steps of that phase that are done.
         seconds: time that the steps so far took.
         before: held-out results before the first step of reinforcement.
@@ -46,6 +48,7 @@ class RunState:
     divergence_L: Float[np.ndarray, " L"]
     division: Division | None = None
     phase: int = 0
+    started: bool = False
     step: int = 0
     seconds: float = 0.0
     before: dict[str, Any] | None = None
@@ -77,7 +80,7 @@ class RunState:
         self.curriculum = CurriculumState.from_json(host["curriculum"])
         self.nesting = NestingControlState.from_json(host["nesting"])
         self.divergence_L, self.division = host["divergence"], host["division"]
-        self.phase, self.step = host["phase"], host["step"]
+        self.phase, self.started, self.step = host["phase"], host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
 
     def _arrays(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ class RunState:
         """What lies on the host, as plain values and NumPy arrays."""
         return {
             "phase": self.phase,
+            "started": self.started,
             "step": self.step,
             "seconds": self.seconds,
             "before": self.before,
@@ -103,3 +107,19 @@ class RunState:
             "division": self.division,
             "stream": self.stream.get_state(),
         }
+
+
+def initial_run_state(setup: Setup) -> RunState:
+    """The state of a run that has not begun.
+
+    Args:
+        setup: what the run starts from; it stays as it is.
+    """
+    config, data = setup.config, setup.data
+    return RunState(
+        learner=Learner(setup.policy, config.rollout.weights),
+        stream=PromptStream(data.train_examples, config.train.seed),
+        curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
+        nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
+        divergence_L=setup.divergence_L,
+    )

@@ -10,12 +10,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -25,18 +22,18 @@ from tqdm.auto import tqdm
 from nested_reft import curriculum, nesting_control, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
-from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.evaluation import Evaluation, evaluate
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
-from nested_reft.train import record
+from nested_reft.train.interrupts import stop_requests
 from nested_reft.train.keys import RunKeys, StepKeys
-from nested_reft.train.learner import Learner
-from nested_reft.train.phases import Phase, Split, WarmStart, first_checkpoint, fresh_data, reinforcement_task
+from nested_reft.train.phases import Phase, Split, WarmStart, first_checkpoint
 from nested_reft.train.record import Remeasured, StepRecord
-from nested_reft.train.run_state import RunState
+from nested_reft.train.reinforcement import Reinforcement
+from nested_reft.train.run_state import initial_run_state
 from nested_reft.train.searcher import Searcher
 from nested_reft.train.setup import Setup
 from nested_reft.train.summary import run_summary
@@ -65,7 +62,7 @@ class Trainer:
         """
         self.config, self.run_directory, self.on_step = setup.config, run, on_step
         self.data, self.num_layers = setup.data, setup.policy.num_layers
-        self._undivided, self._start, self._divergence_L = setup.data, setup.policy, setup.divergence_L
+        self._setup: Setup | None = setup
         self._opened = ExitStack()
 
     def __enter__(self) -> Trainer:
@@ -87,34 +84,16 @@ class Trainer:
         Raises:
             ValueError: there is no checkpoint to continue from, or it is damaged or of another run.
         """
-        config, setup_policy = self.config, self._start
-        opened = self._opened
-        self.compilations = CompileCounter()
-        opened.callback(self.compilations.close)
-        opened.callback(self.run_directory.close)
-        directory = self.run_directory.path / "checkpoints"
-        self.checkpoints = opened.enter_context(Checkpoints(directory, config.train.keep_checkpoints))
-        key = replicate(jax.random.key(config.train.seed), setup_policy.mesh)
-        self.keys = RunKeys(key)
-        self.searcher = Searcher(config.rollout, config.reward, self.data.shared_prefix)
-        self.phases: list[Phase] = [Reinforcement(self)]
-        if config.data.split.kind != "none":
-            self.phases.insert(0, Split(config, self._undivided, self.keys))
-        if config.warm_start.steps:
-            self.phases.insert(0, WarmStart(config, self._undivided, self.keys))
-        self.state = RunState(
-            learner=Learner(setup_policy, config.rollout.weights),
-            stream=PromptStream(self.data.train_examples, config.train.seed),
-            curriculum=curriculum.CurriculumState.start([len(e) for e in self.data.train_examples]),
-            nesting=nesting_control.initial_state(config.nesting_control, config.nesting.num_skipped(self.num_layers)),
-            divergence_L=self._divergence_L,
-        )
-        self.shown_accuracy, self._warned = dict[str, float](), False
-        del self._start, setup_policy  # the learner holds what it needs; the start's buffers may be taken
-        if resume:
-            self._load()
-        else:
-            self.phases[0].prepare(self.state)
+        setup, self._setup = self._setup, None
+        if setup is None:
+            raise RuntimeError("Trainer.open was called twice; make another trainer")
+        try:
+            self._make(setup)
+            del setup  # the learner holds what it needs of it, and may take over the start's buffers
+            self._load() if resume else self.phases[0].prepare(self.state)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def run(self) -> dict[str, Any]:
@@ -127,11 +106,11 @@ class Trainer:
             FloatingPointError: an update was not finite; the last checkpoint is from before it.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
         """
-        with self, _stop_requests() as stop_requested:
+        with self, stop_requests() as stop_requested:
             for index in range(self.state.phase, len(self.phases)):
                 if index > self.state.phase:
                     self.state.trained_before |= self.phases[index - 1].trains
-                    self.state.phase, self.state.step = index, 0
+                    self.state.phase, self.state.step, self.state.started = index, 0, False
                     self.phases[index].prepare(self.state)
                 self._run_phase(self.phases[index], stop_requested)
             summary = run_summary(self)
@@ -203,12 +182,30 @@ class Trainer:
         """Starts writing a checkpoint of the state as it is."""
         self.state.save(self.checkpoints, first_checkpoint(self.phases, self.state.phase) + self.state.step)
 
+    def _make(self, setup: Setup) -> None:
+        """Everything that has a life while the run is open, and the state of a run that has not begun."""
+        config, opened = self.config, self._opened
+        self.compilations = CompileCounter()
+        opened.callback(self.compilations.close)
+        opened.callback(self.run_directory.close)
+        directory = self.run_directory.path / "checkpoints"
+        self.checkpoints = opened.enter_context(Checkpoints(directory, config.train.keep_checkpoints))
+        self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
+        self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
+        self.state = initial_run_state(setup)
+        self.phases: list[Phase] = []
+        if config.warm_start.steps:
+            self.phases.append(WarmStart(config, setup.data, self.keys))
+        if config.data.split.kind != "none":
+            self.phases.append(Split(config, setup.data, self.keys))
+        self.phases.append(Reinforcement(self, setup.data))
+
     def _run_phase(self, phase: Phase, stop_requested: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train
         started = time.monotonic() - state.seconds
-        if state.step == 0:
+        if not state.started:
             phase.start(state)
-            state.seconds = time.monotonic() - started
+            state.started, state.seconds = True, time.monotonic() - started
             self.save()
         steps = range(state.step, phase.steps)
         bar = tqdm(steps, initial=state.step, total=phase.steps, unit="step", desc=phase.name)
@@ -242,92 +239,3 @@ class Trainer:
         is_last = index == len(self.phases) - 1
         # Log lines belong to the last phase; a run that has not reached it has none to keep.
         self.run_directory.drop_after(state.step if is_last else -1)
-
-
-class Reinforcement:
-    """The phase that the others prepare: reinforcement learning from rollouts."""
-
-    trains = True
-
-    def __init__(self, trainer: Trainer):
-        """Args:
-        trainer: whose steps it runs and logs.
-        """
-        self._trainer, self.name, self.steps = trainer, trainer.config.name, trainer.config.train.steps
-
-    def prepare(self, state: RunState) -> None:
-        """A fresh optimizer, the divided sources, and the reference where the objective has one."""
-        trainer, config = self._trainer, self._trainer.config
-        task = reinforcement_task(config, trainer.data.shared_prefix)
-        state.learner.begin(task)
-        if "reference_logprob_BGC" in task.needs.logprobs:
-            state.learner.keep_reference()
-        trainer.data = fresh_data(state, config, trainer._undivided)
-
-    def start(self, state: RunState) -> None:
-        """Held-out results before the first step."""
-        trainer = self._trainer
-        state.before = trainer.evaluate_all(0)
-        trainer.run_directory.log_metrics(
-            0, {f"heldout/{name}": result["greedy_accuracy"] for name, result in state.before.items()}
-        )
-
-    def step(self, state: RunState, number: int) -> str:
-        """One step of the trainer, checked and logged."""
-        trainer, config = self._trainer, self._trainer.config
-        found = trainer.step(number)
-        self._check_finite(found)
-        if found.number % config.evaluation.every_steps == 0:
-            found = dataclasses.replace(found, heldout=self._evaluate_trained_sources(found))
-        trainer.run_directory.log_samples(found.number, record.samples(found, trainer.num_layers))
-        trainer.run_directory.log_metrics(found.number, record.metrics(found, config, trainer.data.source_names))
-        if trainer.on_step is not None:
-            trainer.on_step(found)
-        warning = found.warning(config.train.ess_warning)
-        if warning is not None and not trainer._warned:
-            tqdm.write(f"step {found.number}: {warning} (later ones: metrics.jsonl)")
-            trainer._warned = True
-        return record.progress(found, trainer.shown_accuracy)
-
-    def _evaluate_trained_sources(self, found: StepRecord) -> dict[str, Evaluation]:
-        """Greedy held-out accuracy of the sources that the step trained on."""
-        trainer = self._trainer
-        drawn = np.unique(found.all.prompts.source_B)
-        sources = sorted({trainer.data.heldout_of_source[int(index)] for index in drawn})
-        keys, names = trainer.keys.step(found.number), trainer.config.data.sources
-        results = {names[index].name: trainer.evaluate(index, keys, samples=False) for index in sources}
-        trainer.shown_accuracy = {f"heldout/{name}": result.greedy_accuracy for name, result in results.items()}
-        return results
-
-    def _check_finite(self, found: StepRecord) -> None:
-        """Stops before a broken model replaces a good checkpoint."""
-        update = found.update
-        if not (np.isfinite(update.loss) and np.isfinite(update.gradient_norm)):
-            raise FloatingPointError(
-                f"step {found.number}: loss is {update.loss} and gradient_norm {update.gradient_norm};"
-                f" the newest checkpoint in '{self._trainer.run_directory.path}' is from before."
-                " Lower optimizer.learning_rate"
-            )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once.
-
-    The handler only sets a flag: whatever it interrupts (a log line, a checkpoint) goes on.
-    """
-    requested = False
-
-    def request(number: int, _frame: Any) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
