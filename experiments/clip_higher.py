@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nested_reft.estimators.advantages import group_advantages
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.reports.tables import table
 from nested_reft.types import TrainBatch
@@ -48,7 +48,7 @@ def final_entropy(
         num_right: the first tokens are right; None for rewards by the flip of a coin.
         batches, updates, learning_rate: of gradient descent on the logits.
     """
-    config = LossConfig("group_std", "base", "token", "token_mean", clip_low=0.2, clip_high=clip_high)
+    config = PolicyGradientConfig("group_std", "base", "token", "token_mean", clip_low=0.2, clip_high=clip_high)
 
     def one_batch(logits_V: Float[Array, " V"], key: Array):
         behavior_V = jax.nn.log_softmax(logits_V)

@@ -24,7 +24,7 @@ def main() -> None:
     """The entry point."""
     if Path(sys.argv[0]).name == "nested-reft":  # a program that calls this one must not start over
         restart_with_huge_pages()
-    from nested_reft.cli import main as command_line  # imports JAX: after the restart
+    from nested_reft.cli.main import main as command_line  # after the restart, so that nothing is imported twice
 
     sys.exit(command_line())
 

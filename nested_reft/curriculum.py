@@ -24,8 +24,7 @@ difference between the rewards of a right and of a wrong one; then the group's m
 
 The paper's tau = 0.1 is for the first. For the other two scale it with the signal, to about
 0.05 r; the exploration term knows no r, so rewards far larger or smaller than 1 let it vanish or
-rule. `no_baseline` has A = R: a solved source would look the most worth learning, so `dump`
-refuses it (`train.config.Config`).
+rule. `no_baseline` has A = R: a solved source would look the most worth learning, so it is no choice.
 """
 
 from __future__ import annotations
@@ -33,13 +32,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from nested_reft.estimators.advantages import group_advantages
+from nested_reft.literals import check_choice
+from nested_reft.types import Scored
+
+GroupAdvantage = Literal["leave_one_out", "group_mean", "group_std"]
 Kind = Literal["uniform", "proportional", "static", "easy_to_hard", "dump"]
 
 
@@ -56,6 +60,8 @@ class CurriculumConfig:
         temperature: of `dump` (the paper's tau): 0 takes the best source, more is more even.
         weights: of `static`, one per source in their order; they need not sum to 1.
         promote_at: mean accuracy at which `easy_to_hard` moves on to the next source, in (0, 1].
+        advantage: how the advantages that the rule learns from are computed; the paper's is `group_std`.
+            `no_baseline` is not allowed: a solved source would look the most worth learning.
     """
 
     kind: Kind
@@ -63,10 +69,11 @@ class CurriculumConfig:
     temperature: float = 0.1
     weights: tuple[float, ...] = ()
     promote_at: float = 0.9
+    advantage: GroupAdvantage = "group_std"
 
     def __post_init__(self):
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"curriculum.kind is '{self.kind}'; allowed are {', '.join(get_args(Kind))}")
+        check_choice("curriculum.kind", self.kind, Kind)
+        check_choice("curriculum.advantage", self.advantage, GroupAdvantage)
         if self.window < 1:
             raise ValueError(f"curriculum.window is {self.window}; allowed is 1 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -85,7 +92,14 @@ class CurriculumConfig:
             raise ValueError(f"curriculum.promote_at is {self.promote_at}; allowed is 0 < promote_at <= 1")
 
     def validate_for(self, source_names: Sequence[str]) -> None:
-        """Refuses weights that are not one per source."""
+        """Refuses weights that are not one per source.
+
+        Args:
+            source_names: names of the sources, in their order.
+
+        Raises:
+            ValueError: there are weights, but not one for each source.
+        """
         if self.weights and len(self.weights) != len(source_names):
             raise ValueError(
                 f"curriculum.weights has {len(self.weights)} weights; allowed is one for each of the"
@@ -133,7 +147,11 @@ class CurriculumState:
 
     @classmethod
     def start(cls, sizes: Sequence[int]) -> CurriculumState:
-        """Before the first step, of sources with these numbers of training examples."""
+        """Before the first step, of sources with these numbers of training examples.
+
+        Args:
+            sizes: training examples of each source, 1 or more, in the order of source indices.
+        """
         return cls(tuple(SourceMemory(size) for size in sizes))
 
     def to_json(self) -> dict[str, Any]:
@@ -142,12 +160,39 @@ class CurriculumState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CurriculumState:
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote.
+
+        Args:
+            value: what `to_json` returned, also after a way through a file.
+        """
         memories = (
+            # JSON gives lists, while states are compared by their tuples.
             SourceMemory(m["size"], m["count"], tuple(m["advantage_size"]), tuple(m["accuracy"]))
             for m in value["sources"]
         )
         return cls(tuple(memories), value["level"])
+
+
+def observe(state: CurriculumState, config: CurriculumConfig, scored: Scored) -> CurriculumState:
+    """`update` by one batch of rollouts, trained on or not.
+
+    The advantages are those of raw accuracy: under a shaped reward, a hopeless source with answers of
+    unequal lengths would look the most learnable.
+
+    Args:
+        state: before the batch.
+        config: the rule.
+        scored: what was generated.
+    """
+    advantage_BG = group_advantages(jnp.asarray(scored.accuracy_BG), jnp.asarray(scored.scored_BG), config.advantage)
+    return update(
+        state,
+        config,
+        scored.prompts.source_B,
+        np.asarray(advantage_BG),
+        scored.accuracy_BG,
+        scored.scored_BG,
+    )
 
 
 def update(
@@ -181,6 +226,7 @@ def update(
     if not np.isfinite(advantage_BG[scored_BG]).all():
         raise ValueError("curriculum.update got an advantage that is not finite for a scored response")
     sources = list(state.sources)
+    # A source without a response in this step keeps its memory as it is.
     for index in np.unique(source_B):
         old, of_source_B = sources[index], source_B == index
         counted_BG = scored_BG[of_source_B]
@@ -191,7 +237,9 @@ def update(
             accuracy=_latest(old.accuracy, accuracy_BG[of_source_B][counted_BG], config.window),
         )
     recent = sources[state.level].accuracy
+    # A window that is not full yet could promote a source by a lucky start.
     mastered = len(recent) == config.window and sum(recent) / len(recent) >= config.promote_at
+    # The last source has none after it, so the level stays there.
     level = min(state.level + mastered, len(sources) - 1)
     return CurriculumState(tuple(sources), level)
 
@@ -201,18 +249,41 @@ def _latest(old: tuple[float, ...], new: Float[np.ndarray, " n"], window: int) -
 
 
 def learnability(state: CurriculumState) -> Float[np.ndarray, " M"]:
-    """L_d: mean of the latest absolute advantages of each source, 0 where there are none."""
+    """L_d: mean of the latest absolute advantages of each source, 0 where there are none.
+
+    Args:
+        state: what is remembered of M sources.
+
+    Returns:
+        L_d, 0 or more, in the unit of the advantages.
+    """
     return np.array([_mean(source.advantage_size) for source in state.sources])
 
 
 def exploration_bonus(state: CurriculumState) -> Float[np.ndarray, " M"]:
-    """sqrt(2 ln(N + 1) / (n_d + 1)): large for sources seen little, 0 for all before the first step."""
+    """sqrt(2 ln(N + 1) / (n_d + 1)): large for sources seen little, 0 for all before the first step.
+
+    Args:
+        state: what is remembered of M sources.
+
+    Returns:
+        The second term of UCB_d, 0 or more.
+    """
     count_M = np.array([source.count for source in state.sources], dtype=np.float64)
+    # The 1 in the denominator serves a source that was never seen.
     return np.sqrt(2 * np.log1p(count_M.sum()) / (count_M + 1))
 
 
 def probabilities(state: CurriculumState, config: CurriculumConfig) -> Float[np.ndarray, " M"]:
-    """The probability of each source, M of them, in float64."""
+    """The probability of each source, M of them, in float64.
+
+    Args:
+        state: what is remembered of M sources.
+        config: the rule.
+
+    Returns:
+        Values of 0 or more that sum to 1.
+    """
     if config.kind == "uniform":
         weight_M = np.ones(len(state.sources))
     elif config.kind == "proportional":
@@ -223,6 +294,7 @@ def probabilities(state: CurriculumState, config: CurriculumConfig) -> Float[np.
         weight_M = np.eye(len(state.sources))[state.level]
     else:
         below_best_M = learnability(state) + exploration_bonus(state)
+        # A shift does not change a softmax, and with the largest exponent at 0 nothing overflows.
         below_best_M -= below_best_M.max()
         # The limit of the softmax at temperature 0: the best source, shared where several are best.
         weight_M = np.exp(below_best_M / config.temperature) if config.temperature else below_best_M == 0
@@ -240,6 +312,7 @@ def choose(state: CurriculumState, config: CurriculumConfig, key: jax.Array, num
     Returns:
         B source indices.
     """
+    # `choice` scales its draw by the sum of the probabilities, so rounding to float32 does no harm.
     probability_M = jnp.asarray(probabilities(state, config), jnp.float32)
     return np.asarray(jax.random.choice(key, len(state.sources), (num_prompts,), p=probability_M))
 
@@ -256,12 +329,23 @@ def step_metrics(
 ) -> dict[str, float | int | str]:
     """One step as flat metrics: what decided its draws, what came of them, and why that changes the next.
 
+    Args:
+        before: the state that the step's draws came from.
+        after: the state that the step led to.
+        config: the rule.
+        names: the sources' labels, in the order of source indices.
+        source_B: the source of each prompt.
+        reward_BG: total reward of each response.
+        accuracy_BG: raw accuracy of each response.
+        scored_BG: False where there is no reward; those responses do not count.
+
     Returns:
         `curriculum/SOURCE/...` with probability, learnability, bonus and count as the step found
         them, the reward and accuracy of its responses (absent where it scored none), and
         `curriculum_audit`, the words of `explain`.
     """
     found: dict[str, float | int | str] = {}
+    # Draws were decided by the state before the step; the state after it decides the next ones.
     decided = zip(probabilities(before, config), learnability(before), exploration_bonus(before), strict=True)
     for index, (probability, learnable, bonus) in enumerate(decided):
         prefix = f"curriculum/{names[index]}/"
@@ -269,6 +353,7 @@ def step_metrics(
         found[prefix + "learnability"] = float(learnable)
         found[prefix + "bonus"] = float(bonus)
         found[prefix + "count"] = before.sources[index].count
+        # The new axis lets one source per prompt stand for all its completions.
         counted_BG = scored_BG & (source_B == index)[:, None]
         if counted_BG.any():
             found[prefix + "reward"] = float(reward_BG[counted_BG].mean())
@@ -277,7 +362,14 @@ def step_metrics(
 
 
 def explain(before: CurriculumState, after: CurriculumState, config: CurriculumConfig, names: Sequence[str]) -> str:
-    """One line in plain words: which sources rose and fell most by a step, and why."""
+    """One line in plain words: which sources rose and fell most by a step, and why.
+
+    Args:
+        before: the state that the step's draws came from.
+        after: the state that the step led to.
+        config: the rule.
+        names: the sources' labels, in the order of source indices.
+    """
     if config.kind == "easy_to_hard":
         recent = after.sources[before.level].accuracy
         seen = f"accuracy {_mean(recent):.2f} over {len(recent)} of {config.window} responses"
@@ -288,6 +380,7 @@ def explain(before: CurriculumState, after: CurriculumState, config: CurriculumC
         return f"stays on {names[after.level]}: {seen}, {config.promote_at:g} over all of them moves on"
     if config.kind != "dump":
         return f"probabilities are fixed ({config.kind})"
+    # Probabilities are shown with two decimals, so a smaller change would look like none.
     change_M = probabilities(after, config) - probabilities(before, config)
     moved = [
         _why(before, after, config, names, int(index), rose)
@@ -306,6 +399,7 @@ def _why(
     rose: bool,
 ) -> str:
     """Why one source's probability moved: its own advantages, its own bonus, or what others did."""
+    # With the sign, a fall is explained by the same comparisons as a rise.
     probability_M, sign = probabilities(before, config), 1 if rose else -1
     head = f"{names[index]} {'rose' if rose else 'fell'} {probability_M[index]:.2f} to"
     head += f" {probabilities(after, config)[index]:.2f}: "
@@ -315,10 +409,12 @@ def _why(
     }
     change_M = sum((now_M - was_M for was_M, now_M in terms.values()), np.zeros(len(names)))
     others_M = np.where(np.arange(len(names)) == index, 0, probability_M)
+    # A source that has all the probability has no others, and the quotient is then 0.
     others = float(others_M @ change_M) / max(float(others_M.sum()), 1e-12)
     # To first order a probability follows its own change less the mean change of the others.
     if sign * change_M[index] < -sign * others:
         return head + f"the other sources {'fell' if rose else 'rose'} by more"
+    # The term that moved furthest in the right direction is named as the reason.
     name, (was_M, now_M) = max(terms.items(), key=lambda term: sign * (term[1][1] - term[1][0])[index])
     why = f"its {name} went {was_M[index]:.2f} to {now_M[index]:.2f}"
     source = after.sources[index]

@@ -27,7 +27,13 @@ Texts = tuple[Int[Array, "B P"], Int[Array, " B"], Int[Array, "B G C"], Int[Arra
 
 @jax.jit
 def completion_hidden(model: Transformer, texts: Texts, plan: LayerPlan | None = None) -> Float[Array, "B G C D"]:
-    """Final hidden states that predict every completion token, under a plan."""
+    """Final hidden states that predict every completion token, under a plan.
+
+    Args:
+        model: the full model.
+        texts: what `texts_of` returned.
+        plan: layers to run; None is the full model.
+    """
     prompt_BP, prompt_length_B, tokens_BGC, _ = texts
     return model.completion_hidden(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), tokens_BGC, plan)
 
@@ -36,14 +42,27 @@ def completion_hidden(model: Transformer, texts: Texts, plan: LayerPlan | None =
 def mean_divergence(
     model: Transformer, full_BGCD: Float[Array, "B G C D"], texts: Texts, temperature: float, plan: LayerPlan
 ) -> Float[Array, ""]:
-    """KL(full || plan) per completion token, in nats: exact over the vocabulary, mean over tokens."""
+    """KL(full || plan) per completion token, in nats: exact over the vocabulary, mean over tokens.
 
+    Args:
+        model: the full model.
+        full_BGCD: its states, from `completion_hidden` without a plan.
+        texts: what `texts_of` returned.
+        temperature: the sampling temperature of both policies.
+        plan: layers of the nested policy.
+
+    Returns:
+        The divergence, 0 or more but for rounding; 0 where no token counts.
+    """
+
+    # Hidden states are kept and not logits, which are wider by the factor V / D.
     def block(full: Array, nested: Array) -> Array:
         return exact_kl(*(tempered(model.logits(hidden), temperature) for hidden in (full, nested)))
 
     nested_BGCD = completion_hidden(model, texts, plan)
     kl_BGC = over_position_blocks(block, model.config.vocab_size, full_BGCD, nested_BGCD)
     mask_BGC = valid_mask(texts[3], kl_BGC.shape[-1])
+    # `Weighted.mean` is 0 where no token counts.
     return Weighted(jnp.where(mask_BGC, kl_BGC, 0.0).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
 
 
@@ -51,7 +70,13 @@ def texts_of(rollouts: Rollouts, prompts: int | None = None, completions: int | 
     """What a measurement reads of rollouts: all of them, or the first of each kind.
 
     The plan is left out, so that rollouts under plans of another size compile nothing.
+
+    Args:
+        rollouts: what is measured on.
+        prompts: how many, from the first; None takes all.
+        completions: how many of each prompt, from the first; None takes all.
     """
+    # `slice(None)` takes everything.
     some = (slice(prompts), slice(completions))
     return (
         rollouts.prompt_BP[some[0]],
@@ -69,10 +94,11 @@ def measure_plan_divergence(
     Args:
         model: the full model.
         texts: the prompts and completions whose tokens the mean is over.
-        temperature: of both policies.
+        temperature: the sampling temperature of both policies.
         plans: the nested policies.
         description: for the progress bar.
     """
+    # The full model runs once, and every plan is compared with it.
     full_BGCD = completion_hidden(model, texts)
     progress = tqdm(plans, desc=description, unit="plan", leave=False)
     return np.array([float(mean_divergence(model, full_BGCD, texts, temperature, plan)) for plan in progress])
@@ -84,6 +110,14 @@ def measure_layer_divergence(model: Transformer, texts: Texts, temperature: floa
     Divergence adds up roughly over layers, so the ranking of single layers says which sets of
     layers are cheap to skip. On completions of the full model this is the divergence where the
     target goes; on nested ones, where the rollouts go.
+
+    Args:
+        model: the full model.
+        texts: the prompts and completions whose tokens the mean is over.
+        temperature: the sampling temperature of both policies.
+
+    Returns:
+        One value per layer, as `draw_plan` reads them.
     """
     num_layers = model.config.num_layers
     plans = [LayerPlan.skipping(num_layers, [layer]) for layer in range(num_layers)]
@@ -91,15 +125,30 @@ def measure_layer_divergence(model: Transformer, texts: Texts, temperature: floa
 
 
 def save_divergence(path: Path, divergence_L: Float[np.ndarray, " L"], about: dict[str, object]) -> None:
-    """Writes the measurement as JSON, with `about` saying what it was measured on."""
+    """Writes the measurement as JSON, with `about` saying what it was measured on.
+
+    Args:
+        path: the JSON file to write; it is replaced where it exists.
+        divergence_L: nats per token, one value per layer.
+        about: further entries, such as the model's name.
+    """
+    # Five decimals are far below what another set of texts would change.
     content = about | {"num_layers": len(divergence_L), "divergence": [round(float(d), 5) for d in divergence_L]}
     partial_path = path.with_name(path.name + ".partial")
     partial_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # A run that reads the file meanwhile finds the old one or the new one, whole.
     os.replace(partial_path, path)
 
 
 def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
     """Reads what `save_divergence` wrote.
+
+    Args:
+        path: a JSON file that `save_divergence` wrote.
+        num_layers: L of the model that is to use it.
+
+    Returns:
+        Nats per token, one value per layer.
 
     Raises:
         ValueError: the file is missing, is not such a file, or is of a model of another depth.
@@ -107,6 +156,7 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["divergence"]
         divergence_L = np.array(values, dtype=np.float64)
+    # FileNotFoundError is an OSError, so it has to be caught first.
     except FileNotFoundError:
         raise ValueError(
             f"nesting.divergence_file is '{path}', which does not exist; write it with 'nested-reft measure-layers'"

@@ -13,11 +13,9 @@ from jaxtyping import Int
 from nested_reft.data.pipeline import batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score
-from nested_reft.rollout.generate import generate
+from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
-from nested_reft.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    policy: Policy,
     examples: Sequence[EncodedExample],
     reward: RewardConfig,
     config: EvaluationConfig,
-    max_completion_tokens: int,
-    sampling: SamplingConfig,
     key: jax.Array,
     samples: bool,
     plan: LayerPlan | None = None,
@@ -97,26 +92,22 @@ def evaluate(
     """Measures greedy accuracy and, with `samples`, pass@k.
 
     Args:
-        model, tokenizer: the policy.
+        policy: what answers; its own sampling and limit are those of the samples.
         examples: held-out prompts of one source.
         reward: how answers are checked.
         config: batch size, samples and k.
-        max_completion_tokens: C.
-        sampling: of the samples.
         key: PRNG key of the samples.
         samples: whether to sample for pass@k.
         plan: layers that act; None is the full model.
     """
 
-    def correct(group_size: int, how: SamplingConfig) -> tuple[Int[np.ndarray, " E"], int]:
-        return num_correct(
-            model, tokenizer, examples, reward, config.batch_size, max_completion_tokens, how, key, group_size, plan
-        )
+    def correct(group_size: int, how: SamplingConfig | None) -> tuple[Int[np.ndarray, " E"], int]:
+        return num_correct(policy, examples, reward, config.batch_size, how, key, group_size, plan)
 
     greedy_E, unscored = correct(1, GREEDY)
     if not samples or not config.samples_per_prompt:
         return Evaluation(len(examples), float(greedy_E.mean()), unscored=unscored)
-    sampled_E, unscored_samples = correct(config.samples_per_prompt, sampling)
+    sampled_E, unscored_samples = correct(config.samples_per_prompt, None)
     return Evaluation(
         len(examples),
         float(greedy_E.mean()),
@@ -128,20 +119,26 @@ def evaluate(
 
 
 def num_correct(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    policy: Policy,
     examples: Sequence[EncodedExample],
     reward: RewardConfig,
     batch_size: int,
-    max_completion_tokens: int,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | None,
     key: jax.Array,
     group_size: int,
     plan: LayerPlan | None = None,
 ) -> tuple[Int[np.ndarray, " E"], int]:
-    """Right answers among `group_size` completions of each example, and how many could not be checked at all;
-    one compiled shape for all batches."""
-    plan = LayerPlan.full(model.config.num_layers) if plan is None else plan
+    """Right answers among `group_size` completions of each example, in one compiled shape for all batches.
+
+    Args:
+        policy, examples, reward, key, plan: as in `evaluate`.
+        batch_size: prompts per batch; fewer where there are fewer examples.
+        sampling: other than the policy's own.
+        group_size: completions of each example.
+
+    Returns:
+        How many are right, for each example, and how many completions could not be checked at all.
+    """
     size = prompt_size([len(example.tokens) for example in examples])
     prefix = shared_prefix([example.tokens for example in examples])
     batch_size = min(batch_size, len(examples))
@@ -149,23 +146,23 @@ def num_correct(
     unscored = 0
     for start in range(0, len(examples), batch_size):
         chunk = list(examples[start : start + batch_size])
+        # The last batch is filled up, so that its shape is that of the others.
         padded = chunk + [chunk[-1]] * (batch_size - len(chunk))
         prompts = batch_prompts(padded, [0] * batch_size, size)
-        rollouts = generate(
-            model,
-            prompts.tokens_BP,
-            prompts.length_B,
-            plan,
-            np.array(tokenizer.stop_ids, np.int32),
-            jax.random.fold_in(key, start),
-            group_size=group_size,
-            max_completion_tokens=max_completion_tokens,
-            sampling=sampling,
-            shared_prefix=prefix,
+        rollouts = jax.device_get(
+            policy.generate(
+                prompts,
+                plan,
+                jax.random.fold_in(key, start),
+                group_size=group_size,
+                sampling=sampling,
+                shared_prefix=prefix,
+            )
         )
-        texts = tokenizer.decode_completions(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG))
-        finished_BG, length_BG = np.asarray(rollouts.finished_BG), np.asarray(rollouts.length_BG)
-        _, accuracy_BG, scored_BG, _ = score(texts, prompts, finished_BG, reward, length_BG, max_completion_tokens)
+        texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
+        _, accuracy_BG, scored_BG, _ = score(
+            texts, prompts, rollouts.finished_BG, reward, rollouts.length_BG, policy.max_completion_tokens
+        )
         counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
         unscored += int((~scored_BG[: len(chunk)]).sum())
     return np.array(counts), unscored

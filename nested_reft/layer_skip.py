@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from nested_reft.literals import check_choice
 
 
 @struct.dataclass
@@ -35,27 +37,50 @@ class LayerPlan:
 
     @classmethod
     def full(cls, num_layers: int) -> LayerPlan:
-        """The empty skip set: every layer, in order."""
+        """The empty skip set: every layer, in order.
+
+        Args:
+            num_layers: L of the model.
+        """
         return cls(jnp.arange(num_layers, dtype=jnp.int32))
 
     @classmethod
     def from_mask(cls, kept_mask_L: Bool[np.ndarray, " L"]) -> LayerPlan:
-        """The plan that keeps the layers where `kept_mask_L` is True (host values only)."""
+        """The plan that keeps the layers where `kept_mask_L` is True (host values only).
+
+        Args:
+            kept_mask_L: one value per layer, on the host.
+        """
+        # The number of kept layers depends on the mask's values, so this cannot run inside a compiled function.
         return cls(jnp.asarray(np.flatnonzero(kept_mask_L), dtype=jnp.int32))
 
     @classmethod
     def skipping(cls, num_layers: int, skipped: Sequence[int]) -> LayerPlan:
-        """The plan that keeps every layer not named in `skipped`."""
+        """The plan that keeps every layer not named in `skipped`.
+
+        Args:
+            num_layers: L of the model.
+            skipped: layer indices from 0 to L - 1, in any order; empty gives the full model.
+        """
         kept_mask_L = np.ones(num_layers, dtype=bool)
         kept_mask_L[list(skipped)] = False
         return cls.from_mask(kept_mask_L)
 
     def to_mask(self, num_layers: int) -> Bool[Array, " L"]:
-        """`mask[l]` is True where layer `l` is kept."""
+        """`mask[l]` is True where layer `l` is kept.
+
+        Args:
+            num_layers: L of the model.
+        """
+        # A scatter works with traced indices, where a Python loop over layers would not.
         return jnp.zeros(num_layers, dtype=bool).at[self.kept_S].set(True)
 
     def skipped(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the skipped layers, on the host, for logs."""
+        """Indices of the skipped layers, on the host, for logs.
+
+        Args:
+            num_layers: L of the model.
+        """
         return tuple(int(i) for i in np.flatnonzero(~np.asarray(self.to_mask(num_layers))))
 
 
@@ -96,8 +121,7 @@ class NestingConfig:
     remeasure_completions: int = 2
 
     def __post_init__(self):
-        if self.choice not in get_args(Choice):
-            raise ValueError(f"nesting.choice is '{self.choice}'; allowed are {', '.join(get_args(Choice))}")
+        check_choice("nesting.choice", self.choice, Choice)
         if not (math.isfinite(self.skip_ratio) and 0 <= self.skip_ratio < 1):
             raise ValueError(f"nesting.skip_ratio is {self.skip_ratio}; allowed is 0 <= skip_ratio < 1")
         if self.border < 0:
@@ -110,6 +134,7 @@ class NestingConfig:
             raise ValueError("nesting.layers is empty; choice 'fixed' needs the layers to skip")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"nesting.layers is {self.layers}, which names a layer twice; allowed is each once")
+        # A setting that nothing reads is refused: the user would believe that it works.
         if self.choice != "fixed" and self.layers:
             raise ValueError(f"nesting.layers is {self.layers}, but choice is '{self.choice}'; set choice to 'fixed'")
         if self.choice == "measured" and self.divergence_file is None and not self.remeasure_every:
@@ -129,13 +154,25 @@ class NestingConfig:
                 raise ValueError(f"nesting.{name} is {getattr(self, name)}; allowed is 1 or more")
 
     def num_skipped(self, num_layers: int) -> int:
-        """floor(skip_ratio * L), or the number of fixed layers."""
+        """floor(skip_ratio * L), or the number of fixed layers.
+
+        Args:
+            num_layers: L of the model.
+
+        Returns:
+            Layers that each plan skips, unless nesting control chooses another number.
+        """
         if self.choice == "fixed":
             return len(self.layers)
+        # A product such as 0.29 * 100 = 28.999... lies just below its integer, and floor would lose a layer.
         return math.floor(self.skip_ratio * num_layers + 1e-9)
 
     def most_skipped(self, num_layers: int) -> int:
-        """The largest number of layers that a plan may skip: not the borders, and not all."""
+        """The largest number of layers that a plan may skip: not the borders, and not all.
+
+        Args:
+            num_layers: L of the model.
+        """
         if self.choice == "fixed":
             return self.num_skipped(num_layers)
         unskippable = max(2 * self.border, 1)  # with `per_layer`, layer 0 has probability 0
@@ -143,6 +180,9 @@ class NestingConfig:
 
     def validate_for(self, num_layers: int) -> None:
         """Refuses a configuration that this model's depth does not allow.
+
+        Args:
+            num_layers: L of the model.
 
         Raises:
             ValueError: a border too wide, more layers to skip than there are, or fixed layers that
@@ -203,14 +243,18 @@ def draw_plan(
     num_skipped = config.num_skipped(num_layers) if num_skipped is None else num_skipped
     if not 0 <= num_skipped <= config.most_skipped(num_layers):
         raise ValueError(f"draw_plan: num_skipped is {num_skipped}; allowed is 0 to {config.most_skipped(num_layers)}")
+    # With nothing to skip, `measured` needs no divergences.
     if num_skipped == 0:
         return LayerPlan.full(num_layers)
     score_L = _log_weights(config, num_layers, divergence_L)
+    # Gumbel noise on the log-weights makes the k largest scores a draw of k layers without replacement.
     if not (config.choice == "measured" and config.divergence_temperature == 0):
         score_L = score_L + np.asarray(jax.random.gumbel(key, (num_layers,)), dtype=np.float64)
     index_L = np.arange(num_layers)
     allowed_L = (index_L >= config.border) & (index_L < num_layers - config.border)
+    # A score of -inf comes after every other one, and `most_skipped` keeps it out of the first `num_skipped`.
     score_L = np.where(allowed_L, score_L, -np.inf)
+    # A stable sort lets ties, which temperature 0 can have, always fall to the lower layer.
     skipped = np.argsort(-score_L, kind="stable")[:num_skipped]
     return LayerPlan.skipping(num_layers, skipped.tolist())
 
@@ -221,9 +265,12 @@ def _log_weights(
     """log p_l of `draw_plan`; at temperature 0 the order alone, which no noise is added to."""
     if config.choice == "per_layer":
         with np.errstate(divide="ignore"):  # log 0 of the first layer
+            # A model of one layer has no depth to divide by, so the divisor is at least 1.
             return np.log(np.expm1(np.arange(num_layers) * math.log(2) / max(num_layers - 1, 1)))
     if config.choice == "measured":
         if divergence_L is None:
             raise ValueError("draw_plan: choice 'measured' needs divergence_L")
+        # At temperature 0 only the order counts, and any divisor leaves it as it is.
         return -np.asarray(divergence_L, dtype=np.float64) / (config.divergence_temperature or 1.0)
+    # Equal weights: the noise alone decides.
     return np.zeros(num_layers)

@@ -1,6 +1,6 @@
 """How many layers the next batch skips: as many as a budget on off-policyness allows.
 
-The budget is on one of a step's metrics. Each is turned into an *excess* u, which is 0 on-policy and
+The budget is on one field of a step's `Health`. Each is turned into an *excess* u, which is 0 on-policy and
 grows as the behavior policy moves away from the target, roughly by as much for each skipped layer:
 
     hold                u                 limit U
@@ -27,9 +27,11 @@ many layers to skip. Which layers is `layer_skip.draw_plan`'s to draw.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from nested_reft.estimators.health import Health
+from nested_reft.literals import check_choice
 
 Held = Literal["ess_token", "ess_sequence", "kl_behavior_target"]
 
@@ -64,8 +66,8 @@ class NestingControlConfig:
     trial: int = 1
 
     def __post_init__(self):
-        if self.hold is not None and self.hold not in get_args(Held):
-            raise ValueError(f"nesting_control.hold is '{self.hold}'; allowed are {', '.join(get_args(Held))}, or None")
+        if self.hold is not None:
+            check_choice("nesting_control.hold", self.hold, Held)
         for name in ("budget", "max_skipped"):
             if (self.hold is None) != (getattr(self, name) is None):
                 raise ValueError(
@@ -100,6 +102,9 @@ class NestingControlConfig:
         Args:
             choice: `nesting.choice`.
             most_skipped: layers that a plan may skip at most.
+
+        Raises:
+            ValueError: the plans are fixed, or skip fewer layers than the controller may ask for.
         """
         if self.max_skipped is None:
             return
@@ -139,7 +144,11 @@ class NestingControlState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> NestingControlState:
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote.
+
+        Args:
+            value: what `to_json` returned, also after a way through a file.
+        """
         return cls(
             value["num_skipped"],
             tuple(value["recent_excess"]),
@@ -150,56 +159,86 @@ class NestingControlState:
 
 
 def initial_state(config: NestingControlConfig, num_skipped: int) -> NestingControlState:
-    """Starts at `num_skipped`, or at the nearest size that the controller allows."""
+    """Starts at `num_skipped`, or at the nearest size that the controller allows.
+
+    Args:
+        config: the rule.
+        num_skipped: layers that `nesting.skip_ratio` asks for.
+
+    Returns:
+        The state before the first step.
+    """
     if config.max_skipped is None:
         return NestingControlState(num_skipped)
+    # The skip ratio may lie outside the sizes that the controller moves between.
     start = min(max(num_skipped, config.min_skipped), config.max_skipped)
+    # `failures` has one entry for each size from 0 to the largest.
     return NestingControlState(start, failures=(0,) * (config.max_skipped + 1))
 
 
 def choose(state: NestingControlState) -> int:
-    """The number of layers that the next batch skips."""
+    """The number of layers that the next batch skips.
+
+    Args:
+        state: after the latest step.
+    """
     return state.num_skipped
 
 
 def excess(config: NestingControlConfig, value: float) -> float:
-    """u of the module's table, for a value of the held metric or for the budget itself."""
+    """u of the module's table, for a value of the held metric or for the budget itself.
+
+    Args:
+        config: says which metric is held.
+        value: an effective sample size in (0, 1], or a KL in nats per token.
+
+    Returns:
+        u, 0 on-policy and always finite.
+    """
     if config.hold != "kl_behavior_target":
+        # Each skipped layer multiplies an effective sample size by about the same factor, so its log is nearly linear
+        # in layers. NaN fails the comparison and counts as infinitely far off.
         value = -math.log(value) if value > 0 else math.inf
     return value if math.isfinite(value) else HIGHEST_EXCESS
 
 
-def update(state: NestingControlState, config: NestingControlConfig, metrics: Mapping[str, Any]) -> NestingControlState:
-    """Takes in the metrics of one step, which skipped `state.num_skipped` layers; see the module.
+def update(state: NestingControlState, config: NestingControlConfig, health: Health | None) -> NestingControlState:
+    """Takes in the health of one step, which skipped `state.num_skipped` layers; see the module.
 
     Args:
         state: before the step.
         config: the rule.
-        metrics: of the step; needs `config.hold`.
+        health: how far off-policy the step's rollouts were; None where it had nothing to learn from.
 
     Returns:
-        The state after the step, with its reason; unchanged where nothing is held.
+        The state after the step, with its reason; unchanged where nothing is held or known.
     """
-    if config.hold is None or config.budget is None or config.max_skipped is None:
+    if health is None or config.hold is None or config.budget is None or config.max_skipped is None:
         return state
     size, limit = state.num_skipped, excess(config, config.budget)
-    recent = (*state.recent_excess, excess(config, float(metrics[config.hold])))[-config.window :]
+    # Readings beyond the window are forgotten.
+    recent = (*state.recent_excess, excess(config, float(getattr(health, config.hold))))[-config.window :]
     mean = sum(recent) / len(recent)
+    # Every branch that keeps the size keeps this reading too.
     stays = replace(state, recent_excess=recent)
     found = _found(config, mean, len(recent))
 
+    # Too many skipped layers harm every update, so lowering comes first and waits for nothing.
     if mean > limit:
         if len(recent) < config.trial:
             reason = f"{found}, over budget, judged after {config.trial} steps: stay at {size}"
             return replace(stays, steps_within=0, reason=reason)
         if size == config.min_skipped:
             return replace(stays, steps_within=0, reason=f"{found}, over budget: stay at {size}, the fewest allowed")
+        # The size that is left has failed; the next try of it waits twice as long.
         failures = tuple(count + (k == size) for k, count in enumerate(state.failures))
+        # The new state has no readings, because those of another size say nothing about this one.
         return NestingControlState(
             size - 1, failures=failures, reason=f"{found}, over budget: from {size} to {size - 1} skipped layers"
         )
     if size == config.max_skipped:
         return replace(stays, reason=f"{found}, within budget: stay at {size}, the most allowed")
+    # Inside the margin one more layer would probably break the budget, and the count of steps in a row begins anew.
     if mean > (1 - config.margin) * limit:
         return replace(stays, steps_within=0, reason=f"{found}, within budget but inside the margin: stay at {size}")
     within, failed = state.steps_within + 1, state.failures[size + 1]
@@ -217,5 +256,6 @@ def update(state: NestingControlState, config: NestingControlConfig, metrics: Ma
 
 def _found(config: NestingControlConfig, mean: float, count: int) -> str:
     """The held metric as its excesses' mean has it, beside its budget."""
+    # The exponential of a mean log is the geometric mean of the readings.
     value = mean if config.hold == "kl_behavior_target" else math.exp(-mean)
     return f"{config.hold} {value:.3f} (mean of {count}; budget {config.budget:g})"

@@ -33,6 +33,9 @@ class MeshConfig:
 def make_mesh(config: MeshConfig) -> Mesh:
     """A `data` x `model` mesh over the first devices.
 
+    Args:
+        config: how many devices each axis has.
+
     Raises:
         ValueError: there are fewer devices than the mesh needs, or several processes.
     """
@@ -43,6 +46,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise ValueError(
             f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; {len(devices)} are here"
         )
+    # With Auto axes the compiler chooses how intermediate values are split.
     return jax.make_mesh(
         (config.data, config.model), ("data", "model"), (AxisType.Auto, AxisType.Auto), devices=devices[:needed]
     )
@@ -51,10 +55,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
     """The partition of an array from its logical axes.
 
+    Args:
+        axes: logical axes of an array in their order; unknown names are replicated.
+
     Raises:
         ValueError: two of its axes would be split over the same mesh axis.
     """
     mesh_axes = [MESH_AXIS.get(axis) for axis in axes]
+    # Axes that are replicated may repeat, so they are left out of the comparison.
     used = [axis for axis in mesh_axes if axis is not None]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} map to mesh axes {mesh_axes}: one mesh axis can split only one of them")
@@ -66,9 +74,18 @@ def shard_parameters(
 ) -> dict[str, jax.Array]:
     """Places each named parameter on the mesh as the table says.
 
+    Args:
+        parameters: by name.
+        axes: logical axes of each, as `parameter_axes` gives them.
+        mesh: the devices that hold the arrays.
+
+    Returns:
+        The parameters by name, each split over the mesh or replicated on it.
+
     Raises:
         ValueError: a split axis is not a multiple of the mesh axis.
     """
+    # `device_put` would refuse an uneven split as well, but without naming the field to change.
     check_divisible({name: value.shape for name, value in parameters.items()}, axes, mesh)
     return {
         name: jax.device_put(value, NamedSharding(mesh, partition_spec(axes[name])))
@@ -77,7 +94,16 @@ def shard_parameters(
 
 
 def check_divisible(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str, ...]], mesh: Mesh) -> None:
-    """Refuses a mesh that does not split each named parameter evenly."""
+    """Refuses a mesh that does not split each named parameter evenly.
+
+    Args:
+        shapes: the shape of each parameter, by name.
+        axes: logical axes of each, as `parameter_axes` gives them.
+        mesh: the devices that are to hold the parameters.
+
+    Raises:
+        ValueError: a split axis is not a multiple of the mesh axis; names both.
+    """
     for name, shape in shapes.items():
         for size, logical, mesh_axis in zip(shape, axes[name], partition_spec(axes[name]), strict=True):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
@@ -88,12 +114,22 @@ def check_divisible(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[st
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places arrays on the mesh, split along their leading axis."""
+    """Places arrays on the mesh, split along their leading axis.
+
+    Args:
+        batch: a tree of arrays whose leading axis is B, a multiple of `mesh.data`.
+        mesh: the devices that hold the arrays.
+    """
     return jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Places arrays on every device of the mesh, whole."""
+    """Places arrays on every device of the mesh, whole.
+
+    Args:
+        tree: any tree of arrays.
+        mesh: the devices that hold the arrays.
+    """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -102,5 +138,10 @@ def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
 
     A fresh counter is tied to no device and a computed one is: left alone, the difference would
     compile every program twice, and a restored counter would sit on the first device only.
+
+    Args:
+        tree: a tree of arrays, such as an optimizer's state.
+        mesh: the devices that are to hold the scalars.
     """
+    # Arrays have been placed by their names before; only scalars have no place of their own.
     return jax.tree.map(lambda x: replicate(x, mesh) if x.ndim == 0 else x, tree)

@@ -58,6 +58,7 @@ class Tokenizer:
         Raises:
             ValueError: a special token is not in the vocabulary, or there is no stop token.
         """
+        # Batches are padded and prompts are measured elsewhere; a tokenizer that did so too would change both.
         backend.no_padding()
         backend.no_truncation()
         special_ids: dict[str, int] = {}
@@ -74,8 +75,11 @@ class Tokenizer:
         self._compiled_template: jinja2.Template | None = None
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
+        # A dictionary drops repeated ids and keeps their order.
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stop_ids))
+        # A tokenizer without a padding token fills batches with its stop token.
         self.pad_id: int = special_ids.get("pad_token", self.stop_ids[0])
+        # Ids may have gaps, so the largest one decides and not their number.
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -89,6 +93,9 @@ class Tokenizer:
                 begin-of-text token. Off by default: chat templates write it themselves, and
                 answers that continue a prompt must not get one.
 
+        Returns:
+            Token ids, not padded and not cut.
+
         Raises:
             ValueError: the text holds a character that the tokenizer cannot represent.
         """
@@ -99,14 +106,24 @@ class Tokenizer:
             raise ValueError(f"the tokenizer cannot encode {text[:80]!r} ({error}); it knows {known!r}") from error
 
     def decode(self, token_ids: Iterable[int] | Int[np.ndarray, " T"]) -> str:
-        """Text of `token_ids`, special tokens and stop tokens left out."""
+        """Text of `token_ids`, special tokens and stop tokens left out.
+
+        Args:
+            token_ids: one sequence, padding already cut off.
+        """
         ids = [int(i) for i in token_ids]
+        # A stop token that is not marked as special would stay in the text.
         return self._backend.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=True)
 
     def decode_completions(
         self, tokens_BGC: Int[np.ndarray, "B G C"], length_BG: Int[np.ndarray, "B G"]
     ) -> tuple[tuple[str, ...], ...]:
-        """Text of every completion, `texts[b][g]`, padding and special tokens left out."""
+        """Text of every completion, `texts[b][g]`, padding and special tokens left out.
+
+        Args:
+            tokens_BGC: completions, with padding after their ends.
+            length_BG: valid tokens of each.
+        """
         return tuple(
             tuple(self.decode(tokens_C[:length]) for tokens_C, length in zip(tokens_GC, length_G, strict=True))
             for tokens_GC, length_G in zip(tokens_BGC, length_BG, strict=True)
@@ -122,6 +139,9 @@ class Tokenizer:
             add_generation_prompt: end with the opening of the assistant's turn.
             variables: further template variables, such as Qwen3's `enable_thinking`.
 
+        Returns:
+            The text with its special tokens written out, as `encode` reads it.
+
         Raises:
             ValueError: there is no chat template, or it refuses the messages.
         """
@@ -129,13 +149,19 @@ class Tokenizer:
             return self._template().render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
+                # Templates ask for these two by name, and what a caller gives wins over what is given here.
                 **{"tools": None, "documents": None} | self.special_tokens | variables,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def chat(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids of a one-question conversation, up to where the assistant's answer begins."""
+        """Token ids of a one-question conversation, up to where the assistant's answer begins.
+
+        Args:
+            question: the user's message.
+            system: the system message; None leaves it to the chat template.
+        """
         messages = [] if system is None else [{"role": "system", "content": system}]
         return self.encode(self.apply_chat_template([*messages, {"role": "user", "content": question}]))
 
@@ -145,6 +171,7 @@ class Tokenizer:
                 "the tokenizer has no chat template; use an instruction-tuned model, or pass plain text to encode"
             )
         if self._compiled_template is None:
+            # Compiling a template takes longer than rendering it, so it happens once.
             self._compiled_template = _template_environment().from_string(self.chat_template)
         return self._compiled_template
 
@@ -154,6 +181,9 @@ class Tokenizer:
 
         For small models trained from scratch. Its chat template is the bare message text.
 
+        Args:
+            alphabet: every character that texts may hold, each once.
+
         Raises:
             ValueError: the alphabet is empty or repeats a character.
         """
@@ -162,7 +192,9 @@ class Tokenizer:
         vocabulary = {END_OF_TEXT: 0} | {character: i for i, character in enumerate(alphabet, start=1)}
         # The unknown token is named but absent, so that a foreign character is refused, not dropped.
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+        # An empty pattern matches between all characters, so each becomes a word of its own.
         backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        # Without it, decoding would put a space between characters.
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -181,12 +213,16 @@ class Tokenizer:
         `generation_config.json` that holds all stop tokens.
 
         `models.formats.huggingface_tokenizer` and `transformers.AutoTokenizer` read them back.
+
+        Args:
+            directory: made where it does not exist.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(directory / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            # transformers would otherwise remove spaces before punctuation, and its texts would differ from ours.
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,
         }
@@ -208,9 +244,14 @@ class HasVocabulary(Protocol):
 def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
     """Refuses a tokenizer that can give the model an id it has no embedding for.
 
+    Args:
+        model_config: describes the model that is to read the ids.
+        tokenizer: produces the ids.
+
     Raises:
         ValueError: a token or stop token has an id of `model_config.vocab_size` or more.
     """
+    # A stop id comes from another file than the vocabulary, and may lie outside of it.
     largest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids)
     if largest >= model_config.vocab_size:
         raise ValueError(
@@ -228,12 +269,14 @@ class _GenerationBlock(Extension):
     tags = {"generation"}  # noqa: RUF012  (Jinja reads it, and declares it so)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
+        # The tag itself is left out, and what it encloses is rendered like any other part.
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _template_environment() -> ImmutableSandboxedEnvironment:
     """Sandboxed, because templates come with downloaded models."""
+    # The settings for white space are those that templates are written for: other ones would add line breaks.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
     )

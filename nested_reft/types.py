@@ -11,19 +11,37 @@ Dimension key (used as suffixes of array names and as jaxtyping axes):
 Host values (text, answers) are plain dataclasses; what enters a compiled function is a
 `flax.struct` dataclass of arrays. Masks are built from lengths, never from token values:
 in several vocabularies the padding token is also the end-of-text token.
+
+Every field of `Prompts`, `Rollouts` and `Scored` has one entry per group along its first axis.
+So `take` and `concat` work on all of them, and no other code lists the fields.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nested_reft.layer_skip import LayerPlan
+_OF_THE_BATCH = {"of_the_batch": True}  # marks the one field that has no entry per group
+
+
+@struct.dataclass
+class ForcedPrefixes:
+    """The first tokens of completions, given instead of sampled (dataset reset).
+
+    Attributes:
+        tokens_BGF: token ids, right-padded to F, the longest prefix that fits.
+        length_BG: valid tokens of each row, 0 to F; 0 lets the whole completion be sampled.
+    """
+
+    tokens_BGF: Int[Array, "B G F"]
+    length_BG: Int[Array, "B G"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,9 @@ class Prompts:
         texts: the prompts as the model reads them, for the sample log.
         answers: the gold answers that the reward checks against.
         metadata: per prompt, whatever its source's verifier needs beyond the answer.
-        references: optional known-good completions (dataset reset starts from them).
-        checkers: how each answer is checked; None, or nothing at all, leaves it to the reward.
+        references: known-good completions (dataset reset starts from them); None where there is none.
+        checkers: how each answer is checked; None leaves it to the reward.
+        forced: prefixes that the completions must begin with; None samples whole completions.
     """
 
     tokens_BP: Int[np.ndarray, "B P"]
@@ -47,8 +66,14 @@ class Prompts:
     texts: tuple[str, ...]
     answers: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
-    references: tuple[str, ...] | None = None
+    references: tuple[str | None, ...] = ()
     checkers: tuple[str | None, ...] = ()
+    forced: ForcedPrefixes | None = None
+
+    def __post_init__(self):
+        # An empty tuple stands for None in every row, so that rows can be taken and batches joined.
+        for name in ("references", "checkers"):
+            object.__setattr__(self, name, getattr(self, name) or (None,) * len(self.answers))
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -58,18 +83,23 @@ class Prompts:
 class Rollouts:
     """Sampled completions of a batch of prompts, `G` per prompt.
 
+    Groups of several batches can stand side by side, so each group says which policy made it.
+
     Attributes:
         prompt_BP, prompt_length_B: the prompts, stored once per group, right-padded.
-        tokens_BGC: sampled token ids; positions at or after `length_BG` are zero.
+        tokens_BGC: completion token ids, forced ones included; zero at or after `length_BG`.
         length_BG: valid tokens, the stop token included.
         finished_BG: True where a stop token ended the row, False where it was cut off.
-        forced_BG: number of leading tokens that came from a dataset reset (no gradient).
+        forced_BG: number of leading tokens that were given, not sampled (no gradient).
+        counted_BG: True where the completion enters the loss; its reward counts for its group either way.
         behavior_logprob_BGC: log pi_b(y_t | x, y_<t) in nats, of the distribution that the
-            token was drawn from (temperature applied); zero after the end.
-        plan: the layers that the nested policy kept.
-        nested_BG: True where that policy drew the completion, False where the full model did
-            (defensive mixture).
-        policy_version: number of updates the sampled weights had seen.
+            token was drawn from (temperature applied); zero at forced tokens and after the end.
+        nested_BG: True where the nested policy drew the completion, False where the full model did
+            (defensive mixture, exact rollouts).
+        full_share_B: probability with which a completion of the group was drawn from the full model:
+            0 for nested rollouts, alpha for a defensive mixture, 1 for exact rollouts.
+        kept_mask_BL: layers that the group's nested policy kept; with exact rollouts, those that drafted.
+        version_B: number of updates that the sampled weights had seen.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -78,24 +108,40 @@ class Rollouts:
     length_BG: Int[Array, "B G"]
     finished_BG: Bool[Array, "B G"]
     forced_BG: Int[Array, "B G"]
+    counted_BG: Bool[Array, "B G"]
     behavior_logprob_BGC: Float[Array, "B G C"]
-    plan: LayerPlan
     nested_BG: Bool[Array, "B G"]
-    policy_version: Int[Array, ""]
+    full_share_B: Float[Array, " B"]
+    kept_mask_BL: Bool[Array, "B L"]
+    version_B: Int[Array, " B"]
+
+
+@dataclass(frozen=True)
+class SearchStats:
+    """What it took to find one batch of rollouts.
+
+    Attributes:
+        rollout_seconds: seconds of sampling, scoring left out.
+        draft_acceptance: of exact rollouts, the share of tested draft tokens that the full model kept.
+    """
+
+    rollout_seconds: float
+    draft_acceptance: float | None = None
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Rollouts with their rewards, which are on the host.
+    """Rollouts with their rewards, all on the host.
 
     Attributes:
         prompts: what was asked.
-        rollouts: what was scored.
+        rollouts: what was scored, as NumPy arrays.
         texts: decoded completions, `texts[b][g]`; untrusted.
-        reward_BG: total reward that the advantages are computed from.
+        reward_BG: total reward that the signal of an update is computed from.
         accuracy_BG: 1.0 where the answer is right, before any shaping.
         scored_BG: False where the reward could not be computed (never counted as wrong).
         parts: each reward component by name.
+        stats: what it took to find the batch; None where groups were taken out or joined.
     """
 
     prompts: Prompts
@@ -105,25 +151,90 @@ class Scored:
     accuracy_BG: Float[np.ndarray, "B G"]
     scored_BG: Bool[np.ndarray, "B G"]
     parts: dict[str, Float[np.ndarray, "B G"]] = field(default_factory=dict)
+    stats: SearchStats | None = field(default=None, metadata=_OF_THE_BATCH)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+Groups = TypeVar("Groups", Prompts, Rollouts, Scored)
+
+
+def take(groups: Groups, rows: Sequence[int] | Int[np.ndarray, " R"]) -> Groups:
+    """The groups at `rows`, in that order: every field of a host value, indexed along its first axis.
+
+    Args:
+        groups: B groups whose arrays are on the host.
+        rows: indices, each from 0 to B - 1; one may come twice.
+    """
+    return _by_field(lambda column: _rows_of(column, rows), groups)
+
+
+def concat(batches: Sequence[Groups]) -> Groups:
+    """The groups of several host values, one after the other.
+
+    Args:
+        batches: at least one; with equal sizes of every axis but the first, and equal reward parts.
+
+    Raises:
+        ValueError: there is no batch, or some have forced prefixes and others none.
+    """
+    if not batches:
+        raise ValueError("concat got no batches; give at least one")
+    return _by_field(_joined, *batches)
+
+
+def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """`combine` applied to the leaves of equal values: dataclasses and dictionaries are gone through by name."""
+    if dataclasses.is_dataclass(first) and not isinstance(first, type) and all(value is not None for value in others):
+        return dataclasses.replace(
+            first,
+            **{
+                f.name: None
+                if _OF_THE_BATCH.items() <= f.metadata.items()
+                else _by_field(combine, *(getattr(value, f.name) for value in (first, *others)))
+                for f in dataclasses.fields(first)
+            },
+        )
+    if isinstance(first, dict):
+        return {name: _by_field(combine, *(value[name] for value in (first, *others))) for name in first}
+    return combine(first, *others) if others else combine(first)
+
+
+def _rows_of(column: Any, rows: Any) -> Any:
+    if column is None:
+        return None
+    return tuple(column[row] for row in rows) if isinstance(column, tuple) else np.asarray(column)[np.asarray(rows)]
+
+
+def _joined(*columns: Any) -> Any:
+    if any(column is None for column in columns):
+        if all(column is None for column in columns):
+            return None
+        raise ValueError("concat got batches with and without forced prefixes; pad the ones without with length 0")
+    if isinstance(columns[0], tuple):
+        return tuple(entry for column in columns for entry in column)
+    return np.concatenate([np.asarray(column) for column in columns])
 
 
 @struct.dataclass
 class TrainBatch:
-    """What one update reads: rollouts as arrays, and an advantage for each completion.
+    """What one update reads: completions as arrays, and a signal for each of them.
 
     Attributes:
-        prompt_BP, prompt_length_B, tokens_BGC, length_BG, forced_BG,
-        behavior_logprob_BGC: as in `Rollouts`.
-        advantage_BG: A(y), no gradient.
+        prompt_BP, prompt_length_B, tokens_BGC, length_BG, forced_BG, counted_BG: as in `Rollouts`.
+        signal_BG: what the objective learns from: an advantage A(y), or the weight of a demonstration;
+            no gradient.
+        behavior_logprob_BGC: as in `Rollouts`; `None` for demonstrations, which no policy sampled.
+        full_share_B: as in `Rollouts`, where the objective weighs by the density of a mixture.
         old_logprob_BGC: log pi_{theta_old} of the full model at rollout time. `None` when one
             update follows one rollout: then theta_old = theta and the update's own pass gives it.
         reference_logprob_BGC: log pi_ref, or `None` without a KL penalty.
         nested_logprob_BGC: for a defensive mixture, log pi_{theta_old, plan} of every completion,
             also of those that the full model sampled; `behavior_logprob_BGC` stays that of the
             component which sampled. `None` otherwise.
-        token_advantage_BGC: A_t of a value-based estimator, no gradient; replaces `advantage_BG`.
-            `None` where the advantage is one for the whole completion.
-        plan: the rollouts' nested policy, for self-distillation; `None` without. It has no axis B.
+        token_signal_BGC: A_t of a value-based estimator, no gradient; replaces `signal_BG`.
+            `None` where the signal is one for the whole completion.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -131,13 +242,19 @@ class TrainBatch:
     tokens_BGC: Int[Array, "B G C"]
     length_BG: Int[Array, "B G"]
     forced_BG: Int[Array, "B G"]
-    behavior_logprob_BGC: Float[Array, "B G C"]
-    advantage_BG: Float[Array, "B G"]
+    counted_BG: Bool[Array, "B G"]
+    signal_BG: Float[Array, "B G"]
+    behavior_logprob_BGC: Float[Array, "B G C"] | None = None
+    full_share_B: Float[Array, " B"] | None = None
     old_logprob_BGC: Float[Array, "B G C"] | None = None
     reference_logprob_BGC: Float[Array, "B G C"] | None = None
     nested_logprob_BGC: Float[Array, "B G C"] | None = None
-    token_advantage_BGC: Float[Array, "B G C"] | None = None
-    plan: LayerPlan | None = None
+    token_signal_BGC: Float[Array, "B G C"] | None = None
+
+    @property
+    def mask_BGC(self) -> Bool[Array, "B G C"]:
+        """True at the tokens that enter the loss."""
+        return gradient_mask(self.length_BG, self.forced_BG, self.counted_BG, self.tokens_BGC.shape[-1])
 
 
 @struct.dataclass
@@ -164,7 +281,11 @@ def valid_mask(length: Int[Array, "*rows"], size: int) -> Bool[Array, "*rows siz
     return jnp.arange(size) < length[..., None]
 
 
-def gradient_mask(length_BG: Int[Array, "B G"], forced_BG: Int[Array, "B G"], size: int) -> Bool[Array, "B G C"]:
-    """True at the tokens that the policy chose: after the forced prefix, before the end."""
+def gradient_mask(
+    length_BG: Int[Array, "B G"], forced_BG: Int[Array, "B G"], counted_BG: Bool[Array, "B G"], size: int
+) -> Bool[Array, "B G C"]:
+    """True at the tokens that the policy chose, after the forced prefix and before the end, of counted completions."""
     position_C = jnp.arange(size)
-    return (position_C >= forced_BG[..., None]) & (position_C < length_BG[..., None])
+    # A completion that does not count has no position between its start and its end.
+    start_BG = jnp.where(counted_BG, forced_BG, length_BG)
+    return (position_C >= start_BG[..., None]) & (position_C < length_BG[..., None])

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from nested_reft import command
-from nested_reft.cli import main
+from nested_reft.cli import configs
+from nested_reft.cli.main import COMMANDS, main
 from nested_reft.command import HUGE_PAGES, TUNABLES
+from nested_reft.config_files import config_names
 
+ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "4", "--warm-start.steps", "0"),
@@ -55,6 +58,11 @@ def refused(arguments, capsys) -> str:
         (["train", "smollm2_chain_sum", "--model.name", "gpt-9"], "model is 'gpt-9', which is neither known"),
         (["train", "smollm2_chain_sum", "--model.name", "./weights.gguf"], "weights.gguf' does not exist"),
         (["train", "tiny", "--json", "no/such/dir/file.json"], "cannot write"),
+        (["configs", "--json", "no/such/dir/file.json"], "cannot write"),
+        (
+            ["compile", "smollm2_chain_sum", "--model", "scratch"],
+            "--model is 'scratch', but configuration 'smollm2_chain",
+        ),
         (["train", "tiny", "--json", "/proc/file.json"], "cannot write '/proc/file.json'"),
         (["train", "--resume", "nowhere"], "'nowhere' is not a run directory"),
         (["eval", "nowhere"], "'nowhere' is not a run directory; name the configuration"),
@@ -80,6 +88,67 @@ def test_refuses(arguments, message, capsys):
 def test_help_and_version(capsys):
     assert main([]) == 0 and "nested-reft COMMAND" in capsys.readouterr().out
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_help_lists_every_command(capsys):
+    main(["--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert list(dict.fromkeys(listed)) == list(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [(["--help"], {"jax", "tyro", "numpy"}), (["fly"], {"jax", "tyro", "numpy"}), (["configs"], {"jax", "numpy"})],
+)
+def test_what_needs_no_jax_does_not_wait_for_it(arguments, absent):
+    code = f"import sys; from nested_reft.cli.main import main; main({arguments}); print(*sys.modules, file=sys.stderr)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "nested_reft.cli.main" in result.stderr.split() and not absent & set(result.stderr.split())
+
+
+def test_configs_lists_what_ships(capsys):
+    assert main(["configs", "--json", "configs.json"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["configuration", "time", "what", "it", "is"]
+    assert [row.split()[0] for row in rows] == config_names()
+    found = {each.pop("name"): each for each in json.loads(Path("configs.json").read_text())}
+    assert list(found) == config_names()
+    assert all(each["time"] and each["about"].endswith((".", ":")) for each in found.values())
+    assert found["tiny"]["time"] == "about two minutes on two cores"
+    (row,) = (row for row in rows if row.startswith("tiny "))
+    assert "  about two minutes on two cores  " in row and row.endswith(found["tiny"]["about"])
+
+
+@pytest.mark.parametrize(
+    ("text", "time", "about"),
+    [
+        (
+            '"""What.\n\nMore. Time: not a line.\nTime: 2.5 hours on one TPU.\n"""\nraise SystemExit',
+            "2.5 hours on one TPU",
+            "What.",
+        ),
+        ('"""Only this line."""', "", "Only this line."),
+        ("x = 1", "", ""),
+    ],
+)
+def test_a_configuration_is_described_without_running_it(text, time, about):
+    path = Path("mine.py")
+    path.write_text(text)
+    assert configs.describe(path) == configs.Description("mine", time, about)
+
+
+def test_configs_without_time_and_what_is_no_python(monkeypatch, capsys):
+    path = Path("mine.py")
+    monkeypatch.setattr(configs, "shipped_configs", lambda: {"mine": path})
+    path.write_text('"""Mine."""')
+    assert main(["configs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["mine", "-", "Mine."]
+    path.write_text("def")
+    assert "configuration file 'mine.py' cannot be read: invalid syntax" in refused(["configs"], capsys)
+    path.write_bytes(b"\xff")
+    assert "configuration file 'mine.py' cannot be read: 'utf-8' codec" in refused(["configs"], capsys)
 
 
 def test_train_eval_export_sample_and_resume(capsys, tmp_path):
@@ -145,8 +214,8 @@ def test_a_users_own_configuration_file(capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_resumes(number, tmp_path):
     """SIGTERM ends it after the step, with a checkpoint; SIGKILL at once, and the last checkpoint holds."""
-    command = [sys.executable, "-m", "nested_reft.cli", "train"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "nested_reft.command", "train"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     fast = [*SMALL, "--train.checkpoint-every", "2"]
     process = subprocess.Popen([*command, "tiny", *fast, "--train.steps", "3000"], env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 240

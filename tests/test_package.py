@@ -25,7 +25,7 @@ RULES = {
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
-    {"layer_skip", "json_files", "compilation"},
+    {"layer_skip", "json_files", "config_files", "compilation"},
     {"types"},
     RULES,
     {"sharding"},
@@ -202,7 +202,7 @@ def test_nothing_is_unpickled():
         ),
         ({"nested_reft/models/a.py": "from ..train import step"}, "models imports train, which stands above"),
         ({"nested_reft/models/a.py": "from nested_reft import losses"}, "models imports losses, a rule of training"),
-        ({"nested_reft/cli.py": "import experiments.ablation"}, "cli imports experiments, which stands above"),
+        ({"nested_reft/cli/main.py": "import experiments.ablation"}, "cli imports experiments, which stands above"),
         ({"nested_reft/helpers.py": ""}, "room 'helpers' has no place in LAYERS"),
         (
             {
@@ -221,7 +221,7 @@ def test_wrong_dependency_is_found(tmp_path, files, message):
 def test_right_dependency_is_allowed(tmp_path):
     files = {
         "nested_reft/__init__.py": "__version__ = '1'",
-        "nested_reft/cli.py": "from nested_reft import __version__\nfrom nested_reft.train import step",
+        "nested_reft/cli/train.py": "from nested_reft import __version__\nfrom nested_reft.train import step",
         "nested_reft/train/step.py": "from . import other\nfrom ..losses import policy\nimport nested_reft.models",
         "nested_reft/types.py": "from nested_reft.layer_skip import LayerPlan",
         "experiments/configs/a.py": "from nested_reft.train.config import Config",

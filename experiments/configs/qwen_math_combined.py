@@ -2,6 +2,7 @@
 
 As `qwen_math_gsm8k`, with MATH as a second source; `data.split` divides both by the pass rate that the model
 starts with, and DUMP chooses between the parts. Command: nested-reft train qwen_math_combined
+Time: not measured; it is meant for an accelerator.
 """
 
 import dataclasses

@@ -3,18 +3,22 @@
 Method: Nested-ReFT (arXiv 2508.10123) with DAPO's loss and sampling (arXiv 2503.14476). The data comes from its
 official place, the model from the Hugging Face hub; meant for one accelerator or more, `--mesh.data` and `--mesh.model`
 spread it. Command: nested-reft train qwen_math_gsm8k
+Time: not measured; it is meant for an accelerator.
 """
 
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.config import DataConfig
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.presets import dapo
 from nested_reft.models.lora import LoraConfig
+from nested_reft.models.source import ModelSource
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig
+from nested_reft.train.config import Config, TrainConfig
 from nested_reft.train.optimizer import OptimizerConfig
 from nested_reft.train.presets import with_dapo
 

@@ -1,18 +1,22 @@
 """SmolLM2-135M-Instruct learns sums from its own layer-skipped rollouts: the main job.
 
 Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_chain_sum
+Time: about ten minutes on two cores.
 """
 
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.config import DataConfig
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.models.source import ModelSource
+from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.reward import RewardConfig
-from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.train.config import Config, DataConfig, ModelSource, RolloutConfig, TrainConfig
+from nested_reft.train.config import Config, TrainConfig
 from nested_reft.train.optimizer import OptimizerConfig
 
 
@@ -47,7 +51,7 @@ def get_config() -> Config:
             divergence_temperature=0.03,
         ),
         reward=RewardConfig(),
-        loss=LossConfig(
+        loss=PolicyGradientConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),

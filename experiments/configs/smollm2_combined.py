@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct on sums of six difficulties: nested rollouts, DAPO and DUMP together.
 
 Command: nested-reft train smollm2_combined
+Time: not measured.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct on one-digit sums with DAPO (arXiv 2503.14476), rollouts nested.
 
 The model, prompts and layer plans of `smollm2_chain_sum`. Command: nested-reft train smollm2_dapo
+Time: not measured.
 """
 
 import dataclasses

@@ -2,13 +2,14 @@
 
 The model, prompts and layer plans of `smollm2_chain_sum`; the curriculum finds its own way from one-digit
 sums to longer ones. Command: nested-reft train smollm2_dump
+Time: not measured.
 """
 
 import dataclasses
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, difficulty_ladder, exactly
-from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.train.config import Config, load_config
 
 LEVELS = {

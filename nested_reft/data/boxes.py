@@ -12,13 +12,18 @@ def boxed(text: str) -> list[str]:
     r"""The contents of all `\boxed{...}` and `\fbox{...}` whose braces balance, outermost only, in order.
 
     One pass over the text, so that no text makes it slow.
+
+    Args:
+        text: a completion or a solution; untrusted.
     """
     opened: list[int | None] = []  # where each open brace's content starts; None for a brace that is no box
     found: list[tuple[int, int]] = []
     for token in _TOKEN.finditer(text):
         if token.group() == "}":
+            # A closing brace too many closes nothing.
             start = opened.pop() if opened else None
             if start is not None:
+                # A box that holds earlier ones replaces them, so that only the outermost stay.
                 while found and found[-1][0] > start:
                     found.pop()
                 found.append((start, token.start()))
@@ -28,6 +33,11 @@ def boxed(text: str) -> list[str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last box, or None; `\boxed 7`, which TeX allows for one token, counts too."""
+    r"""The content of the last box, or None; `\boxed 7`, which TeX allows for one token, counts too.
+
+    Args:
+        text: a solution as a dataset gives it.
+    """
+    # TeX writes `$` after such a token in formulas, so it ends the token here as well.
     contents = boxed(text) or [bare.rstrip(".") for bare in re.findall(r"\\boxed ([^\s$]+)", text)]
     return contents[-1] or None if contents else None

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from nested_reft.data.boxes import last_boxed
 
+# The limit is on each read and not on the whole file, so slow connections still finish.
 DOWNLOAD_TIMEOUT_SECONDS = 60
 
 
@@ -74,6 +75,7 @@ def _gsm8k(folder: Path, split: str) -> Iterator[Row]:
     for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         solution, answer = row["answer"].rsplit("####", 1)
+        # GSM8K marks calculator calls as <<48/2=24>>, which no model should learn to write.
         reference = re.sub(r"<<[^<>]*>>", "", solution) + f"#### {answer.strip()}"
         yield Row(row["question"], answer.strip().replace(",", ""), reference, {})
 
@@ -81,7 +83,9 @@ def _gsm8k(folder: Path, split: str) -> Iterator[Row]:
 def _svamp(folder: Path, split: str) -> Iterator[Row]:
     for row in json.loads((folder / "SVAMP.json").read_text(encoding="utf-8")):
         body = row["Body"].strip()
+        # Some bodies lack a final stop, and the question would run on from them.
         question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}"
+        # Answers are stored as floats: 8.0 becomes 8, and a third keeps 15 digits.
         yield Row(question, f"{row['Answer']:.15g}", "", {"type": row["Type"], "equation": row["Equation"]})
 
 
@@ -89,6 +93,7 @@ def _math(folder: Path, split: str) -> Iterator[Row]:
     r"""The answer is what the solution boxes last; problems without a box have no checkable answer."""
     with tarfile.open(folder / "MATH.tar") as archive:
         for member in archive:
+            # Problems lie at MATH/split/subject/number.json; everything else in the archive is left out.
             parts = Path(member.name).parts
             if not (member.isfile() and len(parts) == 4 and parts[1] == split and member.name.endswith(".json")):
                 continue
@@ -105,6 +110,7 @@ def _harmless(folder: Path, split: str) -> Iterator[Row]:
     with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
+            # Raters compared the last replies, so the dialogue is cut there.
             dialogue, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
             rejected_dialogue, rejected = row["rejected"].rsplit("\n\nAssistant:", 1)
             metadata = {"rejected": rejected.strip()}
@@ -165,6 +171,7 @@ DATASETS = {
     "hh_harmless_test": Dataset(
         files=(_HH_TEST,),
         splits=("train",),
+        # Only the test pairs are read, and one split of them is divided by seed.
         read=lambda folder, split: _harmless(folder, "test"),
         homepage="https://github.com/anthropics/hh-rlhf",
         license="MIT",
@@ -179,6 +186,9 @@ def load_dataset(name: str, folder: str | None, field: str) -> dict[str, list[Ro
         name: one of `DATASETS`.
         folder: where the original files lie; None downloads them from their official place.
         field: the source in the configuration, for messages.
+
+    Returns:
+        Split -> rows.
 
     Raises:
         ValueError: a file is missing, cannot be downloaded or is not the published one; or the
@@ -202,8 +212,10 @@ def _builder(name: str, dataset: Dataset, folder: str | None, directory: Path, f
         raise ImportError(f"{field} needs the package {error.name}; run: pip install 'nested_reft[data]'") from error
     tfds.disable_progress_bar()
     text = tfds.features.Text()
+    # The prefix keeps this data apart from what TFDS itself prepares under the same name.
     builder_name = f"nested_reft_{name}"
 
+    # TFDS keeps a registry by class, and this one is made anew for each dataset.
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(dataset.version)
         name = builder_name
@@ -223,10 +235,12 @@ def _builder(name: str, dataset: Dataset, folder: str | None, directory: Path, f
                 files = [download(file, directory / "downloads" / builder_name, field) for file in dataset.files]
             else:
                 files = [check_local(file, Path(folder), field) for file in dataset.files]
+            # All files of a dataset lie in one folder.
             return {split: self._generate_examples(files[0].parent, split) for split in dataset.splits}
 
         def _generate_examples(self, folder, split):
             for index, row in enumerate(dataset.read(folder, split)):
+                # Metadata differ from dataset to dataset, so every column is text.
                 yield index, row._replace(metadata=json.dumps(row.metadata))._asdict()
 
     return Builder(data_dir=str(directory), file_format="array_record")
@@ -240,6 +254,7 @@ def _read_split(builder: Any, split: str, field: str) -> list[Row]:
         rows = [source[index] for index in range(len(source))]
     except Exception as error:  # whatever the reader of a damaged file raises
         raise ValueError(_damaged(builder, field, f"cannot be read: {error}")) from None
+    # A file that was cut off may read without any error.
     if len(rows) != count:
         raise ValueError(_damaged(builder, field, f"has {len(rows)} {split} rows instead of {count}"))
     texts = ({name: value.decode() for name, value in row.items()} for row in rows)
@@ -253,13 +268,23 @@ def _damaged(builder: Any, field: str, what: str) -> str:
 def download(file: RawFile, directory: Path, field: str) -> Path:
     """The file in `directory`, fetched unless it is there already; it gets its name only when it is whole.
 
+    Args:
+        file: what to fetch.
+        directory: where the file is kept; it is made where it does not exist.
+        field: the source in the configuration, for messages.
+
+    Returns:
+        The file's path.
+
     Raises:
         ValueError: it cannot be fetched, or is not the published file.
     """
     target = directory / file.name
+    # A file that an earlier run left counts only if it is whole.
     if target.is_file() and sha256(target) == file.sha256:
         return target
     directory.mkdir(parents=True, exist_ok=True)
+    # Each download has a name of its own, so two processes may fetch the same file at once.
     handle, name = tempfile.mkstemp(dir=directory, prefix=f"{file.name}.partial-")
     partial = Path(name)
     try:
@@ -277,12 +302,21 @@ def download(file: RawFile, directory: Path, field: str) -> Path:
         _check_sha256(partial, file, f"the download of {file.url}", field)
         os.replace(partial, target)
     finally:
+        # After the rename this name is gone, so only a failed download is removed.
         partial.unlink(missing_ok=True)
     return target
 
 
 def check_local(file: RawFile, folder: Path, field: str) -> Path:
     """The file in a local folder.
+
+    Args:
+        file: what is looked for.
+        folder: the user's folder of original files.
+        field: the source in the configuration, for messages.
+
+    Returns:
+        The file's path.
 
     Raises:
         ValueError: it is not there, or not the published file.
@@ -307,6 +341,10 @@ def _check_sha256(path: Path, file: RawFile, what: str, field: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal.
+
+    Args:
+        path: the file to read, piece by piece.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -43,11 +43,16 @@ def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example]
         examples: of one source.
         part: what they are, for the warning: `train` or `heldout`.
         excluded: examples whose questions may not come again.
+
+    Returns:
+        The examples that stay.
     """
     elsewhere = {example.question for example in excluded}
     kept: dict[str, Example] = {}
     repeated, heldout = [], []
+    # Rows count from 1, as an editor shows them.
     for row, example in enumerate(examples, 1):
+        # A question that is held out is reported as that, even if it is also repeated.
         if example.question in elsewhere:
             heldout.append((row, example))
         elif example.question in kept:
@@ -56,6 +61,7 @@ def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example]
             kept[example.question] = example
     for removed, why in ((repeated, "ask what an earlier one asks"), (heldout, "are held out as well")):
         if removed:
+            # One row is enough to find the others, and thousands would drown the log.
             row, first = removed[0]
             logger.warning(
                 "source '%s': %d %s rows removed, because they %s; the first is row %d: %.80r",

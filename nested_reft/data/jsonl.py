@@ -29,6 +29,9 @@ def read_jsonl(
         source: name of the source.
         question_field, answer_field, reference_field: names in the objects; no reference with None.
 
+    Returns:
+        The examples, with no question removed yet; see `examples.distinct`.
+
     Raises:
         ValueError: no such file, no row, or a row that is not an object with these fields; names the row.
     """
@@ -36,6 +39,7 @@ def read_jsonl(
         what = "is not a file" if Path(path).exists() else "does not exist"
         raise ValueError(f"{field} is '{path}', which {what}")
     examples = []
+    # Bytes are decoded row by row, so that a row that is not UTF-8 can be named.
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -45,6 +49,7 @@ def read_jsonl(
             question = _text(row, question_field, where)
             answer = _text(row, answer_field, where)
             reference = None if reference_field is None else _text(row, reference_field, where)
+            # A verifier or a template may need any other field, so none is lost.
             metadata = {k: v for k, v in row.items() if k not in (question_field, answer_field, reference_field)}
             examples.append(Example(question, answer, source, metadata, reference))
     if not examples:
@@ -54,6 +59,8 @@ def read_jsonl(
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
+        # Spreadsheets write a byte-order mark at the start, which `utf-8-sig` leaves out. RecursionError is what
+        # deeply nested lists raise.
         row = json.loads(line.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON in UTF-8 ({error})") from None
@@ -69,7 +76,9 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise ValueError(f"{where} has no field '{name}'; it has {', '.join(map(repr, row)) or 'none'}")
     value = row[name]
+    # True is an int to `isinstance`, and Python's JSON reads NaN and Infinity.
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number and not (isinstance(value, str) and value.strip()):
         raise ValueError(f"{where} has the {name} {str(value)[:80]!r}; allowed is text that is not empty, or a number")
+    # Answers are text everywhere else, so a number is written out.
     return value if isinstance(value, str) else json.dumps(value)

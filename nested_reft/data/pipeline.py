@@ -53,11 +53,16 @@ class PromptStream:
         ]
 
     def next(self, source_index: int) -> EncodedExample:
-        """The next example of one source; the other sources stay where they are."""
+        """The next example of one source; the other sources stay where they are.
+
+        Args:
+            source_index: from 0, in the order of `examples_by_source`.
+        """
         return next(self._iterators[source_index])
 
     def get_state(self) -> dict[str, Any]:
         """The position in every source, JSON-able."""
+        # Seed, sizes, fingerprint and shard go along, because a position means nothing without them.
         positions = [iterator.get_state() for iterator in self._iterators]
         return {
             "seed": self._seed,
@@ -69,6 +74,9 @@ class PromptStream:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position that `get_state` gave.
+
+        Args:
+            state: as `get_state` gave it, or as JSON gives that back.
 
         Raises:
             ValueError: the state is of another seed, of another host, or of other examples (a generator
@@ -88,6 +96,7 @@ class PromptStream:
 
 def _fingerprint(examples_by_source: Sequence[Sequence[EncodedExample]]) -> str:
     """A hash of every prompt and answer, in order."""
+    # The tokens follow from the text, and hashing one of the two is enough.
     pairs = [[(e.text, e.example.answer) for e in examples] for examples in examples_by_source]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
@@ -101,6 +110,7 @@ def _endless_iterator(
     source 0 in the run with the next seed. No threads: the examples are in memory.
     """
     source_seed = int(np.random.SeedSequence([seed, source_index]).generate_state(1)[0])
+    # The hosts' shares are cut after shuffle and repeat, so they all share one order.
     dataset = grain.MapDataset.source(examples).seed(source_seed).shuffle().repeat()[process_index::process_count]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -109,9 +119,20 @@ def prompt_size(lengths: Sequence[int], bucket: int = 8) -> int:
     """The padded prompt size: the longest length, rounded up to a multiple of `bucket`.
 
     A compiled program depends on the padded size, so few sizes mean few compilations.
+
+    Args:
+        lengths: tokens of each prompt; at least one.
+        bucket: in tokens, 1 or more.
+
+    Returns:
+        P, in tokens.
+
+    Raises:
+        ValueError: no lengths.
     """
     if len(lengths) == 0:
         raise ValueError("prompt_size got no lengths")
+    # Two negations round up: floor division of a negative number rounds away from zero.
     return -(-max(lengths) // bucket) * bucket
 
 
@@ -120,10 +141,19 @@ def shared_prefix(prompts: Sequence[Sequence[int]], least: int = 16) -> int:
 
     Every prompt keeps at least one token of its own. Fewer than `least` count as none: what running them
     once would save is less than what a second stream costs.
+
+    Args:
+        prompts: token ids of each; at least one prompt, and none empty.
+        least: in tokens; shorter prefixes count as none.
+
+    Returns:
+        Tokens that can run once for all prompts; 0 for none.
     """
     ordered = [tuple(prompt) for prompt in prompts]
     first, last = min(ordered), max(ordered)  # in lexicographic order: what these two share, all share
+    # The shorter prompt ends the comparison, hence `strict=False`.
     differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    # Where one prompt is the beginning of all others, its last token stays out, so that it keeps one of its own.
     length = next(differ, len(first) - 1)
     return length if length >= least else 0
 
@@ -137,7 +167,7 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
         prompt_size: P, at least the longest prompt.
 
     Returns:
-        Prompts; `references` is None when no example has one, and "" stands for a missing one otherwise.
+        Prompts, with None for each missing reference or checker.
 
     Raises:
         ValueError: no examples, a different number of source indices, or a prompt longer than P.
@@ -150,10 +180,10 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
     length_B = np.array([len(e.tokens) for e in encoded], dtype=np.int32)
     if length_B.max() > prompt_size:
         raise ValueError(f"prompt_size is {prompt_size}, but the longest prompt has {length_B.max()} tokens")
+    # Zero is some token of the vocabulary; what is padding follows from the lengths alone.
     tokens_BP = np.zeros((len(encoded), prompt_size), dtype=np.int32)
     for row_P, e in zip(tokens_BP, encoded, strict=True):
         row_P[: len(e.tokens)] = e.tokens
-    references = tuple(e.example.reference or "" for e in encoded)
     return Prompts(
         tokens_BP=tokens_BP,
         length_B=length_B,
@@ -162,5 +192,5 @@ def batch_prompts(encoded: Sequence[EncodedExample], source_index: Sequence[int]
         answers=tuple(e.example.answer for e in encoded),
         metadata=tuple(e.example.metadata for e in encoded),
         checkers=tuple(e.example.checker for e in encoded),
-        references=references if any(references) else None,
+        references=tuple(e.example.reference for e in encoded),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,10 +48,23 @@ class PromptFormat:
                     f"data.prompt.{name} is {value!r}, but data.prompt.chat is False; plain text has no turns"
                 )
 
+    def with_chat(self, chat: bool) -> PromptFormat:
+        """The same format with the chat template applied or not; plain text has no system message and no turns."""
+        return dataclasses.replace(self, chat=True) if chat else PromptFormat(self.template, chat=False)
+
     def write(self, message: str, tokenizer: PromptTokenizer) -> str:
-        """The prompt of one user's message, up to where the answer begins."""
+        """The prompt of one user's message, up to where the answer begins.
+
+        Args:
+            message: the user's, as `fill` gives it.
+            tokenizer: gives the chat template.
+
+        Returns:
+            The text that the model reads.
+        """
         if not self.chat:
             return message
+        # Without a system message of ours, many chat templates put in their own.
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, reply in self.demonstrations:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
@@ -59,12 +73,18 @@ class PromptFormat:
     def fill(self, example: Example, field: str = "data.prompt") -> str:
         """The user's message of one example; `field` is where the format stands in the configuration.
 
+        Args:
+            example: gives the question and the other fields.
+            field: name of this format in the configuration, for messages.
+
         Raises:
             ValueError: the template names a field that the example does not have.
         """
+        # The question wins over a field of the metadata that has its name.
         fields = {**example.metadata, "question": example.question}
         try:
             return self.template.format_map(fields)
+        # These are what a format string raises for unknown names, places, formats and attributes.
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{field}.template is {self.template!r}, which cannot be filled for source '{example.source}'"
@@ -105,6 +125,9 @@ def encode_examples(
         too_long: `refuse` a longer prompt, or `drop` such examples with a warning that counts them.
         field: where `prompt` stands in the configuration, for messages.
 
+    Returns:
+        The examples with their prompts, in order.
+
     Raises:
         ValueError: no examples, or none left; a template field that an example does not have; or a
             prompt too long or empty.
@@ -115,6 +138,7 @@ def encode_examples(
     for example in examples:
         text = prompt.write(prompt.fill(example, field), tokenizer)
         encoded.append(EncodedExample(example, tokenizer.encode(text), text))
+    # What is dropped goes first, so that the check below is about what stays.
     if too_long == "drop":
         encoded = _drop_too_long(encoded, max_prompt_tokens)
     _check_lengths(encoded, max_prompt_tokens)
@@ -143,9 +167,15 @@ def _drop_too_long(encoded: list[EncodedExample], max_prompt_tokens: int) -> lis
 def check_demonstrations(prompt: PromptFormat, heldout: Sequence[Example], field: str = "data.prompt") -> None:
     """Refuses demonstrations that give away the answer to a held-out question.
 
+    Args:
+        prompt: the format whose demonstrations are checked.
+        heldout: the examples that evaluation asks.
+        field: name of the format in the configuration, for messages.
+
     Raises:
         ValueError: a demonstration asks what a held-out example asks.
     """
+    # Demonstrations hold the user's whole message, so held-out questions are filled in before they are compared.
     shown = {asked for asked, _ in prompt.demonstrations}
     for example in heldout:
         if prompt.fill(example, field) in shown:
@@ -163,6 +193,7 @@ def _check_lengths(encoded: Sequence[EncodedExample], max_prompt_tokens: int) ->
             f" '{longest.example.source}' has {len(longest.tokens)} tokens; raise it to at least"
             f" {len(longest.tokens)}, or set data.too_long to drop (question: {longest.example.question[:80]!r})"
         )
+    # Completions are predicted from a prompt's last token, so there must be one.
     shortest = min(encoded, key=lambda e: len(e.tokens))
     if not shortest.tokens:
         raise ValueError(f"a prompt of source '{shortest.example.source}' has no tokens: {shortest.text!r}")

@@ -128,6 +128,7 @@ class JsonlSource:
     def __post_init__(self):
         _check_common(self)
         names = [self.question_field, self.answer_field, self.reference_field]
+        # A question that is read from the answer's field would give every answer away.
         if len(set(names)) < 3:
             raise ValueError(
                 f"{field_path(self)} has question_field '{self.question_field}', answer_field '{self.answer_field}' and"
@@ -139,12 +140,20 @@ SourceConfig = TaskSource | DatasetSource | JsonlSource
 
 
 def field_path(config: SourceConfig) -> str:
-    """Where a source stands in the configuration, for messages: by its name, which is unique."""
+    """Where a source stands in the configuration, for messages: by its name, which is unique.
+
+    Args:
+        config: the source's configuration.
+    """
     return f"data.sources.{config.name}"
 
 
 def exactly(**values: int) -> dict[str, int]:
-    """Parameters that fix ranges of a task at one value: `terms=3` is `min_terms` and `max_terms` 3."""
+    """Parameters that fix ranges of a task at one value: `terms=3` is `min_terms` and `max_terms` 3.
+
+    Args:
+        values: name of a range in the task's configuration, without `min_` or `max_` -> its value.
+    """
     return {f"{bound}_{name}": value for name, value in values.items() for bound in ("min", "max")}
 
 
@@ -157,6 +166,9 @@ def difficulty_ladder(
         task: a reasoning-gym dataset name.
         levels: label of each source and the task's parameters, e.g. `{"two_terms": exactly(terms=2)}`.
         train_size, heldout_size, seed: of every source, as in `TaskSource`.
+
+    Returns:
+        One configuration for each of `levels`.
     """
     return tuple(
         TaskSource(label, task, dict(parameters), train_size, heldout_size, seed)
@@ -171,6 +183,9 @@ def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:
     that is reported. The promise is for one source; two sources may share questions where their
     contents overlap. The lists depend on `config` alone, and on the files that it names.
 
+    Args:
+        config: a configuration of any of the three kinds.
+
     Returns:
         `(train, heldout)`.
 
@@ -180,12 +195,14 @@ def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:
         ImportError: an optional package is not installed.
     """
     if isinstance(config, TaskSource):
+        # Messages name the field that the user wrote, so its path goes along.
         task = Task(field_path(config), config.name, config.task, config.parameters, config.level)
         train, heldout = draw_task(task, config.train_size, config.heldout_size, config.seed)
     elif isinstance(config, DatasetSource):
         train, heldout = _load_dataset(config)
     else:
         train, heldout = _load_jsonl(config)
+    # Without a checker of its own, a source leaves the choice to `reward.checker`.
     if config.checker is None:
         return train, heldout
     return (
@@ -195,6 +212,7 @@ def load_source(config: SourceConfig) -> tuple[list[Example], list[Example]]:
 
 
 def _load_dataset(config: DatasetSource) -> tuple[list[Example], list[Example]]:
+    # An empty reference means that the dataset has none.
     splits = {
         split: [Example(row.question, row.answer, config.name, row.metadata, row.reference or None) for row in rows]
         for split, rows in load_dataset(config.dataset, config.folder, field_path(config)).items()
@@ -221,12 +239,14 @@ def _split(
     Raises:
         ValueError: there are fewer rows than asked for, or none is left to train on.
     """
+    # Each list has a generator of its own, so that the held-out draw does not change the order of training.
     path, generators = field_path(config), [np.random.default_rng([config.seed, part]) for part in range(2)]
     if heldout_rows is None:
         rows = _shuffled(distinct(rows, "train"), generators[0])
         heldout, train = rows[: config.heldout_size], rows[config.heldout_size :]
     else:
         heldout = _shuffled(distinct(heldout_rows, "heldout"), generators[0])
+        # All held-out rows are excluded here, also those that the cut below leaves out.
         train = _shuffled(distinct(rows, "train", excluded=heldout), generators[1])
     if len(heldout) < config.heldout_size:
         raise ValueError(f"{path}.heldout_size is {config.heldout_size}; there are {len(heldout)} distinct rows")

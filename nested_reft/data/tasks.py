@@ -46,6 +46,15 @@ def draw_task(task: Task, train_size: int, heldout_size: int, seed: int) -> tupl
     through the questions withheld from it. A few reasoning-gym tasks vary with PYTHONHASHSEED as
     well (`chain_sum` does not).
 
+    Args:
+        task: what is asked of reasoning-gym.
+        train_size: distinct training questions wanted, 1 or more.
+        heldout_size: distinct held-out questions wanted, 1 or more.
+        seed: decides every question; 0 or more.
+
+    Returns:
+        `(train, heldout)`, in the order of drawing.
+
     Raises:
         ValueError: unknown task or parameter, refused parameter value, or no question left to
             train on.
@@ -53,6 +62,7 @@ def draw_task(task: Task, train_size: int, heldout_size: int, seed: int) -> tupl
     """
     task = _at_level(task)
     heldout_seed, train_seed = (_task_seed(seed, part) for part in range(2))
+    # Held-out questions come first: they keep their number where a task has few distinct ones.
     heldout = _draw_distinct(task, heldout_seed, heldout_size, excluded=frozenset())
     heldout_questions = frozenset(example.question for example in heldout)
     train = _draw_distinct(task, train_seed, train_size, excluded=heldout_questions)
@@ -62,6 +72,7 @@ def draw_task(task: Task, train_size: int, heldout_size: int, seed: int) -> tupl
             f" '{task.task}' gave with {dict(task.parameters)} went there; none is left to train on:"
             " lower heldout_size or widen the parameters"
         )
+    # Fewer questions than asked for are no error, because a small task may simply have no more.
     for part, got, asked in (("heldout", heldout, heldout_size), ("train", train, train_size)):
         if len(got) < asked:
             logger.warning(
@@ -94,12 +105,15 @@ def _at_level(task: Task) -> Task:
         raise ValueError(f"{task.field}.level is {task.level}; '{task.task}' allows 0 to {highest}")
     parameters = {}
     for attribute in curriculum.attributes.values():
+        # A scale with fewer levels stays at its highest.
         value = attribute.levels[min(task.level, len(attribute.levels) - 1)]
+        # Ranges have two fields in the task's configuration, other attributes have one.
         if hasattr(attribute, "lower_field_name"):
             ends = value if isinstance(value, Iterable) else _range_ends(attribute, task.level)
             parameters |= {attribute.lower_field_name: min(ends), attribute.upper_field_name: max(ends)}
         else:
             parameters[attribute.field_name] = value
+    # Parameters given by hand come last, so they win.
     return dataclasses.replace(task, parameters=parameters | dict(task.parameters), level=None)
 
 
@@ -108,6 +122,7 @@ def _range_ends(attribute: Any, level: int) -> tuple[Any, Any]:
     top = len(attribute.levels) - 1
     if not attribute.ensure_interval:
         return attribute.levels[min(level, top)], attribute.levels[min(level, top)]
+    # The interval ends one level up, and at the top it begins one level down.
     high = min(level + 1, top)
     return attribute.levels[max(high - 1, 0)], attribute.levels[high]
 
@@ -132,8 +147,10 @@ def _draw_distinct(task: Task, seed: int, size: int, excluded: frozenset[str]) -
         # What the reward needs to make the verifier of this very task.
         verifier = {"source_dataset": task.task, "source_parameters": dict(task.parameters)}
         metadata = {**entry["metadata"], **verifier}
+        # Some tasks give numbers, or None where many answers are right.
         example = Example(entry["question"], str(entry["answer"]), task.source, metadata)
         if example.question not in excluded:
+            # The first of two examples with one question stays.
             examples.setdefault(example.question, example)
         if len(examples) == size:
             break
@@ -145,6 +162,7 @@ def _task_entries(task: Task, seed: int, num_draws: int) -> Iterator[dict[str, A
     reasoning_gym = _reasoning_gym(task)
     tasks = reasoning_gym.factory.DATASETS
     _check_name(task, tasks)
+    # Seed and size are not the user's to set here.
     allowed = {f.name for f in dataclasses.fields(tasks[task.task][1])} - {"seed", "size"}
     for name in task.parameters:
         if name not in allowed:
@@ -153,10 +171,12 @@ def _task_entries(task: Task, seed: int, num_draws: int) -> Iterator[dict[str, A
             )
     try:
         dataset = reasoning_gym.create_dataset(task.task, seed=seed, size=num_draws, **task.parameters)
+    # reasoning-gym checks its parameters by assertions.
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{task.field}.parameters is {dict(task.parameters)}; '{task.task}' refuses it: {error}"
         ) from error
+    # Entries are made one by one as they are asked for, so the bound on draws costs nothing.
     return (dataset[index] for index in range(num_draws))
 
 

@@ -1,7 +1,7 @@
 """Group-relative advantages: A(y) = R(y) - baseline, from the G completions of one prompt.
 
 A value-based estimator (GAE) gives an advantage for each token instead; it fills
-`TrainBatch.token_advantage_BGC`, which the loss prefers, and needs nothing from this module.
+`TrainBatch.token_signal_BGC`, which the loss prefers, and needs nothing from this module.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 Advantage = Literal["no_baseline", "leave_one_out", "group_mean", "group_std"]
 
+# GRPO divides by std + epsilon. A group of equal rewards then gives 0 / 1e-6 = 0 and not 0 / 0.
 STD_EPSILON = 1e-6
 
 
@@ -43,10 +44,12 @@ def group_advantages(
         completions or with equal rewards.
     """
     scored = scored_BG.astype(jnp.float32)
+    # An unscored reward may be NaN, and 0 * NaN is NaN, so it is replaced before any sum.
     reward_BG = jnp.where(scored_BG, reward_BG, 0.0)
     if advantage == "no_baseline":
         return reward_BG
     count_B1 = scored.sum(axis=-1, keepdims=True)
+    # A group without any scored completion divides 0 by 1.
     mean_B1 = reward_BG.sum(axis=-1, keepdims=True) / jnp.maximum(count_B1, 1)
     # Compared, not subtracted: the mean of equal rewards may differ from them by a rounding, which
     # the division by a standard deviation of the same size would blow up.
@@ -55,8 +58,11 @@ def group_advantages(
     centered_BG = jnp.where(scored_BG & (highest_B1 > lowest_B1), reward_BG - mean_B1, 0.0)
     if advantage == "group_mean":
         return centered_BG
+    # A group of one has no others; its centred reward is 0, so the divisor 1 changes nothing.
     others_B1 = jnp.maximum(count_B1 - 1, 1)
     if advantage == "leave_one_out":
+        # R_i - (n m - R_i) / (n - 1) = (R_i - m) n / (n - 1), so the centred rewards serve this baseline too.
         return centered_BG * count_B1 / others_B1
+    # Unscored entries of `centered_BG` are 0 and add nothing to the sum of squares.
     std_B1 = jnp.sqrt((centered_BG**2).sum(axis=-1, keepdims=True) / others_B1)
     return centered_BG / (std_B1 + STD_EPSILON)

@@ -28,7 +28,7 @@ and the weight h_t of token t is a *variant* of it, combined over tokens by a *l
 the nesting. `retrace` at `token` level is Nested-ReFT's; at `prefix` level it is the trace of
 Retrace(lambda) (Munos et al., 2016); both are bounded by lambda and biased towards tokens that the
 behavior policy prefers. `mixture` exists at `sequence` level, is unbiased, and at theta = theta_old
-bounded. `LossConfig` refuses the combinations that mean nothing. `nested-reft verify-estimators`
+bounded. `PolicyGradientConfig` refuses the combinations that mean nothing. `nested-reft verify-estimators`
 prints the exact bias and variance of each on an enumerable model.
 """
 
@@ -54,6 +54,13 @@ def token_log_ratio(
 
     A token outside both supports counts as equally likely (0); one outside the target's alone gets
     a ratio of practically zero. NaN passes through: it means a broken model.
+
+    Args:
+        target_logprob: log pi of each token, the numerator, in nats.
+        denominator_logprob: log-probability of the same token under the policy to divide by, in nats.
+
+    Returns:
+        log rho in nats: positive where the target likes the token more than the other policy does.
     """
     return jnp.maximum(target_logprob, LOGPROB_FLOOR) - jnp.maximum(denominator_logprob, LOGPROB_FLOOR)
 
@@ -78,16 +85,22 @@ def importance_log_weight(
     """
     log_factor_BGC = jnp.where(mask_BGC, log_ratio_BGC, 0.0)
     if variant == "one":
+        # The weight 1 has the log-weight 0 at every level.
         return jnp.zeros_like(log_factor_BGC)
     if variant == "retrace":
+        # In logs min(1, rho) is min(log rho, 0), which cannot overflow. The mask comes again because a token that
+        # does not count must not bring in a factor lambda.
         log_factor_BGC = jnp.where(mask_BGC, math.log(retrace_lambda) + jnp.minimum(log_factor_BGC, 0.0), 0.0)
     if level == "token":
         return log_factor_BGC
     if level == "prefix":
+        # The product over a prefix is a running sum of logs, to which masked tokens add 0.
         return jnp.cumsum(log_factor_BGC, axis=-1)
     log_weight_BG1 = log_factor_BGC.sum(axis=-1, keepdims=True)
     if level == "geometric":
+        # A completion without counted tokens divides 0 by 1.
         log_weight_BG1 = log_weight_BG1 / jnp.maximum(mask_BGC.sum(axis=-1, keepdims=True), 1)
+    # The loss multiplies token by token, so each token carries the weight of its whole completion.
     return jnp.broadcast_to(log_weight_BG1, log_factor_BGC.shape)
 
 
@@ -96,7 +109,7 @@ def mixture_log_weight(
     full_logprob_BGC: Float[Array, "B G C"],
     nested_logprob_BGC: Float[Array, "B G C"],
     mask_BGC: Bool[Array, "B G C"],
-    alpha: float,
+    alpha_B: Float[Array, " B"],
 ) -> Float[Array, "B G C"]:
     """log of the balance-heuristic weight of a defensive mixture.
 
@@ -116,7 +129,7 @@ def mixture_log_weight(
         full_logprob_BGC, nested_logprob_BGC: log-probabilities of every completion under both
             components, full and nested model at rollout time.
         mask_BGC: the tokens that were drawn (not forced).
-        alpha: in (0, 1], probability of the full model.
+        alpha_B: in [0, 1], probability of the full model in each group; at 0 the weight is `base`'s.
 
     Returns:
         log w in nats, the same for all tokens of a completion.
@@ -125,10 +138,13 @@ def mixture_log_weight(
     def completion_log_ratio(numerator_BGC, denominator_BGC):
         return jnp.where(mask_BGC, token_log_ratio(numerator_BGC, denominator_BGC), 0.0).sum(axis=-1, keepdims=True)
 
+    # All is relative to pi_full. Sums of log-ratios between close models stay small and keep their digits, while the
+    # log-probability of a long completion is in the hundreds.
     target_over_full_BG1 = completion_log_ratio(target_logprob_BGC, full_logprob_BGC)
     nested_over_full_BG1 = completion_log_ratio(nested_logprob_BGC, full_logprob_BGC)
-    log_nested_share = math.log(1 - alpha) if alpha < 1 else -math.inf
-    mixture_over_full_BG1 = jnp.logaddexp(math.log(alpha), log_nested_share + nested_over_full_BG1)
+    alpha_B11 = alpha_B[:, None, None]
+    # log(alpha + (1 - alpha) pi_nested / pi_full), without leaving the logs.
+    mixture_over_full_BG1 = jnp.logaddexp(jnp.log(alpha_B11), jnp.log1p(-alpha_B11) + nested_over_full_BG1)
     return jnp.broadcast_to(target_over_full_BG1 - mixture_over_full_BG1, target_logprob_BGC.shape)
 
 
@@ -147,8 +163,18 @@ def limited_weight(
       than a rare token.
 
     log h is first clamped to +-20, so the weight is finite whatever the inputs.
+
+    Args:
+        log_weight_BGC: log h in nats, of `importance_log_weight` or `mixture_log_weight`.
+        truncate_at: C, more than 0; None leaves the weight as it is.
+        drop_below: lo, more than 0; smaller weights become 0. None drops none.
+        drop_above: hi, more than 0; larger weights become 0. None drops none.
+
+    Returns:
+        h, 0 or more and at most exp(20).
     """
     weight_BGC = jnp.exp(jnp.clip(log_weight_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    # Outliers are judged before truncation, which would bring them back below `drop_above`.
     keep_BGC = jnp.ones(weight_BGC.shape, bool)
     if drop_below is not None:
         keep_BGC &= weight_BGC >= drop_below

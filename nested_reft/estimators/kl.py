@@ -41,20 +41,42 @@ KlPenalty = Literal["k1_in_reward", "k2_loss", "k3_loss"]
 def kl_estimate(
     target_logprob: Float[Array, "*rows"], reference_logprob: Float[Array, "*rows"], estimator: KlEstimator
 ) -> Float[Array, "*rows"]:
-    """The named value per token, in nats, differentiable; the log-ratio is clamped to +-20."""
+    """The named value per token, in nats, differentiable; the log-ratio is clamped to +-20.
+
+    Args:
+        target_logprob: log pi of tokens that were drawn from pi, in nats.
+        reference_logprob: log pi_ref of the same tokens, in nats.
+        estimator: a row of the module's first table.
+
+    Returns:
+        One value per token, not reduced. `k1` may be negative; `k2` and `k3` may not.
+    """
+    # Without a limit one token outside the reference's support would give k3 an infinite value.
     log_ratio = jnp.clip(token_log_ratio(target_logprob, reference_logprob), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
         return log_ratio**2 / 2
+    # Near l = 0 `exp(-l) - 1` cancels and loses its digits; expm1 keeps them.
     return jnp.expm1(-log_ratio) + log_ratio
 
 
 def exact_kl(logits: Float[Array, "*rows V"], other_logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats, p and q the softmax of the two logits; never
-    negative but for rounding. A token that p excludes (logit -inf) adds nothing."""
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), with p and q the softmax of the two logits.
+
+    A token that p excludes (logit -inf) adds nothing.
+
+    Args:
+        logits: the logits of p, the distribution that the mean is under; already tempered.
+        other_logits: the logits of q, over the same vocabulary.
+
+    Returns:
+        The divergence of each row in nats, never negative but for rounding.
+    """
     logprob, other_logprob = jax.nn.log_softmax(logits, axis=-1), jax.nn.log_softmax(other_logits, axis=-1)
     present = logprob > -jnp.inf
+    # 0 log 0 counts as 0: -inf - (-inf) would be NaN, so both logs are replaced first. A token that only q excludes
+    # stays, and makes the divergence infinite, as it should.
     difference = jnp.where(present, logprob, 0.0) - jnp.where(present, other_logprob, 0.0)
     return jnp.sum(jnp.exp(logprob) * difference, axis=-1)
 
@@ -70,5 +92,12 @@ def self_distillation_kl(
 
     Source: self-distillation with the exact forward KL, as Hinton et al. (2015) at equal temperatures;
     LayerSkip (arXiv 2404.16710) trains its sub-networks on the labels instead.
+
+    Args:
+        full_logits: what the full model, the teacher, predicts; no gradient passes through them.
+        nested_logits: what the nested model, the student, predicts at the same positions.
+
+    Returns:
+        One divergence per position in nats, not reduced.
     """
     return exact_kl(jax.lax.stop_gradient(full_logits), nested_logits)

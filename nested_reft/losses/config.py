@@ -15,8 +15,8 @@ Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixe
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Parts of the policy-gradient loss. Nothing here has a default that picks an algorithm.
+class PolicyGradientConfig:
+    """Parts of the policy-gradient objective. Nothing here has a default that picks an algorithm.
 
     Attributes:
         advantage: see `estimators.advantages`.
@@ -24,7 +24,6 @@ class LossConfig:
         normalization: what a token's term is divided by; see `losses.policy_gradient`.
         fixed_length_tokens: the constant length of `fixed_length`, usually the longest completion.
         retrace_lambda: in (0, 1]; for `retrace`.
-        mixture_alpha: in (0, 1], probability of drawing a completion from the full model; for `mixture`.
         truncate_at: C >= 1: weights above it become C (TIS). None for no limit.
         drop_below, drop_above: weights outside [drop_below, drop_above] become 0. None for no bound.
         self_normalized: divide by the sum of weights instead of their number: bounded, with a bias
@@ -35,7 +34,6 @@ class LossConfig:
             (Ye et al., 2020). None for no such limit.
         reference_kl: the penalty towards the initial model; see the tables of `estimators.kl`.
         reference_kl_coefficient: beta, its weight; 0 for none.
-        overlong_filter: leave the tokens of cut-off completions out of the loss.
         entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
             sampled prefixes; 0 for none. It costs the backward pass a second array of all logits.
         self_distillation_coefficient: weight of KL(full || nested) per token of the rollouts, under
@@ -49,7 +47,6 @@ class LossConfig:
     normalization: Normalization
     fixed_length_tokens: int | None = None
     retrace_lambda: float = 1.0
-    mixture_alpha: float | None = None
     truncate_at: float | None = None
     drop_below: float | None = None
     drop_above: float | None = None
@@ -59,7 +56,6 @@ class LossConfig:
     dual_clip: float | None = None
     reference_kl: KlPenalty | None = None
     reference_kl_coefficient: float = 0.0
-    overlong_filter: bool = False
     entropy_coefficient: float = 0.0
     self_distillation_coefficient: float = 0.0
 
@@ -69,40 +65,13 @@ class LossConfig:
         _check_meaning(self)
         _check_reach(self)
 
-    def needed_logprobs(self, updates_per_batch: int) -> tuple[str, ...]:
-        """Log-probabilities of other policies that this loss reads, as fields of `TrainBatch`."""
-        needed = {
-            "old_logprob_BGC": updates_per_batch > 1 and self.bias_mitigation in ("practical", "mixture"),
-            "nested_logprob_BGC": self.mixture_alpha is not None,
-            "reference_logprob_BGC": self.reference_kl_coefficient > 0,
-        }
-        return tuple(name for name, is_needed in needed.items() if is_needed)
 
-    def validate_for(self, group_size: int, truncated_sampling: bool) -> None:
-        """Refuses a loss that the rollouts would make wrong.
-
-        Args:
-            group_size: G.
-            truncated_sampling: top-k or top-p takes tokens away from the behavior policy.
-        """
-        if group_size < 2 and self.advantage != "no_baseline":
-            raise ValueError(
-                f"loss.advantage is '{self.advantage}' and rollout.group_size {group_size}: a baseline from the other"
-                " completions needs 2 or more. Raise the group size or use advantage 'no_baseline'"
-            )
-        if truncated_sampling and claims_unbiased(self):
-            raise ValueError(
-                f"rollout.sampling truncates (top_k or top_p), but loss.bias_mitigation '{self.bias_mitigation}' at"
-                " 'sequence' level is unbiased only where the behavior policy can draw every completion. Set top_k 0"
-                " and top_p 1, or choose a biased weight knowingly: level 'token', or bias_mitigation 'retrace'"
-            )
-
-
-def claims_unbiased(config: LossConfig) -> bool:
+def claims_unbiased(config: PolicyGradientConfig) -> bool:
     """Whether the expected gradient points exactly along that of E_{y ~ pi}[R(y)], minus beta KL with
     `k1_in_reward`; `group_mean` changes its length by (G - 1) / G.
 
-    It holds for every batch size, provided that the behavior policy has full support. The
+    It holds for every batch size, provided that the behavior policy has full support, that every
+    completion counts, and that `mixture` gets the rollouts of a mixture. The
     enumeration (`nested_reft.verification.enumeration`) shows it for every combination that returns True.
     `token_mean` does not qualify: its divisor, the number of sampled tokens, varies with the sample,
     which leaves a bias of the order 1 / batch.
@@ -116,13 +85,12 @@ def claims_unbiased(config: LossConfig) -> bool:
         and config.advantage != "group_std"
         and config.normalization == "fixed_length"
         and config.reference_kl in (None, "k1_in_reward")
-        and not config.overlong_filter
         and config.entropy_coefficient == 0
         and config.self_distillation_coefficient == 0
     )
 
 
-def _check_ranges(config: LossConfig) -> None:
+def _check_ranges(config: PolicyGradientConfig) -> None:
     def check(name: str, is_allowed: Callable[[float], bool], allowed: str) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and is_allowed(value)):
@@ -130,7 +98,6 @@ def _check_ranges(config: LossConfig) -> None:
 
     check("fixed_length_tokens", lambda x: x >= 1, "1 or more, or None")
     check("retrace_lambda", lambda x: 0 < x <= 1, "0 < retrace_lambda <= 1")
-    check("mixture_alpha", lambda x: 0 < x <= 1, "0 < mixture_alpha <= 1, or None")
     check("truncate_at", lambda x: x >= 1, "1 or more, or None")
     check("drop_below", lambda x: 0 < x < 1, "0 < drop_below < 1, or None")
     check("drop_above", lambda x: x > 1, "more than 1, or None")
@@ -142,7 +109,7 @@ def _check_ranges(config: LossConfig) -> None:
     check("self_distillation_coefficient", lambda x: x >= 0, "0 or more")
 
 
-def _check_needed(config: LossConfig) -> None:
+def _check_needed(config: PolicyGradientConfig) -> None:
     """A part and its parameter are set together, or neither is."""
 
     def check(name: str, is_set: bool, field: str, value: str) -> None:
@@ -155,7 +122,6 @@ def _check_needed(config: LossConfig) -> None:
                 f" only '{value}' reads it"
             )
 
-    check("mixture_alpha", config.mixture_alpha is not None, "bias_mitigation", "mixture")
     check("fixed_length_tokens", config.fixed_length_tokens is not None, "normalization", "fixed_length")
     if config.retrace_lambda != 1:
         check("retrace_lambda", True, "bias_mitigation", "retrace")
@@ -166,7 +132,7 @@ def _check_needed(config: LossConfig) -> None:
         )
 
 
-def _check_meaning(config: LossConfig) -> None:
+def _check_meaning(config: PolicyGradientConfig) -> None:
     """Levels and limits that a variant has no use for."""
     variant, level = config.bias_mitigation, config.level
     limits = [
@@ -204,7 +170,7 @@ def _check_meaning(config: LossConfig) -> None:
         )
 
 
-def _check_reach(config: LossConfig) -> None:
+def _check_reach(config: PolicyGradientConfig) -> None:
     """Of several upper limits of the weight, each must be able to act."""
     truncate_at, drop_above = config.truncate_at, config.drop_above
     if truncate_at is not None and drop_above is not None and truncate_at >= drop_above:

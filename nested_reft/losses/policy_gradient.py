@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
     importance_log_weight,
@@ -36,17 +38,60 @@ from nested_reft.estimators.importance import (
     token_log_ratio,
 )
 from nested_reft.estimators.kl import kl_estimate
-from nested_reft.losses.config import LossConfig, Normalization
-from nested_reft.types import TrainBatch, Weighted, gradient_mask
+from nested_reft.losses.config import Normalization, PolicyGradientConfig
+from nested_reft.losses.objective import LossOutput, Needs, TargetPass
+from nested_reft.types import TrainBatch, Weighted
+
+
+class PolicyGradient:
+    """The policy-gradient objective of one configuration; see the module for its formula."""
+
+    def __init__(self, config: PolicyGradientConfig):
+        """Args:
+        config: the parts of the loss.
+        """
+        self._config = config
+
+    def needs(self, updates_per_batch: int) -> Needs:
+        """Log-probabilities of the other policies that the weights and penalties compare with."""
+        config = self._config
+        moves, variant = updates_per_batch > 1, config.bias_mitigation
+        needed = {
+            # With one update per rollout theta_old is theta, and the update's own pass gives it.
+            "old_logprob_BGC": moves and variant in ("practical", "mixture"),
+            "nested_logprob_BGC": variant == "mixture",
+            "reference_logprob_BGC": config.reference_kl_coefficient > 0,
+        }
+        return Needs(
+            logprobs=tuple(name for name, is_needed in needed.items() if is_needed),
+            mixture_density=variant == "mixture",
+            entropy_gradient=config.entropy_coefficient > 0,
+            self_distillation=config.self_distillation_coefficient > 0,
+        )
+
+    def signal(
+        self,
+        reward_BG: Float[np.ndarray, "B G"],
+        accuracy_BG: Float[np.ndarray, "B G"],
+        scored_BG: Bool[np.ndarray, "B G"],
+    ) -> Float[Array, "B G"]:
+        """The advantage of each completion relative to its group, from the total reward."""
+        return group_advantages(jnp.asarray(reward_BG), jnp.asarray(scored_BG), self._config.advantage)
+
+    def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
+        """`policy_gradient_loss` of the configured parts."""
+        return policy_gradient_loss(
+            target.logprob_BGC, batch, self._config, target.entropy_BGC, target.self_distillation_kl_BGC
+        )
 
 
 def policy_gradient_loss(
     target_logprob_BGC: Float[Array, "B G C"],
     batch: TrainBatch,
-    config: LossConfig,
+    config: PolicyGradientConfig,
     entropy_BGC: Float[Array, "B G C"] | None = None,
     self_distillation_kl_BGC: Float[Array, "B G C"] | None = None,
-) -> tuple[Weighted, dict[str, Weighted]]:
+) -> LossOutput:
     """Negative surrogate objective, to be minimised.
 
         L = - sum_t c_t [ clipped(h_t, A_t) - beta KL_t + eta entropy_t - gamma KL(full || nested)_t ] / W
@@ -66,7 +111,7 @@ def policy_gradient_loss(
             differentiable; for `self_distillation_coefficient`, gamma.
 
     Returns:
-        The loss as (sum, W), to be divided once, and the parts that are logged: `policy_loss`,
+        The loss as (sum, W), to be divided once, the weights h, and the parts that are logged: `policy_loss`,
         `clipped_share` (tokens without gradient), `limited_share` (truncated or dropped weights),
         `weight_mean` and `weight_square_mean` of h over tokens (`kish` of them is the effective
         sample size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`.
@@ -75,7 +120,7 @@ def policy_gradient_loss(
         ValueError: the configuration needs something that is not given.
     """
     _check_inputs(batch, config, entropy_BGC, self_distillation_kl_BGC)
-    mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, target_logprob_BGC.shape[-1])
+    mask_BGC = batch.mask_BGC
     target_logprob_BGC = jnp.where(mask_BGC, jnp.maximum(target_logprob_BGC, LOGPROB_FLOOR), 0.0)
     frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
     log_weight_BGC = batch_log_weight(frozen_BGC, mask_BGC, batch, config)
@@ -108,23 +153,25 @@ def policy_gradient_loss(
     if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
         parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
         penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
-    return Weighted(policy_loss.sum + (coefficient_BGC * penalty_BGC).sum(), total_weight), parts
+    total = Weighted(policy_loss.sum + (coefficient_BGC * penalty_BGC).sum(), total_weight)
+    return LossOutput(total, parts, weight_BGC * mask_BGC)
 
 
 def batch_log_weight(
     target_logprob_BGC: Float[Array, "B G C"],
     mask_BGC: Bool[Array, "B G C"],
     batch: TrainBatch,
-    config: LossConfig,
+    config: PolicyGradientConfig,
 ) -> Float[Array, "B G C"]:
     """log h of the configured variant, with the denominators that the batch carries."""
     old_logprob_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
     if config.bias_mitigation == "mixture":
-        assert batch.nested_logprob_BGC is not None and config.mixture_alpha is not None
+        assert batch.nested_logprob_BGC is not None and batch.full_share_B is not None
         return mixture_log_weight(
-            target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, config.mixture_alpha
+            target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, batch.full_share_B
         )
     denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
+    assert denominator_BGC is not None  # `_check_inputs` has refused a batch without it
     return importance_log_weight(
         token_log_ratio(target_logprob_BGC, denominator_BGC),
         mask_BGC,
@@ -188,12 +235,12 @@ def normalization_shares(
     return mask / fixed_length_tokens, share_BGC
 
 
-def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, config: LossConfig) -> Array:
+def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig) -> Array:
     """A_t of every token; with `k1_in_reward` less beta times the KL reward that is still to come."""
-    if batch.token_advantage_BGC is not None:
-        advantage_BGC = batch.token_advantage_BGC
+    if batch.token_signal_BGC is not None:
+        advantage_BGC = batch.token_signal_BGC
     else:
-        advantage_BGC = jnp.broadcast_to(batch.advantage_BG[..., None], frozen_BGC.shape)
+        advantage_BGC = jnp.broadcast_to(batch.signal_BG[..., None], frozen_BGC.shape)
     if config.reference_kl == "k1_in_reward" and batch.reference_logprob_BGC is not None:
         k1_BGC = jnp.where(mask_BGC, kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
         to_come_BGC = jnp.flip(jnp.cumsum(jnp.flip(k1_BGC, axis=-1), axis=-1), axis=-1)
@@ -202,7 +249,7 @@ def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, con
 
 
 def _token_penalties(
-    target_logprob_BGC: Array, batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None
+    target_logprob_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig, entropy_BGC: Array | None
 ) -> Array:
     """beta KL_t - eta entropy_t; `k1_in_reward` is no part of it."""
     penalty_BGC = jnp.zeros_like(target_logprob_BGC)
@@ -216,12 +263,17 @@ def _token_penalties(
 
 
 def _check_inputs(
-    batch: TrainBatch, config: LossConfig, entropy_BGC: Array | None, self_distillation_kl_BGC: Array | None
+    batch: TrainBatch, config: PolicyGradientConfig, entropy_BGC: Array | None, self_distillation_kl_BGC: Array | None
 ) -> None:
-    if config.bias_mitigation == "mixture" and batch.nested_logprob_BGC is None:
-        raise ValueError(
-            "bias_mitigation 'mixture' needs batch.nested_logprob_BGC: score every completion under the plan"
-        )
+    if config.bias_mitigation == "mixture":
+        if batch.nested_logprob_BGC is None:
+            raise ValueError(
+                "bias_mitigation 'mixture' needs batch.nested_logprob_BGC: score every completion under the plan"
+            )
+        if batch.full_share_B is None:
+            raise ValueError("bias_mitigation 'mixture' needs batch.full_share_B: the full model's probability")
+    if batch.behavior_logprob_BGC is None and config.bias_mitigation in ("base", "retrace"):
+        raise ValueError(f"bias_mitigation '{config.bias_mitigation}' needs batch.behavior_logprob_BGC")
     if config.reference_kl is not None and batch.reference_logprob_BGC is None:
         raise ValueError(f"reference_kl '{config.reference_kl}' needs batch.reference_logprob_BGC")
     if config.entropy_coefficient and entropy_BGC is None:

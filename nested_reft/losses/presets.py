@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 
 Denominator = Literal["base", "practical"]
 
 
-def grpo(bias_mitigation: Denominator, clip: float = 0.2, reference_kl_coefficient: float = 0.04) -> LossConfig:
+def grpo(
+    bias_mitigation: Denominator, clip: float = 0.2, reference_kl_coefficient: float = 0.04
+) -> PolicyGradientConfig:
     """GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3): clipped token ratios, mean over each completion, k3.
 
     The paper gives beta 0.04 and no clip range; 0.2 is PPO's.
     """
-    return LossConfig(
+    return PolicyGradientConfig(
         advantage="group_std",
         bias_mitigation=bias_mitigation,
         level="token",
@@ -32,9 +34,9 @@ def grpo(bias_mitigation: Denominator, clip: float = 0.2, reference_kl_coefficie
     )
 
 
-def dr_grpo(bias_mitigation: Denominator, fixed_length_tokens: int, clip: float = 0.2) -> LossConfig:
+def dr_grpo(bias_mitigation: Denominator, fixed_length_tokens: int, clip: float = 0.2) -> PolicyGradientConfig:
     """Dr. GRPO (arXiv 2503.20783): GRPO without the division by std and by length, and without KL."""
-    return LossConfig(
+    return PolicyGradientConfig(
         advantage="group_mean",
         bias_mitigation=bias_mitigation,
         level="token",
@@ -45,13 +47,13 @@ def dr_grpo(bias_mitigation: Denominator, fixed_length_tokens: int, clip: float 
     )
 
 
-def dapo(bias_mitigation: Denominator, dual_clip: float | None = None) -> LossConfig:
+def dapo(bias_mitigation: Denominator, dual_clip: float | None = None) -> PolicyGradientConfig:
     """DAPO (arXiv 2503.14476, eq. 8): clip-higher 0.2 / 0.28 and one mean over all tokens, without KL.
 
     Departure: the mean is over the tokens of the whole batch, as in today's reference code; eq. 8
     has one per group (`normalization="group_token_mean"`). The recipe adds a dual clip at 10.
     """
-    return LossConfig(
+    return PolicyGradientConfig(
         advantage="group_std",
         bias_mitigation=bias_mitigation,
         level="token",
@@ -62,13 +64,13 @@ def dapo(bias_mitigation: Denominator, dual_clip: float | None = None) -> LossCo
     )
 
 
-def gspo(bias_mitigation: Denominator) -> LossConfig:
+def gspo(bias_mitigation: Denominator) -> PolicyGradientConfig:
     """GSPO (arXiv 2507.18071, eq. 5-7): the clip acts on the length-normalised ratio of completions.
 
     Each completion's term s_i A_i has the gradient s_i A_i sum_t grad log pi_t / |y_i|: that of the
     weight s_i on each token under a mean over the completion. Clip ranges 3e-4 and 4e-4 [section 5.1].
     """
-    return LossConfig(
+    return PolicyGradientConfig(
         advantage="group_std",
         bias_mitigation=bias_mitigation,
         level="geometric",
@@ -78,12 +80,12 @@ def gspo(bias_mitigation: Denominator) -> LossConfig:
     )
 
 
-def cispo(bias_mitigation: Denominator, truncate_at: float) -> LossConfig:
+def cispo(bias_mitigation: Denominator, truncate_at: float) -> PolicyGradientConfig:
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4-5): truncated weights, so that no token loses its gradient.
 
     `truncate_at` is 1 + epsilon_high, for which the paper gives no number; it uses no lower bound.
     """
-    return LossConfig(
+    return PolicyGradientConfig(
         advantage="group_std",
         bias_mitigation=bias_mitigation,
         level="token",

@@ -58,11 +58,13 @@ class ModelConfig:
         for name in ("vocab_size", "num_layers", "width", "hidden_width", "num_heads", "num_kv_heads", "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.shape.{name} is {getattr(self, name)}; allowed is 1 or more")
+        # Each key head serves the same number of query heads (grouped-query attention).
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.shape.num_heads is {self.num_heads}, model.shape.num_kv_heads {self.num_kv_heads};"
                 " the first must be a multiple of the second"
             )
+        # The rotation turns entry i together with entry i + K/2.
         if self.head_size % 2:
             raise ValueError(f"model.shape.head_size is {self.head_size}; rotary embeddings need an even size")
         for name in ("rope_theta", "norm_epsilon"):

@@ -37,7 +37,17 @@ class KeyValues:
 def project_qkv(
     config: ModelConfig, layer: Parameters, x_BGTD: Float[Array, "B G T D"], rotation: tuple[Array, Array]
 ) -> tuple[Float[Array, "B G T H K"], KeyValues]:
-    """Rotated queries, and rotated keys and values `[B, G, J, T, K]`, of one layer."""
+    """Rotated queries, and rotated keys and values `[B, G, J, T, K]`, of one layer.
+
+    Args:
+        config: the model.
+        layer: parameters of this layer, by name.
+        x_BGTD: residual stream before the layer.
+        rotation: cosine and sine of `rope`, at the positions of these tokens.
+
+    Returns:
+        Queries, and keys and values with the axis of heads before that of tokens.
+    """
     normed = rms_norm(x_BGTD, layer["attention_norm"], config.norm_epsilon)
 
     def heads(name: str) -> Array:
@@ -50,6 +60,7 @@ def project_qkv(
     if config.qk_norm:
         query = rms_norm(query, layer["query_norm"], config.norm_epsilon)
         key = rms_norm(key, layer["key_norm"], config.norm_epsilon)
+    # Keys are rotated before they are cached, so a later step need not know their positions.
     query, key = rotate(query, rotation), rotate(key, rotation)
     return query, KeyValues(jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3))
 
@@ -67,14 +78,22 @@ def attend(
         query_BGTHK: queries; head `h` reads key head `h // (H / J)`.
         segments: each one's keys and values, `[B, G, J, S, K]` of a row's own or `[B, J, S, K]` that a group
             shares, and a mask: True where a query may look; broadcasts to `[B, G, T, S]`.
+
+    Returns:
+        The heads' outputs side by side, before the output projection.
     """
     batch, group, length, num_heads, head_size = query_BGTHK.shape
     num_kv_heads = segments[0][0].key.shape[-3]
+    # Query heads of one key head lie side by side, so a key is never repeated for them.
     query = query_BGTHK.reshape(batch, group, length, num_kv_heads, num_heads // num_kv_heads, head_size)
+    # Queries are scaled and not scores, of which there are usually many more.
     query = query / math.sqrt(head_size)
 
     scores = [jnp.where(_over_heads(mask), _scores(query, segment.key), MASKED) for segment, mask in segments]
+    # The softmax of all segments needs one common maximum. With `initial` a segment may have no keys at all, as that
+    # of a completion of one token.
     highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, initial=MASKED, keepdims=True) for x in scores])
+    # The maximum cancels in the quotient below, so its gradient is zero and need not be computed.
     weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
     sums = [_weighted_sum(weight, segment.value) for weight, (segment, _) in zip(weights, segments, strict=True)]
     total_BGJTR = functools.reduce(jnp.add, [jnp.sum(weight, axis=-1) for weight in weights])
@@ -94,6 +113,7 @@ def _over_heads(mask: Bool[Array, "..."]) -> Bool[Array, "..."]:
 def _scores(query_BGTJRK: Float[Array, "B G T J R K"], key: Num[Array, "..."]) -> Float[Array, "B G J T R S"]:
     """Products of queries with keys `[B, G, J, S, K]` or `[B, J, S, K]`."""
     if key.ndim == 4:
+        # A prompt's keys have no axis of the group: all completions' queries meet them in one product.
         query = jnp.moveaxis(query_BGTJRK, 3, 1)
         return jnp.moveaxis(_batched_product(query, key, axes=(5, 3), batch=2), 1, 2)
     # Keys first: a group's few queries make a poor left side.
@@ -111,6 +131,7 @@ def _weighted_sum(weight_BGJTRS: Float[Array, "B G J T R S"], value: Num[Array, 
 def _batched_product(x: Array, y: Array, axes: tuple[int, int], batch: int) -> Float[Array, "..."]:
     """Contracts one axis of each, the first `batch` axes shared, in the narrower dtype and summed in float32."""
     x, y = as_operand(x), as_operand(y)
+    # The wider operand is narrowed, because widening the other would copy a whole cache.
     dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
     shared = tuple(range(batch))
     dimensions = (((axes[0],), (axes[1],)), (shared, shared))
@@ -120,7 +141,17 @@ def _batched_product(x: Array, y: Array, axes: tuple[int, int], batch: int) -> F
 def finish_layer(
     config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"], attended: Float[Array, "B G T I"]
 ) -> Float[Array, "B G T D"]:
-    """Output projection and SwiGLU block, each added to the residual stream."""
+    """Output projection and SwiGLU block, each added to the residual stream.
+
+    Args:
+        config: the model.
+        layer: parameters of this layer, by name.
+        x: residual stream before the layer.
+        attended: what `attend` returned for it.
+
+    Returns:
+        The residual stream after the layer.
+    """
     return add_mlp(config, layer, x + linear(layer, "output", attended))
 
 
@@ -129,8 +160,17 @@ def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) 
 
     A CPU's products of few rows in float32 are faster with the weights on the left, which it need not repack there,
     and with `[features, rows]` in between.
+
+    Args:
+        config: the model.
+        layer: parameters of this layer, by name.
+        x: residual stream after attention.
+
+    Returns:
+        The residual stream with the block's output added.
     """
     normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
+    # The number of rows is static, so the choice below is made when the program compiles.
     rows_ND = normed.reshape(-1, normed.shape[-1])
     if len(rows_ND) > FEW_ROWS or layer["down"].dtype != jnp.float32:
         return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
@@ -139,8 +179,19 @@ def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) 
 
 
 def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-    """`W x (* scale) (+ bias) (+ alpha / r * B A x)` of each row: a projection, int8 scale, bias and adapter if any."""
+    """`W x (* scale) (+ bias) (+ alpha / r * B A x)` of each row: a projection, int8 scale, bias and adapter if any.
+
+    Args:
+        layer: parameters of one layer; what belongs to the projection is found by its name.
+        name: one of the seven projections, such as `query`.
+        x: input rows.
+
+    Returns:
+        Output rows in float32.
+    """
     y = _matmul(x, as_operand(layer[name]))
+    # One scale per output channel is a factor of the whole sum, so it may follow the product. The bias is not
+    # quantized and comes after it.
     if f"{name}_scale" in layer:
         y = y * layer[f"{name}_scale"]
     if f"{name}_bias" in layer:
@@ -182,6 +233,7 @@ def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[
     float32 = {"preferred_element_type": jnp.float32}
     dx_NI = jnp.einsum("no,oi->ni", cotangent_NO, weight_OI, **float32)
     dweight_OI = jnp.einsum("no,ni->oi", cotangent_NO, x_NI, **float32)
+    # JAX asks for a cotangent of the argument's own dtype.
     return dx_NI.reshape(x.shape), dweight_OI.astype(weight_OI.dtype)
 
 
@@ -192,6 +244,10 @@ def stored_as(x: Float[Array, "..."], dtype: Any) -> Num[Array, "..."]:
     """Values in `dtype`, where uint16 stands for the bits of bfloat16; `as_operand` reads them back.
 
     XLA's CPU backend has no slices of bfloat16: it would widen a whole stack to float32 before it takes one layer.
+
+    Args:
+        x: float values.
+        dtype: the dtype to store; uint16 asks for the bits of bfloat16.
     """
     if dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
@@ -206,8 +262,15 @@ def as_operand(stored: Num[Array, "..."]) -> Float[Array, "..."]:
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale_D: Float[Array, " D"], epsilon: float) -> Float[Array, "*rows D"]:
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis (Zhang and Sennrich, 2019)."""
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis (Zhang and Sennrich, 2019).
+
+    Args:
+        x: rows to normalise, in float32.
+        scale_D: one factor per entry.
+        epsilon: added to the mean square, so that a row of zeros stays finite.
+    """
     mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    # The scale may be stored in bfloat16, and the norm is float32 all the same.
     return x * jax.lax.rsqrt(mean_square + epsilon) * scale_D.astype(jnp.float32)
 
 
@@ -215,6 +278,13 @@ def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Arra
     """Cosine and sine of the rotary angles `position * theta^(-2i / K)`, i < K / 2.
 
     Source: RoFormer (Su et al., 2021), with Llama 3's frequency scaling where configured.
+
+    Args:
+        config: the model, which gives K, theta and the scaling.
+        position: 0 for the first valid token of a sequence.
+
+    Returns:
+        Cosine and sine, K / 2 of each per position.
     """
     exponent_k = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
     frequency_k = 1.0 / (config.rope_theta**exponent_k)
@@ -227,12 +297,19 @@ def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Arra
         )
         keep_k = jnp.clip(keep_k, 0.0, 1.0)
         frequency_k = frequency_k * (keep_k + (1 - keep_k) / scaling.factor)
+    # bfloat16 would hold whole positions exactly only up to 256.
     angle = position[..., None].astype(jnp.float32) * frequency_k
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: Float[Array, "*rows heads K"], rotation: tuple[Array, Array]) -> Float[Array, "*rows heads K"]:
-    """Rotates the pairs (i, i + K/2) of each head by the angles of its position."""
+    """Rotates the pairs (i, i + K/2) of each head by the angles of its position.
+
+    Args:
+        x: queries or keys.
+        rotation: cosine and sine of `rope`, one row per token of `x`.
+    """
+    # The new axis is that of the heads, which all turn by the same angles.
     cos, sin = rotation[0][..., None, :], rotation[1][..., None, :]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

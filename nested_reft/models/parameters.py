@@ -18,6 +18,12 @@ def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
     The one table behind initialisation, sharding and weight formats. Layer parameters carry a
     leading `layer` axis and are named `layers/<name>`.
+
+    Args:
+        config: decides which optional parameters there are.
+
+    Returns:
+        Parameter name -> logical axes, which `sharding.MESH_AXIS` maps to mesh axes.
     """
     axes: dict[str, tuple[str, ...]] = {
         "embedding": ("vocab", "width"),
@@ -32,6 +38,7 @@ def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         "layers/up": ("layer", "hidden", "width"),
         "layers/down": ("layer", "width", "hidden"),
     }
+    # Optional parameters come last, so that they do not change the place of the others.
     if not config.tied_embeddings:
         axes["head"] = ("vocab", "width")
     if config.qkv_bias:
@@ -45,7 +52,11 @@ def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter named in `parameter_axes`."""
+    """The shape of each parameter named in `parameter_axes`.
+
+    Args:
+        config: the model, which gives the size of each logical axis.
+    """
     size = {
         "vocab": config.vocab_size,
         "width": config.width,
@@ -62,6 +73,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Parameters:
     """Fresh parameters: norms one, biases zero, matrices normal with standard deviation
     1 / sqrt(fan in), those that write to the residual stream scaled by 1 / sqrt(2 L) more.
+
+    Args:
+        config: the model.
+        key: PRNG key of all matrices.
+        dtype: what the parameters are stored in; values are drawn in float32.
+
+    Returns:
+        Parameters by name, as `Transformer` takes them.
     """
     parameters: Parameters = {}
     for index, (name, shape) in enumerate(parameter_shapes(config).items()):
@@ -71,9 +90,12 @@ def initial_parameters(config: ModelConfig, key: jax.Array, dtype: Any = jnp.flo
         elif leaf.endswith("bias"):
             value = jnp.zeros(shape, dtype)
         else:
+            # Matrices are `[out, in]`, so the last axis is the fan in.
             scale = 1 / math.sqrt(shape[-1])
+            # 2 L outputs add up in the residual stream, whose variance should not grow with depth (GPT-2).
             if leaf in ("output", "down"):
                 scale /= math.sqrt(2 * config.num_layers)
+            # The place in the table picks the key, so an entry put before others would change what a seed gives.
             matrix_key = jax.random.fold_in(key, index)
             if name.startswith("layers/"):  # drawn `[in, out]`, as earlier versions did: a seed's model stays the same
                 matrix = jax.random.normal(matrix_key, (shape[0], shape[2], shape[1])).swapaxes(1, 2)

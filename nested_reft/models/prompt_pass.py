@@ -20,35 +20,55 @@ class PromptPass:
 
     def __init__(self, config: ModelConfig, valid_BP: Bool[Array, "B P"], shared_prefix: int):
         self._config, self._batch, self._size = config, valid_BP.shape[0], shared_prefix
+        # Positions are counted along whole prompts and split afterwards: each prompt's own tokens go on after the
+        # shared ones.
         rotation = rope(config, _positions(valid_BP)[:, None])
         self._rotations = self.split(rotation[0]), self.split(rotation[1])
+        # Shared tokens are valid in every row, because prompts are padded on the right.
         masks = _causal_mask(valid_BP[:, shared_prefix:]), _causal_mask(jnp.ones((1, shared_prefix), bool))
         self._masks = masks if shared_prefix else masks[:1]
 
     def split(self, x_B1PD: Float[Array, "B 1 P D"]) -> tuple[Array, ...]:
-        """The stream of each prompt's own tokens and, if they share any, that of the shared ones."""
+        """The stream of each prompt's own tokens and, if they share any, that of the shared ones.
+
+        Args:
+            x_B1PD: of whole prompts: embeddings, or cosines and sines.
+        """
+        # All rows hold the same shared tokens, so the first row stands for all.
         own, shared = x_B1PD[:, :, self._size :], x_B1PD[:1, :, : self._size]
         return (own, shared) if self._size else (own,)
 
     def join(self, streams: tuple[Array, ...]) -> Float[Array, "B P D"]:
-        """The inverse of `split`."""
+        """The inverse of `split`.
+
+        Args:
+            streams: what `split` returned, or what the layers made of it.
+        """
         own, *shared = (stream[:, 0] for stream in streams)
         return jnp.concatenate([self._repeat(shared[0]), own], axis=1) if shared else own
 
     def layer(self, layer: Parameters, streams: tuple[Array, ...]) -> tuple[tuple[Array, ...], KeyValues]:
-        """One layer: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts."""
+        """One layer: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts.
+
+        Args:
+            layer: parameters of this layer, by name.
+            streams: residual streams before the layer.
+        """
         own, *shared = zip(streams, zip(*self._rotations, strict=True), self._masks, strict=True)
         if not shared:
             own, keys_values = self._stream(layer, *own)
             return (own,), keys_values
+        # The shared stream goes first, because the prompts' own tokens attend to its keys.
         prefix, prefix_keys = self._stream(layer, *shared[0])
         prefix_keys = jax.tree.map(self._repeat, prefix_keys)
         own, keys_values = self._stream(layer, *own, prefix_keys)
+        # Completions see a prompt as one segment, so its keys are put together in the order of its tokens.
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), prefix_keys, keys_values)
         return (own, prefix), whole
 
     def _stream(self, layer, x, rotation, mask, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
         query, keys_values = project_qkv(self._config, layer, x, rotation)
+        # Every own token comes after the whole prefix and sees all of it.
         prefix = [] if shared is None else [(shared, jnp.ones((), bool))]
         attended = attend(query, (keys_values, mask), *prefix)
         return finish_layer(self._config, layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
@@ -59,6 +79,7 @@ class PromptPass:
 
 def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each valid token among the valid ones: padding on either side does not count."""
+    # Padding before the first valid token would get -1. Nothing attends to it, so 0 does as well.
     return jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0)
 
 

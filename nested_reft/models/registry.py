@@ -63,6 +63,7 @@ HUB_SHAPES = {
 """Shapes of hub models that can be compiled for without their files."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A machine without a network should say so soon, and a slow one should still get its answer.
 HUB_TIMEOUT_SECONDS = 10
 
 
@@ -91,11 +92,18 @@ def resolve_model(name_or_path: str | Path) -> ModelLocation:
 
     Tried in this order: a known name, a `.gguf` file, a directory, a hub id `org/name`.
 
+    Args:
+        name_or_path: one of `known_models()`, a path, or a hub id.
+
+    Returns:
+        Where the model is. A hub model may still have to be downloaded.
+
     Raises:
         FileNotFoundError: no such file, or the package that holds the model is not installed.
         ValueError: an unknown name, or a file or directory that holds no supported model.
     """
     name = str(name_or_path)
+    # Known names come before files, so that a configuration means the same model in every directory.
     if name in PACKAGED_MODELS:
         return ModelLocation(name, "gguf", str(_packaged_file(name)))
     if name in HUB_MODELS:
@@ -120,6 +128,9 @@ def resolve_model(name_or_path: str | Path) -> ModelLocation:
 def model_shape(name_or_path: str | Path) -> ModelConfig:
     """A model's configuration without its weights: from its files, or of a hub model in `HUB_SHAPES`.
 
+    Args:
+        name_or_path: whatever `resolve_model` finds.
+
     Raises:
         FileNotFoundError, ValueError: as `resolve_model`; also a hub model whose shape is not known here.
     """
@@ -140,8 +151,11 @@ def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Tran
     """A model and its tokenizer; hub models are downloaded once and kept in the hub's cache.
 
     Args:
-        name_or_path: as `resolve_model`.
+        name_or_path: whatever `resolve_model` finds.
         dtype: dtype of the parameters.
+
+    Returns:
+        The model with its weights, and a tokenizer that is known to fit it.
 
     Raises:
         ConnectionError: a hub model that is not in the cache cannot be downloaded.
@@ -151,6 +165,7 @@ def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Tran
     if source.kind == "gguf":
         file = open_gguf(source.location)
         tokenizer = gguf_tokenizer(file)
+        # A tokenizer that does not fit is found before the weights are read, which takes longer.
         check_tokenizer(config_from_gguf(file), tokenizer)
         return load_gguf(file, dtype), tokenizer
     directory = _download(source) if source.kind == "hub" else Path(source.location)
@@ -181,6 +196,8 @@ def _download(source: ModelLocation) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 source.location,
+                # These are the files that are read. Pickled weights and the `original` copies would double the
+                # download.
                 allow_patterns=["*.safetensors", "*.json", "*.jinja"],
                 ignore_patterns=["original/*"],
                 etag_timeout=HUB_TIMEOUT_SECONDS,

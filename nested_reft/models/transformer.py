@@ -102,6 +102,7 @@ class Transformer(nnx.Module):
     def parameters(self) -> Parameters:
         """The model's own parameters by name, adapters left out: the inverse of the constructor."""
         names = parameter_axes(self.config)
+        # Names with a slash belong to the stack of layers.
         own = {name: getattr(self, name)[...] for name in names if "/" not in name}
         stack = {name: getattr(self.layers, name.removeprefix("layers/"))[...] for name in names if "/" in name}
         return own | stack
@@ -124,7 +125,14 @@ class Transformer(nnx.Module):
         return self.logits(hidden_BTD)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Float32 logits of final hidden states."""
+        """Float32 logits of final hidden states.
+
+        Args:
+            hidden: what `decode`, `extend` or `completion_hidden` returned, after the final norm.
+
+        Returns:
+            Logits at temperature 1.
+        """
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
         head_VD = as_operand(head[...])
         logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
@@ -139,13 +147,27 @@ class Transformer(nnx.Module):
     ) -> PromptCache:
         """Runs prompts once and keeps what their completions need; see `PromptCache`.
 
-        The first `shared_prefix` tokens, which all prompts must have in common, run once for all of them.
+        Args:
+            prompt_BP: token ids; padded on the right where a prefix is shared, else on either side.
+            valid_BP: True at prompt tokens.
+            plan: layers to run; None is the full model.
+            shared_prefix: leading tokens that all prompts have in common; they run once for all of them.
+
+        Returns:
+            Keys and values in `cache_dtype`, and the hidden state that predicts the first completion token.
         """
         hidden_BPD, layers = self._run_prompt(prompt_BP, valid_BP, plan, self.cache_dtype, shared_prefix)
         return PromptCache(layers, valid_BP, _last_valid(hidden_BPD, valid_BP))
 
     def empty_cache(self, batch: int, group: int, size: int, plan: LayerPlan | None) -> KeyValues:
-        """Zeroed completion caches `[S, B, G, J, size, K]` for `decode`."""
+        """Zeroed completion caches `[S, B, G, J, size, K]` for `decode`.
+
+        Args:
+            batch: B prompts.
+            group: G completions per prompt.
+            size: completion tokens that the caches have room for.
+            plan: layers that get a cache; None is all of them.
+        """
         num_kept = self.config.num_layers if plan is None else plan.num_kept
         shape = (num_kept, batch, group, self.config.num_kv_heads, size, self.config.head_size)
         zeros = jnp.zeros(shape, self.cache_dtype)
@@ -158,22 +180,32 @@ class Transformer(nnx.Module):
         cache: KeyValues,
         prompt: PromptCache,
         plan: LayerPlan,
+        start_BG: Int[Array, "B G"] | None = None,
     ) -> tuple[Float[Array, "B G D"], KeyValues]:
-        """Feeds completion token number `step` of every row and returns what predicts the next.
+        """Feeds one completion token of every row and returns what predicts the next.
 
         Args:
-            token_BG: the tokens, at completion position `step`.
-            step: 0 for the first completion token; the same for all rows.
+            token_BG: the tokens, which go into slot `step` of the caches.
+            step: 0 for the first slot; the same for all rows.
             cache: caches of `empty_cache`, filled up to `step`.
             prompt: the prompts' caches under the same plan.
             plan: layers to run.
+            start_BG: the slot of each row's first completion token; None means slot 0 for all. Rows
+                whose forced prefixes differ in length start at different slots, so that all of them
+                end at the same one and one `step` serves the batch.
 
         Returns:
             Final hidden states and the caches with this token added.
         """
         config = self.config
-        rotation = rope(config, prompt.length_B[:, None, None] + step)
-        earlier_mask = jnp.arange(cache.key.shape[-2]) < step
+        position = step if start_BG is None else (step - start_BG)[..., None]
+        rotation = rope(config, prompt.length_B[:, None, None] + position)
+        slot_T = jnp.arange(cache.key.shape[-2])
+        # Caches have room for more tokens than they hold: slots from `step` on are not written yet.
+        earlier_mask = slot_T < step
+        if start_BG is not None:
+            earlier_mask = (earlier_mask & (slot_T >= start_BG[..., None]))[..., None, :]
+        # The new token always sees itself: a single True broadcasts to its segment.
         here = jnp.ones((), bool)
         shared_mask = prompt.valid_BP[:, None, None]
 
@@ -182,18 +214,59 @@ class Transformer(nnx.Module):
             query, new = project_qkv(config, layer, x, rotation)
             mlp = self._layer(_known_after(new.value, index))  # the same layer, read when attention begins
             shared, earlier = _entry((prompt.layers, cache), slot)
+            # The token reads its own key and value as rounded as later tokens will read them from the cache.
             new = jax.tree.map(lambda row, whole: stored_as(row, whole.dtype), new, earlier)
             attended = attend(query, (earlier, earlier_mask), (new, here), (shared, shared_mask))
             return add_mlp(config, mlp, x + linear(layer, "output", attended)), new
 
+        # Caches are counted by place in the plan, parameters by layer.
         slots = jnp.arange(plan.num_kept)
         # The layers only read the caches and one write adds all layers' rows: a TPU's compiler would move caches
         # that every layer writes to on-chip memory, and back out whole.
         x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (slots, plan.kept_S), plan)
+        # The scan stacked the new rows along S; the token axis of the caches is the fifth.
         cache = jax.tree.map(
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
         return self._final_norm(x[:, :, 0]), cache
+
+    def prefill_completions(
+        self,
+        tokens_BGF: Int[Array, "B G F"],
+        start_BG: Int[Array, "B G"],
+        prompt: PromptCache,
+        plan: LayerPlan,
+    ) -> tuple[Float[Array, "B G D"], KeyValues]:
+        """Runs the first tokens of completions, which are given, in one pass.
+
+        Args:
+            tokens_BGF: left-padded: row `b, g` holds its tokens from slot `start_BG` to F - 1.
+            start_BG: the slot of each row's first token, 0 to F; F means that it has none.
+            prompt: the prompts' caches under the same plan.
+            plan: layers to run.
+
+        Returns:
+            The final hidden states that predict the token at slot F, that is, the prompt's own where a
+            row has no tokens; and caches `[S, B, G, J, F, K]`, to be enlarged for `decode`.
+        """
+        config, size = self.config, tokens_BGF.shape[-1]
+        slot_F = jnp.arange(size)
+        rotation = rope(config, prompt.length_B[:, None, None] + slot_F - start_BG[..., None])
+        # A query sees the slots up to its own. Those before `start` hold padding; at least one slot stays
+        # visible in padded queries' rows, since the prompt's keys are always there.
+        own_mask = (slot_F <= slot_F[:, None]) & (slot_F >= start_BG[..., None, None])
+        shared_mask = prompt.valid_BP[:, None, None]
+
+        def layer_step(x, layer, slot):
+            query, own = project_qkv(config, layer, x, rotation)
+            shared = _entry(prompt.layers, slot)
+            attended = attend(query, (own, own_mask), (shared, shared_mask))
+            kept = jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
+            return finish_layer(config, layer, x, attended), kept
+
+        x, cache = self._scan_layers(layer_step, self._embed(tokens_BGF), jnp.arange(plan.num_kept), plan)
+        has_own_BG1 = (start_BG < size)[..., None]
+        return jnp.where(has_own_BG1, self._final_norm(x[:, :, -1]), prompt.last_hidden_BD[:, None]), cache
 
     def extend(
         self,
@@ -222,14 +295,18 @@ class Transformer(nnx.Module):
         config, length = self.config, tokens_BGT.shape[-1]
         position_BGT = offset_BG[..., None] + jnp.arange(length)
         rotation = rope(config, prompt.length_B[:, None, None] + position_BGT)
+        # A query sees every slot up to its own position: what was there before, and the new tokens that come earlier.
         own_mask = jnp.arange(cache.key.shape[-2]) <= position_BGT[..., None]
         shared_mask = prompt.valid_BP[:, None, None]
+        # The two vmaps run over B and G, because each row writes at an offset of its own. A write that does not fit
+        # would be moved without a word, hence the bound on `offset_BG`.
         write_rows = jax.vmap(jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))))
 
         def layer_step(carry, layer, slot):
             x, cache = carry
             query, new = project_qkv(config, layer, x, rotation)
             shared, own = _entry((prompt.layers, cache), slot)
+            # New keys are written before attention, so that the new tokens see one another through the cache.
             own = jax.tree.map(
                 lambda rows, values: write_rows(rows, stored_as(values, rows.dtype), offset_BG), own, new
             )
@@ -263,17 +340,23 @@ class Transformer(nnx.Module):
             plan: layers to run; None is the full model.
             remat: recompute each layer in the backward pass instead of storing its activations.
             shared_prefix: leading tokens that all prompts have in common; they run once for all of them.
+
+        Returns:
+            Final hidden states after the norm; `logits` turns them into logits.
         """
         config = self.config
+        # The last token predicts nothing, so it is not run.
         completion_size = tokens_BGC.shape[-1] - 1
         length_B = valid_BP.sum(axis=-1)
         prompts = PromptPass(config, valid_BP, shared_prefix)
+        # A completion goes on where its own prompt ends; the padding between takes no position.
         rotation = rope(config, length_B[:, None, None] + jnp.arange(completion_size))
         own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
         shared_mask = valid_BP[:, None, None]
 
         def layer_step(carry, layer, _):
             streams, completion = carry
+            # Prompt and completions pass a layer together, so its prompt keys need not be kept for later.
             streams, shared = prompts.layer(layer, streams)
             query, own = project_qkv(config, layer, completion, rotation)
             attended = attend(query, (own, own_mask), (shared, shared_mask))
@@ -281,6 +364,7 @@ class Transformer(nnx.Module):
 
         carry = (prompts.split(self._embed(prompt_BP[:, None])), self._embed(tokens_BGC[:, :, :-1]))
         (streams, completion), _ = self._scan_layers(layer_step, carry, None, plan, remat)
+        # The first completion token is predicted at the prompt's last token, the others by the completion itself.
         first_BD = _last_valid(self._final_norm(prompts.join(streams)), valid_BP)
         first = jnp.broadcast_to(first_BD[:, None, None], (*completion.shape[:2], 1, config.width))
         return jnp.concatenate([first, self._final_norm(completion)], axis=2)
@@ -314,6 +398,7 @@ class Transformer(nnx.Module):
 
             def body(carry, xs):
                 layer, layer_inputs = xs
+                # The LoRA scale is one number for all layers, so it is not part of what the scan slices.
                 return layer_step(carry, layer | {"lora_scale": self.lora_scale}, layer_inputs)
 
             xs = (self._stack(), inputs)
@@ -334,6 +419,7 @@ class Transformer(nnx.Module):
         return _entry(self._stack(), index) | {"lora_scale": self.lora_scale}
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        # Rows are taken first and widened then, so the whole table is never widened.
         rows = as_operand(self.embedding[...][tokens]).astype(jnp.float32)
         return rows if self.embedding_scale is None else rows * self.embedding_scale[...][tokens][..., None]
 
@@ -363,5 +449,6 @@ def _known_after(value: Float[Array, "..."], index: Int[Array, ""]) -> Int[Array
 
 def _last_valid(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B D"]:
     """Each row's entry at its last valid position."""
+    # A count of valid tokens would not do: padding may stand on the left.
     last_B = jnp.max(jnp.where(valid_BT, jnp.arange(valid_BT.shape[-1]), 0), axis=-1)
     return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

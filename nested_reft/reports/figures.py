@@ -35,6 +35,12 @@ PANELS = {
 def read_metrics(run: Path) -> list[Line]:
     """The lines of a run's `metrics.jsonl`; a last line cut short by a killed run is left out.
 
+    Args:
+        run: directory of the run.
+
+    Returns:
+        One dictionary per line, in the order of the file.
+
     Raises:
         ValueError: there is no such file, it has no complete step, or a line is not JSON.
     """
@@ -42,16 +48,19 @@ def read_metrics(run: Path) -> list[Line]:
     if not path.is_file():
         raise ValueError(f"'{run}' is not a run directory: it has no metrics.jsonl")
     lines: list[Line] = []
+    # The line ends are kept, because a line without one was cut short.
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         try:
             line = json.loads(text)
         except ValueError as error:
+            # Only the last line can lack its end, so stopping here loses nothing else.
             if not text.endswith("\n"):
                 break
             raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise ValueError(f"line {number} of '{path}' has no step")
         lines.append(line)
+    # Step 0 is the evaluation before training.
     if not any(line["step"] > 0 for line in lines):
         raise ValueError(f"'{path}' has no complete step yet")
     return lines
@@ -59,6 +68,9 @@ def read_metrics(run: Path) -> list[Line]:
 
 def write_report(run: Path) -> dict[str, Any]:
     """Writes figures and `report.md` into `run/report`.
+
+    Args:
+        run: directory of the run; `run/report` is made in it.
 
     Returns:
         The figures of the tables, as JSON-able values: `directory`, `steps`, `metrics` (first, last
@@ -68,6 +80,7 @@ def write_report(run: Path) -> dict[str, Any]:
         ImportError: matplotlib is not installed; names the extra.
         ValueError: the run has nothing to report; see `read_metrics`.
     """
+    # A missing matplotlib is reported before the metrics are read.
     plots = pyplot()
     lines = read_metrics(run)
     directory = run / "report"
@@ -77,21 +90,32 @@ def write_report(run: Path) -> dict[str, Any]:
         figure = plots.figure(figsize=(8, 4), layout="constrained")
         draw(plots, figure)
         figure.savefig(directory / f"{name}.png", dpi=120)
+        # pyplot keeps every figure that is not closed.
         plots.close(figure)
     result = summarize(lines) | {"directory": str(directory)}
     images = "".join(f"\n![{name}]({name}.png)\n" for name in drawings)
+    # Tables stand in a code block: words of the metrics are then shown as they are, and columns line up.
     text = f"# {_one_line(run.name)}\n\n```\n{report_text(result, lines)}\n```\n{images}"
     (directory / "report.md").write_text(text, encoding="utf-8")
     return result
 
 
 def summarize(lines: Sequence[Line]) -> dict[str, Any]:
-    """First, last and mean value of the main metrics, and the last of each source's."""
+    """First, last and mean value of the main metrics, and the last of each source's.
+
+    Args:
+        lines: what `read_metrics` returned.
+
+    Returns:
+        `steps`, `metrics` and `curriculum`, as `write_report` returns them.
+    """
     shown = [metric for _, _, metrics in FIGURES.values() for metric in metrics]
+    # A metric that was never logged as a finite number has no values, and is left out below.
     found = {name: series(lines, name)[1] for name in (*shown, *_heldout(lines))}
     last: dict[str, dict[str, float | None]] = {}
     for name in curriculum_sources(lines):
         values = {column: series(lines, f"{CURRICULUM}{name}/{column}")[1] for column in PANELS}
+        # A source that was never drawn has no reward, and its cell stays empty.
         last[name] = {column: value[-1] if value else None for column, value in values.items()}
     return {
         "steps": max(line["step"] for line in lines),
@@ -105,7 +129,13 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int | None = 5) -> str:
-    """The tables of `summarize`, and the curriculum's words of the last steps (None: of all)."""
+    """The tables of `summarize`, and the curriculum's words of the last steps (None: of all).
+
+    Args:
+        result: what `summarize` returned.
+        lines: what `read_metrics` returned.
+        audit_lines: how many of the latest steps' words are shown; None shows all.
+    """
     rows = [
         [_one_line(name), *(f"{value:.3f}" for value in values.values())] for name, values in result["metrics"].items()
     ]
@@ -114,6 +144,7 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
         rows = [
             [
                 _one_line(name),
+                # Counts are whole numbers, and three zeros behind them would only be in the way.
                 *("-" if value is None else f"{value:.3f}".removesuffix(".000") for value in values.values()),
             ]
             for name, values in result["curriculum"].items()
@@ -135,6 +166,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise ImportError("figures need the package matplotlib; run: pip install 'nested_reft[report]'") from error
+    # The backend has to be chosen before pyplot is imported.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -142,25 +174,46 @@ def pyplot() -> Any:
 
 
 def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it was logged as a finite number."""
+    """Steps and values of one metric, where it was logged as a finite number.
+
+    Args:
+        lines: what `read_metrics` returned.
+        name: the metric's key in each line.
+
+    Returns:
+        Two lists of the same length.
+    """
     points = [
         (line["step"], float(line[name]))
         for line in lines
+        # A step without the metric, or with NaN, leaves a gap instead of a point.
         if isinstance(line.get(name), int | float) and math.isfinite(line[name])
     ]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def curriculum_sources(lines: Sequence[Line]) -> list[str]:
-    """Names of the training sources, in their order."""
+    """Names of the training sources, in their order.
+
+    Args:
+        lines: what `read_metrics` returned.
+    """
     names = (key for line in lines for key in line if key.startswith(CURRICULUM) and key.endswith("/probability"))
+    # A dictionary drops what repeats and keeps the order of the sources.
     return [name.removeprefix(CURRICULUM).removesuffix("/probability") for name in dict.fromkeys(names)]
 
 
 def draw_curriculum(plots: Any, figure: Any, lines: Sequence[Line]) -> None:
-    """Per source over time: probability, mean |advantage|, bonus, reward and responses so far."""
+    """Per source over time: probability, mean |advantage|, bonus, reward and responses so far.
+
+    Args:
+        plots: the module that `pyplot` returned.
+        figure: an empty figure, which is resized.
+        lines: what `read_metrics` returned.
+    """
     names = curriculum_sources(lines)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
+    # A single source has no range of colours to divide.
     colours = plots.get_cmap("viridis")([i / max(len(names) - 1, 1) for i in range(len(names))])
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         for name, colour in zip(names, colours, strict=True):
@@ -170,11 +223,19 @@ def draw_curriculum(plots: Any, figure: Any, lines: Sequence[Line]) -> None:
     axes[-1].set_xlabel("step")
     axes[0].legend(fontsize="small", ncols=2)
     axes[0].set_title("Curriculum: why each source was drawn, and what came of it")
+    # Five panels in the height of one figure could not be read.
     figure.set_size_inches(8, 2.2 * len(PANELS))
 
 
 def audit(lines: Sequence[Line]) -> list[str]:
-    """The curriculum's words of each step: which source rose or fell, and why."""
+    """The curriculum's words of each step: which source rose or fell, and why.
+
+    Args:
+        lines: what `read_metrics` returned.
+
+    Returns:
+        One line of text per step that logged such words.
+    """
     return [
         f"step {line['step']}: {_one_line(line['curriculum_audit'])}" for line in lines if "curriculum_audit" in line
     ]
@@ -191,6 +252,7 @@ def _drawings(lines: Sequence[Line]) -> dict[str, Callable[[Any, Any], None]]:
     if heldout:
         drawings["heldout"] = _plain(lines, "Held-out greedy accuracy", "share right", heldout)
     if any(line.get("skipped_layers") for line in lines):
+        # A figure of the full model would be empty, so it is drawn only where a step skipped layers.
         drawings["skipped_layers"] = lambda _, figure: _draw_skipped(figure, lines)
     if curriculum_sources(lines):
         drawings["curriculum"] = lambda plots, figure: draw_curriculum(plots, figure, lines)
@@ -205,6 +267,7 @@ def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str])
     def draw(_: Any, figure: Any) -> None:
         axis = figure.subplots()
         for metric in metrics:
+            # Evaluations may be many steps apart, so their points are marked.
             axis.plot(
                 *series(lines, metric), marker="." if metric.startswith("heldout/") else None, label=_label(metric)
             )
@@ -228,4 +291,5 @@ def _label(name: str) -> str:
 
 
 def _one_line(text: str) -> str:
+    # Names and words come from data, and a backtick could end the code block of the report.
     return printable(str(text)).replace("`", "'")

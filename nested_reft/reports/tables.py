@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain text table: the first column to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """A plain text table: the first columns to the left, the others to the right.
+
+    Args:
+        header: one title per column.
+        rows: each with as many cells as the header; `str` turns them into text.
+        left: how many columns are words and stand to the left.
+
+    Returns:
+        Lines without a final line end.
+    """
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    # The header counts as a row, so that its words fit their columns.
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         return "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
 
@@ -21,17 +31,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def printable(text: str) -> str:
-    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes."""
+    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes.
+
+    Args:
+        text: untrusted.
+    """
+    # A terminal would obey escape sequences in what a model wrote.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def share(value: float | None) -> str:
-    """A share with three decimals, or a dash where there is none."""
+    """A share with three decimals, or a dash where there is none.
+
+    Args:
+        value: from 0 to 1, or None.
+    """
     return "-" if value is None else f"{value:.3f}"
 
 
 def evaluation_table(before: dict[str, Any], after: dict[str, Any] | None = None) -> str:
-    """Held-out accuracy by source, before and after training where both are given."""
+    """Held-out accuracy by source, before and after training where both are given.
+
+    Args:
+        before: source -> accuracies, number of prompts and k of pass@k.
+        after: the same after training; None shows `before` alone.
+    """
+    # An evaluation alone has one column of values.
     columns = [result for result in (before, after) if result is not None]
     rows = []
     for source, first in before.items():
@@ -41,6 +66,7 @@ def evaluation_table(before: dict[str, Any], after: dict[str, Any] | None = None
             ("sampled_accuracy", "sampled accuracy"),
             ("pass_at_k", f"pass@{k}"),
         ):
+            # Without samples there is only the greedy accuracy.
             if first[name] is not None:
                 rows.append(
                     [f"{source} ({first['prompts']} prompts): {label}", *(share(c[source][name]) for c in columns)]
@@ -49,7 +75,11 @@ def evaluation_table(before: dict[str, Any], after: dict[str, Any] | None = None
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The table that ends a training run."""
+    """The table that ends a training run.
+
+    Args:
+        summary: the contents of a run's `summary.json`.
+    """
     skipped = summary["layers"] - summary["kept_layers"]
     facts = [
         ["full model, generated tokens/second", f"{summary['full_tokens_per_second']:.0f}"],
@@ -68,9 +98,14 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def estimator_table(results: Sequence[dict[str, Any]]) -> str:
-    """The enumeration's results, one table per scenario; see `enumeration.EstimatorReport`."""
+    """The enumeration's results, one table per scenario; see `enumeration.EstimatorReport`.
+
+    Args:
+        results: dictionaries of `EstimatorReport.to_json`, in the order to show.
+    """
     header = ["estimator", "unbiased?", "relative bias", "direction bias", "scale", "variance", "ESS"]
     tables = []
+    # A dictionary drops what repeats and keeps the order of the scenarios.
     for scenario in dict.fromkeys(result["scenario"] for result in results):
         rows = [
             [
@@ -97,9 +132,14 @@ def cost_table(costs: list[dict[str, Any]], unit: str = "chip") -> str:
     """What compiled programs cost per `unit`, and how far the bytes they move are from the floor.
 
     `accessed` is XLA's figure, which includes on-chip memory; `HBM` is what crosses main memory.
+
+    Args:
+        costs: dictionaries of `Cost.to_json`.
+        unit: what one device is called, as `device_unit` says.
     """
 
     def against(floor: float | None, moved: int | float) -> str:
+        # The factor says how much could be saved; where there is no floor, only the bytes are shown.
         return f"{moved / 1e9:.3f}" + ("" if floor is None else f" ({moved / floor:.2f}x)")
 
     rows = []

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+# No answer needs more digits, and the arithmetic of huge numbers would take its time.
 MAX_ANSWER_CHARS = 64
 
 # Each part is anchored and no two repeated parts can match the same text, so matching is linear.
 # [0-9] rather than \d: other scripts' digits are refused.
 _NUMBER = re.compile(r"([+-]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\.?")
 _ANNOUNCED = re.compile(r"(?:[=:]|\b(?:is|equals)\b)\s{0,4}" + _NUMBER.pattern)
+# Models that were trained on mathematics put answers into one of these.
 _WRAPPERS = ((r"\boxed{", "}"), ("<answer>", "</answer>"))
 
 
@@ -27,6 +29,9 @@ def parse_number(text: str) -> str | None:
     with an optional sign, optional thousands commas (all of them, in the right places) and an
     optional full stop at its end; bare, or wrapped once as `\boxed{7}` or `<answer>7</answer>`.
     At most `MAX_ANSWER_CHARS` characters, wrapper included.
+
+    Args:
+        text: a completion, a part of one, or a gold answer; untrusted.
 
     Returns:
         The number without commas, wrapper and final full stop (`"1,000."` gives `"1000"`), or None
@@ -48,12 +53,16 @@ def parse_answer(text: str) -> str | None:
 
     Only the end counts and it holds one number, so naming many earns nothing.
 
+    Args:
+        text: a completion without its stop token; untrusted.
+
     Returns:
         The number as `parse_number` gives it, or None.
     """
     number = parse_number(text)
     if number is not None:
         return number
+    # The work is bounded, however long the completion is.
     tail = text.strip()[-MAX_ANSWER_CHARS:]
     # The last announcement that could be the end: of `3 = 4 = 7`, the 7.
     start = max(tail.rfind("="), tail.rfind(":"), tail.rfind("is"), tail.rfind("equals"))
@@ -86,6 +95,7 @@ def exact_answer(text: str, answer: str, finished: bool) -> dict[str, float]:
         return {"accuracy": 0.0, "format": 0.0}
     number = parse_answer(text)
     return {
+        # Fractions compare decimals exactly; as floats, two long numbers that differ could be equal.
         "accuracy": float(number is not None and Fraction(number) == Fraction(gold)),
         "format": float(parse_number(text) is not None),
     }

@@ -27,4 +27,5 @@ def overlong_punishment(
         The punishment of each completion, -1 to 0, in float32.
     """
     over_BG = length_BG - (max_tokens - cache_tokens)
+    # The clip makes the three cases one expression: below 0 is no punishment, above 1 the whole.
     return -np.clip(over_BG / cache_tokens, 0, 1).astype(np.float32)

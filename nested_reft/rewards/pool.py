@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# A first import of SymPy or of a user's own packages may be slow on a busy machine.
 START_LIMIT_SECONDS = 120.0
 
 Failure = Literal["timed_out", "crashed", "failed"]
@@ -57,14 +58,17 @@ class WorkerPool:
         self._setup = {
             "path": [os.path.abspath(path) for path in sys.path],
             "memory_bytes": int(memory_gib * 2**30),
+            # This is longer than any limit of the pool, so it acts only when the pool is gone.
             "last_resort_seconds": 2 * max(time_limit_seconds, START_LIMIT_SECONDS),
             "function": function,
         }
+        # The threads only wait on pipes, so the interpreter's lock does not slow them.
         self._threads = ThreadPoolExecutor(workers)
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._alive: set[_Worker] = set()
         for _ in range(workers):
             self._idle.put(None)  # a place whose worker is yet to be started
+        # The callback holds the set and not the pool, which could otherwise never be collected.
         weakref.finalize(self, _kill_all, self._alive)  # also at exit
 
     def run(self, requests: Sequence[dict[str, Any]]) -> list[Outcome]:
@@ -73,11 +77,18 @@ class WorkerPool:
         Args:
             requests: `kind` says what is asked (`worker.py` reads them). What JSON lacks, such as
                 fractions and dates, arrives as text.
+
+        Returns:
+            One outcome per request, in the order of the requests.
         """
         return list(self._threads.map(self._run_one, requests))
 
     def check(self, kind: str) -> str | None:
-        """Starts a worker and gets it ready for a kind of request; what went wrong, or None."""
+        """Starts a worker and gets it ready for a kind of request; what went wrong, or None.
+
+        Args:
+            kind: `math`, `task` or `function`.
+        """
         worker = self._idle.get()
         try:
             worker = worker or self._start()
@@ -98,6 +109,7 @@ class WorkerPool:
                 self._keep(worker)
                 worker = None
             worker = worker or self._start()
+            # Imports come before the clock of the completion starts.
             outcome = worker.prepare(request["kind"])
             return outcome if outcome.failure else worker.ask(request, self._time_limit_seconds)
         finally:
@@ -113,6 +125,7 @@ class WorkerPool:
         if worker is None or worker.usable:
             return worker
         worker.kill()
+        # Pipes close only here, in the thread that uses them; `kill` may run in another.
         worker.close_pipes()
         self._alive.discard(worker)
         return None
@@ -131,7 +144,9 @@ class _Worker:
             [sys.executable, "-m", "nested_reft.rewards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # A pipe that nobody reads would fill up and block the worker.
             stderr=subprocess.DEVNULL,
+            # The worker imports this package from where its parent did, installed or not.
             env=os.environ | {"PYTHONPATH": os.pathsep.join(setup["path"])},
             start_new_session=True,
         )
@@ -163,6 +178,7 @@ class _Worker:
         timer.start()
         line = b""
         try:
+            # The setup goes out with the first request, and so falls under its time limit.
             if self._first_line is not None:
                 self.process.stdin.write(json.dumps(self._first_line).encode() + b"\n")
                 self._first_line = None
@@ -177,6 +193,7 @@ class _Worker:
         if late.is_set():
             self.usable = False
             return Outcome(None, "timed_out", f"no score within {limit_seconds:g} seconds")
+        # A process that dies while it writes leaves a line without its end.
         if not line.endswith(b"\n"):
             self.usable = False
             return Outcome(None, "crashed", f"the worker ended with exit code {self.process.wait()}")

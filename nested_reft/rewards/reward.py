@@ -46,6 +46,8 @@ class RewardConfig:
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
             tokens before `rollout.max_completion_tokens`; 0 for none.
         overlong_weight: of the punishment in the reward; 0 or more.
+        overlong_filter: leave cut-off completions out of the loss (DAPO's overlong filtering). Their rewards
+            still count for their groups.
         workers: processes that check what must not run in this one.
         time_limit_seconds: for one completion in a worker. What is cut off is counted as unscored.
         memory_gib: address space that a worker may use; 0 for no limit.
@@ -57,6 +59,7 @@ class RewardConfig:
     function_weight: float = 1.0
     overlong_cache_tokens: int = 0
     overlong_weight: float = 1.0
+    overlong_filter: bool = False
     workers: int = 2
     time_limit_seconds: float = 5.0
     memory_gib: float = 4.0
@@ -125,8 +128,10 @@ def score(
             f" of shape {finished_BG.shape}; all must agree"
         )
     checkers = [checker or config.checker for checker in prompts.checkers or [None] * num_prompts]
+    # The names depend on the configuration alone, so that batches of different prompts can be joined.
     names = ["accuracy", "format", *(["function"] if config.function else [])]
     parts = {name: np.zeros(finished_BG.shape, np.float32) for name in names}
+    # Requests are gathered first and run together, so that all workers are busy.
     requests: dict[tuple[str, int, int], dict[str, Any]] = {}
     for b, g in itertools.product(range(num_prompts), range(group_size)):
         text, finished = texts_BG[b][g], bool(finished_BG[b, g])
@@ -140,38 +145,54 @@ def score(
             requests["function", b, g] = _function_request(text, prompts, b, finished)
     outcomes = _run(requests, config)
     for (name, b, g), outcome in outcomes.items():
+        # A request that failed has the value None; `scored_BG` tells it from a real 0.
         parts[name][b, g] = outcome.value or 0.0
     if config.overlong_cache_tokens:
         if length_BG is None or max_completion_tokens is None:
             raise ValueError("reward.overlong_cache_tokens is set; score needs length_BG and max_completion_tokens")
         parts["overlong"] = overlong_punishment(length_BG, max_completion_tokens, config.overlong_cache_tokens)
 
+    # The reshape keeps two axes for a batch without prompts.
     by_function_B1 = np.array([[checker == "function"] for checker in checkers]).reshape(num_prompts, 1)
     if config.function:
+        # A completion that was cut off is not right, whatever the function says.
         right_BG = (parts["function"] >= 1) & finished_BG
         parts["accuracy"] = np.where(by_function_B1, right_BG, parts["accuracy"]).astype(np.float32)
     failures = _failures(outcomes, finished_BG.shape)
+    # One failed part leaves the whole completion unscored: a reward without it would not be comparable.
     scored_BG = ~np.any(list(failures.values()), axis=0)
     parts = {name: np.where(scored_BG, part_BG, np.float32(0)) for name, part_BG in parts.items()}
     weights = {
+        # Where the function decides on accuracy, it would otherwise count twice.
         "accuracy": np.where(by_function_B1, 0, 1),
         "format": config.format_weight,
         "function": config.function_weight,
         "overlong": config.overlong_weight,
     }
     reward_BG = sum((weights[name] * part_BG for name, part_BG in parts.items()), np.zeros(finished_BG.shape))
+    # Indicators of failure join after the sum, because they have no weight.
     parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
+    # A copy, so that a change of one array does not change the other.
     return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
 
 
 def component_metrics(
     parts: dict[str, Float[np.ndarray, "B G"]], scored_BG: Bool[np.ndarray, "B G"]
 ) -> dict[str, float]:
-    """What to log of a batch's parts: means of the components over the scored completions, and counts of failures."""
+    """What to log of a batch's parts: means of the components over the scored completions, and counts of failures.
+
+    Args:
+        parts: the components and failures that `score` returned.
+        scored_BG: False where a completion has no reward.
+
+    Returns:
+        `reward/COMPONENT` means, absent where nothing was scored, and `unscored/FAILURE` counts.
+    """
     metrics = {}
     for name, part_BG in parts.items():
         if name in FAILURES:
             metrics[f"unscored/{name}"] = float(part_BG.sum())
+        # A mean over no completion is left out: it would be NaN.
         elif scored_BG.any():
             metrics[f"reward/{name}"] = float(part_BG[scored_BG].mean())
     return metrics
@@ -184,11 +205,16 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
     scored as right. Some reasoning-gym tasks have none, since many answers are right; their verifiers
     are taken at their word.
 
+    Args:
+        examples: the examples of all sources, for training and held out.
+        config: the checker and the function.
+
     Raises:
         ValueError: names the first such example's source, question and answer; or the function.
         ImportError: an optional package is not installed.
     """
     examples = list(examples)
+    # All kinds are made ready before the first example, so that a missing package is the first message.
     kinds = {example.checker or config.checker for example in examples} | ({"function"} if config.function else set())
     if "function" in kinds:
         if config.function is None:
@@ -206,6 +232,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
             )
     requests = {("accuracy", i, 0): r for i, e in enumerate(examples) if (r := _gold_request(e, config)) is not None}
     for (_, index, _), outcome in _run(requests, config).items():
+        # The gold answer is checked against itself: a checker that refuses it would refuse every completion.
         if outcome.value != 1.0:
             raise ValueError(_unreadable(examples[index], config, outcome.message or "it is not scored as right"))
 
@@ -221,6 +248,7 @@ def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | No
         raise ValueError(f"source '{example.source}' has the checker 'task', which is for reasoning-gym tasks only")
     if checker in ("task", "function") or config.function:
         try:
+            # Metadata cross a pipe as JSON, so what cannot is found before training.
             json.dumps(example.metadata, default=str)
         except (TypeError, ValueError) as error:
             raise ValueError(f"source '{example.source}' has metadata that JSON cannot keep ({error})") from None
@@ -251,6 +279,7 @@ def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finis
     if checker == "exact":
         cell = exact_answer(text, answer, finished)
         return _Check(cell["accuracy"], cell["format"])
+    # What was cut off is not right, and no worker need look at it.
     if checker == "function" or not finished:
         return _Check()
     marked = marked_answer(text)
@@ -258,6 +287,7 @@ def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finis
     if checker == "task":
         # Verifiers know their own answers, so an unmarked completion is handed to them as it is.
         given = text.strip() if marked is None else marked
+        # A gold answer in another script makes its digits legitimate.
         if len(given) > MAX_TASK_CHARS or (has_foreign_digits(given) and not has_foreign_digits(answer)):
             return _Check(0.0, form)
         return _Check(format=form, request={"kind": "task", "text": given, "answer": answer, "metadata": metadata})

@@ -29,6 +29,7 @@ def main() -> None:
     """Serves until its input ends."""
     requests, replies = _private_streams()
     setup = json.loads(requests.readline())
+    # The list is changed in place, because the import system keeps the list itself.
     sys.path[:] = setup["path"]
     if setup["memory_bytes"]:
         with contextlib.suppress(ValueError, OSError):  # where the system knows no such limit
@@ -45,6 +46,7 @@ def main() -> None:
 
 def _private_streams() -> tuple[BinaryIO, BinaryIO]:
     """The pipes to the pool; reward functions find nothing to read and print into nothing."""
+    # Copies of the pipes are kept, and then nothing takes the place of standard input and output.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "r+b") as nowhere:
         os.dup2(nowhere.fileno(), 0)
@@ -59,12 +61,14 @@ def _answer(request: dict[str, Any], setup: dict[str, Any]) -> dict[str, Any]:
             return {"value": 0.0}
         return {"value": _score(request, setup)}
     except Exception as error:  # whatever a verifier or a user's function raises
+        # A long message of a user's function should not fill the log.
         return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def _prepare(kind: str, setup: dict[str, Any]) -> None:
     """Imports what a kind of request needs, so that no completion's time goes into it."""
     if kind == "math":
+        # One comparison imports math-verify and SymPy, and warms their parsers.
         verify_math(r"\frac{1}{2}", "0.5")
     elif kind == "task":
         import reasoning_gym  # noqa: F401
@@ -78,6 +82,7 @@ def _score(request: dict[str, Any], setup: dict[str, Any]) -> float:
         return verify_math(text, request["answer"])
     if request["kind"] == "task":
         metadata = request["metadata"]
+        # Parameters travel as JSON text, because a cache needs keys that can be hashed.
         score = _task_scorer(metadata["source_dataset"], json.dumps(metadata["source_parameters"]))
         value = score(text, {"question": "", "answer": request["answer"], "metadata": metadata})
         return float(value >= 1.0)  # several give partial credit for garbage
@@ -91,12 +96,16 @@ def _score(request: dict[str, Any], setup: dict[str, Any]) -> float:
 def _task_scorer(task: str, parameters: str) -> Callable[..., float]:
     import reasoning_gym
 
+    # A verifier belongs to a dataset; one entry is enough to have it.
     return reasoning_gym.create_dataset(task, seed=0, size=1, **json.loads(parameters)).score_answer
 
 
 @functools.cache
 def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
     """The function of `package.module:function` or `path/file.py:function`.
+
+    Args:
+        name: the value of `reward.function`.
 
     Raises:
         TypeError: it is not a function of a text and an example.
@@ -113,6 +122,7 @@ def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
     found: Any = getattr(module, function)
     if not callable(found):
         raise TypeError(f"'{name}' is of type {type(found).__name__}, not a function")
+    # A function of other arguments fails now and not at the first completion.
     inspect.signature(found).bind("text", {})
     return cast("Callable[[str, dict[str, Any]], float]", found)
 

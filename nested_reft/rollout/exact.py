@@ -21,9 +21,7 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
-from nested_reft.types import Rollouts, valid_mask
-
-DRAFT_LENGTHS = (1, 2, 4, 8)  # the sizes that compile
+from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
 
 @struct.dataclass
@@ -78,6 +76,7 @@ def generate_exact(
     stop_ids: Int[Array, " stops"],
     key: jax.Array,
     policy_version: Int[Array, ""] | int = 0,
+    forced: ForcedPrefixes | None = None,
     *,
     group_size: int,
     max_completion_tokens: int,
@@ -137,13 +136,28 @@ def generate_exact(
         return ~jnp.all(state.done_BG)
 
     first_BG, first_logprob_BG = _first_token(key, prompt.last_hidden_BD, group_size, probability)
+    tokens_BGC = jnp.zeros((*rows, size), jnp.int32).at[:, :, 0].set(first_BG)
+    logprob_BGC = jnp.zeros((*rows, size), jnp.float32).at[:, :, 0].set(first_logprob_BG)
+    length_BG, finished_BG = jnp.ones(rows, jnp.int32), jnp.isin(first_BG, stop_ids)
+    forced_BG = jnp.zeros(rows, jnp.int32)
+    cache = model.empty_cache(*rows, size + draft_length, None)
+    if forced is not None:
+        # One pass fills the caches with all prefixes. Beyond a shorter one they hold padding, which is
+        # written over before anything attends to it: a round feeds its tokens in order.
+        forced_BG = forced.length_BG
+        _, cache = model.extend(forced.tokens_BGF, jnp.zeros_like(forced_BG), cache, prompt)
+        given_BGC = jnp.pad(forced.tokens_BGF, ((0, 0), (0, 0), (0, max(size, 1))))[..., :size]
+        is_given_BGC = jnp.arange(size) < forced_BG[..., None]
+        tokens_BGC = jnp.where(forced_BG[..., None] > 0, jnp.where(is_given_BGC, given_BGC, 0), tokens_BGC)
+        logprob_BGC = jnp.where(forced_BG[..., None] > 0, 0.0, logprob_BGC)
+        length_BG, finished_BG = jnp.maximum(forced_BG, 1), finished_BG & (forced_BG == 0)
     zero = jnp.zeros((), jnp.int32)
     state = _State(
-        tokens_BGC=jnp.zeros((*rows, size), jnp.int32).at[:, :, 0].set(first_BG),
-        logprob_BGC=jnp.zeros((*rows, size), jnp.float32).at[:, :, 0].set(first_logprob_BG),
-        length_BG=jnp.ones(rows, jnp.int32),
-        finished_BG=jnp.isin(first_BG, stop_ids),
-        cache=model.empty_cache(*rows, size + draft_length, None),
+        tokens_BGC=tokens_BGC,
+        logprob_BGC=logprob_BGC,
+        length_BG=length_BG,
+        finished_BG=finished_BG,
+        cache=cache,
         rounds=zero,
         tested=zero,
         accepted=zero,
@@ -155,11 +169,13 @@ def generate_exact(
         tokens_BGC=state.tokens_BGC,
         length_BG=state.length_BG,
         finished_BG=state.finished_BG,
-        forced_BG=jnp.zeros(rows, jnp.int32),
+        forced_BG=forced_BG,
+        counted_BG=jnp.ones(rows, bool),
         behavior_logprob_BGC=state.logprob_BGC,
-        plan=LayerPlan.full(model.config.num_layers),
         nested_BG=jnp.zeros(rows, bool),
-        policy_version=jnp.asarray(policy_version, jnp.int32),
+        full_share_B=jnp.ones(batch),
+        kept_mask_BL=jnp.broadcast_to(plan.to_mask(model.config.num_layers), (batch, model.config.num_layers)),
+        version_B=jnp.full(batch, policy_version, jnp.int32),
     )
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
 
@@ -229,29 +245,6 @@ def accept(
     tokens_BGT = jnp.where(jnp.arange(length + 1) == accepted_BG[..., None], next_BG[..., None], _pad_one(drafts_BGT))
     p_token_BGT = jnp.take_along_axis(p_BGTV, tokens_BGT[..., None], axis=-1)[..., 0]
     return tokens_BGT, jnp.log(jnp.maximum(p_token_BGT, 1e-38)), accepted_BG
-
-
-def next_draft_length(draft_length: int, acceptance: float, draft_cost: float) -> int:
-    """The draft length, of `DRAFT_LENGTHS`, that would have been fastest at this acceptance rate.
-
-    With acceptance a per token a round yields (1 - a^(k+1)) / (1 - a) tokens on average and costs k drafts and
-    one verification (Leviathan et al., equations 1 and 8); the best k maximises yield over cost. A change of at
-    most one size a call keeps a lucky batch from swinging it.
-
-    Args:
-        draft_length: k of the last batch.
-        acceptance: a, its share of accepted drafts among those tested.
-        draft_cost: seconds of a draft token over those of a verification; `train.generation` takes the share of
-            layers kept, which leaves the output head and the longer verification out.
-    """
-
-    def rate(k: int) -> float:
-        tokens = k + 1 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
-        return tokens / (k * draft_cost + 1)
-
-    now = DRAFT_LENGTHS.index(draft_length)
-    near = DRAFT_LENGTHS[max(now - 1, 0) : now + 2]
-    return max(near, key=rate)
 
 
 def _first_token(key, last_hidden_BD, group_size, probability):

@@ -39,6 +39,9 @@ def completion_logprobs(
         differentiable_entropy: let gradients through the entropy, at the cost of keeping a second
             array over the vocabulary for the backward pass; otherwise they stop there.
         shared_prefix: leading tokens that all prompts have in common.
+
+    Returns:
+        Log-probabilities, 0 or less, and entropies, 0 or more; neither is reduced.
     """
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
     hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC, plan, shared_prefix=shared_prefix)
@@ -52,8 +55,17 @@ def hidden_logprobs(
     temperature: float,
     differentiable_entropy: bool = False,
 ) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
-    """What `completion_logprobs` returns, of final hidden states."""
+    """What `completion_logprobs` returns, of final hidden states.
 
+    Args:
+        model: the policy, of which only the output head is used.
+        hidden_BGCD: states of `Transformer.completion_hidden`, under any plan.
+        tokens_BGC: the tokens that they predict.
+        temperature: that of the rollout.
+        differentiable_entropy: let gradients through the entropy; see `completion_logprobs`.
+    """
+
+    # Log-probability and entropy share the logits, which are the costly part.
     def block(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = tempered(model.logits(hidden), temperature)
         return token_logprob(logits, tokens), entropy(
@@ -64,7 +76,15 @@ def hidden_logprobs(
 
 
 def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, " *rows"]:
-    """`log Z - sum_v e^(x_v - max x) (x_v - max x) / Z` in nats: two sums over the vocabulary."""
+    """`log Z - sum_v e^(x_v - max x) (x_v - max x) / Z` in nats: two sums over the vocabulary.
+
+    Args:
+        logits: tempered, and finite.
+
+    Returns:
+        One value per row, from 0 to log V.
+    """
+    # The maximum cancels between the two terms, so it needs no gradient.
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1)
@@ -77,15 +97,27 @@ def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays:
     Logits of all tokens at once can be larger than everything else together (1,000 tokens of Qwen's
     vocabulary take 600 MB). Where they would exceed `LOGITS_AT_ONCE`, completion positions are worked
     off block by block, each block's logits computed again in the backward pass.
+
+    Args:
+        function: takes a block of each array; its results may be a tree.
+        vocab_size: V, which decides the size of a block.
+        arrays: with the same B, G and C.
+
+    Returns:
+        What `function` of the whole arrays would return.
     """
     batch, group, size = arrays[0].shape[:3]
+    # A single position is always taken, even where its logits exceed the limit.
     block_size = min(size, max(1, LOGITS_AT_ONCE // (batch * group * vocab_size)))
+    # Where all fits, nothing is cut, copied or computed twice.
     if block_size == size:
         return function(*arrays)
 
     def split(value: Array) -> Array:
+        # Positions are filled up to whole blocks, and what that adds is cut off at the end.
         padded = jnp.pad(value, [(0, 0), (0, 0), (0, -size % block_size)] + [(0, 0)] * (value.ndim - 3))
         return jnp.moveaxis(padded.reshape(batch, group, -1, block_size, *value.shape[3:]), 2, 0)
 
+    # The map works one block after the other, so only one block of logits exists at a time.
     results = jax.lax.map(lambda blocks: jax.checkpoint(function)(*blocks), tuple(split(value) for value in arrays))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, group, -1)[..., :size], results)

@@ -11,17 +11,20 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.types import Rollouts
+from nested_reft.types import ForcedPrefixes, Rollouts
+
+Sample = Callable[[LayerPlan, jax.Array, int, ForcedPrefixes | None], Rollouts]
 
 
 def mixture_rollouts(
-    rollout: Callable[[LayerPlan, jax.Array, int], Rollouts],
+    rollout: Sample,
     key: jax.Array,
     plan: LayerPlan,
     num_layers: int,
     num_prompts: int,
     group_size: int,
     alpha: float,
+    forced: ForcedPrefixes | None = None,
 ) -> Rollouts:
     """Draws every completion's component independently, then samples each component's share.
 
@@ -32,16 +35,17 @@ def mixture_rollouts(
     left over is dropped unseen.
 
     Args:
-        rollout: `(plan, key, completions per prompt) -> rollouts` of the same prompts.
+        rollout: `(plan, key, completions per prompt, their forced prefixes) -> rollouts` of the same prompts.
         key: PRNG key of the batch.
         plan: the nested policy.
         num_layers: L.
         num_prompts, group_size: B and G.
         alpha: probability of the full model, in (0, 1].
+        forced: first tokens of each completion, whichever component goes on from them.
 
     Returns:
         Rollouts whose `behavior_logprob_BGC` is that of the component that drew each completion,
-        and whose `plan` is the nested one.
+        and whose `kept_mask_BL` is the nested plan.
     """
     component_key, full_key, nested_key = jax.random.split(key, 3)
     from_full_BG = np.asarray(jax.random.bernoulli(component_key, alpha, (num_prompts, group_size)))
@@ -49,14 +53,11 @@ def mixture_rollouts(
     def sample(layers: LayerPlan, sample_key: jax.Array, chosen_BG: Bool[np.ndarray, "B G"]) -> Rollouts | None:
         most = int(chosen_BG.sum(axis=1).max())
         quarter = -(-group_size // 4)
-        return rollout(layers, sample_key, min(-(-most // quarter) * quarter, group_size)) if most else None
+        count = min(-(-most // quarter) * quarter, group_size)
+        return rollout(layers, sample_key, count, _prefixes_of(forced, chosen_BG, count)) if most else None
 
     full = sample(LayerPlan.full(num_layers), full_key, from_full_BG)
     nested = sample(plan, nested_key, ~from_full_BG)
-    if full is None or nested is None:
-        only = nested if full is None else full
-        assert only is not None
-        return dataclasses.replace(only, plan=plan, nested_BG=~jnp.asarray(from_full_BG))
     # Slot g takes its component's next unused completion.
     index_BG = np.where(from_full_BG, from_full_BG.cumsum(axis=1), (~from_full_BG).cumsum(axis=1)) - 1
 
@@ -69,6 +70,29 @@ def mixture_rollouts(
         ]
         return jnp.where(chosen, *take)
 
-    names = ("tokens_BGC", "length_BG", "finished_BG", "forced_BG", "behavior_logprob_BGC")
-    merged = {name: choose(getattr(full, name), getattr(nested, name)) for name in names}
-    return dataclasses.replace(nested, nested_BG=~jnp.asarray(from_full_BG), **merged)
+    either = nested or full
+    assert either is not None
+    per_completion = {
+        name: choose(getattr(full or either, name), getattr(nested or either, name))
+        for name in ("tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC")
+    }
+    return dataclasses.replace(
+        either,
+        nested_BG=~jnp.asarray(from_full_BG),
+        full_share_B=jnp.full(num_prompts, alpha, jnp.float32),
+        kept_mask_BL=jnp.broadcast_to(plan.to_mask(num_layers), (num_prompts, num_layers)),
+        **per_completion,
+    )
+
+
+def _prefixes_of(
+    forced: ForcedPrefixes | None, chosen_BG: Bool[np.ndarray, "B G"], count: int
+) -> ForcedPrefixes | None:
+    """The prefixes of the slots that one component fills, in the order in which it fills them."""
+    if forced is None:
+        return None
+    slot_BG = np.argsort(~chosen_BG, axis=1, kind="stable")[:, :count]
+    return ForcedPrefixes(
+        jnp.take_along_axis(forced.tokens_BGF, jnp.asarray(slot_BG)[..., None], axis=1),
+        jnp.take_along_axis(forced.length_BG, jnp.asarray(slot_BG), axis=1),
+    )

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# Blocks and their entries are both far fewer than the vocabulary, so both sums of a draw are short. A TPU works on
+# 128 values side by side.
 BLOCK = 128
 
 
@@ -47,19 +49,37 @@ def token_logprob(logits: Float[Array, "*rows V"], token: Int[Array, "*rows"]) -
 
     Rollouts take it from the sums they draw from (`sample_token`), to rounding. Greedy
     decoding (temperature 0) has no density; its log-probabilities are those at temperature 1.
+
+    Args:
+        logits: tempered, one row per token.
+        token: the id whose log-probability is wanted.
+
+    Returns:
+        One value per row, 0 or less.
     """
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def tempered(logits: Float[Array, "*rows V"], temperature: float) -> Float[Array, "*rows V"]:
-    """Float32 logits divided by the temperature, or as they are for greedy decoding."""
+    """Float32 logits divided by the temperature, or as they are for greedy decoding.
+
+    Args:
+        logits: what the model gives, at temperature 1.
+        temperature: 0 or more.
+    """
     logits = logits.astype(jnp.float32)
+    # The temperature is known when the program compiles, so a division by 1 need not run.
     return logits if temperature in (0, 1) else logits / temperature
 
 
 def row_uniforms(key: jax.Array, rows: tuple[int, ...]) -> Float[Array, "2 *rows"]:
-    """The two random numbers in [0, 1) that each row's draw takes."""
+    """The two random numbers in [0, 1) that each row's draw takes.
+
+    Args:
+        key: PRNG key of this draw.
+        rows: shape of the rows that draw.
+    """
     return jnp.stack([jax.random.uniform(part, rows) for part in jax.random.split(key)])
 
 
@@ -81,25 +101,45 @@ def sample_token(
         return token, token_logprob(tempered(logits, config.temperature), token)
     logits = truncated(tempered(logits, config.temperature), config.top_k, config.top_p)
     highest = jnp.max(logits, axis=-1, keepdims=True)
+    # The weights are relative to the largest, so the exponential does not overflow.
     token, logit, total = _draw(uniform, logits, -jnp.inf, lambda x, highest: jnp.exp(x - highest), highest)
+    # The total is that of exp(x - highest), so this is the log-softmax at the token.
     return token, logit - highest[..., 0] - jnp.log(total)
 
 
 def policy_probability(logits: Float[Array, "*rows V"], config: SamplingConfig) -> Float[Array, "*rows V"]:
-    """The distribution that `sample_token` draws from, written out; one-hot where decoding is greedy."""
+    """The distribution that `sample_token` draws from, written out; one-hot where decoding is greedy.
+
+    Args:
+        logits: what the model gives, at temperature 1.
+        config: temperature and truncation.
+
+    Returns:
+        Probabilities that sum to 1 over the vocabulary.
+    """
     if config.temperature == 0:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     return jax.nn.softmax(truncated(tempered(logits, config.temperature), config.top_k, config.top_p), axis=-1)
 
 
 def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Float[Array, "*rows V"]:
-    """Logits with everything outside top-k, then outside top-p of the rest, at -inf."""
+    """Logits with everything outside top-k, then outside top-p of the rest, at -inf.
+
+    Args:
+        logits: tempered.
+        top_k: tokens to keep; 0 keeps all.
+        top_p: in (0, 1]; 1 keeps all.
+    """
     if 0 < top_k < logits.shape[-1]:
+        # Tokens that tie with the k-th all stay.
         threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
     if top_p < 1:
+        # Two signs make the ascending sort a descending one.
         descending = -jnp.sort(-logits, axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
+        # A token stays while those before it hold less than p. So the one that reaches p stays, and at least one
+        # does.
         mass_before = jnp.cumsum(probability, axis=-1) - probability
         last = jnp.sum(mass_before < top_p, axis=-1, keepdims=True) - 1
         threshold = jnp.take_along_axis(descending, last, axis=-1)
@@ -108,7 +148,12 @@ def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Floa
 
 
 def draw_categorical(key: jax.Array, weight: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """Draws an index with probability proportional to `weight`, which need not be normalised."""
+    """Draws an index with probability proportional to `weight`, which need not be normalised.
+
+    Args:
+        key: PRNG key of this draw.
+        weight: 0 or more, and more than 0 somewhere in each row.
+    """
     return _draw(row_uniforms(key, weight.shape[:-1]), weight, 0.0, lambda x: x)[0]
 
 
@@ -135,6 +180,7 @@ def _draw(
     Returns:
         The index, the value at it, and the sum of all weights.
     """
+    # The last block is filled up to 128 entries without weight.
     widths = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)]
     blocks = jnp.pad(values, widths, constant_values=padding).reshape(*values.shape[:-1], -1, BLOCK)
     block_total = weight_of(blocks, *(x[..., None] for x in row_values)).sum(axis=-1)
@@ -150,6 +196,7 @@ def _draw(
 def _inverse_cumulative(uniform: Float[Array, "*rows"], weight: Float[Array, "*rows M"]) -> Int[Array, "*rows"]:
     cumulative = jnp.cumsum(weight, axis=-1)
     threshold = uniform[..., None] * cumulative[..., -1:]
+    # With `<=`, a uniform of exactly 0 passes over leading entries that have no weight.
     drawn = jnp.sum(cumulative <= threshold, axis=-1)
     # Rounding may carry the threshold up to the total: stay on the last index with any weight.
     last = jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[-1]), 0), axis=-1)

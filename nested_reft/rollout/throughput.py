@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.types import Rollouts
+from nested_reft.rollout.policy import Policy
+from nested_reft.types import Prompts
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Generated tokens per second of two policies, prefill included.
+
+    Attributes:
+        full_tokens_per_second: of the full model.
+        nested_tokens_per_second: under the plan.
+        nested_speedup: the second over the first.
+        kept_layers: layers that the plan keeps.
+        layers: L.
+    """
+
+    full_tokens_per_second: float
+    nested_tokens_per_second: float
+    nested_speedup: float
+    kept_layers: int
+    layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
 
 
 def compare_throughput(
-    rollout: Callable[[LayerPlan], Rollouts], plan: LayerPlan, num_layers: int, repeats: int = 3
-) -> dict[str, Any]:
-    """Generated tokens per second under `plan` and under all layers; prefill included, best of `repeats`.
+    policy: Policy,
+    prompts: Prompts,
+    plan: LayerPlan,
+    key: jax.Array,
+    group_size: int,
+    shared_prefix: int = 0,
+    repeats: int = 3,
+) -> Throughput:
+    """Measures generation under `plan` and under all layers; the best of `repeats` counts.
+
+    No stop token ends a completion, so that both policies generate the same number of tokens.
 
     Args:
-        rollout: generates under a plan and waits for the result; give it no stop tokens, so that
-            both policies generate the same number.
+        policy: what generates.
+        prompts: what it answers.
         plan: the nested policy.
-        num_layers: L.
+        key: PRNG key.
+        group_size: completions of each prompt.
+        shared_prefix: leading tokens that all prompts have in common.
         repeats: timed calls of each; one more before them may compile.
     """
 
-    plans = (LayerPlan.full(num_layers), plan)
-    tokens = [int(np.asarray(rollout(each).length_BG).sum()) for each in plans]
+    def tokens(layers: LayerPlan) -> int:
+        rollouts = policy.generate(
+            prompts, layers, key, group_size=group_size, shared_prefix=shared_prefix, stops=False
+        )
+        return int(np.asarray(jax.block_until_ready(rollouts).length_BG).sum())
+
+    plans = (LayerPlan.full(policy.num_layers), plan)
+    counts = [tokens(each) for each in plans]
     seconds = np.full((repeats, 2), np.inf)
     for row, column in np.ndindex(seconds.shape):  # in turn: a slow minute of the machine falls on both
         started = time.monotonic()
-        rollout(plans[column])
+        tokens(plans[column])
         seconds[row, column] = time.monotonic() - started
-    full, nested = (float(x) for x in np.array(tokens) / seconds.min(axis=0))
-    return {
-        "full_tokens_per_second": full,
-        "nested_tokens_per_second": nested,
-        "nested_speedup": nested / full,
-        "kept_layers": plan.num_kept,
-        "layers": num_layers,
-    }
+    full, nested = (float(x) for x in np.array(counts) / seconds.min(axis=0))
+    return Throughput(full, nested, nested / full, plan.num_kept, policy.num_layers)

@@ -19,6 +19,9 @@ def check_memory(setup: Setup) -> None:
 
     The figures are lower bounds (`least_bytes`), so what passes may still not fit.
 
+    Args:
+        setup: what the run starts from, before any training.
+
     Raises:
         ValueError: says what is needed for what, what there is, and which fields to change.
     """
@@ -34,11 +37,13 @@ def check_memory(setup: Setup) -> None:
         "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}",
         "warm start": f"lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
+    # Where weights and moments are too much, a smaller batch would not help.
     smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.model ({config.mesh.model})"
     for stage, parts in least_bytes(setup).items():
         if sum(parts.values()) <= capacity:
             continue
         listed = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
+        # The largest part decides on the advice: batch sizes act on caches and activations only.
         is_batch = max(parts, key=lambda name: parts[name]) in ("caches", "activations")
         remedy = sizes[stage] if is_batch else f"{smaller} or take a smaller model.name"
         raise ValueError(
@@ -52,48 +57,67 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     Weights, their moments and gradients lie once on each share of the batch (`mesh.data`). Caches are keys and values
     of all layers, for a run ends by timing the full model too; activations are each layer's input, of every token of
     a micro-batch whose completions take all their tokens.
+
+    Args:
+        setup: what the run starts from; it gives the sizes of model, batch and mesh.
+
+    Returns:
+        Stage -> what holds memory in it -> bytes.
     """
-    config, model = setup.config, setup.model.config
+    config, model = setup.config, setup.policy.model.config
     prompts, group = config.data.prompts_per_batch, config.rollout.group_size
     own = group * (config.rollout.max_completion_tokens - 1)  # of a prompt's completions; the last is never fed
     item = jnp.dtype(config.model.dtype).itemsize
     count = config.mesh.data * sum(math.prod(shape) for shape in parameter_shapes(model).values())
     weights = float(count * item)
+    # AdamW keeps two moments of each weight in its dtype. Those of adapters are small enough for a lower bound
+    # without them.
     moments = 0.0 if config.lora.rank else 2.0 * weights
     is_copied = config.rollout.weights != "target"
     copy = count * jnp.dtype(config.rollout.weights).itemsize if is_copied else 0
     token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
-    shared = setup.shared_prefix
-    tokens = shared + prompts // config.train.micro_batches * (setup.prompt_size - shared + own)
+    shared = setup.data.shared_prefix
+    tokens = shared + prompts // config.train.micro_batches * (setup.data.prompt_size - shared + own)
     rollouts = {
         "weights": weights + copy,
         "optimizer": moments,
-        "caches": float((2 if is_copied else item) * token_values * prompts * (setup.prompt_size + own)),
+        # A copy of low precision keeps its caches in bfloat16, which takes 2 bytes.
+        "caches": float((2 if is_copied else item) * token_values * prompts * (setup.data.prompt_size + own)),
     }
     updates = {
         "weights": weights + copy,
         "optimizer": moments,
         "gradient": 0.0 if config.lora.rank else weights,
+        # The residual stream is float32, which takes 4 bytes.
         "activations": float(4 * tokens * model.num_layers * model.width),
     }
+    # Greedy evaluation alone still holds one completion per prompt.
     evaluated = max(config.evaluation.samples_per_prompt, 1) * (config.rollout.max_completion_tokens - 1)
     evaluation = {
         "weights": weights,
         "optimizer": moments,
-        "caches": float(item * token_values * config.evaluation.batch_size * (setup.prompt_size + evaluated)),
+        "caches": float(item * token_values * config.evaluation.batch_size * (setup.data.prompt_size + evaluated)),
     }
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
     if config.warm_start.steps:
-        tokens = config.warm_start.batch_size * setup.prompt_size
+        tokens = config.warm_start.batch_size * setup.data.prompt_size
         activations = float(4 * tokens * model.num_layers * model.width)
         stages["warm start"] = updates | {"weights": weights, "activations": activations}  # before any copy is made
     return stages
 
 
 def mesh_bytes(mesh: Mesh) -> float:
-    """Memory of all devices of the mesh; on CPUs, which share it, that of the machine."""
+    """Memory of all devices of the mesh; on CPUs, which share it, that of the machine.
+
+    Args:
+        mesh: the devices that the run uses.
+
+    Returns:
+        Bytes; infinite where they are not known, so that nothing is refused.
+    """
     devices = list(mesh.devices.flat)
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    # Some backends report no limit, and a sum over the others would be wrong.
     if devices[0].platform != "cpu" and all(limits):
         return float(sum(limit for limit in limits if limit))
     if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):

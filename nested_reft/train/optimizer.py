@@ -8,6 +8,10 @@ from typing import Literal
 
 import optax
 
+from nested_reft.literals import check_choice
+
+Schedule = Literal["constant", "linear", "cosine"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -23,7 +27,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -31,6 +35,7 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
 
     def __post_init__(self):
+        check_choice("optimizer.schedule", self.schedule, Schedule)
         for name in ("learning_rate", "max_gradient_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -50,16 +55,23 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     Args:
         config: what to build.
         total_steps: updates of the whole run, where a decaying schedule reaches zero.
+
+    Returns:
+        A transformation of gradients into updates that are added to the parameters.
     """
+    # A run that is all warm-up has no decay, and optax's cosine refuses a decay over 0 steps.
     decay_steps = max(total_steps - config.warmup_steps, 1)
+    # Functions, so that only the schedule that is asked for is made.
     after_warmup = {
         "constant": lambda: optax.constant_schedule(config.learning_rate),
         "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, decay_steps),
     }[config.schedule]()
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    # Without warm-up the boundary is at step 0, and the first schedule is never read.
     schedule = optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
     return optax.chain(
+        # The clip comes first, so that one huge gradient does not enter the moments.
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
     )

@@ -9,7 +9,7 @@ import dataclasses
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.losses import presets
-from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig
+from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.train.config import Config
 
 

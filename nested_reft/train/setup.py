@@ -2,81 +2,67 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jaxtyping import Float
 
-from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.lora import add_lora
-from nested_reft.models.parameters import initial_parameters, parameter_axes
-from nested_reft.models.registry import load_model, resolve_model
-from nested_reft.models.transformer import Transformer
+from nested_reft.models.registry import resolve_model
+from nested_reft.models.source import starting_model
 from nested_reft.rewards.reward import check_answers
-from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_parameters
-from nested_reft.tokenizer import Tokenizer, check_tokenizer
+from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import make_mesh
+from nested_reft.tokenizer import Tokenizer
 from nested_reft.train.config import Config, find_data_file
-from nested_reft.train.step import create_train_state
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What `prepare` makes of a configuration.
+class RunData:
+    """The prompts of a run.
 
     Attributes:
-        config: the configuration.
-        model: with its weights, adapters and placement on the mesh.
-        tokenizer: the model's.
         train_examples: of each training source.
         source_names: of the training sources.
         heldout_examples: of each source of the configuration.
         heldout_of_source: for each training source, the source of the configuration that it is part of.
         prompt_size: P of every training batch.
         shared_prefix: leading tokens that all training prompts have in common; they run once per batch.
+    """
+
+    train_examples: tuple[tuple[EncodedExample, ...], ...]
+    source_names: tuple[str, ...]
+    heldout_examples: tuple[tuple[EncodedExample, ...], ...]
+    heldout_of_source: tuple[int, ...]
+    prompt_size: int
+    shared_prefix: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `prepare` makes of a configuration; any number of runs may start from it.
+
+    Attributes:
+        config: the configuration.
+        policy: what the run starts from, placed on the mesh.
+        data: the prompts.
         divergence_L: measured divergence of each layer, for `measured` plans; all alike where none is.
     """
 
     config: Config
-    model: Transformer
-    tokenizer: Tokenizer
-    train_examples: list[list[EncodedExample]]
-    source_names: tuple[str, ...]
-    heldout_examples: list[list[EncodedExample]]
-    heldout_of_source: tuple[int, ...]
-    prompt_size: int
-    shared_prefix: int
+    policy: Policy
+    data: RunData
     divergence_L: Float[np.ndarray, " L"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A model that can answer.
-
-    Attributes:
-        config: the configuration that it was made with.
-        model: with its weights, adapters and placement on the mesh.
-        tokenizer: the model's.
-    """
-
-    config: Config
-    model: Transformer
-    tokenizer: Tokenizer
 
 
 def prepare(config: Config, policy: Policy | None = None) -> Setup:
@@ -84,7 +70,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
 
     Args:
         config: the configuration.
-        policy: a model and tokenizer to use; None for those that the configuration starts from.
+        policy: what to start from instead of the configuration's own model.
 
     Raises:
         ValueError: something in the configuration cannot work; names the field, its value and
@@ -101,8 +87,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         check_answers([*train, *heldout], config.reward)
         check_demonstrations(prompt, heldout, field)
     policy = initial_policy(config) if policy is None else policy
-    model, tokenizer = policy.model, policy.tokenizer
-    num_layers = model.config.num_layers
+    tokenizer, num_layers = policy.tokenizer, policy.num_layers
     config.nesting.validate_for(num_layers)
     if config.nesting.skip_ratio and config.nesting.num_skipped(num_layers) == 0:
         logger.warning(
@@ -114,7 +99,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
         divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
-    check_positions(config, model.config)
+    check_positions(config, policy.model.config)
     train, heldout = (
         [
             encode_examples(lists[part], tokenizer, prompt, config.data.max_prompt_tokens, config.data.too_long, field)
@@ -124,19 +109,16 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
-    size = prompt_size([len(example.tokens) for examples in train for example in examples])
-    return Setup(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        train_examples=train,
+    lengths = [len(example.tokens) for examples in train for example in examples]
+    data = RunData(
+        train_examples=tuple(tuple(examples) for examples in train),
         source_names=tuple(source.name for source in config.data.sources),
-        heldout_examples=heldout,
+        heldout_examples=tuple(tuple(examples) for examples in heldout),
         heldout_of_source=tuple(range(len(config.data.sources))),
+        prompt_size=prompt_size(lengths),
         shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
-        prompt_size=size,
-        divergence_L=divergence_L,
     )
+    return Setup(config, policy, data, divergence_L)
 
 
 def check_positions(config: Config, model: ModelConfig) -> None:
@@ -188,39 +170,18 @@ def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer
 
 
 def initial_policy(config: Config) -> Policy:
-    """The model and tokenizer that a configuration starts from, placed on its mesh, with adapters if it has any."""
-    dtype, mesh = jnp.dtype(config.model.dtype), make_mesh(config.mesh)
-    if config.model.shape is None:
-        model, tokenizer = load_model(config.model.name, dtype)
-    else:
-        tokenizer = Tokenizer.characters(config.model.alphabet)
-        key = jax.random.key(config.train.seed)
-        model = Transformer(config.model.shape, initial_parameters(config.model.shape, key, dtype))
-        check_tokenizer(model.config, tokenizer)
-    model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
-    if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
-        model.cache_dtype = dtype
-    if config.lora.rank:
-        add_lora(model, config.lora, jax.random.key(config.train.seed))
-        nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
-    return Policy(config, model, tokenizer)
-
-
-def trained_policy(run: Path) -> Policy:
-    """The model of a run's newest checkpoint, on one device whatever the run's mesh was.
-
-    Raises:
-        ValueError: not a run directory, or it has no complete checkpoint.
-    """
-    config = dataclasses.replace(run_config(run), mesh=MeshConfig())
-    if newest_checkpoint(run / "checkpoints") is None:
-        raise ValueError(f"run '{run}' has no complete checkpoint yet")
-    policy = initial_policy(config)
-    state = create_train_state(policy.model, optax.identity())
-    checkpoints = Checkpoints(run / "checkpoints", config.train.keep_checkpoints)
-    trainable = checkpoints.restore_some({"trainable": state.trainable})["trainable"]
-    checkpoints.close()
-    return dataclasses.replace(policy, model=dataclasses.replace(state, trainable=trainable).model)
+    """The policy that a configuration starts from, placed on its mesh, with adapters if it has any."""
+    mesh = make_mesh(config.mesh)
+    model, tokenizer = starting_model(config.model, config.lora, config.train.seed, mesh)
+    return Policy(
+        model,
+        tokenizer,
+        config.rollout.sampling,
+        config.rollout.max_completion_tokens,
+        config.data.prompt,
+        config.nesting,
+        mesh=mesh,
+    )
 
 
 def run_config(run: Path) -> Config:

@@ -3,100 +3,83 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.splits import split_by_cluster, split_by_pass_rate
 from nested_reft.evaluation import num_correct
-from nested_reft.json_files import write_json
-from nested_reft.models.transformer import Transformer
-from nested_reft.train.setup import Setup
+from nested_reft.rollout.policy import Policy
+from nested_reft.train.config import Config
+from nested_reft.train.setup import RunData
+
+Division = list[list[dict[str, Any]]]
+"""For each source its parts: `name`, `examples` (indices) and, if measured, the mean `pass_rate`."""
 
 
-def split_sources(setup: Setup, model: Transformer, key: jax.Array, file: Path, resume: bool) -> Setup:
-    """Divides the training examples as `data.split` says; the held-out ones stay as they are.
+def divide(config: Config, data: RunData, policy: Policy, key: jax.Array) -> Division:
+    """Divides the training examples as `data.split` says.
 
     Args:
-        setup: with the sources of the configuration.
-        model: the starting policy, whose pass rates may be measured.
+        config: of the run.
+        data: with the sources of the configuration.
+        policy: the starting policy, whose pass rates may be measured.
         key: PRNG key of the samples.
-        file: where the division is written, for people to read and for the run to resume with.
-        resume: take the division from `file`: the model has moved on since.
+
+    Returns:
+        A division, as JSON-able values, that `divided` applies.
+    """
+    split, division = config.data.split, []
+    for source, (name, examples) in enumerate(zip(data.source_names, data.train_examples, strict=True)):
+        if split.sources and name not in split.sources:
+            division.append([{"name": name, "examples": list(range(len(examples)))}])
+        elif split.kind == "cluster":
+            parts = split_by_cluster([e.tokens for e in examples], split.parts, config.train.seed)
+            division.append([{"name": f"{name}.cluster_{i}", "examples": part} for i, part in enumerate(parts)])
+        else:
+            rate_E = _pass_rates(config, policy, examples, jax.random.fold_in(key, source))
+            division.append(_parts_by_pass_rate(name, rate_E, split.parts))
+    return division
+
+
+def divided(config: Config, data: RunData, division: Division) -> RunData:
+    """The data with its sources divided; the held-out examples stay as they are.
 
     Raises:
-        ValueError: a resumed run's `file` is missing or not of these examples.
+        ValueError: the division is of other examples.
     """
-    config = setup.config.data.split
-    if config.kind == "none":
-        return setup
-    division = _read(file, setup) if resume else [_divide(setup, index, model, key) for index in _indices(setup)]
-    if not resume:
-        write_json(file, division)
+    sizes = [sum(len(part["examples"]) for part in parts) for parts in division]
+    if sizes != [len(examples) for examples in data.train_examples]:
+        raise ValueError(f"the checkpoint divides sources of {sizes} examples; this run has others")
     parts = [(source, part) for source, parts in enumerate(division) for part in parts]
-    if config.kind == "pass_rate":  # the easiest first, whatever source it is of
+    if config.data.split.kind == "pass_rate":  # the easiest first, whatever source it is of
         parts.sort(key=lambda part: -part[1].get("pass_rate", 1.0))
     return dataclasses.replace(
-        setup,
-        train_examples=[[setup.train_examples[source][e] for e in part["examples"]] for source, part in parts],
+        data,
+        train_examples=tuple(tuple(data.train_examples[s][e] for e in part["examples"]) for s, part in parts),
         source_names=tuple(part["name"] for _, part in parts),
         heldout_of_source=tuple(source for source, _ in parts),
     )
 
 
-def _indices(setup: Setup) -> Iterable[int]:
-    return range(len(setup.train_examples))
-
-
-def _divide(setup: Setup, source: int, model: Transformer, key: jax.Array) -> list[dict[str, Any]]:
-    """The parts of one source: name, indices of examples and, if measured, the mean pass rate."""
-    config, name = setup.config.data.split, setup.source_names[source]
-    examples = setup.train_examples[source]
-    if config.sources and name not in config.sources:
-        return [{"name": name, "examples": list(range(len(examples)))}]
-    if config.kind == "cluster":
-        parts = split_by_cluster([e.tokens for e in examples], config.parts, setup.config.train.seed)
-        return [{"name": f"{name}.cluster_{i}", "examples": part} for i, part in enumerate(parts)]
-    rate_E = _pass_rates(setup, examples, model, jax.random.fold_in(key, source))
-    parts = split_by_pass_rate(rate_E, config.parts)
+def _parts_by_pass_rate(name: str, rate_E: Float[np.ndarray, " E"], parts: int) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{name}.pass_{rate_E[part].min():.2f}-{rate_E[part].max():.2f}",
             "examples": part,
             "pass_rate": float(rate_E[part].mean()),
         }
-        for part in parts
+        for part in split_by_pass_rate(rate_E, parts)
     ]
 
 
-def _pass_rates(setup: Setup, examples: list[EncodedExample], model: Transformer, key: jax.Array) -> np.ndarray:
-    config = setup.config
-    correct_E, _ = num_correct(
-        model,
-        setup.tokenizer,
-        examples,
-        config.reward,
-        config.evaluation.batch_size,
-        config.rollout.max_completion_tokens,
-        config.rollout.sampling,
-        key,
-        config.data.split.samples,
-    )
-    return correct_E / config.data.split.samples
-
-
-def _read(file: Path, setup: Setup) -> list[list[dict[str, Any]]]:
-    """The division of a run that resumes."""
-    try:
-        division = json.loads(file.read_text(encoding="utf-8"))
-        sizes = [sum(len(part["examples"]) for part in parts) for parts in division]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{file}', which says how the run's sources are divided, cannot be read: {error}") from None
-    if sizes != [len(examples) for examples in setup.train_examples]:
-        raise ValueError(f"'{file}' divides sources of {sizes} examples; this run has others")
-    return division
+def _pass_rates(
+    config: Config, policy: Policy, examples: tuple[EncodedExample, ...], key: jax.Array
+) -> Float[np.ndarray, " E"]:
+    """The share of right answers among the samples of each example."""
+    samples = config.data.split.samples
+    correct_E, _ = num_correct(policy, examples, config.reward, config.evaluation.batch_size, None, key, samples)
+    return correct_E / samples

@@ -1,9 +1,9 @@
-"""One update, as a pure function of state and batch."""
+"""One update, as a pure function of state and batch: the same for every objective."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,166 +12,196 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from nested_reft.estimators.health import kish, off_policy_health
-from nested_reft.estimators.importance import limited_weight
+from nested_reft.estimators.health import Health, kish, off_policy_health
 from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.losses.config import LossConfig
-from nested_reft.losses.policy_gradient import batch_log_weight, policy_gradient_loss
+from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
+from nested_reft.models.lora import join_trainable
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.logprobs import completion_logprobs, hidden_logprobs, over_position_blocks
+from nested_reft.rollout.logprobs import hidden_logprobs, over_position_blocks
 from nested_reft.rollout.sampling import tempered
-from nested_reft.types import TrainBatch, Weighted, gradient_mask, valid_mask
+from nested_reft.types import TrainBatch, Weighted, valid_mask
 
-Metrics = dict[str, Float[Array, ""]]
+
+@dataclass(frozen=True)
+class Task:
+    """What the learner is asked to minimise in one phase, and how.
+
+    Attributes:
+        objective: the loss.
+        optimizer: applied once per update.
+        temperature: at which log-probabilities are taken; that of the rollouts, or 1 for demonstrations.
+        updates_per_batch: passes over each batch. From the second on the target has moved, and the
+            log-probabilities of the full model at rollout time are scored first.
+        micro_batches: parts that a batch is computed in.
+        remat: recompute activations in the backward pass.
+        shared_prefix: leading tokens that all prompts of every batch have in common.
+        max_completion_tokens: C, the longest completion of a batch.
+    """
+
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    temperature: float
+    updates_per_batch: int
+    micro_batches: int
+    remat: bool
+    shared_prefix: int
+    max_completion_tokens: int
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective reads beside the target's own log-probabilities."""
+        return self.objective.needs(self.updates_per_batch)
 
 
 @struct.dataclass
 class TrainState:
-    """All arrays that an update reads or writes.
+    """The arrays that an update changes; its buffers are donated to the next state.
 
     Attributes:
         trainable: parameters that change: the adapters under LoRA, else the whole model.
-        frozen: parameters that do not; no gradient is computed for them.
         optimizer_state: of the trainable parameters.
         updates: number of updates so far.
-        graph: the model's structure, static.
     """
 
     trainable: nnx.State
-    frozen: nnx.State
     optimizer_state: optax.OptState
     updates: Int[Array, ""]
+
+
+@struct.dataclass
+class BaseModel:
+    """What an update reads of the model and never changes.
+
+    Attributes:
+        frozen: parameters that do not train; no gradient is computed for them.
+        graph: the model's structure, static.
+    """
+
+    frozen: nnx.State
     graph: nnx.GraphDef = struct.field(pytree_node=False)
 
-    @property
-    def model(self) -> Transformer:
-        """The model with the current parameters; shares their buffers."""
-        return nnx.merge(self.graph, self.trainable, self.frozen)
-
-    def checkpoint_arrays(self) -> dict[str, Any]:
-        """What a checkpoint holds. Frozen parameters come back with the model."""
-        return {"trainable": self.trainable, "optimizer_state": self.optimizer_state, "updates": self.updates}
+    def with_parameters(self, trainable: nnx.State) -> Transformer:
+        """The model with these parameters; shares their buffers."""
+        return join_trainable(self.graph, trainable, self.frozen)
 
 
-def create_train_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """Splits the model into what trains and what does not: adapters only, where it has any."""
-    has_adapters = any(name.endswith("_lora_in") for name in nnx.state(model.layers))
-    graph, trainable, frozen = nnx.split(model, nnx.LoRAParam if has_adapters else nnx.Param, ...)
-    return TrainState(
-        trainable=trainable,
-        frozen=frozen,
-        optimizer_state=optimizer.init(trainable),
-        updates=jnp.zeros((), jnp.int32),
-        graph=graph,
-    )
+@struct.dataclass
+class UpdatePlans:
+    """The layers that an update's passes run.
+
+    Attributes:
+        target: of the pass that is trained; None is the full model. With plans that skip layers at
+            random this is layer dropout (LayerSkip, Elhoushi et al., 2024).
+        nested: of the nested pass that self-distillation compares with; None without it.
+    """
+
+    target: LayerPlan | None = None
+    nested: LayerPlan | None = None
 
 
-def make_update(
-    optimizer: optax.GradientTransformation,
-    loss: LossConfig,
-    temperature: float,
-    micro_batches: int,
-    remat: bool,
-    shared_prefix: int = 0,
-) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics, Float[Array, "B G C"]]]:
-    """Compiles `update(state, batch) -> state, metrics, weights h`, zero at tokens that do not count.
+@struct.dataclass
+class UpdateResult:
+    """What an update found, still on the devices.
 
-    The batch is split along its prompts into `micro_batches` parts that run one after the other.
-    Their loss sums and gradients are added up and divided once by the weight of the whole batch,
-    so the split changes memory and nothing else. The state's buffers are donated.
+    Attributes:
+        loss: the mean that was minimised.
+        gradient_norm: global norm of its gradient, before clipping.
+        parts: the objective's parts by name, each divided by its own weight.
+        health: how far off-policy the completions were; None for demonstrations.
+        entropy: mean entropy of the target's next-token distributions, in nats; None for demonstrations.
+        weight_BGC: the weight of each token's gradient, zero at tokens that do not count.
+    """
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    parts: dict[str, Float[Array, ""]]
+    health: Health | None
+    entropy: Float[Array, ""] | None
+    weight_BGC: Float[Array, "B G C"]
+
+
+Update = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
+
+
+def make_update(task: Task) -> Update:
+    """Compiles `update(state, base, batch, plans) -> state, result`.
+
+    The batch is split along its prompts into micro-batches that run one after the other. Their loss
+    sums and gradients are added up and divided once by the weight of the whole batch, so the split
+    changes memory and nothing else. The state's buffers are donated.
 
     Args:
-        optimizer: applied once per call.
-        loss: the loss's configuration.
-        temperature: that of the rollouts.
-        micro_batches: divides the number of prompts.
-        remat: recompute activations in the backward pass.
-        shared_prefix: leading tokens that all prompts of every batch have in common.
+        task: objective, optimizer, temperature and the split.
     """
+    needs, temperature = task.needs, task.temperature
 
-    def update(state: TrainState, batch: TrainBatch):
+    def target_pass(model: Transformer, micro: TrainBatch, plans: UpdatePlans) -> TargetPass:
+        """Log-probabilities and entropies of the completions, the prompts run once per group."""
+        valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
+
+        def hidden(plan: LayerPlan | None) -> Array:
+            return model.completion_hidden(
+                micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
+            )
+
+        hidden_BGCD = hidden(plans.target)
+        logprob_BGC, entropy_BGC = hidden_logprobs(
+            model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=needs.entropy_gradient
+        )
+        distillation_kl_BGC = None
+        if needs.self_distillation and plans.nested is not None:
+            distillation_kl_BGC = over_position_blocks(
+                lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
+                model.config.vocab_size,
+                hidden_BGCD,
+                hidden(plans.nested),
+            )
+        return TargetPass(logprob_BGC, entropy_BGC, distillation_kl_BGC)
+
+    def update(state: TrainState, base: BaseModel, batch: TrainBatch, plans: UpdatePlans):
         """One optimizer step on the batch, in micro-batches whose sums are divided once."""
-        plan, batch = batch.plan, dataclasses.replace(batch, plan=None)  # the one part without prompts to split
 
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
-            """The sum to differentiate, and with its weight what is logged."""
-            model = nnx.merge(state.graph, trainable, state.frozen)
-            valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
-            hidden_BGCD = model.completion_hidden(
-                micro.prompt_BP, valid_BP, micro.tokens_BGC, None, remat, shared_prefix
-            )
-            logprob_BGC, entropy_BGC = hidden_logprobs(
-                model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=loss.entropy_coefficient > 0
-            )
-            distillation_kl_BGC = None
-            if loss.self_distillation_coefficient and plan is not None:
-                nested_BGCD = model.completion_hidden(
-                    micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, remat, shared_prefix
-                )
-                distillation_kl_BGC = over_position_blocks(
-                    lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
-                    model.config.vocab_size,
-                    hidden_BGCD,
-                    nested_BGCD,
-                )
-            total, parts = policy_gradient_loss(logprob_BGC, micro, loss, entropy_BGC, distillation_kl_BGC)
-            return total.sum, (total, parts, *jax.lax.stop_gradient((logprob_BGC, entropy_BGC)))
+            """The sum to differentiate, and what is kept of the pass."""
+            target = target_pass(base.with_parameters(trainable), micro, plans)
+            output = task.objective.loss(target, micro)
+            return output.total.sum, (output, *jax.lax.stop_gradient((target.logprob_BGC, target.entropy_BGC)))
 
-        (total, parts, logprob_BGC, entropy_BGC), gradient = _accumulate(
-            micro_loss, state.trainable, batch, micro_batches
+        (output, logprob_BGC, entropy_BGC), gradient = _accumulate(
+            micro_loss, state.trainable, batch, task.micro_batches
         )
+        total = output.total
         divisor = jnp.where(total.weight == 0, jnp.inf, total.weight)  # nothing to learn from: no gradient
         gradient = jax.tree.map(lambda g: g / divisor, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
-        mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, logprob_BGC.shape[-1])
-        metrics = {name: part.mean() for name, part in parts.items()}
-        metrics |= off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
-        metrics["ess_weight"] = kish(metrics["weight_mean"], metrics.pop("weight_square_mean"))
-        metrics["entropy"] = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
-        metrics["loss"] = total.mean()
-        metrics["gradient_norm"] = optax.global_norm(gradient)
-        state = dataclasses.replace(
-            state,
-            trainable=optax.apply_updates(state.trainable, updates),
-            optimizer_state=optimizer_state,
-            updates=state.updates + 1,
+        updates, optimizer_state = task.optimizer.update(gradient, state.optimizer_state, state.trainable)
+        mask_BGC = batch.mask_BGC
+        health, entropy = None, None
+        if needs.off_policy:
+            assert batch.behavior_logprob_BGC is not None
+            health = off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
+            entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
+        result = UpdateResult(
+            loss=total.mean(),
+            gradient_norm=optax.global_norm(gradient),
+            parts=_means(output.parts),
+            health=health,
+            entropy=entropy,
+            weight_BGC=output.weight_BGC,
         )
-        log_weight_BGC = batch_log_weight(logprob_BGC, mask_BGC, batch, loss)
-        weight_BGC = limited_weight(log_weight_BGC, loss.truncate_at, loss.drop_below, loss.drop_above)
-        return state, metrics, weight_BGC * mask_BGC
+        trainable: Any = optax.apply_updates(state.trainable, updates)
+        state = TrainState(trainable, optimizer_state, state.updates + 1)
+        return state, result
 
     return jax.jit(update, donate_argnums=0)
 
 
-def make_supervised_update(
-    optimizer: optax.GradientTransformation,
-) -> Callable[[TrainState, TrainBatch, LayerPlan], tuple[TrainState, Float[Array, ""]]]:
-    """Compiles `update(state, batch, plan) -> state, loss`: next-token cross-entropy of the completions.
-
-    With plans that skip layers at random this is layer dropout (LayerSkip, Elhoushi et al., 2024):
-    it teaches the sub-networks to answer, so that they make better behavior policies later.
-    """
-
-    def update(state: TrainState, batch: TrainBatch, plan: LayerPlan):
-        """One optimizer step on the mean over the completions' tokens."""
-        mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, batch.tokens_BGC.shape[-1])
-
-        def cross_entropy(trainable: nnx.State):
-            model = nnx.merge(state.graph, trainable, state.frozen)
-            logprob_BGC, _ = completion_logprobs(
-                model, batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, 1.0, plan
-            )
-            return Weighted(-(logprob_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
-
-        loss, gradient = jax.value_and_grad(cross_entropy)(state.trainable)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        return dataclasses.replace(
-            state, trainable=trainable, optimizer_state=optimizer_state, updates=state.updates + 1
-        ), loss
-
-    return jax.jit(update, donate_argnums=0)
+def _means(parts: dict[str, Weighted]) -> dict[str, Array]:
+    """Each part's mean; the two moments of the weights become their effective sample size."""
+    means = {name: part.mean() for name, part in parts.items()}
+    if "weight_square_mean" in means:
+        means["ess_weight"] = kish(means["weight_mean"], means.pop("weight_square_mean"))
+    return means
 
 
 def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, micro_batches: int) -> tuple[Any, Any]:
@@ -181,15 +211,24 @@ def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, m
         gradient, aux = value_and_gradient(trainable, batch)
         return aux, gradient
 
+    def sums_and_arrays(micro: TrainBatch) -> tuple[Any, Any]:
+        gradient, (output, *arrays) = value_and_gradient(trainable, micro)
+        return (gradient, output.total, output.parts), (output.weight_BGC, *arrays)
+
     def body(carry, micro):
-        gradient, (total, parts, *arrays) = value_and_gradient(trainable, micro)
-        return jax.tree.map(jnp.add, carry, (gradient, total, parts)), arrays
+        sums, arrays = sums_and_arrays(micro)
+        return jax.tree.map(jnp.add, carry, sums), arrays
 
     # Interleaved, so that every part keeps its prompts spread over the devices that share the batch.
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(lambda t, b: value_and_gradient(t, b), trainable, first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0], shapes[1][1]))
+    shapes = jax.eval_shape(lambda part: sums_and_arrays(part)[0], first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (gradient, total, parts), arrays = jax.lax.scan(body, zeros, split)
-    joined = [jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for x in arrays]
-    return (total, parts, *joined), gradient
+    weight_BGC, *joined = (jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for x in arrays)
+    return (LossOutput(total, parts, weight_BGC), *joined), gradient
+
+
+def initial_train_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update; `trainable` keeps its buffers until that update takes them."""
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))

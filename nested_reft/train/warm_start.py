@@ -1,60 +1,101 @@
-"""Supervised warm start: question-answer pairs, with optional layer dropout."""
+"""Supervised warm start: demonstrations of question and answer, with optional layer dropout."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from nested_reft.data.pipeline import PromptStream, batch_prompts
-from nested_reft.layer_skip import NestingConfig, draw_plan
-from nested_reft.models.transformer import Transformer
-from nested_reft.sharding import make_mesh, shard_batch
+from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.losses.supervised import Supervised
+from nested_reft.tokenizer import Tokenizer
 from nested_reft.train.optimizer import OptimizerConfig, make_optimizer
-from nested_reft.train.setup import Setup
-from nested_reft.train.step import create_train_state, make_supervised_update
+from nested_reft.train.step import Task
 from nested_reft.types import Prompts, TrainBatch
 
 
-def warm_start(model: Transformer, setup: Setup, key: jax.Array) -> Transformer:
-    """Trains `model` to answer the training questions of all sources, and returns it.
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised training before reinforcement, on question-answer pairs.
 
-    With layer dropout, each update runs under a plan that skips 0 to `layer_dropout` of the layers:
-    drawn anew, uniformly in number and place.
+    Attributes:
+        steps: updates; 0 for none.
+        batch_size: pairs per update.
+        learning_rate: of AdamW, decaying to zero by a cosine.
+        layer_dropout: largest share of layers skipped in an update, drawn uniformly from 0 up.
+        micro_batches: parts that a batch is computed in, to save memory; the gradient is the same.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    layer_dropout: float = 0.0
+    micro_batches: int = 1
+
+    def __post_init__(self):
+        if self.steps < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"warm_start has steps {self.steps}, batch_size {self.batch_size}; allowed are 0 or more and 1 or more"
+            )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"warm_start.learning_rate is {self.learning_rate}; allowed is more than 0")
+        if not 0 <= self.layer_dropout < 1:
+            raise ValueError(f"warm_start.layer_dropout is {self.layer_dropout}; allowed is 0 <= layer_dropout < 1")
+        if self.micro_batches < 1 or self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"warm_start.micro_batches is {self.micro_batches}; it must divide warm_start.batch_size,"
+                f" which is {self.batch_size}"
+            )
+
+
+def warm_start_task(config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int) -> Task:
+    """What the learner minimises in a warm start: the cross-entropy of the answers."""
+    return Task(
+        objective=Supervised(demonstrations=True),
+        optimizer=make_optimizer(OptimizerConfig(config.learning_rate, "cosine"), config.steps),
+        temperature=1.0,
+        updates_per_batch=1,
+        micro_batches=config.micro_batches,
+        remat=remat,
+        shared_prefix=shared_prefix,
+        max_completion_tokens=max_completion_tokens,
+    )
+
+
+def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> LayerPlan:
+    """The layers of one update: 0 to `layer_dropout` of them are skipped, uniformly in number and place.
 
     Args:
-        model: its buffers are donated.
-        setup: examples, tokenizer and configuration.
-        key: PRNG key of the layer dropout.
+        key: PRNG key of the update.
+        config: the largest share.
+        num_layers: L.
     """
-    config, num_layers = setup.config.warm_start, model.config.num_layers
-    optimizer = make_optimizer(OptimizerConfig(config.learning_rate, "cosine"), config.steps)
-    update = make_supervised_update(optimizer)
-    state = create_train_state(model, optimizer)
-    mesh = make_mesh(setup.config.mesh)
-    stream = PromptStream(setup.train_examples, setup.config.train.seed)
-    most_skipped = int(config.layer_dropout * num_layers)
-    bar = tqdm(range(config.steps), desc="warm start", unit="step")
-    for step in bar:
-        step_key = jax.random.fold_in(key, step)
-        count_key, plan_key = jax.random.split(step_key)
-        num_skipped = int(jax.random.randint(count_key, (), 0, most_skipped + 1))
-        plan = draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
-        sources = [i % len(setup.train_examples) for i in range(config.batch_size)]
-        prompts = batch_prompts([stream.next(source) for source in sources], sources, setup.prompt_size)
-        state, loss = update(state, shard_batch(_answers_as_completions(prompts, setup), mesh), plan)
-        if step % 20 == 0 or step + 1 == config.steps:
-            bar.set_postfix_str(f"loss {float(loss):.3f}")
-    return state.model
+    count_key, plan_key = jax.random.split(key)
+    num_skipped = int(jax.random.randint(count_key, (), 0, int(config.layer_dropout * num_layers) + 1))
+    return draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
 
 
-def _answers_as_completions(prompts: Prompts, setup: Setup) -> TrainBatch:
-    """A batch whose one completion per prompt is the gold answer and a stop token."""
-    tokenizer, size = setup.tokenizer, setup.config.rollout.max_completion_tokens
+def sources_of(batch_size: int, num_sources: int) -> list[int]:
+    """The source of each demonstration: all sources take turns."""
+    return [i % num_sources for i in range(batch_size)]
+
+
+def demonstrations(prompts: Prompts, answers: Sequence[str], tokenizer: Tokenizer, size: int) -> TrainBatch:
+    """A batch whose one completion per prompt is an answer and a stop token.
+
+    Args:
+        prompts: B prompts.
+        answers: what follows each of them.
+        tokenizer: turns the answers into tokens.
+        size: C; longer answers are cut.
+    """
     tokens_BGC = np.zeros((len(prompts), 1, size), np.int32)
     length_BG = np.zeros((len(prompts), 1), np.int32)
-    for row, answer in enumerate(prompts.answers):
+    for row, answer in enumerate(answers):
         ids = [*tokenizer.encode(answer), tokenizer.stop_ids[0]][:size]
         tokens_BGC[row, 0, : len(ids)], length_BG[row, 0] = ids, len(ids)
     return TrainBatch(
@@ -63,6 +104,6 @@ def _answers_as_completions(prompts: Prompts, setup: Setup) -> TrainBatch:
         tokens_BGC=jnp.asarray(tokens_BGC),
         length_BG=jnp.asarray(length_BG),
         forced_BG=jnp.zeros(length_BG.shape, jnp.int32),
-        behavior_logprob_BGC=jnp.zeros(tokens_BGC.shape),
-        advantage_BG=jnp.zeros(length_BG.shape),
+        counted_BG=jnp.ones(length_BG.shape, bool),
+        signal_BG=jnp.ones(length_BG.shape),
     )

@@ -24,15 +24,15 @@ from jax.tree_util import DictKey, tree_map_with_path
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
-from nested_reft.models.lora import add_lora
+from nested_reft.models.lora import add_lora, split_trainable
 from nested_reft.models.parameters import parameter_axes, parameter_shapes
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
 from nested_reft.train.config import Config
-from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.phases import reinforcement_task
 from nested_reft.train.setup import check_positions
-from nested_reft.train.step import TrainState, create_train_state, make_update
+from nested_reft.train.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
 from nested_reft.types import TrainBatch
 from nested_reft.verification.hbm_traffic import hbm_bytes
 
@@ -44,6 +44,7 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so nothing is contended
 }
 
+# v5e and v6e chips are wired as planes, v4 and v5p as cubes.
 _PLANES = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
 _CUBES = ["1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"]
 KNOWN_TOPOLOGIES = {"v5e": _PLANES, "v6e": _PLANES, "v4": _CUBES, "v5p": _CUBES}
@@ -101,10 +102,15 @@ class Cost:
 def topology_devices(topology: str) -> list[Any]:
     """The devices of a named TPU topology, such as `v5e:4x4`, none of which need exist.
 
+    Args:
+        topology: `generation:shape`, see `KNOWN_TOPOLOGIES`.
+
     Raises:
         ValueError: libtpu is not installed, or does not know the name.
     """
     for name, value in TPU_ENVIRONMENT.items():
+        # What the user has set already stays. libtpu reads the environment once, when it is loaded, so the import
+        # comes after.
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
@@ -112,23 +118,34 @@ def topology_devices(topology: str) -> list[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the plugin raises several kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    # A missing package is the likeliest reason, and the plugin's own words do not name it.
     if find_spec("libtpu") is None:
         reason = "the compiler is not installed (pip install 'nested_reft[tpu]', or pip install libtpu)"
     generation, _, size = topology.partition(":")
     if size not in KNOWN_TOPOLOGIES.get(generation, ()):
         reason = f"not a topology that is known here, and {reason}"
+    # An unknown name is best answered by the known ones.
     known = ", ".join(f"{generation}:{shape}" for generation, shapes in KNOWN_TOPOLOGIES.items() for shape in shapes)
     raise ValueError(f"--topology is '{topology}', which cannot be compiled for: {reason}; known are {known}")
 
 
 def device_unit(devices: Sequence[Any]) -> str:
-    """`chip`, or `core` where a chip's cores are devices of their own, as on v4."""
+    """`chip`, or `core` where a chip's cores are devices of their own, as on v4.
+
+    Args:
+        devices: what `topology_devices` returned.
+    """
+    # Two devices at the same place are two cores of one chip.
     places = {tuple(getattr(device, "coords", (device.id,))) for device in devices}
     return "chip" if len(places) == len(devices) else "core"
 
 
 def topology_mesh(devices: Sequence[Any], mesh: MeshConfig) -> Mesh:
     """A mesh over the first devices of a topology.
+
+    Args:
+        devices: what `topology_devices` returned.
+        mesh: how many devices each axis has.
 
     Raises:
         ValueError: the mesh has more devices than the topology.
@@ -149,13 +166,17 @@ def configured_costs(training: Config, config: ModelConfig, devices: Sequence[An
     Args:
         training: batch sizes, mesh, nesting, and what an update reads.
         config: the model, which need not be the configuration's own.
-        devices: of `topology_devices`.
+        devices: what `topology_devices` returned.
         with_update: updates take longest to compile.
+
+    Returns:
+        The full decode step, the nested one and, where asked for, the update.
 
     Raises:
         ValueError: sequences, mesh or plan do not go with the model, or a program does not fit a device.
     """
     training.nesting.validate_for(config.num_layers)
+    # All that can be refused without the compiler is refused before it, because compiling takes minutes.
     check_positions(training, config)
     mesh = topology_mesh(devices, training.mesh)
     check_divisible(parameter_shapes(config), parameter_axes(config), mesh)
@@ -181,7 +202,11 @@ def decode_cost(
         mesh: of the topology.
         num_kept: S of a nested plan; None is the full model.
         dtype: of weights and caches.
+
+    Returns:
+        Figures per device, with the floor of what must be read.
     """
+    # A plan is known by its size alone; which layers it keeps is data.
     layers = config.num_layers if num_kept is None else num_kept
     sharded = _Shapes(mesh)
     rows = (workload.prompts, workload.group_size)
@@ -198,6 +223,7 @@ def decode_cost(
     def step(parameters, token_BG, at, cache, prompt, plan, key_data):
         model = _model(config, parameters, dtype)
         hidden, cache = model.decode(token_BG, at, cache, prompt, plan)
+        # The key comes as its two raw words, which a shape and a dtype describe.
         uniform = row_uniforms(jax.random.wrap_key_data(key_data), token_BG.shape)
         return sample_token(uniform, model.logits(hidden), SamplingConfig()), cache
 
@@ -211,12 +237,13 @@ def decode_cost(
         sharded((2,), jnp.uint32),
     )
     floor_bytes = _decode_floor(config, layers, arguments)
+    # The caches are donated, as in a decode loop. Otherwise the step would copy them whole.
     return _cost("decode step", layers, dtype, jax.jit(step, donate_argnums=3), arguments, floor_bytes)
 
 
 def state_shapes(
     config: ModelConfig, training: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+) -> tuple[TrainState, BaseModel]:
     """The shapes and placements of what an update reads and writes.
 
     Parameters are placed by name, and their moments as they are; adapters and counters are whole on every device.
@@ -226,16 +253,21 @@ def state_shapes(
         training: its dtype and adapters.
         optimizer: whose state it is.
         mesh: where it lies.
+
+    Returns:
+        State and frozen parameters, with a shape, a dtype and a placement in the place of each array.
     """
     dtype = jnp.dtype(training.model.dtype)
     parameters = _Shapes(mesh).parameters(config, dtype)
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def initial_state(parameters: dict[str, Any]) -> TrainState:
+    def initial_state(parameters: dict[str, Any]) -> tuple[TrainState, BaseModel]:
         model = _model(config, parameters, dtype)
+        # Adapters are part of what trains, and so of the state.
         if training.lora.rank:
             add_lora(model, training.lora, jax.random.key(0))
-        return create_train_state(model, optimizer)
+        graph, trainable, frozen = split_trainable(model)
+        return initial_train_state(trainable, optimizer), BaseModel(frozen, graph)
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The names in a path are its dictionary keys; what is around them says whether it is a moment.
@@ -243,6 +275,7 @@ def state_shapes(
         sharding = parameters[name].sharding if name in parameters else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    # Shapes are found without computing a value, so a model of any size takes no memory here.
     return tree_map_with_path(place, jax.eval_shape(initial_state, parameters))
 
 
@@ -252,46 +285,43 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
     Args:
         config, workload, mesh: as in `decode_cost`.
         training: dtype, adapters, loss, optimizer, micro-batches and rematerialisation.
+
+    Returns:
+        Figures per device; an update has no simple floor.
     """
     sharded = _Shapes(mesh)
-    optimizer = make_optimizer(training.optimizer, training.train.steps * training.train.updates_per_batch)
-    state = state_shapes(config, training, optimizer, mesh)
+    task = reinforcement_task(training, shared_prefix=0)
+    state, base = state_shapes(config, training, task.optimizer, mesh)
     rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
-    tokens = {
-        name: sharded((*rows, size), jnp.float32, "batch")
-        for name in training.loss.needed_logprobs(training.train.updates_per_batch)
-    }
+    tokens = {name: sharded((*rows, size), jnp.float32, "batch") for name in task.needs.logprobs}
     batch = TrainBatch(
         prompt_BP=sharded((rows[0], workload.prompt_tokens), jnp.int32, "batch"),
         prompt_length_B=sharded((rows[0],), jnp.int32, "batch"),
         tokens_BGC=sharded((*rows, size), jnp.int32, "batch"),
         length_BG=sharded(rows, jnp.int32, "batch"),
         forced_BG=sharded(rows, jnp.int32, "batch"),
+        counted_BG=sharded(rows, bool, "batch"),
+        signal_BG=sharded(rows, jnp.float32, "batch"),
         behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
-        advantage_BG=sharded(rows, jnp.float32, "batch"),
-        plan=_plan_shape(training, config, sharded),
+        full_share_B=sharded(rows[:1], jnp.float32, "batch") if task.needs.mixture_density else None,
         **tokens,
     )
-    update = make_update(
-        optimizer,
-        training.loss,
-        training.rollout.sampling.temperature,
-        training.train.micro_batches,
-        training.train.remat,
+    # This is the trainer's own update, so the figures are those of a real run.
+    plans = UpdatePlans(nested=_plan_shape(training, config, sharded) if task.needs.self_distillation else None)
+    return _cost(
+        "update", config.num_layers, training.model.dtype, make_update(task), (state, base, batch, plans), None
     )
-    return _cost("update", config.num_layers, training.model.dtype, update, (state, batch), None)
 
 
-def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> Any:
+def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> LayerPlan:
     """The plan that an update reads where it teaches the nested policy."""
-    if not training.loss.self_distillation_coefficient:
-        return None
     kept = config.num_layers - training.nesting.num_skipped(config.num_layers)
     return LayerPlan(sharded((kept,), jnp.int32))
 
 
 def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Transformer:
     model = Transformer(config, parameters)
+    # XLA's cost analysis counts a loop's body once, so the layers are unrolled.
     model.cache_dtype, model.layers_unrolled = dtype, config.num_layers
     return model
 
@@ -300,6 +330,7 @@ def _cost(program: str, layers: int, dtype: Any, function: Any, arguments: tuple
     try:
         compiled = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
+        # Any other failure of the compiler is a fault, and should be seen as one.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
@@ -331,6 +362,7 @@ def _decode_floor(config: ModelConfig, layers: int, arguments: tuple) -> float:
     weights = 0.0
     for name, leaf in parameters.items():
         if name.startswith("layers/"):
+            # The stack holds all layers, and a plan reads its share of it.
             weights += local_bytes(leaf) * layers / config.num_layers
         elif name == "head" or (name == "embedding" and config.tied_embeddings):
             weights += local_bytes(leaf)  # an untied embedding is only looked up
@@ -344,6 +376,7 @@ class _Shapes:
         self._mesh = mesh
 
     def __call__(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+        # `partition_spec` takes one axis at a time here, since the shapes have axes without a logical name.
         spec = PartitionSpec(*(None if axis is None else partition_spec((axis,))[0] for axis in axes))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 

@@ -35,7 +35,7 @@ from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.health import kish
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses import presets
-from nested_reft.losses.config import LossConfig, claims_unbiased
+from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
@@ -49,6 +49,7 @@ MAX_COMPLETION_TOKENS = 3
 ALPHA = 1 / GROUP_SIZE  # so that the mixture with fixed counts draws one full completion per group
 BETA = 0.1
 EXACT = 1e-5  # relative bias that float32 explains
+# Every completion runs under every plan, so the model is small.
 MODEL = ModelConfig(
     vocab_size=3, num_layers=4, width=8, hidden_width=16, num_heads=2, num_kv_heads=1, head_size=4, max_positions=16
 )
@@ -69,7 +70,7 @@ class Estimator:
     """
 
     name: str
-    loss: LossConfig
+    loss: PolicyGradientConfig
     sampling: Sampling = "nested"
 
     @property
@@ -146,9 +147,13 @@ def verify_estimators(
         estimators: all named ones when None.
         scenarios: where the policies stand.
         seed: of the model's parameters.
+
+    Returns:
+        One report for each pair, scenario by scenario.
     """
     estimators = named_estimators() if estimators is None else estimators
     model = TinyModel(seed)
+    # The policies do not depend on the estimator, so each scenario is computed once.
     policies = [enumerate_policies(model, scenario) for scenario in scenarios]
     return [
         report(scenario.name, estimator, enumerated)
@@ -159,10 +164,11 @@ def verify_estimators(
 
 def named_estimators() -> list[Estimator]:
     """Every variant, level, limit, advantage, normalisation, sampling, penalty and preset, named."""
-    exact = LossConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
-    mixture = dataclasses.replace(exact, bias_mitigation="mixture", mixture_alpha=ALPHA)
+    # This one is unbiased; each of the others changes something about it.
+    exact = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
+    mixture = dataclasses.replace(exact, bias_mitigation="mixture")
 
-    def vary(name: str, loss: LossConfig = exact, sampling: Sampling = "nested", **changes: Any) -> Estimator:
+    def vary(name: str, loss: PolicyGradientConfig = exact, sampling: Sampling = "nested", **changes: Any) -> Estimator:
         return Estimator(name, dataclasses.replace(loss, **changes), sampling)
 
     return [
@@ -235,8 +241,10 @@ class Completions:
 
     @classmethod
     def of_model(cls) -> Completions:
+        """All completions that `MODEL` can give to either prompt."""
         tokens_YC, length_Y = all_completions(MODEL.vocab_size, STOP_ID, MAX_COMPLETION_TOKENS)
         prompt_XP = np.array([[1, 2], [2, 2]], np.int32)
+        # Any rule will do that makes rewards differ between completions and between prompts.
         answer_Y = tokens_YC.sum(axis=1) % 3
         finished_Y = (tokens_YC == STOP_ID)[np.arange(len(length_Y)), length_Y - 1]
         right_XY = answer_Y == np.array([[1], [2]])
@@ -246,11 +254,21 @@ class Completions:
 def all_completions(
     vocab_size: int, stop_id: int, max_tokens: int
 ) -> tuple[Int[np.ndarray, "Y C"], Int[np.ndarray, " Y"]]:
-    """Every completion that a rollout can end with: stopped, or cut off at `max_tokens`; zero-padded."""
+    """Every completion that a rollout can end with: stopped, or cut off at `max_tokens`; zero-padded.
+
+    Args:
+        vocab_size: V.
+        stop_id: the token that ends a completion.
+        max_tokens: C.
+
+    Returns:
+        Token ids and lengths, the shortest completions first.
+    """
     rows, lengths = [], []
     for size in range(1, max_tokens + 1):
         for tokens in itertools.product(range(vocab_size), repeat=size):
             ends = tokens[-1] == stop_id or size == max_tokens
+            # Nothing follows a stop token.
             if ends and stop_id not in tokens[:-1]:
                 rows.append([*tokens, *[0] * (max_tokens - size)])
                 lengths.append(size)
@@ -267,6 +285,7 @@ class TinyModel:
             name: value if name.endswith("norm") else value * (0.7 if name == "embedding" else 3.0)
             for name, value in initial_parameters(MODEL, key).items()
         }
+        # Compiled functions take flat parameters, so that one gradient is one vector.
         self.graph, self.parameters = nnx.split(Transformer(MODEL, parameters))
         self.flat_M, self.unflatten = ravel_pytree(self.parameters)
         self.completions = completions = Completions.of_model()
@@ -278,12 +297,14 @@ class TinyModel:
 
         def logprobs(flat_M: Array, plan: LayerPlan | None = None) -> Array:
             logprob_XYC, _ = completion_logprobs(self.at(flat_M), prompt_XP, prompt_length_X, tokens_XYC, 1.0, plan)
+            # Padding has log-probability 0, so it drops out of sums and of the Jacobian.
             return jnp.where(mask_YC, logprob_XYC, 0.0)
 
         def objective(flat_M: Array, reference_XYC: Array, reward_weight: Array, kl_weight: Array) -> Array:
             """Weighted sum of expected reward and KL to the reference, each a mean over prompts."""
             logprob_XY = logprobs(flat_M).sum(axis=-1)
             log_ratio_XY = logprob_XY - reference_XYC.sum(axis=-1)
+            # Two weights let the gradients of reward and KL be taken by one compiled function.
             value_XY = reward_weight * completions.reward_XY + kl_weight * log_ratio_XY
             return (jnp.exp(logprob_XY) * value_XY).sum() / num_prompts
 
@@ -294,6 +315,7 @@ class TinyModel:
             jaxlib 0.10.2 uses YNNPACK; `--xla_cpu_experimental_ynn_fusion_type=` in XLA_FLAGS mends it too.
             """
             logprob_XYC, backward = jax.vjp(logprobs, flat_M)
+            # One row of the basis asks for the gradient of one token's log-probability.
             basis = jnp.eye(logprob_XYC.size).reshape(-1, *logprob_XYC.shape)
             rows_RM = jax.lax.map(lambda cotangent: backward(cotangent)[0], basis)
             return rows_RM.reshape(*logprob_XYC.shape, -1)
@@ -303,15 +325,27 @@ class TinyModel:
         self.objective_gradient = jax.jit(jax.grad(objective))
 
     def at(self, flat_M: Float[Array, " M"]) -> Transformer:
-        """The transformer with these parameters."""
+        """The transformer with these parameters.
+
+        Args:
+            flat_M: all parameters, in the order of `ravel_pytree`.
+        """
         return nnx.merge(self.graph, self.unflatten(flat_M))
 
     def target(self, scenario: Scenario) -> Float[Array, " M"]:
-        """Flat parameters of the target policy."""
+        """Flat parameters of the target policy.
+
+        Args:
+            scenario: says how far theta has moved.
+        """
         return self.flat_M + scenario.moved * self.noise(self.moved_key)
 
     def noise(self, key: Array) -> Float[Array, " M"]:
-        """Normal noise with each parameter array's own root mean square as standard deviation."""
+        """Normal noise with each parameter array's own root mean square as standard deviation.
+
+        Args:
+            key: PRNG key; the same key gives the same direction.
+        """
         leaves, tree = jax.tree.flatten(self.parameters)
         keys = jax.random.split(key, len(leaves))
         noise = [jnp.sqrt(jnp.mean(x**2)) * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -319,8 +353,14 @@ class TinyModel:
 
 
 def enumerate_policies(model: TinyModel, scenario: Scenario) -> EnumeratedPolicies:
-    """Runs the tiny transformer on every completion, under every plan, and differentiates the objective."""
+    """Runs the tiny transformer on every completion, under every plan, and differentiates the objective.
+
+    Args:
+        model: gives parameters and compiled functions.
+        scenario: where the policies stand.
+    """
     target_M = model.target(scenario)
+    # The reference lies away from both theta and theta_old, or a wrong one could go unnoticed.
     reference_XYC = model.logprobs(model.flat_M + 0.1 * model.noise(model.reference_key))
     jacobian_XRM = np.asarray(model.jacobian(target_M), np.float64).reshape(len(reference_XYC), -1, target_M.size)
     zero, one = jnp.zeros(()), jnp.ones(())
@@ -339,27 +379,40 @@ def enumerate_policies(model: TinyModel, scenario: Scenario) -> EnumeratedPolici
 
 
 def report(scenario: str, estimator: Estimator, policies: EnumeratedPolicies) -> EstimatorReport:
-    """Sums the loss's gradient over all groups, prompts and plans of a scenario."""
+    """Sums the loss's gradient over all groups, prompts and plans of a scenario.
+
+    Args:
+        scenario: its name, for the report.
+        estimator: what is enumerated.
+        policies: what `enumerate_policies` returned for that scenario.
+    """
     num_plans = policies.nested_logprob_ZXYC.shape[0]
     num_prompts, num_completions = policies.completions.reward_XY.shape
+    # Groups are listed once, for all prompts and plans.
     index_NG, orders_N = all_groups(num_completions, estimator.sampling)
+    # It tells which rows of the Jacobian belong to which place of a group.
     one_hot_NGY = np.eye(num_completions)[index_NG]
     mean_M, square, weight_sums = np.zeros(policies.jacobian_XRM.shape[-1]), 0.0, np.zeros(3)
     for nested_logprob_XYC in policies.nested_logprob_ZXYC:
         coefficient_XNGC, weights_XN3 = group_gradients(estimator, policies, nested_logprob_XYC, index_NG)
         probability_XYS = slot_probabilities(estimator.sampling, policies.old_logprob_XYC, nested_logprob_XYC)
         for x in range(num_prompts):
+            # Places are drawn independently, so their probabilities multiply.
             probability_N = np.prod([probability_XYS[x, index_NG[:, s], s] for s in range(GROUP_SIZE)], axis=0)
+            # Prompts and plans are drawn uniformly, and one listed group stands for all its orders.
             probability_N = probability_N * orders_N / (num_prompts * num_plans)
             # One row per group, one column per token of each completion: what the Jacobian's rows are multiplied by.
             coefficient_NR = np.einsum("ngy,ngc->nyc", one_hot_NGY, coefficient_XNGC[x]).reshape(len(index_NG), -1)
             mean_M += (probability_N @ coefficient_NR) @ policies.jacobian_XRM[x]
+            # |c J|^2 = c (J J^T) c^T: with the Gram matrix no gradient of a single group is ever written out.
             square += float(probability_N @ ((coefficient_NR @ policies.gram_XRR[x]) * coefficient_NR).sum(axis=1))
             weight_sums += probability_N @ weights_XN3[x]
     truth_M = policies.reward_gradient_M
     if estimator.loss.reference_kl is not None:
+        # A penalty changes the objective, so the truth changes with it.
         truth_M = truth_M - estimator.loss.reference_kl_coefficient * policies.kl_gradient_M
     length = float(np.linalg.norm(truth_M))
+    # The projection on the truth tells an error of scale from one of direction.
     along = float(mean_M @ truth_M)
     tokens, weight, weight_square = weight_sums
     return EstimatorReport(
@@ -369,6 +422,7 @@ def report(scenario: str, estimator: Estimator, policies: EnumeratedPolicies) ->
         relative_bias=float(np.linalg.norm(mean_M - truth_M)) / length,
         direction_bias=float(np.linalg.norm(truth_M - mean_M * along / float(mean_M @ mean_M))) / length,
         scale=along / length**2,
+        # The trace of the covariance is E|g_hat|^2 - |E g_hat|^2.
         variance=(square - float(mean_M @ mean_M)) / length**2,
         ess=float(kish(jnp.asarray(weight / tokens), jnp.asarray(weight_square / tokens))),
     )
@@ -378,12 +432,18 @@ def all_groups(num_completions: int, sampling: Sampling) -> tuple[Int[np.ndarray
     """Every group as completion indices, and in how many orders it can be drawn.
 
     Where all places of a group are drawn alike, one order stands for all; otherwise each is listed.
+
+    Args:
+        num_completions: Y.
+        sampling: decides whether the places of a group are alike.
     """
     if sampling == "mixture with fixed counts":
         index_NG = np.array(list(itertools.product(range(num_completions), repeat=GROUP_SIZE)))
         return index_NG, np.ones(len(index_NG), np.int64)
+    # The loss does not depend on the order within a group, which leaves 680 of 3375 groups.
     groups = list(itertools.combinations_with_replacement(range(num_completions), GROUP_SIZE))
     orders = [
+        # Multinomial coefficient: equal completions make fewer different orders.
         math.factorial(GROUP_SIZE) // math.prod(math.factorial(count) for count in Counter(group).values())
         for group in groups
     ]
@@ -393,9 +453,19 @@ def all_groups(num_completions: int, sampling: Sampling) -> tuple[Int[np.ndarray
 def slot_probabilities(
     sampling: Sampling, old_logprob_XYC: Float[Array, "X Y C"], nested_logprob_XYC: Float[Array, "X Y C"]
 ) -> Float[np.ndarray, "X Y S"]:
-    """Probability of each completion at each place S of a group, at rollout time."""
+    """Probability of each completion at each place S of a group, at rollout time.
+
+    Args:
+        sampling: which policy draws at which place.
+        old_logprob_XYC: log-probabilities under the full model at rollout time, zero after the end.
+        nested_logprob_XYC: the same under the nested model.
+
+    Returns:
+        Probabilities that sum to 1 over Y.
+    """
     full_XY = np.exp(np.asarray(old_logprob_XYC, np.float64).sum(axis=-1))
     nested_XY = np.exp(np.asarray(nested_logprob_XYC, np.float64).sum(axis=-1))
+    # With independent draws every place has the density of the whole mixture.
     mixture_XY = ALPHA * full_XY + (1 - ALPHA) * nested_XY
     slots = {
         "nested": [nested_XY] * GROUP_SIZE,
@@ -414,9 +484,16 @@ def group_gradients(
 ) -> tuple[Float[np.ndarray, "X N G C"], Float[np.ndarray, "X N 3"]]:
     """Each group's estimate of grad J, with respect to its log-probabilities, from the production loss.
 
+    Args:
+        estimator: gives the loss.
+        policies: what `enumerate_policies` returned.
+        nested_logprob_XYC: log-probabilities under the plan that was drawn.
+        index_NG: the groups that `all_groups` listed.
+
     Returns:
         The estimates, and the sums over each group's tokens of 1, h and h^2.
     """
+    # The loss is told the policy that drew; for a mixture it reads both components instead.
     behavior_XYC = policies.old_logprob_XYC if estimator.sampling == "full" else nested_logprob_XYC
     logprobs = (
         policies.target_logprob_XYC,
@@ -441,13 +518,16 @@ def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, referen
         advantage_NG = group_advantages(reward_NG, jnp.ones(reward_NG.shape, bool), loss.advantage)
         num_groups = reward_NG.shape[0]
         batch = TrainBatch(
+            # The loss reads log-probabilities and lengths; prompts and tokens only have to have the right shapes.
             prompt_BP=jnp.zeros((num_groups, 1), jnp.int32),
             prompt_length_B=jnp.ones(num_groups, jnp.int32),
             tokens_BGC=jnp.zeros(target_NGC.shape, jnp.int32),
             length_BG=length_NG,
             forced_BG=jnp.zeros_like(length_NG),
+            counted_BG=jnp.ones(length_NG.shape, bool),
             behavior_logprob_BGC=behavior_NGC,
-            advantage_BG=advantage_NG,
+            full_share_B=jnp.full(num_groups, ALPHA),
+            signal_BG=advantage_NG,
             old_logprob_BGC=old_NGC,
             reference_logprob_BGC=reference_NGC,
             nested_logprob_BGC=nested_NGC,
@@ -458,11 +538,12 @@ def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, referen
         """The gradient with respect to one group's log-probabilities, and the sums behind its weights."""
 
         def loss_sum(target_BGC):
-            total, parts = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
-            return total.sum, (total.weight, parts)
+            output = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
+            return output.total.sum, (output.total.weight, output.parts)
 
         gradient_BGC, (weight, parts) = jax.grad(loss_sum, has_aux=True)(target_GC[None])
         mean, square = parts["weight_mean"], parts["weight_square_mean"]
+        # The loss is minimised and J is maximised, hence the sign. The weight is what the trainer divides by.
         return -gradient_BGC[0] / weight, jnp.stack([mean.weight, mean.sum, square.sum])
 
     return jax.vmap(of_prompt)(reward_XNG, target_XNGC, old_XNGC, reference_XNGC, nested_XNGC, behavior_XNGC)

@@ -21,16 +21,20 @@ import math
 import re
 from dataclasses import dataclass
 
+# A type such as `bf16[12,64]{1,0:T(8,128)}`: dtype, dimensions, and the layout where it is given.
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?(%[\w.\-]+) = ")
 _HEADER = re.compile(r"(ENTRY )?(%[\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%[\w.\-]+")
+# These attributes name computations of their own, which hold more instructions.
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
     r"(?:%[\w.\-]+|\{[^{}]*\})"
 )
 
+# These only rename a buffer, or a part of one.
 _ALIASES = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier", "ConcatBitcast"}
+# These move no bytes of HBM themselves: what they hold is read by whoever uses it.
 _FREE = _ALIASES | {"parameter", "constant", "iota", "after-all", "partition-id", "replica-id", "AllocateBuffer"}
 _TAKES_PART = {"slice", "dynamic-slice", "gather"}
 _WHOLE = 2**62  # more bytes than any array has
@@ -56,7 +60,17 @@ _Computation = dict[str, _Instruction]
 
 
 def hbm_bytes(hlo: str) -> int:
-    """Bytes read from and written to HBM by a program, given as `compiled.as_text()`."""
+    """Bytes read from and written to HBM by a program, given as `compiled.as_text()`.
+
+    Args:
+        hlo: text of the optimised program, which names layouts.
+
+    Returns:
+        Bytes per device of one run of the program.
+
+    Raises:
+        ValueError: the text is not that of a compiled program.
+    """
     computations, entry = _parse(hlo)
     return _computation_bytes(computations, entry)
 
@@ -67,16 +81,21 @@ def _computation_bytes(computations: dict[str, _Computation], name: str) -> int:
 
 
 def _instruction_bytes(computations: dict[str, _Computation], computation: _Computation, i: _Instruction) -> int:
+    # The end of an asynchronous copy moves nothing; its start has been counted.
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0
+    # A loop's condition and body add up, while only one branch of a conditional runs.
     if i.opcode in ("while", "call", "conditional"):
         called = [_computation_bytes(computations, name) for name in i.called]
         return max(called) if i.opcode == "conditional" else sum(called)
     operands = [computation[name].results for name in i.operands]
     if i.opcode in ("copy-start", "slice-start"):
+        # A copy's start lists its destination first, a slice's start after its operands. The slice reads only as many
+        # bytes as it writes.
         source, destination = operands[0][0], i.results[0 if i.opcode == "copy-start" else 1]
         return destination.bytes * (source.in_hbm + destination.in_hbm)
     read = sum(
+        # A tuple has several arrays, of which each counts whole.
         min(array.bytes, _read_of_operand(computations, i, k) if len(arrays) == 1 else _WHOLE)
         for k, arrays in enumerate(operands)
         for array in arrays
@@ -94,15 +113,18 @@ def _read_of_operand(computations: dict[str, _Computation], i: _Instruction, k: 
     """Bytes that an instruction takes of its operand `k`; `_WHOLE` stands for all of it."""
     if i.opcode == "fusion":
         body = computations[i.called[0]]
+        # Inside a fusion the operand is the parameter of the same number.
         name = next(name for name, inner in body.items() if inner.parameter == k)
         return _read_inside(computations, body, name)
     if k == 0 and i.opcode in _TAKES_PART:
         return sum(array.bytes for array in i.results)
+    # The array that is updated in place is not read; only the update is.
     return 0 if k == 0 and i.opcode == "dynamic-update-slice" else _WHOLE
 
 
 def _read_inside(computations: dict[str, _Computation], body: _Computation, name: str) -> int:
     """Bytes that a fusion's body takes of one of its values."""
+    # A value that the fusion returns as it is was read whole.
     total = _WHOLE if body[name].is_root else 0
     for user_name, user in body.items():
         for k, operand in enumerate(user.operands):
@@ -121,6 +143,7 @@ def _updates(computations: dict[str, _Computation], computation: _Computation, i
         return [None] * len(i.results)
     body = computations[i.called[0]]
     root = next(inner for inner in body.values() if inner.is_root)
+    # A fusion with several results has a tuple as its root, one entry for each.
     makers = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
     makers = [_unaliased(body, maker) for maker in makers]
     return [update for maker in makers for update in _updates(computations, body, maker)]
@@ -138,6 +161,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     for line in hlo.splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
+            # The program starts in the one computation that is marked ENTRY.
             entry = header[2] if header[1] else entry
         elif current is not None and (start := _INSTRUCTION.match(line)):
             current[start[2]] = _instruction(line[start.end() :], start[1] is not None)
@@ -148,6 +172,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 def _instruction(text: str, is_root: bool) -> _Instruction:
     """One instruction, of the text behind its `%name = `: `type opcode(operands), attributes`."""
+    # The type of several results is a tuple in parentheses, and may hold spaces.
     type_end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
     opening = text.index("(", type_end)
     closing = _closing(text, opening)
@@ -179,11 +204,14 @@ def _array(dtype: str, dimensions: str, layout: str) -> _Array:
     """Size of an array such as `bf16[12,64]{1,0:T(8,128)(2,1)S(1)}`: the last dimensions fill whole tiles."""
     order, _, tiling = layout.partition(":")
     shape = [int(size) for size in dimensions.split(",") if size]
+    # A layout lists the fastest axis first, so it is turned around.
     physical = [shape[int(axis)] for axis in reversed(order.split(","))] if order else shape
     tile = re.match(r"T\(([\d,]+)\)", tiling)
     if tile and shape:
         sizes = [int(size) for size in tile[1].split(",")][-len(physical) :]
+        # Memory is taken in whole tiles, and the last dimensions are rounded up to them.
         padded = [-(-size // unit) * unit for size, unit in zip(physical[-len(sizes) :], sizes, strict=True)]
         physical = physical[: -len(sizes)] + padded
+    # A truth value takes a byte, and the name of any other type holds its bits.
     bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
     return _Array(bytes=math.prod(physical) * max(1, bits // 8), in_hbm="S(" not in tiling)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from nested_reft.losses.config import LossConfig, claims_unbiased
+from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.train.config import load_config
 
-EXACT = LossConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=8)
+EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=8)
 TOKEN = dataclasses.replace(EXACT, level="token")
 MIXTURE = dataclasses.replace(EXACT, bias_mitigation="mixture", mixture_alpha=0.25)
 ONE = dataclasses.replace(TOKEN, bias_mitigation="one")

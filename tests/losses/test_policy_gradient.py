@@ -11,7 +11,7 @@ import pytest
 
 from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import normalization_shares, policy_gradient_loss
 from nested_reft.losses.presets import dapo
 from nested_reft.models.transformer import Transformer
@@ -20,7 +20,7 @@ from nested_reft.types import gradient_mask, valid_mask
 from tests.losses.batches import one_group, random_batch
 from tests.tiny_models import tiny_model, tiny_prompts
 
-PLAIN = LossConfig("leave_one_out", "base", "token", "token_mean")
+PLAIN = PolicyGradientConfig("leave_one_out", "base", "token", "token_mean")
 LIMITS = [
     {},
     {"truncate_at": 1.3},
@@ -34,7 +34,7 @@ LIMITS = [
 ]
 
 
-def every_combination() -> list[LossConfig]:
+def every_combination() -> list[PolicyGradientConfig]:
     """All that the configuration does not refuse, with limits at one normalisation and all normalisations without."""
     variants = [("base", {}), ("one", {}), ("practical", {}), ("retrace", {"retrace_lambda": 0.9})]
     variants.append(("mixture", {"mixture_alpha": 0.3}))
@@ -48,13 +48,13 @@ def every_combination() -> list[LossConfig]:
         if limit and normalization != "sequence_mean":
             continue
         try:
-            found.append(LossConfig("leave_one_out", variant, level, normalization, **own, **length, **limit))
+            found.append(PolicyGradientConfig("leave_one_out", variant, level, normalization, **own, **length, **limit))
         except ValueError:
             continue
     return found
 
 
-def identity(config: LossConfig) -> str:
+def identity(config: PolicyGradientConfig) -> str:
     changed = [
         str(getattr(config, field.name))
         for field in dataclasses.fields(config)
@@ -205,7 +205,7 @@ def test_dropped_tokens_neither_push_nor_count_as_value():
 def test_weight_of_long_completions(normalization, relation):
     """Lengths 100 and 10, same advantage: the long one's gradient weighs 10 : 1, under a mean per completion 1 : 1."""
     fixed = {"fixed_length_tokens": 100} if normalization == "fixed_length" else {}
-    config = LossConfig("leave_one_out", "base", "token", normalization, **fixed)
+    config = PolicyGradientConfig("leave_one_out", "base", "token", normalization, **fixed)
     gradient_BGC, _, _ = gradient_and_parts(*one_group(np.ones((2, 100)), [1.0, 1.0], [100, 10]), config)
     total_G = gradient_BGC[0].sum(axis=-1)
     assert total_G[0] / total_G[1] == pytest.approx(relation, rel=1e-4)
@@ -287,11 +287,11 @@ def test_forced_and_padding_tokens_have_no_part():
 
 def test_token_advantages_replace_those_of_completions():
     target_BGC, batch = random_batch(jax.random.key(2))
-    spread = batch.replace(token_advantage_BGC=jnp.broadcast_to(batch.advantage_BG[..., None], target_BGC.shape))
+    spread = batch.replace(token_signal_BGC=jnp.broadcast_to(batch.advantage_BG[..., None], target_BGC.shape))
     np.testing.assert_array_equal(
         gradient_and_parts(target_BGC, batch, PLAIN)[0], gradient_and_parts(target_BGC, spread, PLAIN)[0]
     )
-    rising = one_group([[1.0, 1.0]], [7.0])[1].replace(token_advantage_BGC=jnp.array([[[1.0, 2.0]]]))
+    rising = one_group([[1.0, 1.0]], [7.0])[1].replace(token_signal_BGC=jnp.array([[[1.0, 2.0]]]))
     gradient_BGC, _, _ = gradient_and_parts(jnp.full((1, 1, 2), -1.0), rising, PLAIN)
     np.testing.assert_allclose(gradient_BGC[0, 0], [-0.5, -1.0], rtol=1e-6)
 
@@ -299,7 +299,7 @@ def test_token_advantages_replace_those_of_completions():
 def test_without_old_logprobs_the_target_is_the_old_policy():
     target_BGC, batch = random_batch(jax.random.key(2))
     for variant, own in (("practical", {}), ("mixture", {"mixture_alpha": 0.3})):
-        config = LossConfig("leave_one_out", variant, "sequence", "token_mean", **own)
+        config = PolicyGradientConfig("leave_one_out", variant, "sequence", "token_mean", **own)
         missing = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=None), config)[0]
         given = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=target_BGC), config)[0]
         np.testing.assert_array_equal(missing, given)
@@ -338,7 +338,7 @@ def test_finite_in_every_corner(config):
 
 def test_what_a_loss_needs_is_named():
     target_BGC, batch = random_batch(jax.random.key(1))
-    mixture = LossConfig("leave_one_out", "mixture", "sequence", "token_mean", mixture_alpha=0.5)
+    mixture = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "token_mean", mixture_alpha=0.5)
     with pytest.raises(ValueError, match=r"needs batch\.nested_logprob_BGC"):
         policy_gradient_loss(target_BGC, batch.replace(nested_logprob_BGC=None), mixture)
     kl = dataclasses.replace(PLAIN, reference_kl="k2_loss", reference_kl_coefficient=0.1)
@@ -388,7 +388,7 @@ def test_self_distillation_is_added_by_the_losses_own_shares(key):
     batch = dataclasses.replace(batch, advantage_BG=jnp.zeros_like(batch.advantage_BG))
     mask_BGC = np.asarray(gradient_mask(batch.length_BG, batch.forced_BG, target_BGC.shape[-1]))
     kl_BGC = jax.random.exponential(key, target_BGC.shape)
-    config = LossConfig("leave_one_out", "base", "token", "sequence_mean", self_distillation_coefficient=0.5)
+    config = PolicyGradientConfig("leave_one_out", "base", "token", "sequence_mean", self_distillation_coefficient=0.5)
     kept = [(b, g) for b, g in np.ndindex(mask_BGC.shape[:2]) if mask_BGC[b, g].any()]
     means = [np.asarray(kl_BGC)[row][mask_BGC[row]].mean() for row in kept]
     loss, parts = policy_gradient_loss(target_BGC, batch, config, self_distillation_kl_BGC=kl_BGC)
@@ -418,6 +418,6 @@ def test_self_distillation_reaches_kept_layers_only():
 
 def test_self_distillation_needs_its_divergence(key):
     target_BGC, batch = random_batch(key)
-    config = LossConfig("leave_one_out", "base", "token", "token_mean", self_distillation_coefficient=0.5)
+    config = PolicyGradientConfig("leave_one_out", "base", "token", "token_mean", self_distillation_coefficient=0.5)
     with pytest.raises(ValueError, match="self_distillation_coefficient is set: pass"):
         policy_gradient_loss(target_BGC, batch, config)

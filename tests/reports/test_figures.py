@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nested_reft.cli import main
+from nested_reft.cli.main import main
 from nested_reft.reports.figures import audit, curriculum_sources, read_metrics, series, summarize, write_report
 
 pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
-from nested_reft.rollout.dynamic_sampling import (
+from nested_reft.replay import (
     DynamicSamplingConfig,
     GenerationLimitError,
     enough,
@@ -22,7 +22,9 @@ from nested_reft.rollout.dynamic_sampling import (
 from nested_reft.types import Prompts, Rollouts, Scored, TrainBatch
 
 SIZE, GROUP = 5, 4
-TOKEN_MEAN = LossConfig(advantage="group_mean", bias_mitigation="base", level="token", normalization="token_mean")
+TOKEN_MEAN = PolicyGradientConfig(
+    advantage="group_mean", bias_mitigation="base", level="token", normalization="token_mean"
+)
 
 
 def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None) -> Scored:

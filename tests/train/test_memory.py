@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from nested_reft.cli import main
+from nested_reft.cli.main import main
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer

@@ -13,28 +13,30 @@ import pytest
 from flax import nnx
 
 from nested_reft import curriculum
-from nested_reft.cli import _override
+from nested_reft.cli.arguments import override
+from nested_reft.config_files import config_names
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, difficulty_ladder, exactly
 from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import LayerPlan, NestingConfig
-from nested_reft.losses.config import LossConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.low_precision import low_precision
+from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.replay import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.rewards.reward import RewardConfig
-from nested_reft.rollout.dynamic_sampling import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, ModelSource, config_names, load_config
+from nested_reft.train.config import Config, load_config
 from nested_reft.train.setup import prepare, trained_policy
 from nested_reft.train.split import split_sources
 from nested_reft.train.trainer import Trainer, completion_bucket
 
-WITH_KL = LossConfig(
+WITH_KL = PolicyGradientConfig(
     "leave_one_out", "base", "token", "token_mean", reference_kl="k3_loss", reference_kl_coefficient=0.1
 )
 # Every update moves the model, whether or not an untrained one earns any reward.
@@ -299,7 +301,7 @@ def test_an_update_that_is_not_finite_ends_the_run(tmp_path):
 
 def test_mixture_rollouts_train(tmp_path):
     config = nano(
-        loss=LossConfig("leave_one_out", "mixture", "sequence", "fixed_length", 4, mixture_alpha=0.5),
+        loss=PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 4, mixture_alpha=0.5),
         optimizer__learning_rate=0.01,
     )
     run = trainer(config, tmp_path)
@@ -578,7 +580,7 @@ def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, 
         config, data=dataclasses.replace(config.data, sources=(*config.data.sources, own, published), too_long="drop")
     )
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
-    changed = _override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
+    changed = override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
     assert changed.data.sources[1] == dataclasses.replace(own, file="x.jsonl")
     assert changed.data.sources[2] == dataclasses.replace(published, train_size=None)
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from nested_reft.cli import main
+from nested_reft.cli.main import main
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import QWEN2_5_SHAPE
 from nested_reft.sharding import MeshConfig, make_mesh
-from nested_reft.train.config import WarmStartConfig, load_config
+from nested_reft.train.config import load_config
 from nested_reft.train.optimizer import make_optimizer
+from nested_reft.train.warm_start import WarmStartConfig
 from nested_reft.verification import compiled_costs
 from nested_reft.verification.compiled_costs import (
     KNOWN_TOPOLOGIES,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.cli import main
+from nested_reft.cli.main import main
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.rollout.logprobs import completion_logprobs

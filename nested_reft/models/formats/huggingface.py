@@ -45,6 +45,7 @@ TENSOR_NAMES = {
     "layers/key_norm": "model.layers.{layer}.self_attn.k_norm.weight",
 }
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# A directory holds some of these; those that are there are copied with an export.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,7 +57,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# These are safetensors' own names of the types.
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+# transformers takes these where config.json says nothing.
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 
 
@@ -68,6 +71,9 @@ def config_from_huggingface(settings: Mapping[str, Any]) -> ModelConfig:
 
     Fields that are absent take the defaults of transformers for their family.
 
+    Args:
+        settings: the parsed `config.json`.
+
     Raises:
         ValueError: a field is missing, or asks for something that the model does not compute.
     """
@@ -78,6 +84,7 @@ def config_from_huggingface(settings: Mapping[str, Any]) -> ModelConfig:
     width, num_heads = _required(settings, "hidden_size"), _required(settings, "num_attention_heads")
     max_positions = settings.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
     theta, scaling = _rope(settings, max_positions)
+    # Qwen3's heads do not follow from its width; 128 is the default of transformers.
     default_head_size = 128 if family == "qwen3" else width // num_heads
     return ModelConfig(
         vocab_size=_required(settings, "vocab_size"),
@@ -86,6 +93,7 @@ def config_from_huggingface(settings: Mapping[str, Any]) -> ModelConfig:
         hidden_width=_required(settings, "intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=_kv_heads(settings, family, num_heads),
+        # Some files hold the field with the value null.
         head_size=settings.get("head_dim") or default_head_size,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -104,9 +112,14 @@ def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     Rotary settings are written in the older form, `rope_theta` and `rope_scaling`, which every
     version of transformers reads.
 
+    Args:
+        config: the model.
+        dtype: the dtype of the weights that are written beside it.
+
     Raises:
         ValueError: the family's Hugging Face model has no such biases or norms.
     """
+    # The classes of transformers have these biases and norms fixed by family, so others could not be loaded.
     for field, family in (("qkv_bias", "qwen2"), ("qk_norm", "qwen3")):
         if getattr(config, field) != (config.family == family):
             raise ValueError(
@@ -129,6 +142,7 @@ def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling_to_huggingface(config.rope_scaling),
         "tie_word_embeddings": config.tied_embeddings,
+        # The older of two names, which all versions of transformers understand.
         "torch_dtype": str(jnp.dtype(dtype)),
         "use_cache": True,
     }
@@ -143,6 +157,7 @@ def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
 
 def _required(settings: Mapping[str, Any], field: str) -> int:
     value = settings.get(field)
+    # True is an int to `isinstance`, and a number in quotes would only fail later on.
     if type(value) is not int:
         raise ValueError(f"config.json: {field} is {value!r}; it must be given as a whole number")
     return value
@@ -156,6 +171,7 @@ def _kv_heads(settings: Mapping[str, Any], family: str, num_heads: int) -> int:
 
 
 def _refuse_unsupported(settings: Mapping[str, Any], family: str) -> None:
+    # Each of these would change what the model computes, and loading it anyway would give wrong logits.
     allowed = {
         "hidden_act": ("silu", "swish", None),
         "mlp_bias": (False, None),
@@ -189,6 +205,7 @@ def _rope(settings: Mapping[str, Any], max_positions: int) -> tuple[float, RopeS
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    # A dictionary among the values means one setting per kind of layer, which is not supported.
     if kind == "default" and not any(isinstance(value, dict) for value in rope.values()):
         return float(theta), None
     if kind != "llama3":
@@ -242,6 +259,12 @@ def load_huggingface(directory: str | Path, dtype: Any = jnp.float32) -> Transfo
 def check_huggingface(directory: str | Path) -> ModelConfig:
     """Everything that `load_huggingface` checks, without reading any weights.
 
+    Args:
+        directory: holds `config.json` and safetensors.
+
+    Returns:
+        The model's configuration.
+
     Raises:
         FileNotFoundError, ValueError: as `load_huggingface`.
     """
@@ -253,6 +276,9 @@ def check_huggingface(directory: str | Path) -> ModelConfig:
 
 def read_config(directory: str | Path) -> ModelConfig:
     """The configuration in a Hugging Face directory.
+
+    Args:
+        directory: the model's directory; only its `config.json` is read.
 
     Raises:
         FileNotFoundError: the directory or its `config.json` is missing.
@@ -275,6 +301,7 @@ def _open_weights(directory: Path) -> Iterator[dict[str, Any]]:
     """The open safetensors file that holds each tensor, by tensor name."""
     with ExitStack() as stack:
         files = [stack.enter_context(_open_safetensors(path)) for path in _weight_files(directory)]
+        # Tensors are read from the open files later, so these close only when the caller is done.
         yield {name: file for file in files for name in list(file.keys())}
 
 
@@ -308,6 +335,7 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _check_weights(config: ModelConfig, tensors: Mapping[str, Any], directory: str | Path) -> None:
+    # A slice knows shape and type without reading the data.
     slices = {name: file.get_slice(name) for name, file in tensors.items()}
     for name, part in slices.items():
         if part.get_dtype() not in _FLOAT_TYPES:
@@ -352,13 +380,16 @@ def save_huggingface(
     directory = Path(directory).absolute()
     _check_target(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    # A rename is only atomic within one file system, so the temporary directory lies beside the target.
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp's directories are private; an export is not
+        # The tokenizer goes first, because config.json repeats its special ids.
         ids = _write_tokenizer(tokenizer, temporary)
         _write_model(model, temporary, ids)
         _replace(directory, temporary)
     finally:
+        # After a success there is nothing left to remove; after a failure the half-written export goes.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -386,6 +417,7 @@ def _write_tokenizer(tokenizer: Tokenizer | str | Path | None, directory: Path) 
 
 
 def _write_model(model: Transformer, directory: Path, ids: dict[str, Any]) -> None:
+    # transformers' classes know no adapters, so they are added into the weights.
     parameters = merge_lora(model)
     write_json(directory / "config.json", config_to_huggingface(model.config, parameters["embedding"].dtype) | ids)
     tensors: dict[str, np.ndarray] = {}
@@ -396,6 +428,7 @@ def _write_model(model: Transformer, directory: Path, ids: dict[str, Any]) -> No
             continue
         for layer in range(model.config.num_layers):
             tensors[TENSOR_NAMES[name].format(layer=layer)] = np.ascontiguousarray(host[layer])
+    # transformers refuses a file whose metadata do not name a format.
     save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
 
 

@@ -18,6 +18,9 @@ def huggingface_tokenizer(directory: str | Path) -> Tokenizer:
     Stop tokens are all that `generation_config.json`, `config.json` and
     `tokenizer_config.json` name: chat models end a turn with another token than a document.
 
+    Args:
+        directory: the model's directory; files other than `tokenizer.json` may be absent.
+
     Raises:
         FileNotFoundError: the directory has no `tokenizer.json`.
         ValueError: a file cannot be parsed, or names a token that the vocabulary lacks.
@@ -33,6 +36,7 @@ def huggingface_tokenizer(directory: str | Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"'{path}' is not a tokenizer ({error}); fetch it again") from error
+    # Where both files name a special token, `tokenizer_config.json` wins, as in transformers.
     settings = read_json_object(directory / "special_tokens_map.json") | read_json_object(
         directory / "tokenizer_config.json"
     )
@@ -56,6 +60,7 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
+    # Older files hold several templates by name.
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
@@ -64,6 +69,7 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 def _id_list(value: Any, path: Path) -> list[int]:
     """Token ids that a configuration gives as nothing, one integer or a list."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
+    # True is an int to `isinstance`, but no token id.
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"'{path}': eos_token_id is {value!r}; allowed is a token id or a list of them")
     return ids

@@ -29,6 +29,7 @@ def tensor_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tu
             shapes[names[parameter]] = shape
             continue
         for layer in range(config.num_layers):
+            # A checkpoint holds one tensor per layer, so the stack's leading axis goes.
             shapes[names[parameter].format(layer=layer)] = shape[1:]
     return shapes
 
@@ -53,6 +54,7 @@ def check_tensors(
         ValueError: a tensor is missing, has another shape, or has no place in the model.
     """
     expected = tensor_shapes(config, names)
+    # Missing tensors come first: where a download stopped halfway, every later message would mislead.
     if missing := [name for name in expected if name not in found]:
         raise ValueError(
             f"{where} lacks {_some(missing)}; its configuration asks for"
@@ -78,15 +80,20 @@ def stack_parameters(
         names: the format's table.
         read: gives a tensor by its name in the checkpoint, in the checkpoint's layout.
         dtype: dtype of the result.
+
+    Returns:
+        Parameters by name, as `Transformer` takes them.
     """
     parameters: Parameters = {}
     for parameter, shape in parameter_shapes(config).items():
+        # The stack is filled in place. Joining a list of layers would need twice its memory.
         stack = np.empty(shape, jnp.dtype(dtype))
         if parameter.startswith("layers/"):
             for layer in range(config.num_layers):
                 stack[layer] = read(names[parameter].format(layer=layer))
         else:
             stack[...] = read(names[parameter])
+        # Each stack goes to the device at once, so that the host holds one at a time.
         parameters[parameter] = jnp.asarray(stack)
     return parameters
 

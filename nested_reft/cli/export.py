@@ -1,0 +1,31 @@
+"""`nested-reft export`: a run's trained model as a directory that `transformers` loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nested_reft.cli.arguments import command_parser
+from nested_reft.cli.bad_input import checking_input
+from nested_reft.models.formats.huggingface import save_huggingface
+from nested_reft.rollout.policy import Policy
+
+
+def run(arguments: list[str]) -> None:
+    """Writes the directory."""
+    known = _parser().parse_args(arguments)
+    with checking_input():
+        if known.directory.exists():
+            raise ValueError(f"'{known.directory}' exists already; give a new directory")
+        if not (known.run / "checkpoints").is_dir():
+            raise ValueError(f"'{known.run}' is not a run directory: it has no checkpoints")
+        policy = Policy.load(known.run)
+        save_huggingface(policy.model, known.directory, policy.tokenizer)
+    print(f"written: {known.directory}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("export", "Writes a directory that transformers loads; adapters are merged.")
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("directory", type=Path, help="a directory that does not exist yet")
+    return parser

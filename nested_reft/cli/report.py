@@ -1,0 +1,33 @@
+"""`nested-reft report`: figures and tables of a run; it needs no JAX."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
+from nested_reft.cli.bad_input import checking_input
+from nested_reft.reports.figures import read_metrics, report_text, write_report
+
+LAST_STEPS = 5
+
+
+def run(arguments: list[str]) -> None:
+    """Draws the figures and prints the tables."""
+    known = _parser().parse_args(arguments)
+    with checking_input():
+        check_json(known.json)
+        result = write_report(known.run)
+    print(report_text(result, read_metrics(known.run), None if known.audit else LAST_STEPS))
+    print(f"\nfigures: {result['directory']}")
+    keep_json(known.json, result)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("report", "Figures and tables of a run, from its metrics.jsonl, in RUN/report.")
+    parser.add_argument("run", type=Path, help="a run directory; the run may still be going on")
+    parser.add_argument(
+        "--audit", action="store_true", help=f"the curriculum's words of every step, not of the last {LAST_STEPS}"
+    )
+    add_json(parser, "the tables")
+    return parser

@@ -1,0 +1,137 @@
+"""`nested-reft train`: trains a configuration, or continues a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from nested_reft.checkpoints import newest_checkpoint
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
+from nested_reft.cli.bad_input import checking_input
+from nested_reft.replay import GenerationLimitError
+from nested_reft.reports.figures import write_report
+from nested_reft.reports.tables import summary_table
+from nested_reft.run_directory import RunDirectory
+from nested_reft.train.config import Config, differences, load_config
+from nested_reft.train.memory import check_memory
+from nested_reft.train.phases import last_checkpoint
+from nested_reft.train.setup import prepare, run_config
+from nested_reft.train.trainer import Trainer
+
+RUNS = "runs"
+
+
+def run(arguments: list[str]) -> None:
+    """Trains to the last step, prints the summary and draws the figures."""
+    # Taken off first: argparse would take the value of an override that follows for it.
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    parser = _parser()
+    known, overrides = parser.parse_known_args(arguments[1:] if name else arguments)
+    if {"-h", "--help"} & set(overrides):
+        parser.print_help()
+        if name is None:
+            return
+        print()  # the help of the fields follows, and ends the program, where the overrides are read
+    with checking_input():
+        config = _resolve_config(name, known.resume, overrides)
+        _check_places(known)
+        if known.resume is not None and _is_complete(known.resume, config):
+            print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+            return
+        trainer, directory = _opened_trainer(known, config)
+    summary = _train(trainer, directory)
+    print(f"\n{summary_table(summary)}")
+    keep_json(known.json, summary)
+    _draw_figures(directory)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields."
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
+    parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
+    add_json(parser, "the summary")
+    return parser
+
+
+def _resolve_config(name: str | None, resume: Path | None, overrides: list[str]) -> Config:
+    """The configuration of a name or a run, with overrides; a resumed run must keep its own."""
+    if resume is None:
+        if name is None:
+            raise ValueError("train needs the name of a configuration as its first word, or --resume RUN")
+        return override(load_config(name), overrides)
+    stored = run_config(resume)
+    # A name or overrides may be given once more, as long as they say what the run has.
+    asked = override(stored if name is None else load_config(name), overrides)
+    changed = differences(stored.to_json(), asked.to_json())
+    if changed:
+        listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
+        raise ValueError(f"run '{resume}' holds another configuration: {listed}. Resume without overrides")
+    return stored
+
+
+def _check_places(known: argparse.Namespace) -> None:
+    """Refuses files and directories that could not be written or resumed from, before data and model are loaded."""
+    check_json(known.json)
+    _check_runs_directory(known.runs)
+    if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
+        raise ValueError(f"run '{known.resume}' has no complete checkpoint to resume from")
+
+
+def _check_runs_directory(runs: str) -> None:
+    taken = [path for path in (Path(runs), *Path(runs).absolute().parents) if path.exists() and not path.is_dir()]
+    if not runs or taken:
+        raise ValueError(
+            f"--runs is '{runs}'; allowed is a directory, or one that can be made"
+            + (f": '{taken[0]}' is a file" if taken else "")
+        )
+
+
+def _is_complete(run_path: Path, config: Config) -> bool:
+    """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish."""
+    at_end = newest_checkpoint(run_path / "checkpoints") == last_checkpoint(config)
+    return at_end and (run_path / "summary.json").is_file()
+
+
+def _run_directory(known: argparse.Namespace, config: Config) -> RunDirectory:
+    """A new run directory, or the one to continue."""
+    if known.resume is None:
+        return RunDirectory.create(Path(known.runs), config.name, config.to_json())
+    return RunDirectory(known.resume)
+
+
+def _opened_trainer(known: argparse.Namespace, config: Config) -> tuple[Trainer, RunDirectory]:
+    """The trainer of a new run, or of the one to continue, ready for its next step.
+
+    The setup ends with this function, so that training takes over the model's memory instead of copying it.
+    """
+    setup = prepare(config)
+    check_memory(setup)
+    directory = _run_directory(known, config)
+    print(f"run directory: {directory.path}")
+    trainer = Trainer(setup, directory)
+    return trainer.open(resume=known.resume is not None), directory
+
+
+def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
+    """The summary of the run. A run that is stopped says how to continue."""
+    try:
+        return trainer.run()
+    except KeyboardInterrupt:
+        if newest_checkpoint(directory.path / "checkpoints") is not None:
+            print(f"\nto continue: nested-reft train --resume {directory.path}", file=sys.stderr)
+        raise  # for `main`, which has the exit code
+    except GenerationLimitError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _draw_figures(directory: RunDirectory) -> None:
+    """Writes the report; without the `report` extra the run is as good, so that is no error."""
+    try:
+        print(f"report: {write_report(directory.path)['directory']}")
+    except ImportError as error:
+        print(f"no figures: {error}")

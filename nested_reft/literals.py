@@ -1,0 +1,21 @@
+"""Checking fields that take one of a few names."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+
+def check_choice(field: str, value: Any, choices: Any) -> None:
+    """Refuses a value that is not one of a `Literal`'s.
+
+    Args:
+        field: where the value stands in the configuration, such as `rollout.mode`.
+        value: what stands there.
+        choices: a `typing.Literal`.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{field} is {value!r}; allowed are {', '.join(map(str, allowed))}")

@@ -1,0 +1,90 @@
+"""What an update minimises: the contract between the learner and every loss.
+
+An objective says which passes and log-probabilities it reads (`needs`), what a completion's reward
+means to it (`signal`), and what is summed over tokens (`loss`). It does not decide how completions are
+sampled, which of them count, or what the curriculum learns from. One `make_update` serves all
+objectives, so micro-batches, rematerialisation, shared prompts and adapters come with each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from nested_reft.types import TrainBatch, Weighted
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective reads beside the target's own log-probabilities.
+
+    Attributes:
+        logprobs: fields of `TrainBatch` that the learner has to score before the first update.
+        mixture_density: also the probability of the full model in each group, `full_share_B`.
+        entropy_gradient: gradients through the entropy, which cost a second array over the vocabulary.
+        self_distillation: a nested pass, and the divergence of its distributions from the full ones.
+        off_policy: whether completions were sampled by a behavior policy. Demonstrations were not, so
+            there is nothing to say about how far off-policy they are.
+    """
+
+    logprobs: tuple[str, ...] = ()
+    mixture_density: bool = False
+    entropy_gradient: bool = False
+    self_distillation: bool = False
+    off_policy: bool = True
+
+
+@struct.dataclass
+class TargetPass:
+    """What the forward pass of an update found at every completion token, differentiable.
+
+    Attributes:
+        logprob_BGC: log pi, in nats, at the temperature of the rollout.
+        entropy_BGC: entropy of the distribution that the token came from; gradients pass only where
+            the objective needs them.
+        self_distillation_kl_BGC: KL(full || nested) of the distribution, or None where not needed.
+    """
+
+    logprob_BGC: Float[Array, "B G C"]
+    entropy_BGC: Float[Array, "B G C"]
+    self_distillation_kl_BGC: Float[Array, "B G C"] | None = None
+
+
+@struct.dataclass
+class LossOutput:
+    """A loss as sums, so that micro-batches, devices and processes add up before the one division.
+
+    Attributes:
+        total: the loss's sum and its divisor.
+        parts: what is logged, by name; each is divided by a weight of its own.
+        weight_BGC: the weight that each token's gradient had, zero at tokens that do not count.
+    """
+
+    total: Weighted
+    parts: dict[str, Weighted]
+    weight_BGC: Float[Array, "B G C"]
+
+
+class Objective(Protocol):
+    """What an update minimises."""
+
+    def needs(self, updates_per_batch: int) -> Needs:
+        """What the update must provide; more than one update per batch moves the target away from theta_old."""
+        ...
+
+    def signal(
+        self,
+        reward_BG: Float[np.ndarray, "B G"],
+        accuracy_BG: Float[np.ndarray, "B G"],
+        scored_BG: Bool[np.ndarray, "B G"],
+    ) -> Float[Array, "B G"]:
+        """What the loss learns from each completion; zero where there is no reward."""
+        ...
+
+    def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
+        """The loss of a batch or of a part of one; pure, and compiled into the update."""
+        ...

@@ -1,0 +1,60 @@
+"""Supervised learning: the target repeats completions that are known to be good."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from nested_reft.losses.objective import LossOutput, Needs, TargetPass
+from nested_reft.types import TrainBatch, Weighted
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Cross-entropy on right completions only: expert iteration, also known as RAFT.
+
+    Each update imitates those of the policy's own completions that are right. There is no importance
+    weight: a completion that passes the check is a demonstration, whoever wrote it.
+
+    Source: Anthony et al. (2017, arXiv 1705.08439); for language models RAFT (arXiv 2304.06767).
+    """
+
+
+class Supervised:
+    """The supervised objective, for demonstrations (warm start) and for right rollouts alike.
+
+        L = - sum_{b,g,t} s_bg log pi(y_t | x, y_<t) / sum_{b,g,t} s_bg
+
+    with s = 1 for a demonstration and 0 for every other completion: the mean over the tokens of the
+    demonstrations, in nats.
+    """
+
+    def __init__(self, demonstrations: bool = False):
+        """Args:
+        demonstrations: every completion is one, so that no behavior policy is measured against.
+        """
+        self._demonstrations = demonstrations
+
+    def needs(self, updates_per_batch: int) -> Needs:
+        """The target's own log-probabilities and nothing else."""
+        return Needs(off_policy=not self._demonstrations)
+
+    def signal(
+        self,
+        reward_BG: Float[np.ndarray, "B G"],
+        accuracy_BG: Float[np.ndarray, "B G"],
+        scored_BG: Bool[np.ndarray, "B G"],
+    ) -> Float[Array, "B G"]:
+        """1 for a right completion, 0 for every other."""
+        return jnp.asarray((accuracy_BG >= 1) & scored_BG, jnp.float32)
+
+    def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
+        """The sum of the tokens' cross-entropies and their number; see the class."""
+        weight_BGC = batch.mask_BGC * batch.signal_BG[..., None]
+        # Where the weight is zero, the log-probability may be -inf: it must not become NaN.
+        term_BGC = jnp.where(weight_BGC > 0, target.logprob_BGC, 0.0) * weight_BGC
+        total = Weighted(-term_BGC.sum(), weight_BGC.sum())
+        return LossOutput(total, {"cross_entropy": total}, weight_BGC)

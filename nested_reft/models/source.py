@@ -1,0 +1,75 @@
+"""The model that a run starts from, placed on its mesh, with adapters if it has any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from nested_reft.literals import check_choice
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.lora import LoraConfig, add_lora
+from nested_reft.models.parameters import initial_parameters, parameter_axes
+from nested_reft.models.registry import load_model
+from nested_reft.models.transformer import Transformer
+from nested_reft.sharding import replicate, shard_parameters
+from nested_reft.tokenizer import Tokenizer, check_tokenizer
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The model to fine-tune.
+
+    Attributes:
+        name: a known model, a hub id, a GGUF file, a Hugging Face directory, or `scratch`.
+        dtype: of the weights, and of the inputs of matrix products.
+        shape: for `scratch`, the model's shape; its vocabulary is that of `alphabet`.
+        alphabet: for `scratch`, the characters of its tokenizer.
+    """
+
+    name: str
+    dtype: Dtype = "float32"
+    shape: ModelConfig | None = None
+    alphabet: str = ""
+
+    def __post_init__(self):
+        check_choice("model.dtype", self.dtype, Dtype)
+        if (self.name == "scratch") != (self.shape is not None):
+            raise ValueError(
+                f"model.name is '{self.name}' and model.shape is {self.shape};"
+                " 'scratch' needs a shape, every other model brings its own"
+            )
+
+
+def starting_model(source: ModelSource, lora: LoraConfig, seed: int, mesh: Mesh) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer that a configuration starts from.
+
+    Args:
+        source: which model.
+        lora: its adapters; rank 0 for none.
+        seed: of the parameters of a model from scratch, and of the adapters.
+        mesh: where the parameters are placed.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as `load_model`; or the mesh does not split the model.
+    """
+    dtype = jnp.dtype(source.dtype)
+    if source.shape is None:
+        model, tokenizer = load_model(source.name, dtype)
+    else:
+        tokenizer = Tokenizer.characters(source.alphabet)
+        model = Transformer(source.shape, initial_parameters(source.shape, jax.random.key(seed), dtype))
+        check_tokenizer(model.config, tokenizer)
+    model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
+    if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
+        model.cache_dtype = dtype
+    if lora.rank:
+        add_lora(model, lora, jax.random.key(seed))
+        nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
+    return model, tokenizer

@@ -1,0 +1,364 @@
+"""A policy: a model that can answer. Everything that samples or scores goes through it.
+
+Searchers, evaluation, the `sample` command, throughput and notebooks all use this one class. It works
+on two levels: `generate` and `logprobs` on arrays of tokens, `sample` and `score` on texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dacite
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.data.prompts import PromptFormat
+from nested_reft.layer_skip import LayerPlan, NestingConfig
+from nested_reft.models.lora import LoraConfig, join_trainable, split_trainable
+from nested_reft.models.registry import load_model
+from nested_reft.models.source import ModelSource, starting_model
+from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.exact import ExactRollouts, generate_exact
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.logprobs import completion_logprobs
+from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch
+from nested_reft.tokenizer import Tokenizer
+from nested_reft.types import ForcedPrefixes, Prompts, Rollouts
+
+DEFAULT_MAX_TOKENS = 64  # of a bare model, which no configuration gives a limit
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled text.
+
+    Attributes:
+        text: the completion; untrusted, since a model wrote it.
+        tokens: its token ids, the stop token included.
+        logprob: log-probability of the whole completion under the policy that drew it, in nats.
+        finished: False where it was cut off at the limit.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    finished: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A model with all that sampling from it takes.
+
+    A policy never changes. One that was handed out goes on working while the learner trains.
+
+    Attributes:
+        model: its weights, on the mesh.
+        tokenizer: the model's.
+        sampling: temperature and truncation, unless a call says otherwise.
+        max_completion_tokens: C, unless a call says otherwise.
+        prompt: how a question becomes a prompt.
+        nesting: how plans are drawn for it, where a configuration says so.
+        version: updates that the weights have seen.
+        mesh: where batches are placed; prompts are spread over its `data` axis.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_completion_tokens: int = DEFAULT_MAX_TOKENS
+    prompt: PromptFormat = field(default_factory=PromptFormat)
+    nesting: NestingConfig | None = None
+    version: int = 0
+    mesh: Mesh = field(default_factory=lambda: make_mesh(MeshConfig()))
+
+    @classmethod
+    def load(cls, source: Any) -> Policy:
+        """The policy of a run's newest checkpoint, or of a model.
+
+        A run's policy is placed on one device, whatever the run's mesh was.
+
+            policy = nr.Policy.load("runs/tiny-20260101-120000")     # or a Run, or "smollm2-135m"
+
+        Args:
+            source: a run directory (or an object with a `path` that is one), or a model's name, GGUF file,
+                Hugging Face directory or hub id.
+
+        Raises:
+            ValueError, FileNotFoundError: neither a run with a checkpoint nor a model.
+        """
+        path = Path(getattr(source, "path", source))
+        if (path / "checkpoints").is_dir():
+            return _of_run(path)
+        model, tokenizer = load_model(str(source))
+        return cls(model, tokenizer)
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers of the full model."""
+        return self.model.config.num_layers
+
+    def generate(
+        self,
+        prompts: Prompts,
+        plan: LayerPlan | None,
+        key: jax.Array,
+        *,
+        group_size: int = 1,
+        sampling: SamplingConfig | None = None,
+        max_completion_tokens: int | None = None,
+        shared_prefix: int = 0,
+        forced: ForcedPrefixes | None = None,
+        stops: bool = True,
+    ) -> Rollouts:
+        """Samples `group_size` completions of each prompt, on the devices.
+
+        Args:
+            prompts: what to answer.
+            plan: the layers that act; None is the full model.
+            key: PRNG key.
+            group_size: G.
+            sampling, max_completion_tokens: other than the policy's own.
+            shared_prefix: leading tokens that all prompts have in common.
+            forced: first tokens of the completions; None takes those of the prompts, if any.
+            stops: False goes on to the limit whatever is drawn, so that speeds can be compared.
+        """
+        return generate(
+            self.model,
+            self._spread(prompts.tokens_BP),
+            self._spread(prompts.length_B),
+            replicate(LayerPlan.full(self.num_layers) if plan is None else plan, self.mesh),
+            self._stop_ids(stops),
+            key,
+            self.version,
+            self._spread(prompts.forced if forced is None else forced),
+            group_size=group_size,
+            max_completion_tokens=max_completion_tokens or self.max_completion_tokens,
+            sampling=sampling or self.sampling,
+            shared_prefix=shared_prefix,
+        )
+
+    def generate_exact(
+        self,
+        prompts: Prompts,
+        plan: LayerPlan,
+        key: jax.Array,
+        *,
+        group_size: int,
+        draft_length: int,
+        shared_prefix: int = 0,
+    ) -> ExactRollouts:
+        """Samples of the full model that the plan's nested policy drafts; see `rollout.exact`.
+
+        Args:
+            prompts, key, group_size, shared_prefix: as in `generate`.
+            plan: the layers that draft.
+            draft_length: tokens drafted before each verification.
+        """
+        return generate_exact(
+            self.model,
+            self._spread(prompts.tokens_BP),
+            self._spread(prompts.length_B),
+            replicate(plan, self.mesh),
+            self._stop_ids(True),
+            key,
+            self.version,
+            self._spread(prompts.forced),
+            group_size=group_size,
+            max_completion_tokens=self.max_completion_tokens,
+            sampling=self.sampling,
+            draft_length=draft_length,
+            shared_prefix=shared_prefix,
+        )
+
+    def logprobs(
+        self,
+        prompt_BP: Int[Array, "B P"],
+        prompt_length_B: Int[Array, " B"],
+        tokens_BGC: Int[Array, "B G C"],
+        plan: LayerPlan | None = None,
+        shared_prefix: int = 0,
+    ) -> Float[Array, "B G C"]:
+        """log pi of every completion token, in nats, at the policy's temperature; see `completion_logprobs`."""
+        return _logprobs(
+            self.model, prompt_BP, prompt_length_B, tokens_BGC, plan, self.sampling.temperature, shared_prefix
+        )
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        plan: LayerPlan | None = None,
+        samples: int = 1,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        chat: bool | None = None,
+    ) -> list[list[Completion]]:
+        """Completions of texts that a user says, `[prompt][sample]`.
+
+            policy.sample("What is 3 + 4?", samples=2)
+            policy.sample("What is 3 + 4?", plan=nr.LayerPlan.skipping(30, [5, 7]))
+
+        Args:
+            prompts: one message, or several that are answered in one batch.
+            plan: the layers that act; None is the full model.
+            samples: completions of each prompt.
+            temperature: other than the policy's own; 0 is greedy.
+            max_tokens: other than the policy's own limit.
+            seed: decides what is drawn.
+            chat: True applies the chat template and False does not; None does as the policy's prompt says.
+
+        Raises:
+            ValueError: a prompt has no tokens, or prompt and completion exceed the model's positions.
+        """
+        messages = [prompts] if isinstance(prompts, str) else list(prompts)
+        batch = self._prompts_of(messages, chat)
+        limit = self.max_completion_tokens if max_tokens is None else max_tokens
+        self._check_room(batch, limit)
+        sampling = self.sampling if temperature is None else SamplingConfig(temperature)
+        rollouts = jax.device_get(
+            self.generate(
+                batch,
+                plan,
+                jax.random.key(seed),
+                group_size=samples,
+                sampling=sampling,
+                max_completion_tokens=limit,
+            )
+        )
+        return [[self._completion(rollouts, row, number) for number in range(samples)] for row in range(len(messages))]
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        plan: LayerPlan | None = None,
+        chat: bool | None = None,
+    ) -> list[Float[np.ndarray, " tokens"]]:
+        """log pi of every token of given completions, in nats, one array for each pair.
+
+        Args:
+            prompts: what a user says, one for each completion.
+            completions: what is answered; no stop token is added.
+            plan: the layers that act; None is the full model.
+            chat: as in `sample`.
+
+        Raises:
+            ValueError: the two differ in number, or one of them has no tokens.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(
+                f"score got {len(prompts)} prompts and {len(completions)} completions; give as many of both"
+            )
+        batch = self._prompts_of(list(prompts), chat)
+        ids = [self.tokenizer.encode(text) for text in completions]
+        if not all(ids):
+            raise ValueError("score got a completion without tokens; every completion needs at least one")
+        tokens_BGC = np.zeros((len(ids), 1, max(map(len, ids))), np.int32)
+        for row, tokens in enumerate(ids):
+            tokens_BGC[row, 0, : len(tokens)] = tokens
+        self._check_room(batch, tokens_BGC.shape[-1])
+        found = np.asarray(
+            self.logprobs(jnp.asarray(batch.tokens_BP), jnp.asarray(batch.length_B), jnp.asarray(tokens_BGC), plan)
+        )
+        return [found[row, 0, : len(tokens)] for row, tokens in enumerate(ids)]
+
+    def prompt_tokens(self, message: str) -> int:
+        """How many tokens the prompt of a user's message has."""
+        return len(self.tokenizer.encode(self.prompt.write(message, self.tokenizer)))
+
+    def _spread(self, values: Any) -> Any:
+        """Prompts spread over the mesh's `data` axis; whole on every device where they do not divide by it."""
+        if values is None:
+            return None
+        divides = all(leaf.shape[0] % self.mesh.shape["data"] == 0 for leaf in jax.tree.leaves(values))
+        return shard_batch(values, self.mesh) if divides else replicate(values, self.mesh)
+
+    def _stop_ids(self, stops: bool) -> Array:
+        """The tokens that end a completion; with `stops` False as many that no model can draw."""
+        ids = np.array(self.tokenizer.stop_ids, np.int32)
+        return replicate(ids if stops else np.full_like(ids, -1), self.mesh)
+
+    def _prompts_of(self, messages: Sequence[str], chat: bool | None) -> Prompts:
+        how = self.prompt if chat is None else self.prompt.with_chat(chat)
+        texts = [how.write(message, self.tokenizer) for message in messages]
+        ids = [self.tokenizer.encode(text) for text in texts]
+        if not texts or not all(ids):
+            raise ValueError("a prompt has no tokens; every prompt needs at least one")
+        tokens_BP = np.zeros((len(ids), max(map(len, ids))), np.int32)
+        for row, tokens in enumerate(ids):
+            tokens_BP[row, : len(tokens)] = tokens
+        length_B = np.array([len(tokens) for tokens in ids], np.int32)
+        nothing = ("",) * len(texts)
+        return Prompts(tokens_BP, length_B, np.zeros(len(texts), np.int32), tuple(texts), nothing, ({},) * len(texts))
+
+    def _check_room(self, prompts: Prompts, max_tokens: int) -> None:
+        longest, room = int(prompts.length_B.max()), self.model.config.max_positions
+        if max_tokens < 1 or longest + max_tokens > room:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens and max_tokens is {max_tokens};"
+                f" allowed are 1 to {room} in all"
+            )
+
+    def _completion(self, rollouts: Rollouts, row: int, number: int) -> Completion:
+        length = int(rollouts.length_BG[row, number])
+        tokens = tuple(int(token) for token in rollouts.tokens_BGC[row, number, :length])
+        logprob = float(rollouts.behavior_logprob_BGC[row, number, :length].sum())
+        return Completion(self.tokenizer.decode(tokens), tokens, logprob, bool(rollouts.finished_BG[row, number]))
+
+
+@partial(jax.jit, static_argnames=("temperature", "shared_prefix"))
+def _logprobs(
+    model: Transformer,
+    prompt_BP: Array,
+    length_B: Array,
+    tokens_BGC: Array,
+    plan: LayerPlan | None,
+    temperature: float,
+    shared_prefix: int,
+) -> Array:
+    return completion_logprobs(model, prompt_BP, length_B, tokens_BGC, temperature, plan, shared_prefix=shared_prefix)[
+        0
+    ]
+
+
+def _of_run(run: Path) -> Policy:
+    """The policy of a run directory's newest checkpoint.
+
+    Only the parts of `config.json` that describe the policy are read: a policy knows nothing of training.
+
+    Raises:
+        ValueError: not a run directory, one that this version cannot read, or without a complete checkpoint.
+    """
+    try:
+        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        reading = dacite.Config(cast=[tuple, float])
+        source = dacite.from_dict(ModelSource, stored["model"], reading)
+        lora = dacite.from_dict(LoraConfig, stored["lora"], reading)
+        sampling = dacite.from_dict(SamplingConfig, stored["rollout"]["sampling"], reading)
+        prompt = dacite.from_dict(PromptFormat, stored["data"]["prompt"], reading)
+        nesting = dacite.from_dict(NestingConfig, stored["nesting"], reading)
+        seed, limit = int(stored["train"]["seed"]), int(stored["rollout"]["max_completion_tokens"])
+        keep = int(stored["train"]["keep_checkpoints"])
+    except FileNotFoundError:
+        raise ValueError(f"'{run}' is not a run directory: it has no config.json") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, dacite.DaciteError) as error:
+        raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
+    if newest_checkpoint(run / "checkpoints") is None:
+        raise ValueError(f"run '{run}' has no complete checkpoint yet")
+    mesh = make_mesh(MeshConfig())
+    model, tokenizer = starting_model(source, lora, seed, mesh)
+    graph, trainable, frozen = split_trainable(model)
+    with Checkpoints(run / "checkpoints", keep) as checkpoints:
+        arrays = checkpoints.restore_some({"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
+    model = join_trainable(graph, arrays["trainable"], frozen)
+    return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)

@@ -1,0 +1,143 @@
+"""Which parts of a configuration go together: one small rule for each way in which they may not.
+
+Every part checks its own fields. What needs two parts stands here, as a function of the whole
+configuration that raises a ValueError with the fields, their values and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
+
+if TYPE_CHECKING:  # the configuration imports its rules
+    from nested_reft.train.config import Config
+
+
+def name_is_a_directory_name(config: Config) -> None:
+    """The name becomes part of the run directory's."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
+        raise ValueError(
+            f"name is {config.name!r}; allowed are letters, digits, '_', '.' and '-': it names the run's directory"
+        )
+
+
+def micro_batches_divide_prompts(config: Config) -> None:
+    """A batch is split along its prompts."""
+    prompts, parts = config.data.prompts_per_batch, config.train.micro_batches
+    if prompts % parts:
+        raise ValueError(f"train.micro_batches is {parts}; it must divide data.prompts_per_batch, which is {prompts}")
+
+
+def mesh_divides_batches(config: Config) -> None:
+    """Devices share the prompts of each micro-batch, in training and in the warm start."""
+    data, warm_start = config.mesh.data, config.warm_start
+    micro_batch = config.data.prompts_per_batch // config.train.micro_batches
+    if micro_batch % data:
+        raise ValueError(f"mesh.data is {data}; it must divide the prompts of a micro-batch, {micro_batch}")
+    if warm_start.steps and (warm_start.batch_size // warm_start.micro_batches) % data:
+        raise ValueError(
+            f"mesh.data is {data}; it must divide warm_start.batch_size / warm_start.micro_batches,"
+            f" {warm_start.batch_size // warm_start.micro_batches}"
+        )
+
+
+def overlong_cache_fits_completions(config: Config) -> None:
+    """The punishment begins within a completion."""
+    cache, limit = config.reward.overlong_cache_tokens, config.rollout.max_completion_tokens
+    if cache > limit:
+        raise ValueError(
+            f"reward.overlong_cache_tokens is {cache}; allowed is 0 to rollout.max_completion_tokens, which is {limit}"
+        )
+
+
+def mixture_weights_need_a_mixture(config: Config) -> None:
+    """The mixture's density exists only where completions are drawn from one."""
+    is_weight = isinstance(config.loss, PolicyGradientConfig) and config.loss.bias_mitigation == "mixture"
+    if is_weight and config.rollout.mixture_alpha is None:
+        raise ValueError(
+            "loss.bias_mitigation is 'mixture' and rollout.mixture_alpha None: the weight needs completions that are"
+            " drawn from the full model with a known probability; set rollout.mixture_alpha, 0 < mixture_alpha <= 1"
+        )
+
+
+def exact_rollouts_need_no_control(config: Config) -> None:
+    """Exact rollouts are on-policy at any depth."""
+    if config.rollout.mode == "exact" and config.nesting_control.hold is not None:
+        raise ValueError(
+            f"rollout.mode is 'exact' and nesting_control.hold '{config.nesting_control.hold}'; exact rollouts are"
+            " on-policy at any depth, so there is no budget to hold: use mode 'nested', or no nesting_control"
+        )
+
+
+def remeasuring_fits_the_batch(config: Config) -> None:
+    """Layers are measured on the step's own rollouts."""
+    if not config.nesting.remeasure_every:
+        return
+    for name, most, of in (
+        ("remeasure_prompts", config.data.prompts_per_batch, "data.prompts_per_batch"),
+        ("remeasure_completions", config.rollout.group_size, "rollout.group_size"),
+    ):
+        if getattr(config.nesting, name) > most:
+            raise ValueError(
+                f"nesting.{name} is {getattr(config.nesting, name)}; allowed is 1 to {of}, which is {most}"
+            )
+
+
+def baseline_needs_a_group(config: Config) -> None:
+    """A baseline is made from the other completions of a prompt."""
+    advantage, group_size = getattr(config.loss, "advantage", None), config.rollout.group_size
+    if group_size < 2 and advantage not in (None, "no_baseline"):
+        raise ValueError(
+            f"loss.advantage is '{advantage}' and rollout.group_size {group_size}: a baseline from the other"
+            " completions needs 2 or more. Raise the group size or use advantage 'no_baseline'"
+        )
+
+
+def unbiased_weights_need_full_support(config: Config) -> None:
+    """Truncated sampling takes completions away that the target may produce."""
+    sampling, loss = config.rollout.sampling, config.loss
+    truncates = sampling.top_k > 0 or sampling.top_p < 1
+    if truncates and isinstance(loss, PolicyGradientConfig) and claims_unbiased(loss):
+        raise ValueError(
+            f"rollout.sampling truncates (top_k or top_p), but loss.bias_mitigation '{loss.bias_mitigation}' at"
+            " 'sequence' level is unbiased only where the behavior policy can draw every completion. Set top_k 0"
+            " and top_p 1, or choose a biased weight knowingly: level 'token', or bias_mitigation 'retrace'"
+        )
+
+
+def static_weights_name_every_source(config: Config) -> None:
+    """One weight per source, which must be known beforehand."""
+    config.curriculum.validate_for([source.name for source in config.data.sources])
+    if config.curriculum.kind == "static" and config.data.split.kind != "none":
+        raise ValueError(
+            f"curriculum.kind is 'static' and data.split.kind '{config.data.split.kind}'; how many parts need a"
+            " weight is not known beforehand: use another kind, or 'none'"
+        )
+
+
+def bfloat16_weights_need_adapters(config: Config) -> None:
+    """Small updates round away in bfloat16 weights."""
+    if config.model.dtype == "bfloat16" and config.lora.rank == 0:
+        raise ValueError(
+            "model.dtype is 'bfloat16' and lora.rank 0: updates of the size of a learning rate round away in"
+            " bfloat16 weights; train adapters (lora.rank 1 or more, which are float32), or set model.dtype float32"
+        )
+
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    name_is_a_directory_name,
+    micro_batches_divide_prompts,
+    mesh_divides_batches,
+    overlong_cache_fits_completions,
+    mixture_weights_need_a_mixture,
+    exact_rollouts_need_no_control,
+    remeasuring_fits_the_batch,
+    baseline_needs_a_group,
+    unbiased_weights_need_full_support,
+    static_weights_name_every_source,
+    bfloat16_weights_need_adapters,
+)
+"""Every rule; `Config` asks all of them when it is made."""

@@ -1,0 +1,230 @@
+"""Learning: the trained policy, its optimizer, and the reference that it stays close to."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from nested_reft.estimators.health import Health
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.lora import split_trainable
+from nested_reft.models.low_precision import low_precision
+from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.config import Weights
+from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import replicate, replicate_scalars, shard_batch
+from nested_reft.train.step import BaseModel, Task, TrainState, UpdatePlans, initial_train_state, make_update
+from nested_reft.types import Scored, TrainBatch
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the updates on one batch did, as numbers on the host.
+
+    How far off-policy the rollouts were is read off the first pass: from the second on, the optimizer
+    has moved the target itself. Everything else is of the last pass.
+
+    Attributes:
+        empty: no token counted, so nothing changed; the numbers below are zero.
+        loss: the mean that was minimised.
+        gradient_norm: global norm of its gradient, before clipping.
+        parts: the objective's parts, by name.
+        health: how far off-policy the rollouts were; None for demonstrations or an empty batch.
+        entropy: mean entropy of the next-token distributions, in nats; None where health is.
+        weight_BGC: the weight of each token's gradient.
+    """
+
+    empty: bool
+    loss: float
+    gradient_norm: float
+    parts: dict[str, float]
+    health: Health | None
+    entropy: float | None
+    weight_BGC: Float[np.ndarray, "B G C"]
+
+
+@dataclass(frozen=True)
+class LearnerBatch:
+    """One batch ready to learn from.
+
+    Attributes:
+        arrays: on the mesh, prompts spread over its `data` axis.
+        plans: the layers of the update's passes.
+    """
+
+    arrays: TrainBatch
+    plans: UpdatePlans = dataclasses.field(default_factory=UpdatePlans)
+
+
+class Learner:
+    """Holds the trained parameters and changes them, one batch at a time.
+
+    Attributes:
+        state: parameters, optimizer state and number of updates.
+        reference: the parameters that a KL penalty compares with; None without one.
+    """
+
+    def __init__(self, start: Policy, weights: Weights = "target"):
+        """Args:
+        start: the policy to train. It stays as it is for as long as anyone holds it.
+        weights: what `behavior_policy` samples with.
+        """
+        self.mesh = start.mesh
+        # All that a policy is beside its weights; holding the model itself would keep its buffers in use.
+        self._as_policy = partial(
+            Policy,
+            tokenizer=start.tokenizer,
+            sampling=start.sampling,
+            max_completion_tokens=start.max_completion_tokens,
+            prompt=start.prompt,
+            nesting=start.nesting,
+            mesh=start.mesh,
+        )
+        self._weights: Weights = weights
+        graph, trainable, frozen = split_trainable(start.model)
+        self.base = BaseModel(frozen, graph)
+        # Until `begin` there is no optimizer.
+        self.state = TrainState(trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
+        self.reference: nnx.State | None = None
+        # Models whose buffers are those of `state`: while one of them is in use, an update must not take them.
+        self._lent = [weakref.ref(start.model)]
+        self._rounded: Transformer | None = None
+
+    def begin(self, task: Task) -> None:
+        """Starts a phase: a fresh optimizer on the parameters as they are, and no update counted yet."""
+        self.task, self.needs = task, task.needs
+        self.state = replicate_scalars(initial_train_state(self.state.trainable, task.optimizer), self.mesh)
+        self._rounded = None
+        self._update = make_update(task)
+
+    def keep_reference(self) -> None:
+        """Makes the parameters as they are now the reference."""
+        self.reference = jax.tree.map(jnp.copy, self.state.trainable)
+
+    def policy(self) -> Policy:
+        """The trained policy as it is now; later updates leave it alone."""
+        model = self.base.with_parameters(self.state.trainable)
+        self._lent.append(weakref.ref(model))
+        return self._as_policy(model, version=self.version)
+
+    @property
+    def version(self) -> int:
+        """Updates that the parameters have seen in this phase."""
+        return int(self.state.updates)
+
+    def behavior_policy(self) -> Policy:
+        """What samples: the trained policy, or its copy in fewer bits, made once per update."""
+        if self._weights == "target":
+            return self.policy()
+        # The copy has buffers of its own, so an update need not wait for whoever holds it.
+        rounded = self._rounded
+        if rounded is None:
+            rounded = low_precision(self.base.with_parameters(self.state.trainable), self._weights)
+            self._rounded = rounded
+        return self._as_policy(rounded, version=self.version)
+
+    def batch(self, groups: Scored) -> LearnerBatch:
+        """The signal of each completion, and only the log-probabilities that the objective needs.
+
+        Args:
+            groups: B scored groups, on the host, perhaps of several policies.
+        """
+        rollouts, objective = groups.rollouts, self.task.objective
+        size = completion_bucket(int(rollouts.length_BG.max()), self.task.max_completion_tokens)
+        arrays = TrainBatch(
+            prompt_BP=rollouts.prompt_BP,
+            prompt_length_B=rollouts.prompt_length_B,
+            tokens_BGC=rollouts.tokens_BGC[..., :size],
+            length_BG=rollouts.length_BG,
+            forced_BG=rollouts.forced_BG,
+            counted_BG=rollouts.counted_BG,
+            signal_BG=objective.signal(groups.reward_BG, groups.accuracy_BG, groups.scored_BG),
+            behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size] if self.needs.off_policy else None,
+            full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
+        )
+        arrays = shard_batch(arrays, self.mesh)
+        score = {
+            "old_logprob_BGC": lambda: self._score(self.state.trainable, arrays, None),
+            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.kept_mask_BL),
+            "reference_logprob_BGC": lambda: self._score(self._reference(), arrays, None),
+        }
+        arrays = dataclasses.replace(arrays, **{name: score[name]() for name in self.needs.logprobs})
+        nested = None
+        if self.needs.self_distillation:
+            # One plan serves the whole batch: it only says which sub-network is taught next.
+            nested = replicate(LayerPlan.from_mask(np.asarray(rollouts.kept_mask_BL[0])), self.mesh)
+        return LearnerBatch(arrays, UpdatePlans(nested=nested))
+
+    def update(self, batch: LearnerBatch) -> Update:
+        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum."""
+        arrays = batch.arrays
+        if not bool(np.any(np.asarray(arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)))):
+            return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
+        passes = []
+        for _ in range(self.task.updates_per_batch):
+            state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
+            self.state, self._rounded = state, None
+            passes.append(jax.device_get(result))
+        first, last = passes[0], passes[-1]
+        return Update(
+            empty=False,
+            loss=float(last.loss),
+            gradient_norm=float(last.gradient_norm),
+            parts={name: float(value) for name, value in last.parts.items()},
+            health=first.health,
+            entropy=None if first.entropy is None else float(first.entropy),
+            weight_BGC=last.weight_BGC,
+        )
+
+    def _own_state(self) -> TrainState:
+        """The state in buffers that an update may take: a copy while a policy that was handed out is in use."""
+        in_use = any(model() is not None for model in self._lent)
+        self._lent = []
+        if not in_use:
+            return self.state
+        return dataclasses.replace(self.state, trainable=jax.tree.map(jnp.copy, self.state.trainable))
+
+    def _reference(self) -> nnx.State:
+        assert self.reference is not None, "keep_reference was not called"
+        return self.reference
+
+    def _score(self, parameters: nnx.State, arrays: TrainBatch, plan: LayerPlan | None) -> Float[Array, "B G C"]:
+        """log pi of every completion token of a batch, under other parameters or fewer layers."""
+        policy = self._as_policy(self.base.with_parameters(parameters))
+        return policy.logprobs(
+            arrays.prompt_BP, arrays.prompt_length_B, arrays.tokens_BGC, plan, self.task.shared_prefix
+        )
+
+    def _score_under_own_plans(self, arrays: TrainBatch, kept_mask_BL: Any) -> Float[Array, "B G C"]:
+        """log pi of every completion token under the nested policy of its own group.
+
+        The whole batch runs once under each plan that occurs in it, because its shape is compiled.
+        """
+        masks_ML, plan_of_group_B = np.unique(np.asarray(kept_mask_BL), axis=0, return_inverse=True)
+        found = None
+        for index, kept_mask_L in enumerate(masks_ML):
+            plan = replicate(LayerPlan.from_mask(kept_mask_L), self.mesh)
+            logprob_BGC = self._score(self.state.trainable, arrays, plan)
+            is_its_B11 = jnp.asarray(plan_of_group_B.reshape(-1) == index)[:, None, None]
+            found = logprob_BGC if found is None else jnp.where(is_its_B11, logprob_BGC, found)
+        assert found is not None
+        return found
+
+
+def completion_bucket(longest: int, limit: int) -> int:
+    """The size that completions are cut to for an update: one, two, three or four quarters of the limit.
+
+    Short completions make cheap updates, and four sizes make at most four compilations.
+    """
+    quarter = -(-limit // 4)
+    return min(-(-longest // quarter) * quarter, limit)

@@ -1,0 +1,305 @@
+"""What a step did: typed, and turned into metrics, samples and a progress line here and nowhere else.
+
+`METRICS` declares every name that can stand in a line of `metrics.jsonl`, with its unit and meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nested_reft import curriculum, replay
+from nested_reft.curriculum import CurriculumState
+from nested_reft.estimators.health import health_warning
+from nested_reft.evaluation import Evaluation
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.nesting_control import NestingControlState
+from nested_reft.rewards.reward import component_metrics
+from nested_reft.train.config import Config
+from nested_reft.train.learner import Update
+from nested_reft.types import Scored, concat
+
+LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the metric reference.
+
+    Attributes:
+        name: as in `metrics.jsonl`; `{source}` and `{part}` stand for a name of the run's own.
+        unit: of its values; empty for counts and words.
+        meaning: in words.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+
+    def matches(self, name: str) -> bool:
+        """Whether a logged name is this metric's."""
+        return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(self.name)), name) is not None
+
+
+METRICS = (
+    Metric("step", "", "number of the step, counted from 1; 0 is before the first"),
+    Metric("reward", "reward", "mean total reward of all completions that have a score"),
+    Metric("reward/{part}", "reward", "mean of one component of the reward, before its weight"),
+    Metric("accuracy", "share", "share of right answers among the sampled completions"),
+    Metric("unscored", "completions", "completions whose reward could not be computed; they count nowhere"),
+    Metric("unscored/{part}", "completions", "those that failed in one way: timed_out, crashed or failed"),
+    Metric("completion_tokens", "tokens", "mean length of a completion, its stop token included"),
+    Metric("finished", "share", "share of completions that ended with a stop token"),
+    Metric("mixed_groups", "share", "share of groups with right and wrong completions"),
+    Metric("generation_batches", "batches", "batches generated for this update"),
+    Metric("trained_groups", "groups", "mixed groups that the update trained on (dynamic sampling)"),
+    Metric("shortfall", "", "in words, that dynamic sampling found too few mixed groups"),
+    Metric("sources", "prompts", "prompts drawn from each training source, in their order"),
+    Metric("rollout_seconds", "seconds", "time of sampling, without scoring"),
+    Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
+    Metric("step_seconds", "seconds", "time of the whole step"),
+    Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
+    Metric("skipped_layers", "", "indices of the layers that the nested policy skipped"),
+    Metric("draft_length", "tokens", "tokens drafted before each verification (exact rollouts)"),
+    Metric("draft_acceptance", "share", "share of tested draft tokens that the full model kept"),
+    Metric("empty", "", "true where no token counted, so that nothing changed"),
+    Metric("loss", "", "what was minimised, in the last pass over the batch"),
+    Metric("policy_loss", "", "its policy-gradient part"),
+    Metric("cross_entropy", "nats/token", "of the demonstrations (supervised objective)"),
+    Metric("gradient_norm", "", "global norm of the gradient, before clipping"),
+    Metric("clipped_share", "share", "tokens that a clip left without gradient"),
+    Metric("limited_share", "share", "tokens whose weight was truncated or dropped"),
+    Metric("weight_mean", "", "mean importance weight of the loss"),
+    Metric("ess_weight", "share", "effective sample size of the loss's weights"),
+    Metric("ess_token", "share", "effective sample size of the ratios pi / pi_b of tokens, in the first pass"),
+    Metric("ess_sequence", "share", "the same of whole completions"),
+    Metric("ratio_mean", "", "mean of pi / pi_b; 1 in expectation"),
+    Metric("ratio_max", "", "largest pi / pi_b"),
+    Metric("ratio_quantile_05", "", "5 % quantile of pi / pi_b"),
+    Metric("ratio_quantile_50", "", "median of pi / pi_b"),
+    Metric("ratio_quantile_95", "", "95 % quantile of pi / pi_b"),
+    Metric("kl_behavior_target", "nats/token", "estimate of KL(pi_b || pi) per sampled token"),
+    Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
+    Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
+    Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
+    Metric("warning", "", "in words, that the step was too far off-policy, with a remedy"),
+    Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
+    Metric("nesting_reason", "", "in words, why"),
+    Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
+    Metric("remeasure_seconds", "seconds", "time that it took"),
+    Metric("curriculum/{source}/probability", "share", "with which the step drew the source"),
+    Metric("curriculum/{source}/learnability", "", "mean |advantage| of the source's latest responses"),
+    Metric("curriculum/{source}/bonus", "", "its exploration bonus"),
+    Metric("curriculum/{source}/count", "responses", "responses seen of it before the step"),
+    Metric("curriculum/{source}/reward", "reward", "mean reward of the step's responses to it"),
+    Metric("curriculum/{source}/accuracy", "share", "share of right ones among them"),
+    Metric("curriculum_audit", "", "in words, which sources rose and fell, and why"),
+    Metric("heldout/{source}", "share", "greedy accuracy on the held-out prompts of a source"),
+)
+"""Every metric of a step."""
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """New divergences of the layers, in nats per token, and the seconds that they took."""
+
+    divergence_L: Float[np.ndarray, " L"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one training step did.
+
+    Attributes:
+        number: of the step, counted from 1.
+        plan: the layers of its nested policy.
+        found: everything that was generated, trained on or not.
+        groups: what the update trained on.
+        update: what the update did.
+        curriculum_before, curriculum_after: what the curriculum knew.
+        nesting: how deep the next batch nests, and why.
+        remeasured: new divergences, in steps that measure them.
+        heldout: greedy results by source, in steps that evaluate.
+        seconds: time of the step.
+        compilations: programs compiled since the run started.
+    """
+
+    number: int
+    plan: LayerPlan
+    found: tuple[Scored, ...]
+    groups: Scored
+    update: Update
+    curriculum_before: CurriculumState
+    curriculum_after: CurriculumState
+    nesting: NestingControlState
+    remeasured: Remeasured | None
+    seconds: float
+    compilations: int
+    heldout: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def all(self) -> Scored:
+        """Everything that was generated, as one value."""
+        return concat(self.found)
+
+    def mean(self, name: str) -> float:
+        """Mean of `reward_BG` or `accuracy_BG` over the completions that have a score; 0 without any."""
+        scored_BG = self.all.scored_BG
+        return float(getattr(self.all, name)[scored_BG].mean()) if scored_BG.any() else 0.0
+
+    @property
+    def rollout_seconds(self) -> float:
+        """Time of sampling, without scoring."""
+        return sum(scored.stats.rollout_seconds for scored in self.found if scored.stats is not None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens over the time of sampling."""
+        rollouts = self.all.rollouts
+        return float((rollouts.length_BG - rollouts.forced_BG).sum() / self.rollout_seconds)
+
+    def warning(self, threshold: float) -> str | None:
+        """In words, that the step was too far off-policy; None where it was not."""
+        if self.update.health is None:
+            return None
+        return health_warning(self.update.health, self.update.parts.get("ess_weight"), threshold)
+
+
+def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:
+    """The line of `metrics.jsonl` that a step becomes: JSON-able values by declared names.
+
+    Args:
+        record: of the step.
+        config: of the run.
+        source_names: of the training sources.
+    """
+    found = {
+        **_update_metrics(record, config),
+        **_nesting_metrics(record),
+        **_generation_metrics(record, config, len(source_names)),
+        **_curriculum_metrics(record, config, source_names),
+        **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
+        "step_seconds": record.seconds,
+        "compilations": record.compilations,
+    }
+    undeclared = [name for name in found if not any(metric.matches(name) for metric in METRICS)]
+    assert not undeclared, f"metrics {undeclared} are not declared in METRICS"
+    return found
+
+
+def samples(record: StepRecord, num_layers: int) -> list[dict[str, Any]]:
+    """The completions of the first prompts of a step, with what explains their rewards: lines of `samples.jsonl`.
+
+    Args:
+        record: of the step.
+        num_layers: L.
+    """
+    groups, weight_BGC = record.groups, record.update.weight_BGC
+    rollouts = groups.rollouts
+    sampled_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
+    mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
+    lines = []
+    for b in range(min(LOGGED_PROMPTS, len(groups))):
+        skipped = np.flatnonzero(~rollouts.kept_mask_BL[b]).tolist()
+        lines += [
+            {
+                "prompt": groups.prompts.texts[b],
+                "answer": groups.prompts.answers[b],
+                "text": groups.texts[b][g],
+                "reward": float(groups.reward_BG[b, g]),
+                "parts": {name: float(part_BG[b, g]) for name, part_BG in groups.parts.items()},
+                "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
+                "tokens": int(rollouts.length_BG[b, g]),
+                "skipped_layers": skipped if rollouts.nested_BG[b, g] else [],
+                "mean_weight": float(mean_weight_BG[b, g]),
+            }
+            for g in range(rollouts.length_BG.shape[1])
+        ]
+    return lines
+
+
+def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:
+    """The words behind the progress bar.
+
+    Args:
+        record: of the step.
+        shown_accuracy: the latest held-out accuracies, by name.
+    """
+    health = record.update.health
+    shown = [
+        f"reward {record.mean('reward_BG'):.2f}",
+        f"accuracy {record.mean('accuracy_BG'):.2f}",
+        f"{record.tokens_per_second:.0f} tok/s",
+        f"ESS {np.nan if health is None else float(health.ess_token):.2f}",
+        *(f"{name} {accuracy:.2f}" for name, accuracy in shown_accuracy.items()),
+    ]
+    return ", ".join(shown)
+
+
+def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
+    update = record.update
+    found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
+    if update.empty:
+        return found | {"empty": True}
+    if update.health is not None:
+        found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
+        found["entropy"] = update.entropy
+    warning = record.warning(config.train.ess_warning)
+    return found if warning is None else found | {"warning": warning}
+
+
+def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
+    found: dict[str, Any] = {"skipped_layers": list(record.plan.skipped(record.groups.rollouts.kept_mask_BL.shape[1]))}
+    if record.nesting.reason:
+        found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
+    if record.remeasured is not None:
+        found["layer_divergence"] = [round(float(value), 5) for value in record.remeasured.divergence_L]
+        found["remeasure_seconds"] = record.remeasured.seconds
+    return found
+
+
+def _generation_metrics(record: StepRecord, config: Config, num_sources: int) -> dict[str, Any]:
+    """What the policy did on everything that was generated, trained on or not."""
+    found, rollouts = record.all, record.all.rollouts
+    values = component_metrics(found.parts, found.scored_BG) | {
+        "reward": record.mean("reward_BG"),
+        "accuracy": record.mean("accuracy_BG"),
+        "unscored": int((~found.scored_BG).sum()),
+        "completion_tokens": float(rollouts.length_BG.mean()),
+        "finished": float(rollouts.finished_BG.mean()),
+        "mixed_groups": float(replay.mixed_groups(found).mean()),
+        "generation_batches": len(record.found),
+        "rollout_seconds": record.rollout_seconds,
+        "tokens_per_second": record.tokens_per_second,
+        "sources": np.bincount(found.prompts.source_B, minlength=num_sources).tolist(),
+    }
+    if config.dynamic_sampling.max_generation_batches > 1:
+        mixed, wanted = int(replay.mixed_groups(found).sum()), config.data.prompts_per_batch
+        values["trained_groups"] = min(mixed, wanted)
+        short = replay.shortfall(mixed, config.dynamic_sampling, wanted)
+        values |= {} if short is None else {"shortfall": short}
+    stats = record.found[-1].stats
+    if stats is not None and stats.draft_acceptance is not None:
+        values |= {"draft_length": config.rollout.draft_length, "draft_acceptance": stats.draft_acceptance}
+    return values
+
+
+def _curriculum_metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:
+    found = record.all
+    return curriculum.step_metrics(
+        record.curriculum_before,
+        record.curriculum_after,
+        config.curriculum,
+        source_names,
+        found.prompts.source_B,
+        found.reward_BG,
+        found.accuracy_BG,
+        found.scored_BG,
+    )

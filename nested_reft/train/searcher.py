@@ -1,0 +1,100 @@
+"""Searching: completions of prompts under a policy, and their rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.rewards.reward import RewardConfig, score
+from nested_reft.rollout.config import RolloutConfig
+from nested_reft.rollout.mixture import mixture_rollouts
+from nested_reft.rollout.policy import Policy
+from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchStats
+
+
+class Searcher:
+    """Policy, prompts, plan and key in; scored rollouts out.
+
+    It keeps no state between calls, so the same code runs in the training loop, in a thread beside it,
+    or in another process. Arrays come to the host here, once.
+    """
+
+    def __init__(self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0):
+        """Args:
+        rollout: how completions are sampled.
+        reward: how they are scored, and which of them count.
+        shared_prefix: leading tokens that all prompts have in common.
+        """
+        self._rollout, self._reward, self._shared_prefix = rollout, reward, shared_prefix
+
+    def search(self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Scored:
+        """Samples completions of each prompt and scores them.
+
+        Args:
+            policy: what samples.
+            prompts: B prompts, perhaps with forced prefixes.
+            plan: the layers of the nested policy.
+            key: PRNG key of the batch.
+
+        Returns:
+            B groups on the host. A completion counts in the loss where it could be scored and, with
+            `reward.overlong_filter`, was not cut off.
+        """
+        started = time.monotonic()
+        rollouts, acceptance = self._rollouts(policy, prompts, plan, key)
+        jax.block_until_ready(rollouts)
+        stats = SearchStats(time.monotonic() - started, acceptance)
+        rollouts = jax.device_get(rollouts)
+        texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
+        reward_BG, accuracy_BG, scored_BG, parts = score(
+            texts,
+            prompts,
+            rollouts.finished_BG,
+            self._reward,
+            rollouts.length_BG,
+            self._rollout.max_completion_tokens,
+        )
+        counted_BG = rollouts.counted_BG & scored_BG
+        if self._reward.overlong_filter:
+            counted_BG &= rollouts.finished_BG
+        rollouts = dataclasses.replace(rollouts, counted_BG=np.asarray(counted_BG))
+        return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts, stats)
+
+    def _rollouts(
+        self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array
+    ) -> tuple[Rollouts, float | None]:
+        """Completions of the nested policy, of its mixture with the full one, or drafted by it."""
+        config = self._rollout
+        if config.mode == "exact":
+            exact = policy.generate_exact(
+                prompts,
+                plan,
+                key,
+                group_size=config.group_size,
+                draft_length=config.draft_length,
+                shared_prefix=self._shared_prefix,
+            )
+            return exact.rollouts, float(exact.acceptance)
+
+        def sample(layers: LayerPlan, sample_key: jax.Array, count: int, forced: ForcedPrefixes | None) -> Rollouts:
+            return policy.generate(
+                prompts, layers, sample_key, group_size=count, shared_prefix=self._shared_prefix, forced=forced
+            )
+
+        if config.mixture_alpha is None:
+            return sample(plan, key, config.group_size, prompts.forced), None
+        mixed = mixture_rollouts(
+            sample,
+            key,
+            plan,
+            policy.num_layers,
+            len(prompts),
+            config.group_size,
+            config.mixture_alpha,
+            prompts.forced,
+        )
+        return mixed, None

@@ -1,0 +1,50 @@
+"""What a finished run is summed up by: accuracy before and after, speed, and how far off-policy it was."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nested_reft.rollout.throughput import compare_throughput
+from nested_reft.run_directory import versions
+
+if TYPE_CHECKING:  # the trainer imports this module
+    from nested_reft.train.trainer import Trainer
+
+MEANS = ("ess_token", "ess_sequence", "kl_behavior_target")  # metrics of which the mean over steps is given
+
+
+def run_summary(trainer: Trainer) -> dict[str, Any]:
+    """The summary of a run whose last step is done; measures held-out accuracy and throughput.
+
+    Args:
+        trainer: of the run, still open.
+    """
+    config, state = trainer.config, trainer.state
+    after = trainer.evaluate_all(config.train.steps)
+    prompts = trainer.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
+    key = trainer.keys.throughput
+    throughput = compare_throughput(
+        state.learner.behavior_policy(),
+        prompts,
+        trainer.draw_plan(key),
+        key,
+        config.rollout.group_size,
+        trainer.data.shared_prefix,
+    )
+    history = trainer.run_directory.read_metrics()
+    means = {name: float(np.mean([line[name] for line in history if name in line])) for name in MEANS}
+    return {
+        "name": config.name,
+        "run_directory": str(trainer.run_directory.path),
+        "steps": config.train.steps,
+        "before": state.before,
+        "after": after,
+        "training_seconds": state.seconds,
+        "compilations": trainer.compilations.count,
+        "compile_seconds": trainer.compilations.seconds,
+        "versions": versions(),
+        **throughput.to_json(),
+        **means,
+    }
