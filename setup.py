@@ -22,6 +22,7 @@ TEST = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "ruff>=0.9",
+    "setuptools>=77",  # builds the wheel that a test installs
     "torch==2.13.0",  # reference logits only; the Makefile installs this same version first
     "transformers>=4.50",
 ]
