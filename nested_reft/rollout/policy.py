@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
-from nested_reft.data.prompts import PromptFormat
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.models.lora import LoraConfig, join_trainable, split_trainable
 from nested_reft.models.registry import load_model
 from nested_reft.models.source import ModelSource, starting_model
 from nested_reft.models.transformer import Transformer
+from nested_reft.prompt_format import PromptFormat
 from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
