@@ -24,7 +24,7 @@ from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, texts_of
-from nested_reft.evaluation import Evaluation, evaluate
+from nested_reft.evaluation import Evaluation, evaluate_examples
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
@@ -163,7 +163,7 @@ class Trainer:
     def evaluate(self, source: int, keys: StepKeys, samples: bool) -> Evaluation:
         """Held-out results of one source of the configuration; the curriculum does not see them."""
         config = self.config
-        return evaluate(
+        return evaluate_examples(
             self.state.learner.policy(),
             self.data.heldout_examples[source],
             config.reward,
