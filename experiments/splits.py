@@ -9,7 +9,7 @@ divide the pool with `data.split`, into at most as many parts.
 
 The measure is that of `experiments.dump`, on the held-out prompts of the six named sources in every
 run. The level to reach is the final accuracy of the `pool` run of the same seed. What is finished is
-kept as JSON in `--out`, so the command can be stopped and repeated. It ends with three tables, a JSON
+kept as JSON in `--out`, so the command can be stopped and repeated. It ends with tables, a JSON
 file and a figure.
 """
 
@@ -51,7 +51,9 @@ MAIN_KINDS = ("pool", "source", "pass_rate", "cluster")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("experiments.splits", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "experiments.splits", description="DUMP on one pool of questions, divided in several ways"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=MAIN_KINDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=300)
@@ -214,6 +216,10 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
     print(table(["division", "parts", "largest", "tells source", "s to divide", *sources], cells))
     by_source = [[row["kind"], *(f"{value:.2f}" for value in row["final_by_source"])] for row in rows]
     print(f"\n{table(['final accuracy of', *sources], by_source)}")
+    finals = {(result["kind"], result["seed"]): curve(result)[-1] for result in results}
+    seeds = sorted({seed for _, seed in finals})
+    by_seed = [[k, *(f"{finals[k, s]:.3f}" if (k, s) in finals else "" for s in seeds)] for k in kinds]
+    print(f"\n{table(['final accuracy of', *(f'seed {seed}' for seed in seeds)], by_seed)}")
     draw_accuracy(results, out / "accuracy.png")
     print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}")
 
