@@ -30,7 +30,19 @@ _PUBLIC = {
 }
 """Public name -> the module that defines it."""
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "Completion",
+    "Config",
+    "LayerPlan",
+    "Policy",
+    "Run",
+    "StepRecord",
+    "__version__",
+    "config_names",
+    "evaluate",
+    "load_config",
+    "train",
+]
 
 if TYPE_CHECKING:
     from nested_reft.api import Run, evaluate, load_config, train
