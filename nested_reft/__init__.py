@@ -25,7 +25,7 @@ _PUBLIC = {
     "StepRecord": "nested_reft.train.record",
     "config_names": "nested_reft.config_files",
     "evaluate": "nested_reft.api",
-    "load_config": "nested_reft.api",
+    "load_config": "nested_reft.train.config",
     "train": "nested_reft.api",
 }
 """Public name -> the module that defines it."""
@@ -45,11 +45,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nested_reft.api import Run, evaluate, load_config, train
+    from nested_reft.api import Run, evaluate, train
     from nested_reft.config_files import config_names
     from nested_reft.layer_skip import LayerPlan
     from nested_reft.rollout.policy import Completion, Policy
-    from nested_reft.train.config import Config
+    from nested_reft.train.config import Config, load_config
     from nested_reft.train.record import StepRecord
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,11 @@ from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config
-from nested_reft.train.config import load_config as load_named_config
+from nested_reft.train.config import Config, load_config
 from nested_reft.train.memory import check_memory
 from nested_reft.train.record import StepRecord
 from nested_reft.train.setup import Setup, prepare, run_config
 from nested_reft.train.trainer import Trainer
-
-
-def load_config(name: str, **overrides: Any) -> Config:
-    """A configuration by name, with some of its fields changed.
-
-    >>> config = load_config("tiny", train={"steps": 3}, nesting={"skip_ratio": 0.4})
-    >>> config.train.steps, config.nesting.skip_ratio, config.rollout.group_size
-    (3, 0.4, 8)
-    >>> load_config("tiny", train={"stepz": 3})
-    Traceback (most recent call last):
-    ...
-    ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, micro_batches, \
-remat, seed, checkpoint_every, keep_checkpoints, ess_warning
-
-    Args:
-        name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.
-        overrides: new values by field. A mapping changes some fields of a part; anything else, such as a
-            dataclass of the part, replaces it.
-
-    Raises:
-        ValueError: there is no such configuration or field, or a value cannot work.
-    """
-    config = load_named_config(name)
-    return Config.from_json(_merged(config.to_json(), overrides, "")) if overrides else config
 
 
 def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
@@ -202,23 +177,3 @@ def _checked_setup(config: Config) -> Setup:
     setup = prepare(config)
     check_memory(setup)
     return setup
-
-
-def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The JSON form of a configuration with some values replaced; `prefix` is where it stands."""
-    merged = dict(stored)
-    for name, value in overrides.items():
-        if name not in stored:
-            raise ValueError(f"{prefix}{name} is no field of the configuration; allowed are {', '.join(stored)}")
-        if isinstance(value, Mapping) and isinstance(stored[name], dict):
-            merged[name] = _merged(stored[name], value, f"{prefix}{name}.")
-        else:
-            merged[name] = _plain(value)
-    return merged
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, inside sequences too."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

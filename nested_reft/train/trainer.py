@@ -152,8 +152,8 @@ class Trainer:
 
     def draw_plan(self, key: jax.Array) -> LayerPlan:
         """The layers of the next batch's nested policy."""
-        num_skipped = nesting_control.choose(self.state.nesting)
-        return draw_plan(key, self.config.nesting, self.num_layers, self.state.divergence_L, num_skipped)
+        nesting = self.state.nesting
+        return draw_plan(key, self.config.nesting, self.num_layers, self.state.divergence_L, nesting.num_skipped)
 
     def next_prompts(self, source_B: np.ndarray) -> Prompts:
         """The next prompt of each source named, as one batch."""
