@@ -19,9 +19,9 @@ def reference() -> str:
         [
             "# Metrics",
             "",
-            "Each training step appends one line to `metrics.jsonl` in the run directory. This page lists every name"
-            " that can stand in it. `{source}` and `{part}` stand for a name of the run's own. A step leaves out what it"
-            " did not measure.",
+            "Each training step appends one line to `metrics.jsonl` in the run directory."
+            " This page lists every name that can stand in it."
+            " `{source}` and `{part}` stand for a name of the run's own. A step leaves out what it did not measure.",
             "",
             "| name | unit | meaning |",
             "| --- | --- | --- |",
