@@ -112,25 +112,27 @@ def steps_to_reach(result: dict[str, Any], level: float) -> tuple[float, bool]:
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1])), True
 
 
-def compare(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each curriculum against the uniform runs of the same seeds.
+def compare(results: Sequence[dict[str, Any]], baseline: str = "uniform") -> list[dict[str, Any]]:
+    """Each kind of run against the runs of kind `baseline` of the same seeds.
 
-    `share_of_steps` is the mean time over the steps of a run, `share_of_time` over uniform's mean
+    `share_of_steps` is the mean time over the steps of a run, `share_of_time` over the baseline's mean
     time to the same level; the intervals are 95% percentile bootstraps over seeds (10,000 draws),
     where the runs of a seed stay together.
     """
     by = {(result["kind"], result["seed"]): result for result in results}
     rows = []
     for kind in dict.fromkeys(result["kind"] for result in results):
-        seeds = sorted(seed for k, seed in by if k == kind and ("uniform", seed) in by)
+        seeds = sorted(seed for k, seed in by if k == kind and (baseline, seed) in by)
         if not seeds:
             continue
-        levels = [float(curve(by["uniform", seed])[-1]) for seed in seeds]
+        levels = [float(curve(by[baseline, seed])[-1]) for seed in seeds]
         reached = [steps_to_reach(by[kind, seed], level) for seed, level in zip(seeds, levels, strict=True)]
-        uniform = [steps_to_reach(by["uniform", seed], level)[0] for seed, level in zip(seeds, levels, strict=True)]
-        time_S, uniform_S = np.array([step for step, _ in reached]), np.array(uniform)
+        baseline_time = [
+            steps_to_reach(by[baseline, seed], level)[0] for seed, level in zip(seeds, levels, strict=True)
+        ]
+        time_S, baseline_S = np.array([step for step, _ in reached]), np.array(baseline_time)
         draw_RxS = np.random.default_rng(0).integers(0, len(seeds), (10_000, len(seeds)))
-        share_R = time_S[draw_RxS].sum(axis=1) / np.maximum(uniform_S[draw_RxS].sum(axis=1), 1e-9)
+        share_R = time_S[draw_RxS].sum(axis=1) / np.maximum(baseline_S[draw_RxS].sum(axis=1), 1e-9)
         steps = by[kind, seeds[0]]["steps"][-1]
         final_S = np.array([curve(by[kind, seed])[-1] for seed in seeds])
         gain_R = (final_S - np.array(levels))[draw_RxS].mean(axis=1)
@@ -140,10 +142,10 @@ def compare(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": seeds,
                 "reached": sum(ok for _, ok in reached),
                 "steps_to_level": time_S.tolist(),
-                "uniform_steps_to_level": uniform,
+                "baseline_steps_to_level": baseline_time,
                 "share_of_steps": float(time_S.mean() / steps),
                 "share_of_steps_interval": np.quantile(time_S[draw_RxS].mean(axis=1) / steps, [0.025, 0.975]).tolist(),
-                "share_of_time": float(time_S.sum() / max(uniform_S.sum(), 1e-9)),
+                "share_of_time": float(time_S.sum() / max(baseline_S.sum(), 1e-9)),
                 "share_of_time_interval": np.quantile(share_R, [0.025, 0.975]).tolist(),
                 "final_accuracy": float(final_S.mean()),
                 "final_gain": float((final_S - np.array(levels)).mean()),

@@ -55,31 +55,39 @@ def warm_started(config: Config, out: Path) -> Setup:
 
 
 def train(setup: Setup, out: Path) -> dict[str, Any]:
-    """One run: held-out accuracy of every source each `EVERY` steps, and a few metrics of each step."""
+    """One run: held-out accuracy of every source each `EVERY` steps, and a few metrics of each step.
+
+    Accuracies are of the sources that the configuration names; probabilities are of the parts that
+    training draws from. The two differ where sources were pooled or divided.
+    """
     config, started = setup.config, time.monotonic()
     run = RunDirectory.create(out / "runs", config.name, config.to_json())
     trainer = Trainer(dataclasses.replace(setup, model=jax.tree.map(jax.numpy.copy, setup.model)), run)
+    start_seconds = time.monotonic() - started  # `data.split` samples every question here
+    sources, parts = [source.name for source in config.data.sources], trainer.setup.source_names
     accuracy, probability = [heldout_accuracy(trainer)], []
     kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
     for step in range(config.train.steps):
         metrics = trainer.step(step)
-        probability.append([metrics[f"curriculum/{name}/probability"] for name in setup.source_names])
+        probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
         for name, values in kept.items():
             values.append(metrics[name])
         if (step + 1) % EVERY == 0:
             accuracy.append(heldout_accuracy(trainer))
-            metrics |= {f"heldout/{name}": a for name, a in zip(setup.source_names, accuracy[-1][1], strict=True)}
+            metrics |= {f"heldout/{name}": a for name, a in zip(sources, accuracy[-1][1], strict=True)}
         run.log_metrics(step + 1, metrics)
     trainer.close()
     return {
         "config": config.to_json(),
         "run_directory": str(run.path),
-        "sources": list(setup.source_names),
+        "sources": sources,
+        "parts": list(parts),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
         "accuracy": [sampled for sampled, _ in accuracy],
         "greedy_accuracy": [greedy for _, greedy in accuracy],
         "probability": probability,
         "metrics": kept,
+        "start_seconds": start_seconds,
         "seconds": time.monotonic() - started,
         "versions": versions(),
     }

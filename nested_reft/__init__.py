@@ -1,3 +1,63 @@
-"""Reinforcement fine-tuning of language models with nested, layer-skipping rollouts."""
+"""Reinforcement fine-tuning of language models with nested, layer-skipping rollouts.
+
+    import nested_reft as nr
+
+    run = nr.train(nr.load_config("tiny"))
+    run.metrics()["accuracy"]
+    nr.Policy.load(run).sample("123 =")
+
+Names are imported when they are first used, so that importing the package stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Completion": "nested_reft.rollout.policy",
+    "Config": "nested_reft.train.config",
+    "LayerPlan": "nested_reft.layer_skip",
+    "Policy": "nested_reft.rollout.policy",
+    "Run": "nested_reft.api",
+    "StepRecord": "nested_reft.train.record",
+    "config_names": "nested_reft.config_files",
+    "evaluate": "nested_reft.api",
+    "load_config": "nested_reft.train.config",
+    "train": "nested_reft.api",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = [
+    "Completion",
+    "Config",
+    "LayerPlan",
+    "Policy",
+    "Run",
+    "StepRecord",
+    "__version__",
+    "config_names",
+    "evaluate",
+    "load_config",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from nested_reft.api import Run, evaluate, train
+    from nested_reft.config_files import config_names
+    from nested_reft.layer_skip import LayerPlan
+    from nested_reft.rollout.policy import Completion, Policy
+    from nested_reft.train.config import Config, load_config
+    from nested_reft.train.record import StepRecord
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'nested_reft' has no attribute '{name}'; it has {', '.join(_PUBLIC)}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -52,9 +52,9 @@ class Checkpoints:
         """
         taken_out: dict[str, np.ndarray] = {}
         plain = _without_arrays(host, taken_out)
-        items = {"arrays": ocp.args.StandardSave(arrays), "host": ocp.args.JsonSave(plain)}
+        items = {"arrays": ocp.args.PyTreeSave(arrays), "host": ocp.args.JsonSave(plain)}
         if taken_out:
-            items["host_arrays"] = ocp.args.StandardSave(taken_out)
+            items["host_arrays"] = ocp.args.PyTreeSave(taken_out)
         # The caller has decided that it is time, so Orbax's own intervals do not count.
         self._manager.save(number, args=ocp.args.Composite(**items), force=True)
 
@@ -68,7 +68,7 @@ class Checkpoints:
         host = restored["host"]
         if not _has_arrays(host):
             return number, host
-        _, restored = self._restore(host_arrays=ocp.args.StandardRestore())
+        _, restored = self._restore(host_arrays=ocp.args.PyTreeRestore())
         return number, _with_arrays(host, restored["host_arrays"])
 
     def restore_some(self, like: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nested_reft.estimators.kl import exact_kl
 from nested_reft.layer_skip import LayerPlan

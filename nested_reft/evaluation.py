@@ -80,7 +80,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def evaluate(
+def evaluate_examples(
     policy: Policy,
     examples: Sequence[EncodedExample],
     reward: RewardConfig,
@@ -131,7 +131,7 @@ def num_correct(
     """Right answers among `group_size` completions of each example, in one compiled shape for all batches.
 
     Args:
-        policy, examples, reward, key, plan: as in `evaluate`.
+        policy, examples, reward, key, plan: as in `evaluate_examples`.
         batch_size: prompts per batch; fewer where there are fewer examples.
         sampling: other than the policy's own.
         group_size: completions of each example.

@@ -20,8 +20,8 @@ left for being over budget at most log2(T / patience + 2) times in T steps, what
 It follows a drift: the next try of a size waits for at most as many steps as had passed when it last
 failed, and 2 * patience more.
 
-A pure rule on a small state, as `curriculum` is: `update` takes in a step's metrics, `choose` says how
-many layers to skip. Which layers is `layer_skip.draw_plan`'s to draw.
+A pure rule on a small state, as `curriculum` is: `update` takes in a step's health, and the state says how
+many layers the next batch skips. Which layers is `layer_skip.draw_plan`'s to draw.
 """
 
 from __future__ import annotations
@@ -174,15 +174,6 @@ def initial_state(config: NestingControlConfig, num_skipped: int) -> NestingCont
     start = min(max(num_skipped, config.min_skipped), config.max_skipped)
     # `failures` has one entry for each size from 0 to the largest.
     return NestingControlState(start, failures=(0,) * (config.max_skipped + 1))
-
-
-def choose(state: NestingControlState) -> int:
-    """The number of layers that the next batch skips.
-
-    Args:
-        state: after the latest step.
-    """
-    return state.num_skipped
 
 
 def excess(config: NestingControlConfig, value: float) -> float:

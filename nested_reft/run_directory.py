@@ -76,10 +76,6 @@ class RunDirectory:
                 self._events.add_scalar(name, value, step)
         self._events.flush()
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Every line logged so far, those before a resume included."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Appends a line per completion. JSON escapes whatever the model wrote."""
         self._samples.writelines(json.dumps({"step": step} | sample) + "\n" for sample in samples)
@@ -93,6 +89,31 @@ class RunDirectory:
         """Closes the logs."""
         for file in (self._metrics, self._samples, self._events):
             file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` or `samples.jsonl`; a last line that is cut short is left out.
+
+    Args:
+        path: the file; a run that is going on may be writing to it.
+
+    Raises:
+        ValueError: there is no such file, or a line is not a JSON object with a step.
+    """
+    if not path.is_file():
+        raise ValueError(f"'{path.parent}' is not a run directory: it has no {path.name}")
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if not text.endswith("\n"):
+                break
+            raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(f"line {number} of '{path}' has no step")
+        lines.append(line)
+    return lines
 
 
 def versions() -> dict[str, Any]:

@@ -25,7 +25,7 @@ RULES = {
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
-    {"layer_skip", "json_files", "config_files", "compilation"},
+    {"layer_skip", "literals", "json_files", "compilation", "config_files", "prompt_format"},
     {"types"},
     RULES,
     {"sharding"},

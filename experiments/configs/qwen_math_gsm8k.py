@@ -8,13 +8,13 @@ Time: not measured; it is meant for an accelerator.
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
-from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.presets import dapo
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.source import ModelSource
+from nested_reft.prompt_format import PromptFormat
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig

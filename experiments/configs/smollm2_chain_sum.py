@@ -6,12 +6,12 @@ Time: about ten minutes on two cores.
 
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
-from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.models.source import ModelSource
+from nested_reft.prompt_format import PromptFormat
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig

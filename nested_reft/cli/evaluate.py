@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-import jax
-
+from nested_reft.api import evaluate_sources
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.policy import plan_without, setup_of
-from nested_reft.evaluation import evaluate
-from nested_reft.layer_skip import LayerPlan
 from nested_reft.reports.tables import evaluation_table
-from nested_reft.train.setup import Setup
 
 
 def run(arguments: list[str]) -> None:
@@ -23,9 +18,8 @@ def run(arguments: list[str]) -> None:
         setup = setup_of(known.policy, known.config)
         plan = plan_without(setup.policy.num_layers, known.skip_layers)
         check_json(known.json)
-    results = {
-        source.name: _evaluate_source(setup, index, plan) for index, source in enumerate(setup.config.data.sources)
-    }
+    found = evaluate_sources(setup, plan, samples=True)
+    results = {name: result.to_json() for name, result in found.items()}
     print(evaluation_table(results))
     keep_json(known.json, results)
 
@@ -37,16 +31,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="evaluate the nested model without them")
     add_json(parser, "the results")
     return parser
-
-
-def _evaluate_source(setup: Setup, index: int, plan: LayerPlan | None) -> dict[str, Any]:
-    config = setup.config
-    return evaluate(
-        setup.policy,
-        setup.data.heldout_examples[index],
-        config.reward,
-        config.evaluation,
-        jax.random.key(config.train.seed),  # the run's seed, so that an evaluation can be repeated
-        samples=True,
-        plan=plan,
-    ).to_json()

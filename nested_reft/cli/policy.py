@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from nested_reft.api import without_plans
 from nested_reft.layer_skip import LayerPlan, NestingConfig
-from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, load_config
+from nested_reft.train.config import load_config
 from nested_reft.train.setup import Setup, prepare, run_config
 
 
@@ -26,15 +25,14 @@ def setup_of(policy: str, config_name: str | None) -> Setup:
     if (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir():
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
-        config = dataclasses.replace(run_config(Path(policy)), mesh=MeshConfig())
-        return prepare(_without_plans(config), Policy.load(policy))
+        return prepare(without_plans(run_config(Path(policy))), Policy.load(policy))
     if config_name is None:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)
     if policy != config.model.name:
         # The configuration's shape is that of its own model from scratch; another model brings its own.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
-    return prepare(_without_plans(config))
+    return prepare(without_plans(config))
 
 
 def plan_without(num_layers: int, layers: list[int]) -> LayerPlan | None:
@@ -47,8 +45,3 @@ def plan_without(num_layers: int, layers: list[int]) -> LayerPlan | None:
         # The rule is the field's, but the user typed the option.
         raise ValueError(str(error).replace("nesting.layers", "--skip-layers")) from None
     return LayerPlan.skipping(num_layers, layers)
-
-
-def _without_plans(config: Config) -> Config:
-    """The configuration of commands that draw no plans, so that a missing divergence file does not stop them."""
-    return dataclasses.replace(config, nesting=NestingConfig(), nesting_control=NestingControlConfig())

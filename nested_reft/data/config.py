@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nested_reft.data.prompts import PromptFormat, TooLong
+from nested_reft.data.prompts import TooLong
 from nested_reft.data.sources import SourceConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.literals import check_choice
+from nested_reft.prompt_format import PromptFormat
 
 
 @dataclass(frozen=True)

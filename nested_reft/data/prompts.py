@@ -2,94 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from nested_reft.data.examples import Example
+from nested_reft.prompt_format import PromptFormat, PromptTokenizer
 
 logger = logging.getLogger(__name__)
 
 TooLong = Literal["refuse", "drop"]
-
-
-@runtime_checkable
-class PromptTokenizer(Protocol):
-    """What writing prompts needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a question becomes a prompt.
-
-    Attributes:
-        template: the user's message, with `{question}` and any field of the example's metadata in braces.
-        chat: apply the tokenizer's chat template; otherwise the message is the prompt.
-        system: the chat's system message; None leaves it to the chat template.
-        demonstrations: earlier turns of the chat that show how to answer: pairs of a user's message
-            and the reply to it, word for word.
-    """
-
-    template: str = "{question}"
-    chat: bool = True
-    system: str | None = None
-    demonstrations: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self):
-        for name, value in (("system", self.system), ("demonstrations", self.demonstrations)):
-            if value and not self.chat:
-                raise ValueError(
-                    f"data.prompt.{name} is {value!r}, but data.prompt.chat is False; plain text has no turns"
-                )
-
-    def with_chat(self, chat: bool) -> PromptFormat:
-        """The same format with the chat template applied or not; plain text has no system message and no turns."""
-        return dataclasses.replace(self, chat=True) if chat else PromptFormat(self.template, chat=False)
-
-    def write(self, message: str, tokenizer: PromptTokenizer) -> str:
-        """The prompt of one user's message, up to where the answer begins.
-
-        Args:
-            message: the user's, as `fill` gives it.
-            tokenizer: gives the chat template.
-
-        Returns:
-            The text that the model reads.
-        """
-        if not self.chat:
-            return message
-        # Without a system message of ours, many chat templates put in their own.
-        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for asked, reply in self.demonstrations:
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-        return tokenizer.apply_chat_template([*turns, {"role": "user", "content": message}], add_generation_prompt=True)
-
-    def fill(self, example: Example, field: str = "data.prompt") -> str:
-        """The user's message of one example; `field` is where the format stands in the configuration.
-
-        Args:
-            example: gives the question and the other fields.
-            field: name of this format in the configuration, for messages.
-
-        Raises:
-            ValueError: the template names a field that the example does not have.
-        """
-        # The question wins over a field of the metadata that has its name.
-        fields = {**example.metadata, "question": example.question}
-        try:
-            return self.template.format_map(fields)
-        # These are what a format string raises for unknown names, places, formats and attributes.
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{field}.template is {self.template!r}, which cannot be filled for source '{example.source}'"
-                f" ({error!r}); allowed fields are {', '.join(sorted(fields))}"
-            ) from None
 
 
 @dataclass(frozen=True)

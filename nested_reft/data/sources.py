@@ -27,8 +27,8 @@ import numpy as np
 from nested_reft.data.datasets import DATASETS, load_dataset
 from nested_reft.data.examples import Checker, Example, distinct
 from nested_reft.data.jsonl import read_jsonl
-from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.tasks import Task, draw_task
+from nested_reft.prompt_format import PromptFormat
 
 
 @dataclass(frozen=True)

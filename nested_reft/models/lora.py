@@ -87,12 +87,10 @@ def merge_lora(model: Transformer) -> Parameters:
 
 
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The model's structure, the parameters that train, and those that do not: adapters only, where it has any."""
+    """The model's structure, the parameters that train, and those that do not; `nnx.merge` joins them again.
+
+    Adapters alone train where there are any, else the whole model does.
+    """
     has_adapters = any(name.endswith("_lora_in") for name in nnx.state(model.layers))
     graph, trainable, frozen = nnx.split(model, nnx.LoRAParam if has_adapters else nnx.Param, ...)
     return graph, trainable, frozen
-
-
-def join_trainable(graph: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State) -> Transformer:
-    """The model of `split_trainable`'s parts; shares their buffers."""
-    return nnx.merge(graph, trainable, frozen)

@@ -5,13 +5,13 @@ Needs matplotlib, of the `report` extra. Figures are drawn without a display.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nested_reft.reports.tables import printable, table
+from nested_reft.run_directory import read_log
 
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"
@@ -44,25 +44,10 @@ def read_metrics(run: Path) -> list[Line]:
     Raises:
         ValueError: there is no such file, it has no complete step, or a line is not JSON.
     """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"'{run}' is not a run directory: it has no metrics.jsonl")
-    lines: list[Line] = []
-    # The line ends are kept, because a line without one was cut short.
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            # Only the last line can lack its end, so stopping here loses nothing else.
-            if not text.endswith("\n"):
-                break
-            raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise ValueError(f"line {number} of '{path}' has no step")
-        lines.append(line)
-    # Step 0 is the evaluation before training.
+    lines = read_log(run / "metrics.jsonl")
+    # Line 0 is the evaluation before training; a report needs at least one step.
     if not any(line["step"] > 0 for line in lines):
-        raise ValueError(f"'{path}' has no complete step yet")
+        raise ValueError(f"'{run / 'metrics.jsonl'}' has no complete step yet")
     return lines
 
 

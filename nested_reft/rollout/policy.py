@@ -17,16 +17,17 @@ import dacite
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
-from nested_reft.data.prompts import PromptFormat
 from nested_reft.layer_skip import LayerPlan, NestingConfig
-from nested_reft.models.lora import LoraConfig, join_trainable, split_trainable
+from nested_reft.models.lora import LoraConfig, split_trainable
 from nested_reft.models.registry import load_model
 from nested_reft.models.source import ModelSource, starting_model
 from nested_reft.models.transformer import Transformer
+from nested_reft.prompt_format import PromptFormat
 from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
@@ -360,5 +361,5 @@ def _of_run(run: Path) -> Policy:
     graph, trainable, frozen = split_trainable(model)
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
         arrays = checkpoints.restore_some({"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
-    model = join_trainable(graph, arrays["trainable"], frozen)
+    model = nnx.merge(graph, arrays["trainable"], frozen)
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,32 @@ def _read_objective(value: dict[str, Any]) -> ObjectiveConfig:
         raise ValueError(f"loss: {error}") from None
 
 
-def load_config(name: str) -> Config:
-    """The configuration of a name that ships, or of a path to a Python file with `get_config()`.
+def load_config(name: str, **overrides: Any) -> Config:
+    """A configuration by name, with some of its fields changed.
+
+    >>> config = load_config("tiny", train={"steps": 3}, nesting={"skip_ratio": 0.4})
+    >>> config.train.steps, config.nesting.skip_ratio, config.rollout.group_size
+    (3, 0.4, 8)
+    >>> load_config("tiny", train={"stepz": 3})
+    Traceback (most recent call last):
+    ...
+    ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, micro_batches, \
+remat, seed, checkpoint_every, keep_checkpoints, ess_warning
+
+    Args:
+        name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.
+        overrides: new values by field. A mapping changes some fields of a part; anything else, such as a
+            dataclass of the part, replaces it.
 
     Raises:
-        ValueError: there is no such configuration, or the file does not give one.
+        ValueError: there is no such configuration or field, or a value cannot work.
     """
+    config = _named_config(name)
+    return Config.from_json(_merged(config.to_json(), overrides, "")) if overrides else config
+
+
+def _named_config(name: str) -> Config:
+    """The configuration of a name that ships, or of a path to a Python file with `get_config()`."""
     path = Path(name)
     if path.suffix != ".py":
         shipped = shipped_configs()
@@ -191,3 +212,23 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif left != right:
             found.append((prefix + name, left, right))
     return sorted(found, key=lambda difference: difference[0])
+
+
+def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The JSON form of a configuration with some values replaced; `prefix` is where it stands."""
+    merged = dict(stored)
+    for name, value in overrides.items():
+        if name not in stored:
+            raise ValueError(f"{prefix}{name} is no field of the configuration; allowed are {', '.join(stored)}")
+        if isinstance(value, Mapping) and isinstance(stored[name], dict):
+            merged[name] = _merged(stored[name], value, f"{prefix}{name}.")
+        else:
+            merged[name] = _plain(value)
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, inside sequences too."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

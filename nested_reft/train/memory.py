@@ -35,7 +35,7 @@ def check_memory(setup: Setup) -> None:
         "rollouts": f"lower {batch} or {completions}",
         "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})",
         "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}",
-        "warm start": f"lower warm_start.batch_size ({config.warm_start.batch_size})",
+        "warm start": f"raise warm_start.micro_batches or lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
     # Where weights and moments are too much, a smaller batch would not help.
     smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.model ({config.mesh.model})"
@@ -100,7 +100,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     }
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
     if config.warm_start.steps:
-        tokens = config.warm_start.batch_size * setup.data.prompt_size
+        tokens = config.warm_start.batch_size // config.warm_start.micro_batches * setup.data.prompt_size
         activations = float(4 * tokens * model.num_layers * model.width)
         stages["warm start"] = updates | {"weights": weights, "activations": activations}  # before any copy is made
     return stages

@@ -12,12 +12,13 @@ from jaxtyping import Float
 
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
-from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
+from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
+from nested_reft.prompt_format import PromptFormat
 from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nested_reft.data.prompts import EncodedExample
-from nested_reft.data.splits import split_by_cluster, split_by_pass_rate
+from nested_reft.data.splits import split_by_pass_rate
 from nested_reft.evaluation import num_correct
 from nested_reft.rollout.policy import Policy
 from nested_reft.train.config import Config
@@ -36,9 +36,6 @@ def divide(config: Config, data: RunData, policy: Policy, key: jax.Array) -> Div
     for source, (name, examples) in enumerate(zip(data.source_names, data.train_examples, strict=True)):
         if split.sources and name not in split.sources:
             division.append([{"name": name, "examples": list(range(len(examples)))}])
-        elif split.kind == "cluster":
-            parts = split_by_cluster([e.tokens for e in examples], split.parts, config.train.seed)
-            division.append([{"name": f"{name}.cluster_{i}", "examples": part} for i, part in enumerate(parts)])
         else:
             rate_E = _pass_rates(config, policy, examples, jax.random.fold_in(key, source))
             division.append(_parts_by_pass_rate(name, rate_E, split.parts))
@@ -55,8 +52,8 @@ def divided(config: Config, data: RunData, division: Division) -> RunData:
     if sizes != [len(examples) for examples in data.train_examples]:
         raise ValueError(f"the checkpoint divides sources of {sizes} examples; this run has others")
     parts = [(source, part) for source, parts in enumerate(division) for part in parts]
-    if config.data.split.kind == "pass_rate":  # the easiest first, whatever source it is of
-        parts.sort(key=lambda part: -part[1].get("pass_rate", 1.0))
+    # The easiest first, whatever source it is of; a source that was not divided counts as easy.
+    parts.sort(key=lambda part: -part[1].get("pass_rate", 1.0))
     return dataclasses.replace(
         data,
         train_examples=tuple(tuple(data.train_examples[s][e] for e in part["examples"]) for s, part in parts),

@@ -16,7 +16,6 @@ from nested_reft.estimators.health import Health, kish, off_policy_health
 from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
-from nested_reft.models.lora import join_trainable
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs, over_position_blocks
 from nested_reft.rollout.sampling import tempered
@@ -83,7 +82,7 @@ class BaseModel:
 
     def with_parameters(self, trainable: nnx.State) -> Transformer:
         """The model with these parameters; shares their buffers."""
-        return join_trainable(self.graph, trainable, self.frozen)
+        return nnx.merge(self.graph, trainable, self.frozen)
 
 
 @struct.dataclass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nested_reft.rollout.throughput import compare_throughput
-from nested_reft.run_directory import versions
+from nested_reft.run_directory import read_log, versions
 
 if TYPE_CHECKING:  # the trainer imports this module
     from nested_reft.train.trainer import Trainer
@@ -33,7 +33,7 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
         config.rollout.group_size,
         trainer.data.shared_prefix,
     )
-    history = trainer.run_directory.read_metrics()
+    history = read_log(trainer.run_directory.path / "metrics.jsonl")
     means = {name: float(np.mean([line[name] for line in history if name in line])) for name in MEANS}
     return {
         "name": config.name,

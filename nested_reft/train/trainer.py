@@ -24,7 +24,7 @@ from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, texts_of
-from nested_reft.evaluation import Evaluation, evaluate
+from nested_reft.evaluation import Evaluation, evaluate_examples
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
@@ -152,8 +152,8 @@ class Trainer:
 
     def draw_plan(self, key: jax.Array) -> LayerPlan:
         """The layers of the next batch's nested policy."""
-        num_skipped = nesting_control.choose(self.state.nesting)
-        return draw_plan(key, self.config.nesting, self.num_layers, self.state.divergence_L, num_skipped)
+        nesting = self.state.nesting
+        return draw_plan(key, self.config.nesting, self.num_layers, self.state.divergence_L, nesting.num_skipped)
 
     def next_prompts(self, source_B: np.ndarray) -> Prompts:
         """The next prompt of each source named, as one batch."""
@@ -163,7 +163,7 @@ class Trainer:
     def evaluate(self, source: int, keys: StepKeys, samples: bool) -> Evaluation:
         """Held-out results of one source of the configuration; the curriculum does not see them."""
         config = self.config
-        return evaluate(
+        return evaluate_examples(
             self.state.learner.policy(),
             self.data.heldout_examples[source],
             config.reward,

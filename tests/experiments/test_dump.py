@@ -34,7 +34,7 @@ def test_comparison_by_hand():
     row = compare([*uniform, *dump])[1]
     assert (row["kind"], row["seeds"], row["reached"]) == ("dump", [0, 1], 1)
     assert row["steps_to_level"] == pytest.approx([20.0, 40.0])
-    assert row["uniform_steps_to_level"] == pytest.approx([40.0, 40.0])
+    assert row["baseline_steps_to_level"] == pytest.approx([40.0, 40.0])
     assert row["share_of_steps"] == row["share_of_time"] == pytest.approx(0.75)
     assert row["share_of_time_interval"] == pytest.approx([0.5, 1.0])
     assert row["final_gain"] == pytest.approx((0.15 - 0.3) / 2)

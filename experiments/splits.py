@@ -1,0 +1,228 @@
+"""What to give DUMP as its distributions: sources as named, parts by pass rate, or parts by cluster.
+
+    python -m experiments.splits                    # 5 seeds of four divisions
+
+All runs train on the training questions of `tiny_dump`, with its curriculum, from one warm start per
+seed. Only the division of these questions differs. The baseline `pool` is one source, where DUMP has
+nothing to choose. `source` has the six sources that `tiny_dump` names. `pass_rate` and `cluster`
+divide the pool with `data.split`, into at most as many parts.
+
+The measure is that of `experiments.dump`, on the held-out prompts of the six named sources in every
+run. The level to reach is the final accuracy of the `pool` run of the same seed. What is finished is
+kept as JSON in `--out`, so the command can be stopped and repeated. It ends with tables, a JSON
+file and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from experiments.dump import SMOOTH, compare, curve, draw_accuracy
+from experiments.dump import experiment_config as curriculum_config
+from experiments.runs import EVERY, finished, train, warm_started
+from nested_reft.data.splits import SplitConfig
+from nested_reft.json_files import write_json
+from nested_reft.reports.tables import table
+from nested_reft.train.config import Config
+from nested_reft.train.setup import Setup
+
+PARTS = 6  # as many as `tiny_dump` names, so that no division has more choice than another
+
+KINDS = {
+    "pool": SplitConfig(),
+    "source": SplitConfig(),
+    "pass_rate": SplitConfig("pass_rate", parts=PARTS),
+    "cluster": SplitConfig("cluster", parts=PARTS),
+    # Would the losers win with other settings? Not run unless asked for.
+    "pass_rate_2_samples": SplitConfig("pass_rate", parts=PARTS, samples=2),
+    "cluster_24_parts": SplitConfig("cluster", parts=24),
+}
+MAIN_KINDS = ("pool", "source", "pass_rate", "cluster")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "experiments.splits", description="DUMP on one pool of questions, divided in several ways"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=MAIN_KINDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment-splits"))
+    parser.add_argument("--report-only", action="store_true", help="tables and figure of the runs that are there")
+    known = parser.parse_args(arguments)
+    if known.steps < SMOOTH * EVERY or known.steps % EVERY:
+        print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
+        return 2
+    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    known.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in known.seeds:
+        shared = None
+        for kind in known.kinds:
+            file = known.out / f"{kind}-seed{seed}-steps{known.steps}.json"
+            config = experiment_config(kind, seed, known.steps)
+            found = finished(file, config)
+            if found is None and not known.report_only:
+                # `source` is undivided, so its data are the warm start's for every kind.
+                shared = shared or warm_started(experiment_config("source", seed, known.steps), known.out)
+                setup = shared if kind == "source" else pooled(shared)
+                found = train(dataclasses.replace(setup, config=config), known.out)
+                found["questions"] = questions_of_parts(found, setup)
+                write_json(file, found)
+                print(f"{kind}, seed {seed}: {found['seconds']:.0f} s, accuracy {curve(found)[-1]:.3f}", flush=True)
+            if found is not None:
+                results.append(found | {"kind": kind, "seed": seed})
+    report(results, known.out)
+    return 0
+
+
+def experiment_config(kind: str, seed: int, steps: int) -> Config:
+    """The DUMP run of `experiments.dump` with one division."""
+    config = curriculum_config("dump", seed, steps)
+    data = dataclasses.replace(config.data, split=KINDS[kind])
+    return dataclasses.replace(config, name=f"splits-{kind}-{seed}", data=data)
+
+
+def pooled(setup: Setup) -> Setup:
+    """The same training questions as one source; held-out prompts stay those of the named sources."""
+    pool = [example for examples in setup.train_examples for example in examples]
+    return dataclasses.replace(setup, train_examples=[pool], source_names=("pool",), heldout_of_source=(0,))
+
+
+def questions_of_parts(result: dict[str, Any], setup: Setup) -> list[list[int]]:
+    """How many questions of each named source every part holds.
+
+    Args:
+        result: what `train` returned.
+        setup: what it trained on, before the division.
+    """
+    parts = dict(zip(setup.source_names, setup.train_examples, strict=True))
+    division = Path(result["run_directory"]) / "sources.json"  # written by runs that divide
+    if division.is_file():
+        (pool,) = setup.train_examples
+        (found,) = json.loads(division.read_text(encoding="utf-8"))
+        parts = {part["name"]: [pool[index] for index in part["examples"]] for part in found}
+    named = [[example.example.source for example in parts[name]] for name in result["parts"]]
+    return [[names.count(source) for source in result["sources"]] for names in named]
+
+
+def share_of_draws(result: dict[str, Any]) -> Float[np.ndarray, " M"]:
+    """The expected share of a run's prompts that came from each named source."""
+    question_PxM = np.array(result["questions"], dtype=np.float64)
+    mean_probability_P = np.mean(result["probability"], axis=0)
+    return mean_probability_P @ (question_PxM / question_PxM.sum(axis=1, keepdims=True))
+
+
+def known_of_source(result: dict[str, Any]) -> float:
+    """How much a question's part says about its named source, in [0, 1].
+
+    The mutual information of part and source over the entropy of the source; 0 says nothing, 1 all.
+    """
+    joint_PxM = np.array(result["questions"], dtype=np.float64)
+    joint_PxM /= joint_PxM.sum()
+    part_P, source_M = joint_PxM.sum(axis=1), joint_PxM.sum(axis=0)
+    filled = joint_PxM > 0
+    information = (joint_PxM[filled] * np.log((joint_PxM / np.outer(part_P, source_M))[filled])).sum()
+    return float(information / -(source_M * np.log(source_M)).sum())
+
+
+def report(results: Sequence[dict[str, Any]], out: Path) -> None:
+    """Prints the tables, and writes them as JSON beside the figure."""
+    # Every kind is a baseline once, so each pair has its own paired interval.
+    kinds = list(dict.fromkeys(result["kind"] for result in results))
+    against = {baseline: compare(results, baseline) for baseline in kinds}
+    rows = against.get("pool", [])
+    if not rows:
+        print("no finished pool run to compare with yet")
+        return
+    divisions = {}
+    for kind in kinds:
+        runs = [result for result in results if result["kind"] == kind]
+        divisions[kind] = {
+            "parts": [len(run["parts"]) for run in runs],
+            "largest_part": float(
+                np.mean([np.sum(r["questions"], axis=1).max() / np.sum(r["questions"]) for r in runs])
+            ),
+            "known_of_source": float(np.mean([known_of_source(run) for run in runs])),
+            "share_of_draws": np.mean([share_of_draws(run) for run in runs], axis=0).tolist(),
+            "start_seconds": float(np.mean([run["start_seconds"] for run in runs])),
+        }
+    sources = results[0]["sources"]
+    write_json(out / "results.json", {"against": against, "divisions": divisions, "sources": sources})
+
+    header = [
+        "division",
+        "seeds",
+        "reached",
+        "steps",
+        "of its steps",
+        "95%",
+        "of its time",
+        "95%",
+        "final",
+        "gain",
+        "95%",
+    ]
+    cells = [
+        [
+            row["kind"],
+            len(row["seeds"]),
+            row["reached"],
+            f"{np.mean(row['steps_to_level']):.0f}",
+            f"{row['share_of_steps']:.2f}",
+            "{:.2f}..{:.2f}".format(*row["share_of_steps_interval"]),
+            f"{row['share_of_time']:.2f}",
+            "{:.2f}..{:.2f}".format(*row["share_of_time_interval"]),
+            f"{row['final_accuracy']:.3f}",
+            f"{row['final_gain']:+.3f}",
+            "{:+.3f}..{:+.3f}".format(*row["final_gain_interval"]),
+        ]
+        for row in rows
+    ]
+    print("Steps to the pool run's final accuracy, as a share of its steps and of its own time to there\n")
+    print(table(header, cells))
+
+    gains = [
+        [row["kind"], baseline, f"{row['final_gain']:+.3f}", "{:+.3f}..{:+.3f}".format(*row["final_gain_interval"])]
+        for baseline in kinds
+        for row in against[baseline]
+        if kinds.index(row["kind"]) > kinds.index(baseline)
+    ]
+    print(f"\n{table(['final accuracy of', 'less that of', 'difference', '95%'], gains)}")
+
+    print("\nWhat the parts are: how much of the source they tell, and the prompts drawn from each source\n")
+    cells = [
+        [
+            kind,
+            "/".join(str(number) for number in sorted(set(found["parts"]))),
+            f"{found['largest_part']:.2f}",
+            f"{found['known_of_source']:.2f}",
+            f"{found['start_seconds']:.0f}",
+            *(f"{share:.2f}" for share in found["share_of_draws"]),
+        ]
+        for kind, found in divisions.items()
+    ]
+    print(table(["division", "parts", "largest", "tells source", "s to divide", *sources], cells))
+    by_source = [[row["kind"], *(f"{value:.2f}" for value in row["final_by_source"])] for row in rows]
+    print(f"\n{table(['final accuracy of', *sources], by_source)}")
+    finals = {(result["kind"], result["seed"]): curve(result)[-1] for result in results}
+    seeds = sorted({seed for _, seed in finals})
+    by_seed = [[k, *(f"{finals[k, s]:.3f}" if (k, s) in finals else "" for s in seeds)] for k in kinds]
+    print(f"\n{table(['final accuracy of', *(f'seed {seed}' for seed in seeds)], by_seed)}")
+    draw_accuracy(results, out / "accuracy.png")
+    print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""The Python API: what a notebook cell needs is one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nested_reft.evaluation import Evaluation, evaluate_examples
+from nested_reft.layer_skip import LayerPlan, NestingConfig
+from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.rollout.policy import Policy
+from nested_reft.run_directory import RunDirectory, read_log
+from nested_reft.sharding import MeshConfig
+from nested_reft.train.config import Config, load_config
+from nested_reft.train.memory import check_memory
+from nested_reft.train.record import StepRecord
+from nested_reft.train.setup import Setup, prepare, run_config
+from nested_reft.train.trainer import Trainer
+
+
+def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
+    """Trains, and returns the finished run.
+
+    >>> small = {"steps": 2, "checkpoint_every": 1}
+    >>> config = load_config("tiny", train=small, warm_start={"steps": 5}, evaluation={"samples_per_prompt": 0})
+    >>> rewards = []
+    >>> run = train(config, on_step=lambda step: rewards.append(step.mean("reward_BG")))  # doctest: +ELLIPSIS
+    run directory: runs/tiny-...
+    >>> len(rewards), run.summary()["steps"]
+    (2, 2)
+
+    Ctrl-C (in a notebook, the stop button) ends the run after its current step, with a checkpoint.
+
+    Args:
+        config: a configuration, the name of one, or a run to continue from its newest checkpoint.
+        on_step: called with the record of each training step.
+        runs: where the run directory is made.
+
+    Raises:
+        ValueError: the configuration cannot work; names the field, its value and what is allowed.
+        KeyboardInterrupt: the run was asked to stop; continue it with `train(Run(directory))`.
+        FloatingPointError: an update was not finite.
+    """
+    resumed = isinstance(config, Run)
+    if isinstance(config, Run):
+        directory, config = RunDirectory(config.path), config.config()
+        trainer = Trainer(_checked_setup(config), directory, on_step)
+    else:
+        config = load_config(config) if isinstance(config, str) else config
+        setup = _checked_setup(config)
+        trainer = Trainer(setup, RunDirectory.create(Path(runs), config.name, config.to_json()), on_step)
+        del setup  # training takes over the model's memory instead of copying it
+    print(f"run directory: {trainer.run_directory.path}")
+    trainer.open(resume=resumed).run()
+    return Run(trainer.run_directory.path)
+
+
+def evaluate(
+    policy: Policy | Run, config: Config | str | None = None, plan: LayerPlan | None = None, samples: bool = True
+) -> dict[str, Evaluation]:
+    """Held-out accuracy of a policy on every source of a configuration.
+
+    >>> policy = Policy.load(run)
+    >>> results = evaluate(policy, run.config(), samples=False)
+    >>> list(results), results["three_to_six_digits"].prompts
+    (['three_to_six_digits'], 128)
+
+    Args:
+        policy: what answers; a run stands for its newest checkpoint.
+        config: whose held-out prompts to use; None for a run, which has its own.
+        plan: the layers that act; None is the full model.
+        samples: also measure pass@k, by sampling.
+
+    Raises:
+        ValueError: no configuration is given for a policy that is no run, or the two do not go together.
+    """
+    if isinstance(policy, Run):
+        config, policy = config or policy.config(), policy.policy()
+    if config is None:
+        raise ValueError("evaluate got no configuration; give the one whose held-out prompts to use")
+    config = load_config(config) if isinstance(config, str) else config
+    return evaluate_sources(prepare(without_plans(config), policy), plan, samples)
+
+
+class Run:
+    """A run directory, of a run that is finished or still going on.
+
+    >>> run.metrics()["step"]
+    [0, 1, 2]
+    >>> sorted(run.samples()[0])[:3]
+    ['answer', 'mean_weight', 'parts']
+    >>> run.config().name
+    'tiny'
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: str | Path):
+        """Args:
+        path: a run directory.
+
+        Raises:
+            ValueError: it is none.
+        """
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"'{self.path}' is not a run directory: it has no config.json")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def metrics(self) -> dict[str, list[Any]]:
+        """The metrics of every step as columns of equal length, with None where a step did not log one.
+
+        `nested_reft.train.record.METRICS` says what each of them means. Step 0 is before training.
+        """
+        lines = read_log(self.path / "metrics.jsonl")
+        names = dict.fromkeys(name for line in lines for name in line)
+        return {name: [line.get(name) for line in lines] for name in names}
+
+    def samples(self, step: int | None = None) -> list[dict[str, Any]]:
+        """Logged completions, of all steps or of one; their texts are untrusted."""
+        lines = read_log(self.path / "samples.jsonl")
+        return [line for line in lines if step is None or line["step"] == step]
+
+    def summary(self) -> dict[str, Any]:
+        """What the run ended with.
+
+        Raises:
+            ValueError: it has not ended yet.
+        """
+        file = self.path / "summary.json"
+        if not file.is_file():
+            raise ValueError(f"run '{self.path}' has no summary yet: it is going on or was stopped")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def config(self) -> Config:
+        """The configuration that it was made with."""
+        return run_config(self.path)
+
+    def policy(self) -> Policy:
+        """The trained policy of its newest checkpoint."""
+        return Policy.load(self.path)
+
+
+def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dict[str, Evaluation]:
+    """Held-out results of every source, by name; the seed is the configuration's, so that they can be repeated.
+
+    Args:
+        setup: policy and prompts.
+        plan: the layers that act; None is the full model.
+        samples: also measure pass@k.
+    """
+    config, key = setup.config, jax.random.key(setup.config.train.seed)
+    return {
+        source.name: evaluate_examples(
+            setup.policy, setup.data.heldout_examples[index], config.reward, config.evaluation, key, samples, plan
+        )
+        for index, source in enumerate(config.data.sources)
+    }
+
+
+def without_plans(config: Config) -> Config:
+    """The configuration of what draws no plans and runs on one device, so that neither can stop it."""
+    return dataclasses.replace(
+        config, nesting=NestingConfig(), nesting_control=NestingControlConfig(), mesh=MeshConfig()
+    )
+
+
+def _checked_setup(config: Config) -> Setup:
+    setup = prepare(config)
+    check_memory(setup)
+    return setup

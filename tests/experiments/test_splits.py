@@ -1,0 +1,93 @@
+"""The experiment on divisions: what its parts say, its tables, and that held-out prompts stay the same."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.runs import train
+from experiments.splits import (
+    KINDS,
+    experiment_config,
+    known_of_source,
+    main,
+    pooled,
+    questions_of_parts,
+    share_of_draws,
+)
+from nested_reft.train.setup import prepare
+
+
+def result(kind: str, means: list[float], questions: list[list[int]], probability: list[float]) -> dict:
+    """A run of two sources with these mean accuracies, evaluated every 10 steps."""
+    steps = [10 * i for i in range(len(means))]
+    return {
+        "kind": kind,
+        "steps": steps,
+        "accuracy": [[mean - 0.1, mean + 0.1] for mean in means],
+        "seconds": 1.0,
+        "start_seconds": 0.5,
+        "sources": ["a", "b"],
+        "parts": [f"part_{i}" for i in range(len(questions))],
+        "questions": questions,
+        "probability": [probability] * steps[-1],
+    }
+
+
+def test_share_of_draws_by_hand():
+    """Part 0 is a quarter of source a and drawn with 0.8; part 1 is of b alone: 0.8 / 4 = 0.2 comes from a.
+
+    Weighing parts by their sizes instead would give a's share of the questions, 1 / 5.5.
+    """
+    run = result("cluster", [0, 0, 0, 0], [[10, 30], [0, 15]], [0.8, 0.2])
+    assert share_of_draws(run) == pytest.approx([0.2, 0.8])
+
+
+def test_known_of_source_by_hand():
+    def known(questions):
+        return known_of_source(result("cluster", [0, 0], questions, [1.0]))
+
+    assert known([[7, 0], [0, 7]]) == pytest.approx(1.0)  # a part for each source
+    assert known([[4, 8], [2, 4]]) == pytest.approx(0.0)  # every part is mixed as the pool is
+    # p(a) is 1/2 and a part holds 1 and 3 of 4: ln 2 less its entropy, over ln 2.
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    assert known([[1, 3], [3, 1]]) == pytest.approx(1 - entropy / np.log(2))
+
+
+def test_kinds_differ_in_the_division_only():
+    one, *others = [experiment_config(kind, 3, 40).to_json() for kind in KINDS]
+    for other in others:
+        assert {part for part in one if one[part] != other[part]} <= {"name", "data"}
+        assert {part for part in one["data"] if one["data"][part] != other["data"][part]} <= {"split"}
+
+
+def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path):
+    setup = pooled(prepare(experiment_config("cluster", 0, 10)))
+    found = train(setup, tmp_path)
+    assert found["sources"] == [source.name for source in setup.config.data.sources]
+    assert found["parts"] == [f"pool.cluster_{i}" for i in range(6)]
+    assert np.shape(found["accuracy"]) == (2, 6) and np.shape(found["probability"]) == (10, 6)
+    questions_PxM = questions_of_parts(found, setup)
+    # 3-digit questions are few: the generator gives 836 that are not held out.
+    assert np.sum(questions_PxM, axis=0).tolist() == [836, 2000, 2000, 2000, 2000, 2000]
+
+
+def test_report_of_finished_runs(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
+    divisions = {"pool": [[50, 50]], "source": [[50, 0], [0, 50]]}
+    for kind, questions in divisions.items():
+        for seed in (0, 1):
+            run = result(kind, [0.0, 0.1, 0.2, 0.3, 0.4], questions, [1 / len(questions)] * len(questions))
+            run |= {"config": experiment_config(kind, seed, 40).to_json()}
+            (tmp_path / f"{kind}-seed{seed}-steps40.json").write_text(json.dumps(run))
+    assert main(["--report-only", "--seeds", "0", "1", "--steps", "40", "--out", str(tmp_path)]) == 0
+    assert "tells source" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["against"]["pool"][1]["final_gain"] == pytest.approx(0.0)
+    assert found["divisions"]["source"]["known_of_source"] == pytest.approx(1.0)
+    assert found["divisions"]["pool"]["known_of_source"] == 0.0
+
+
+def test_refuses_steps_that_no_evaluation_ends(capsys):
+    assert main(["--steps", "25"]) == 2
+    assert "--steps is 25; allowed is a multiple of 10" in capsys.readouterr().err
