@@ -22,9 +22,9 @@ TEST = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "ruff>=0.9",
-    "setuptools>=77",  # builds the wheel that a test installs
+    "setuptools>=77.0.3",  # builds the wheel that a test installs
     "torch==2.13.0",  # reference logits only; the Makefile installs this same version first
-    "transformers>=4.50",
+    "transformers>=5.0",
 ]
 README = Path(__file__).with_name("README.md")
 
@@ -47,8 +47,8 @@ setup(
         "flax>=0.12",
         "gguf>=0.17",
         "grain>=0.2.12",
-        "huggingface_hub>=0.30",
-        "jax>=0.8",
+        "huggingface_hub>=1.3",
+        "jax>=0.8.1",
         "jaxtyping>=0.3.3",
         "jinja2>=3.1",
         "numpy>=2.0",
@@ -56,7 +56,7 @@ setup(
         "orbax-checkpoint>=0.11.25",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2.2",  # writes TensorBoard events without TensorFlow
-        "tokenizers>=0.21",
+        "tokenizers>=0.22.1",
         "tqdm>=4.66",
         "tyro>=0.9.1",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,10 @@ def saved(tmp_path_factory):
 
 
 def tiny_model(dtype=jnp.float32, **changes) -> Transformer:
-    config = ModelConfig(
-        vocab_size=20, num_layers=2, width=8, hidden_width=12, num_heads=2, num_kv_heads=1, head_size=4, **changes
+    smallest = ModelConfig(
+        vocab_size=20, num_layers=2, width=8, hidden_width=12, num_heads=2, num_kv_heads=1, head_size=4
     )
+    config = dataclasses.replace(smallest, **changes)
     return Transformer(config, initial_parameters(config, jax.random.key(0), dtype))
 
 
