@@ -8,7 +8,7 @@ TASKS = ["reasoning-gym>=0.1.23"]
 DATA = [
     "array_record>=0.8.1",  # with it, tensorflow-datasets needs no TensorFlow
     "importlib_resources>=6.0",  # tensorflow-datasets uses it without asking for it
-    "tensorflow-datasets>=4.9.8",
+    "tensorflow-datasets>=4.9.10",
 ]
 MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.9"]
