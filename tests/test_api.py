@@ -123,7 +123,7 @@ def test_what_is_no_run_and_no_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"'{tmp_path}' is not a run directory: it has no config.json"):
         nr.Run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="is not a run directory: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.json"):
         nr.Policy.load(tmp_path)
     with pytest.raises(ValueError, match="neither known nor on this machine"):
         nr.Policy.load("no-such-model")
