@@ -15,16 +15,14 @@ from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.types import TrainBatch
 from nested_reft.verification import enumeration
+from nested_reft.verification.enumerable_model import TinyModel, all_completions, enumerate_policies
 from nested_reft.verification.enumeration import (
     ALPHA,
     EXACT,
     GROUP_SIZE,
     SCENARIOS,
     EstimatorReport,
-    TinyModel,
-    all_completions,
     all_groups,
-    enumerate_policies,
     group_gradients,
     named_estimators,
     report,

@@ -1,0 +1,213 @@
+"""A model so small that all its completions can be listed, and its policies where theta has moved or not."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.parameters import initial_parameters
+from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.logprobs import completion_logprobs
+from nested_reft.types import valid_mask
+
+STOP_ID = 0
+MAX_COMPLETION_TOKENS = 3
+# Every completion runs under every plan, so the model is small.
+MODEL = ModelConfig(
+    vocab_size=3, num_layers=4, width=8, hidden_width=16, num_heads=2, num_kv_heads=1, head_size=4, max_positions=16
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Where the policies stand: how far theta has moved from theta_old, and which plans are drawn.
+
+    Attributes:
+        name: as the table shows it.
+        moved: standard deviation of theta - theta_old, relative to each parameter array's own.
+        plans: skipped layers of each plan; one of the plans is drawn per batch, uniformly.
+    """
+
+    name: str
+    moved: float
+    plans: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Completions:
+    """All completions, with two prompts of two tokens and a reward for each pair.
+
+    The reward has four values: 1 for a right answer plus 1/4 for ending with the stop token. With two
+    values and one prompt, dividing by the standard deviation would be a pure scale on-policy.
+    """
+
+    prompt_XP: Int[np.ndarray, "X P"]
+    tokens_YC: Int[np.ndarray, "Y C"]
+    length_Y: Int[np.ndarray, " Y"]
+    reward_XY: Float[np.ndarray, "X Y"]
+
+    @classmethod
+    def of_model(cls) -> Completions:
+        """All completions that `MODEL` can give to either prompt."""
+        tokens_YC, length_Y = all_completions(MODEL.vocab_size, STOP_ID, MAX_COMPLETION_TOKENS)
+        prompt_XP = np.array([[1, 2], [2, 2]], np.int32)
+        # Any rule will do that makes rewards differ between completions and between prompts.
+        answer_Y = tokens_YC.sum(axis=1) % 3
+        finished_Y = (tokens_YC == STOP_ID)[np.arange(len(length_Y)), length_Y - 1]
+        right_XY = answer_Y == np.array([[1], [2]])
+        return cls(prompt_XP, tokens_YC, length_Y, (right_XY + 0.25 * finished_Y).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class EnumeratedPolicies:
+    """Log-probabilities of all completions under all policies of a scenario, and the true gradients.
+
+    Axes: X prompts, Y completions, Z plans, M parameters (flattened), R = Y * C rows of the Jacobian of
+    the target's log-probabilities; `gram_XRR` holds the inner products of these rows.
+    """
+
+    completions: Completions
+    target_logprob_XYC: Float[Array, "X Y C"]
+    old_logprob_XYC: Float[Array, "X Y C"]
+    reference_logprob_XYC: Float[Array, "X Y C"]
+    nested_logprob_ZXYC: Float[Array, "Z X Y C"]
+    jacobian_XRM: Float[np.ndarray, "X R M"]
+    gram_XRR: Float[np.ndarray, "X R R"]
+    reward_gradient_M: Float[np.ndarray, " M"]
+    kl_gradient_M: Float[np.ndarray, " M"]
+
+
+def all_completions(
+    vocab_size: int, stop_id: int, max_tokens: int
+) -> tuple[Int[np.ndarray, "Y C"], Int[np.ndarray, " Y"]]:
+    """Every completion that a rollout can end with: stopped, or cut off at `max_tokens`; zero-padded.
+
+    Args:
+        vocab_size: V.
+        stop_id: the token that ends a completion.
+        max_tokens: C.
+
+    Returns:
+        Token ids and lengths, the shortest completions first.
+    """
+    rows, lengths = [], []
+    for size in range(1, max_tokens + 1):
+        for tokens in itertools.product(range(vocab_size), repeat=size):
+            ends = tokens[-1] == stop_id or size == max_tokens
+            # Nothing follows a stop token.
+            if ends and stop_id not in tokens[:-1]:
+                rows.append([*tokens, *[0] * (max_tokens - size)])
+                lengths.append(size)
+    return np.array(rows, np.int32), np.array(lengths, np.int32)
+
+
+class TinyModel:
+    """The transformer, with its log-probabilities of all completions as compiled functions of flat parameters."""
+
+    def __init__(self, seed: int):
+        key, self.reference_key, self.moved_key = jax.random.split(jax.random.key(seed), 3)
+        # Layers loud and embedding quiet enough for plans to differ by 0.05 to 0.5 nats a completion.
+        parameters = {
+            name: value if name.endswith("norm") else value * (0.7 if name == "embedding" else 3.0)
+            for name, value in initial_parameters(MODEL, key).items()
+        }
+        # Compiled functions take flat parameters, so that one gradient is one vector.
+        self.graph, self.parameters = nnx.split(Transformer(MODEL, parameters))
+        self.flat_M, self.unflatten = ravel_pytree(self.parameters)
+        self.completions = completions = Completions.of_model()
+        num_prompts = len(completions.prompt_XP)
+        tokens_XYC = jnp.broadcast_to(completions.tokens_YC, (num_prompts, *completions.tokens_YC.shape))
+        mask_YC = valid_mask(jnp.asarray(completions.length_Y), MAX_COMPLETION_TOKENS)
+        prompt_XP = jnp.asarray(completions.prompt_XP)
+        prompt_length_X = jnp.full(num_prompts, prompt_XP.shape[1], jnp.int32)
+
+        def logprobs(flat_M: Array, plan: LayerPlan | None = None) -> Array:
+            logprob_XYC, _ = completion_logprobs(self.at(flat_M), prompt_XP, prompt_length_X, tokens_XYC, 1.0, plan)
+            # Padding has log-probability 0, so it drops out of sums and of the Jacobian.
+            return jnp.where(mask_YC, logprob_XYC, 0.0)
+
+        def objective(flat_M: Array, reference_XYC: Array, reward_weight: Array, kl_weight: Array) -> Array:
+            """Weighted sum of expected reward and KL to the reference, each a mean over prompts."""
+            logprob_XY = logprobs(flat_M).sum(axis=-1)
+            log_ratio_XY = logprob_XY - reference_XYC.sum(axis=-1)
+            # Two weights let the gradients of reward and KL be taken by one compiled function.
+            value_XY = reward_weight * completions.reward_XY + kl_weight * log_ratio_XY
+            return (jnp.exp(logprob_XY) * value_XY).sum() / num_prompts
+
+        def jacobian(flat_M: Array) -> Array:
+            """d logprobs / d parameters `[X, Y, C, M]`, one backward pass after the other.
+
+            Not `jax.jacrev`: its batch of 90 backward passes comes out wrong (from number 68 on) on CPUs where
+            jaxlib 0.10.2 uses YNNPACK; `--xla_cpu_experimental_ynn_fusion_type=` in XLA_FLAGS mends it too.
+            """
+            logprob_XYC, backward = jax.vjp(logprobs, flat_M)
+            # One row of the basis asks for the gradient of one token's log-probability.
+            basis = jnp.eye(logprob_XYC.size).reshape(-1, *logprob_XYC.shape)
+            rows_RM = jax.lax.map(lambda cotangent: backward(cotangent)[0], basis)
+            return rows_RM.reshape(*logprob_XYC.shape, -1)
+
+        self.logprobs = jax.jit(logprobs)
+        self.jacobian = jax.jit(jacobian)
+        self.objective_gradient = jax.jit(jax.grad(objective))
+
+    def at(self, flat_M: Float[Array, " M"]) -> Transformer:
+        """The transformer with these parameters.
+
+        Args:
+            flat_M: all parameters, in the order of `ravel_pytree`.
+        """
+        return nnx.merge(self.graph, self.unflatten(flat_M))
+
+    def target(self, scenario: Scenario) -> Float[Array, " M"]:
+        """Flat parameters of the target policy.
+
+        Args:
+            scenario: says how far theta has moved.
+        """
+        return self.flat_M + scenario.moved * self.noise(self.moved_key)
+
+    def noise(self, key: Array) -> Float[Array, " M"]:
+        """Normal noise with each parameter array's own root mean square as standard deviation.
+
+        Args:
+            key: PRNG key; the same key gives the same direction.
+        """
+        leaves, tree = jax.tree.flatten(self.parameters)
+        keys = jax.random.split(key, len(leaves))
+        noise = [jnp.sqrt(jnp.mean(x**2)) * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        return ravel_pytree(jax.tree.unflatten(tree, noise))[0]
+
+
+def enumerate_policies(model: TinyModel, scenario: Scenario) -> EnumeratedPolicies:
+    """Runs the tiny transformer on every completion, under every plan, and differentiates the objective.
+
+    Args:
+        model: gives parameters and compiled functions.
+        scenario: where the policies stand.
+    """
+    target_M = model.target(scenario)
+    # The reference lies away from both theta and theta_old, or a wrong one could go unnoticed.
+    reference_XYC = model.logprobs(model.flat_M + 0.1 * model.noise(model.reference_key))
+    jacobian_XRM = np.asarray(model.jacobian(target_M), np.float64).reshape(len(reference_XYC), -1, target_M.size)
+    zero, one = jnp.zeros(()), jnp.ones(())
+    plans = [LayerPlan.skipping(MODEL.num_layers, skipped) for skipped in scenario.plans]
+    return EnumeratedPolicies(
+        completions=model.completions,
+        target_logprob_XYC=model.logprobs(target_M),
+        old_logprob_XYC=model.logprobs(model.flat_M),
+        reference_logprob_XYC=reference_XYC,
+        nested_logprob_ZXYC=jnp.stack([model.logprobs(model.flat_M, plan) for plan in plans]),
+        jacobian_XRM=jacobian_XRM,
+        gram_XRR=jacobian_XRM @ jacobian_XRM.swapaxes(1, 2),
+        reward_gradient_M=np.asarray(model.objective_gradient(target_M, reference_XYC, one, zero), np.float64),
+        kl_gradient_M=np.asarray(model.objective_gradient(target_M, reference_XYC, zero, one), np.float64),
+    )

@@ -1,0 +1,154 @@
+"""The Python API: its examples run, its refusals have the words of the command line."""
+
+import dataclasses
+import doctest
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nested_reft as nr
+from nested_reft import api
+from nested_reft.losses.supervised import SupervisedConfig
+
+SMALL = {
+    "train": {"steps": 2, "checkpoint_every": 1},
+    "warm_start": {"steps": 2},
+    "data": {"prompts_per_batch": 4},
+    "rollout": {"group_size": 4},
+    "evaluation": {"samples_per_prompt": 2, "pass_k": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> nr.Run:
+    return nr.train(nr.load_config("tiny", **SMALL), runs=str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.mark.slow
+def test_the_examples_in_the_docstrings_run(tmp_path, monkeypatch):
+    """They share their names, one after the other, as the cells of a notebook do."""
+    monkeypatch.chdir(tmp_path)
+    names = {name: getattr(nr, name) for name in nr.__all__}
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    examples = 0
+    for value in (nr.load_config, api.train, api.evaluate, api.Run):
+        for test in finder.find(value, value.__name__, globs={}):
+            test.globs = names
+            examples += len(test.examples)
+            runner.run(test, clear_globs=False)
+    assert runner.failures == 0 and examples > 10
+
+
+def test_a_run_shows_what_it_left_behind(run):
+    metrics = run.metrics()
+    assert metrics["step"] == [0, 1, 2]
+    assert metrics["loss"][0] is None and all(isinstance(value, float) for value in metrics["loss"][1:])
+    assert {sample["step"] for sample in run.samples()} == {1, 2}
+    assert run.samples(step=2) == [sample for sample in run.samples() if sample["step"] == 2]
+    assert run.summary() == json.loads((run.path / "summary.json").read_text())
+    assert run.config() == nr.load_config("tiny", **SMALL)
+
+
+def test_a_run_that_goes_on_has_metrics_and_no_summary(run, tmp_path):
+    (tmp_path / "config.json").write_text((run.path / "config.json").read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    going_on = nr.Run(tmp_path)
+    assert going_on.metrics() == {"step": [0, 1], "loss": [None, 0.5]}
+    with pytest.raises(ValueError, match="has no summary yet: it is going on or was stopped"):
+        going_on.summary()
+
+
+def test_a_finished_run_can_be_asked_to_train_again_and_does_nothing_more(run):
+    before = (run.path / "samples.jsonl").read_text()
+    assert nr.train(run).path == run.path
+    assert (run.path / "samples.jsonl").read_text() == before
+
+
+def test_a_policy_samples_and_scores(run):
+    policy = nr.Policy.load(run)
+    plan = nr.LayerPlan.skipping(6, [2])
+    for layers in (None, plan):
+        ((first, second),) = policy.sample("123 =", layers, samples=2, seed=1)
+        assert isinstance(first, nr.Completion) and first != second
+        tokens = first.tokens[:-1] if first.finished else first.tokens
+        (logprob_T,) = policy.score(["123 ="], [first.text], layers)
+        assert len(logprob_T) == len(tokens)
+        # The sampled log-probability also has the stop token's, which the text does not show.
+        assert logprob_T.sum() >= first.logprob - 1e-3
+        if not first.finished:
+            np.testing.assert_allclose(logprob_T.sum(), first.logprob, atol=1e-3)
+    again = policy.sample("123 =", plan, samples=2, seed=1)
+    assert again == policy.sample(["123 ="], plan, samples=2, seed=1)
+    batch = policy.sample(["1 =", "2345 ="], temperature=0.0, max_tokens=3)
+    assert [len(group) for group in batch] == [1, 1] and all(len(c.tokens) <= 3 for (c,) in batch)
+
+
+def test_evaluating_a_run_and_its_policy_agree(run):
+    of_run = nr.evaluate(run)
+    assert nr.evaluate(nr.Policy.load(run), run.config()) == of_run
+    assert nr.evaluate(run, plan=nr.LayerPlan.full(6)) == of_run
+    assert run.summary()["after"]["three_to_six_digits"]["greedy_accuracy"] == pytest.approx(
+        of_run["three_to_six_digits"].greedy_accuracy
+    )
+
+
+def test_overrides_change_fields_and_parts():
+    config = nr.load_config("tiny", name="mine", train={"seed": 7}, loss=SupervisedConfig())
+    assert config == dataclasses.replace(
+        nr.load_config("tiny"),
+        name="mine",
+        train=dataclasses.replace(nr.load_config("tiny").train, seed=7),
+        loss=SupervisedConfig(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"trian": {"steps": 1}}, "trian is no field of the configuration; allowed are name, model, data"),
+        ({"train": {"stepz": 1}}, "train.stepz is no field of the configuration; allowed are steps, "),
+        ({"train": {"steps": 0}}, "train.steps is 0; allowed is 1 or more"),
+        ({"train": {"steps": "many"}}, r'field "train.steps" - should be "int" instead of value "many"'),
+        ({"rollout": {"mode": "fast"}}, "mode"),
+    ],
+)
+def test_overrides_that_cannot_work_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        nr.load_config("tiny", **overrides)
+
+
+def test_what_is_no_run_and_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"'{tmp_path}' is not a run directory: it has no config.json"):
+        nr.Run(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.json"):
+        nr.Policy.load(tmp_path)
+    with pytest.raises(ValueError, match="neither known nor on this machine"):
+        nr.Policy.load("no-such-model")
+    with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Completion, Config"):
+        nr.trian  # noqa: B018
+
+
+def test_scoring_needs_pairs(run):
+    policy = nr.Policy.load(run)
+    with pytest.raises(ValueError, match="score got 1 prompts and 2 completions"):
+        policy.score(["1 ="], ["1", "2"])
+    with pytest.raises(ValueError, match="score got a completion without tokens"):
+        policy.score(["1 ="], [""])
+    with pytest.raises(ValueError, match="the longest prompt has 3 tokens and max_tokens is 99; allowed are 1 to 64"):
+        policy.sample("1 =", max_tokens=99)
+    with pytest.raises(ValueError, match="evaluate got no configuration"):
+        nr.evaluate(policy)
+
+
+def test_the_metric_page_lists_what_the_code_declares():
+    import importlib.util
+
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("metric_reference", root / "scripts" / "metric_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "docs" / "metrics.md").read_text(encoding="utf-8") == module.reference()
