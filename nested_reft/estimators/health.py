@@ -63,8 +63,8 @@ def off_policy_health(
     # The exponential of a clamped log is finite, so one broken token cannot make the mean infinite.
     clamped_BGC = jnp.clip(log_ratio_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio_BGC = jnp.where(mask_BGC, jnp.exp(clamped_BGC), 0.0)
-    # NaN marks the tokens that do not count. A selection of them would have a shape that depends on values.
-    # NaN marks what does not count, and a batch without any token has NaN for every quantile.
+    # NaN marks the tokens that do not count: a selection of the others would have a shape that depends on values.
+    # A batch without any token has NaN for every quantile, which becomes 0.
     quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
     low, middle, high = (jnp.where(mask_BGC.any(), value, 0.0) for value in quantiles)
     return Health(
@@ -137,7 +137,6 @@ def health_warning(health: Health, ess_weight: float | None, threshold: float) -
         raise ValueError(f"the threshold of the effective sample size is {threshold}; allowed is 0 < threshold < 1")
     # The test is `not >=` and not `<`, so that NaN gives a warning too.
     sizes = {"ess_weight": ess_weight, "ess_token": float(health.ess_token)}
-    # Written so that a NaN counts as too small.
     name = next((name for name, size in sizes.items() if size is not None and not size >= threshold), None)
     if name is None:
         return None

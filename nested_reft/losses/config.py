@@ -60,6 +60,7 @@ class PolicyGradientConfig:
     self_distillation_coefficient: float = 0.0
 
     def __post_init__(self):
+        # Ranges come first, so that the later checks may compare values that make sense.
         _check_ranges(self)
         _check_needed(self)
         _check_meaning(self)
@@ -76,14 +77,19 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
     `token_mean` does not qualify: its divisor, the number of sampled tokens, varies with the sample,
     which leaves a bias of the order 1 / batch.
     """
+    # Only the ratio of whole completions corrects the prefix and what follows a token as well.
     exact_weight = config.bias_mitigation in ("base", "mixture") and config.level == "sequence"
+    # Every limit changes some weight, and a weighted mean divides by a number that depends on the sample.
     limits = (config.truncate_at, config.drop_below, config.drop_above, config.clip_low, config.clip_high)
     unlimited = all(limit is None for limit in (*limits, config.dual_clip)) and not config.self_normalized
     return (
         exact_weight
         and unlimited
+        # A standard deviation weighs prompts by how mixed their groups came out.
         and config.advantage != "group_std"
+        # This is the one divisor that does not depend on how long the sampled completions are.
         and config.normalization == "fixed_length"
+        # The penalties that are added as losses differentiate the KL at given prefixes only.
         and config.reference_kl in (None, "k1_in_reward")
         and config.entropy_coefficient == 0
         and config.self_distillation_coefficient == 0
@@ -93,6 +99,7 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
 def _check_ranges(config: PolicyGradientConfig) -> None:
     def check(name: str, is_allowed: Callable[[float], bool], allowed: str) -> None:
         value = getattr(config, name)
+        # NaN fails every comparison, so it is asked for separately and never passes as allowed.
         if value is not None and not (math.isfinite(value) and is_allowed(value)):
             raise ValueError(f"loss.{name} is {value}; allowed is {allowed}")
 
@@ -113,6 +120,7 @@ def _check_needed(config: PolicyGradientConfig) -> None:
     """A part and its parameter are set together, or neither is."""
 
     def check(name: str, is_set: bool, field: str, value: str) -> None:
+        # A parameter that nothing reads is refused too, because the user would believe that it acts.
         is_chosen = getattr(config, field) == value
         if is_chosen and not is_set:
             raise ValueError(f"loss.{name} is not set; {field} '{value}' needs it")
@@ -123,6 +131,7 @@ def _check_needed(config: PolicyGradientConfig) -> None:
             )
 
     check("fixed_length_tokens", config.fixed_length_tokens is not None, "normalization", "fixed_length")
+    # Lambda 1 is the default and leaves min(1, rho) as it is, so `retrace` does not require another value.
     if config.retrace_lambda != 1:
         check("retrace_lambda", True, "bias_mitigation", "retrace")
     if (config.reference_kl is None) != (config.reference_kl_coefficient == 0):
@@ -157,6 +166,7 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
             f"loss.level is '{level}', but bias_mitigation 'retrace' is a trace along the tokens: 'token' or 'prefix'."
             " For a bounded weight of whole completions use 'base' with truncate_at"
         )
+    # A weight of at most 1 can still fall below 1 - clip_low.
     useless = [name for name in limits if name != "clip_low"]
     if variant == "retrace" and useless:
         raise ValueError(
@@ -178,6 +188,7 @@ def _check_reach(config: PolicyGradientConfig) -> None:
             f"loss.truncate_at is {truncate_at} and loss.drop_above {drop_above}: what truncation would change is"
             " dropped already; lower truncate_at or leave one out"
         )
+    # A clip above the largest weight that is left would never act.
     ceiling = min((limit for limit in (truncate_at, drop_above) if limit is not None), default=math.inf)
     for name, reach in (("clip_high", 1 + (config.clip_high or 0)), ("dual_clip", config.dual_clip or 0)):
         if getattr(config, name) is not None and reach >= ceiling:

@@ -65,6 +65,7 @@ class LossOutput:
     """
 
     total: Weighted
+    # Each part has a weight of its own, because a metric's mean is over tokens whatever the loss is divided by.
     parts: dict[str, Weighted]
     weight_BGC: Float[Array, "B G C"]
 
@@ -73,7 +74,11 @@ class Objective(Protocol):
     """What an update minimises."""
 
     def needs(self, updates_per_batch: int) -> Needs:
-        """What the update must provide; more than one update per batch moves the target away from theta_old."""
+        """What the update must provide.
+
+        Args:
+            updates_per_batch: 1 or more. From the second on, the target has moved away from theta_old.
+        """
         ...
 
     def signal(
@@ -82,9 +87,26 @@ class Objective(Protocol):
         accuracy_BG: Float[np.ndarray, "B G"],
         scored_BG: Bool[np.ndarray, "B G"],
     ) -> Float[Array, "B G"]:
-        """What the loss learns from each completion; zero where there is no reward."""
+        """What the loss learns from each completion.
+
+        Args:
+            reward_BG: total reward, shaping included.
+            accuracy_BG: 1.0 where the answer is right, before any shaping.
+            scored_BG: False where the reward could not be computed.
+
+        Returns:
+            One number per completion, zero where there is no reward. No gradient passes through it.
+        """
         ...
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
-        """The loss of a batch or of a part of one; pure, and compiled into the update."""
+        """The loss of a batch or of a part of one; pure, and compiled into the update.
+
+        Args:
+            target: what the forward pass found; gradients pass through it.
+            batch: completions, their signals, and the log-probabilities that `needs` named.
+
+        Returns:
+            Sums and their weights, not yet divided, so that parts of a batch add up.
+        """
         ...

@@ -59,6 +59,7 @@ class PolicyGradient:
         needed = {
             # With one update per rollout theta_old is theta, and the update's own pass gives it.
             "old_logprob_BGC": moves and variant in ("practical", "mixture"),
+            # The mixture's density takes both components' probabilities of every completion.
             "nested_logprob_BGC": variant == "mixture",
             "reference_logprob_BGC": config.reference_kl_coefficient > 0,
         }
@@ -75,11 +76,25 @@ class PolicyGradient:
         accuracy_BG: Float[np.ndarray, "B G"],
         scored_BG: Bool[np.ndarray, "B G"],
     ) -> Float[Array, "B G"]:
-        """The advantage of each completion relative to its group, from the total reward."""
+        """The advantage of each completion relative to its group, from the total reward.
+
+        Args:
+            reward_BG: total reward, shaping included.
+            accuracy_BG: not read; the total reward contains it.
+            scored_BG: False where there is no reward; such completions enter no baseline.
+
+        Returns:
+            Advantages, as `group_advantages` gives them.
+        """
         return group_advantages(jnp.asarray(reward_BG), jnp.asarray(scored_BG), self._config.advantage)
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
-        """`policy_gradient_loss` of the configured parts."""
+        """`policy_gradient_loss` of the configured parts.
+
+        Args:
+            target: log-probabilities, entropies and, where needed, the self-distillation KL.
+            batch: the rest of what the loss reads.
+        """
         return policy_gradient_loss(
             target.logprob_BGC, batch, self._config, target.entropy_BGC, target.self_distillation_kl_BGC
         )
@@ -120,11 +135,14 @@ def policy_gradient_loss(
         ValueError: the configuration needs something that is not given.
     """
     _check_inputs(batch, config, entropy_BGC, self_distillation_kl_BGC)
+    # Every array is cleared outside the mask before it is summed: a masked NaN times 0 would still be NaN.
     mask_BGC = batch.mask_BGC
     target_logprob_BGC = jnp.where(mask_BGC, jnp.maximum(target_logprob_BGC, LOGPROB_FLOOR), 0.0)
+    # The weight is computed from the frozen log-probability. Otherwise its own gradient would enter the loss.
     frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
     log_weight_BGC = batch_log_weight(frozen_BGC, mask_BGC, batch, config)
     weight_BGC = limited_weight(log_weight_BGC, config.truncate_at, config.drop_below, config.drop_above)
+    # This factor is exactly 1 and has the gradient grad log pi; see the module.
     differentiable_weight_BGC = weight_BGC * jnp.exp(target_logprob_BGC - frozen_BGC)
     advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, batch, config)
     objective_BGC, clipped_BGC = clipped_surrogate(
@@ -132,6 +150,7 @@ def policy_gradient_loss(
     )
 
     coefficient_BGC, share_BGC = normalization_shares(mask_BGC, config.normalization, config.fixed_length_tokens)
+    # The loss is not divided here, because other micro-batches still add to both sums.
     total_weight = (share_BGC * weight_BGC).sum() if config.self_normalized else share_BGC.sum()
     policy_loss = Weighted(-(coefficient_BGC * objective_BGC).sum(), total_weight)
 
@@ -143,16 +162,20 @@ def policy_gradient_loss(
     parts = {
         "policy_loss": policy_loss,
         "clipped_share": token_mean(clipped_BGC),
+        # Without arguments `limited_weight` sets no limit, so a difference means that a limit changed the weight.
         "limited_share": token_mean(weight_BGC != limited_weight(log_weight_BGC)),
         "weight_mean": token_mean(weight_BGC),
         "weight_square_mean": token_mean(weight_BGC**2),
     }
+    # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
     if batch.reference_logprob_BGC is not None:
         parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k3"))
+    # The penalties are added to the surrogate without the importance weight, as GRPO adds them.
     penalty_BGC = jnp.where(mask_BGC, _token_penalties(target_logprob_BGC, batch, config, entropy_BGC), 0.0)
     if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
         parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
         penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
+    # Both are divided together, so a token's penalty counts relative to its own surrogate in every batch.
     total = Weighted(policy_loss.sum + (coefficient_BGC * penalty_BGC).sum(), total_weight)
     return LossOutput(total, parts, weight_BGC * mask_BGC)
 
@@ -163,13 +186,25 @@ def batch_log_weight(
     batch: TrainBatch,
     config: PolicyGradientConfig,
 ) -> Float[Array, "B G C"]:
-    """log h of the configured variant, with the denominators that the batch carries."""
+    """log h of the configured variant, with the denominators that the batch carries.
+
+    Args:
+        target_logprob_BGC: log pi, frozen.
+        mask_BGC: the tokens that count.
+        batch: gives the log-probabilities of the policies to divide by.
+        config: variant, level and lambda.
+
+    Returns:
+        log h in nats, before any limit.
+    """
+    # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
     old_logprob_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
     if config.bias_mitigation == "mixture":
         assert batch.nested_logprob_BGC is not None and batch.full_share_B is not None
         return mixture_log_weight(
             target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, batch.full_share_B
         )
+    # `practical` ignores the nesting, while the other variants divide by the policy that sampled.
     denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
     assert denominator_BGC is not None  # `_check_inputs` has refused a batch without it
     return importance_log_weight(
@@ -199,9 +234,17 @@ def clipped_surrogate(
     Source: PPO (Schulman et al., 2017, eq. 7); clip-higher: DAPO (arXiv 2503.14476, eq. 10); dual
     clip: Ye et al. (2020, eq. 5).
 
+    Args:
+        weight_BGC: h, differentiable, 0 or more.
+        advantage_BGC: A, no gradient, zero at tokens that do not count.
+        clip_low: in (0, 1); None for no limit below.
+        clip_high: more than 0; None for no limit above.
+        dual_clip: c, more than 1; None for no limit above where A < 0.
+
     Returns:
         The surrogate, and True where its gradient is gone.
     """
+    # The minimum in the formula binds on one side only, and which one it is depends on the sign of A.
     highest_BGC = jnp.full(weight_BGC.shape, jnp.inf)
     if clip_high is not None:
         highest_BGC = jnp.where(advantage_BGC > 0, 1 + clip_high, highest_BGC)
@@ -209,8 +252,10 @@ def clipped_surrogate(
         highest_BGC = jnp.where(advantage_BGC < 0, dual_clip, highest_BGC)
     lowest_BGC = jnp.zeros(weight_BGC.shape)
     if clip_low is not None:
+        # A weight of 0 was dropped as an outlier. Lifted to 1 - clip_low, it would count after all.
         lowest_BGC = jnp.where((advantage_BGC < 0) & (weight_BGC > 0), 1 - clip_low, lowest_BGC)
     clipped_BGC = (weight_BGC < lowest_BGC) | (weight_BGC > highest_BGC)
+    # A bound has no gradient of its own, so the value of a clipped token stays in the loss and its gradient goes.
     limited_BGC = jax.lax.stop_gradient(jnp.clip(weight_BGC, lowest_BGC, highest_BGC))
     return jnp.where(clipped_BGC, limited_BGC, weight_BGC) * advantage_BGC, clipped_BGC
 
@@ -221,17 +266,27 @@ def normalization_shares(
     """Each token's factor c in the loss's sum, and what it adds to the weight W; see the module.
 
     Zero at masked tokens. A completion without any token of its own counts nowhere.
+
+    Args:
+        mask_BGC: the tokens that count.
+        normalization: a row of the module's table.
+        fixed_length_tokens: the constant of `fixed_length`, 1 or more; the others do not read it.
+
+    Returns:
+        `(c, share)`: the sum of the shares is W.
     """
     mask = mask_BGC.astype(jnp.float32)
     if normalization == "token_mean":
         return mask, mask
     if normalization == "group_token_mean":
+        # Each group adds 1 to W, however many tokens it has. An empty group divides 0 by 1.
         share_BGC = mask / jnp.maximum(mask.sum(axis=(1, 2), keepdims=True), 1)
         return share_BGC, share_BGC
     share_BGC = mask / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
     if normalization == "sequence_mean":
         return share_BGC, share_BGC
     assert fixed_length_tokens is not None
+    # The sum is over tokens of equal factor, while W still counts completions.
     return mask / fixed_length_tokens, share_BGC
 
 
@@ -243,6 +298,7 @@ def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, con
         advantage_BGC = jnp.broadcast_to(batch.signal_BG[..., None], frozen_BGC.shape)
     if config.reference_kl == "k1_in_reward" and batch.reference_logprob_BGC is not None:
         k1_BGC = jnp.where(mask_BGC, kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
+        # A token is charged for the divergence of itself and of all later tokens, as for any reward still to come.
         to_come_BGC = jnp.flip(jnp.cumsum(jnp.flip(k1_BGC, axis=-1), axis=-1), axis=-1)
         advantage_BGC = advantage_BGC - config.reference_kl_coefficient * to_come_BGC
     return jnp.where(mask_BGC, advantage_BGC, 0.0)
@@ -253,6 +309,7 @@ def _token_penalties(
 ) -> Array:
     """beta KL_t - eta entropy_t; `k1_in_reward` is no part of it."""
     penalty_BGC = jnp.zeros_like(target_logprob_BGC)
+    # `k1` as a loss has a gradient of mean zero, so it acts on the advantage alone.
     if config.reference_kl in ("k2_loss", "k3_loss") and batch.reference_logprob_BGC is not None:
         estimator = "k2" if config.reference_kl == "k2_loss" else "k3"
         kl_BGC = kl_estimate(target_logprob_BGC, batch.reference_logprob_BGC, estimator)

@@ -21,6 +21,11 @@ def grpo(
     """GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3): clipped token ratios, mean over each completion, k3.
 
     The paper gives beta 0.04 and no clip range; 0.2 is PPO's.
+
+    Args:
+        bias_mitigation: the policy that the ratio divides by: `base` or `practical`.
+        clip: epsilon of both sides, in (0, 1).
+        reference_kl_coefficient: beta, 0 or more; 0 leaves the penalty out.
     """
     return PolicyGradientConfig(
         advantage="group_std",
@@ -29,13 +34,20 @@ def grpo(
         normalization="sequence_mean",
         clip_low=clip,
         clip_high=clip,
+        # A penalty of weight 0 is refused by the configuration, so it is left out whole.
         reference_kl="k3_loss" if reference_kl_coefficient else None,
         reference_kl_coefficient=reference_kl_coefficient,
     )
 
 
 def dr_grpo(bias_mitigation: Denominator, fixed_length_tokens: int, clip: float = 0.2) -> PolicyGradientConfig:
-    """Dr. GRPO (arXiv 2503.20783): GRPO without the division by std and by length, and without KL."""
+    """Dr. GRPO (arXiv 2503.20783): GRPO without the division by std and by length, and without KL.
+
+    Args:
+        bias_mitigation: the policy that the ratio divides by: `base` or `practical`.
+        fixed_length_tokens: the constant that every completion is divided by, usually the longest length.
+        clip: epsilon of both sides, in (0, 1).
+    """
     return PolicyGradientConfig(
         advantage="group_mean",
         bias_mitigation=bias_mitigation,
@@ -52,6 +64,10 @@ def dapo(bias_mitigation: Denominator, dual_clip: float | None = None) -> Policy
 
     Departure: the mean is over the tokens of the whole batch, as in today's reference code; eq. 8
     has one per group (`normalization="group_token_mean"`). The recipe adds a dual clip at 10.
+
+    Args:
+        bias_mitigation: the policy that the ratio divides by: `base` or `practical`.
+        dual_clip: c, more than 1; None leaves it out, as eq. 8 does.
     """
     return PolicyGradientConfig(
         advantage="group_std",
@@ -59,6 +75,7 @@ def dapo(bias_mitigation: Denominator, dual_clip: float | None = None) -> Policy
         level="token",
         normalization="token_mean",
         clip_low=0.2,
+        # The wider upper side lets unlikely tokens gain probability, which keeps the entropy up.
         clip_high=0.28,
         dual_clip=dual_clip,
     )
@@ -69,12 +86,16 @@ def gspo(bias_mitigation: Denominator) -> PolicyGradientConfig:
 
     Each completion's term s_i A_i has the gradient s_i A_i sum_t grad log pi_t / |y_i|: that of the
     weight s_i on each token under a mean over the completion. Clip ranges 3e-4 and 4e-4 [section 5.1].
+
+    Args:
+        bias_mitigation: the policy that the ratio divides by: `base` or `practical`.
     """
     return PolicyGradientConfig(
         advantage="group_std",
         bias_mitigation=bias_mitigation,
         level="geometric",
         normalization="sequence_mean",
+        # The geometric mean of a completion's ratios stays near 1, so these ranges are far narrower than PPO's.
         clip_low=3e-4,
         clip_high=4e-4,
     )
@@ -83,7 +104,11 @@ def gspo(bias_mitigation: Denominator) -> PolicyGradientConfig:
 def cispo(bias_mitigation: Denominator, truncate_at: float) -> PolicyGradientConfig:
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4-5): truncated weights, so that no token loses its gradient.
 
-    `truncate_at` is 1 + epsilon_high, for which the paper gives no number; it uses no lower bound.
+    The paper uses no lower bound, so there is none here.
+
+    Args:
+        bias_mitigation: the policy that the ratio divides by: `base` or `practical`.
+        truncate_at: 1 + epsilon_high, for which the paper gives no number; 1 or more.
     """
     return PolicyGradientConfig(
         advantage="group_std",

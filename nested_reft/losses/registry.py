@@ -16,4 +16,5 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     Args:
         config: one member of the union; its type says which objective it is.
     """
+    # A rollout is not a demonstration until it is found right, so `demonstrations` stays False here.
     return PolicyGradient(config) if isinstance(config, PolicyGradientConfig) else Supervised()

@@ -48,11 +48,22 @@ class Supervised:
         accuracy_BG: Float[np.ndarray, "B G"],
         scored_BG: Bool[np.ndarray, "B G"],
     ) -> Float[Array, "B G"]:
-        """1 for a right completion, 0 for every other."""
+        """1 for a right completion, 0 for every other.
+
+        Args:
+            reward_BG: not read; shaping does not make a demonstration.
+            accuracy_BG: 1.0 where the answer is right.
+            scored_BG: False where the answer could not be checked; such completions are not imitated.
+        """
         return jnp.asarray((accuracy_BG >= 1) & scored_BG, jnp.float32)
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
-        """The sum of the tokens' cross-entropies and their number; see the class."""
+        """The sum of the tokens' cross-entropies and their number; see the class.
+
+        Args:
+            target: gives the log-probability of every token.
+            batch: its signal is the weight of each completion.
+        """
         weight_BGC = batch.mask_BGC * batch.signal_BG[..., None]
         # Where the weight is zero, the log-probability may be -inf: it must not become NaN.
         term_BGC = jnp.where(weight_BGC > 0, target.logprob_BGC, 0.0) * weight_BGC

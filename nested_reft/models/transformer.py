@@ -251,9 +251,10 @@ class Transformer(nnx.Module):
         """
         config, size = self.config, tokens_BGF.shape[-1]
         slot_F = jnp.arange(size)
+        # Positions are counted from each row's first token. Those of padding come out before it and are never read.
         rotation = rope(config, prompt.length_B[:, None, None] + slot_F - start_BG[..., None])
-        # A query sees the slots up to its own. Those before `start` hold padding; at least one slot stays
-        # visible in padded queries' rows, since the prompt's keys are always there.
+        # A query sees the slots up to its own, without the padding before `start`. A padded query sees no slot at
+        # all, but it always sees the prompt, so its softmax has something to divide by.
         own_mask = (slot_F <= slot_F[:, None]) & (slot_F >= start_BG[..., None, None])
         shared_mask = prompt.valid_BP[:, None, None]
 
@@ -261,10 +262,12 @@ class Transformer(nnx.Module):
             query, own = project_qkv(config, layer, x, rotation)
             shared = _entry(prompt.layers, slot)
             attended = attend(query, (own, own_mask), (shared, shared_mask))
+            # Attention above reads the unrounded keys, as a prompt's own pass does; only later tokens read the caches.
             kept = jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
             return finish_layer(config, layer, x, attended), kept
 
         x, cache = self._scan_layers(layer_step, self._embed(tokens_BGF), jnp.arange(plan.num_kept), plan)
+        # Rows end at the same slot, so the last column predicts the next token of every row that has any.
         has_own_BG1 = (start_BG < size)[..., None]
         return jnp.where(has_own_BG1, self._final_norm(x[:, :, -1]), prompt.last_hidden_BD[:, None]), cache
 

@@ -41,6 +41,7 @@ class RolloutConfig:
         for name in ("group_size", "max_completion_tokens", "draft_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} is {getattr(self, name)}; allowed is 1 or more")
+        # Completions that are all alike have equal rewards, so every advantage of the group would be zero.
         if self.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
         check_choice("rollout.mode", self.mode, Mode)
@@ -49,6 +50,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.mixture_alpha is {self.mixture_alpha}; allowed is 0 < mixture_alpha <= 1, or None"
             )
+        # Verification makes samples those of the weights that verify. With a rounded copy they would be the copy's.
         if self.mode == "exact" and self.weights != "target":
             raise ValueError(
                 f"rollout.mode is 'exact' and rollout.weights '{self.weights}'; exact rollouts are the target's own:"
@@ -59,6 +61,7 @@ class RolloutConfig:
                 f"rollout.mode is 'exact' and rollout.mixture_alpha {self.mixture_alpha}; exact rollouts are all the"
                 " full model's, so there is nothing to mix: leave mixture_alpha out, or use mode 'nested'"
             )
+        # The mixture's weight takes pi_full from the target, while a copy has another density.
         if self.weights != "target" and self.mixture_alpha is not None:
             raise ValueError(
                 f"rollout.weights is '{self.weights}' and rollout.mixture_alpha {self.mixture_alpha}; a mixture weighs"

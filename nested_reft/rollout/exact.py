@@ -96,11 +96,25 @@ def generate_exact(
     decoding, token for token.
 
     Args:
+        model: the target, which verifies.
+        prompt_BP, prompt_length_B: right-padded prompts.
+        plan: the layers that draft.
+        stop_ids: tokens that end a completion; they are part of it.
+        key: PRNG key; a draw depends on the key, the round and the row's place in the batch.
+        policy_version: updates that the model has seen; written through to the rollouts.
+        forced: first tokens of the completions, given instead of sampled; None samples all.
+        group_size: G.
+        max_completion_tokens: C, forced tokens included.
+        sampling: temperature and truncation, of draft and verification alike.
         draft_length: k, at least 1.
-        the rest: as in `generate`.
+        shared_prefix: leading tokens that all prompts have in common.
+
+    Returns:
+        The rollouts, and how many drafts were tested and accepted.
     """
     batch, size = prompt_BP.shape[0], max_completion_tokens
     rows = (batch, group_size)
+    # The prompt runs under the full model only: the draft reads the same caches, slot by slot.
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), shared_prefix=shared_prefix)
     index_B, index_G = jnp.arange(batch)[:, None], jnp.arange(group_size)[None]
 
@@ -109,6 +123,7 @@ def generate_exact(
 
     def draft(carry, position):
         """One draft token: feeds the token before it, draws it, keeps q."""
+        # The carry holds the caches, so the second draft token attends to the first one's keys.
         token_BG, cache, round_key, start_BG = carry
         hidden_BGTD, cache = model.extend(token_BG[..., None], start_BG + position, cache, prompt, plan)
         q_BGV = probability(hidden_BGTD[:, :, 0])
@@ -117,16 +132,20 @@ def generate_exact(
 
     def one_round(state: _State) -> _State:
         """Drafts, verifies, and adds what was accepted."""
+        # The number 0 belongs to the first token.
         round_key = jax.random.fold_in(key, state.rounds + 1)
+        # The caches lack the last final token, so a round feeds it before its drafts.
         start_BG = jnp.maximum(state.length_BG - 1, 0)
         last_BG = state.tokens_BGC[index_B, index_G, start_BG]
         carry = (last_BG, state.cache, round_key, start_BG)
         (_, cache, _, _), (drafts_TBG, q_TBGV) = jax.lax.scan(draft, carry, jnp.arange(draft_length))
         drafts_BGT = jnp.moveaxis(drafts_TBG, 0, -1)
+        # The full model writes over what the draft left in the caches, so no nested key or value survives the round.
         hidden_BGTD, cache = model.extend(
             jnp.concatenate([last_BG[..., None], drafts_BGT], axis=-1), start_BG, cache, prompt
         )
         p_BGTV = probability(hidden_BGTD)
+        # The drafts took the numbers below `draft_length` of the round's key.
         tokens_BGT, logprob_BGT, accepted_BG = accept(
             jax.random.fold_in(round_key, draft_length), drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
         )
@@ -140,6 +159,7 @@ def generate_exact(
     logprob_BGC = jnp.zeros((*rows, size), jnp.float32).at[:, :, 0].set(first_logprob_BG)
     length_BG, finished_BG = jnp.ones(rows, jnp.int32), jnp.isin(first_BG, stop_ids)
     forced_BG = jnp.zeros(rows, jnp.int32)
+    # A round may begin at the last position and still writes all its drafts, hence the room beyond C.
     cache = model.empty_cache(*rows, size + draft_length, None)
     if forced is not None:
         # One pass fills the caches with all prefixes. Beyond a shorter one they hold padding, which is
@@ -150,6 +170,7 @@ def generate_exact(
         is_given_BGC = jnp.arange(size) < forced_BG[..., None]
         tokens_BGC = jnp.where(forced_BG[..., None] > 0, jnp.where(is_given_BGC, given_BGC, 0), tokens_BGC)
         logprob_BGC = jnp.where(forced_BG[..., None] > 0, 0.0, logprob_BGC)
+        # A row without a prefix keeps the first token that was drawn for all rows above.
         length_BG, finished_BG = jnp.maximum(forced_BG, 1), finished_BG & (forced_BG == 0)
     zero = jnp.zeros((), jnp.int32)
     state = _State(
@@ -172,6 +193,7 @@ def generate_exact(
         forced_BG=forced_BG,
         counted_BG=jnp.ones(rows, bool),
         behavior_logprob_BGC=state.logprob_BGC,
+        # The nested policy only drafted; what came out is the full model's.
         nested_BG=jnp.zeros(rows, bool),
         full_share_B=jnp.ones(batch),
         kept_mask_BL=jnp.broadcast_to(plan.to_mask(model.config.num_layers), (batch, model.config.num_layers)),
@@ -192,12 +214,16 @@ def _with_tokens(
     token and within C are added to rows that are not done."""
     offset_T, size = jnp.arange(tokens_BGT.shape[-1]), state.tokens_BGC.shape[-1]
     is_stop_BGT = jnp.isin(tokens_BGT, stop_ids)
+    # The stop token itself stays, so it is subtracted from its own count.
     after_stop_BGT = jnp.cumsum(is_stop_BGT, axis=-1) - is_stop_BGT > 0
     position_BGT = state.length_BG[..., None] + offset_T
+    # The token after the accepted drafts counts too, hence `<=`.
     kept_BGT = offset_T <= accepted_BG[..., None]
     kept_BGT &= ~after_stop_BGT & (position_BGT < size) & ~state.done_BG[..., None]
     index_B, index_G = (jnp.arange(count) for count in state.length_BG.shape)
+    # Tokens that are not kept are sent to index C, outside the array, where `mode="drop"` discards them.
     where = (index_B[:, None, None], index_G[None, :, None], jnp.where(kept_BGT, position_BGT, size))
+    # Drafts beyond C could never be kept, so they do not count as tested.
     drafted_BG = jnp.where(state.done_BG, 0, jnp.minimum(offset_T[-1], size - state.length_BG))
     return _State(
         tokens_BGC=state.tokens_BGC.at[where].set(tokens_BGT, mode="drop"),
@@ -232,8 +258,11 @@ def accept(
     length = drafts_BGT.shape[-1]
     p_draft_BGT = jnp.take_along_axis(p_BGTV[:, :, :length], drafts_BGT[..., None], axis=-1)[..., 0]
     q_draft_BGT = jnp.take_along_axis(q_BGTV, drafts_BGT[..., None], axis=-1)[..., 0]
+    # u q < p is u < p / q without a division by a q that may be zero.
     passes_BGT = jax.random.uniform(uniform_key, drafts_BGT.shape) * q_draft_BGT < p_draft_BGT
+    # The running product is 1 up to the first rejection, so its sum counts the drafts before it.
     accepted_BG = jnp.cumprod(passes_BGT, axis=-1).sum(axis=-1)
+    # One formula serves both cases. With all drafts accepted, q counts as zero and the residual is p itself.
     at = accepted_BG[..., None, None]
     p_BGV = jnp.take_along_axis(p_BGTV, at, axis=2)[:, :, 0]
     q_BGV = jnp.take_along_axis(q_BGTV, jnp.minimum(at, length - 1), axis=2)[:, :, 0]
@@ -244,6 +273,7 @@ def accept(
     next_BG = draw_categorical(residual_key, residual_BGV)
     tokens_BGT = jnp.where(jnp.arange(length + 1) == accepted_BG[..., None], next_BG[..., None], _pad_one(drafts_BGT))
     p_token_BGT = jnp.take_along_axis(p_BGTV, tokens_BGT[..., None], axis=-1)[..., 0]
+    # Tokens after the first rejection may have probability 0. They are thrown away, but their log must stay finite.
     return tokens_BGT, jnp.log(jnp.maximum(p_token_BGT, 1e-38)), accepted_BG
 
 

@@ -75,6 +75,9 @@ def generate(
         max_completion_tokens: C, forced tokens included.
         sampling: temperature and truncation.
         shared_prefix: leading tokens that all prompts have in common (`data.pipeline.shared_prefix`).
+
+    Returns:
+        Rollouts on the devices, whose log-probabilities are those of the distributions that tokens were drawn from.
     """
     shape, size = (prompt_BP.shape[0], group_size), max_completion_tokens
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
@@ -93,6 +96,7 @@ def generate(
         uniform = row_uniforms(jax.random.fold_in(key, state.step), shape)[:, *rows]  # by place in the whole batch
         token_bg, logprob_bg = sample_token(uniform, model.logits(hidden_bgD), sampling)
         done_bg = state.done_BG[rows]
+        # A finished row still passes through the model with the batch; what it draws is not kept.
         token_bg, logprob_bg = (jnp.where(done_bg, 0, value) for value in (token_bg, logprob_bg))
         ends_bg = jnp.isin(token_bg, stop_ids)
         if limit_BG is not None:  # a row whose prefix took some of its tokens is full earlier than the others
@@ -112,10 +116,12 @@ def generate(
         end = min(size, state.cache.key.shape[-2] - forced_size + 1)
 
         def too_many(state: _DecodeState) -> Array:
+            # Finished rows need not leave at once: the loop ends when a smaller batch would hold all the others.
             running_B = jnp.sum(~state.done_BG, axis=1)
             return (state.step < end) & ((jnp.sum(running_B > 0) > fewer[0]) | jnp.any(running_B > fewer[1]))
 
         def decode_one(state: _DecodeState) -> _DecodeState:
+            # Slots count forced tokens, while `step` counts sampled ones.
             last = state.step - 1
             starts_bg = None if start_BG is None else start_BG[rows]
             hidden_bgD, cache = model.decode(
@@ -137,8 +143,10 @@ def generate(
     )
     if forced is not None:
         state = _with_cache_size(state, forced_size + cache_sizes[0])
+    # The first token needs no decode step, since the prefill has its hidden state already.
     state = add_token(state, rows, first_BGD)
     compactions = _compactions(*shape, size)
+    # Each size serves until it is full or the first compaction is due. All that follows has caches of full size.
     for cache_size in cache_sizes[1:]:
         state = decode_until_fits(state, rows, prompt, (compactions or [(0, 0)])[0])
         state = _with_cache_size(state, forced_size + cache_size)
@@ -149,10 +157,12 @@ def generate(
     tokens_BGC, logprob_BGC, length_BG = state.tokens_BGC, state.logprob_BGC, state.length_BG
     finished_BG, forced_BG = state.done_BG, jnp.zeros(shape, jnp.int32)
     if forced is not None:
+        # With prefixes, a row can be done because it is full. Its last token tells whether it stopped.
         last_BG1 = jnp.take_along_axis(tokens_BGC, jnp.maximum(length_BG - 1, 0)[..., None], axis=-1)
         finished_BG = (length_BG > 0) & jnp.isin(last_BG1[..., 0], stop_ids)
         forced_BG = forced.length_BG
         given_BGC = jnp.pad(forced.tokens_BGF, ((0, 0), (0, 0), (0, max(size - forced_size, 0))))[..., :size]
+        # Sampled tokens were written from index 0; each row moves right by the length of its own prefix.
         own_BGC = jnp.arange(size) >= forced_BG[..., None]
         tokens_BGC = jnp.where(own_BGC, _shifted(tokens_BGC, -forced_BG), given_BGC)
         logprob_BGC = jnp.where(own_BGC, _shifted(logprob_BGC, -forced_BG), 0.0)
@@ -195,6 +205,7 @@ def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
 
 def _cache_sizes(size: int) -> list[int]:
     """Tokens that caches hold room for, one after the other: every step reads them whole."""
+    # The last token is never fed, so it needs no slot.
     last = max(size - 1, 1)
     return [-(-last // 4), -(-last // 2), last] if size >= GROW_FROM else [last]
 
@@ -224,6 +235,15 @@ def _compacted(
 def right_padded(
     tokens_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"]
 ) -> tuple[Int[Array, "B P"], Int[Array, " B"]]:
-    """Moves each row's valid tokens to the front, in order, and counts them: left or mixed padding in, right out."""
+    """Moves each row's valid tokens to the front, in order, and counts them: left or mixed padding in, right out.
+
+    Args:
+        tokens_BP: token ids, padded anywhere.
+        valid_BP: False at padding.
+
+    Returns:
+        Right-padded tokens, and the valid tokens of each row.
+    """
+    # A stable sort keeps the valid tokens in their order.
     order = jnp.argsort(~valid_BP, axis=-1, stable=True)
     return jnp.take_along_axis(tokens_BP, order, axis=-1), valid_BP.sum(axis=-1)

@@ -56,6 +56,7 @@ def mixture_rollouts(
         count = min(-(-most // quarter) * quarter, group_size)
         return rollout(layers, sample_key, count, _prefixes_of(forced, chosen_BG, count)) if most else None
 
+    # A component that no completion drew is not sampled at all.
     full = sample(LayerPlan.full(num_layers), full_key, from_full_BG)
     nested = sample(plan, nested_key, ~from_full_BG)
     # Slot g takes its component's next unused completion.
@@ -65,11 +66,13 @@ def mixture_rollouts(
         shape = (num_prompts, group_size) + (1,) * (from_full.ndim - 2)
         index, chosen = jnp.asarray(index_BG).reshape(shape), jnp.asarray(from_full_BG).reshape(shape)
         take = [
+            # The index counts within one component and may exceed what the other sampled; that entry is not chosen.
             jnp.take_along_axis(values, jnp.minimum(index, values.shape[1] - 1), axis=1)
             for values in (from_full, from_nested)
         ]
         return jnp.where(chosen, *take)
 
+    # Where one component was not sampled, the other stands in for it and is never chosen.
     either = nested or full
     assert either is not None
     per_completion = {
@@ -91,6 +94,7 @@ def _prefixes_of(
     """The prefixes of the slots that one component fills, in the order in which it fills them."""
     if forced is None:
         return None
+    # A stable sort puts the component's own slots first and keeps their order.
     slot_BG = np.argsort(~chosen_BG, axis=1, kind="stable")[:, :count]
     return ForcedPrefixes(
         jnp.take_along_axis(forced.tokens_BGF, jnp.asarray(slot_BG)[..., None], axis=1),

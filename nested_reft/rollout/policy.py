@@ -97,6 +97,7 @@ class Policy:
         Raises:
             ValueError, FileNotFoundError: neither a run with a checkpoint nor a model.
         """
+        # A `Run` is known by its path alone, because this room does not import the one that defines it.
         path = Path(getattr(source, "path", source))
         if (path / "checkpoints").is_dir():
             return _of_run(path)
@@ -137,9 +138,11 @@ class Policy:
             self.model,
             self._spread(prompts.tokens_BP),
             self._spread(prompts.length_B),
+            # Rollouts record the kept layers, so the full model is a plan here too.
             replicate(LayerPlan.full(self.num_layers) if plan is None else plan, self.mesh),
             self._stop_ids(stops),
             key,
+            # A number that may change from call to call is an argument; as a constant it would recompile.
             self.version,
             self._spread(prompts.forced if forced is None else forced),
             group_size=group_size,
@@ -189,7 +192,17 @@ class Policy:
         plan: LayerPlan | None = None,
         shared_prefix: int = 0,
     ) -> Float[Array, "B G C"]:
-        """log pi of every completion token, in nats, at the policy's temperature; see `completion_logprobs`."""
+        """log pi of every completion token, in nats, at the policy's temperature; see `completion_logprobs`.
+
+        Args:
+            prompt_BP, prompt_length_B: right-padded prompts, and the valid tokens of each.
+            tokens_BGC: completions, right-padded.
+            plan: the layers that act; None is the full model.
+            shared_prefix: leading tokens that all prompts have in common.
+
+        Returns:
+            0 or less; entries at padding mean nothing and are to be masked by length.
+        """
         return _logprobs(
             self.model, prompt_BP, prompt_length_B, tokens_BGC, plan, self.sampling.temperature, shared_prefix
         )
@@ -223,9 +236,12 @@ class Policy:
         """
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
         batch = self._prompts_of(messages, chat)
+        # An explicit 0 is refused below and must not turn into the default.
         limit = self.max_completion_tokens if max_tokens is None else max_tokens
         self._check_room(batch, limit)
+        # A temperature of the caller comes without truncation, whatever the policy has.
         sampling = self.sampling if temperature is None else SamplingConfig(temperature)
+        # All fields come to the host in one transfer, because the texts are made there.
         rollouts = jax.device_get(
             self.generate(
                 batch,
@@ -264,6 +280,7 @@ class Policy:
         ids = [self.tokenizer.encode(text) for text in completions]
         if not all(ids):
             raise ValueError("score got a completion without tokens; every completion needs at least one")
+        # Each completion is a group of one under its own prompt.
         tokens_BGC = np.zeros((len(ids), 1, max(map(len, ids))), np.int32)
         for row, tokens in enumerate(ids):
             tokens_BGC[row, 0, : len(tokens)] = tokens
@@ -271,6 +288,7 @@ class Policy:
         found = np.asarray(
             self.logprobs(jnp.asarray(batch.tokens_BP), jnp.asarray(batch.length_B), jnp.asarray(tokens_BGC), plan)
         )
+        # Attention is causal, so padding after a completion changed nothing before it.
         return [found[row, 0, : len(tokens)] for row, tokens in enumerate(ids)]
 
     def prompt_tokens(self, message: str) -> int:
@@ -281,11 +299,13 @@ class Policy:
         """Prompts spread over the mesh's `data` axis; whole on every device where they do not divide by it."""
         if values is None:
             return None
+        # Texts of a user come in any number, and a copy on every device is still right.
         divides = all(leaf.shape[0] % self.mesh.shape["data"] == 0 for leaf in jax.tree.leaves(values))
         return shard_batch(values, self.mesh) if divides else replicate(values, self.mesh)
 
     def _stop_ids(self, stops: bool) -> Array:
         """The tokens that end a completion; with `stops` False as many that no model can draw."""
+        # The number of ids stays, because another shape would compile the whole program again.
         ids = np.array(self.tokenizer.stop_ids, np.int32)
         return replicate(ids if stops else np.full_like(ids, -1), self.mesh)
 
@@ -299,6 +319,7 @@ class Policy:
         for row, tokens in enumerate(ids):
             tokens_BP[row, : len(tokens)] = tokens
         length_B = np.array([len(tokens) for tokens in ids], np.int32)
+        # A user's message has no gold answer; nothing here is scored.
         nothing = ("",) * len(texts)
         return Prompts(tokens_BP, length_B, np.zeros(len(texts), np.int32), tuple(texts), nothing, ({},) * len(texts))
 
@@ -313,6 +334,7 @@ class Policy:
     def _completion(self, rollouts: Rollouts, row: int, number: int) -> Completion:
         length = int(rollouts.length_BG[row, number])
         tokens = tuple(int(token) for token in rollouts.tokens_BGC[row, number, :length])
+        # Entries at or after the end are zero, so the sum is that of the whole completion.
         logprob = float(rollouts.behavior_logprob_BGC[row, number, :length].sum())
         return Completion(self.tokenizer.decode(tokens), tokens, logprob, bool(rollouts.finished_BG[row, number]))
 
@@ -342,6 +364,7 @@ def _of_run(run: Path) -> Policy:
     """
     try:
         stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        # JSON has no tuples, and a whole number in it may stand for a float.
         reading = dacite.Config(cast=[tuple, float])
         source = dacite.from_dict(ModelSource, stored["model"], reading)
         lora = dacite.from_dict(LoraConfig, stored["lora"], reading)
@@ -354,12 +377,16 @@ def _of_run(run: Path) -> Policy:
         raise ValueError(f"'{run}' is not a run directory: it has no config.json") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, dacite.DaciteError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
+    # This check comes before the model is loaded, because loading is slow.
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
+    # One device is always there, while the run may have had more than this machine has.
     mesh = make_mesh(MeshConfig())
+    # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, seed, mesh)
     graph, trainable, frozen = split_trainable(model)
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
+        # Optimizer moments are not read: sampling does not need them.
         arrays = checkpoints.restore_some({"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
     model = nnx.merge(graph, arrays["trainable"], frozen)
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)

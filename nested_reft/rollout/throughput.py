@@ -67,11 +67,13 @@ def compare_throughput(
         return int(np.asarray(jax.block_until_ready(rollouts).length_BG).sum())
 
     plans = (LayerPlan.full(policy.num_layers), plan)
+    # These calls compile, so they are not timed.
     counts = [tokens(each) for each in plans]
     seconds = np.full((repeats, 2), np.inf)
     for row, column in np.ndindex(seconds.shape):  # in turn: a slow minute of the machine falls on both
         started = time.monotonic()
         tokens(plans[column])
         seconds[row, column] = time.monotonic() - started
+    # The fastest call is the one that other work on the machine disturbed least.
     full, nested = (float(x) for x in np.array(counts) / seconds.min(axis=0))
     return Throughput(full, nested, nested / full, plan.num_kept, policy.num_layers)
