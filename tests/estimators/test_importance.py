@@ -85,7 +85,7 @@ def mixture(target, full, nested, alpha):
         return jnp.log(jnp.array([[probability]], jnp.float32))
 
     mask_BGC = jnp.ones((1, 1, len(target)), bool)
-    return np.exp(np.asarray(mixture_log_weight(logs(target), logs(full), logs(nested), mask_BGC, alpha)))[0, 0]
+    return np.exp(np.asarray(mixture_log_weight(logs(target), logs(full), logs(nested), mask_BGC, jnp.array([alpha]))))[0, 0]
 
 
 def test_mixture_by_hand():
@@ -111,7 +111,7 @@ def test_mixture_weight_is_bounded_at_the_old_policy():
         full_BGC = jnp.array(-random.exponential(1.0, (4000, 1, 6)) * spread, jnp.float32)
         nested_BGC = jnp.array(-random.exponential(1.0, (4000, 1, 6)) * spread, jnp.float32)
         mask_BGC = jnp.array(random.random((4000, 1, 6)) < 0.8)
-        log_weight_BGC = mixture_log_weight(full_BGC, full_BGC, nested_BGC, mask_BGC, alpha)
+        log_weight_BGC = mixture_log_weight(full_BGC, full_BGC, nested_BGC, mask_BGC, jnp.full(4000, alpha))
         assert np.all(np.asarray(log_weight_BGC) <= -math.log(alpha) + 1e-6)
         assert np.all(np.isfinite(limited_weight(log_weight_BGC)))
 
@@ -121,4 +121,4 @@ def test_mixture_outside_the_supports_is_finite():
     plain = -jnp.ones((1, 1, 2))
     mask_BGC = jnp.ones((1, 1, 2), bool)
     for target, full, nested in itertools.product((minus, plain), repeat=3):
-        assert np.all(np.isfinite(mixture_log_weight(target, full, nested, mask_BGC, 0.5)))
+        assert np.all(np.isfinite(mixture_log_weight(target, full, nested, mask_BGC, jnp.array([0.5]))))
