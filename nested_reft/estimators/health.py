@@ -64,7 +64,7 @@ def off_policy_health(
     clamped_BGC = jnp.clip(log_ratio_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio_BGC = jnp.where(mask_BGC, jnp.exp(clamped_BGC), 0.0)
     # NaN marks the tokens that do not count. A selection of them would have a shape that depends on values.
-    # NaN marks what does not count, and a batch without any token has NaN for every quantile.
+    # A batch without any token has NaN for every quantile, which becomes zero below.
     quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
     low, middle, high = (jnp.where(mask_BGC.any(), value, 0.0) for value in quantiles)
     return Health(
