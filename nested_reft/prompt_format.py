@@ -16,6 +16,7 @@ class PromptTokenizer(Protocol):
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 
 
+@runtime_checkable
 class Question(Protocol):
     """What a template may name: the question, and any field of the metadata."""
 

@@ -167,7 +167,8 @@ def take(groups: Groups, rows: Sequence[int] | Int[np.ndarray, " R"]) -> Groups:
         groups: B groups whose arrays are on the host.
         rows: indices, each from 0 to B - 1; one may come twice.
     """
-    return _by_field(lambda column: _rows_of(column, rows), groups)
+    index_R = np.asarray(rows, np.int64)  # an empty list has no integers to tell its type by
+    return _by_field(lambda column: _rows_of(column, index_R), groups)
 
 
 def concat(batches: Sequence[Groups]) -> Groups:
@@ -201,10 +202,10 @@ def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
     return combine(first, *others) if others else combine(first)
 
 
-def _rows_of(column: Any, rows: Any) -> Any:
+def _rows_of(column: Any, index_R: Int[np.ndarray, " R"]) -> Any:
     if column is None:
         return None
-    return tuple(column[row] for row in rows) if isinstance(column, tuple) else np.asarray(column)[np.asarray(rows)]
+    return tuple(column[row] for row in index_R) if isinstance(column, tuple) else np.asarray(column)[index_R]
 
 
 def _joined(*columns: Any) -> Any:

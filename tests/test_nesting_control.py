@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from nested_reft.estimators.health import Health
 from nested_reft.nesting_control import (
     HIGHEST_EXCESS,
     NestingControlConfig,
@@ -21,12 +22,17 @@ ESS = NestingControlConfig("ess_token", budget=0.5, max_skipped=6, patience=3, m
 KL = NestingControlConfig("kl_behavior_target", budget=1.0, max_skipped=6, patience=2, margin=0.2, window=2)
 
 
+def health(**readings):
+    """A step's health with these values; all others are 1, which no rule of these tests may read."""
+    return Health(**{field.name: 1.0 for field in dataclasses.fields(Health)} | readings)
+
+
 def after(config, readings, start=0):
     """The state after these readings of the held metric, and the sizes that each was read at."""
     state, sizes = initial_state(config, start), []
     for reading in readings:
         sizes.append(choose(state))
-        state = update(state, config, {config.hold: reading})
+        state = update(state, config, health(**{config.hold: reading}))
     return state, sizes
 
 
@@ -37,7 +43,7 @@ def on_plant(config, plant, steps, start=0, seed=0):
     for step in range(steps):
         sizes.append(choose(state))
         readings.append(plant(choose(state), step, generator))
-        state = update(state, config, {config.hold: readings[-1]})
+        state = update(state, config, health(**{config.hold: readings[-1]}))
         state = NestingControlState.from_json(json.loads(json.dumps(state.to_json())))
     return np.array(sizes), np.array(readings), state
 
@@ -108,7 +114,13 @@ def test_bounds():
 def test_without_a_budget_nothing_changes():
     off = NestingControlConfig()
     state = initial_state(off, 3)
-    assert update(state, off, {}) is state and choose(state) == 3 and state.reason == ""
+    assert update(state, off, health()) is state and choose(state) == 3 and state.reason == ""
+
+
+def test_a_step_without_anything_to_learn_from_changes_nothing():
+    """It has no health; were it taken for zero, an effective sample size would be over every budget."""
+    state, _ = after(ESS, [0.9, 0.8], start=2)
+    assert update(state, ESS, None) is state
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])

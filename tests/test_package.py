@@ -25,7 +25,8 @@ RULES = {
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
-    {"layer_skip", "literals", "json_files", "compilation", "config_files", "prompt_format"},
+    {"literals", "json_files", "config_files", "compilation", "prompt_format"},
+    {"layer_skip"},
     {"types"},
     RULES,
     {"sharding"},
@@ -41,6 +42,8 @@ LAYERS = [
     {"configs", "experiments"},
 ]
 MODEL_SIDE = {"sharding", "models", "tokenizer", "rollout"}  # knows no rule: what to sample is not how to train
+# (importing room, imported module) that may stay until `PromptFormat` has moved to the room `prompt_format`.
+TOLERATED = {("rollout", "nested_reft.data.prompts")}
 
 
 def room_of(path: Path, root: Path) -> str:
@@ -77,7 +80,8 @@ def room_imports(root: Path) -> dict[tuple[str, str], str]:
                 target = parts[1]
             else:
                 continue
-            if target != room and room != "__init__":
+            is_tolerated = any(room == importer and name.startswith(module) for importer, module in TOLERATED)
+            if target != room and room != "__init__" and not is_tolerated:
                 edges.setdefault((room, target), f"{path.relative_to(root)}:{line}")
     return edges
 
@@ -202,6 +206,16 @@ def test_nothing_is_unpickled():
         ),
         ({"nested_reft/models/a.py": "from ..train import step"}, "models imports train, which stands above"),
         ({"nested_reft/models/a.py": "from nested_reft import losses"}, "models imports losses, a rule of training"),
+        ({"nested_reft/rollout/a.py": "import nested_reft.replay"}, "rollout imports replay, a rule of training"),
+        (
+            {"nested_reft/rollout/a.py": "from nested_reft.data import tasks"},
+            "rollout imports data, a rule of training",
+        ),
+        ({"nested_reft/literals.py": "from nested_reft import types"}, "literals imports types, which stands above"),
+        (
+            {"nested_reft/checkpoints.py": "from nested_reft.rollout.policy import Policy"},
+            "checkpoints imports rollout, which stands above",
+        ),
         ({"nested_reft/cli/main.py": "import experiments.ablation"}, "cli imports experiments, which stands above"),
         ({"nested_reft/helpers.py": ""}, "room 'helpers' has no place in LAYERS"),
         (

@@ -28,6 +28,7 @@ from nested_reft.data.datasets import DATASETS, load_dataset
 from nested_reft.data.examples import Checker, Example, distinct
 from nested_reft.data.jsonl import read_jsonl
 from nested_reft.data.tasks import Task, draw_task
+from nested_reft.literals import check_choice
 from nested_reft.prompt_format import PromptFormat
 
 
@@ -275,3 +276,5 @@ def _check_common(config: SourceConfig) -> None:
         raise ValueError(f"{path}.heldout_size is {config.heldout_size}; allowed is 1 or more")
     if config.seed < 0:
         raise ValueError(f"{path}.seed is {config.seed}; allowed is 0 or more")
+    if config.checker is not None:
+        check_choice(f"{path}.checker", config.checker, Checker)

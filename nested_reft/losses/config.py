@@ -10,6 +10,7 @@ from typing import Literal
 from nested_reft.estimators.advantages import Advantage
 from nested_reft.estimators.importance import BiasMitigation, Level
 from nested_reft.estimators.kl import KlPenalty
+from nested_reft.literals import check_choice
 
 Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixed_length"]
 
@@ -60,7 +61,8 @@ class PolicyGradientConfig:
     self_distillation_coefficient: float = 0.0
 
     def __post_init__(self):
-        # Ranges come first, so that the later checks may compare values that make sense.
+        # Names and ranges come first, so that the later checks compare values that make sense.
+        _check_names(self)
         _check_ranges(self)
         _check_needed(self)
         _check_meaning(self)
@@ -94,6 +96,14 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
         and config.entropy_coefficient == 0
         and config.self_distillation_coefficient == 0
     )
+
+
+def _check_names(config: PolicyGradientConfig) -> None:
+    choices = {"advantage": Advantage, "bias_mitigation": BiasMitigation, "level": Level}
+    choices |= {"normalization": Normalization, "reference_kl": KlPenalty}
+    for name, allowed in choices.items():
+        if name != "reference_kl" or config.reference_kl is not None:
+            check_choice(f"loss.{name}", getattr(config, name), allowed)
 
 
 def _check_ranges(config: PolicyGradientConfig) -> None:

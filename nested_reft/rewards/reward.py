@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nested_reft.data.examples import Checker, Example
+from nested_reft.literals import check_choice
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.rewards.length import overlong_punishment
 from nested_reft.rewards.math_answer import compare_quickly, has_foreign_digits, marked_answer
@@ -65,6 +66,7 @@ class RewardConfig:
     memory_gib: float = 4.0
 
     def __post_init__(self):
+        check_choice("reward.checker", self.checker, Checker)
         for name in ("format_weight", "overlong_weight", "memory_gib"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

@@ -185,12 +185,12 @@ def test_batch_is_right_padded_and_keeps_order():
     assert prompts.texts == ("x?", "y?")
     assert prompts.answers == ("7", "8")
     assert prompts.metadata == ({"k": 1}, {})
-    assert prompts.references is None
+    assert prompts.references == prompts.checkers == (None, None) and prompts.forced is None
 
 
 def test_batch_keeps_references_and_marks_missing_ones():
     encoded = encode(make_examples(1, reference="so 0") + make_examples(1))
-    assert batch_prompts(encoded, [0, 0], prompt_size=32).references == ("so 0", "")
+    assert batch_prompts(encoded, [0, 0], prompt_size=32).references == ("so 0", None)
 
 
 def test_batch_refuses_a_longer_prompt_than_its_size():

@@ -7,7 +7,10 @@ from nested_reft.types import TrainBatch
 
 
 def random_batch(key: jax.Array, prompts: int = 2, group: int = 3, tokens: int = 4) -> tuple[jax.Array, TrainBatch]:
-    """Target log-probabilities, and a batch off-policy by about 0.4 nats a token, with forced tokens and padding."""
+    """Target log-probabilities, and a batch off-policy by about 0.4 nats a token, with forced tokens and padding.
+
+    Every group has a share of the full model of its own, between 0.3 and 0.6.
+    """
     shape = (prompts, group, tokens)
     keys = jax.random.split(key, 7)
     target_BGC = -jax.random.exponential(keys[0], shape)
@@ -22,8 +25,10 @@ def random_batch(key: jax.Array, prompts: int = 2, group: int = 3, tokens: int =
         tokens_BGC=jnp.zeros(shape, jnp.int32),
         length_BG=length_BG,
         forced_BG=jnp.zeros(shape[:2], jnp.int32).at[0, 0].set(1),
+        counted_BG=jnp.ones(shape[:2], bool),
+        signal_BG=jax.random.normal(keys[3], shape[:2]),
         behavior_logprob_BGC=near(2),
-        advantage_BG=jax.random.normal(keys[3], shape[:2]),
+        full_share_B=jnp.linspace(0.3, 0.6, prompts),
         old_logprob_BGC=near(4),
         reference_logprob_BGC=near(5),
         nested_logprob_BGC=near(6),
@@ -42,7 +47,8 @@ def one_group(ratio_GC, advantage_G, length_G=None) -> tuple[jax.Array, TrainBat
         tokens_BGC=jnp.zeros(ratio_BGC.shape, jnp.int32),
         length_BG=zeros_BG + ratio_BGC.shape[-1] if length_G is None else jnp.array([length_G], jnp.int32),
         forced_BG=zeros_BG,
+        counted_BG=zeros_BG == 0,
+        signal_BG=jnp.array([advantage_G], jnp.float32),
         behavior_logprob_BGC=target_BGC - jnp.log(ratio_BGC),
-        advantage_BG=jnp.array([advantage_G], jnp.float32),
     )
     return target_BGC, batch

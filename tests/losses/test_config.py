@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 
 from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
+from nested_reft.losses.policy_gradient import PolicyGradient
+from nested_reft.losses.registry import make_objective
+from nested_reft.losses.supervised import Supervised, SupervisedConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.train.config import load_config
 
 EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=8)
 TOKEN = dataclasses.replace(EXACT, level="token")
-MIXTURE = dataclasses.replace(EXACT, bias_mitigation="mixture", mixture_alpha=0.25)
+MIXTURE = dataclasses.replace(EXACT, bias_mitigation="mixture")
 ONE = dataclasses.replace(TOKEN, bias_mitigation="one")
 RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
 
@@ -21,8 +24,6 @@ RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
         (RETRACE, {"retrace_lambda": 0.0}, "retrace_lambda is 0.0; allowed is 0 < retrace_lambda <= 1"),
         (RETRACE, {"retrace_lambda": 1.1}, "retrace_lambda is 1.1"),
         (RETRACE, {"retrace_lambda": float("nan")}, "retrace_lambda is nan"),
-        (MIXTURE, {"mixture_alpha": 0.0}, "mixture_alpha is 0.0; allowed is 0 < mixture_alpha <= 1"),
-        (MIXTURE, {"mixture_alpha": 1.5}, "mixture_alpha is 1.5"),
         (TOKEN, {"fixed_length_tokens": 0}, "fixed_length_tokens is 0; allowed is 1 or more"),
         (TOKEN, {"truncate_at": 0.5}, "truncate_at is 0.5; allowed is 1 or more"),
         (TOKEN, {"truncate_at": float("inf")}, "truncate_at is inf"),
@@ -34,8 +35,6 @@ RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
         (TOKEN, {"reference_kl_coefficient": -1.0}, "reference_kl_coefficient is -1.0; allowed is 0 or more"),
         (TOKEN, {"entropy_coefficient": float("nan")}, "entropy_coefficient is nan; allowed is 0 or more"),
         # A part and its parameter come together.
-        (MIXTURE, {"mixture_alpha": None}, "mixture_alpha is not set; bias_mitigation 'mixture' needs it"),
-        (EXACT, {"mixture_alpha": 0.5}, "mixture_alpha is 0.5, but bias_mitigation is 'base'; only 'mixture' reads it"),
         (TOKEN, {"retrace_lambda": 0.9}, "retrace_lambda is 0.9, but bias_mitigation is 'base'"),
         (TOKEN, {"fixed_length_tokens": None}, "fixed_length_tokens is not set; normalization 'fixed_length' needs it"),
         (TOKEN, {"normalization": "token_mean"}, "fixed_length_tokens is 8, but normalization is 'token_mean'"),
@@ -69,7 +68,7 @@ def test_refusals(start, changes, message):
         (RETRACE, {"level": "prefix", "retrace_lambda": 0.9, "clip_low": 0.2}),
         (TOKEN, {"truncate_at": 1.0}),
         (TOKEN, {"truncate_at": 5.0, "drop_above": 10.0, "clip_high": 0.28, "dual_clip": 3.0}),
-        (MIXTURE, {"mixture_alpha": 1.0, "self_normalized": True}),
+        (MIXTURE, {"self_normalized": True}),
         (TOKEN, {"level": "geometric", "clip_low": 3e-4, "clip_high": 4e-4}),
     ],
 )
@@ -97,7 +96,6 @@ def test_what_means_something_is_allowed(start, changes):
         ({"reference_kl": "k3_loss", "reference_kl_coefficient": 0.1}, False),
         ({"entropy_coefficient": 0.01}, False),
         ({"self_distillation_coefficient": 0.01}, False),
-        ({"overlong_filter": True}, False),
     ],
 )
 def test_claims(changes, claims):
@@ -105,27 +103,38 @@ def test_claims(changes, claims):
     assert claims_unbiased(MIXTURE)
 
 
+def with_loss(loss, **rollout):
+    """The smallest shipped configuration with this loss and these fields of its rollouts."""
+    config = load_config("tiny")
+    return dataclasses.replace(config, loss=loss, rollout=dataclasses.replace(config.rollout, **rollout))
+
+
 def test_groups_of_one_need_no_baseline():
-    EXACT.validate_for(2, truncated_sampling=False)
-    dataclasses.replace(EXACT, advantage="no_baseline").validate_for(1, truncated_sampling=False)
+    with_loss(EXACT, group_size=2)
+    with_loss(dataclasses.replace(EXACT, advantage="no_baseline"), group_size=1)
     for advantage in ("leave_one_out", "group_mean", "group_std"):
         with pytest.raises(ValueError, match=r"group_size 1: .*needs 2 or more.*use advantage 'no_baseline'"):
-            dataclasses.replace(EXACT, advantage=advantage).validate_for(1, truncated_sampling=False)
-
-
-def test_truncated_sampling_forbids_the_claim():
-    for loss in (EXACT, MIXTURE):
-        with pytest.raises(ValueError, match=r"Set top_k 0 and top_p 1, or choose a biased weight knowingly"):
-            loss.validate_for(4, truncated_sampling=True)
-    TOKEN.validate_for(4, truncated_sampling=True)
+            with_loss(dataclasses.replace(EXACT, advantage=advantage), group_size=1)
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(top_k=5), SamplingConfig(top_p=0.9)])
-def test_a_run_is_checked_as_a_whole(sampling):
-    config = load_config("tiny")
-    rollout = dataclasses.replace(config.rollout, sampling=sampling)
-    dataclasses.replace(config, rollout=rollout)
-    with pytest.raises(ValueError, match=r"rollout\.sampling truncates"):
-        dataclasses.replace(config, rollout=rollout, loss=EXACT)
-    with pytest.raises(ValueError, match="group_size 1"):
-        dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, group_size=1))
+def test_truncated_sampling_forbids_the_claim(sampling):
+    for loss, rollout in ((EXACT, {}), (MIXTURE, {"mixture_alpha": 0.25})):
+        with_loss(loss, **rollout)
+        with pytest.raises(ValueError, match=r"rollout\.sampling truncates.*Set top_k 0 and top_p 1, or choose"):
+            with_loss(loss, sampling=sampling, **rollout)
+    with_loss(TOKEN, sampling=sampling)
+
+
+def test_the_mixture_weight_needs_rollouts_of_a_mixture():
+    with pytest.raises(ValueError, match=r"loss\.bias_mitigation is 'mixture' and rollout\.mixture_alpha None"):
+        with_loss(MIXTURE)
+    # The other way round is allowed: `base` weighs each completion by the component that drew it.
+    with_loss(EXACT, mixture_alpha=0.25)
+
+
+@pytest.mark.parametrize(
+    ("loss", "objective"), [(EXACT, PolicyGradient), (MIXTURE, PolicyGradient), (SupervisedConfig(), Supervised)]
+)
+def test_the_type_of_a_configuration_says_which_objective_it_is(loss, objective):
+    assert isinstance(make_objective(loss), objective)

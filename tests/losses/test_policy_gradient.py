@@ -37,7 +37,7 @@ LIMITS = [
 def every_combination() -> list[PolicyGradientConfig]:
     """All that the configuration does not refuse, with limits at one normalisation and all normalisations without."""
     variants = [("base", {}), ("one", {}), ("practical", {}), ("retrace", {"retrace_lambda": 0.9})]
-    variants.append(("mixture", {"mixture_alpha": 0.3}))
+    variants.append(("mixture", {}))
     normalizations = [(name, {}) for name in ("token_mean", "group_token_mean", "sequence_mean")]
     normalizations.append(("fixed_length", {"fixed_length_tokens": 5}))
     levels = ("token", "prefix", "sequence", "geometric")
@@ -67,11 +67,11 @@ def gradient_and_parts(target_BGC, batch, config):
     """Gradient of the loss's mean with respect to the log-probabilities, as the update divides it."""
 
     def loss_sum(target_BGC):
-        total, parts = policy_gradient_loss(target_BGC, batch, config)
-        return total.sum, (total, parts)
+        output = policy_gradient_loss(target_BGC, batch, config)
+        return output.total.sum, output
 
-    gradient_BGC, (total, parts) = jax.grad(loss_sum, has_aux=True)(target_BGC)
-    return np.asarray(gradient_BGC / total.weight), total, parts
+    gradient_BGC, output = jax.grad(loss_sum, has_aux=True)(target_BGC)
+    return np.asarray(gradient_BGC / output.total.weight), output.total, output.parts
 
 
 def slow_gradient(target_BGC, batch, config) -> np.ndarray:
@@ -79,7 +79,8 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
     arrays = [target_BGC, batch.behavior_logprob_BGC, batch.old_logprob_BGC, batch.nested_logprob_BGC]
     target, behavior, old, nested = (np.asarray(array, np.float64) for array in arrays)
     reference = np.asarray(batch.reference_logprob_BGC, np.float64)
-    start, end = np.asarray(batch.forced_BG), np.asarray(batch.length_BG)
+    end = np.asarray(batch.length_BG)
+    start = np.where(np.asarray(batch.counted_BG), np.asarray(batch.forced_BG), end)
     gradient, weight_sum, tokens_of_group = np.zeros(target.shape), 0.0, np.maximum(end - start, 0).sum(axis=1)
     for b, g in itertools.product(*map(range, end.shape)):
         own = range(start[b, g], end[b, g])
@@ -94,7 +95,8 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
             product = math.prod(ratios.values())
             if config.bias_mitigation == "mixture":
                 densities = [math.exp(sum(policy[b, g, s] for s in own)) for policy in (target, old, nested)]
-                h = densities[0] / (config.mixture_alpha * densities[1] + (1 - config.mixture_alpha) * densities[2])
+                alpha = float(batch.full_share_B[b])
+                h = densities[0] / (alpha * densities[1] + (1 - alpha) * densities[2])
             elif config.level == "token":
                 h = ratios[t]
             elif config.level == "prefix":
@@ -104,7 +106,7 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
             dropped = (config.drop_below or 0) > h or h > (config.drop_above or math.inf)
             h = 0.0 if dropped else min(h, config.truncate_at or math.inf)
 
-            advantage = float(batch.advantage_BG[b, g])
+            advantage = float(batch.signal_BG[b, g])
             if config.reference_kl == "k1_in_reward":
                 to_come = sum(target[b, g, s] - reference[b, g, s] for s in own if s >= t)
                 advantage -= config.reference_kl_coefficient * to_come
@@ -228,7 +230,7 @@ def test_normalisers_by_hand():
 
 
 def test_a_fully_forced_completion_counts_nowhere():
-    mask_BGC = gradient_mask(jnp.array([[3, 3]]), jnp.array([[3, 0]]), 3)
+    mask_BGC = gradient_mask(jnp.array([[3, 3]]), jnp.array([[3, 0]]), jnp.ones((1, 2), bool), 3)
     for name in ("token_mean", "group_token_mean", "sequence_mean", "fixed_length"):
         _, share_BGC = normalization_shares(mask_BGC, name, 3 if name == "fixed_length" else None)
         assert float(share_BGC.sum()) == (3 if name == "token_mean" else 1)
@@ -253,8 +255,8 @@ def test_micro_batches_add_up(config):
     target_BGC, batch = random_batch(jax.random.key(5), prompts=3)
 
     def sums(target_BGC, batch):
-        total, parts = policy_gradient_loss(target_BGC, batch, config)
-        return total.sum, (total, parts)
+        output = policy_gradient_loss(target_BGC, batch, config)
+        return output.total.sum, (output.total, output.parts)
 
     whole_gradient, whole = jax.grad(sums, has_aux=True)(target_BGC, batch)
     parts = []
@@ -273,7 +275,7 @@ def test_micro_batches_add_up(config):
 def test_forced_and_padding_tokens_have_no_part():
     target_BGC, batch = random_batch(jax.random.key(1))
     batch = batch.replace(forced_BG=jnp.array([[2, 1, 0], [9, 0, 1]]))
-    mask_BGC = np.asarray(gradient_mask(batch.length_BG, batch.forced_BG, 4))
+    mask_BGC = np.asarray(batch.mask_BGC)
     other = jax.tree.map(
         lambda x: x - 3.0 * ~mask_BGC if x.shape == mask_BGC.shape and x.dtype == jnp.float32 else x, batch
     )
@@ -287,7 +289,7 @@ def test_forced_and_padding_tokens_have_no_part():
 
 def test_token_advantages_replace_those_of_completions():
     target_BGC, batch = random_batch(jax.random.key(2))
-    spread = batch.replace(token_signal_BGC=jnp.broadcast_to(batch.advantage_BG[..., None], target_BGC.shape))
+    spread = batch.replace(token_signal_BGC=jnp.broadcast_to(batch.signal_BG[..., None], target_BGC.shape))
     np.testing.assert_array_equal(
         gradient_and_parts(target_BGC, batch, PLAIN)[0], gradient_and_parts(target_BGC, spread, PLAIN)[0]
     )
@@ -298,8 +300,8 @@ def test_token_advantages_replace_those_of_completions():
 
 def test_without_old_logprobs_the_target_is_the_old_policy():
     target_BGC, batch = random_batch(jax.random.key(2))
-    for variant, own in (("practical", {}), ("mixture", {"mixture_alpha": 0.3})):
-        config = PolicyGradientConfig("leave_one_out", variant, "sequence", "token_mean", **own)
+    for variant in ("practical", "mixture"):
+        config = PolicyGradientConfig("leave_one_out", variant, "sequence", "token_mean")
         missing = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=None), config)[0]
         given = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=target_BGC), config)[0]
         np.testing.assert_array_equal(missing, given)
@@ -327,9 +329,10 @@ def test_finite_in_every_corner(config):
         ),
     ]
     for target, corner in corners:
-        total, parts = policy_gradient_loss(target, corner, config)
-        gradient = jax.grad(lambda t, corner=corner: policy_gradient_loss(t, corner, config)[0].sum)(target)
-        for leaf in jax.tree.leaves((gradient, total, parts)):
+        output = policy_gradient_loss(target, corner, config)
+        total = output.total
+        gradient = jax.grad(lambda t, corner=corner: policy_gradient_loss(t, corner, config).total.sum)(target)
+        for leaf in jax.tree.leaves((gradient, output)):
             assert jnp.all(jnp.isfinite(leaf))
         assert jnp.isfinite(total.mean())
         if corner is nothing:
@@ -338,9 +341,15 @@ def test_finite_in_every_corner(config):
 
 def test_what_a_loss_needs_is_named():
     target_BGC, batch = random_batch(jax.random.key(1))
-    mixture = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "token_mean", mixture_alpha=0.5)
+    mixture = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "token_mean")
     with pytest.raises(ValueError, match=r"needs batch\.nested_logprob_BGC"):
         policy_gradient_loss(target_BGC, batch.replace(nested_logprob_BGC=None), mixture)
+    with pytest.raises(ValueError, match=r"needs batch\.full_share_B"):
+        policy_gradient_loss(target_BGC, batch.replace(full_share_B=None), mixture)
+    for variant in ("base", "retrace"):
+        config = dataclasses.replace(PLAIN, bias_mitigation=variant)
+        with pytest.raises(ValueError, match=rf"'{variant}' needs batch\.behavior_logprob_BGC"):
+            policy_gradient_loss(target_BGC, batch.replace(behavior_logprob_BGC=None), config)
     kl = dataclasses.replace(PLAIN, reference_kl="k2_loss", reference_kl_coefficient=0.1)
     with pytest.raises(ValueError, match=r"needs batch\.reference_logprob_BGC"):
         policy_gradient_loss(target_BGC, batch.replace(reference_logprob_BGC=None), kl)
@@ -350,11 +359,11 @@ def test_what_a_loss_needs_is_named():
 
 def test_entropy_bonus_is_the_mean_entropy_of_the_counted_tokens():
     target_BGC, batch = random_batch(jax.random.key(6))
-    batch = batch.replace(advantage_BG=0 * batch.advantage_BG)
+    batch = batch.replace(signal_BG=0 * batch.signal_BG)
     entropy_BGC = jax.random.uniform(jax.random.key(7), target_BGC.shape)
     config = dataclasses.replace(PLAIN, entropy_coefficient=0.5)
-    mask_BGC = gradient_mask(batch.length_BG, batch.forced_BG, 4)
-    value, gradient_BGC = jax.value_and_grad(lambda e: policy_gradient_loss(target_BGC, batch, config, e)[0].mean())(
+    mask_BGC = batch.mask_BGC
+    value, gradient_BGC = jax.value_and_grad(lambda e: policy_gradient_loss(target_BGC, batch, config, e).total.mean())(
         entropy_BGC
     )
     assert float(value) == pytest.approx(-0.5 * float((entropy_BGC * mask_BGC).sum() / mask_BGC.sum()), rel=1e-5)
@@ -385,15 +394,15 @@ def test_entropy_is_differentiable_on_request_only(differentiable):
 def test_self_distillation_is_added_by_the_losses_own_shares(key):
     """`sequence_mean`: gamma times the mean over completions of each one's mean KL; masked tokens count nowhere."""
     target_BGC, batch = random_batch(key)
-    batch = dataclasses.replace(batch, advantage_BG=jnp.zeros_like(batch.advantage_BG))
-    mask_BGC = np.asarray(gradient_mask(batch.length_BG, batch.forced_BG, target_BGC.shape[-1]))
+    batch = dataclasses.replace(batch, signal_BG=jnp.zeros_like(batch.signal_BG))
+    mask_BGC = np.asarray(batch.mask_BGC)
     kl_BGC = jax.random.exponential(key, target_BGC.shape)
     config = PolicyGradientConfig("leave_one_out", "base", "token", "sequence_mean", self_distillation_coefficient=0.5)
     kept = [(b, g) for b, g in np.ndindex(mask_BGC.shape[:2]) if mask_BGC[b, g].any()]
     means = [np.asarray(kl_BGC)[row][mask_BGC[row]].mean() for row in kept]
-    loss, parts = policy_gradient_loss(target_BGC, batch, config, self_distillation_kl_BGC=kl_BGC)
-    assert float(loss.mean()) == pytest.approx(0.5 * np.mean(means), rel=1e-5)
-    logged = float(parts["self_distillation_kl"].mean())
+    output = policy_gradient_loss(target_BGC, batch, config, self_distillation_kl_BGC=kl_BGC)
+    assert float(output.total.mean()) == pytest.approx(0.5 * np.mean(means), rel=1e-5)
+    logged = float(output.parts["self_distillation_kl"].mean())
     assert logged == pytest.approx(np.asarray(kl_BGC)[mask_BGC].mean(), rel=1e-5)
 
 

@@ -90,7 +90,7 @@ def completions(target_BGC, batch):
     def one(b, g):
         own = slice(int(batch.forced_BG[b, g]), int(batch.length_BG[b, g]))
         rows = [list(x[b, g, own]) for x in (target, old, reference)]
-        return Completion(*rows, float(batch.advantage_BG[b, g]))
+        return Completion(*rows, float(batch.signal_BG[b, g]))
 
     return [[one(b, g) for g in range(target.shape[1])] for b in range(target.shape[0])]
 
@@ -127,7 +127,7 @@ def unforced_batch(near: float):
 )
 def test_value_and_gradient_equal_the_paper(config, objective, near):
     target_BGC, batch = unforced_batch(near)
-    value, gradient_BGC = jax.value_and_grad(lambda t: policy_gradient_loss(t, batch, config)[0].mean())(target_BGC)
+    value, gradient_BGC = jax.value_and_grad(lambda t: policy_gradient_loss(t, batch, config).total.mean())(target_BGC)
     assert float(value) == pytest.approx(-objective(completions(target_BGC, batch)), rel=1e-4, abs=1e-6)
     expected_BGC = numerical_gradient(objective, target_BGC, batch)
     np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=1e-3, atol=1e-5)
@@ -139,7 +139,7 @@ def test_cispo_gradient_equals_the_paper():
     target_BGC, batch = unforced_batch(1.0)
     frozen = completions(target_BGC, batch)
     config = presets.cispo("base", truncate_at=1.2)
-    gradient_BGC = jax.grad(lambda t: policy_gradient_loss(t, batch, config)[0].mean())(target_BGC)
+    gradient_BGC = jax.grad(lambda t: policy_gradient_loss(t, batch, config).total.mean())(target_BGC)
     expected_BGC = numerical_gradient(lambda groups: cispo(groups, frozen), target_BGC, batch)
     np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=1e-3, atol=1e-5)
 
@@ -148,7 +148,7 @@ def test_practical_reads_the_old_policy():
     """The same loss with pi_old in the denominator: as if the full model at rollout time had sampled."""
     target_BGC, batch = unforced_batch(1.0)
     config = presets.dapo("practical")
-    value = policy_gradient_loss(target_BGC, batch, config)[0].mean()
+    value = policy_gradient_loss(target_BGC, batch, config).total.mean()
     as_behavior = batch.replace(behavior_logprob_BGC=batch.old_logprob_BGC)
     assert float(value) == pytest.approx(-dapo(completions(target_BGC, as_behavior)), rel=1e-4)
 

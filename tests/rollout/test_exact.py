@@ -7,7 +7,7 @@ import pytest
 
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.rollout.exact import DRAFT_LENGTHS, accept, generate_exact, next_draft_length
+from nested_reft.rollout.exact import accept, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
@@ -144,10 +144,9 @@ def test_another_plan_of_the_same_size_compiles_nothing(key):
     counter.close()
 
 
-def test_draft_length_follows_acceptance():
-    assert next_draft_length(2, acceptance=0.95, draft_cost=0.2) == 4
-    assert next_draft_length(2, acceptance=0.1, draft_cost=0.8) == 1
-    assert next_draft_length(8, acceptance=1.0, draft_cost=0.2) == 8
-    assert next_draft_length(1, acceptance=0.0, draft_cost=1.0) == 1
-    # Yield over cost at a = 0.9 and cost 0.1, by hand: 1.73, 2.26, 2.93, 3.40.
-    assert [next_draft_length(k, 0.9, 0.1) for k in DRAFT_LENGTHS] == [2, 4, 8, 8]
+def test_rollouts_say_that_the_full_model_drew_them(key):
+    """Their share of the full model is 1 and no completion is nested, though the plan that drafted is kept."""
+    rollouts = exact(tiny_model(), key, plan=LayerPlan.skipping(5, [1, 3])).rollouts
+    assert rollouts.full_share_B.tolist() == [1, 1, 1] and not rollouts.nested_BG.any()
+    assert rollouts.kept_mask_BL.tolist() == [[True, False, True, False, True]] * 3
+    assert rollouts.counted_BG.all() and not rollouts.forced_BG.any() and rollouts.version_B.tolist() == [0, 0, 0]

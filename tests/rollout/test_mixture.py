@@ -19,7 +19,7 @@ PLAN = LayerPlan.skipping(5, [1, 3])
 def rollout_from(model):
     tokens_BP, length_B = tiny_prompts()
 
-    def rollout(plan, key, count):
+    def rollout(plan, key, count, forced):
         return generate(
             model,
             tokens_BP,
@@ -27,6 +27,7 @@ def rollout_from(model):
             plan,
             jnp.array([-1]),
             key,
+            forced=forced,
             group_size=count,
             max_completion_tokens=5,
             sampling=SamplingConfig(),
@@ -45,10 +46,12 @@ def labelled_rollouts(shape, full, plan):
         length_BG=zeros + 1,
         finished_BG=zeros == 0,
         forced_BG=zeros,
+        counted_BG=zeros == 0,
         behavior_logprob_BGC=jnp.zeros((*shape, 1)),
-        plan=plan,
         nested_BG=zeros == 0,
-        policy_version=jnp.int32(0),
+        full_share_B=jnp.zeros(shape[0]),
+        kept_mask_BL=jnp.broadcast_to(plan.to_mask(5), (shape[0], 5)),
+        version_B=jnp.zeros(shape[0], jnp.int32),
     )
 
 
@@ -68,7 +71,8 @@ def test_each_completion_has_the_probability_of_one_component(alpha, key):
     drawn = jax.random.bernoulli(jax.random.split(key, 3)[0], alpha, (3, 8))
     assert np.array_equal(is_full, np.asarray(drawn))
     assert np.array_equal(result.nested_BG, ~is_full)
-    assert result.plan.kept_S.tolist() == PLAN.kept_S.tolist()
+    assert result.full_share_B.tolist() == pytest.approx([alpha] * 3)
+    assert result.kept_mask_BL.tolist() == [PLAN.to_mask(5).tolist()] * 3  # also where the full model drew all
     # No completion is used twice.
     assert len({tuple(row) for row in np.asarray(result.tokens_BGC).reshape(24, 5)}) > 20
 
@@ -76,7 +80,7 @@ def test_each_completion_has_the_probability_of_one_component(alpha, key):
 def test_components_are_drawn_independently_at_the_rate_alpha():
     """The number from the full model varies by prompt as a binomial does; a fixed count would not."""
 
-    def labelled(plan, key, count):
+    def labelled(plan, key, count, forced):
         return labelled_rollouts((400, count), plan.num_kept == 5, plan)
 
     result = mixture_rollouts(labelled, jax.random.key(3), PLAN, 5, 400, 8, 0.25)

@@ -115,8 +115,10 @@ def test_group_gradients_are_those_of_the_model(model, policies, name):
         tokens_BGC=jnp.asarray(completions.tokens_YC[group]),
         length_BG=jnp.asarray(completions.length_Y[group]),
         forced_BG=jnp.zeros((1, 3), jnp.int32),
+        counted_BG=jnp.ones((1, 3), bool),
         behavior_logprob_BGC=nested_XYC[x, group],
-        advantage_BG=group_advantages(
+        full_share_B=jnp.array([ALPHA]),
+        signal_BG=group_advantages(
             jnp.asarray(completions.reward_XY[x, group]), jnp.ones((1, 3), bool), estimator.loss.advantage
         ),
         old_logprob_BGC=enumerated.old_logprob_XYC[x, group],
@@ -128,7 +130,7 @@ def test_group_gradients_are_those_of_the_model(model, policies, name):
         logprob_BGC, _ = completion_logprobs(
             model.at(flat_M), batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, 1.0
         )
-        return policy_gradient_loss(logprob_BGC, batch, estimator.loss)[0].mean()
+        return policy_gradient_loss(logprob_BGC, batch, estimator.loss).total.mean()
 
     direct_M = -np.asarray(jax.grad(loss)(model.target(SCENARIOS[MOVED])))
     np.testing.assert_allclose(shortcut_M, direct_M, atol=1e-5 * np.abs(direct_M).max())

@@ -1,0 +1,57 @@
+"""Fields that take one of a few names: every one of them is checked, and the refusal says what is allowed."""
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+import pytest
+
+from nested_reft.literals import check_choice
+from nested_reft.train.config import load_config
+
+Fruit = Literal["apple", "pear"]
+
+
+def test_a_name_that_is_allowed_passes():
+    check_choice("basket.fruit", "pear", Fruit)
+
+
+@pytest.mark.parametrize("value", ["plum", "", None, "Apple"])
+def test_the_refusal_names_the_field_the_value_and_what_is_allowed(value):
+    with pytest.raises(ValueError) as error:
+        check_choice("basket.fruit", value, Fruit)
+    assert str(error.value) == f"basket.fruit is {value!r}; allowed are apple, pear"
+
+
+def parts_of(value: Any) -> list[Any]:
+    """All dataclasses inside a configuration."""
+    if isinstance(value, tuple):
+        return [part for entry in value for part in parts_of(entry)]
+    if not dataclasses.is_dataclass(value):
+        return []
+    fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+    return [value, *(part for entry in fields for part in parts_of(entry))]
+
+
+def named_choices() -> dict[str, tuple[Any, str]]:
+    """`Class.field` of every configuration field that takes one of a few names, with an instance to try it on."""
+    found = {}
+    for part in parts_of(load_config("tiny")):
+        for name, hint in typing.get_type_hints(type(part)).items():
+            options = [hint, *typing.get_args(hint)]
+            if any(typing.get_origin(option) is Literal for option in options):
+                found[f"{type(part).__name__}.{name}"] = (part, name)
+    return found
+
+
+@pytest.mark.parametrize("part, name", named_choices().values(), ids=named_choices().keys())
+def test_every_configuration_refuses_a_name_that_it_does_not_know(part, name):
+    """A configuration file is Python, so nothing but the class itself can notice a misspelt name.
+
+    The tests' own type checks would refuse it first, so the field is set behind their back.
+    """
+    wrong = object.__new__(type(part))
+    for field in dataclasses.fields(part):
+        object.__setattr__(wrong, field.name, "nonsense" if field.name == name else getattr(part, field.name))
+    with pytest.raises(ValueError, match=rf"{name} is 'nonsense'; allowed are "):
+        wrong.__post_init__()
