@@ -23,8 +23,8 @@ from experiments.runs import EVERY, finished, train, warm_started
 from nested_reft.json_files import write_json
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.reports.tables import table
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.warm_start import WarmStartConfig
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.warm_start import WarmStartConfig
 
 VARIANTS = ("grpo", "clip_higher", "overlong_punishment", "token_mean", "dynamic_sampling")
 

@@ -32,8 +32,8 @@ from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import pyplot
 from nested_reft.reports.tables import table
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.warm_start import WarmStartConfig
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.warm_start import WarmStartConfig
 
 SMOOTH = 3  # evaluations that one point of a curve is the mean of
 

@@ -23,9 +23,9 @@ from nested_reft.nesting_control import NestingControlConfig, choose, initial_st
 from nested_reft.reports.figures import pyplot
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.train.config import load_config
-from nested_reft.train.setup import prepare
-from nested_reft.train.trainer import Trainer
+from nested_reft.training.config import load_config
+from nested_reft.training.setup import prepare
+from nested_reft.training.trainer import Trainer
 
 PLANT_STEPS, NOISE = 240, 0.15
 PLANT_CONTROL = NestingControlConfig("ess_token", budget=0.5, max_skipped=6)

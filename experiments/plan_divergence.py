@@ -24,8 +24,8 @@ from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.reports.tables import table
 from nested_reft.rollout.generate import generate
 from nested_reft.run_directory import versions
-from nested_reft.train.config import load_config
-from nested_reft.train.setup import Setup, prepare
+from nested_reft.training.config import load_config
+from nested_reft.training.setup import Setup, prepare
 
 FEW, MANY = 2, 6
 TEMPERATURES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from nested_reft.evaluation import evaluate
 from nested_reft.models.transformer import Transformer
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.setup import Setup, prepare
-from nested_reft.train.trainer import WARM_START_KEY, Trainer
-from nested_reft.train.warm_start import warm_start
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.setup import Setup, prepare
+from nested_reft.training.trainer import WARM_START_KEY, Trainer
+from nested_reft.training.warm_start import warm_start
 
 EVERY = 10  # steps between evaluations
 KEPT_METRICS = ("entropy", "completion_tokens", "generation_batches", "ess_token")

@@ -31,10 +31,10 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.setup import Setup, prepare
-from nested_reft.train.trainer import Trainer
-from nested_reft.train.warm_start import warm_start
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.setup import Setup, prepare
+from nested_reft.training.trainer import Trainer
+from nested_reft.training.warm_start import warm_start
 
 SKIPPED = 2
 MEASURES = ("kl_full_nested", "ess_token", "ess_sequence", "full_accuracy", "nested_accuracy", "update_seconds")

@@ -33,8 +33,8 @@ from experiments.runs import EVERY, finished, train, warm_started
 from nested_reft.data.splits import SplitConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.tables import table
-from nested_reft.train.config import Config
-from nested_reft.train.setup import Setup
+from nested_reft.training.config import Config
+from nested_reft.training.setup import Setup
 
 PARTS = 6  # as many as `tiny_dump` names, so that no division has more choice than another
 

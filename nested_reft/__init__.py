@@ -18,14 +18,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Completion": "nested_reft.rollout.policy",
-    "Config": "nested_reft.train.config",
+    "Config": "nested_reft.training.config",
     "LayerPlan": "nested_reft.layer_skip",
     "Policy": "nested_reft.rollout.policy",
     "Run": "nested_reft.api",
-    "StepRecord": "nested_reft.train.record",
+    "StepRecord": "nested_reft.training.record",
     "config_names": "nested_reft.config_files",
     "evaluate": "nested_reft.api",
-    "load_config": "nested_reft.train.config",
+    "load_config": "nested_reft.training.config",
     "train": "nested_reft.api",
 }
 """Public name -> the module that defines it."""
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from nested_reft.config_files import config_names
     from nested_reft.layer_skip import LayerPlan
     from nested_reft.rollout.policy import Completion, Policy
-    from nested_reft.train.config import Config, load_config
-    from nested_reft.train.record import StepRecord
+    from nested_reft.training.config import Config, load_config
+    from nested_reft.training.record import StepRecord
 
 
 def __getattr__(name: str) -> Any:

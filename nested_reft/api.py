@@ -16,11 +16,11 @@ from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.memory import check_memory
-from nested_reft.train.record import StepRecord
-from nested_reft.train.setup import Setup, prepare, run_config
-from nested_reft.train.trainer import Trainer
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.memory import check_memory
+from nested_reft.training.record import StepRecord
+from nested_reft.training.setup import Setup, prepare, run_config
+from nested_reft.training.trainer import Trainer
 
 
 def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
@@ -118,7 +118,7 @@ class Run:
     def metrics(self) -> dict[str, list[Any]]:
         """The metrics of every step as columns of equal length, with None where a step did not log one.
 
-        `nested_reft.train.record.METRICS` says what each of them means. Step 0 is before training.
+        `nested_reft.training.record.METRICS` says what each of them means. Step 0 is before training.
         """
         lines = read_log(self.path / "metrics.jsonl")
         names = dict.fromkeys(name for line in lines for name in line)

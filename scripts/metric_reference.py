@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nested_reft.train.record import METRICS
+from nested_reft.training.record import METRICS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 

@@ -201,7 +201,7 @@ def test_measured_layers_can_be_trained_with(capsys):
 
 def test_a_users_own_configuration_file(capsys):
     Path("mine.py").write_text(
-        "import dataclasses\nfrom nested_reft.train.config import load_config\n\n\n"
+        "import dataclasses\nfrom nested_reft.training.config import load_config\n\n\n"
         "def get_config():\n    return dataclasses.replace(load_config('tiny'), name='mine')\n"
     )
     assert main(["train", "mine.py", *SMALL, "--train.steps", "1"]) == 0

@@ -2,7 +2,7 @@
 
 The letters are those of the DUMP identities: (a) unseen first, (b) orders, (c) softmax, (d) window,
 (e) absolute values, (f) saturation, (g) counts, (h) draws follow P, (i) one source, (j) hand-over,
-(k) resuming, (l) validation. (k) and (l) through a whole trainer are in `train/test_trainer.py`.
+(k) resuming, (l) validation. (k) and (l) through a whole trainer are in `training/test_trainer.py`.
 """
 
 import dataclasses

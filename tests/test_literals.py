@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from nested_reft.literals import check_choice
-from nested_reft.train.config import load_config
+from nested_reft.training.config import load_config
 
 Fruit = Literal["apple", "pear"]
 

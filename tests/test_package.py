@@ -35,7 +35,8 @@ LAYERS = [
     {"rollout"},
     {"evaluation", "divergence", "run_directory"},
     {"reports"},
-    {"train"},
+    {"training"},
+    {"api"},
     {"verification"},
     {"cli"},
     {"command"},
@@ -201,10 +202,10 @@ def test_nothing_is_unpickled():
     [
         ({"nested_reft/types.py": "from nested_reft.models import config"}, "types imports models, which stands above"),
         (
-            {"nested_reft/types.py": "def f():\n    import nested_reft.train.step"},
+            {"nested_reft/types.py": "def f():\n    import nested_reft.training.step"},
             "nested_reft/types.py:2: types imports",
         ),
-        ({"nested_reft/models/a.py": "from ..train import step"}, "models imports train, which stands above"),
+        ({"nested_reft/models/a.py": "from ..training import step"}, "models imports training, which stands above"),
         ({"nested_reft/models/a.py": "from nested_reft import losses"}, "models imports losses, a rule of training"),
         ({"nested_reft/rollout/a.py": "import nested_reft.replay"}, "rollout imports replay, a rule of training"),
         (
@@ -235,10 +236,10 @@ def test_wrong_dependency_is_found(tmp_path, files, message):
 def test_right_dependency_is_allowed(tmp_path):
     files = {
         "nested_reft/__init__.py": "__version__ = '1'",
-        "nested_reft/cli/train.py": "from nested_reft import __version__\nfrom nested_reft.train import step",
-        "nested_reft/train/step.py": "from . import other\nfrom ..losses import policy\nimport nested_reft.models",
+        "nested_reft/cli/train.py": "from nested_reft import __version__\nfrom nested_reft.training import step",
+        "nested_reft/training/step.py": "from . import other\nfrom ..losses import policy\nimport nested_reft.models",
         "nested_reft/types.py": "from nested_reft.layer_skip import LayerPlan",
-        "experiments/configs/a.py": "from nested_reft.train.config import Config",
+        "experiments/configs/a.py": "from nested_reft.training.config import Config",
     }
     assert dependency_violations(write_tree(tmp_path, files)) == []
 

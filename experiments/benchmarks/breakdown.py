@@ -33,7 +33,7 @@ from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
-from nested_reft.train.step import create_train_state
+from nested_reft.training.step import create_train_state
 
 ROLLOUT = Case(prompts=8, group=8, prompt_tokens=64, new_tokens=32)
 UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)

@@ -16,8 +16,8 @@ from nested_reft.losses.presets import grpo
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
-from nested_reft.train.optimizer import OptimizerConfig, make_optimizer
-from nested_reft.train.step import create_train_state, make_update
+from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
+from nested_reft.training.step import create_train_state, make_update
 from nested_reft.types import TrainBatch
 
 LORA = LoraConfig(rank=16, alpha=32.0)

@@ -9,8 +9,8 @@ import dataclasses
 
 from nested_reft.data.sources import DatasetSource
 from nested_reft.data.splits import SplitConfig
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.presets import with_dump
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.presets import with_dump
 
 
 def get_config() -> Config:

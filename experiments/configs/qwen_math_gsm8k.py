@@ -18,9 +18,9 @@ from nested_reft.prompt_format import PromptFormat
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.train.config import Config, TrainConfig
-from nested_reft.train.optimizer import OptimizerConfig
-from nested_reft.train.presets import with_dapo
+from nested_reft.training.config import Config, TrainConfig
+from nested_reft.training.optimizer import OptimizerConfig
+from nested_reft.training.presets import with_dapo
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 

@@ -16,8 +16,8 @@ from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.train.config import Config, TrainConfig
-from nested_reft.train.optimizer import OptimizerConfig
+from nested_reft.training.config import Config, TrainConfig
+from nested_reft.training.optimizer import OptimizerConfig
 
 
 def chain_sum(name: str, terms: int, digits: int, train_size: int, heldout_size: int) -> TaskSource:

@@ -6,8 +6,8 @@ Time: not measured.
 
 import dataclasses
 
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.presets import with_dapo
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.presets import with_dapo
 
 
 def get_config() -> Config:

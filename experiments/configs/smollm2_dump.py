@@ -10,7 +10,7 @@ import dataclasses
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, difficulty_ladder, exactly
 from nested_reft.replay import DynamicSamplingConfig
-from nested_reft.train.config import Config, load_config
+from nested_reft.training.config import Config, load_config
 
 LEVELS = {
     "three_terms_one_digit": exactly(terms=3, digits=1),

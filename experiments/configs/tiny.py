@@ -17,9 +17,9 @@ from nested_reft.models.source import ModelSource
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
-from nested_reft.train.config import Config, TrainConfig
-from nested_reft.train.optimizer import OptimizerConfig
-from nested_reft.train.warm_start import WarmStartConfig
+from nested_reft.training.config import Config, TrainConfig
+from nested_reft.training.optimizer import OptimizerConfig
+from nested_reft.training.warm_start import WarmStartConfig
 
 ALPHABET = "0123456789+-= "
 

@@ -7,8 +7,8 @@ Time: about four minutes on one core, beside other work.
 import dataclasses
 
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.presets import with_dump
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.presets import with_dump
 
 
 def get_config() -> Config:

@@ -11,9 +11,9 @@ import dataclasses
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import difficulty_ladder, exactly
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.optimizer import OptimizerConfig
-from nested_reft.train.warm_start import WarmStartConfig
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.optimizer import OptimizerConfig
+from nested_reft.training.warm_start import WarmStartConfig
 
 LEVELS = {f"copy_{digits}_digits": exactly(terms=1, digits=digits) for digits in range(3, 9)}
 

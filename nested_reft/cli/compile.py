@@ -10,7 +10,7 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import model_shape
 from nested_reft.reports.tables import cost_table
-from nested_reft.train.config import Config, load_config
+from nested_reft.training.config import Config, load_config
 from nested_reft.verification import compiled_costs
 from nested_reft.verification.compiled_costs import Cost
 

@@ -15,7 +15,7 @@ from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
 from nested_reft.reports.tables import table
-from nested_reft.train.setup import Setup
+from nested_reft.training.setup import Setup
 from nested_reft.types import Rollouts
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from nested_reft.api import without_plans
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.rollout.policy import Policy
-from nested_reft.train.config import load_config
-from nested_reft.train.setup import Setup, prepare, run_config
+from nested_reft.training.config import load_config
+from nested_reft.training.setup import Setup, prepare, run_config
 
 
 def setup_of(policy: str, config_name: str | None) -> Setup:

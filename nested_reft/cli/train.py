@@ -14,11 +14,11 @@ from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.run_directory import RunDirectory
-from nested_reft.train.config import Config, differences, load_config
-from nested_reft.train.memory import check_memory
-from nested_reft.train.phases import last_checkpoint
-from nested_reft.train.setup import prepare, run_config
-from nested_reft.train.trainer import Trainer
+from nested_reft.training.config import Config, differences, load_config
+from nested_reft.training.memory import check_memory
+from nested_reft.training.phases import last_checkpoint
+from nested_reft.training.setup import prepare, run_config
+from nested_reft.training.trainer import Trainer
 
 RUNS = "runs"
 

@@ -29,10 +29,10 @@ from nested_reft.models.parameters import parameter_axes, parameter_shapes
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
-from nested_reft.train.config import Config
-from nested_reft.train.phases import reinforcement_task
-from nested_reft.train.setup import check_positions
-from nested_reft.train.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
+from nested_reft.training.config import Config
+from nested_reft.training.phases import reinforcement_task
+from nested_reft.training.setup import check_positions
+from nested_reft.training.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
 from nested_reft.types import TrainBatch
 from nested_reft.verification.hbm_traffic import hbm_bytes
 
@@ -272,7 +272,7 @@ def state_shapes(
 
 
 def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: Config) -> Cost:
-    """One update of what trains, the adapters or else all parameters, as `train.step` makes it.
+    """One update of what trains, the adapters or else all parameters, as `training.step` makes it.
 
     Args:
         config, workload, mesh: as in `decode_cost`.

@@ -3,7 +3,7 @@
 import itertools
 
 from experiments.dapo import VARIANTS, variant_config
-from nested_reft.train.config import differences, load_config
+from nested_reft.training.config import differences, load_config
 
 
 def test_variants_differ_by_one_part_and_end_at_the_preset():

@@ -15,7 +15,7 @@ from experiments.splits import (
     questions_of_parts,
     share_of_draws,
 )
-from nested_reft.train.setup import prepare
+from nested_reft.training.setup import prepare
 
 
 def result(kind: str, means: list[float], questions: list[list[int]], probability: list[float]) -> dict:

@@ -9,7 +9,7 @@ from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.registry import make_objective
 from nested_reft.losses.supervised import Supervised, SupervisedConfig
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.train.config import load_config
+from nested_reft.training.config import load_config
 
 EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=8)
 TOKEN = dataclasses.replace(EXACT, level="token")

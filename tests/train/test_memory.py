@@ -9,10 +9,10 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.sharding import MeshConfig, make_mesh
-from nested_reft.train import memory
-from nested_reft.train.config import load_config
-from nested_reft.train.memory import check_memory, least_bytes
-from nested_reft.train.setup import Setup, prepare
+from nested_reft.training import memory
+from nested_reft.training.config import load_config
+from nested_reft.training.memory import check_memory, least_bytes
+from nested_reft.training.setup import Setup, prepare
 
 SHAPE = ModelConfig(
     vocab_size=100, num_layers=4, width=12, hidden_width=20, num_heads=2, num_kv_heads=1, head_size=4, max_positions=64

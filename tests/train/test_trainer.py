@@ -31,10 +31,10 @@ from nested_reft.replay import DynamicSamplingConfig, GenerationLimitError
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.config import Config, load_config
-from nested_reft.train.setup import prepare, trained_policy
-from nested_reft.train.split import split_sources
-from nested_reft.train.trainer import Trainer, completion_bucket
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.setup import prepare, trained_policy
+from nested_reft.training.split import split_sources
+from nested_reft.training.trainer import Trainer, completion_bucket
 
 WITH_KL = PolicyGradientConfig(
     "leave_one_out", "base", "token", "token_mean", reference_kl="k3_loss", reference_kl_coefficient=0.1
@@ -217,7 +217,7 @@ def test_sources_are_divided_once_and_a_resumed_run_keeps_them(kind, tmp_path):
 def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypatch):
     """Every second question always right: two parts, the easy one first, named by their pass rates."""
     monkeypatch.setattr(
-        "nested_reft.train.split.num_correct", lambda *rest: (np.arange(len(rest[2])) % 2 * rest[-1], 0)
+        "nested_reft.training.split.num_correct", lambda *rest: (np.arange(len(rest[2])) % 2 * rest[-1], 0)
     )
     config = nano(data__split=SplitConfig("pass_rate", parts=4, samples=8))
     setup = trainer(config, tmp_path).setup

@@ -14,9 +14,9 @@ from nested_reft.cli.main import main
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import QWEN2_5_SHAPE
 from nested_reft.sharding import MeshConfig, make_mesh
-from nested_reft.train.config import load_config
-from nested_reft.train.optimizer import make_optimizer
-from nested_reft.train.warm_start import WarmStartConfig
+from nested_reft.training.config import load_config
+from nested_reft.training.optimizer import make_optimizer
+from nested_reft.training.warm_start import WarmStartConfig
 from nested_reft.verification import compiled_costs
 from nested_reft.verification.compiled_costs import (
     KNOWN_TOPOLOGIES,

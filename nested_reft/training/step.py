@@ -23,7 +23,7 @@ from nested_reft.types import TrainBatch, Weighted, valid_mask
 
 
 @dataclass(frozen=True)
-class Task:
+class LearnerTask:
     """What the learner is asked to minimise in one phase, and how.
 
     Attributes:
@@ -123,7 +123,7 @@ class UpdateResult:
 Update = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
 
 
-def make_update(task: Task) -> Update:
+def make_update(task: LearnerTask) -> Update:
     """Compiles `update(state, base, batch, plans) -> state, result`.
 
     The batch is split along its prompts into micro-batches that run one after the other. Their loss

@@ -29,9 +29,9 @@ from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.sharding import MeshConfig
-from nested_reft.train.compatibility import RULES
-from nested_reft.train.optimizer import OptimizerConfig
-from nested_reft.train.warm_start import WarmStartConfig
+from nested_reft.training.compatibility import RULES
+from nested_reft.training.optimizer import OptimizerConfig
+from nested_reft.training.warm_start import WarmStartConfig
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.config import Weights
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, replicate_scalars, shard_batch
-from nested_reft.train.step import BaseModel, Task, TrainState, UpdatePlans, initial_train_state, make_update
+from nested_reft.training.step import BaseModel, LearnerTask, TrainState, UpdatePlans, initial_train_state, make_update
 from nested_reft.types import Scored, TrainBatch
 
 
@@ -100,7 +100,7 @@ class Learner:
         self._lent = [weakref.ref(start.model)]
         self._rounded: Transformer | None = None
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: LearnerTask) -> None:
         """Starts a phase: a fresh optimizer on the parameters as they are, and no update counted yet."""
         self.task, self.needs = task, task.needs
         self.state = replicate_scalars(initial_train_state(self.state.trainable, task.optimizer), self.mesh)

@@ -18,15 +18,15 @@ from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.losses.registry import make_objective
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
-from nested_reft.train.config import Config
-from nested_reft.train.keys import RunKeys
-from nested_reft.train.learner import LearnerBatch
-from nested_reft.train.optimizer import make_optimizer
-from nested_reft.train.run_state import RunState, initial_run_state
-from nested_reft.train.setup import RunData, Setup
-from nested_reft.train.split import divide, divided
-from nested_reft.train.step import Task, UpdatePlans
-from nested_reft.train.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
+from nested_reft.training.config import Config
+from nested_reft.training.keys import RunKeys
+from nested_reft.training.learner import LearnerBatch
+from nested_reft.training.optimizer import make_optimizer
+from nested_reft.training.run_state import RunState, initial_run_state
+from nested_reft.training.setup import RunData, Setup
+from nested_reft.training.split import divide, divided
+from nested_reft.training.step import LearnerTask, UpdatePlans
+from nested_reft.training.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
 
 
 class Phase(Protocol):
@@ -128,7 +128,7 @@ class Split:
         return f"{sum(len(parts) for parts in state.division)} parts"
 
 
-def reinforcement_task(config: Config, shared_prefix: int) -> Task:
+def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
     """What the learner minimises in reinforcement.
 
     Args:
@@ -136,7 +136,7 @@ def reinforcement_task(config: Config, shared_prefix: int) -> Task:
         shared_prefix: leading tokens that all training prompts have in common.
     """
     train = config.train
-    return Task(
+    return LearnerTask(
         objective=make_objective(config.loss),
         optimizer=make_optimizer(config.optimizer, train.steps * train.updates_per_batch),
         temperature=config.rollout.sampling.temperature,

@@ -16,9 +16,9 @@ from nested_reft.checkpoints import Checkpoints
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream
 from nested_reft.nesting_control import NestingControlState, initial_state
-from nested_reft.train.learner import Learner
-from nested_reft.train.setup import Setup
-from nested_reft.train.split import Division
+from nested_reft.training.learner import Learner
+from nested_reft.training.setup import Setup
+from nested_reft.training.split import Division
 
 
 @dataclass

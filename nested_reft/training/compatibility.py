@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 
 if TYPE_CHECKING:  # the configuration imports its rules
-    from nested_reft.train.config import Config
+    from nested_reft.training.config import Config
 
 
 def name_is_a_directory_name(config: Config) -> None:

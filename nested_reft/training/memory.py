@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nested_reft.models.parameters import parameter_shapes
 from nested_reft.sharding import make_mesh
-from nested_reft.train.setup import Setup
+from nested_reft.training.setup import Setup
 
 
 def check_memory(setup: Setup) -> None:

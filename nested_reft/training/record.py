@@ -21,8 +21,8 @@ from nested_reft.evaluation import Evaluation
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.nesting_control import NestingControlState
 from nested_reft.rewards.reward import component_metrics
-from nested_reft.train.config import Config
-from nested_reft.train.learner import Update
+from nested_reft.training.config import Config
+from nested_reft.training.learner import Update
 from nested_reft.types import Scored, concat
 
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl

@@ -9,14 +9,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft.evaluation import Evaluation
-from nested_reft.train import record
-from nested_reft.train.phases import fresh_data, reinforcement_task
-from nested_reft.train.record import StepRecord
-from nested_reft.train.run_state import RunState
-from nested_reft.train.setup import RunData
+from nested_reft.training import record
+from nested_reft.training.phases import fresh_data, reinforcement_task
+from nested_reft.training.record import StepRecord
+from nested_reft.training.run_state import RunState
+from nested_reft.training.setup import RunData
 
 if TYPE_CHECKING:  # the trainer makes its phases
-    from nested_reft.train.trainer import Trainer
+    from nested_reft.training.trainer import Trainer
 
 
 class Reinforcement:

@@ -13,8 +13,8 @@ from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.splits import split_by_pass_rate
 from nested_reft.evaluation import num_correct
 from nested_reft.rollout.policy import Policy
-from nested_reft.train.config import Config
-from nested_reft.train.setup import RunData
+from nested_reft.training.config import Config
+from nested_reft.training.setup import RunData
 
 Division = list[list[dict[str, Any]]]
 """For each source its parts: `name`, `examples` (indices) and, if measured, the mean `pass_rate`."""

@@ -23,7 +23,7 @@ from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.train.config import Config, find_data_file
+from nested_reft.training.config import Config, find_data_file
 
 logger = logging.getLogger(__name__)
 

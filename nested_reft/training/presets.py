@@ -10,7 +10,7 @@ import dataclasses
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.losses import presets
 from nested_reft.replay import DynamicSamplingConfig
-from nested_reft.train.config import Config
+from nested_reft.training.config import Config
 
 
 def with_dapo(config: Config, cache_tokens: int, max_generation_batches: int = 10) -> Config:

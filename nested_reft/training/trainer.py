@@ -28,15 +28,15 @@ from nested_reft.evaluation import Evaluation, evaluate_examples
 from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
-from nested_reft.train.interrupts import stop_requests
-from nested_reft.train.keys import RunKeys, StepKeys
-from nested_reft.train.phases import Phase, Split, WarmStart, first_checkpoint
-from nested_reft.train.record import Remeasured, StepRecord
-from nested_reft.train.reinforcement import Reinforcement
-from nested_reft.train.run_state import initial_run_state
-from nested_reft.train.searcher import Searcher
-from nested_reft.train.setup import Setup
-from nested_reft.train.summary import run_summary
+from nested_reft.training.interrupts import stop_requests
+from nested_reft.training.keys import RunKeys, StepKeys
+from nested_reft.training.phases import Phase, Split, WarmStart, first_checkpoint
+from nested_reft.training.record import Remeasured, StepRecord
+from nested_reft.training.reinforcement import Reinforcement
+from nested_reft.training.run_state import initial_run_state
+from nested_reft.training.searcher import Searcher
+from nested_reft.training.setup import Setup
+from nested_reft.training.summary import run_summary
 from nested_reft.types import Prompts, Scored
 
 OnStep = Callable[[StepRecord], None]

@@ -13,8 +13,8 @@ import numpy as np
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.losses.supervised import Supervised
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.train.optimizer import OptimizerConfig, make_optimizer
-from nested_reft.train.step import Task
+from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
+from nested_reft.training.step import LearnerTask
 from nested_reft.types import Prompts, TrainBatch
 
 
@@ -52,9 +52,11 @@ class WarmStartConfig:
             )
 
 
-def warm_start_task(config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int) -> Task:
+def warm_start_task(
+    config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int
+) -> LearnerTask:
     """What the learner minimises in a warm start: the cross-entropy of the answers."""
-    return Task(
+    return LearnerTask(
         objective=Supervised(demonstrations=True),
         optimizer=make_optimizer(OptimizerConfig(config.learning_rate, "cosine"), config.steps),
         temperature=1.0,

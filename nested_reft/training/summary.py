@@ -10,7 +10,7 @@ from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.run_directory import read_log, versions
 
 if TYPE_CHECKING:  # the trainer imports this module
-    from nested_reft.train.trainer import Trainer
+    from nested_reft.training.trainer import Trainer
 
 MEANS = ("ess_token", "ess_sequence", "kl_behavior_target")  # metrics of which the mean over steps is given
 
