@@ -146,7 +146,7 @@ def _read_objective(value: dict[str, Any]) -> ObjectiveConfig:
         raise ValueError(f"loss: {error}") from None
 
 
-def load_config(name: str, **overrides: Any) -> Config:
+def load_config(name: str, /, **overrides: Any) -> Config:
     """A configuration by name, with some of its fields changed.
 
     >>> config = load_config("tiny", train={"steps": 3}, nesting={"skip_ratio": 0.4})
