@@ -13,7 +13,14 @@ class PromptTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat.
+
+        Args:
+            messages: turns with `role` and `content`, the oldest first.
+            add_generation_prompt: end with the opening of the assistant's turn.
+        """
+        ...
 
 
 class Question(Protocol):
@@ -55,6 +62,7 @@ class PromptFormat:
 
     def with_chat(self, chat: bool) -> PromptFormat:
         """The same format with the chat template applied or not; plain text has no system message and no turns."""
+        # The constructor refuses a system message without chat, so plain text starts from a new format.
         return dataclasses.replace(self, chat=True) if chat else PromptFormat(self.template, chat=False)
 
     def write(self, message: str, tokenizer: PromptTokenizer) -> str:
