@@ -11,7 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 class PromptTokenizer(Protocol):
     """What writing prompts needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
 
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat.
@@ -27,13 +29,19 @@ class Question(Protocol):
     """What a template may name: the question, and any field of the metadata."""
 
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """What is asked."""
+        ...
 
     @property
-    def metadata(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Any]:
+        """Further fields by name, which differ from source to source."""
+        ...
 
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Name of the data source, for messages."""
+        ...
 
 
 @dataclass(frozen=True)
