@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# The table takes the place of imports: most of these modules bring JAX along, which takes seconds.
 _PUBLIC = {
     "Completion": "nested_reft.rollout.policy",
     "Config": "nested_reft.training.config",
@@ -44,6 +45,7 @@ __all__ = [
     "train",
 ]
 
+# Type checkers and editors follow imports and not `__getattr__`.
 if TYPE_CHECKING:
     from nested_reft.api import Run, evaluate, train
     from nested_reft.config_files import config_names
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'nested_reft' has no attribute '{name}'; it has {', '.join(_PUBLIC)}")
+    # Python calls this only for names that the module does not have yet.
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 

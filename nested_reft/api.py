@@ -46,12 +46,14 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
         KeyboardInterrupt: the run was asked to stop; continue it with `train(Run(directory))`.
         FloatingPointError: an update was not finite.
     """
+    # The answer is kept, because `config` becomes the configuration of the run below.
     resumed = isinstance(config, Run)
     if isinstance(config, Run):
         directory, config = RunDirectory(config.path), config.config()
         trainer = Trainer(_checked_setup(config), directory, on_step)
     else:
         config = load_config(config) if isinstance(config, str) else config
+        # The directory is made after the checks, so a configuration that is refused leaves none behind.
         setup = _checked_setup(config)
         trainer = Trainer(setup, RunDirectory.create(Path(runs), config.name, config.to_json()), on_step)
         del setup  # training takes over the model's memory instead of copying it
@@ -80,10 +82,12 @@ def evaluate(
         ValueError: no configuration is given for a policy that is no run, or the two do not go together.
     """
     if isinstance(policy, Run):
+        # A configuration that is given wins, so that a run can be measured on the prompts of another.
         config, policy = config or policy.config(), policy.policy()
     if config is None:
         raise ValueError("evaluate got no configuration; give the one whose held-out prompts to use")
     config = load_config(config) if isinstance(config, str) else config
+    # A plan is an argument here, so the way in which the configuration draws plans must not stop the call.
     return evaluate_sources(prepare(without_plans(config), policy), plan, samples)
 
 
@@ -121,11 +125,16 @@ class Run:
         `nested_reft.training.record.METRICS` says what each of them means. Step 0 is before training.
         """
         lines = read_log(self.path / "metrics.jsonl")
+        # A dictionary keeps the order in which the names were first logged, which a set would not.
         names = dict.fromkeys(name for line in lines for name in line)
         return {name: [line.get(name) for line in lines] for name in names}
 
     def samples(self, step: int | None = None) -> list[dict[str, Any]]:
-        """Logged completions, of all steps or of one; their texts are untrusted."""
+        """Logged completions; their texts are untrusted.
+
+        Args:
+            step: counted from 1; None takes all steps.
+        """
         lines = read_log(self.path / "samples.jsonl")
         return [line for line in lines if step is None or line["step"] == step]
 
@@ -156,6 +165,9 @@ def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dic
         setup: policy and prompts.
         plan: the layers that act; None is the full model.
         samples: also measure pass@k.
+
+    Returns:
+        One result for each source of the configuration.
     """
     config, key = setup.config, jax.random.key(setup.config.train.seed)
     return {

@@ -14,9 +14,11 @@ class CompileCounter:
     def __init__(self):
         self.count = 0
         self.seconds = 0.0
+        # JAX tells listeners about every event, so this one sees the compilations of the whole process.
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        # This event stands for work of XLA; tracing has events of its own, which are not counted.
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
             self.seconds += duration_secs

@@ -76,7 +76,14 @@ class Evaluation:
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """1 - C(n - c, k) / C(n, k): the chance that k of the n samples, drawn without replacement,
-    hold a right one; an unbiased estimate of pass@k (Chen et al., 2021, equation 1)."""
+    hold a right one; an unbiased estimate of pass@k (Chen et al., 2021, equation 1).
+
+    Args:
+        num_samples: n.
+        num_correct: c, from 0 to n.
+        k: from 1 to n.
+    """
+    # Integers keep the binomials exact; `comb` is 0 where fewer than k samples are wrong.
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -99,14 +106,19 @@ def evaluate_examples(
         key: PRNG key of the samples.
         samples: whether to sample for pass@k.
         plan: layers that act; None is the full model.
+
+    Returns:
+        The shares over all examples; those of samples are None where nothing was sampled.
     """
 
     def correct(group_size: int, how: SamplingConfig | None) -> tuple[Int[np.ndarray, " E"], int]:
         return num_correct(policy, examples, reward, config.batch_size, how, key, group_size, plan)
 
+    # Greedy completions of one prompt are all alike, so one of them is enough.
     greedy_E, unscored = correct(1, GREEDY)
     if not samples or not config.samples_per_prompt:
         return Evaluation(len(examples), float(greedy_E.mean()), unscored=unscored)
+    # None takes the sampling of the policy, which is that of its rollouts.
     sampled_E, unscored_samples = correct(config.samples_per_prompt, None)
     return Evaluation(
         len(examples),
@@ -139,8 +151,10 @@ def num_correct(
     Returns:
         How many are right, for each example, and how many completions could not be checked at all.
     """
+    # Held-out prompts have a size and a prefix of their own, which may differ from those of training.
     size = prompt_size([len(example.tokens) for example in examples])
     prefix = shared_prefix([example.tokens for example in examples])
+    # A source with few examples is not padded to a whole batch.
     batch_size = min(batch_size, len(examples))
     counts: list[int] = []
     unscored = 0
@@ -153,6 +167,7 @@ def num_correct(
             policy.generate(
                 prompts,
                 plan,
+                # The key depends on where the batch begins, so no two batches draw alike.
                 jax.random.fold_in(key, start),
                 group_size=group_size,
                 sampling=sampling,
@@ -160,9 +175,11 @@ def num_correct(
             )
         )
         texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
+        # Only right or wrong is reported; the shaped reward is a matter of training.
         _, accuracy_BG, scored_BG, _ = score(
             texts, prompts, rollouts.finished_BG, reward, rollouts.length_BG, policy.max_completion_tokens
         )
+        # The rows that filled up the last batch are cut off again.
         counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
         unscored += int((~scored_BG[: len(chunk)]).sum())
     return np.array(counts), unscored

@@ -9,21 +9,37 @@ from typing import Any
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a file that could not be written, before the work whose result it is to hold."""
+    """Refuses a file that could not be written, before the work whose result it is to hold.
+
+    Args:
+        path: where `write_json` is to write later; an existing file stays as it is.
+
+    Raises:
+        ValueError: the directory is not there or cannot be written, or `path` is one.
+    """
+    # The trial has the name that `write_json` uses, so the target itself is not touched.
     trial = path.with_name(f"{path.name}.partial")
     try:
+        # The rename at the end would fail on a directory, which the trial alone would not show.
         if path.is_dir():
             raise IsADirectoryError
         trial.touch()
         trial.unlink()
+    # A name with a NUL character raises ValueError.
     except (OSError, ValueError):
         raise ValueError(f"cannot write '{path}': name a file in a directory that exists and can be written") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that `path` is never half written."""
+    """Writes JSON through a temporary file, so that `path` is never half written.
+
+    Args:
+        path: replaced where it exists; its directory must be there.
+        value: JSON-able.
+    """
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    # A rename within one directory happens whole or not at all.
     os.replace(partial, path)
 
 

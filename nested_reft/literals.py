@@ -16,6 +16,7 @@ def check_choice(field: str, value: Any, choices: Any) -> None:
     Raises:
         ValueError: names the field, the value and what is allowed.
     """
+    # The type itself is the list, so the message cannot fall behind it.
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{field} is {value!r}; allowed are {', '.join(map(str, allowed))}")

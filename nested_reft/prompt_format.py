@@ -11,9 +11,18 @@ from typing import Any, Protocol, runtime_checkable
 class PromptTokenizer(Protocol):
     """What writing prompts needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat.
+
+        Args:
+            messages: turns with `role` and `content`, the oldest first.
+            add_generation_prompt: end with the opening of the assistant's turn.
+        """
+        ...
 
 
 @runtime_checkable
@@ -21,13 +30,19 @@ class Question(Protocol):
     """What a template may name: the question, and any field of the metadata."""
 
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """What is asked."""
+        ...
 
     @property
-    def metadata(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Any]:
+        """Further fields by name, which differ from source to source."""
+        ...
 
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Name of the data source, for messages."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class PromptFormat:
 
     def with_chat(self, chat: bool) -> PromptFormat:
         """The same format with the chat template applied or not; plain text has no system message and no turns."""
+        # The constructor refuses a system message without chat, so plain text starts from a new format.
         return dataclasses.replace(self, chat=True) if chat else PromptFormat(self.template, chat=False)
 
     def write(self, message: str, tokenizer: PromptTokenizer) -> str:

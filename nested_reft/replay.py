@@ -60,7 +60,12 @@ class Buffer:
 
 
 def add(buffer: Buffer, scored: Scored) -> Buffer:
-    """The buffer with one more batch, behind the others."""
+    """The buffer with one more batch, behind the others.
+
+    Args:
+        buffer: what was found before; it stays as it is.
+        scored: one generation batch.
+    """
     return Buffer((*buffer.batches, scored))
 
 
@@ -70,6 +75,7 @@ def mixed_groups(scored: Scored) -> Bool[np.ndarray, " B"]:
     Judged by raw accuracy: under a shaped reward, an all-wrong group of unequal lengths would pass.
     Completions without a score do not count.
     """
+    # One right and one wrong answer are enough: the group then has advantages that differ.
     right_B = (scored.scored_BG & (scored.accuracy_BG > 0)).any(axis=1)
     wrong_B = (scored.scored_BG & (scored.accuracy_BG <= 0)).any(axis=1)
     return np.asarray(right_B & wrong_B)
@@ -94,7 +100,9 @@ def ready(buffer: Buffer, config: DynamicSamplingConfig, num_groups: int) -> boo
     num_batches = len(buffer.batches)
     if config.max_generation_batches == 1:
         return num_batches == 1
+    # The groups are counted over all batches, because an update may take some from each.
     mixed = num_mixed(buffer)
+    # Below the limit, only the number of mixed groups decides; what follows is the limit.
     if mixed >= num_groups or num_batches < config.max_generation_batches:
         return mixed >= num_groups
     if config.at_limit == "stop":
@@ -123,18 +131,26 @@ def draw(buffer: Buffer, config: DynamicSamplingConfig, num_groups: int) -> tupl
         B groups, and the buffer after them: empty, since the next update's groups must be on-policy.
     """
     if config.max_generation_batches == 1:
+        # Every group of the one batch is trained on, mixed or not, so nothing is sorted or copied.
         return buffer.batches[0], Buffer()
     found = concat(buffer.batches)
     mixed_M = mixed_groups(found)
     # A stable sort puts the mixed groups first and keeps each kind in its order.
     chosen = np.argsort(~mixed_M, kind="stable")[:num_groups]
     groups = take(found, chosen)
+    # The groups that fill the batch have advantage zero but would still enter the divisor, so they are masked.
     counted_BG = groups.rollouts.counted_BG & mixed_M[chosen][:, None]
     return dataclasses.replace(groups, rollouts=dataclasses.replace(groups.rollouts, counted_BG=counted_BG)), Buffer()
 
 
 def shortfall(num_mixed: int, config: DynamicSamplingConfig, num_groups: int) -> str | None:
-    """In words, that the limit left an update short of groups to train on; None where it did not."""
+    """In words, that the limit left an update short of groups to train on; None where it did not.
+
+    Args:
+        num_mixed: groups with right and wrong completions that were generated for the update.
+        config: the rule.
+        num_groups: B, groups that the update takes.
+    """
     if config.max_generation_batches == 1 or num_mixed >= num_groups:
         return None
     return (

@@ -16,6 +16,7 @@ import jax
 
 from nested_reft.json_files import write_json
 
+# These are the packages whose versions can change a result.
 PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
@@ -40,11 +41,18 @@ class RunDirectory:
         return SummaryWriter(str(self.path), purge_step=self._purge_step)
 
     def _open(self, name: str) -> TextIO:
+        # Appending keeps the lines of the run that is continued.
         return (self.path / name).open("a", encoding="utf-8")
 
     @classmethod
     def create(cls, root: Path, name: str, config: dict[str, Any]) -> RunDirectory:
-        """Makes `root/NAME-TIME` and writes configuration and versions into it."""
+        """Makes `root/NAME-TIME` and writes configuration and versions into it.
+
+        Args:
+            root: made if it is not there.
+            name: of the configuration; letters, digits, `_`, `.` and `-`.
+            config: the whole configuration as JSON-able values.
+        """
         stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
         while True:
             path = root / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
@@ -54,13 +62,16 @@ class RunDirectory:
             except FileExistsError:  # another run of the same second
                 number += 1
         run = cls(path)
+        # The configuration comes first: a directory without it is not a run.
         write_json(path / "config.json", config)
         write_json(path / "versions.json", versions())
         return run
 
     def drop_after(self, step: int) -> None:
         """Drops log lines and TensorBoard points of later steps than the checkpoint that a run resumes from."""
+        # TensorBoard keeps its files and is told from which step on it has to hide points.
         self._purge_step = step + 1
+        # The files are replaced, and an open one would go on writing to what was replaced.
         for file in (self._metrics, self._samples):
             file.close()
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -68,8 +79,14 @@ class RunDirectory:
         self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends a line, and a TensorBoard point for every number."""
+        """Appends a line, and a TensorBoard point for every number.
+
+        Args:
+            step: counted from 1; 0 is before the first.
+            metrics: JSON-able values by name.
+        """
         self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+        # Each line is on its way to the disk at once, since others read the log of a run that is going on.
         self._metrics.flush()
         for name, value in metrics.items():
             if isinstance(value, int | float):
@@ -77,7 +94,12 @@ class RunDirectory:
         self._events.flush()
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Appends a line per completion. JSON escapes whatever the model wrote."""
+        """Appends a line per completion. JSON escapes whatever the model wrote.
+
+        Args:
+            step: as in `log_metrics`.
+            samples: one dictionary of JSON-able values per completion.
+        """
         self._samples.writelines(json.dumps({"step": step} | sample) + "\n" for sample in samples)
         self._samples.flush()
 
@@ -107,6 +129,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except ValueError as error:
+            # Without its newline the line is still being written, or was when the run was killed.
             if not text.endswith("\n"):
                 break
             raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
@@ -124,6 +147,7 @@ def versions() -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    # All devices of a run are of one kind, so the first one speaks for them.
     devices = jax.devices()
     return found | {"platform": devices[0].platform, "device": devices[0].device_kind, "devices": len(devices)}
 
@@ -131,6 +155,7 @@ def versions() -> dict[str, Any]:
 def _keep_lines_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
+    # The log is replaced whole, so a kill in between loses nothing.
     partial = path.with_name(path.name + ".partial")
     with path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
         for line in old:
@@ -144,6 +169,7 @@ def _commit() -> str | None:
     """The commit of a source checkout, with a mark if files were changed since."""
     directory = Path(__file__).parent
     try:
+        # The full hash and `-dirty` say exactly what ran; a tag would stand in the place of the hash.
         command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

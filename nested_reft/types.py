@@ -73,6 +73,7 @@ class Prompts:
     def __post_init__(self):
         # An empty tuple stands for None in every row, so that rows can be taken and batches joined.
         for name in ("references", "checkers"):
+            # The class is frozen, so the field is set past its guard.
             object.__setattr__(self, name, getattr(self, name) or (None,) * len(self.answers))
 
     def __len__(self) -> int:
@@ -187,10 +188,12 @@ def concat(batches: Sequence[Groups]) -> Groups:
 
 def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
     """`combine` applied to the leaves of equal values: dataclasses and dictionaries are gone through by name."""
+    # A dataclass that is missing in some of the values is a leaf, for which `combine` has the message.
     if dataclasses.is_dataclass(first) and not isinstance(first, type) and all(value is not None for value in others):
         return dataclasses.replace(
             first,
             **{
+                # What describes a whole batch means nothing once its groups are taken apart or joined.
                 f.name: None
                 if _OF_THE_BATCH.items() <= f.metadata.items()
                 else _by_field(combine, *(getattr(value, f.name) for value in (first, *others)))
@@ -205,7 +208,12 @@ def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
 def _rows_of(column: Any, index_R: Int[np.ndarray, " R"]) -> Any:
     if column is None:
         return None
+<<<<<<< HEAD
     return tuple(column[row] for row in index_R) if isinstance(column, tuple) else np.asarray(column)[index_R]
+=======
+    # Texts are tuples, one entry per group; all else is an array.
+    return tuple(column[row] for row in rows) if isinstance(column, tuple) else np.asarray(column)[np.asarray(rows)]
+>>>>>>> c2
 
 
 def _joined(*columns: Any) -> Any:
@@ -274,18 +282,32 @@ class Weighted:
 
     def mean(self) -> Float[Array, ""]:
         """`sum / weight`, and zero when the weight is zero."""
+        # The inner `where` keeps the branch that is not taken finite, and its gradient with it.
         return jnp.where(self.weight == 0, 0.0, self.sum / jnp.where(self.weight == 0, 1.0, self.weight))
 
 
 def valid_mask(length: Int[Array, "*rows"], size: int) -> Bool[Array, "*rows size"]:
-    """True at positions before each row's length: `mask[..., t] = t < length[...]`."""
+    """True at positions before each row's length: `mask[..., t] = t < length[...]`.
+
+    Args:
+        length: valid tokens of each row, 0 to `size`; of any shape.
+        size: length of the new last axis.
+    """
+    # Token values say nothing about padding, which in some vocabularies is the end-of-text token.
     return jnp.arange(size) < length[..., None]
 
 
 def gradient_mask(
     length_BG: Int[Array, "B G"], forced_BG: Int[Array, "B G"], counted_BG: Bool[Array, "B G"], size: int
 ) -> Bool[Array, "B G C"]:
-    """True at the tokens that the policy chose, after the forced prefix and before the end, of counted completions."""
+    """True at the tokens that the policy chose, after the forced prefix and before the end, of counted completions.
+
+    Args:
+        length_BG: valid tokens, forced ones included.
+        forced_BG: leading tokens that were given, at most `length_BG`.
+        counted_BG: False where the completion does not enter the loss.
+        size: C.
+    """
     position_C = jnp.arange(size)
     # A completion that does not count has no position between its start and its end.
     start_BG = jnp.where(counted_BG, forced_BG, length_BG)

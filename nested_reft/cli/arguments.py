@@ -15,7 +15,12 @@ Fields = TypeVar("Fields")
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command's own options."""
+    """The parser of a command's own options.
+
+    Args:
+        command: as it is typed after `nested-reft`.
+        description: one sentence for its help.
+    """
     # The help of `train` comes with that of the fields, so `train` prints both itself.
     has_help = not command.startswith("train")
     # No abbreviations: what looks like one may be a mistyped override, which tyro has to see and refuse.
@@ -25,7 +30,12 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds `--json FILE`, which also writes what the command prints."""
+    """Adds `--json FILE`, which also writes what the command prints.
+
+    Args:
+        parser: of the command.
+        what: the results in words, for the help.
+    """
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} here")
 
 
@@ -36,19 +46,33 @@ def check_json(path: Path | None) -> None:
 
 
 def keep_json(path: Path | None, value: Any) -> None:
-    """Writes the results to `--json FILE` where it was given."""
+    """Writes the results to `--json FILE` where it was given.
+
+    Args:
+        path: the file; None where the option was not given.
+        value: JSON-able.
+    """
     if path is not None:
         write_json(path, value)
 
 
 def check_seed(seed: int) -> None:
-    """Refuses a `--seed` that does not fit the PRNG keys."""
+    """Refuses a `--seed` that does not fit the PRNG keys.
+
+    Raises:
+        ValueError: the seed is negative, or 2^31 or more.
+    """
+    # Keys are made from 32-bit integers with a sign.
     if not 0 <= seed < 2**31:
         raise ValueError(f"--seed is {seed}; allowed is 0 to {2**31 - 1}")
 
 
 def override(config: Fields, overrides: list[str]) -> Fields:
     """The configuration with fields replaced by `--FIELD VALUE`.
+
+    Args:
+        config: gives the fields, their types and their values where none is given.
+        overrides: the words of the command line that are left for the fields.
 
     Raises:
         SystemExit: a field or value that cannot be read, after tyro has explained it (code 2); or help (code 0).

@@ -23,6 +23,7 @@ def run(arguments: list[str]) -> None:
         config = override(load_config(known.config), overrides)
         shape = _shape(config, known.model)
         devices = compiled_costs.topology_devices(known.topology)
+        # Compiling stands here as well, because what the topology refuses is bad input too.
         costs = compiled_costs.configured_costs(config, shape, devices, with_update=not known.no_update)
     results = [cost.to_json() for cost in costs]
     unit = compiled_costs.device_unit(devices)
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 def _shape(config: Config, model: str | None) -> ModelConfig:
     """The shape to compile for: the configuration's own, or that of `--model`. No weights are needed for it."""
     name = model or config.model.name
+    # Without `--model` the configuration may be one from scratch, whose shape it holds itself.
     if name != "scratch":
         return model_shape(name)
     if config.model.shape is None:

@@ -14,6 +14,7 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.config_files import shipped_configs
 from nested_reft.reports.tables import table
 
+# Every configuration that ships has one such line in its docstring.
 TIME_LINE = re.compile(r"^Time: (?P<time>.+?)\.?$", re.MULTILINE)
 
 

@@ -15,6 +15,7 @@ def run(arguments: list[str]) -> None:
     """Writes the directory."""
     known = _parser().parse_args(arguments)
     with checking_input():
+        # Nothing is written over: another model in that directory would be mixed with this one.
         if known.directory.exists():
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
         if not (known.run / "checkpoints").is_dir():

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: command '{command}' is unknown; known are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    # Warnings of the preparations go to the user; the package itself sets up no logging.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
     return _exit_code(command, rest)

@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> None:
         if known.prompts < 1:
             raise ValueError(f"--prompts is {known.prompts}; allowed is 1 or more")
         check_writable(known.out)
+        # Loading the model comes last, after all that can be refused without it.
         setup = setup_of(known.policy, known.config)
     config = setup.config
     temperature = config.rollout.sampling.temperature

@@ -22,6 +22,7 @@ def setup_of(policy: str, config_name: str | None) -> Setup:
     Raises:
         ValueError: the policy and the configuration do not go together, or one of them cannot be loaded.
     """
+    # A directory with both is a run; a Hugging Face model has a `config.json` as well.
     if (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir():
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
@@ -36,7 +37,15 @@ def setup_of(policy: str, config_name: str | None) -> Setup:
 
 
 def plan_without(num_layers: int, layers: list[int]) -> LayerPlan | None:
-    """The plan that skips the `layers` of `--skip-layers`, checked; None where there are none."""
+    """The plan that skips the `layers` of `--skip-layers`, checked; None where there are none.
+
+    Args:
+        num_layers: L of the model.
+        layers: indices of the layers to skip; empty for none.
+
+    Raises:
+        ValueError: the model does not have one of the layers, or none would be left.
+    """
     if not layers:
         return None
     try:

@@ -9,7 +9,7 @@ from nested_reft.cli.arguments import add_json, check_json, command_parser, keep
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.reports.figures import read_metrics, report_text, write_report
 
-LAST_STEPS = 5
+LAST_STEPS = 5  # of the curriculum's words; those of a whole run would fill the screen
 
 
 def run(arguments: list[str]) -> None:

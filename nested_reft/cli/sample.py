@@ -19,6 +19,7 @@ def run(arguments: list[str]) -> None:
     """Prints the completions of the full model and of a nested one."""
     known = _parser().parse_args(arguments)
     with checking_input():
+        # What can be refused without the model is refused before it is loaded.
         _check_ranges(known)
         policy = Policy.load(known.policy)
         nested = _nested_plan(known, policy.num_layers)
@@ -29,6 +30,7 @@ def run(arguments: list[str]) -> None:
         skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
         print(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
         for completion in completions:
+            # The text is untrusted: a model may write control characters of the terminal.
             print(f"  {printable(completion.text)}")
 
 

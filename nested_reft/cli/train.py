@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> None:
     with checking_input():
         config = _resolve_config(name, known.resume, overrides)
         _check_places(known)
+        # A run that is complete loads no model.
         if known.resume is not None and _is_complete(known.resume, config):
             print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
             return
@@ -66,6 +67,7 @@ def _resolve_config(name: str | None, resume: Path | None, overrides: list[str])
     stored = run_config(resume)
     # A name or overrides may be given once more, as long as they say what the run has.
     asked = override(stored if name is None else load_config(name), overrides)
+    # Overrides are compared by their values, so words that change nothing are no error.
     changed = differences(stored.to_json(), asked.to_json())
     if changed:
         listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
@@ -82,6 +84,7 @@ def _check_places(known: argparse.Namespace) -> None:
 
 
 def _check_runs_directory(runs: str) -> None:
+    # Directories are made with their parents, so a file anywhere on the way would fail later, when the model is loaded.
     taken = [path for path in (Path(runs), *Path(runs).absolute().parents) if path.exists() and not path.is_dir()]
     if not runs or taken:
         raise ValueError(

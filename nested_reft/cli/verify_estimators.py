@@ -12,7 +12,11 @@ from nested_reft.verification import enumeration
 
 
 def run(arguments: list[str]) -> None:
-    """Prints the table of estimators; one that breaks its claim ends the command with code 1."""
+    """Prints the table of estimators.
+
+    Raises:
+        SystemExit: an estimator breaks its claim (code 1).
+    """
     known = _parser().parse_args(arguments)
     with checking_input():
         check_json(known.json)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # the configuration imports its rules
 
 def name_is_a_directory_name(config: Config) -> None:
     """The name becomes part of the run directory's."""
+    # The first character is neither a dot, which would hide the directory, nor a dash, which a shell command would take
+    # for an option.
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", config.name):
         raise ValueError(
             f"name is {config.name!r}; allowed are letters, digits, '_', '.' and '-': it names the run's directory"
@@ -37,6 +39,7 @@ def mesh_divides_batches(config: Config) -> None:
     micro_batch = config.data.prompts_per_batch // config.train.micro_batches
     if micro_batch % data:
         raise ValueError(f"mesh.data is {data}; it must divide the prompts of a micro-batch, {micro_batch}")
+    # A warm start that does not run may keep sizes that would not fit.
     if warm_start.steps and (warm_start.batch_size // warm_start.micro_batches) % data:
         raise ValueError(
             f"mesh.data is {data}; it must divide warm_start.batch_size / warm_start.micro_batches,"
@@ -55,6 +58,7 @@ def overlong_cache_fits_completions(config: Config) -> None:
 
 def mixture_weights_need_a_mixture(config: Config) -> None:
     """The mixture's density exists only where completions are drawn from one."""
+    # The opposite is allowed: a mixture may be sampled and weighed by another variant.
     is_weight = isinstance(config.loss, PolicyGradientConfig) and config.loss.bias_mitigation == "mixture"
     if is_weight and config.rollout.mixture_alpha is None:
         raise ValueError(
@@ -74,6 +78,7 @@ def exact_rollouts_need_no_control(config: Config) -> None:
 
 def remeasuring_fits_the_batch(config: Config) -> None:
     """Layers are measured on the step's own rollouts."""
+    # The sizes have defaults, and nothing reads them where layers are not measured again.
     if not config.nesting.remeasure_every:
         return
     for name, most, of in (
@@ -88,6 +93,7 @@ def remeasuring_fits_the_batch(config: Config) -> None:
 
 def baseline_needs_a_group(config: Config) -> None:
     """A baseline is made from the other completions of a prompt."""
+    # Objectives without advantages need no baseline.
     advantage, group_size = getattr(config.loss, "advantage", None), config.rollout.group_size
     if group_size < 2 and advantage not in (None, "no_baseline"):
         raise ValueError(
@@ -100,6 +106,8 @@ def unbiased_weights_need_full_support(config: Config) -> None:
     """Truncated sampling takes completions away that the target may produce."""
     sampling, loss = config.rollout.sampling, config.loss
     truncates = sampling.top_k > 0 or sampling.top_p < 1
+    # Only a configuration that claims to be unbiased is refused; a biased one makes no promise that truncation could
+    # break.
     if truncates and isinstance(loss, PolicyGradientConfig) and claims_unbiased(loss):
         raise ValueError(
             f"rollout.sampling truncates (top_k or top_p), but loss.bias_mitigation '{loss.bias_mitigation}' at"

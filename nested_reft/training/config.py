@@ -91,20 +91,26 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        # Each part has checked itself when it was made, so the rules see parts that are valid alone.
         for rule in RULES:
             rule(self)
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain values; `from_json` reads them back."""
+        # The way through text turns tuples into lists, so this value equals what a file gives back.
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Config:
         """The configuration that `to_json` wrote.
 
+        Args:
+            value: what `to_json` returned, also after a way through a file.
+
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
+        # For a union, dacite would try every member and report only that none fits, so the unions read themselves.
         try:
             return dacite.from_dict(
                 cls, value, _reading(type_hooks={SourceConfig: _read_source, ObjectiveConfig: _read_objective})
@@ -114,6 +120,7 @@ class Config:
 
 
 def _reading(**options: Any) -> dacite.Config:
+    # JSON has no tuples, and a whole number in it may stand for a float. A field that nobody knows is refused.
     return dacite.Config(cast=[tuple, float], strict=True, **options)
 
 
@@ -124,6 +131,7 @@ def _read_source(value: dict[str, Any]) -> SourceConfig:
         ValueError: it is of no kind, or a field is missing, unknown or of the wrong type.
     """
     kinds = {"task": TaskSource, "dataset": DatasetSource, "file": JsonlSource}
+    # Each kind of source has one field that no other kind has.
     found = [kind for name, kind in kinds.items() if name in value]
     if len(found) != 1:
         raise ValueError(f"data.sources.{value.get('name')} needs exactly one of the fields {', '.join(kinds)}")
@@ -166,6 +174,7 @@ remat, seed, checkpoint_every, keep_checkpoints, ess_warning
     Raises:
         ValueError: there is no such configuration or field, or a value cannot work.
     """
+    # Overrides pass through the JSON form, so they are checked by the same rules as a stored configuration.
     config = _named_config(name)
     return Config.from_json(_merged(config.to_json(), overrides, "")) if overrides else config
 
@@ -180,6 +189,7 @@ def _named_config(name: str) -> Config:
         path = shipped[name]
     elif not path.is_file():
         raise ValueError(f"configuration file '{name}' does not exist")
+    # The file is loaded by its path, because it belongs to no package that could be imported.
     spec = importlib.util.spec_from_file_location(f"nested_reft_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -195,16 +205,27 @@ def _named_config(name: str) -> Config:
 
 def find_data_file(name: str) -> Path:
     """A file named in a configuration: as a path, or beside the shipped configurations."""
+    # A file in the working directory comes before one that ships.
     if not os.path.isabs(name) and not Path(name).exists():
         for directory in CONFIG_DIRECTORIES:
             if (directory / name).exists():
                 return directory / name
+    # Where nothing is found, the name itself goes on, and whoever opens the file reports that it is missing.
     return Path(name)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """`(field, value in a, value in b)` wherever two `to_json` values differ."""
+    """`(field, value in a, value in b)` wherever two `to_json` values differ.
+
+    Args:
+        a, b: two `to_json` values, or the same part of both.
+        prefix: where that part stands, with its dot; empty for whole configurations.
+
+    Returns:
+        The differences in the order of their fields; None stands for a field that one of them lacks.
+    """
     found = []
+    # The union of keys has no order of its own, so the result is sorted at the end.
     for name in a.keys() | b.keys():
         left, right = a.get(name), b.get(name)
         if isinstance(left, dict) and isinstance(right, dict):

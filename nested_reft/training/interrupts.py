@@ -20,13 +20,16 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     def request(number: int, _frame: Any) -> None:
         nonlocal requested
         requested = True
+        # The handler takes itself away, so the next signal of this kind does what it did before the run.
         signal.signal(number, previous[number])
 
     previous: dict[int, Any] = {}
+    # Python lets only the main thread set handlers. In any other thread the run cannot be asked to stop.
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: requested
     finally:
+        # A notebook goes on after the run and needs its own handlers back.
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -54,5 +54,6 @@ class StepKeys:
 
     def batch(self, number: int) -> BatchKeys:
         """The keys of the step's generation batch `number`, counted from 0."""
+        # The offset keeps the batches apart from the purposes above, which are folded into the same key.
         key = jax.random.fold_in(self._key, _FIRST_GENERATION + number)
         return BatchKeys(jax.random.fold_in(key, _CURRICULUM), jax.random.fold_in(key, _ROLLOUT))

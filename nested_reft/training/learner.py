@@ -92,6 +92,7 @@ class Learner:
         )
         self._weights: Weights = weights
         graph, trainable, frozen = split_trainable(start.model)
+        # Only parameters that train get a gradient and moments; the frozen ones are passed beside them.
         self.base = BaseModel(frozen, graph)
         # Until `begin` there is no optimizer.
         self.state = TrainState(trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
@@ -105,14 +106,18 @@ class Learner:
         self.task, self.needs = task, task.needs
         self.state = replicate_scalars(initial_train_state(self.state.trainable, task.optimizer), self.mesh)
         self._rounded = None
+        # One compiled update serves the whole phase, because the task cannot change within it.
         self._update = make_update(task)
 
     def keep_reference(self) -> None:
         """Makes the parameters as they are now the reference."""
+        # A copy is needed, since the next update takes the buffers of these parameters.
         self.reference = jax.tree.map(jnp.copy, self.state.trainable)
 
     def policy(self) -> Policy:
         """The trained policy as it is now; later updates leave it alone."""
+        # The model shares the buffers of the state. It is remembered, so that an update can tell whether it may take
+        # them.
         model = self.base.with_parameters(self.state.trainable)
         self._lent.append(weakref.ref(model))
         return self._as_policy(model, version=self.version)
@@ -138,6 +143,9 @@ class Learner:
 
         Args:
             groups: B scored groups, on the host, perhaps of several policies.
+
+        Returns:
+            What `update` takes, on the mesh.
         """
         rollouts, objective = groups.rollouts, self.task.objective
         size = completion_bucket(int(rollouts.length_BG.max()), self.task.max_completion_tokens)
@@ -152,7 +160,9 @@ class Learner:
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size] if self.needs.off_policy else None,
             full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
         )
+        # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
         arrays = shard_batch(arrays, self.mesh)
+        # Each score costs a forward pass of the whole batch, so only those that the objective names are made.
         score = {
             "old_logprob_BGC": lambda: self._score(self.state.trainable, arrays, None),
             "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.kept_mask_BL),
@@ -166,13 +176,19 @@ class Learner:
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum."""
+        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum.
+
+        Args:
+            batch: what `batch` made of some groups, or demonstrations.
+        """
         arrays = batch.arrays
+        # A gradient of zero would still move the parameters, by the momentum of earlier updates.
         if not bool(np.any(np.asarray(arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)))):
             return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
         passes = []
         for _ in range(self.task.updates_per_batch):
             state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
+            # The update has taken the buffers of the old state, so the new one is kept at once.
             self.state, self._rounded = state, None
             passes.append(jax.device_get(result))
         first, last = passes[0], passes[-1]
@@ -189,6 +205,7 @@ class Learner:
     def _own_state(self) -> TrainState:
         """The state in buffers that an update may take: a copy while a policy that was handed out is in use."""
         in_use = any(model() is not None for model in self._lent)
+        # After this update no lent model shares the buffers of the new state, whichever way it goes.
         self._lent = []
         if not in_use:
             return self.state
@@ -200,6 +217,7 @@ class Learner:
 
     def _score(self, parameters: nnx.State, arrays: TrainBatch, plan: LayerPlan | None) -> Float[Array, "B G C"]:
         """log pi of every completion token of a batch, under other parameters or fewer layers."""
+        # This model never leaves the method, so it need not be remembered as lent.
         policy = self._as_policy(self.base.with_parameters(parameters))
         return policy.logprobs(
             arrays.prompt_BP, arrays.prompt_length_B, arrays.tokens_BGC, plan, self.task.shared_prefix
@@ -210,6 +228,7 @@ class Learner:
 
         The whole batch runs once under each plan that occurs in it, because its shape is compiled.
         """
+        # Groups of one step share a plan, so a batch of one step takes one pass.
         masks_ML, plan_of_group_B = np.unique(np.asarray(kept_mask_BL), axis=0, return_inverse=True)
         found = None
         for index, kept_mask_L in enumerate(masks_ML):
@@ -225,6 +244,14 @@ def completion_bucket(longest: int, limit: int) -> int:
     """The size that completions are cut to for an update: one, two, three or four quarters of the limit.
 
     Short completions make cheap updates, and four sizes make at most four compilations.
+
+    Args:
+        longest: tokens of the longest completion of the batch.
+        limit: C, the most tokens that a completion can have.
+
+    Returns:
+        In tokens, at least `longest` and at most `limit`.
     """
+    # Two negations round up, and the minimum matters where the limit is not a multiple of 4.
     quarter = -(-limit // 4)
     return min(-(-longest // quarter) * quarter, limit)

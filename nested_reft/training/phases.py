@@ -55,7 +55,15 @@ class Phase(Protocol):
         ...
 
     def step(self, state: RunState, number: int) -> str:
-        """Step `number`, counted from 0; returns what the progress bar shows."""
+        """One step of the phase.
+
+        Args:
+            state: changed in place, but for the counters, which the loop keeps.
+            number: of the step, counted from 0.
+
+        Returns:
+            What the progress bar shows.
+        """
         ...
 
 
@@ -90,12 +98,19 @@ class WarmStart:
         """Nothing but the steps."""
 
     def step(self, state: RunState, number: int) -> str:
-        """One update on a batch of demonstrations, under the layers that layer dropout leaves."""
+        """One update on a batch of demonstrations, under the layers that layer dropout leaves.
+
+        Args:
+            state: its learner and its stream move on.
+            number: of the step, counted from 0.
+        """
         config, learner = self._config.warm_start, state.learner
         policy = learner.policy()
+        # The key follows from the number of the step, so a resumed warm start drops the same layers.
         plan = dropout_plan(jax.random.fold_in(self._key, number), config, policy.num_layers)
         sources = sources_of(config.batch_size, len(self._data.train_examples))
         prompts = batch_prompts([state.stream.next(source) for source in sources], sources, self._data.prompt_size)
+        # An answer has at most as many tokens as a completion may have; `prepare` has checked that.
         batch = demonstrations(prompts, prompts.answers, policy.tokenizer, policy.max_completion_tokens)
         mesh = learner.mesh
         del policy  # so that the update can take its buffers
@@ -124,7 +139,12 @@ class Split:
         """Nothing but the step."""
 
     def step(self, state: RunState, number: int) -> str:
-        """Measures and divides."""
+        """Measures and divides.
+
+        Args:
+            state: its division is set.
+            number: 0, since there is one step.
+        """
         state.division = divide(self._config, self._data, state.learner.policy(), self._key)
         return f"{sum(len(parts) for parts in state.division)} parts"
 
@@ -139,7 +159,9 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
     train = config.train
     return LearnerTask(
         objective=make_objective(config.loss),
+        # The schedule counts updates, and each batch makes several of them.
         optimizer=make_optimizer(config.optimizer, train.steps * train.updates_per_batch),
+        # Behavior and target must be compared at one temperature; else the ratio would not be 1 on-policy.
         temperature=config.rollout.sampling.temperature,
         updates_per_batch=train.updates_per_batch,
         micro_batches=train.micro_batches,
@@ -157,8 +179,10 @@ def fresh_data(state: RunState, config: Config, data: RunData) -> RunData:
         config: of the run.
         data: its prompts, undivided.
     """
+    # The division was measured once and is stored, because a later policy would divide the sources otherwise.
     data = data if state.division is None else divided(config, data, state.division)
     state.stream = PromptStream(data.train_examples, config.train.seed)
+    # The curriculum counts training sources, whose number the division may have changed.
     state.curriculum = CurriculumState.start([len(examples) for examples in data.train_examples])
     return data
 
@@ -175,15 +199,23 @@ def warm_started(setup: Setup) -> Policy:
     bar = tqdm(range(phase.steps), desc=phase.name, unit="step")
     for number in bar:
         bar.set_postfix_str(phase.step(state, number))
+    # For the runs that start from it, this policy is the beginning.
     return dataclasses.replace(state.learner.policy(), version=0)
 
 
 def first_checkpoint(phases: Sequence[Phase], index: int) -> int:
-    """The number of the checkpoint with which phase `index` begins."""
+    """The number of the checkpoint with which a phase begins.
+
+    Args:
+        phases: all phases of the run, in their order.
+        index: of the phase.
+    """
+    # Each phase writes one checkpoint before its first step, hence the 1.
     return sum(phase.steps + 1 for phase in phases[:index])
 
 
 def last_checkpoint(config: Config) -> int:
     """The number of the checkpoint that ends a run of this configuration."""
+    # This repeats which phases a run has, so that a finished run is known without loading a model.
     before = [config.warm_start.steps] * (config.warm_start.steps > 0) + [1] * (config.data.split.kind != "none")
     return sum(steps + 1 for steps in before) + config.train.steps

@@ -44,9 +44,11 @@ class Metric:
 
     def matches(self, name: str) -> bool:
         """Whether a logged name is this metric's."""
+        # A source may have any name, dots included, so a placeholder matches whatever stands there.
         return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(self.name)), name) is not None
 
 
+# The order is roughly that of a step: what was generated, what was learnt, what follows from it.
 METRICS = (
     Metric("step", "", "number of the step, counted from 1; 0 is before the first"),
     Metric("reward", "reward", "mean total reward of all completions that have a score"),
@@ -151,6 +153,7 @@ class StepRecord:
 
     def mean(self, name: str) -> float:
         """Mean of `reward_BG` or `accuracy_BG` over the completions that have a score; 0 without any."""
+        # A completion without a score is not a wrong one, so it enters no mean.
         scored_BG = self.all.scored_BG
         return float(getattr(self.all, name)[scored_BG].mean()) if scored_BG.any() else 0.0
 
@@ -163,6 +166,7 @@ class StepRecord:
     def tokens_per_second(self) -> float:
         """Sampled tokens over the time of sampling."""
         rollouts = self.all.rollouts
+        # Forced tokens were given, so they are no work of the sampler.
         return float((rollouts.length_BG - rollouts.forced_BG).sum() / self.rollout_seconds)
 
     def warning(self, threshold: float) -> str | None:
@@ -189,6 +193,7 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         "step_seconds": record.seconds,
         "compilations": record.compilations,
     }
+    # A metric without unit and meaning is a mistake of this module, so it stops the run.
     undeclared = [name for name in found if not any(metric.matches(name) for metric in METRICS)]
     assert not undeclared, f"metrics {undeclared} are not declared in METRICS"
     return found
@@ -203,7 +208,9 @@ def samples(record: StepRecord, num_layers: int) -> list[dict[str, Any]]:
     """
     groups, weight_BGC = record.groups, record.update.weight_BGC
     rollouts = groups.rollouts
+    # A completion that was forced whole divides 0 by 1.
     sampled_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
+    # The weights may be cut to a shorter C than the rollouts. What was cut off holds no tokens.
     mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
     lines = []
     for b in range(min(LOGGED_PROMPTS, len(groups))):
@@ -217,6 +224,7 @@ def samples(record: StepRecord, num_layers: int) -> list[dict[str, Any]]:
                 "parts": {name: float(part_BG[b, g]) for name, part_BG in groups.parts.items()},
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
+                # A mixture draws some completions of the group from the full model.
                 "skipped_layers": skipped if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),
             }
@@ -232,6 +240,7 @@ def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:
         record: of the step.
         shown_accuracy: the latest held-out accuracies, by name.
     """
+    # A batch without a token that counts has no health, and the bar shows `nan` for it.
     health = record.update.health
     shown = [
         f"reward {record.mean('reward_BG'):.2f}",
@@ -246,9 +255,11 @@ def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:
 def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     update = record.update
     found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
+    # The zeros of an empty update would look like measurements, so the line says that it was empty.
     if update.empty:
         return found | {"empty": True}
     if update.health is not None:
+        # The fields of `Health` are named as their metrics are.
         found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
         found["entropy"] = update.entropy
     warning = record.warning(config.train.ess_warning)
@@ -257,6 +268,7 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
 
 def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     found: dict[str, Any] = {"skipped_layers": list(record.plan.skipped(record.groups.rollouts.kept_mask_BL.shape[1]))}
+    # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
     if record.remeasured is not None:
@@ -280,6 +292,7 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
         "tokens_per_second": record.tokens_per_second,
         "sources": np.bincount(found.prompts.source_B, minlength=num_sources).tolist(),
     }
+    # Without dynamic sampling every group is trained on, mixed or not.
     if config.dynamic_sampling.max_generation_batches > 1:
         mixed, wanted = int(replay.mixed_groups(found).sum()), config.data.prompts_per_batch
         values["trained_groups"] = min(mixed, wanted)

@@ -55,7 +55,12 @@ class RunState:
     trained_before: bool = False
 
     def save(self, checkpoints: Checkpoints, number: int) -> None:
-        """Starts writing the checkpoint `number`; the state may change as soon as this returns."""
+        """Starts writing a checkpoint; the state may change as soon as this returns.
+
+        Args:
+            checkpoints: of the run.
+            number: of the checkpoint, larger than those before.
+        """
         checkpoints.save(number, self._arrays(), self._host())
 
     def load(self, checkpoints: Checkpoints, host: dict[str, Any]) -> None:
@@ -69,9 +74,11 @@ class RunState:
         Raises:
             ValueError: the checkpoint is damaged, or of other data or another model.
         """
+        # This comes first, because it decides whether `_arrays` names a reference.
         self.trained_before = host["trained_before"]
         if self.learner.reference is None and host["has_reference"]:
             self.learner.keep_reference()
+        # The arrays of now say which shapes and which placement the restored ones get.
         arrays = checkpoints.restore_some(self._arrays())
         if "reference" in arrays:
             self.learner.reference = arrays.pop("reference")
@@ -88,6 +95,7 @@ class RunState:
         state = self.learner.state
         arrays = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
         if self.trained_before and self.learner.reference is not None:
+            # After a phase that trains, the reference is no longer what the configuration starts from.
             arrays["reference"] = self.learner.reference
         return arrays
 
@@ -103,6 +111,7 @@ class RunState:
             "has_reference": self.learner.reference is not None,
             "curriculum": self.curriculum.to_json(),
             "nesting": self.nesting.to_json(),
+            # It may have been measured anew in the run, so the file that it began with does not replace it.
             "divergence": np.asarray(self.divergence_L),
             "division": self.division,
             "stream": self.stream.get_state(),

@@ -46,6 +46,7 @@ class Searcher:
         """
         started = time.monotonic()
         rollouts, acceptance = self._rollouts(policy, prompts, plan, key)
+        # JAX returns before the devices are done, and the time must be that of the sampling.
         jax.block_until_ready(rollouts)
         stats = SearchStats(time.monotonic() - started, acceptance)
         rollouts = jax.device_get(rollouts)
@@ -58,7 +59,9 @@ class Searcher:
             rollouts.length_BG,
             self._rollout.max_completion_tokens,
         )
+        # Completions without a reward have no advantage, so their tokens must not enter the divisor either.
         counted_BG = rollouts.counted_BG & scored_BG
+        # The reward of a completion that was cut off still counts for its group, since only the mask changes.
         if self._reward.overlong_filter:
             counted_BG &= rollouts.finished_BG
         rollouts = dataclasses.replace(rollouts, counted_BG=np.asarray(counted_BG))
@@ -85,6 +88,7 @@ class Searcher:
                 prompts, layers, sample_key, group_size=count, shared_prefix=self._shared_prefix, forced=forced
             )
 
+        # The prefixes are passed on here, because a mixture hands each component only those of its own slots.
         if config.mixture_alpha is None:
             return sample(plan, key, config.group_size, prompts.forced), None
         mixed = mixture_rollouts(

@@ -77,19 +77,25 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         ValueError: something in the configuration cannot work; names the field, its value and
             what is allowed.
     """
+    # A resumed run reads its configuration from a file, so it has to come back as it was.
     if Config.from_json(config.to_json()) != config:
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
+    # The mesh is made for its checks alone, before data and model are loaded.
     make_mesh(config.mesh)
     if policy is None and config.model.name != "scratch":
+        # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)
     raw = _without_held_out(config, [load_source(source) for source in config.data.sources])
     prompts = [_prompt_format(config, source) for source in config.data.sources]
     for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):
+        # The answers are checked before the model is loaded, so that a mistake in the data shows early.
         check_answers([*train, *heldout], config.reward)
         check_demonstrations(prompt, heldout, field)
+    # What follows needs the number of layers, the positions or the tokenizer.
     policy = initial_policy(config) if policy is None else policy
     tokenizer, num_layers = policy.tokenizer, policy.num_layers
     config.nesting.validate_for(num_layers)
+    # A small ratio of few layers rounds down to none, which no error would show.
     if config.nesting.skip_ratio and config.nesting.num_skipped(num_layers) == 0:
         logger.warning(
             "nesting.skip_ratio is %g, which of %d layers is none: rollouts are the full model's",
@@ -97,6 +103,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
             num_layers,
         )
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
+    # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
         divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
@@ -106,10 +113,12 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
             encode_examples(lists[part], tokenizer, prompt, config.data.max_prompt_tokens, config.data.too_long, field)
             for lists, (prompt, field) in zip(raw, prompts, strict=True)
         ]
+        # Training examples first, held-out ones second: the order within each source of `raw`.
         for part in range(2)
     )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
+    # All training prompts get one size, so that whatever is drawn compiles nothing.
     lengths = [len(example.tokens) for examples in train for example in examples]
     data = RunData(
         train_examples=tuple(tuple(examples) for examples in train),
@@ -123,7 +132,16 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
 
 
 def check_positions(config: Config, model: ModelConfig) -> None:
-    """Refuses sequences that are longer than the model allows."""
+    """Refuses sequences that are longer than the model allows.
+
+    Args:
+        config: gives the longest prompt and completion, in tokens.
+        model: gives the positions that the model knows.
+
+    Raises:
+        ValueError: both together exceed the positions.
+    """
+    # The limits are compared and not the data, so the answer does not depend on what a source happens to hold.
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if longest > model.max_positions:
         raise ValueError(
@@ -136,6 +154,7 @@ def _without_held_out(
     config: Config, raw: list[tuple[list[Example], list[Example]]]
 ) -> list[tuple[list[Example], list[Example]]]:
     """Sources whose training examples are held out in none of them; removed ones are reported."""
+    # A question may be in the training part of one source and held out in another.
     held_out = {example.question for _, heldout in raw for example in heldout}
     kept = []
     for source, (train, heldout) in zip(config.data.sources, raw, strict=True):
@@ -160,8 +179,18 @@ def _prompt_format(config: Config, source: SourceConfig) -> tuple[PromptFormat, 
 
 
 def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer, max_completion_tokens: int) -> None:
-    """Refuses a warm start on answers that do not fit into a completion, stop token included."""
+    """Refuses a warm start on answers that do not fit into a completion, stop token included.
+
+    Args:
+        train: encoded training examples of each source.
+        tokenizer: turns the answers into tokens.
+        max_completion_tokens: C.
+
+    Raises:
+        ValueError: names the first answer that is too long, its source and its length.
+    """
     for encoded in (encoded for examples in train for encoded in examples):
+        # The stop token takes one place. An answer that was cut would teach the model not to stop.
         length = len(tokenizer.encode(encoded.example.answer)) + 1
         if length > max_completion_tokens:
             raise ValueError(

@@ -34,9 +34,11 @@ def divide(config: Config, data: RunData, policy: Policy, key: jax.Array) -> Div
     """
     split, division = config.data.split, []
     for source, (name, examples) in enumerate(zip(data.source_names, data.train_examples, strict=True)):
+        # A source that stays whole is one part, so all sources have the same form.
         if split.sources and name not in split.sources:
             division.append([{"name": name, "examples": list(range(len(examples)))}])
         else:
+            # Each source has a key of its own, whatever other sources there are.
             rate_E = _pass_rates(config, policy, examples, jax.random.fold_in(key, source))
             division.append(_parts_by_pass_rate(name, rate_E, split.parts))
     return division
@@ -45,10 +47,19 @@ def divide(config: Config, data: RunData, policy: Policy, key: jax.Array) -> Div
 def divided(config: Config, data: RunData, division: Division) -> RunData:
     """The data with its sources divided; the held-out examples stay as they are.
 
+    Args:
+        config: not read.
+        data: with the sources of the configuration.
+        division: what `divide` returned, perhaps from a checkpoint.
+
+    Returns:
+        The data whose training sources are the parts, the easiest first.
+
     Raises:
         ValueError: the division is of other examples.
     """
     sizes = [sum(len(part["examples"]) for part in parts) for parts in division]
+    # The indices of a division mean nothing in other data.
     if sizes != [len(examples) for examples in data.train_examples]:
         raise ValueError(f"the checkpoint divides sources of {sizes} examples; this run has others")
     parts = [(source, part) for source, parts in enumerate(division) for part in parts]

@@ -132,6 +132,9 @@ def make_update(task: LearnerTask) -> Update:
 
     Args:
         task: objective, optimizer, temperature and the split.
+
+    Returns:
+        The compiled function. It takes the buffers of its `state`; its result is of the parameters before the step.
     """
     needs, temperature = task.needs, task.temperature
 
@@ -144,12 +147,14 @@ def make_update(task: LearnerTask) -> Update:
                 micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
             )
 
+        # Hidden states are kept and logits are not: those are larger by the factor V / D, and come in blocks.
         hidden_BGCD = hidden(plans.target)
         logprob_BGC, entropy_BGC = hidden_logprobs(
             model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=needs.entropy_gradient
         )
         distillation_kl_BGC = None
         if needs.self_distillation and plans.nested is not None:
+            # Both distributions are needed whole here, so they are made block by block too.
             distillation_kl_BGC = over_position_blocks(
                 lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
                 model.config.vocab_size,
@@ -165,6 +170,7 @@ def make_update(task: LearnerTask) -> Update:
             """The sum to differentiate, and what is kept of the pass."""
             target = target_pass(base.with_parameters(trainable), micro, plans)
             output = task.objective.loss(target, micro)
+            # The sum is differentiated, and the division comes after all micro-batches have been added.
             return output.total.sum, (output, *jax.lax.stop_gradient((target.logprob_BGC, target.entropy_BGC)))
 
         (output, logprob_BGC, entropy_BGC), gradient = _accumulate(
@@ -172,16 +178,19 @@ def make_update(task: LearnerTask) -> Update:
         )
         total = output.total
         divisor = jnp.where(total.weight == 0, jnp.inf, total.weight)  # nothing to learn from: no gradient
+        # W has no gradient, so the gradient of the mean is that of the sum, divided by W.
         gradient = jax.tree.map(lambda g: g / divisor, gradient)
         updates, optimizer_state = task.optimizer.update(gradient, state.optimizer_state, state.trainable)
         mask_BGC = batch.mask_BGC
         health, entropy = None, None
         if needs.off_policy:
             assert batch.behavior_logprob_BGC is not None
+            # Health is of the whole batch: effective sample sizes of micro-batches could not be added up.
             health = off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
             entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
         result = UpdateResult(
             loss=total.mean(),
+            # The optimizer clips its own copy, so this norm still shows what would have been too large.
             gradient_norm=optax.global_norm(gradient),
             parts=_means(output.parts),
             health=health,
@@ -192,6 +201,7 @@ def make_update(task: LearnerTask) -> Update:
         state = TrainState(trainable, optimizer_state, state.updates + 1)
         return state, result
 
+    # Parameters and moments are updated in place, which saves a second copy of both.
     return jax.jit(update, donate_argnums=0)
 
 
@@ -199,6 +209,7 @@ def _means(parts: dict[str, Weighted]) -> dict[str, Array]:
     """Each part's mean; the two moments of the weights become their effective sample size."""
     means = {name: part.mean() for name, part in parts.items()}
     if "weight_square_mean" in means:
+        # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
         means["ess_weight"] = kish(means["weight_mean"], means.pop("weight_square_mean"))
     return means
 
@@ -206,12 +217,14 @@ def _means(parts: dict[str, Weighted]) -> dict[str, Array]:
 def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, micro_batches: int) -> tuple[Any, Any]:
     """Sums `micro_loss`'s `Weighted` results and gradients over parts of the batch; joins its arrays."""
     value_and_gradient = jax.grad(micro_loss, has_aux=True)
+    # A scan over one part would only cost compile time.
     if micro_batches == 1:
         gradient, aux = value_and_gradient(trainable, batch)
         return aux, gradient
 
     def sums_and_arrays(micro: TrainBatch) -> tuple[Any, Any]:
         gradient, (output, *arrays) = value_and_gradient(trainable, micro)
+        # Sums are added up in the carry, while arrays of single tokens are stacked.
         return (gradient, output.total, output.parts), (output.weight_BGC, *arrays)
 
     def body(carry, micro):
@@ -221,13 +234,20 @@ def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, m
     # Interleaved, so that every part keeps its prompts spread over the devices that share the batch.
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
     first = jax.tree.map(lambda x: x[0], split)
+    # The carry starts at zeros, whose shapes follow from one part without computing it.
     shapes = jax.eval_shape(lambda part: sums_and_arrays(part)[0], first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (gradient, total, parts), arrays = jax.lax.scan(body, zeros, split)
+    # The inverse of the interleaving above puts the rows back into their order.
     weight_BGC, *joined = (jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for x in arrays)
     return (LossOutput(total, parts, weight_BGC), *joined), gradient
 
 
 def initial_train_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update; `trainable` keeps its buffers until that update takes them."""
+    """The state before the first update.
+
+    Args:
+        trainable: parameters that change; they keep their buffers until that update takes them.
+        optimizer: makes moments of the same shapes and placement.
+    """
     return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))

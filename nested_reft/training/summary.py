@@ -23,6 +23,7 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
     """
     config, state = trainer.config, trainer.state
     after = trainer.evaluate_all(config.train.steps)
+    # The last checkpoint has its position already, so these prompts move nothing that a resumed run reads.
     prompts = trainer.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
     key = trainer.keys.throughput
     throughput = compare_throughput(

@@ -62,6 +62,7 @@ class Trainer:
         """
         self.config, self.run_directory, self.on_step = setup.config, run, on_step
         self.data, self.num_layers = setup.data, setup.policy.num_layers
+        # It is kept until `open` only, because it holds the buffers that training takes over.
         self._setup: Setup | None = setup
         self._opened = ExitStack()
 
@@ -83,7 +84,12 @@ class Trainer:
 
         Raises:
             ValueError: there is no checkpoint to continue from, or it is damaged or of another run.
+            RuntimeError: it was called before.
+
+        Returns:
+            The trainer itself, ready for `run`.
         """
+        # From here on the trainer does not hold the setup any more.
         setup, self._setup = self._setup, None
         if setup is None:
             raise RuntimeError("Trainer.open was called twice; make another trainer")
@@ -91,6 +97,7 @@ class Trainer:
             self._make(setup)
             del setup  # the learner holds what it needs of it, and may take over the start's buffers
             self._load() if resume else self.phases[0].prepare(self.state)
+        # An interrupt must close the logs as well, so errors of every kind are caught.
         except BaseException:
             self.close()
             raise
@@ -108,11 +115,14 @@ class Trainer:
         """
         with self, stop_requests() as stop_requested:
             for index in range(self.state.phase, len(self.phases)):
+                # A phase that was resumed has been prepared by `_load`; the later ones begin here.
                 if index > self.state.phase:
+                    # The earlier phase is asked before the counters move on to the new one.
                     self.state.trained_before |= self.phases[index - 1].trains
                     self.state.phase, self.state.step, self.state.started = index, 0, False
                     self.phases[index].prepare(self.state)
                 self._run_phase(self.phases[index], stop_requested)
+            # The summary still generates, so it comes before the context closes everything.
             summary = run_summary(self)
             self.run_directory.write_summary(summary)
         return summary
@@ -121,6 +131,7 @@ class Trainer:
         """One training step: choose prompts, sample nested, score, and update the full model."""
         config, state, keys = self.config, self.state, self.keys.step(number)
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
+        # One plan serves all generation batches of the step, so one size of the nested model is compiled.
         plan = self.draw_plan(keys.plan)
         buffer, found = replay.Buffer(), list[Scored]()
         while not replay.ready(buffer, config.dynamic_sampling, size):
@@ -128,15 +139,19 @@ class Trainer:
             source_B = curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size)
             prompts = self.next_prompts(source_B)
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
+            # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.observe(state.curriculum, config.curriculum, scored)
             buffer = replay.add(buffer, scored)
             found.append(scored)
         groups, buffer = replay.draw(buffer, config.dynamic_sampling, size)
         batch = state.learner.batch(groups)
         update = state.learner.update(batch)
+        # The plan of the next step is drawn after this, so a budget that was broken changes it at once.
         state.nesting = nesting_control.update(state.nesting, config.nesting_control, update.health)
+        # The first batch is measured, because every step has one.
         remeasured = self._remeasure(number, found[0])
         return StepRecord(
+            # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,
             plan=plan,
             found=tuple(found),
@@ -156,12 +171,22 @@ class Trainer:
         return draw_plan(key, self.config.nesting, self.num_layers, self.state.divergence_L, nesting.num_skipped)
 
     def next_prompts(self, source_B: np.ndarray) -> Prompts:
-        """The next prompt of each source named, as one batch."""
+        """The next prompt of each source named, as one batch.
+
+        Args:
+            source_B: indices of training sources.
+        """
         encoded = [self.state.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.data.prompt_size)
 
     def evaluate(self, source: int, keys: StepKeys, samples: bool) -> Evaluation:
-        """Held-out results of one source of the configuration; the curriculum does not see them."""
+        """Held-out results of one source of the configuration; the curriculum does not see them.
+
+        Args:
+            source: index among the configuration's sources, not among the training sources.
+            keys: of the step that the evaluation follows.
+            samples: also measure pass@k.
+        """
         config = self.config
         return evaluate_examples(
             self.state.learner.policy(),
@@ -184,6 +209,7 @@ class Trainer:
 
     def _make(self, setup: Setup) -> None:
         """Everything that has a life while the run is open, and the state of a run that has not begun."""
+        # Each part is entered as soon as it is made, so that a failure later on closes those before it.
         config, opened = self.config, self._opened
         self.compilations = CompileCounter()
         opened.callback(self.compilations.close)
@@ -193,6 +219,7 @@ class Trainer:
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
+        # The order is fixed: pass rates for the split are those of the policy after its warm start.
         self.phases: list[Phase] = []
         if config.warm_start.steps:
             self.phases.append(WarmStart(config, setup.data, self.keys))
@@ -202,7 +229,9 @@ class Trainer:
 
     def _run_phase(self, phase: Phase, stop_requested: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train
+        # A resumed run counts on from the time that the checkpoint holds.
         started = time.monotonic() - state.seconds
+        # The first checkpoint of a phase holds what `start` measured, so a resumed run does not measure it again.
         if not state.started:
             phase.start(state)
             state.started, state.seconds = True, time.monotonic() - started
@@ -213,9 +242,11 @@ class Trainer:
             bar.set_postfix_str(phase.step(state, number))
             state.step, state.seconds = number + 1, time.monotonic() - started
             ends = state.step == phase.steps
+            # The request is read once, because it may come between the two uses below.
             stop = stop_requested()
             if ends or stop or state.step % train.checkpoint_every == 0:
                 self.save()
+            # A run whose last step is done only has its summary left, and finishes.
             if stop and not (ends and phase is self.phases[-1]):
                 raise KeyboardInterrupt
 
@@ -234,6 +265,7 @@ class Trainer:
         _, host = self.checkpoints.restore_host()
         state, index = self.state, host["phase"]
         state.phase, state.division = index, host["division"]
+        # The phase makes fresh arrays first, because loading needs their shapes and placement.
         self.phases[index].prepare(state)
         state.load(self.checkpoints, host)
         is_last = index == len(self.phases) - 1

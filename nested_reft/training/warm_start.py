@@ -52,13 +52,27 @@ class WarmStartConfig:
             )
 
 
+<<<<<<< HEAD:nested_reft/training/warm_start.py
 def warm_start_task(
     config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int
 ) -> LearnerTask:
     """What the learner minimises in a warm start: the cross-entropy of the answers."""
     return LearnerTask(
+=======
+def warm_start_task(config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int) -> LearnerTask:
+    """What the learner minimises in a warm start: the cross-entropy of the answers.
+
+    Args:
+        config: steps, learning rate and micro-batches.
+        max_completion_tokens: C of the demonstrations.
+        remat: recompute activations in the backward pass, to save memory.
+        shared_prefix: leading tokens that all training prompts have in common.
+    """
+    return LearnerTask(
+>>>>>>> c2:nested_reft/train/warm_start.py
         objective=Supervised(demonstrations=True),
         optimizer=make_optimizer(OptimizerConfig(config.learning_rate, "cosine"), config.steps),
+        # Demonstrations were not sampled, so the likelihood is that of the model itself.
         temperature=1.0,
         updates_per_batch=1,
         micro_batches=config.micro_batches,
@@ -76,13 +90,20 @@ def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> La
         config: the largest share.
         num_layers: L.
     """
+    # Number and place are drawn independently.
     count_key, plan_key = jax.random.split(key)
     num_skipped = int(jax.random.randint(count_key, (), 0, int(config.layer_dropout * num_layers) + 1))
+    # Every layer may be left out here, also those that rollouts always keep.
     return draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
 
 
 def sources_of(batch_size: int, num_sources: int) -> list[int]:
-    """The source of each demonstration: all sources take turns."""
+    """The source of each demonstration: all sources take turns.
+
+    Args:
+        batch_size: demonstrations of the batch.
+        num_sources: training sources, 1 or more.
+    """
     return [i % num_sources for i in range(batch_size)]
 
 
@@ -98,6 +119,7 @@ def demonstrations(prompts: Prompts, answers: Sequence[str], tokenizer: Tokenize
     tokens_BGC = np.zeros((len(prompts), 1, size), np.int32)
     length_BG = np.zeros((len(prompts), 1), np.int32)
     for row, answer in enumerate(answers):
+        # The model must learn to stop as well; any one of its stop tokens will do.
         ids = [*tokenizer.encode(answer), tokenizer.stop_ids[0]][:size]
         tokens_BGC[row, 0, : len(ids)], length_BG[row, 0] = ids, len(ids)
     return TrainBatch(
@@ -107,5 +129,6 @@ def demonstrations(prompts: Prompts, answers: Sequence[str], tokenizer: Tokenize
         length_BG=jnp.asarray(length_BG),
         forced_BG=jnp.zeros(length_BG.shape, jnp.int32),
         counted_BG=jnp.ones(length_BG.shape, bool),
+        # Every demonstration has the same weight.
         signal_BG=jnp.ones(length_BG.shape),
     )
