@@ -208,12 +208,8 @@ def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
 def _rows_of(column: Any, index_R: Int[np.ndarray, " R"]) -> Any:
     if column is None:
         return None
-<<<<<<< HEAD
-    return tuple(column[row] for row in index_R) if isinstance(column, tuple) else np.asarray(column)[index_R]
-=======
     # Texts are tuples, one entry per group; all else is an array.
-    return tuple(column[row] for row in rows) if isinstance(column, tuple) else np.asarray(column)[np.asarray(rows)]
->>>>>>> c2
+    return tuple(column[row] for row in index_R) if isinstance(column, tuple) else np.asarray(column)[index_R]
 
 
 def _joined(*columns: Any) -> Any:

@@ -52,13 +52,6 @@ class WarmStartConfig:
             )
 
 
-<<<<<<< HEAD:nested_reft/training/warm_start.py
-def warm_start_task(
-    config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int
-) -> LearnerTask:
-    """What the learner minimises in a warm start: the cross-entropy of the answers."""
-    return LearnerTask(
-=======
 def warm_start_task(config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int) -> LearnerTask:
     """What the learner minimises in a warm start: the cross-entropy of the answers.
 
@@ -69,7 +62,6 @@ def warm_start_task(config: WarmStartConfig, max_completion_tokens: int, remat: 
         shared_prefix: leading tokens that all training prompts have in common.
     """
     return LearnerTask(
->>>>>>> c2:nested_reft/train/warm_start.py
         objective=Supervised(demonstrations=True),
         optimizer=make_optimizer(OptimizerConfig(config.learning_rate, "cosine"), config.steps),
         # Demonstrations were not sampled, so the likelihood is that of the model itself.
