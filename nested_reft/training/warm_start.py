@@ -52,7 +52,9 @@ class WarmStartConfig:
             )
 
 
-def warm_start_task(config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int) -> LearnerTask:
+def warm_start_task(
+    config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int
+) -> LearnerTask:
     """What the learner minimises in a warm start: the cross-entropy of the answers.
 
     Args:
