@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from nested_reft.data.sources import difficulty_ladder, exactly
 from nested_reft.evaluation import EvaluationConfig
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training import record
 from nested_reft.training.config import Config, load_config
@@ -22,6 +24,7 @@ WITH_KL = PolicyGradientConfig(
 )
 # Every update moves the model, whether or not an untrained one earns any reward.
 MOVING = dataclasses.replace(WITH_KL, entropy_coefficient=1.0)
+MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
 # Time differs from run to run, and so does what an earlier run has compiled already.
 UNTIMED = ("seconds", "tokens_per_second", "compilations")
 
@@ -56,6 +59,12 @@ def two_sources(**changes: Any) -> Config:
     levels = {"two_terms": exactly(terms=2, digits=1), "three_terms": exactly(terms=3, digits=1)}
     sources = difficulty_ladder("chain_sum", levels, train_size=20, heldout_size=8, seed=1)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+
+
+def controlled(**changes: Any) -> Config:
+    """`nano` with any reading within budget, so the controller adds a layer each step up to two."""
+    control = NestingControlConfig("ess_token", budget=1e-6, max_skipped=2, patience=1)
+    return nano(**({"nesting_control": control, "nesting": NestingConfig(border=1)} | changes))
 
 
 def trainer(config: Config, path: Path, resume: bool = False) -> Trainer:
