@@ -118,7 +118,7 @@ def test_expert_iteration_leaves_a_moving_model_alone_where_nothing_is_right(tmp
     learner.update(learner.batch(dataclasses.replace(found, accuracy_BG=np.ones_like(found.accuracy_BG))))
     before = jax.device_get(learner.state)
     update = learner.update(learner.batch(dataclasses.replace(found, accuracy_BG=np.zeros_like(found.accuracy_BG))))
-    assert update.loss == update.gradient_norm == 0
+    assert update.empty and update.loss == update.gradient_norm == 0
     assert_equal_arrays(jax.device_get(learner.state), before)
 
 
