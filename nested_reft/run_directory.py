@@ -91,8 +91,10 @@ class RunDirectory:
 
     def close(self) -> None:
         """Closes the logs."""
-        for file in (self._metrics, self._samples, self._events):
-            file.close()
+        self._metrics.close()
+        self._samples.close()
+        if "_events" in self.__dict__:  # asking for them would make the file of a run that logged nothing
+            self._events.close()
 
 
 def versions() -> dict[str, Any]:
