@@ -9,7 +9,7 @@ objectives, so micro-batches, rematerialisation, shared prompts and adapters com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flax import struct
@@ -69,6 +69,7 @@ class LossOutput:
     weight_BGC: Float[Array, "B G C"]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What an update minimises."""
 
