@@ -35,7 +35,7 @@ class Update:
     has moved the target itself. Everything else is of the last pass.
 
     Attributes:
-        empty: no token counted, so nothing changed; the numbers below are zero.
+        empty: there was no token to learn from, so nothing changed; the numbers below are zero.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
@@ -166,9 +166,12 @@ class Learner:
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum."""
+        """Every pass over a batch. A batch without a token to learn from changes nothing, not even by momentum."""
         arrays = batch.arrays
-        if not bool(np.any(np.asarray(arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)))):
+        teaches_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
+        if self.needs.signal_is_weight:
+            teaches_BG &= arrays.signal_BG != 0
+        if not bool(np.any(np.asarray(teaches_BG))):
             return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
         passes = []
         for _ in range(self.task.updates_per_batch):
