@@ -20,7 +20,14 @@ from nested_reft.models.lora import LoraConfig, add_lora, join_trainable, split_
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch
-from nested_reft.train.step import BaseModel, Task, UpdatePlans, UpdateResult, initial_train_state, make_update
+from nested_reft.training.step import (
+    BaseModel,
+    LearnerTask,
+    UpdatePlans,
+    UpdateResult,
+    initial_train_state,
+    make_update,
+)
 from nested_reft.types import TrainBatch
 from tests.tiny_models import TINY, tiny_model
 
@@ -98,8 +105,8 @@ def batch_of(objective: str) -> TrainBatch:
 
 
 @functools.cache
-def task(objective: str, micro_batches: int = 1, remat: bool = False, shared_prefix: int = 0) -> Task:
-    return Task(OBJECTIVES[objective], KEEP_GRADIENT, TEMPERATURE, 1, micro_batches, remat, shared_prefix, C)
+def task(objective: str, micro_batches: int = 1, remat: bool = False, shared_prefix: int = 0) -> LearnerTask:
+    return LearnerTask(OBJECTIVES[objective], KEEP_GRADIENT, TEMPERATURE, 1, micro_batches, remat, shared_prefix, C)
 
 
 def plans_of(objective: str) -> UpdatePlans:
@@ -112,7 +119,7 @@ def updated(objective: str, micro_batches: int = 1, data: int = 1, lora: bool = 
     return update_once(task(objective, micro_batches), batch_of(objective), plans_of(objective), data, lora)
 
 
-def update_once(made: Task, batch: TrainBatch, plans: UpdatePlans, data: int = 1, lora: bool = False):
+def update_once(made: LearnerTask, batch: TrainBatch, plans: UpdatePlans, data: int = 1, lora: bool = False):
     """Gradient by parameter, and the result, of one update on `data` devices."""
     mesh = make_mesh(MeshConfig(data=data))
     graph, trainable, frozen = parts_of_model(lora)
