@@ -56,9 +56,7 @@ def warm_started(config: Config, out: Path) -> Setup:
     about = json.dumps({part: setup.config.to_json()[part] for part in ("model", "data", "warm_start")})
     stored = file.with_suffix(".json")
     if file.is_file() and stored.is_file() and stored.read_text() == about:
-        return dataclasses.replace(
-            setup, policy=dataclasses.replace(setup.policy, model=_stored_model(file, setup))
-        )
+        return dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, model=_stored_model(file, setup)))
     started = time.monotonic()
     policy = phases.warm_started(setup)
     save_file({name: np.ascontiguousarray(value) for name, value in policy.model.parameters().items()}, file)
