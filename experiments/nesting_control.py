@@ -16,13 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from nested_reft.estimators.health import Health
 from nested_reft.json_files import write_json
-from nested_reft.nesting_control import NestingControlConfig, choose, initial_state, update
+from nested_reft.nesting_control import NestingControlConfig, initial_state, update
 from nested_reft.reports.figures import pyplot
 from nested_reft.reports.tables import table
-from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.run_directory import RunDirectory, read_log, versions
 from nested_reft.training.config import load_config
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
@@ -45,18 +47,35 @@ def drifting(step: int) -> float:
 
 
 def plant_run(cost: Callable[[int], float], control: NestingControlConfig, seed: int = 0) -> list[dict[str, Any]]:
-    """The controller on a plant: what it would log at each step."""
+    """The controller on a plant: what it would log at each step.
+
+    Args:
+        cost: c of the plant at a step.
+        control: the rule.
+        seed: of the noise.
+    """
     generator, state, lines = np.random.default_rng(seed), initial_state(control, 0), []
     for step in range(PLANT_STEPS):
-        size = choose(state)
+        size = state.num_skipped
         ess = math.exp(-cost(step) * size**1.5 * math.exp(NOISE * generator.standard_normal()))
-        state = update(state, control, {"ess_token": ess})
+        state = update(state, control, _health(ess))
         lines.append({"step": step + 1, "skipped": size, "ess_token": ess, "reason": state.reason})
     return lines
 
 
+def _health(ess_token: float) -> Health:
+    """A health whose one reading is the metric that is held; no plant has the others."""
+    unread = {field.name: jnp.float32(math.nan) for field in dataclasses.fields(Health)}
+    return Health(**unread | {"ess_token": jnp.float32(ess_token)})
+
+
 def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
-    """The same of a training run of the tiny model, from no skipped layer up."""
+    """The same of a training run of the tiny model, from no skipped layer up.
+
+    Args:
+        steps: training steps.
+        runs: where the run's directory is made.
+    """
     config = load_config("tiny")
     config = dataclasses.replace(
         config,
@@ -67,7 +86,7 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
         evaluation=dataclasses.replace(config.evaluation, every_steps=steps),
     )
     run = RunDirectory.create(runs, config.name, config.to_json())
-    Trainer(prepare(config), run).run()
+    Trainer(prepare(config), run).open().run()
     return [
         {
             "step": line["step"],
@@ -77,16 +96,10 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
             "compilations": line["compilations"],
             "reason": line["nesting_reason"],
         }
-        for line in _metrics(run.path)
+        for line in read_log(run.path / "metrics.jsonl")
+        # The line before the first step holds held-out accuracy alone.
         if "nesting_reason" in line
     ]
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    run = RunDirectory(path)
-    lines = run.read_metrics()
-    run.close()
-    return lines
 
 
 def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nested_reft.evaluation import evaluate
+from nested_reft.data.splits import SplitConfig
+from nested_reft.evaluation import Evaluation, evaluate_examples
+from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.sharding import shard_parameters
+from nested_reft.training import phases, record
 from nested_reft.training.config import Config, load_config
-from nested_reft.training.setup import Setup, prepare
-from nested_reft.training.trainer import WARM_START_KEY, Trainer
-from nested_reft.training.warm_start import warm_start
+from nested_reft.training.keys import RunKeys
+from nested_reft.training.setup import RunData, Setup, prepare
+from nested_reft.training.split import divide, divided
+from nested_reft.training.trainer import Trainer
 
 EVERY = 10  # steps between evaluations
 KEPT_METRICS = ("entropy", "completion_tokens", "generation_batches", "ess_token")
@@ -37,21 +43,27 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
 
 
 def warm_started(config: Config, out: Path) -> Setup:
-    """Data and the model that all runs of a seed begin with, warmed up as `tiny_dump` is; its weights are kept."""
+    """Data and the policy that all runs of a seed begin with, warmed up as `tiny_dump` is; its weights are kept.
+
+    Args:
+        config: of any run of the seed; its own warm start is not read.
+        out: where the weights are kept, beside what they were made from.
+    """
     seed, steps = config.train.seed, load_config("tiny_dump").warm_start
     setup = prepare(dataclasses.replace(config, warm_start=steps))
     file = out / f"warm-seed{seed}.safetensors"
+    # Weights of another model, other data or another warm start must not be taken for these.
     about = json.dumps({part: setup.config.to_json()[part] for part in ("model", "data", "warm_start")})
     stored = file.with_suffix(".json")
     if file.is_file() and stored.is_file() and stored.read_text() == about:
-        parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
-        return dataclasses.replace(setup, model=Transformer(setup.model.config, parameters))
+        return dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, model=_stored_model(file, setup)))
     started = time.monotonic()
-    model = warm_start(setup.model, setup, jax.random.fold_in(jax.random.key(seed), WARM_START_KEY))
-    save_file({name: np.ascontiguousarray(value) for name, value in model.parameters().items()}, file)
+    policy = phases.warm_started(setup)
+    save_file({name: np.ascontiguousarray(value) for name, value in policy.model.parameters().items()}, file)
+    # The description comes after the weights: a kill in between leaves weights that are made again.
     stored.write_text(about)
     print(f"warm start, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-    return dataclasses.replace(setup, model=model)
+    return dataclasses.replace(setup, policy=policy)
 
 
 def train(setup: Setup, out: Path) -> dict[str, Any]:
@@ -59,32 +71,43 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
 
     Accuracies are of the sources that the configuration names; probabilities are of the parts that
     training draws from. The two differ where sources were pooled or divided.
+
+    Args:
+        setup: the start and the data; its policy stays as it is, so that other runs can start from it.
+        out: the run's directory is made in its folder `runs`.
+
+    Returns:
+        JSON-able values, with the configuration that `finished` compares.
     """
     config, started = setup.config, time.monotonic()
     run = RunDirectory.create(out / "runs", config.name, config.to_json())
-    trainer = Trainer(dataclasses.replace(setup, model=jax.tree.map(jax.numpy.copy, setup.model)), run)
-    start_seconds = time.monotonic() - started  # `data.split` samples every question here
-    sources, parts = [source.name for source in config.data.sources], trainer.setup.source_names
-    accuracy, probability = [heldout_accuracy(trainer)], []
-    kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
-    for step in range(config.train.steps):
-        metrics = trainer.step(step)
-        probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
-        for name, values in kept.items():
-            values.append(metrics[name])
-        if (step + 1) % EVERY == 0:
-            accuracy.append(heldout_accuracy(trainer))
-            metrics |= {f"heldout/{name}": a for name, a in zip(sources, accuracy[-1][1], strict=True)}
-        run.log_metrics(step + 1, metrics)
-    trainer.close()
+    # `data.split` samples every question here, so this time is reported by itself.
+    with Trainer(_divided(setup), run).open() as trainer:
+        start_seconds = time.monotonic() - started
+        parts = trainer.data.source_names
+        evaluations, probability = [heldout(trainer)], []
+        kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
+        for number in range(config.train.steps):
+            found = trainer.step(number)
+            if found.number % EVERY == 0:
+                evaluations.append(heldout(trainer))
+                # The evaluation belongs to the line of its step.
+                found = dataclasses.replace(found, heldout=evaluations[-1])
+            metrics = record.metrics(found, trainer.config, parts)
+            probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
+            for name, values in kept.items():
+                values.append(metrics[name])
+            run.log_metrics(found.number, metrics)
+    sources = [source.name for source in config.data.sources]
     return {
         "config": config.to_json(),
         "run_directory": str(run.path),
         "sources": sources,
         "parts": list(parts),
+        "questions": questions_of_parts(trainer.data, sources),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
-        "accuracy": [sampled for sampled, _ in accuracy],
-        "greedy_accuracy": [greedy for _, greedy in accuracy],
+        "accuracy": [[found[name].sampled_accuracy or 0.0 for name in sources] for found in evaluations],
+        "greedy_accuracy": [[found[name].greedy_accuracy for name in sources] for found in evaluations],
         "probability": probability,
         "metrics": kept,
         "start_seconds": start_seconds,
@@ -93,21 +116,41 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
     }
 
 
-def heldout_accuracy(trainer: Trainer) -> tuple[list[float], list[float]]:
-    """Sampled and greedy accuracy of each source; the curriculum does not see them."""
-    setup, config = trainer.setup, trainer.config
-    results = [
-        evaluate(
-            trainer.state.model,
-            setup.tokenizer,
-            examples,
-            config.reward,
-            config.evaluation,
-            config.rollout.max_completion_tokens,
-            config.rollout.sampling,
-            trainer.key,
-            samples=True,
-        )
-        for examples in setup.heldout_examples
-    ]
-    return [result.sampled_accuracy or 0.0 for result in results], [result.greedy_accuracy for result in results]
+def questions_of_parts(data: RunData, sources: Sequence[str]) -> list[list[int]]:
+    """How many training questions of each named source every part holds, `[part][source]`.
+
+    Args:
+        data: what was trained on, divided or pooled.
+        sources: names of the configuration's sources.
+    """
+    named = [[example.example.source for example in examples] for examples in data.train_examples]
+    return [[names.count(source) for source in sources] for names in named]
+
+
+def heldout(trainer: Trainer) -> dict[str, Evaluation]:
+    """Sampled and greedy results of each source of the configuration; the curriculum does not see them."""
+    config, policy = trainer.config, trainer.state.learner.policy()
+    # Every evaluation of a seed draws with the same key, so that curves differ by the policies alone.
+    key = jax.random.key(config.train.seed)
+    return {
+        source.name: evaluate_examples(policy, examples, config.reward, config.evaluation, key, samples=True)
+        for source, examples in zip(config.data.sources, trainer.data.heldout_examples, strict=True)
+    }
+
+
+def _divided(setup: Setup) -> Setup:
+    """The setup whose training sources are the parts that `data.split` asks for, with nothing left to split."""
+    config = setup.config
+    if config.data.split.kind == "none":
+        return setup
+    # `Trainer.run` would go through a phase for this, but these runs call `Trainer.step` themselves.
+    division = divide(config, setup.data, setup.policy, RunKeys(jax.random.key(config.train.seed)).split)
+    undivided = dataclasses.replace(config, data=dataclasses.replace(config.data, split=SplitConfig()))
+    return dataclasses.replace(setup, config=undivided, data=divided(config, setup.data, division))
+
+
+def _stored_model(file: Path, setup: Setup) -> Transformer:
+    """The weights of a file, placed as those of the setup are."""
+    config = setup.policy.model.config
+    parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
+    return Transformer(config, shard_parameters(parameters, parameter_axes(config), setup.policy.mesh))

@@ -20,21 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.plan_divergence import full_completions
 from nested_reft.divergence import measure_plan_divergence, texts_of
-from nested_reft.evaluation import EvaluationConfig, evaluate
+from nested_reft.evaluation import EvaluationConfig, evaluate_examples
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.transformer import Transformer
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.phases import warm_started
 from nested_reft.training.setup import Setup, prepare
 from nested_reft.training.trainer import Trainer
-from nested_reft.training.warm_start import warm_start
 
 SKIPPED = 2
 MEASURES = ("kl_full_nested", "ess_token", "ess_sequence", "full_accuracy", "nested_accuracy", "update_seconds")
@@ -57,22 +56,24 @@ def all_plans(num_layers: int) -> list[LayerPlan]:
     return [LayerPlan.skipping(num_layers, skipped) for skipped in itertools.combinations(range(1, num_layers - 1), 2)]
 
 
-def measured(setup: Setup, model: Transformer) -> dict[str, float]:
-    """Divergence of the nested policies, and greedy held-out accuracy of the full and the nested ones."""
-    config, num_layers = setup.config, model.config.num_layers
-    texts = texts_of(full_completions(dataclasses.replace(setup, model=model), 128))
-    plans = all_plans(num_layers)
-    divergence = measure_plan_divergence(model, texts, 1.0, plans, "measuring plans")
+def measured(setup: Setup) -> dict[str, float]:
+    """Divergence of the nested policies, and greedy held-out accuracy of the full and the nested ones.
 
-    def accuracy(plan: LayerPlan) -> float:
-        return evaluate(
-            model,
-            setup.tokenizer,
-            setup.heldout_examples[0],
+    Args:
+        setup: its policy is measured.
+    """
+    config, policy = setup.config, setup.policy
+    texts = texts_of(full_completions(setup, 128))
+    plans = all_plans(policy.num_layers)
+    divergence = measure_plan_divergence(policy.model, texts, 1.0, plans, "measuring plans")
+
+    def accuracy(plan: LayerPlan | None) -> float:
+        # Nothing is sampled, so the key is not read.
+        return evaluate_examples(
+            policy,
+            setup.data.heldout_examples[0],
             config.reward,
             config.evaluation,
-            config.rollout.max_completion_tokens,
-            config.rollout.sampling,
             jax.random.key(0),
             samples=False,
             plan=plan,
@@ -80,39 +81,51 @@ def measured(setup: Setup, model: Transformer) -> dict[str, float]:
 
     return {
         "kl_full_nested": float(divergence.mean()),
-        "full_accuracy": accuracy(LayerPlan.full(num_layers)),
+        "full_accuracy": accuracy(None),
         "nested_accuracy": float(np.mean([accuracy(plan) for plan in plans])),
     }
 
 
 def trained(setup: Setup, coefficient: float, steps: int) -> dict[str, float]:
-    """One run from the setup's weights, which it copies."""
+    """One run from the setup's policy, which stays as it is.
+
+    Args:
+        setup: the start, without a warm start of its own.
+        coefficient: of self-distillation; 0 leaves it out.
+        steps: training steps, 3 or more.
+    """
+    # Other objectives know no self-distillation.
+    assert isinstance(setup.config.loss, PolicyGradientConfig)
     loss = dataclasses.replace(setup.config.loss, self_distillation_coefficient=coefficient)
-    config = dataclasses.replace(setup.config, loss=loss)
-    copied = jax.tree.map(jnp.copy, setup.model)
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(dataclasses.replace(setup, config=config, model=copied), RunDirectory(Path(directory)))
-        lines: list[dict[str, Any]] = [trainer.step(step) for step in range(steps)]
-        model = trainer.state.model
-        trainer.close()
-    late = lines[-(steps // 3) :]
-    return measured(setup, model) | {
-        "ess_token": float(np.mean([line["ess_token"] for line in late])),
-        "ess_sequence": float(np.mean([line["ess_sequence"] for line in late])),
-        "update_seconds": float(np.median([line["step_seconds"] - line["rollout_seconds"] for line in lines])),
+    setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, loss=loss))
+    with tempfile.TemporaryDirectory() as directory, Trainer(setup, RunDirectory(Path(directory))).open() as trainer:
+        records = [trainer.step(step) for step in range(steps)]
+        policy = trainer.state.learner.policy()
+    # A step without a token to learn from has no health.
+    late = [found.update.health for found in records[-(steps // 3) :] if found.update.health is not None]
+    return measured(dataclasses.replace(setup, policy=policy)) | {
+        "ess_token": float(np.mean([health.ess_token for health in late])),
+        "ess_sequence": float(np.mean([health.ess_sequence for health in late])),
+        "update_seconds": float(np.median([found.seconds - found.rollout_seconds for found in records])),
     }
 
 
 def results_of(seeds: int, steps: int, coefficients: list[float], layer_dropout: float) -> list[dict[str, Any]]:
-    """A line for each seed and coefficient, and one for each seed before training."""
+    """A line for each seed and coefficient, and one for each seed before training.
+
+    Args:
+        seeds: how many, from 0.
+        steps: training steps of each run.
+        coefficients: of self-distillation, one run each.
+        layer_dropout: of the warm start that the runs of a seed share.
+    """
     lines = []
     for seed in range(seeds):
         setup = prepare(configuration(seed, steps, layer_dropout))
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        model = warm_start(setup.model, setup, key)
+        # The runs must not warm up again, so their configuration has no warm start.
         config = dataclasses.replace(setup.config, warm_start=dataclasses.replace(setup.config.warm_start, steps=0))
-        setup = dataclasses.replace(setup, model=model, config=config)
-        lines.append({"seed": seed, "coefficient": None} | measured(setup, model))
+        setup = dataclasses.replace(setup, policy=warm_started(setup), config=config)
+        lines.append({"seed": seed, "coefficient": None} | measured(setup))
         lines += [
             {"seed": seed, "coefficient": coefficient} | trained(setup, coefficient, steps)
             for coefficient in coefficients

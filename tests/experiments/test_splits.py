@@ -1,18 +1,19 @@
 """The experiment on divisions: what its parts say, its tables, and that held-out prompts stay the same."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments.runs import train
+from experiments import runs
+from experiments.runs import questions_of_parts, train
 from experiments.splits import (
     KINDS,
     experiment_config,
     known_of_source,
     main,
     pooled,
-    questions_of_parts,
     share_of_draws,
 )
 from nested_reft.training.setup import prepare
@@ -39,13 +40,13 @@ def test_share_of_draws_by_hand():
 
     Weighing parts by their sizes instead would give a's share of the questions, 1 / 5.5.
     """
-    run = result("cluster", [0, 0, 0, 0], [[10, 30], [0, 15]], [0.8, 0.2])
+    run = result("pass_rate", [0, 0, 0, 0], [[10, 30], [0, 15]], [0.8, 0.2])
     assert share_of_draws(run) == pytest.approx([0.2, 0.8])
 
 
 def test_known_of_source_by_hand():
     def known(questions):
-        return known_of_source(result("cluster", [0, 0], questions, [1.0]))
+        return known_of_source(result("pass_rate", [0, 0], questions, [1.0]))
 
     assert known([[7, 0], [0, 7]]) == pytest.approx(1.0)  # a part for each source
     assert known([[4, 8], [2, 4]]) == pytest.approx(0.0)  # every part is mixed as the pool is
@@ -61,15 +62,43 @@ def test_kinds_differ_in_the_division_only():
         assert {part for part in one["data"] if one["data"][part] != other["data"][part]} <= {"split"}
 
 
-def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path):
-    setup = pooled(prepare(experiment_config("cluster", 0, 10)))
+def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, monkeypatch):
+    """The division is given, because measuring the pass rates of 10,836 questions takes minutes."""
+    setup = pooled(prepare(experiment_config("pass_rate", 0, 10)))
+    (pool,) = setup.data.train_examples
+
+    def divide(config, data, policy, key):
+        assert config.data.split.kind == "pass_rate" and data.source_names == ("pool",)
+        parts = [("pool.hard", range(836, len(pool)), 0.1), ("pool.easy", range(836), 0.9)]
+        return [[{"name": name, "examples": list(part), "pass_rate": rate} for name, part, rate in parts]]
+
+    monkeypatch.setattr(runs, "divide", divide)
     found = train(setup, tmp_path)
+    assert found["config"] == setup.config.to_json()  # with its split, so that `finished` knows it again
     assert found["sources"] == [source.name for source in setup.config.data.sources]
-    assert found["parts"] == [f"pool.cluster_{i}" for i in range(6)]
-    assert np.shape(found["accuracy"]) == (2, 6) and np.shape(found["probability"]) == (10, 6)
-    questions_PxM = questions_of_parts(found, setup)
-    # 3-digit questions are few: the generator gives 836 that are not held out.
-    assert np.sum(questions_PxM, axis=0).tolist() == [836, 2000, 2000, 2000, 2000, 2000]
+    assert found["parts"] == ["pool.easy", "pool.hard"]
+    assert np.shape(found["accuracy"]) == (2, 6) and np.shape(found["probability"]) == (10, 2)
+    # 3-digit questions are few: the generator gives 836 that are not held out, the first of the pool.
+    assert found["questions"] == [[836, 0, 0, 0, 0, 0], [0, 2000, 2000, 2000, 2000, 2000]]
+
+
+def test_pass_rates_of_the_start_divide_a_pool(tmp_path):
+    """An untrained policy is right nowhere, so no question differs and there is one part."""
+    config = experiment_config("pass_rate_2_samples", 0, 10)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
+    setup = pooled(prepare(config))
+    (pool,) = setup.data.train_examples
+    setup = dataclasses.replace(setup, data=dataclasses.replace(setup.data, train_examples=(pool[:32],)))
+    found = train(setup, tmp_path)
+    assert found["parts"] == ["pool.pass_0.00-0.00"] and found["questions"] == [[32, 0, 0, 0, 0, 0]]
+
+
+def test_questions_of_parts_are_those_that_the_sources_name():
+    setup = prepare(experiment_config("source", 0, 10))
+    sources = [source.name for source in setup.config.data.sources]
+    first, second = (examples[:5] for examples in setup.data.train_examples[:2])
+    data = dataclasses.replace(setup.data, train_examples=((*first, *second[:2]), second[2:]))
+    assert questions_of_parts(data, sources) == [[5, 2, 0, 0, 0, 0], [0, 3, 0, 0, 0, 0]]
 
 
 def test_report_of_finished_runs(tmp_path, capsys):
