@@ -78,7 +78,9 @@ def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
 
 def test_a_killed_run_drops_what_it_logged_after_its_checkpoint(tmp_path):
     """Killed in step 2 with a checkpoint of step 1: step 2 is taken again and logged once, with the same result."""
-    config = nano(train__steps=3, train__checkpoint_every=1, loss=MOVING, optimizer__learning_rate=0.01, **NO_EVALUATION)
+    config = nano(
+        train__steps=3, train__checkpoint_every=1, loss=MOVING, optimizer__learning_rate=0.01, **NO_EVALUATION
+    )
     killed_after(config, tmp_path, 2)
     before = read_log(tmp_path / "metrics.jsonl")
     summary = trainer(config, tmp_path, resume=True).run()

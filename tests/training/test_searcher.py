@@ -50,9 +50,12 @@ def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
     assert found.rollouts.kept_mask_BL.tolist() == [[True, True, False, True, True, True]] * 4
     assert found.rollouts.nested_BG.all() and not found.rollouts.full_share_B.any()
     assert found.prompts is prompts and len(found) == 4
-    assert found.texts[1][2] == setup.policy.tokenizer.decode_completions(
-        found.rollouts.tokens_BGC[1:2, 2:3], found.rollouts.length_BG[1:2, 2:3]
-    )[0][0]
+    assert (
+        found.texts[1][2]
+        == setup.policy.tokenizer.decode_completions(
+            found.rollouts.tokens_BGC[1:2, 2:3], found.rollouts.length_BG[1:2, 2:3]
+        )[0][0]
+    )
     assert found.stats.rollout_seconds > 0 and found.stats.draft_acceptance is None
 
 

@@ -405,9 +405,7 @@ def test_self_distillation_teaches_the_policy_that_drafts(tmp_path):
 def test_rounded_rollouts_are_off_policy_and_corrected(weights, tmp_path):
     """With all layers kept, the copy's rounding is all that the importance weight has to correct."""
     rollout = dataclasses.replace(nano().rollout, weights=weights)
-    config = nano(
-        rollout=rollout, nesting=NestingConfig(skip_ratio=0.0), loss=MOVING, optimizer__learning_rate=0.01
-    )
+    config = nano(rollout=rollout, nesting=NestingConfig(skip_ratio=0.0), loss=MOVING, optimizer__learning_rate=0.01)
     run = trainer(config, tmp_path)
     learner = run.state.learner
     for step in range(2):
