@@ -111,7 +111,7 @@ class RunDirectory:
         """Closes the logs."""
         self._metrics.close()
         self._samples.close()
-        if "_events" in self.__dict__:  # asking for them would make the file of a run that logged nothing
+        if "_events" in self.__dict__:  # the cached property: without a point there is no writer, and none is made
             self._events.close()
 
 

@@ -35,7 +35,7 @@ class Update:
     has moved the target itself. Everything else is of the last pass.
 
     Attributes:
-        empty: there was no token to learn from, so nothing changed; the numbers below are zero.
+        empty: no token counted, so nothing changed; the numbers below are zero.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
@@ -79,7 +79,7 @@ class Learner:
         start: the policy to train. It stays as it is for as long as anyone holds it.
         weights: what `behavior_policy` samples with.
         """
-        self.mesh = start.mesh
+        self.mesh, self.tokenizer, self.num_layers = start.mesh, start.tokenizer, start.num_layers
         # All that a policy is beside its weights; holding the model itself would keep its buffers in use.
         self._as_policy = partial(
             Policy,
@@ -108,6 +108,21 @@ class Learner:
         self._rounded = None
         # One compiled update serves the whole phase, because the task cannot change within it.
         self._update = make_update(task)
+
+    def rest(self) -> None:
+        """Ends a phase for one that does not train: the optimizer's memory goes."""
+        self.state = TrainState(self.state.trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
+
+    def load(self, state: TrainState, reference: nnx.State | None) -> None:
+        """Takes over the arrays of a checkpoint.
+
+        Args:
+            state: parameters, optimizer state and counter.
+            reference: the parameters that a KL penalty compares with; None keeps what there is.
+        """
+        self.state, self._rounded, self._lent = state, None, []
+        if reference is not None:
+            self.reference = reference
 
     def keep_reference(self) -> None:
         """Makes the parameters as they are now the reference."""
@@ -176,17 +191,16 @@ class Learner:
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token to learn from changes nothing, not even by momentum.
+        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum.
 
         Args:
             batch: what `batch` made of some groups, or demonstrations.
         """
         arrays = batch.arrays
-        # A gradient of zero would still move the parameters, by the momentum of earlier updates.
-        teaches_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
-        if self.needs.signal_is_weight:
-            teaches_BG &= arrays.signal_BG != 0
-        if not bool(np.any(np.asarray(teaches_BG))):
+        counts_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
+        if self.needs.zero_signal_has_no_weight:
+            counts_BG &= arrays.signal_BG != 0
+        if not bool(np.any(np.asarray(counts_BG))):
             return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
         passes = []
         for _ in range(self.task.updates_per_batch):
