@@ -35,7 +35,7 @@ class Update:
     has moved the target itself. Everything else is of the last pass.
 
     Attributes:
-        empty: there was no token to learn from, so nothing changed; the numbers below are zero.
+        empty: no token counted, so nothing changed; the numbers below are zero.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
@@ -191,7 +191,7 @@ class Learner:
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token to learn from changes nothing, not even by momentum.
+        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum.
 
         Args:
             batch: what `batch` made of some groups, or demonstrations.

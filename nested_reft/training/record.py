@@ -70,7 +70,7 @@ METRICS = (
     Metric("skipped_layers", "", "indices of the layers that the nested policy skipped"),
     Metric("draft_length", "tokens", "tokens drafted before each verification (exact rollouts)"),
     Metric("draft_acceptance", "share", "share of tested draft tokens that the full model kept"),
-    Metric("empty", "", "true where there was no token to learn from, so that nothing changed"),
+    Metric("empty", "", "true where no token counted, so that nothing changed"),
     Metric("loss", "", "what was minimised, in the last pass over the batch"),
     Metric("policy_loss", "", "its policy-gradient part"),
     Metric("cross_entropy", "nats/token", "of the demonstrations (supervised objective)"),

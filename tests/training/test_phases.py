@@ -73,15 +73,16 @@ def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypa
     seen = []
 
     def half_right(policy, examples, *rest):
-        seen.append(policy.version)
+        seen.append(parameters(policy))
         return np.arange(len(examples)) % 2 * rest[-1], 0
 
     monkeypatch.setattr("nested_reft.training.split.num_correct", half_right)
     config = nano(**WARM, data__split=SplitConfig("pass_rate", parts=4, samples=8), train__steps=1)
-    run = trainer(config, tmp_path)
+    warmed, run = warm_started(prepare(config)), trainer(config, tmp_path)
     undivided = run.data
     run.run()
-    assert seen == [3]  # the policy after its warm start, once
+    (measured,) = seen  # the policy after its warm start, once
+    assert_equal_arrays(measured, parameters(warmed))
     easy, hard = "three_to_six_digits.pass_1.00-1.00", "three_to_six_digits.pass_0.00-0.00"
     assert run.data.source_names == (easy, hard) and run.data.heldout_of_source == (0, 0)
     whole = undivided.train_examples[0]
@@ -119,9 +120,9 @@ def test_parts_of_sources_come_the_easiest_first_whatever_their_source():
         ]
         for name, examples, rates in zip("ab", data.train_examples, ((0.9, 0.1), (0.5, 0.0)), strict=True)
     ]
-    found = divided(config, data, division)
+    found = divided(data, division)
     assert found.source_names == ("a0", "b0", "a1", "b1")
     assert found.heldout_of_source == (0, 1, 0, 1)
     assert found.train_examples[1] == data.train_examples[1][::2]
     with pytest.raises(ValueError, match=r"divides sources of \[\d+, \d+\] examples; this run has others"):
-        divided(config, found, division)
+        divided(found, division)
