@@ -100,11 +100,10 @@ def test_refusals(tmp_path):
         with pytest.raises(ValueError, match="no complete checkpoint in"):
             checkpoints.restore_host()
         checkpoints.save(4, ARRAYS, {"step": 4, "array": np.arange(3)})
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        with pytest.raises(ValueError, match="checkpoint 4 in .* is damaged or of another model"):
-            checkpoints.restore_some({"weights": jnp.zeros((4, 4))})
+    damaged = r"checkpoint 4 in .* is damaged or of another model"
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=damaged):
+        checkpoints.restore_some({"weights": jnp.zeros((4, 4))})
     for file in (tmp_path / "4" / "host").iterdir():
         file.write_bytes(b"")
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        with pytest.raises(ValueError, match="checkpoint 4 in .* is damaged"):
-            checkpoints.restore_host()
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=damaged):
+        checkpoints.restore_host()

@@ -9,8 +9,8 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
-from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
