@@ -128,7 +128,14 @@ class Trainer:
         return summary
 
     def step(self, number: int) -> StepRecord:
-        """One training step: choose prompts, sample nested, score, and update the full model."""
+        """One training step: choose prompts, sample nested, score, and update the full model.
+
+        Raises:
+            RuntimeError: the run is still in a phase before reinforcement, which `run` would go through.
+        """
+        if self.state.phase < len(self.phases) - 1:
+            name = self.phases[self.state.phase].name
+            raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
         config, state, keys = self.config, self.state, self.keys.step(number)
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.

@@ -1,6 +1,5 @@
 """From a configuration to a start: everything that cannot work is refused before any compute."""
 
-import dataclasses
 import json
 
 import pytest
@@ -87,10 +86,3 @@ def test_the_configuration_of_a_run_directory(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"config.json' cannot be read"):
             run_config(tmp_path)
-
-
-def test_what_json_cannot_keep_is_refused():
-    """A run of it could not be resumed."""
-    source = dataclasses.replace(nano().data.sources[0], parameters={"min_terms": (1, 1)})
-    with pytest.raises(ValueError, match="values that JSON cannot keep"):
-        prepare(nano(data__sources=(source,)))

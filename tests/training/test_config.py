@@ -1,0 +1,164 @@
+"""Configurations: through JSON and back, overridden, refused; every one that ships takes a step."""
+
+import dataclasses
+import json
+import string
+
+import numpy as np
+import pytest
+
+from nested_reft.cli.arguments import override
+from nested_reft.config_files import config_names
+from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, exactly
+from nested_reft.data.splits import SplitConfig
+from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.source import ModelSource
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.phases import warm_started
+from nested_reft.training.setup import prepare
+from nested_reft.training.warm_start import WarmStartConfig
+from tests.training.runs import nano, trainer
+
+
+def small(name: str) -> Config:
+    """A configuration that ships, with everything that decides on its cost made small; what it does stays."""
+    config = load_config(name)
+    shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=400)
+    generated = [source for source in config.data.sources if isinstance(source, TaskSource)]
+    sums = TaskSource("instead_of_a_dataset", "chain_sum", exactly(terms=2, digits=1), 8, 2, seed=0)
+    sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in generated or [sums])
+    return dataclasses.replace(
+        config,
+        model=ModelSource("scratch", shape=shape, alphabet=string.printable),
+        data=dataclasses.replace(
+            config.data, sources=sources, prompts_per_batch=2, max_prompt_tokens=300, split=SplitConfig()
+        ),
+        nesting=dataclasses.replace(config.nesting, choice="uniform", divergence_file=None, skip_ratio=0.1),
+        rollout=dataclasses.replace(config.rollout, max_completion_tokens=16),
+        reward=dataclasses.replace(config.reward, overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4)),
+        warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
+        train=dataclasses.replace(config.train, micro_batches=1),
+    )
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_configuration_takes_a_step(name, tmp_path):
+    """After its warm start, where it has one; `test_phases` divides sources."""
+    setup = prepare(small(name))
+    if setup.config.warm_start.steps:
+        started = dataclasses.replace(setup.config, warm_start=WarmStartConfig())
+        setup = prepare(started, warm_started(setup))
+    assert np.isfinite(trainer(setup, tmp_path).step(0).update.loss)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_configurations_survive_json(name):
+    config = load_config(name)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("loss", [nano().loss, SupervisedConfig()])
+def test_objectives_of_every_kind_are_read_back_from_json(loss):
+    config = nano(loss=loss)
+    found = Config.from_json(json.loads(json.dumps(config.to_json())))
+    assert found == config and type(found.loss) is type(loss)
+
+
+def test_the_parts_of_an_objective_are_overridden():
+    """Which objective it is, is no word on the command line; `tiny` truncates, which `retrace` has no use for."""
+    changed = override(nano(), ["--loss.bias-mitigation", "retrace", "--loss.truncate-at", "None"])
+    assert changed.loss == dataclasses.replace(nano().loss, bias_mitigation="retrace", truncate_at=None)
+    supervised = override(nano(loss=SupervisedConfig()), ["--train.steps", "7"])
+    assert supervised.loss == SupervisedConfig() and supervised.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias_mitigation": "guess"}, "loss: wrong value type for field .*bias_mitigation"),
+        ({"temperature": 1.0}, "loss: can not match .*temperature"),
+    ],
+)
+def test_what_is_wrong_with_a_stored_objective_is_said(changes, message):
+    value = nano().to_json()
+    value["loss"] |= changes
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(value)
+
+
+def test_a_stored_objective_without_all_its_parts_is_refused():
+    value = nano().to_json()
+    value["loss"] = {"advantage": "group_std"}
+    with pytest.raises(ValueError, match=r"loss: missing value for field .bias_mitigation"):
+        Config.from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__steps": 0}, "train.steps is 0"),
+        ({"train__ess_warning": 1.0}, "train.ess_warning is 1.0; allowed is 0 < ess_warning < 1"),
+        ({"train__seed": -1}, "train.seed is -1; allowed is 0 or more"),
+        ({"rollout__max_completion_tokens": 0}, "rollout.max_completion_tokens is 0"),
+        ({"rollout__draft_length": 0}, "rollout.draft_length is 0; allowed is 1 or more"),
+        ({"rollout__mixture_alpha": 1.5}, "rollout.mixture_alpha is 1.5; allowed is 0 < mixture_alpha <= 1, or None"),
+        ({"data__prompts_per_batch": 0}, "data.prompts_per_batch is 0"),
+        ({"data__sources": ()}, "data.sources is empty"),
+        ({"warm_start__learning_rate": 0.0}, "warm_start.learning_rate is 0.0"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
+        ({"evaluation__pass_k": 9}, "evaluation.pass_k is 9"),
+        (
+            {"data__split": SplitConfig("cluster", sources=("four",))},
+            "data.split.sources has 'four'; allowed are three",
+        ),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        nano(**changes)
+
+
+def test_exact_rollouts_have_nothing_to_mix():
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and rollout.mixture_alpha 0.5"):
+        nano(rollout=dataclasses.replace(nano().rollout, mode="exact", mixture_alpha=0.5))
+
+
+def test_rounded_rollouts_are_refused_where_the_targets_own_density_is_needed():
+    rounded = dataclasses.replace(nano().rollout, weights="int8")
+    with pytest.raises(ValueError, match=r"rollout.weights is 'int8' and rollout.mixture_alpha 0.5"):
+        dataclasses.replace(rounded, mixture_alpha=0.5)
+    with pytest.raises(ValueError, match=r"rollout.mode is 'exact' and rollout.weights 'int8'"):
+        dataclasses.replace(rounded, mode="exact")
+
+
+def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = JsonlSource("own", "own.jsonl", None, 2, 0, prompt=PromptFormat("{question}=", chat=False), checker="math")
+    published = DatasetSource("gsm8k", "gsm8k", 100, 10, 0, folder="somewhere")
+    config = nano()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sources=(*config.data.sources, own, published), too_long="drop")
+    )
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    changed = override(config, ["--data.sources.1.file", "x.jsonl", "--data.sources.2.train-size", "None"])
+    assert changed.data.sources[1] == dataclasses.replace(own, file="x.jsonl")
+    assert changed.data.sources[2] == dataclasses.replace(published, train_size=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout_size": 0}, "data.sources.three_to_six_digits.heldout_size is 0; allowed is 1 or more"),
+        ({"heldout_sizes": 1}, "data.sources.three_to_six_digits: can not match .*heldout_sizes"),
+        ({"seed": "x"}, "data.sources.three_to_six_digits: wrong value type for field .*seed"),
+        ({"checker": "guess"}, "data.sources.three_to_six_digits: wrong value type for field .*checker"),
+        ({"file": "x"}, "data.sources.three_to_six_digits needs exactly one of the fields task, dataset, file"),
+    ],
+)
+def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
+    value = nano().to_json()
+    value["data"]["sources"][0] |= changes
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(value)

@@ -1,0 +1,166 @@
+"""What a step becomes: metrics that are declared, samples, and the line of progress."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nested_reft.curriculum import CurriculumConfig
+from nested_reft.replay import DynamicSamplingConfig
+from nested_reft.training import record
+from nested_reft.training.record import METRICS
+from tests.training.runs import WITH_KL, comparable, lines_of, metrics_of, trainer, two_sources
+
+# What a run logs only with the part of the configuration that it is about, or when something happened.
+ONLY_SOMETIMES = {
+    "trained_groups",
+    "shortfall",
+    "draft_length",
+    "draft_acceptance",
+    "empty",
+    "cross_entropy",
+    "self_distillation_kl",
+    "warning",
+    "next_num_skipped",
+    "nesting_reason",
+    "layer_divergence",
+    "remeasure_seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with a curriculum and a reference, and the record of each step."""
+    path, records = tmp_path_factory.mktemp("run"), []
+    config = two_sources(loss=WITH_KL, curriculum=CurriculumConfig("dump"), train__steps=2)
+    run = trainer(config, path, on_step=records.append)
+    run.run()
+    return path, run, records
+
+
+def test_every_logged_metric_is_declared_and_every_declared_one_is_logged(run):
+    logged = {name for line in lines_of(run[0]) for name in line}
+    undeclared = [name for name in logged if not any(metric.matches(name) for metric in METRICS)]
+    assert not undeclared
+    unused = {metric.name for metric in METRICS if not any(metric.matches(name) for name in logged)}
+    assert unused == ONLY_SOMETIMES
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names) and all(metric.meaning for metric in METRICS)
+
+
+def test_each_logged_metric_is_one_declared_metric(run):
+    """Otherwise its unit would be ambiguous; the two kinds of placeholders must not swallow each other's names."""
+    for name in {name for line in lines_of(run[0]) for name in line}:
+        assert sum(metric.matches(name) for metric in METRICS) == 1, name
+
+
+def test_a_metric_that_is_not_declared_is_refused(run):
+    _, finished, (found, _) = run
+    parts = found.update.parts | {"surprise": 1.0}
+    changed = dataclasses.replace(found, update=dataclasses.replace(found.update, parts=parts))
+    with pytest.raises(AssertionError, match=r"metrics \['surprise'\] are not declared in METRICS"):
+        metrics_of(finished, changed)
+
+
+def test_the_record_becomes_the_line_that_was_logged(run):
+    path, finished, records = run
+    for line, found in zip(lines_of(path)[1:], records, strict=True):
+        assert {"step": found.number} | comparable(metrics_of(finished, found)) == comparable(line)
+
+
+def test_metrics_count_what_was_found(run):
+    _, finished, (found, _) = run
+    metrics, rollouts = metrics_of(finished, found), found.all.rollouts
+    assert metrics["sources"] == np.bincount(found.all.prompts.source_B, minlength=2).tolist()
+    assert metrics["completion_tokens"] == pytest.approx(rollouts.length_BG.mean())
+    assert metrics["finished"] == pytest.approx(rollouts.finished_BG.mean())
+    assert metrics["skipped_layers"] == list(found.plan.skipped(6)) and len(metrics["skipped_layers"]) == 1
+    assert metrics["tokens_per_second"] == pytest.approx(rollouts.length_BG.sum() / metrics["rollout_seconds"])
+    assert metrics["generation_batches"] == 1
+
+
+def test_the_mean_reward_is_over_completions_that_have_a_score(run):
+    """By hand: of four completions three have a score, (1 + 0 + 2) / 3 = 1; over all four it would be 3/4."""
+    _, _, (found, _) = run
+    batch = found.found[0]
+    reward_BG, scored_BG = np.zeros((4, 4), np.float32), np.zeros((4, 4), bool)
+    reward_BG[0, :3], scored_BG[0, :3] = (1, 0, 2), True
+    changed = dataclasses.replace(found, found=(dataclasses.replace(batch, reward_BG=reward_BG, scored_BG=scored_BG),))
+    assert changed.mean("reward_BG") == pytest.approx(1)
+    none = dataclasses.replace(batch, scored_BG=np.zeros((4, 4), bool))
+    assert dataclasses.replace(found, found=(none,)).mean("reward_BG") == 0
+
+
+def test_metrics_name_every_source_of_the_curriculum(run):
+    """`probability` and `count` are those that the step's draws came from."""
+    _, finished, (found, _) = run
+    metrics = metrics_of(finished, found)
+    for name, prompts in zip(("two_terms", "three_terms"), metrics["sources"], strict=True):
+        assert metrics[f"curriculum/{name}/probability"] == 0.5 and metrics[f"curriculum/{name}/count"] == 0
+        assert (f"curriculum/{name}/reward" in metrics) == (prompts > 0)
+    assert isinstance(metrics["curriculum_audit"], str)
+
+
+def test_samples_explain_the_completions_of_the_first_prompts(run):
+    path, _, (found, _) = run
+    lines = record.samples(found, 6)
+    assert len(lines) == 4 * 4
+    logged = [line for line in lines_of(path, "samples") if line["step"] == 1]
+    assert logged == [{"step": 1} | line for line in lines]
+    groups, weight_BGC = found.groups, found.update.weight_BGC
+    for b in range(4):
+        for g in range(4):
+            line = lines[4 * b + g]
+            length = groups.rollouts.length_BG[b, g]
+            assert (line["text"], line["tokens"]) == (groups.texts[b][g], length)
+            assert line["stop"] == ("stop token" if groups.rollouts.finished_BG[b, g] else "length")
+            assert line["skipped_layers"] == list(found.plan.skipped(6))
+            assert line["mean_weight"] == pytest.approx(weight_BGC[b, g].sum() / length)
+
+
+def test_a_completion_of_the_full_model_skips_no_layer(run):
+    _, _, (found, _) = run
+    nested_BG = np.zeros((4, 4), bool)
+    nested_BG[0, 0] = True
+    rollouts = dataclasses.replace(found.groups.rollouts, nested_BG=nested_BG)
+    lines = record.samples(dataclasses.replace(found, groups=dataclasses.replace(found.groups, rollouts=rollouts)), 6)
+    assert [len(line["skipped_layers"]) for line in lines] == [1] + [0] * 15
+
+
+def test_a_step_that_is_too_far_off_policy_warns_with_a_remedy(run):
+    _, finished, (found, _) = run
+    assert found.warning(threshold=1e-9) is None and "warning" not in metrics_of(finished, found)
+    assert "nesting.skip_ratio" in found.warning(threshold=1 - 1e-9)
+    config = dataclasses.replace(
+        finished.config, train=dataclasses.replace(finished.config.train, ess_warning=1 - 1e-9)
+    )
+    assert record.metrics(found, config, finished.data.source_names)["warning"] == found.warning(1 - 1e-9)
+
+
+def test_progress_shows_the_latest_accuracies(run):
+    _, _, (found, _) = run
+    shown = record.progress(found, {"heldout/two_terms": 0.25})
+    assert shown.startswith("reward 0.") and "tok/s, ESS 0." in shown and shown.endswith("heldout/two_terms 0.25")
+
+
+def test_an_empty_step_says_so_and_has_no_health(run):
+    _, finished, (found, _) = run
+    update = dataclasses.replace(found.update, empty=True, loss=0.0, gradient_norm=0.0, parts={}, health=None)
+    empty = dataclasses.replace(found, update=update)
+    metrics = metrics_of(finished, empty)
+    assert metrics["empty"] and not {"warning", "ess_token", "entropy"} & set(metrics)
+    assert "ESS nan" in record.progress(empty, {})
+
+
+def test_dynamic_sampling_says_how_much_it_trained_on(run):
+    """Two batches of 4 groups, of which 1 and 2 are mixed: 3 of the 4 groups wanted are trained on."""
+    _, finished, (found, _) = run
+    batches = []
+    for mixed in (1, 2):
+        accuracy_BG = np.zeros((4, 4), np.float32)
+        accuracy_BG[:mixed, 0] = 1
+        batches.append(dataclasses.replace(found.found[0], accuracy_BG=accuracy_BG, scored_BG=np.ones((4, 4), bool)))
+    config = dataclasses.replace(finished.config, dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2))
+    metrics = record.metrics(dataclasses.replace(found, found=tuple(batches)), config, finished.data.source_names)
+    assert (metrics["generation_batches"], metrics["trained_groups"]) == (2, 3)
+    assert metrics["mixed_groups"] == pytest.approx(3 / 8) and "left 3 of 4 groups" in metrics["shortfall"]
