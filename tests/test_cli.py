@@ -53,6 +53,10 @@ def refused(arguments, capsys) -> str:
         (["train", "tiny", "--nesting.skip-ratio", "high"], "skip-ratio"),
         (["train", "tiny", "--nesting.border", "3"], "nesting.border is 3 and nesting.skip_ratio 0.2"),
         (["train", "tiny", "--data.prompts-per-batch", "0"], "data.prompts_per_batch is 0"),
+        (
+            ["train", "tiny", "--loss.bias-mitigation", "retrace"],
+            "loss.truncate_at is set, but bias_mitigation 'retrace' already limits the weight",
+        ),
         (["train", "tiny", "--data.max-prompt-tokens", "4"], "data.max_prompt_tokens is 4"),
         (["train", "tiny", "--data.sources.0.task", "chain_sun"], "did you mean one of: chain_sum"),
         (["train", "smollm2_chain_sum", "--model.name", "gpt-9"], "model is 'gpt-9', which is neither known"),
@@ -153,10 +157,12 @@ def test_configs_without_time_and_what_is_no_python(monkeypatch, capsys):
 
 def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     """One run through every command; then the run refuses another configuration and stays as it is."""
-    assert main(["train", "tiny", *SMALL, "--train.steps", "2", "--json", "summary.json"]) == 0
+    retrace = ["--loss.bias-mitigation", "retrace", "--loss.truncate-at", "None"]
+    assert main(["train", "tiny", *SMALL, *retrace, "--train.steps", "2", "--json", "summary.json"]) == 0
     (run,) = Path("runs").iterdir()
     assert str(run) in capsys.readouterr().out
     assert json.loads(Path("summary.json").read_text()) == json.loads((run / "summary.json").read_text())
+    assert json.loads((run / "config.json").read_text())["loss"]["bias_mitigation"] == "retrace"
 
     assert main(["eval", str(run), "--json", "eval.json"]) == 0
     assert "three_to_six_digits" in json.loads(Path("eval.json").read_text())
@@ -174,6 +180,7 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     assert "holds another configuration" in refused(["train", "smollm2_chain_sum", "--resume", str(run)], capsys)
     assert held == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
     assert main(["train", "--resume", str(run)]) == 0
+    assert f"run '{run}' is complete" in capsys.readouterr().out
 
     (array,) = (run / "checkpoints" / "2" / "arrays").glob("d/*")
     array.write_bytes(b"")
@@ -181,6 +188,9 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     message = refused(["eval", str(run)], capsys)
     assert "checkpoint 2" in message and "is damaged or of another model" in message
     assert sorted(run.rglob("*")) == before
+    (run / "summary.json").unlink()  # not complete, so that it is resumed
+    message = refused(["train", "--resume", str(run)], capsys)
+    assert "checkpoint 2" in message and "is damaged or of another model" in message
 
 
 def test_measured_layers_can_be_trained_with(capsys):

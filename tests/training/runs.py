@@ -12,12 +12,12 @@ from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.nesting_control import NestingControlConfig
-from nested_reft.run_directory import RunDirectory
+from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training import record
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import prepare
-from nested_reft.training.trainer import Trainer
+from nested_reft.training.trainer import OnStep, Trainer
 
 WITH_KL = PolicyGradientConfig(
     "leave_one_out", "base", "token", "token_mean", reference_kl="k3_loss", reference_kl_coefficient=0.1
@@ -67,7 +67,7 @@ def controlled(**changes: Any) -> Config:
     return nano(**({"nesting_control": control, "nesting": NestingConfig(border=1)} | changes))
 
 
-def trainer(config: Config, path: Path, resume: bool = False) -> Trainer:
+def trainer(config: Config, path: Path, resume: bool = False, on_step: OnStep | None = None) -> Trainer:
     """An open trainer of the configuration that writes to `path`."""
     return Trainer(prepare(config), RunDirectory(path)).open(resume)
 
@@ -97,3 +97,8 @@ def assert_equal_arrays(a: Any, b: Any) -> None:
     """Two pytrees are equal bit for bit."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert jnp.array_equal(x, y)
+
+
+def lines_of(path: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """The lines of a run's log, those of `metrics.jsonl` unless said otherwise."""
+    return read_log(path / f"{name}.jsonl")

@@ -96,8 +96,8 @@ REFUSED = {
             r"curriculum.weights has 2 weights; allowed is one for each of the 1 sources three_to_six_digits",
         ),
         (
-            {"curriculum": STATIC, "data__split": SplitConfig("cluster")},
-            r"curriculum.kind is 'static' and data.split.kind 'cluster'; .* use another kind, or 'none'",
+            {"curriculum": STATIC, "data__split": SplitConfig("pass_rate")},
+            r"curriculum.kind is 'static' and data.split.kind 'pass_rate'; .* use another kind, or 'none'",
         ),
     ],
     "bfloat16_weights_need_adapters": [

@@ -110,7 +110,7 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
         ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
         ({"evaluation__pass_k": 9}, "evaluation.pass_k is 9"),
         (
-            {"data__split": SplitConfig("cluster", sources=("four",))},
+            {"data__split": SplitConfig("pass_rate", sources=("four",))},
             "data.split.sources has 'four'; allowed are three",
         ),
     ],
