@@ -2,7 +2,7 @@
 
 from unittest.mock import MagicMock
 
-from nested_reft.run_directory import RunDirectory
+from nested_reft.run_directory import RunDirectory, read_log
 
 
 def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
@@ -15,7 +15,7 @@ def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path):
     resumed = RunDirectory(tmp_path)
     resumed.drop_after(2)
     resumed.log_metrics(3, {"reward": 0.25})
-    assert [line["step"] for line in resumed.read_metrics()] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_log(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_resuming_drops_tensorboard_points_after_the_checkpoint(tmp_path, monkeypatch):

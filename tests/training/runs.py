@@ -16,7 +16,7 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training import record
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.record import StepRecord
-from nested_reft.training.setup import prepare
+from nested_reft.training.setup import Setup, prepare
 from nested_reft.training.trainer import OnStep, Trainer
 
 WITH_KL = PolicyGradientConfig(
@@ -67,9 +67,10 @@ def controlled(**changes: Any) -> Config:
     return nano(**({"nesting_control": control, "nesting": NestingConfig(border=1)} | changes))
 
 
-def trainer(config: Config, path: Path, resume: bool = False, on_step: OnStep | None = None) -> Trainer:
-    """An open trainer of the configuration that writes to `path`."""
-    return Trainer(prepare(config), RunDirectory(path)).open(resume)
+def trainer(config: Config | Setup, path: Path, resume: bool = False, on_step: OnStep | None = None) -> Trainer:
+    """An open trainer of a configuration, or of what was prepared of one, that writes to `path`."""
+    setup = prepare(config) if isinstance(config, Config) else config
+    return Trainer(setup, RunDirectory(path), on_step).open(resume)
 
 
 def save_after(run: Trainer, steps: int) -> None:
