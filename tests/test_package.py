@@ -207,7 +207,10 @@ def test_nothing_is_unpickled():
         ({"nested_reft/models/a.py": "from ..train import step"}, "models imports train, which stands above"),
         ({"nested_reft/models/a.py": "from nested_reft import losses"}, "models imports losses, a rule of training"),
         ({"nested_reft/rollout/a.py": "import nested_reft.replay"}, "rollout imports replay, a rule of training"),
-        ({"nested_reft/rollout/a.py": "from nested_reft.data import tasks"}, "rollout imports data, a rule of training"),
+        (
+            {"nested_reft/rollout/a.py": "from nested_reft.data import tasks"},
+            "rollout imports data, a rule of training",
+        ),
         ({"nested_reft/literals.py": "from nested_reft import types"}, "literals imports types, which stands above"),
         (
             {"nested_reft/checkpoints.py": "from nested_reft.rollout.policy import Policy"},

@@ -85,7 +85,9 @@ def mixture(target, full, nested, alpha):
         return jnp.log(jnp.array([[probability]], jnp.float32))
 
     mask_BGC = jnp.ones((1, 1, len(target)), bool)
-    return np.exp(np.asarray(mixture_log_weight(logs(target), logs(full), logs(nested), mask_BGC, jnp.array([alpha]))))[0, 0]
+    return np.exp(np.asarray(mixture_log_weight(logs(target), logs(full), logs(nested), mask_BGC, jnp.array([alpha]))))[
+        0, 0
+    ]
 
 
 def test_mixture_by_hand():

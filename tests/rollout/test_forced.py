@@ -125,9 +125,7 @@ def test_a_rows_own_greedy_tokens_bring_back_the_rest(how, plan, key):
     again = sample(model, key, forced, plan=plan, how=how, sampling=GREEDY)
     assert jnp.array_equal(again.tokens_BGC, whole.tokens_BGC)
     own_BGC = np.arange(SIZE) >= np.asarray(LENGTHS)[..., None]
-    np.testing.assert_allclose(
-        again.behavior_logprob_BGC, np.asarray(whole.behavior_logprob_BGC) * own_BGC, atol=1e-4
-    )
+    np.testing.assert_allclose(again.behavior_logprob_BGC, np.asarray(whole.behavior_logprob_BGC) * own_BGC, atol=1e-4)
 
 
 @pytest.mark.parametrize(
