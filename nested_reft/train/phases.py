@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from tqdm.auto import tqdm
@@ -29,6 +29,7 @@ from nested_reft.train.step import Task, UpdatePlans
 from nested_reft.train.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
 
 
+@runtime_checkable
 class Phase(Protocol):
     """One part of a run.
 
