@@ -24,11 +24,13 @@ from nested_reft.curriculum import (
     explain,
     exploration_bonus,
     learnability,
+    observe,
     probabilities,
     step_metrics,
     update,
 )
 from nested_reft.estimators.advantages import group_advantages
+from tests.scored_groups import scored
 
 UNIFORM = CurriculumConfig("uniform")
 EASY_TO_HARD = CurriculumConfig("easy_to_hard", promote_at=0.75, window=4)
@@ -428,3 +430,34 @@ def test_level_outside_the_sources_is_refused(num_sources, level):
 def test_an_empty_source_is_refused():
     with pytest.raises(ValueError, match="curriculum source 1 has size 0; allowed is 1 or more"):
         CurriculumState.start([3, 0])
+
+
+# observe
+
+
+def test_a_batch_is_observed_by_raw_accuracy_and_scored_responses():
+    """Source 1 has one right of two scored responses, and a third without a score; source 0 two of two right.
+
+    Accuracies 1 and 0 have the mean 1/2, so each |A| of `group_mean` is 1/2. The shaped rewards, unequal where all
+    is right, would make source 0 look learnable; the unscored response taken for wrong would give 2/3, 1/3, 1/3.
+    """
+    batch = scored(
+        [[1, 0, 0], [1, 1, 0]],
+        source_B=[1, 0],
+        reward_BG=[[9, 2, 5], [1, 3, 8]],
+        scored_BG=[[True, True, False], [True, True, False]],
+    )
+    state = observe(start(2), CurriculumConfig("dump", advantage="group_mean"), batch)
+    assert [source.count for source in state.sources] == [2, 2]
+    np.testing.assert_allclose(state.sources[1].advantage_size, [0.5, 0.5])
+    np.testing.assert_allclose(state.sources[0].advantage_size, [0, 0])
+    assert state.sources[1].accuracy == (1, 0) and state.sources[0].accuracy == (1, 1)
+
+
+def test_a_baseline_is_needed_to_tell_what_can_be_learnt():
+    wrong = object.__new__(CurriculumConfig)  # behind the back of the tests' own type checks
+    for field in dataclasses.fields(CurriculumConfig):
+        object.__setattr__(wrong, field.name, getattr(DUMP, field.name))
+    object.__setattr__(wrong, "advantage", "no_baseline")
+    with pytest.raises(ValueError, match=r"curriculum.advantage is 'no_baseline'; allowed are leave_one_out, group_"):
+        wrong.__post_init__()
