@@ -61,13 +61,14 @@ def final_entropy(
             tokens_BGC=tokens_BG[..., None],
             length_BG=jnp.ones(SHAPE, jnp.int32),
             forced_BG=jnp.zeros(SHAPE, jnp.int32),
+            counted_BG=jnp.ones(SHAPE, bool),
+            signal_BG=group_advantages(reward_BG, jnp.ones(SHAPE, bool), "group_std"),
             behavior_logprob_BGC=behavior_V[tokens_BG][..., None],
-            advantage_BG=group_advantages(reward_BG, jnp.ones(SHAPE, bool), "group_std"),
         )
 
         def loss(logits_V: Float[Array, " V"]) -> Float[Array, ""]:
             logprob_BGC = jax.nn.log_softmax(logits_V)[tokens_BG][..., None]
-            return policy_gradient_loss(logprob_BGC, batch, config, None)[0].mean()
+            return policy_gradient_loss(logprob_BGC, batch, config).total.mean()
 
         return jax.lax.fori_loop(0, updates, lambda _, x: x - learning_rate * jax.grad(loss)(x), logits_V), None
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments.runs import EVERY, finished, train, warm_started
 from nested_reft.json_files import write_json
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.reports.tables import table
 from nested_reft.training.config import Config, load_config
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def variant_config(variant: str, seed: int, steps: int) -> Config:
     """`tiny_dapo` without the parts that come after `variant`."""
     full = load_config("tiny_dapo")
+    assert isinstance(full.loss, PolicyGradientConfig)  # DAPO's loss is one
     have = VARIANTS[: VARIANTS.index(variant) + 1]
     loss = dataclasses.replace(
         full.loss,

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from nested_reft.estimators.health import Health
 from nested_reft.json_files import write_json
-from nested_reft.nesting_control import NestingControlConfig, choose, initial_state, update
+from nested_reft.nesting_control import NestingControlConfig, initial_state, update
 from nested_reft.reports.figures import pyplot
 from nested_reft.reports.tables import table
-from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.run_directory import RunDirectory, read_log, versions
 from nested_reft.training.config import load_config
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
@@ -45,18 +46,36 @@ def drifting(step: int) -> float:
 
 
 def plant_run(cost: Callable[[int], float], control: NestingControlConfig, seed: int = 0) -> list[dict[str, Any]]:
-    """The controller on a plant: what it would log at each step."""
+    """The controller on a plant: what it would log at each step.
+
+    Args:
+        cost: c of the plant at each step.
+        control: the rule.
+        seed: of the noise.
+    """
     generator, state, lines = np.random.default_rng(seed), initial_state(control, 0), []
     for step in range(PLANT_STEPS):
-        size = choose(state)
+        size = state.num_skipped
         ess = math.exp(-cost(step) * size**1.5 * math.exp(NOISE * generator.standard_normal()))
-        state = update(state, control, {"ess_token": ess})
+        state = update(state, control, _health(ess))
         lines.append({"step": step + 1, "skipped": size, "ess_token": ess, "reason": state.reason})
     return lines
 
 
+def _health(ess_token: float) -> Health:
+    """A step's health with this effective sample size; the controller of the plants reads nothing else."""
+    values: dict[str, Any] = {field.name: 1.0 for field in dataclasses.fields(Health)}
+    values["ess_token"] = ess_token
+    return Health(**values)
+
+
 def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
-    """The same of a training run of the tiny model, from no skipped layer up."""
+    """The same of a training run of the tiny model, from no skipped layer up.
+
+    Args:
+        steps: training steps.
+        runs: where the run directory is made.
+    """
     config = load_config("tiny")
     config = dataclasses.replace(
         config,
@@ -67,7 +86,7 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
         evaluation=dataclasses.replace(config.evaluation, every_steps=steps),
     )
     run = RunDirectory.create(runs, config.name, config.to_json())
-    Trainer(prepare(config), run).run()
+    Trainer(prepare(config), run).open().run()
     return [
         {
             "step": line["step"],
@@ -77,20 +96,20 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
             "compilations": line["compilations"],
             "reason": line["nesting_reason"],
         }
-        for line in _metrics(run.path)
-        if "nesting_reason" in line
+        for line in read_log(run.path / "metrics.jsonl")
+        # The evaluation before training, and steps with nothing to learn from, decide nothing.
+        if "nesting_reason" in line and "ess_token" in line
     ]
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    run = RunDirectory(path)
-    lines = run.read_metrics()
-    run.close()
-    return lines
-
-
 def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """How well the budget was held, over the second half of the steps too."""
+    """How well the budget was held, over the second half of the steps too.
+
+    Args:
+        name: of the plant.
+        control: the rule that it was run with.
+        lines: what `plant_run` or `tiny_run` returned.
+    """
     late = lines[len(lines) // 2 :]
     sizes = np.array([line["skipped"] for line in lines])
     return {
@@ -107,7 +126,12 @@ def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]
 
 
 def plot(path: Path, results: dict[str, tuple[NestingControlConfig, list[dict[str, Any]]]]) -> None:
-    """Skipped layers above, effective sample size and budget below, a column for each plant."""
+    """Skipped layers above, effective sample size and budget below, a column for each plant.
+
+    Args:
+        path: the image to write.
+        results: the rule and the steps of each plant, by name.
+    """
     figure, axes = pyplot().subplots(2, len(results), figsize=(4.2 * len(results), 5), sharex="col", squeeze=False)
     for column, (name, (control, lines)) in enumerate(results.items()):
         steps = [line["step"] for line in lines]

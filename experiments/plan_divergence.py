@@ -20,36 +20,35 @@ import numpy as np
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_plan_divergence, texts_of
 from nested_reft.json_files import write_json
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.reports.tables import table
-from nested_reft.rollout.generate import generate
 from nested_reft.run_directory import versions
 from nested_reft.training.config import load_config
 from nested_reft.training.setup import Setup, prepare
+from nested_reft.types import Rollouts
 
 FEW, MANY = 2, 6
 TEMPERATURES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 
-def full_completions(setup: Setup, num_prompts: int):
-    """Completions of the full model on held-out prompts of the first source, one each."""
-    config, examples = setup.config, setup.heldout_examples[0][:num_prompts]
-    prompts = batch_prompts(examples, [0] * len(examples), setup.prompt_size)
-    return generate(
-        setup.model,
-        prompts.tokens_BP,
-        prompts.length_B,
-        LayerPlan.full(setup.model.config.num_layers),
-        np.array(setup.tokenizer.stop_ids, np.int32),
-        jax.random.key(config.train.seed),
-        group_size=1,
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        sampling=config.rollout.sampling,
-    )
+def full_completions(setup: Setup, num_prompts: int) -> Rollouts:
+    """Completions of the full model on held-out prompts of the first source, one each.
+
+    Args:
+        setup: policy and prompts; its seed decides the draws.
+        num_prompts: the most prompts; a source may have fewer.
+    """
+    examples = setup.data.heldout_examples[0][:num_prompts]
+    prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
+    return setup.policy.generate(prompts, None, jax.random.key(setup.config.train.seed))
 
 
 def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:
-    """Name -> how plans are drawn, and of how many skipped layers."""
+    """Name -> how plans are drawn, and of how many skipped layers.
+
+    Args:
+        measured: of a configuration with measured plans; every rule keeps its border.
+    """
     border = measured.border
     return {
         f"uniform, {FEW}": (NestingConfig(border=border), FEW),
@@ -66,18 +65,29 @@ def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:
 
 
 def measure(setup: Setup, num_prompts: int, draws: int, only: str) -> list[dict[str, Any]]:
-    """Mean and standard error over the draws of each rule; all plans on the same completions."""
-    num_layers, temperature = setup.model.config.num_layers, setup.config.rollout.sampling.temperature
+    """Mean and standard error over the draws of each rule; all plans on the same completions.
+
+    Args:
+        setup: policy, held-out prompts and measured divergences.
+        num_prompts: held-out prompts of the first source.
+        draws: plans of each rule.
+        only: rules without this text in their names are left out.
+
+    Returns:
+        A line for each rule, with the divergences in nats per token and the plans.
+    """
+    policy, num_layers = setup.policy, setup.policy.num_layers
     texts = texts_of(full_completions(setup, num_prompts))
     results = []
     for name, (nesting, num_skipped) in rules(setup.config.nesting).items():
         if only not in name:
             continue
+        # Every rule draws with the same keys, and not with the one that sampled the completions.
         keys = jax.random.split(jax.random.key(1), draws)
         plans = [draw_plan(key, nesting, num_layers, setup.divergence_L, num_skipped) for key in keys]
         if nesting.choice == "measured" and nesting.divergence_temperature == 0:
-            plans = plans[:1]  # they are all the same
-        values = measure_plan_divergence(setup.model, texts, temperature, plans, name)
+            plans = plans[:1]  # temperature 0 always takes the cheapest layers
+        values = measure_plan_divergence(policy.model, texts, policy.sampling.temperature, plans, name)
         results.append(
             {
                 "rule": name,

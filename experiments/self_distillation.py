@@ -20,21 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.plan_divergence import full_completions
 from nested_reft.divergence import measure_plan_divergence, texts_of
-from nested_reft.evaluation import EvaluationConfig, evaluate
+from nested_reft.evaluation import EvaluationConfig, evaluate_examples
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.models.transformer import Transformer
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.phases import warm_started
 from nested_reft.training.setup import Setup, prepare
 from nested_reft.training.trainer import Trainer
-from nested_reft.training.warm_start import warm_start
 
 SKIPPED = 2
 MEASURES = ("kl_full_nested", "ess_token", "ess_sequence", "full_accuracy", "nested_accuracy", "update_seconds")
@@ -57,62 +56,70 @@ def all_plans(num_layers: int) -> list[LayerPlan]:
     return [LayerPlan.skipping(num_layers, skipped) for skipped in itertools.combinations(range(1, num_layers - 1), 2)]
 
 
-def measured(setup: Setup, model: Transformer) -> dict[str, float]:
-    """Divergence of the nested policies, and greedy held-out accuracy of the full and the nested ones."""
-    config, num_layers = setup.config, model.config.num_layers
-    texts = texts_of(full_completions(dataclasses.replace(setup, model=model), 128))
-    plans = all_plans(num_layers)
-    divergence = measure_plan_divergence(model, texts, 1.0, plans, "measuring plans")
+def measured(setup: Setup) -> dict[str, float]:
+    """Divergence of the nested policies, and greedy held-out accuracy of the full and the nested ones.
+
+    Args:
+        setup: its policy is measured, on the held-out prompts of its first source.
+    """
+    config, policy = setup.config, setup.policy
+    texts = texts_of(full_completions(setup, 128))
+    plans = all_plans(policy.num_layers)
+    divergence = measure_plan_divergence(policy.model, texts, 1.0, plans, "measuring plans")
 
     def accuracy(plan: LayerPlan) -> float:
-        return evaluate(
-            model,
-            setup.tokenizer,
-            setup.heldout_examples[0],
-            config.reward,
-            config.evaluation,
-            config.rollout.max_completion_tokens,
-            config.rollout.sampling,
-            jax.random.key(0),
-            samples=False,
-            plan=plan,
+        examples, key = setup.data.heldout_examples[0], jax.random.key(0)
+        return evaluate_examples(
+            policy, examples, config.reward, config.evaluation, key, samples=False, plan=plan
         ).greedy_accuracy
 
     return {
         "kl_full_nested": float(divergence.mean()),
-        "full_accuracy": accuracy(LayerPlan.full(num_layers)),
+        "full_accuracy": accuracy(LayerPlan.full(policy.num_layers)),
         "nested_accuracy": float(np.mean([accuracy(plan) for plan in plans])),
     }
 
 
 def trained(setup: Setup, coefficient: float, steps: int) -> dict[str, float]:
-    """One run from the setup's weights, which it copies."""
-    loss = dataclasses.replace(setup.config.loss, self_distillation_coefficient=coefficient)
-    config = dataclasses.replace(setup.config, loss=loss)
-    copied = jax.tree.map(jnp.copy, setup.model)
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(dataclasses.replace(setup, config=config, model=copied), RunDirectory(Path(directory)))
-        lines: list[dict[str, Any]] = [trainer.step(step) for step in range(steps)]
-        model = trainer.state.model
-        trainer.close()
-    late = lines[-(steps // 3) :]
-    return measured(setup, model) | {
-        "ess_token": float(np.mean([line["ess_token"] for line in late])),
-        "ess_sequence": float(np.mean([line["ess_sequence"] for line in late])),
-        "update_seconds": float(np.median([line["step_seconds"] - line["rollout_seconds"] for line in lines])),
+    """What one run comes to.
+
+    Args:
+        setup: what it starts from; it stays as it is.
+        coefficient: gamma, the weight of self-distillation.
+        steps: training steps.
+    """
+    loss = setup.config.loss
+    assert isinstance(loss, PolicyGradientConfig)  # `configuration` starts from one
+    loss = dataclasses.replace(loss, self_distillation_coefficient=coefficient)
+    setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, loss=loss))
+    with tempfile.TemporaryDirectory() as directory, Trainer(setup, RunDirectory(Path(directory))).open() as trainer:
+        records = [trainer.step(number) for number in range(steps)]
+        policy = trainer.state.learner.policy()
+    health = [record.update.health for record in records[-(steps // 3) :] if record.update.health is not None]
+    return measured(dataclasses.replace(setup, policy=policy)) | {
+        "ess_token": float(np.mean([float(found.ess_token) for found in health])),
+        "ess_sequence": float(np.mean([float(found.ess_sequence) for found in health])),
+        "update_seconds": float(np.median([record.seconds - record.rollout_seconds for record in records])),
     }
 
 
 def results_of(seeds: int, steps: int, coefficients: list[float], layer_dropout: float) -> list[dict[str, Any]]:
-    """A line for each seed and coefficient, and one for each seed before training."""
+    """A line for each seed and coefficient, and one for each seed before training.
+
+    Args:
+        seeds: how many, from 0.
+        steps: training steps of each run.
+        coefficients: gamma of each run.
+        layer_dropout: of the warm start.
+    """
     lines = []
     for seed in range(seeds):
         setup = prepare(configuration(seed, steps, layer_dropout))
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        model = warm_start(setup.model, setup, key)
+        # All coefficients start from these weights, so the runs themselves have no warm start.
+        policy = warm_started(setup)
         config = dataclasses.replace(setup.config, warm_start=dataclasses.replace(setup.config.warm_start, steps=0))
-        setup = dataclasses.replace(setup, model=model, config=config)
-        lines.append({"seed": seed, "coefficient": None} | measured(setup, model))
+        setup = dataclasses.replace(setup, policy=policy, config=config)
+        lines.append({"seed": seed, "coefficient": None} | measured(setup))
         lines += [
             {"seed": seed, "coefficient": coefficient} | trained(setup, coefficient, steps)
             for coefficient in coefficients

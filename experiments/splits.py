@@ -1,11 +1,12 @@
-"""What to give DUMP as its distributions: sources as named, parts by pass rate, or parts by cluster.
+"""What to give DUMP as its distributions: one pool, sources as named, or parts by pass rate.
 
-    python -m experiments.splits                    # 5 seeds of four divisions
+    python -m experiments.splits                    # 5 seeds of three divisions
 
 All runs train on the training questions of `tiny_dump`, with its curriculum, from one warm start per
 seed. Only the division of these questions differs. The baseline `pool` is one source, where DUMP has
-nothing to choose. `source` has the six sources that `tiny_dump` names. `pass_rate` and `cluster`
-divide the pool with `data.split`, into at most as many parts.
+nothing to choose. `source` has the six sources that `tiny_dump` names. `pass_rate` divides the pool
+with `data.split`, into at most as many parts. Parts by cluster were compared too, and gained nothing
+(`experiments/results/splits.md`).
 
 The measure is that of `experiments.dump`, on the held-out prompts of the six named sources in every
 run. The level to reach is the final accuracy of the `pool` run of the same seed. What is finished is
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,12 +42,10 @@ KINDS = {
     "pool": SplitConfig(),
     "source": SplitConfig(),
     "pass_rate": SplitConfig("pass_rate", parts=PARTS),
-    "cluster": SplitConfig("cluster", parts=PARTS),
-    # Would the losers win with other settings? Not run unless asked for.
+    # Are fewer samples enough? Not run unless asked for.
     "pass_rate_2_samples": SplitConfig("pass_rate", parts=PARTS, samples=2),
-    "cluster_24_parts": SplitConfig("cluster", parts=24),
 }
-MAIN_KINDS = ("pool", "source", "pass_rate", "cluster")
+MAIN_KINDS = ("pool", "source", "pass_rate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 shared = shared or warm_started(experiment_config("source", seed, known.steps), known.out)
                 setup = shared if kind == "source" else pooled(shared)
                 found = train(dataclasses.replace(setup, config=config), known.out)
-                found["questions"] = questions_of_parts(found, setup)
                 write_json(file, found)
                 print(f"{kind}, seed {seed}: {found['seconds']:.0f} s, accuracy {curve(found)[-1]:.3f}", flush=True)
             if found is not None:
@@ -96,25 +93,9 @@ def experiment_config(kind: str, seed: int, steps: int) -> Config:
 
 def pooled(setup: Setup) -> Setup:
     """The same training questions as one source; held-out prompts stay those of the named sources."""
-    pool = [example for examples in setup.train_examples for example in examples]
-    return dataclasses.replace(setup, train_examples=[pool], source_names=("pool",), heldout_of_source=(0,))
-
-
-def questions_of_parts(result: dict[str, Any], setup: Setup) -> list[list[int]]:
-    """How many questions of each named source every part holds.
-
-    Args:
-        result: what `train` returned.
-        setup: what it trained on, before the division.
-    """
-    parts = dict(zip(setup.source_names, setup.train_examples, strict=True))
-    division = Path(result["run_directory"]) / "sources.json"  # written by runs that divide
-    if division.is_file():
-        (pool,) = setup.train_examples
-        (found,) = json.loads(division.read_text(encoding="utf-8"))
-        parts = {part["name"]: [pool[index] for index in part["examples"]] for part in found}
-    named = [[example.example.source for example in parts[name]] for name in result["parts"]]
-    return [[names.count(source) for source in result["sources"]] for names in named]
+    pool = tuple(example for examples in setup.data.train_examples for example in examples)
+    data = dataclasses.replace(setup.data, train_examples=(pool,), source_names=("pool",), heldout_of_source=(0,))
+    return dataclasses.replace(setup, data=data)
 
 
 def share_of_draws(result: dict[str, Any]) -> Float[np.ndarray, " M"]:
