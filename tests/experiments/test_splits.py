@@ -39,13 +39,13 @@ def test_share_of_draws_by_hand():
 
     Weighing parts by their sizes instead would give a's share of the questions, 1 / 5.5.
     """
-    run = result("cluster", [0, 0, 0, 0], [[10, 30], [0, 15]], [0.8, 0.2])
+    run = result("pass_rate", [0, 0, 0, 0], [[10, 30], [0, 15]], [0.8, 0.2])
     assert share_of_draws(run) == pytest.approx([0.2, 0.8])
 
 
 def test_known_of_source_by_hand():
     def known(questions):
-        return known_of_source(result("cluster", [0, 0], questions, [1.0]))
+        return known_of_source(result("pass_rate", [0, 0], questions, [1.0]))
 
     assert known([[7, 0], [0, 7]]) == pytest.approx(1.0)  # a part for each source
     assert known([[4, 8], [2, 4]]) == pytest.approx(0.0)  # every part is mixed as the pool is
