@@ -129,9 +129,8 @@ def decode_step_seconds(
     config, steps = model.config, cache.key.shape[-2]
     shape = (ROLLOUT.prompts, ROLLOUT.group)
     # A step in the middle of the completion stands for all: attention reads the whole cache at each of them.
-    decode = jax.jit(
-        lambda m, cache, prompt: m.decode(jnp.ones(shape, int), steps // 2, cache, prompt, plan), donate_argnums=1
-    )
+    tokens_BG, middle = jnp.ones(shape, int), jnp.asarray(steps // 2)
+    decode = jax.jit(lambda m, cache, prompt: m.decode(tokens_BG, middle, cache, prompt, plan), donate_argnums=1)
     # Within the rollout's loop the cache is written in place, which donation does here. Keys and values of an empty
     # cache may share a buffer, and one buffer cannot be donated twice, so both are copied.
     moving = jax.tree.map(jnp.copy, cache)

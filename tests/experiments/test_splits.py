@@ -1,20 +1,18 @@
 """The experiment on divisions: what its parts say, its tables, and that held-out prompts stay the same."""
 
+import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from experiments import runs
 from experiments.runs import train
-from experiments.splits import (
-    KINDS,
-    experiment_config,
-    known_of_source,
-    main,
-    pooled,
-    questions_of_parts,
-    share_of_draws,
-)
+from experiments.splits import KINDS, experiment_config, known_of_source, main, pooled, share_of_draws
+from nested_reft.run_directory import read_log
+from nested_reft.training.config import load_config
 from nested_reft.training.setup import prepare
 
 
@@ -61,15 +59,46 @@ def test_kinds_differ_in_the_division_only():
         assert {part for part in one["data"] if one["data"][part] != other["data"][part]} <= {"split"}
 
 
-def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path):
-    setup = pooled(prepare(experiment_config("cluster", 0, 10)))
+def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, monkeypatch):
+    """Questions of up to four digits always right, others never: two parts, the easy one first.
+
+    The named sources have 10 questions each, so the parts have 10 of two sources and of the other four.
+    """
+    config = experiment_config("pass_rate", 0, 10)
+    small = tuple(dataclasses.replace(source, train_size=10, heldout_size=4) for source in config.data.sources)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=small))
+    setup = pooled(prepare(config))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(setup.policy.model)]
+    monkeypatch.setattr(
+        "nested_reft.training.split.num_correct",
+        lambda *rest: (np.array([rest[-1] * (len(example.example.answer) <= 4) for example in rest[1]]), 0),
+    )
     found = train(setup, tmp_path)
-    assert found["sources"] == [source.name for source in setup.config.data.sources]
-    assert found["parts"] == [f"pool.cluster_{i}" for i in range(6)]
-    assert np.shape(found["accuracy"]) == (2, 6) and np.shape(found["probability"]) == (10, 6)
-    questions_PxM = questions_of_parts(found, setup)
-    # 3-digit questions are few: the generator gives 836 that are not held out.
-    assert np.sum(questions_PxM, axis=0).tolist() == [836, 2000, 2000, 2000, 2000, 2000]
+    assert found["sources"] == [source.name for source in config.data.sources]
+    assert found["parts"] == ["pool.pass_1.00-1.00", "pool.pass_0.00-0.00"]
+    assert found["questions"] == [[10, 10, 0, 0, 0, 0], [0, 0, 10, 10, 10, 10]]
+    assert found["steps"] == [0, 10] and 0 <= found["start_seconds"] <= found["seconds"]
+    assert np.shape(found["accuracy"]) == np.shape(found["greedy_accuracy"]) == (2, 6)
+    # Nothing is known before the first step, so its draws are uniform over the parts.
+    assert np.shape(found["probability"]) == (10, 2) and found["probability"][0] == [0.5, 0.5]
+    lines = read_log(Path(found["run_directory"]) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["heldout/copy_3_digits"] for line in lines[9:]] == [found["greedy_accuracy"][1][0]]
+    assert found["metrics"]["completion_tokens"] == [line["completion_tokens"] for line in lines]
+    # Several runs start from one setup, so its weights must outlive the run.
+    assert all((was == now).all() for was, now in zip(before, jax.tree.leaves(setup.policy.model), strict=True))
+
+
+def test_a_warm_start_is_made_once_for_a_seed(tmp_path, monkeypatch, capsys):
+    short = dataclasses.replace(load_config("tiny_dump").warm_start, steps=2)
+    monkeypatch.setattr(runs, "load_config", lambda name: load_config(name, warm_start=dataclasses.asdict(short)))
+    config = experiment_config("source", 0, 10)
+    first, second = (runs.warm_started(config, tmp_path) for _ in range(2))
+    assert capsys.readouterr().out.count("warm start, seed 0") == 1
+    for a, b in zip(jax.tree.leaves(first.policy.model), jax.tree.leaves(second.policy.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    runs.warm_started(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)), tmp_path)
+    assert "warm start, seed 1" in capsys.readouterr().out
 
 
 def test_report_of_finished_runs(tmp_path, capsys):
