@@ -51,8 +51,10 @@ def final_entropy(
     config = PolicyGradientConfig("group_std", "base", "token", "token_mean", clip_low=0.2, clip_high=clip_high)
 
     def one_batch(logits_V: Float[Array, " V"], key: Array):
+        # A completion is one token and depends on no prompt, so the logits are the whole policy.
         behavior_V = jax.nn.log_softmax(logits_V)
         tokens_BG = jax.random.categorical(key, logits_V, shape=SHAPE)
+        # The coin needs randomness of its own; with the key of the tokens it would follow them.
         coin_BG = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, SHAPE)
         reward_BG = (coin_BG if num_right is None else tokens_BG < num_right).astype(jnp.float32)
         batch = TrainBatch(
@@ -70,6 +72,7 @@ def final_entropy(
             logprob_BGC = jax.nn.log_softmax(logits_V)[tokens_BG][..., None]
             return policy_gradient_loss(logprob_BGC, batch, config).total.mean()
 
+        # All updates reuse one batch: the policy moves away from `behavior_V`, and the clips begin to act.
         return jax.lax.fori_loop(0, updates, lambda _, x: x - learning_rate * jax.grad(loss)(x), logits_V), None
 
     def run(key: Array) -> Float[Array, ""]:

@@ -31,6 +31,7 @@ VARIANTS = ("grpo", "clip_higher", "overlong_punishment", "token_mean", "dynamic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not finished yet, and prints the table."""
     parser = argparse.ArgumentParser("experiments.dapo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known.out.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in known.seeds:
-        shared = None
+        shared = None  # made when the first run of the seed needs it
         for variant in known.variants:
             config = variant_config(variant, seed, known.steps)
             file = known.out / f"{variant}-seed{seed}-steps{known.steps}.json"
@@ -61,12 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def variant_config(variant: str, seed: int, steps: int) -> Config:
-    """`tiny_dapo` without the parts that come after `variant`."""
+    """`tiny_dapo` without the parts that come after `variant`, and without the warm start, which is shared.
+
+    Args:
+        variant: one of `VARIANTS`.
+        seed: of the run.
+        steps: of the run.
+    """
     full = load_config("tiny_dapo")
-    assert isinstance(full.loss, PolicyGradientConfig)  # DAPO's loss is one
     have = VARIANTS[: VARIANTS.index(variant) + 1]
+    # Other objectives have no clips.
+    assert isinstance(full.loss, PolicyGradientConfig)
     loss = dataclasses.replace(
         full.loss,
+        # Without clip-higher both sides have the lower one.
         clip_high=full.loss.clip_high if "clip_higher" in have else full.loss.clip_low,
         normalization=full.loss.normalization if "token_mean" in have else "sequence_mean",
     )

@@ -47,6 +47,14 @@ KINDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not finished yet, and reports.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
     parser = argparse.ArgumentParser("experiments.dump", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", "dump"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -57,12 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.steps < SMOOTH * EVERY or known.steps % EVERY:
         print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
         return 2
+    # All runs have the same shapes, so each program is compiled once for all of them.
     jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     known.out.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in known.seeds:
-        shared = None
+        shared = None  # made when the first run of the seed needs it
         for kind in known.kinds:
             file = known.out / f"{kind}-seed{seed}-steps{known.steps}.json"
             config = experiment_config(kind, seed, known.steps)
@@ -81,7 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def experiment_config(kind: str, seed: int, steps: int) -> Config:
-    """The preset `tiny_dump` with one curriculum and seed, without the warm start, which is shared."""
+    """The preset `tiny_dump` with one curriculum and seed, without the warm start, which is shared.
+
+    Args:
+        kind: one of `KINDS`.
+        seed: of the run.
+        steps: of the run.
+    """
     config = load_config("tiny_dump")
     return dataclasses.replace(
         config,
@@ -100,7 +115,12 @@ def curve(result: dict[str, Any]) -> np.ndarray:
 
 
 def steps_to_reach(result: dict[str, Any], level: float) -> tuple[float, bool]:
-    """First step at which the curve reaches `level`, linear between evaluations; (last step, False) if never."""
+    """First step at which the curve reaches `level`, linear between evaluations; (last step, False) if never.
+
+    Args:
+        result: of a run.
+        level: accuracy, as a share.
+    """
     steps, values = result["steps"], curve(result)
     above = np.flatnonzero(values >= level)
     if not above.size:
@@ -115,55 +135,80 @@ def steps_to_reach(result: dict[str, Any], level: float) -> tuple[float, bool]:
 def compare(results: Sequence[dict[str, Any]], baseline: str = "uniform") -> list[dict[str, Any]]:
     """Each kind of run against the runs of kind `baseline` of the same seeds.
 
-    `share_of_steps` is the mean time over the steps of a run, `share_of_time` over the baseline's mean
-    time to the same level; the intervals are 95% percentile bootstraps over seeds (10,000 draws),
-    where the runs of a seed stay together.
+    Args:
+        results: of finished runs, each with its `kind` and `seed`.
+        baseline: the kind whose final accuracies are the levels to reach.
+
+    Returns:
+        A row of `paired` for each kind that shares a seed with the baseline, in the order of the results.
     """
     by = {(result["kind"], result["seed"]): result for result in results}
     rows = []
     for kind in dict.fromkeys(result["kind"] for result in results):
+        # Only seeds of both are compared, because a warm start of its own makes every seed easier or harder.
         seeds = sorted(seed for k, seed in by if k == kind and (baseline, seed) in by)
-        if not seeds:
-            continue
-        levels = [float(curve(by[baseline, seed])[-1]) for seed in seeds]
-        reached = [steps_to_reach(by[kind, seed], level) for seed, level in zip(seeds, levels, strict=True)]
-        baseline_time = [
-            steps_to_reach(by[baseline, seed], level)[0] for seed, level in zip(seeds, levels, strict=True)
-        ]
-        time_S, baseline_S = np.array([step for step, _ in reached]), np.array(baseline_time)
-        draw_RxS = np.random.default_rng(0).integers(0, len(seeds), (10_000, len(seeds)))
-        share_R = time_S[draw_RxS].sum(axis=1) / np.maximum(baseline_S[draw_RxS].sum(axis=1), 1e-9)
-        steps = by[kind, seeds[0]]["steps"][-1]
-        final_S = np.array([curve(by[kind, seed])[-1] for seed in seeds])
-        gain_R = (final_S - np.array(levels))[draw_RxS].mean(axis=1)
-        rows.append(
-            {
-                "kind": kind,
-                "seeds": seeds,
-                "reached": sum(ok for _, ok in reached),
-                "steps_to_level": time_S.tolist(),
-                "baseline_steps_to_level": baseline_time,
-                "share_of_steps": float(time_S.mean() / steps),
-                "share_of_steps_interval": np.quantile(time_S[draw_RxS].mean(axis=1) / steps, [0.025, 0.975]).tolist(),
-                "share_of_time": float(time_S.sum() / max(baseline_S.sum(), 1e-9)),
-                "share_of_time_interval": np.quantile(share_R, [0.025, 0.975]).tolist(),
-                "final_accuracy": float(final_S.mean()),
-                "final_gain": float((final_S - np.array(levels)).mean()),
-                "final_gain_interval": np.quantile(gain_R, [0.025, 0.975]).tolist(),
-                "final_by_source": np.mean([by[kind, s]["accuracy"][-1] for s in seeds], axis=0).tolist(),
-                "seconds_per_run": float(np.mean([by[kind, s]["seconds"] for s in seeds])),
-            }
-        )
+        if seeds:
+            pairs = [(by[kind, seed], by[baseline, seed]) for seed in seeds]
+            rows.append({"kind": kind, "seeds": seeds} | paired(*zip(*pairs, strict=True)))
     return rows
 
 
+def paired(runs: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One kind of run against the baseline runs of the same seeds.
+
+    `share_of_steps` is the mean time over the steps of a run, `share_of_time` over the baseline's mean
+    time to the same level; the intervals are 95% percentile bootstraps over seeds (10,000 draws),
+    where the runs of a seed stay together.
+
+    Args:
+        runs: results of one kind, one for each seed.
+        baselines: results of the baseline, of the same seeds in the same order.
+    """
+    levels = [float(curve(result)[-1]) for result in baselines]
+    reached = [steps_to_reach(result, level) for result, level in zip(runs, levels, strict=True)]
+    baseline_time = [steps_to_reach(result, level)[0] for result, level in zip(baselines, levels, strict=True)]
+    time_S, baseline_S = np.array([step for step, _ in reached]), np.array(baseline_time)
+    # The same draws serve all three intervals, and a seed is drawn together with its baseline.
+    draw_RxS = np.random.default_rng(0).integers(0, len(runs), (10_000, len(runs)))
+    # A baseline that starts at its final level takes no time to it; the bound prevents a division by zero.
+    share_R = time_S[draw_RxS].sum(axis=1) / np.maximum(baseline_S[draw_RxS].sum(axis=1), 1e-9)
+    steps = runs[0]["steps"][-1]
+    final_S = np.array([curve(result)[-1] for result in runs])
+    gain_S = final_S - np.array(levels)
+    return {
+        "reached": sum(ok for _, ok in reached),
+        "steps_to_level": time_S.tolist(),
+        "baseline_steps_to_level": baseline_time,
+        "share_of_steps": float(time_S.mean() / steps),
+        "share_of_steps_interval": _interval(time_S[draw_RxS].mean(axis=1) / steps),
+        "share_of_time": float(time_S.sum() / max(baseline_S.sum(), 1e-9)),
+        "share_of_time_interval": _interval(share_R),
+        "final_accuracy": float(final_S.mean()),
+        "final_gain": float(gain_S.mean()),
+        "final_gain_interval": _interval(gain_S[draw_RxS].mean(axis=1)),
+        "final_by_source": np.mean([result["accuracy"][-1] for result in runs], axis=0).tolist(),
+        "seconds_per_run": float(np.mean([result["seconds"] for result in runs])),
+    }
+
+
+def _interval(values_R: np.ndarray) -> list[float]:
+    """The middle 95% of bootstrap draws."""
+    return np.quantile(values_R, [0.025, 0.975]).tolist()
+
+
 def report(results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Prints the table, and writes it as JSON beside the figures."""
+    """Prints the table, and writes it as JSON beside the figures.
+
+    Args:
+        results: of finished runs, each with its `kind` and `seed`.
+        out: where the files go.
+    """
     rows = compare(results)
     if not rows:
         print("no finished pair of a curriculum and uniform sampling yet")
         return
     write_json(out / "results.json", {"rows": rows, "sources": results[0]["sources"]})
+    # Each interval stands behind the value that it belongs to.
     header = [
         "curriculum",
         "seeds",
@@ -234,6 +279,7 @@ def draw_hand_over(results: Sequence[dict[str, Any]], path: Path) -> None:
         runs = [result for result in results if result["kind"] == kind]
         colours = plots.get_cmap("viridis")(np.linspace(0, 0.95, len(runs[0]["sources"])))
         probability_TxM = np.mean([result["probability"] for result in runs], axis=0)
+        # A single step draws few prompts; the ends are repeated so that every step has nine neighbours.
         kernel = np.ones(9) / 9
         padded = np.pad(probability_TxM, ((4, 4), (0, 0)), mode="edge")
         smooth_MxT = [np.convolve(padded[:, m], kernel, mode="valid") for m in range(padded.shape[1])]

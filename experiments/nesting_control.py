@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from nested_reft.estimators.health import Health
@@ -49,7 +50,7 @@ def plant_run(cost: Callable[[int], float], control: NestingControlConfig, seed:
     """The controller on a plant: what it would log at each step.
 
     Args:
-        cost: c of the plant at each step.
+        cost: c of the plant at a step.
         control: the rule.
         seed: of the noise.
     """
@@ -63,10 +64,9 @@ def plant_run(cost: Callable[[int], float], control: NestingControlConfig, seed:
 
 
 def _health(ess_token: float) -> Health:
-    """A step's health with this effective sample size; the controller of the plants reads nothing else."""
-    values: dict[str, Any] = {field.name: 1.0 for field in dataclasses.fields(Health)}
-    values["ess_token"] = ess_token
-    return Health(**values)
+    """A health whose one reading is the metric that is held; no plant has the others."""
+    unread = {field.name: jnp.float32(math.nan) for field in dataclasses.fields(Health)}
+    return Health(**unread | {"ess_token": jnp.float32(ess_token)})
 
 
 def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
 
     Args:
         steps: training steps.
-        runs: where the run directory is made.
+        runs: where the run's directory is made.
     """
     config = load_config("tiny")
     config = dataclasses.replace(
@@ -97,19 +97,13 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
             "reason": line["nesting_reason"],
         }
         for line in read_log(run.path / "metrics.jsonl")
-        # The evaluation before training, and steps with nothing to learn from, decide nothing.
-        if "nesting_reason" in line and "ess_token" in line
+        # The line before the first step holds held-out accuracy alone.
+        if "nesting_reason" in line
     ]
 
 
 def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """How well the budget was held, over the second half of the steps too.
-
-    Args:
-        name: of the plant.
-        control: the rule that it was run with.
-        lines: what `plant_run` or `tiny_run` returned.
-    """
+    """How well the budget was held, over the second half of the steps too."""
     late = lines[len(lines) // 2 :]
     sizes = np.array([line["skipped"] for line in lines])
     return {
@@ -126,12 +120,7 @@ def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]
 
 
 def plot(path: Path, results: dict[str, tuple[NestingControlConfig, list[dict[str, Any]]]]) -> None:
-    """Skipped layers above, effective sample size and budget below, a column for each plant.
-
-    Args:
-        path: the image to write.
-        results: the rule and the steps of each plant, by name.
-    """
+    """Skipped layers above, effective sample size and budget below, a column for each plant."""
     figure, axes = pyplot().subplots(2, len(results), figsize=(4.2 * len(results), 5), sharex="col", squeeze=False)
     for column, (name, (control, lines)) in enumerate(results.items()):
         steps = [line["step"] for line in lines]

@@ -35,8 +35,8 @@ def full_completions(setup: Setup, num_prompts: int) -> Rollouts:
     """Completions of the full model on held-out prompts of the first source, one each.
 
     Args:
-        setup: policy and prompts; its seed decides the draws.
-        num_prompts: the most prompts; a source may have fewer.
+        setup: its policy answers.
+        num_prompts: how many prompts, from the first.
     """
     examples = setup.data.heldout_examples[0][:num_prompts]
     prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
@@ -44,11 +44,7 @@ def full_completions(setup: Setup, num_prompts: int) -> Rollouts:
 
 
 def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:
-    """Name -> how plans are drawn, and of how many skipped layers.
-
-    Args:
-        measured: of a configuration with measured plans; every rule keeps its border.
-    """
+    """Name -> how plans are drawn, and of how many skipped layers."""
     border = measured.border
     return {
         f"uniform, {FEW}": (NestingConfig(border=border), FEW),
@@ -68,26 +64,23 @@ def measure(setup: Setup, num_prompts: int, draws: int, only: str) -> list[dict[
     """Mean and standard error over the draws of each rule; all plans on the same completions.
 
     Args:
-        setup: policy, held-out prompts and measured divergences.
-        num_prompts: held-out prompts of the first source.
+        setup: policy, prompts, and the measured divergences that `measured` rules draw by.
+        num_prompts: held-out prompts.
         draws: plans of each rule.
-        only: rules without this text in their names are left out.
-
-    Returns:
-        A line for each rule, with the divergences in nats per token and the plans.
+        only: a part of the names of the rules to measure; empty for all.
     """
-    policy, num_layers = setup.policy, setup.policy.num_layers
+    num_layers, temperature = setup.policy.num_layers, setup.config.rollout.sampling.temperature
     texts = texts_of(full_completions(setup, num_prompts))
     results = []
     for name, (nesting, num_skipped) in rules(setup.config.nesting).items():
         if only not in name:
             continue
-        # Every rule draws with the same keys, and not with the one that sampled the completions.
+        # Every rule draws with the same keys, so rules do not differ by luck with them.
         keys = jax.random.split(jax.random.key(1), draws)
         plans = [draw_plan(key, nesting, num_layers, setup.divergence_L, num_skipped) for key in keys]
         if nesting.choice == "measured" and nesting.divergence_temperature == 0:
-            plans = plans[:1]  # temperature 0 always takes the cheapest layers
-        values = measure_plan_divergence(policy.model, texts, policy.sampling.temperature, plans, name)
+            plans = plans[:1]  # they are all the same
+        values = measure_plan_divergence(setup.policy.model, texts, temperature, plans, name)
         results.append(
             {
                 "rule": name,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nested_reft.evaluation import evaluate_examples
+from nested_reft.evaluation import Evaluation, evaluate_examples
+from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.sharding import shard_parameters
 from nested_reft.training import phases, record
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.setup import RunData, Setup, prepare
@@ -45,28 +48,24 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
 
 
 def warm_started(config: Config, out: Path) -> Setup:
-    """Data and the policy that all runs of a seed begin with; its weights are kept for the next call.
-
-    The warm start is that of `tiny_dump` for every experiment, so that their runs can be compared.
+    """Data and the policy that all runs of a seed begin with, warmed up as `tiny_dump` is; its weights are kept.
 
     Args:
-        config: of one of the runs; model, data and seed decide the result.
-        out: where the weights are kept.
+        config: of any run of the seed; its own warm start is not read.
+        out: where the weights are kept, beside what they were made from.
     """
     seed, steps = config.train.seed, load_config("tiny_dump").warm_start
     setup = prepare(dataclasses.replace(config, warm_start=steps))
     file = out / f"warm-seed{seed}.safetensors"
-    # Everything that the weights depend on, but for the seed, which is in the name.
+    # Weights of another model, other data or another warm start must not be taken for these.
     about = json.dumps({part: setup.config.to_json()[part] for part in ("model", "data", "warm_start")})
     stored = file.with_suffix(".json")
     if file.is_file() and stored.is_file() and stored.read_text() == about:
-        parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
-        model = Transformer(setup.policy.model.config, parameters)
-        return dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, model=model))
+        return dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, model=_stored_model(file, setup)))
     started = time.monotonic()
     policy = phases.warm_started(setup)
     save_file({name: np.ascontiguousarray(value) for name, value in policy.model.parameters().items()}, file)
-    # The description comes last, so weights that were only half written are never used.
+    # The description comes after the weights: a kill in between leaves weights that are made again.
     stored.write_text(about)
     print(f"warm start, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
     return dataclasses.replace(setup, policy=policy)
@@ -79,46 +78,49 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
     training draws from. The two differ where sources were pooled or divided.
 
     Args:
-        setup: what the run starts from; it stays as it is.
-        out: the run directory is made in its folder `runs`.
+        setup: the start and the data; its policy stays as it is, so that other runs can start from it.
+        out: the run's directory is made in its folder `runs`.
 
     Returns:
-        JSON-able values: `config`, `run_directory`, `versions`; names of `sources` and `parts`;
-        `questions[part][source]`, how many training questions a part has of each source; `steps`, and at
-        each of them `accuracy` (sampled) and `greedy_accuracy` of every source; for every training step
-        `probability` of each part and the `metrics` of `KEPT_METRICS` (a step that had nothing to learn
-        from has no entropy and no ESS); `start_seconds` until the first evaluation and `seconds` of all.
+        JSON-able values: `config`, which `finished` compares, `run_directory` and `versions`; names of the
+        `sources` and the `parts`, and how many `questions[part][source]` these hold; `steps` and, at each of
+        them, `accuracy` (sampled) and `greedy_accuracy` of every source; for every training step the
+        `probability` of each part, and `metrics` by the names of `KEPT_METRICS`; `start_seconds` until the
+        first evaluation, and `seconds` of all.
     """
     config, started = setup.config, time.monotonic()
     run = RunDirectory.create(out / "runs", config.name, config.to_json())
-    # `Trainer.run` would evaluate greedily and on the sources of a step alone, so steps are taken here.
+    # `Trainer.run` evaluates greedily and on the sources of a step alone, so steps are taken here.
     with Trainer(setup, run).open() as trainer:
+        # `data.split` samples every question here, so this time is reported by itself.
         trainer.run_earlier_phases()
-        start_seconds = time.monotonic() - started  # `data.split` samples every question here
-        sources, parts = [source.name for source in config.data.sources], trainer.data.source_names
-        accuracy, probability = [heldout_accuracy(trainer)], []
+        start_seconds = time.monotonic() - started
+        parts = trainer.data.source_names
+        evaluations, probability = [heldout(trainer)], []
         kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
         for number in range(config.train.steps):
             found = trainer.step(number)
+            if found.number % EVERY == 0:
+                evaluations.append(heldout(trainer))
+                # The evaluation belongs to the line of its step.
+                found = dataclasses.replace(found, heldout=evaluations[-1])
             metrics = record.metrics(found, config, parts)
             probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
+            # A step without a token to learn from has no entropy and no ESS.
             for name in kept.keys() & metrics.keys():
                 kept[name].append(metrics[name])
-            if found.number % EVERY == 0:
-                accuracy.append(heldout_accuracy(trainer))
-                metrics |= {f"heldout/{name}": a for name, a in zip(sources, accuracy[-1][1], strict=True)}
             run.log_samples(found.number, record.samples(found, trainer.num_layers))
             run.log_metrics(found.number, metrics)
-        questions = questions_of_parts(trainer.data, sources)
+    sources = [source.name for source in config.data.sources]
     return {
         "config": config.to_json(),
         "run_directory": str(run.path),
         "sources": sources,
         "parts": list(parts),
-        "questions": questions,
+        "questions": questions_of_parts(trainer.data, sources),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
-        "accuracy": [sampled for sampled, _ in accuracy],
-        "greedy_accuracy": [greedy for _, greedy in accuracy],
+        "accuracy": [[found[name].sampled_accuracy or 0.0 for name in sources] for found in evaluations],
+        "greedy_accuracy": [[found[name].greedy_accuracy for name in sources] for found in evaluations],
         "probability": probability,
         "metrics": kept,
         "start_seconds": start_seconds,
@@ -127,24 +129,30 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
     }
 
 
-def questions_of_parts(data: RunData, sources: list[str]) -> list[list[int]]:
-    """How many questions of each named source every part holds, `[part][source]`.
+def questions_of_parts(data: RunData, sources: Sequence[str]) -> list[list[int]]:
+    """How many training questions of each named source every part holds, `[part][source]`.
 
     Args:
-        data: what a run trains on, divided.
+        data: what was trained on, divided or pooled.
         sources: names of the configuration's sources.
     """
     named = [[example.example.source for example in examples] for examples in data.train_examples]
     return [[names.count(source) for source in sources] for names in named]
 
 
-def heldout_accuracy(trainer: Trainer) -> tuple[list[float], list[float]]:
-    """Sampled and greedy accuracy of each source; the curriculum does not see them."""
+def heldout(trainer: Trainer) -> dict[str, Evaluation]:
+    """Sampled and greedy results of each source of the configuration; the curriculum does not see them."""
     config, policy = trainer.config, trainer.state.learner.policy()
-    # All evaluations of a run draw with one key, so a curve moves because the policy does.
+    # Every evaluation of a seed draws with the same key, so that curves differ by the policies alone.
     key = jax.random.key(config.train.seed)
-    results = [
-        evaluate_examples(policy, examples, config.reward, config.evaluation, key, samples=True)
-        for examples in trainer.data.heldout_examples
-    ]
-    return [result.sampled_accuracy or 0.0 for result in results], [result.greedy_accuracy for result in results]
+    return {
+        source.name: evaluate_examples(policy, examples, config.reward, config.evaluation, key, samples=True)
+        for source, examples in zip(config.data.sources, trainer.data.heldout_examples, strict=True)
+    }
+
+
+def _stored_model(file: Path, setup: Setup) -> Transformer:
+    """The weights of a file, placed as those of the setup are."""
+    config = setup.policy.model.config
+    parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
+    return Transformer(config, shard_parameters(parameters, parameter_axes(config), setup.policy.mesh))

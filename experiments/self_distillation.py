@@ -60,46 +60,53 @@ def measured(setup: Setup) -> dict[str, float]:
     """Divergence of the nested policies, and greedy held-out accuracy of the full and the nested ones.
 
     Args:
-        setup: its policy is measured, on the held-out prompts of its first source.
+        setup: its policy is measured.
     """
     config, policy = setup.config, setup.policy
     texts = texts_of(full_completions(setup, 128))
     plans = all_plans(policy.num_layers)
     divergence = measure_plan_divergence(policy.model, texts, 1.0, plans, "measuring plans")
 
-    def accuracy(plan: LayerPlan) -> float:
-        examples, key = setup.data.heldout_examples[0], jax.random.key(0)
+    def accuracy(plan: LayerPlan | None) -> float:
+        # Nothing is sampled, so the key is not read.
         return evaluate_examples(
-            policy, examples, config.reward, config.evaluation, key, samples=False, plan=plan
+            policy,
+            setup.data.heldout_examples[0],
+            config.reward,
+            config.evaluation,
+            jax.random.key(0),
+            samples=False,
+            plan=plan,
         ).greedy_accuracy
 
     return {
         "kl_full_nested": float(divergence.mean()),
-        "full_accuracy": accuracy(LayerPlan.full(policy.num_layers)),
+        "full_accuracy": accuracy(None),
         "nested_accuracy": float(np.mean([accuracy(plan) for plan in plans])),
     }
 
 
 def trained(setup: Setup, coefficient: float, steps: int) -> dict[str, float]:
-    """What one run comes to.
+    """One run from the setup's policy, which stays as it is.
 
     Args:
-        setup: what it starts from; it stays as it is.
-        coefficient: gamma, the weight of self-distillation.
-        steps: training steps.
+        setup: the start, without a warm start of its own.
+        coefficient: of self-distillation; 0 leaves it out.
+        steps: training steps, 3 or more.
     """
-    loss = setup.config.loss
-    assert isinstance(loss, PolicyGradientConfig)  # `configuration` starts from one
-    loss = dataclasses.replace(loss, self_distillation_coefficient=coefficient)
+    # Other objectives know no self-distillation.
+    assert isinstance(setup.config.loss, PolicyGradientConfig)
+    loss = dataclasses.replace(setup.config.loss, self_distillation_coefficient=coefficient)
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, loss=loss))
     with tempfile.TemporaryDirectory() as directory, Trainer(setup, RunDirectory(Path(directory))).open() as trainer:
-        records = [trainer.step(number) for number in range(steps)]
+        records = [trainer.step(step) for step in range(steps)]
         policy = trainer.state.learner.policy()
-    health = [record.update.health for record in records[-(steps // 3) :] if record.update.health is not None]
+    # A step without a token to learn from has no health.
+    late = [found.update.health for found in records[-(steps // 3) :] if found.update.health is not None]
     return measured(dataclasses.replace(setup, policy=policy)) | {
-        "ess_token": float(np.mean([float(found.ess_token) for found in health])),
-        "ess_sequence": float(np.mean([float(found.ess_sequence) for found in health])),
-        "update_seconds": float(np.median([record.seconds - record.rollout_seconds for record in records])),
+        "ess_token": float(np.mean([health.ess_token for health in late])),
+        "ess_sequence": float(np.mean([health.ess_sequence for health in late])),
+        "update_seconds": float(np.median([found.seconds - found.rollout_seconds for found in records])),
     }
 
 
@@ -109,16 +116,15 @@ def results_of(seeds: int, steps: int, coefficients: list[float], layer_dropout:
     Args:
         seeds: how many, from 0.
         steps: training steps of each run.
-        coefficients: gamma of each run.
-        layer_dropout: of the warm start.
+        coefficients: of self-distillation, one run each.
+        layer_dropout: of the warm start that the runs of a seed share.
     """
     lines = []
     for seed in range(seeds):
         setup = prepare(configuration(seed, steps, layer_dropout))
-        # All coefficients start from these weights, so the runs themselves have no warm start.
-        policy = warm_started(setup)
+        # The runs must not warm up again, so their configuration has no warm start.
         config = dataclasses.replace(setup.config, warm_start=dataclasses.replace(setup.config.warm_start, steps=0))
-        setup = dataclasses.replace(setup, policy=policy, config=config)
+        setup = dataclasses.replace(setup, policy=warm_started(setup), config=config)
         lines.append({"seed": seed, "coefficient": None} | measured(setup))
         lines += [
             {"seed": seed, "coefficient": coefficient} | trained(setup, coefficient, steps)

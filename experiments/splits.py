@@ -5,8 +5,8 @@
 All runs train on the training questions of `tiny_dump`, with its curriculum, from one warm start per
 seed. Only the division of these questions differs. The baseline `pool` is one source, where DUMP has
 nothing to choose. `source` has the six sources that `tiny_dump` names. `pass_rate` divides the pool
-with `data.split`, into at most as many parts. Parts by cluster were compared too, and gained nothing
-(`experiments/results/splits.md`).
+with `data.split`, into at most as many parts. (A division by clusters of the prompts was measured too
+and then deleted; `experiments/results/splits.md` says at which commit its result repeats.)
 
 The measure is that of `experiments.dump`, on the held-out prompts of the six named sources in every
 run. The level to reach is the final accuracy of the `pool` run of the same seed. What is finished is
@@ -42,13 +42,21 @@ KINDS = {
     "pool": SplitConfig(),
     "source": SplitConfig(),
     "pass_rate": SplitConfig("pass_rate", parts=PARTS),
-    # Are fewer samples enough? Not run unless asked for.
+    # Would fewer samples do? It is not run unless asked for.
     "pass_rate_2_samples": SplitConfig("pass_rate", parts=PARTS, samples=2),
 }
 MAIN_KINDS = ("pool", "source", "pass_rate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not finished yet, and reports.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
     parser = argparse.ArgumentParser(
         "experiments.splits", description="DUMP on one pool of questions, divided in several ways"
     )
@@ -61,12 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.steps < SMOOTH * EVERY or known.steps % EVERY:
         print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
         return 2
+    # All runs have the same shapes, so each program is compiled once for all of them.
     jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     known.out.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in known.seeds:
-        shared = None
+        shared = None  # made when the first run of the seed needs it
         for kind in known.kinds:
             file = known.out / f"{kind}-seed{seed}-steps{known.steps}.json"
             config = experiment_config(kind, seed, known.steps)
@@ -85,7 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def experiment_config(kind: str, seed: int, steps: int) -> Config:
-    """The DUMP run of `experiments.dump` with one division."""
+    """The DUMP run of `experiments.dump` with one division.
+
+    Args:
+        kind: one of `KINDS`.
+        seed: of the run.
+        steps: of the run.
+    """
     config = curriculum_config("dump", seed, steps)
     data = dataclasses.replace(config.data, split=KINDS[kind])
     return dataclasses.replace(config, name=f"splits-{kind}-{seed}", data=data)
@@ -94,6 +109,7 @@ def experiment_config(kind: str, seed: int, steps: int) -> Config:
 def pooled(setup: Setup) -> Setup:
     """The same training questions as one source; held-out prompts stay those of the named sources."""
     pool = tuple(example for examples in setup.data.train_examples for example in examples)
+    # A pool is of no single source. Nothing reads this index, because `runs.train` evaluates every source.
     data = dataclasses.replace(setup.data, train_examples=(pool,), source_names=("pool",), heldout_of_source=(0,))
     return dataclasses.replace(setup, data=data)
 
@@ -119,7 +135,12 @@ def known_of_source(result: dict[str, Any]) -> float:
 
 
 def report(results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Prints the tables, and writes them as JSON beside the figure."""
+    """Prints the tables, and writes them as JSON beside the figure.
+
+    Args:
+        results: of finished runs, each with its `kind` and `seed`.
+        out: where the files go.
+    """
     # Every kind is a baseline once, so each pair has its own paired interval.
     kinds = list(dict.fromkeys(result["kind"] for result in results))
     against = {baseline: compare(results, baseline) for baseline in kinds}
@@ -127,21 +148,43 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
     if not rows:
         print("no finished pool run to compare with yet")
         return
-    divisions = {}
-    for kind in kinds:
-        runs = [result for result in results if result["kind"] == kind]
-        divisions[kind] = {
-            "parts": [len(run["parts"]) for run in runs],
-            "largest_part": float(
-                np.mean([np.sum(r["questions"], axis=1).max() / np.sum(r["questions"]) for r in runs])
-            ),
-            "known_of_source": float(np.mean([known_of_source(run) for run in runs])),
-            "share_of_draws": np.mean([share_of_draws(run) for run in runs], axis=0).tolist(),
-            "start_seconds": float(np.mean([run["start_seconds"] for run in runs])),
-        }
+    divisions = {kind: division_facts([result for result in results if result["kind"] == kind]) for kind in kinds}
     sources = results[0]["sources"]
     write_json(out / "results.json", {"against": against, "divisions": divisions, "sources": sources})
+    print("Steps to the pool run's final accuracy, as a share of its steps and of its own time to there\n")
+    print(level_table(rows))
+    print(f"\n{gain_table(against)}")
+    print("\nWhat the parts are: how much of the source they tell, and the prompts drawn from each source\n")
+    print(division_table(divisions, sources))
+    by_source = [[row["kind"], *(f"{value:.2f}" for value in row["final_by_source"])] for row in rows]
+    print(f"\n{table(['final accuracy of', *sources], by_source)}")
+    print(f"\n{seed_table(results)}")
+    draw_accuracy(results, out / "accuracy.png")
+    print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}")
 
+
+def division_facts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the parts of one kind of division are, as means over its runs.
+
+    Args:
+        runs: the results of one kind.
+    """
+    return {
+        # The number of parts may differ between seeds, so all are kept.
+        "parts": [len(run["parts"]) for run in runs],
+        "largest_part": float(np.mean([np.sum(r["questions"], axis=1).max() / np.sum(r["questions"]) for r in runs])),
+        "known_of_source": float(np.mean([known_of_source(run) for run in runs])),
+        "share_of_draws": np.mean([share_of_draws(run) for run in runs], axis=0).tolist(),
+        "start_seconds": float(np.mean([run["start_seconds"] for run in runs])),
+    }
+
+
+def level_table(rows: Sequence[dict[str, Any]]) -> str:
+    """How soon each division reaches the pool's level, and what it ends at.
+
+    Args:
+        rows: of `compare` with the pool.
+    """
     header = [
         "division",
         "seeds",
@@ -171,18 +214,33 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
         ]
         for row in rows
     ]
-    print("Steps to the pool run's final accuracy, as a share of its steps and of its own time to there\n")
-    print(table(header, cells))
+    return table(header, cells)
 
+
+def gain_table(against: dict[str, list[dict[str, Any]]]) -> str:
+    """The difference in final accuracy of every pair of divisions.
+
+    Args:
+        against: rows of `compare` by the baseline that they compare with.
+    """
+    kinds = list(against)
     gains = [
         [row["kind"], baseline, f"{row['final_gain']:+.3f}", "{:+.3f}..{:+.3f}".format(*row["final_gain_interval"])]
         for baseline in kinds
         for row in against[baseline]
+        # Each pair stands there once, and none with itself.
         if kinds.index(row["kind"]) > kinds.index(baseline)
     ]
-    print(f"\n{table(['final accuracy of', 'less that of', 'difference', '95%'], gains)}")
+    return table(["final accuracy of", "less that of", "difference", "95%"], gains)
 
-    print("\nWhat the parts are: how much of the source they tell, and the prompts drawn from each source\n")
+
+def division_table(divisions: dict[str, dict[str, Any]], sources: Sequence[str]) -> str:
+    """What the parts of each division are.
+
+    Args:
+        divisions: by kind, what `division_facts` found.
+        sources: names of the sources that prompts are drawn from.
+    """
     cells = [
         [
             kind,
@@ -194,15 +252,16 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
         ]
         for kind, found in divisions.items()
     ]
-    print(table(["division", "parts", "largest", "tells source", "s to divide", *sources], cells))
-    by_source = [[row["kind"], *(f"{value:.2f}" for value in row["final_by_source"])] for row in rows]
-    print(f"\n{table(['final accuracy of', *sources], by_source)}")
+    return table(["division", "parts", "largest", "tells source", "s to divide", *sources], cells)
+
+
+def seed_table(results: Sequence[dict[str, Any]]) -> str:
+    """The final accuracy of every run; empty where a seed has no run of the kind."""
     finals = {(result["kind"], result["seed"]): curve(result)[-1] for result in results}
     seeds = sorted({seed for _, seed in finals})
+    kinds = dict.fromkeys(kind for kind, _ in finals)
     by_seed = [[k, *(f"{finals[k, s]:.3f}" if (k, s) in finals else "" for s in seeds)] for k in kinds]
-    print(f"\n{table(['final accuracy of', *(f'seed {seed}' for seed in seeds)], by_seed)}")
-    draw_accuracy(results, out / "accuracy.png")
-    print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}")
+    return table(["final accuracy of", *(f"seed {seed}" for seed in seeds)], by_seed)
 
 
 if __name__ == "__main__":

@@ -47,18 +47,11 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
         FloatingPointError: an update was not finite.
     """
     # The answer is kept, because `config` becomes the configuration of the run below.
-    resumed = isinstance(config, Run)
     if isinstance(config, Run):
-        directory, config = RunDirectory(config.path), config.config()
-        trainer = Trainer(_checked_setup(config), directory, on_step)
+        trainer = open_trainer(config.config(), runs, resume=config.path, on_step=on_step)
     else:
-        config = load_config(config) if isinstance(config, str) else config
-        # The directory is made after the checks, so a configuration that is refused leaves none behind.
-        setup = _checked_setup(config)
-        trainer = Trainer(setup, RunDirectory.create(Path(runs), config.name, config.to_json()), on_step)
-        del setup  # training takes over the model's memory instead of copying it
-    print(f"run directory: {trainer.run_directory.path}")
-    trainer.open(resume=resumed).run()
+        trainer = open_trainer(load_config(config) if isinstance(config, str) else config, runs, on_step=on_step)
+    trainer.run()
     return Run(trainer.run_directory.path)
 
 
@@ -185,7 +178,26 @@ def without_plans(config: Config) -> Config:
     )
 
 
-def _checked_setup(config: Config) -> Setup:
+def open_trainer(
+    config: Config, runs: str, resume: Path | None = None, on_step: Callable[[StepRecord], None] | None = None
+) -> Trainer:
+    """The trainer of a new run, or of one to continue, ready for its next step.
+
+    Everything is checked before a directory is made or a log is opened.
+
+    Args:
+        config: of the run.
+        runs: where a new run's directory is made.
+        resume: the run directory to continue.
+        on_step: called with the record of each training step.
+    """
     setup = prepare(config)
     check_memory(setup)
-    return setup
+    if resume is None:
+        directory = RunDirectory.create(Path(runs), config.name, config.to_json())
+    else:
+        directory = RunDirectory(resume)
+    print(f"run directory: {directory.path}")
+    trainer = Trainer(setup, directory, on_step)
+    del setup  # so that training takes over the model's memory instead of copying it
+    return trainer.open(resume=resume is not None)

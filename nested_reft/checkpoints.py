@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-_ARRAY = "__array__"  # marks the place in the JSON part where a NumPy array stood
+# These mark the place in the JSON part where a NumPy array stood. Orbax writes no empty arrays, so that of an
+# empty one says all that there is to know.
+_ARRAY, _EMPTY = "__array__", "__empty_array__"
 
 
 def newest_checkpoint(directory: Path) -> int | None:
@@ -65,11 +67,10 @@ class Checkpoints:
             ValueError: there is none, or it is damaged.
         """
         number, restored = self._restore(host=ocp.args.JsonRestore())
-        host = restored["host"]
-        if not _has_arrays(host):
-            return number, host
-        _, restored = self._restore(host_arrays=ocp.args.PyTreeRestore())
-        return number, _with_arrays(host, restored["host_arrays"])
+        host, arrays = restored["host"], {}
+        if _has_arrays(host):
+            arrays = self._restore(host_arrays=ocp.args.PyTreeRestore())[1]["host_arrays"]
+        return number, _with_arrays(host, arrays)
 
     def restore_some(self, like: dict[str, Any]) -> dict[str, Any]:
         """Those entries of the newest checkpoint's device arrays that `like` has.
@@ -114,6 +115,8 @@ class Checkpoints:
 def _without_arrays(value: Any, taken_out: dict[str, np.ndarray]) -> Any:
     """The value with every NumPy array replaced by a mark, and put into `taken_out` under the mark's name."""
     if isinstance(value, np.ndarray):
+        if not value.size:
+            return {_EMPTY: [value.dtype.name, list(value.shape)]}
         name = f"array_{len(taken_out)}"
         taken_out[name] = value
         return {_ARRAY: name}
@@ -135,5 +138,8 @@ def _with_arrays(value: Any, arrays: dict[str, Any]) -> Any:
     if isinstance(value, dict):
         if _ARRAY in value:
             return np.asarray(arrays[value[_ARRAY]])
+        if _EMPTY in value:
+            dtype, shape = value[_EMPTY]
+            return np.zeros(shape, dtype)
         return {key: _with_arrays(entry, arrays) for key, entry in value.items()}
     return [_with_arrays(entry, arrays) for entry in value] if isinstance(value, list) else value

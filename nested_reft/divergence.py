@@ -78,11 +78,12 @@ def texts_of(rollouts: Rollouts, prompts: int | None = None, completions: int | 
     """
     # `slice(None)` takes everything.
     some = (slice(prompts), slice(completions))
+    # Rollouts may lie on the host; they go to the devices once, because every plan reads them.
     return (
-        rollouts.prompt_BP[some[0]],
-        rollouts.prompt_length_B[some[0]],
-        rollouts.tokens_BGC[some],
-        rollouts.length_BG[some],
+        jnp.asarray(rollouts.prompt_BP[some[0]]),
+        jnp.asarray(rollouts.prompt_length_B[some[0]]),
+        jnp.asarray(rollouts.tokens_BGC[some]),
+        jnp.asarray(rollouts.length_BG[some]),
     )
 
 

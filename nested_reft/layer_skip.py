@@ -81,7 +81,8 @@ class LayerPlan:
         Args:
             num_layers: L of the model.
         """
-        return tuple(int(i) for i in np.flatnonzero(~np.asarray(self.to_mask(num_layers))))
+        # NumPy, because a log line must not compile programs for each new number of layers.
+        return tuple(np.setdiff1d(np.arange(num_layers), np.asarray(self.kept_S)).tolist())
 
 
 Choice = Literal["uniform", "per_layer", "fixed", "measured"]

@@ -109,8 +109,10 @@ class RunDirectory:
 
     def close(self) -> None:
         """Closes the logs."""
-        for file in (self._metrics, self._samples, self._events):
-            file.close()
+        self._metrics.close()
+        self._samples.close()
+        if "_events" in self.__dict__:  # the cached property: without a point there is no writer, and none is made
+            self._events.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ def run(arguments: list[str]) -> None:
     """Evaluates every source's held-out prompts and prints the table."""
     known = _parser().parse_args(arguments)
     with checking_input():
+        check_json(known.json)
         setup = setup_of(known.policy, known.config)
         plan = plan_without(setup.policy.num_layers, known.skip_layers)
-        check_json(known.json)
     found = evaluate_sources(setup, plan, samples=True)
     results = {name: result.to_json() for name, result in found.items()}
     print(evaluation_table(results))

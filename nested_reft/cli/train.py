@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nested_reft.api import open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
 from nested_reft.cli.bad_input import checking_input
@@ -15,9 +16,8 @@ from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training.config import Config, differences, load_config
-from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
-from nested_reft.training.setup import prepare, run_config
+from nested_reft.training.setup import run_config
 from nested_reft.training.trainer import Trainer
 
 RUNS = "runs"
@@ -41,7 +41,8 @@ def run(arguments: list[str]) -> None:
         if known.resume is not None and _is_complete(known.resume, config):
             print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
             return
-        trainer, directory = _opened_trainer(known, config)
+        trainer = open_trainer(config, known.runs, known.resume)
+        directory = trainer.run_directory
     summary = _train(trainer, directory)
     print(f"\n{summary_table(summary)}")
     keep_json(known.json, summary)
@@ -97,26 +98,6 @@ def _is_complete(run_path: Path, config: Config) -> bool:
     """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish."""
     at_end = newest_checkpoint(run_path / "checkpoints") == last_checkpoint(config)
     return at_end and (run_path / "summary.json").is_file()
-
-
-def _run_directory(known: argparse.Namespace, config: Config) -> RunDirectory:
-    """A new run directory, or the one to continue."""
-    if known.resume is None:
-        return RunDirectory.create(Path(known.runs), config.name, config.to_json())
-    return RunDirectory(known.resume)
-
-
-def _opened_trainer(known: argparse.Namespace, config: Config) -> tuple[Trainer, RunDirectory]:
-    """The trainer of a new run, or of the one to continue, ready for its next step.
-
-    The setup ends with this function, so that training takes over the model's memory instead of copying it.
-    """
-    setup = prepare(config)
-    check_memory(setup)
-    directory = _run_directory(known, config)
-    print(f"run directory: {directory.path}")
-    trainer = Trainer(setup, directory)
-    return trainer.open(resume=known.resume is not None), directory
 
 
 def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Needs:
         self_distillation: a nested pass, and the divergence of its distributions from the full ones.
         off_policy: whether completions were sampled by a behavior policy. Demonstrations were not, so
             there is nothing to say about how far off-policy they are.
+        signal_is_weight: whether the signal is a completion's weight, so that a batch whose signals are all
+            zero has nothing to learn from. An advantage of zero, in contrast, says that all is well.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -36,6 +38,7 @@ class Needs:
     entropy_gradient: bool = False
     self_distillation: bool = False
     off_policy: bool = True
+    signal_is_weight: bool = False
 
 
 @struct.dataclass

@@ -40,7 +40,7 @@ class Supervised:
 
     def needs(self, updates_per_batch: int) -> Needs:
         """The target's own log-probabilities and nothing else."""
-        return Needs(off_policy=not self._demonstrations)
+        return Needs(off_policy=not self._demonstrations, signal_is_weight=True)
 
     def signal(
         self,

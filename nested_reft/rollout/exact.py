@@ -10,7 +10,10 @@ Any proposal is valid as long as its own probabilities enter the rule below.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues
-from nested_reft.models.transformer import Transformer
+from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
+
+TINY = 1e-38  # the smallest probability that a log is taken of; float32 has little below it
 
 
 @struct.dataclass
@@ -112,94 +117,114 @@ def generate_exact(
     Returns:
         The rollouts, and how many drafts were tested and accepted.
     """
-    batch, size = prompt_BP.shape[0], max_completion_tokens
-    rows = (batch, group_size)
+    rows = (prompt_BP.shape[0], group_size)
     # The prompt runs under the full model only: the draft reads the same caches, slot by slot.
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), shared_prefix=shared_prefix)
-    index_B, index_G = jnp.arange(batch)[:, None], jnp.arange(group_size)[None]
-
-    def probability(hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        return policy_probability(model.logits(hidden), sampling)
-
-    def draft(carry, position):
-        """One draft token: feeds the token before it, draws it, keeps q."""
-        # The carry holds the caches, so the second draft token attends to the first one's keys.
-        token_BG, cache, round_key, start_BG = carry
-        hidden_BGTD, cache = model.extend(token_BG[..., None], start_BG + position, cache, prompt, plan)
-        q_BGV = probability(hidden_BGTD[:, :, 0])
-        token_BG = draw_categorical(jax.random.fold_in(round_key, position), q_BGV)
-        return (token_BG, cache, round_key, start_BG), (token_BG, q_BGV)
-
-    def one_round(state: _State) -> _State:
-        """Drafts, verifies, and adds what was accepted."""
-        # The number 0 belongs to the first token.
-        round_key = jax.random.fold_in(key, state.rounds + 1)
-        # The caches lack the last final token, so a round feeds it before its drafts.
-        start_BG = jnp.maximum(state.length_BG - 1, 0)
-        last_BG = state.tokens_BGC[index_B, index_G, start_BG]
-        carry = (last_BG, state.cache, round_key, start_BG)
-        (_, cache, _, _), (drafts_TBG, q_TBGV) = jax.lax.scan(draft, carry, jnp.arange(draft_length))
-        drafts_BGT = jnp.moveaxis(drafts_TBG, 0, -1)
-        # The full model writes over what the draft left in the caches, so no nested key or value survives the round.
-        hidden_BGTD, cache = model.extend(
-            jnp.concatenate([last_BG[..., None], drafts_BGT], axis=-1), start_BG, cache, prompt
-        )
-        p_BGTV = probability(hidden_BGTD)
-        # The drafts took the numbers below `draft_length` of the round's key.
-        tokens_BGT, logprob_BGT, accepted_BG = accept(
-            jax.random.fold_in(round_key, draft_length), drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
-        )
-        return _with_tokens(state, tokens_BGT, logprob_BGT, accepted_BG, stop_ids, cache)
-
-    def unfinished(state: _State) -> Array:
-        return ~jnp.all(state.done_BG)
-
-    first_BG, first_logprob_BG = _first_token(key, prompt.last_hidden_BD, group_size, probability)
-    tokens_BGC = jnp.zeros((*rows, size), jnp.int32).at[:, :, 0].set(first_BG)
-    logprob_BGC = jnp.zeros((*rows, size), jnp.float32).at[:, :, 0].set(first_logprob_BG)
-    length_BG, finished_BG = jnp.ones(rows, jnp.int32), jnp.isin(first_BG, stop_ids)
-    forced_BG = jnp.zeros(rows, jnp.int32)
-    # A round may begin at the last position and still writes all its drafts, hence the room beyond C.
-    cache = model.empty_cache(*rows, size + draft_length, None)
+    rounds = _Rounds(model, plan, prompt, stop_ids, key, sampling, draft_length)
+    state = rounds.start(rows, max_completion_tokens)
     if forced is not None:
-        # One pass fills the caches with all prefixes. Beyond a shorter one they hold padding, which is
-        # written over before anything attends to it: a round feeds its tokens in order.
-        forced_BG = forced.length_BG
-        _, cache = model.extend(forced.tokens_BGF, jnp.zeros_like(forced_BG), cache, prompt)
-        given_BGC = jnp.pad(forced.tokens_BGF, ((0, 0), (0, 0), (0, max(size, 1))))[..., :size]
-        is_given_BGC = jnp.arange(size) < forced_BG[..., None]
-        tokens_BGC = jnp.where(forced_BG[..., None] > 0, jnp.where(is_given_BGC, given_BGC, 0), tokens_BGC)
-        logprob_BGC = jnp.where(forced_BG[..., None] > 0, 0.0, logprob_BGC)
-        # A row without a prefix keeps the first token that was drawn for all rows above.
-        length_BG, finished_BG = jnp.maximum(forced_BG, 1), finished_BG & (forced_BG == 0)
-    zero = jnp.zeros((), jnp.int32)
-    state = _State(
-        tokens_BGC=tokens_BGC,
-        logprob_BGC=logprob_BGC,
-        length_BG=length_BG,
-        finished_BG=finished_BG,
-        cache=cache,
-        rounds=zero,
-        tested=zero,
-        accepted=zero,
-    )
-    state = jax.lax.while_loop(unfinished, one_round, state)
+        state = rounds.with_given(state, forced)
+    state = jax.lax.while_loop(lambda state: ~jnp.all(state.done_BG), rounds.one_round, state)
+    num_layers = model.config.num_layers
     rollouts = Rollouts(
         prompt_BP=prompt_BP,
         prompt_length_B=prompt_length_B,
         tokens_BGC=state.tokens_BGC,
         length_BG=state.length_BG,
         finished_BG=state.finished_BG,
-        forced_BG=forced_BG,
+        forced_BG=jnp.zeros(rows, jnp.int32) if forced is None else forced.length_BG,
         counted_BG=jnp.ones(rows, bool),
         behavior_logprob_BGC=state.logprob_BGC,
         # The nested policy only drafted; what came out is the full model's.
         nested_BG=jnp.zeros(rows, bool),
-        full_share_B=jnp.ones(batch),
-        kept_mask_BL=jnp.broadcast_to(plan.to_mask(model.config.num_layers), (batch, model.config.num_layers)),
-        version_B=jnp.full(batch, policy_version, jnp.int32),
+        full_share_B=jnp.ones(rows[0]),
+        kept_mask_BL=jnp.broadcast_to(plan.to_mask(num_layers), (rows[0], num_layers)),
+        version_B=jnp.full(rows[0], policy_version, jnp.int32),
     )
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """What stays the same while a batch is drafted and verified, and the steps of one round."""
+
+    model: Transformer
+    plan: LayerPlan
+    prompt: PromptCache
+    stop_ids: Array
+    key: jax.Array
+    sampling: SamplingConfig
+    draft_length: int
+
+    def start(self, rows: tuple[int, int], size: int) -> _State:
+        """Every row's first token, which the prompt's own pass predicts, and empty caches."""
+        p_BV = self._probability(self.prompt.last_hidden_BD)
+        p_BGV = jnp.broadcast_to(p_BV[:, None], (*rows, p_BV.shape[1]))
+        first_BG = draw_categorical(jax.random.fold_in(self.key, 0), p_BGV)
+        chosen_BG = jnp.take_along_axis(p_BGV, first_BG[..., None], axis=-1)[..., 0]
+        zero = jnp.zeros((), jnp.int32)
+        return _State(
+            tokens_BGC=jnp.zeros((*rows, size), jnp.int32).at[:, :, 0].set(first_BG),
+            logprob_BGC=jnp.zeros((*rows, size), jnp.float32).at[:, :, 0].set(jnp.log(jnp.maximum(chosen_BG, TINY))),
+            length_BG=jnp.ones(rows, jnp.int32),
+            finished_BG=jnp.isin(first_BG, self.stop_ids),
+            # A round may begin at the last position and still writes all its drafts, hence the room beyond C.
+            cache=self.model.empty_cache(*rows, size + self.draft_length, None),
+            rounds=zero,
+            tested=zero,
+            accepted=zero,
+        )
+
+    def with_given(self, state: _State, forced: ForcedPrefixes) -> _State:
+        """The starting state of rows whose first tokens are given; a row without any keeps the token it drew."""
+        size, has_prefix_BG = state.tokens_BGC.shape[-1], forced.length_BG > 0
+        # One pass fills the caches with all prefixes. Beyond a shorter one they hold padding, which is
+        # written over before anything attends to it: a round feeds its tokens in order.
+        _, cache = self.model.extend(forced.tokens_BGF, jnp.zeros_like(forced.length_BG), state.cache, self.prompt)
+        room = max(size - forced.tokens_BGF.shape[-1], 0)
+        given_BGC = jnp.pad(forced.tokens_BGF, ((0, 0), (0, 0), (0, room)))[..., :size]
+        given_BGC = jnp.where(jnp.arange(size) < forced.length_BG[..., None], given_BGC, 0)
+        return dataclasses.replace(
+            state,
+            tokens_BGC=jnp.where(has_prefix_BG[..., None], given_BGC, state.tokens_BGC),
+            logprob_BGC=jnp.where(has_prefix_BG[..., None], 0.0, state.logprob_BGC),
+            length_BG=jnp.maximum(forced.length_BG, 1),
+            finished_BG=state.finished_BG & ~has_prefix_BG,
+            cache=cache,
+        )
+
+    def one_round(self, state: _State) -> _State:
+        """Drafts, verifies, and adds what was accepted."""
+        # The number 0 belongs to the first token.
+        round_key = jax.random.fold_in(self.key, state.rounds + 1)
+        # The caches lack the last final token, so a round feeds it before its drafts.
+        start_BG = jnp.maximum(state.length_BG - 1, 0)
+        last_BG = jnp.take_along_axis(state.tokens_BGC, start_BG[..., None], axis=-1)[..., 0]
+        carry = (last_BG, state.cache, round_key, start_BG)
+        (_, cache, _, _), (drafts_TBG, q_TBGV) = jax.lax.scan(self._draft, carry, jnp.arange(self.draft_length))
+        drafts_BGT = jnp.moveaxis(drafts_TBG, 0, -1)
+        # The full model writes over what the draft left in the caches, so no nested key or value survives the round.
+        hidden_BGTD, cache = self.model.extend(
+            jnp.concatenate([last_BG[..., None], drafts_BGT], axis=-1), start_BG, cache, self.prompt
+        )
+        p_BGTV = self._probability(hidden_BGTD)
+        # The drafts took the numbers below `draft_length` of the round's key.
+        tokens_BGT, logprob_BGT, accepted_BG = accept(
+            jax.random.fold_in(round_key, self.draft_length), drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
+        )
+        return _with_tokens(state, tokens_BGT, logprob_BGT, accepted_BG, self.stop_ids, cache)
+
+    def _draft(self, carry: Any, position: Array) -> tuple[Any, tuple[Array, Array]]:
+        """One draft token: feeds the token before it, draws it, keeps q."""
+        # The carry holds the caches, so the second draft token attends to the first one's keys.
+        token_BG, cache, round_key, start_BG = carry
+        hidden_BGTD, cache = self.model.extend(token_BG[..., None], start_BG + position, cache, self.prompt, self.plan)
+        q_BGV = self._probability(hidden_BGTD[:, :, 0])
+        token_BG = draw_categorical(jax.random.fold_in(round_key, position), q_BGV)
+        return (token_BG, cache, round_key, start_BG), (token_BG, q_BGV)
+
+    def _probability(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        return policy_probability(self.model.logits(hidden), self.sampling)
 
 
 def _with_tokens(
@@ -274,16 +299,7 @@ def accept(
     tokens_BGT = jnp.where(jnp.arange(length + 1) == accepted_BG[..., None], next_BG[..., None], _pad_one(drafts_BGT))
     p_token_BGT = jnp.take_along_axis(p_BGTV, tokens_BGT[..., None], axis=-1)[..., 0]
     # Tokens after the first rejection may have probability 0. They are thrown away, but their log must stay finite.
-    return tokens_BGT, jnp.log(jnp.maximum(p_token_BGT, 1e-38)), accepted_BG
-
-
-def _first_token(key, last_hidden_BD, group_size, probability):
-    """Every row's first token, which the prompt's own pass predicts."""
-    p_BV = probability(last_hidden_BD)
-    p_BGV = jnp.broadcast_to(p_BV[:, None], (p_BV.shape[0], group_size, p_BV.shape[1]))
-    token_BG = draw_categorical(jax.random.fold_in(key, 0), p_BGV)
-    chosen_BG = jnp.take_along_axis(p_BGV, token_BG[..., None], axis=-1)[..., 0]
-    return token_BG, jnp.log(jnp.maximum(chosen_BG, 1e-38))
+    return tokens_BGT, jnp.log(jnp.maximum(p_token_BGT, TINY)), accepted_BG
 
 
 def _pad_one(values_BGT: Int[Array, "B G T"]) -> Int[Array, "B G T+1"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -79,28 +80,89 @@ def generate(
     Returns:
         Rollouts on the devices, whose log-probabilities are those of the distributions that tokens were drawn from.
     """
-    shape, size = (prompt_BP.shape[0], group_size), max_completion_tokens
+    shape = (prompt_BP.shape[0], group_size)
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
-    first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*shape, prompt.last_hidden_BD.shape[-1]))
-    forced_size, start_BG, limit_BG, forced_cache = 0, None, None, None
-    if forced is not None:
-        # Prefixes end at one slot of the caches whatever their lengths, so that one slot number serves all rows.
-        forced_size = forced.tokens_BGF.shape[-1]
-        start_BG = forced_size - forced.length_BG
-        limit_BG = size - forced.length_BG
-        right_aligned_BGF = _shifted(forced.tokens_BGF, -start_BG)
-        first_BGD, forced_cache = model.prefill_completions(right_aligned_BGF, start_BG, prompt, plan)
+    given = None if forced is None else _GivenTokens(forced, max_completion_tokens)
+    decoder = _Decoder(model, plan, stop_ids, key, shape, max_completion_tokens, sampling, given)
+    state = _decoded(decoder, prompt)
+    sampled = (state.tokens_BGC, state.logprob_BGC, state.length_BG, state.done_BG)
+    tokens_BGC, logprob_BGC, length_BG, finished_BG = sampled if given is None else given.put_in_front(state, stop_ids)
+    return Rollouts(
+        prompt_BP=prompt_BP,
+        prompt_length_B=prompt_length_B,
+        tokens_BGC=tokens_BGC,
+        length_BG=length_BG,
+        finished_BG=finished_BG,
+        forced_BG=jnp.zeros(shape, jnp.int32) if forced is None else forced.length_BG,
+        counted_BG=jnp.ones(shape, bool),
+        behavior_logprob_BGC=logprob_BGC,
+        nested_BG=jnp.ones(shape, bool),
+        full_share_B=jnp.zeros(shape[0]),
+        kept_mask_BL=jnp.broadcast_to(plan.to_mask(model.config.num_layers), (shape[0], model.config.num_layers)),
+        version_B=jnp.full(shape[0], policy_version, jnp.int32),
+    )
 
-    def add_token(state: _DecodeState, rows: Rows, hidden_bgD: Array) -> _DecodeState:
+
+class _GivenTokens:
+    """Forced prefixes while a batch is decoded.
+
+    Prefixes end at one slot of the caches whatever their lengths, so that one slot number serves all rows.
+    """
+
+    def __init__(self, forced: ForcedPrefixes, size: int):
+        self.forced, self.size = forced, forced.tokens_BGF.shape[-1]
+        self.start_BG = self.size - forced.length_BG  # slot of each row's first token
+        self.limit_BG = size - forced.length_BG  # tokens that are left to sample
+        self._completion_size = size
+
+    def right_aligned_BGF(self) -> Int[Array, "B G F"]:
+        """The prefixes moved to the end of their slots."""
+        return _shifted(self.forced.tokens_BGF, -self.start_BG)
+
+    def put_in_front(self, state: _DecodeState, stop_ids: Array) -> tuple[Array, Array, Array, Array]:
+        """Tokens, log-probabilities, lengths and stops of whole completions, prefixes included."""
+        size, forced_BG = self._completion_size, self.forced.length_BG
+        # With prefixes, a row can be done because it is full. Its last token tells whether it stopped.
+        last_BG1 = jnp.take_along_axis(state.tokens_BGC, jnp.maximum(state.length_BG - 1, 0)[..., None], axis=-1)
+        finished_BG = (state.length_BG > 0) & jnp.isin(last_BG1[..., 0], stop_ids)
+        room = max(size - self.size, 0)
+        given_BGC = jnp.pad(self.forced.tokens_BGF, ((0, 0), (0, 0), (0, room)))[..., :size]
+        # Sampled tokens were written from index 0; each row moves right by the length of its own prefix.
+        own_BGC = jnp.arange(size) >= forced_BG[..., None]
+        tokens_BGC = jnp.where(own_BGC, _shifted(state.tokens_BGC, -forced_BG), given_BGC)
+        logprob_BGC = jnp.where(own_BGC, _shifted(state.logprob_BGC, -forced_BG), 0.0)
+        return tokens_BGC, logprob_BGC, state.length_BG + forced_BG, finished_BG
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What stays the same while a batch is decoded, and the two steps of its loop."""
+
+    model: Transformer
+    plan: LayerPlan
+    stop_ids: Array
+    key: jax.Array
+    shape: tuple[int, int]  # B and G of the whole batch
+    size: int  # C
+    sampling: SamplingConfig
+    given: _GivenTokens | None
+
+    @property
+    def given_size(self) -> int:
+        """Slots of the caches that prefixes take."""
+        return 0 if self.given is None else self.given.size
+
+    def add_token(self, state: _DecodeState, rows: Rows, hidden_bgD: Array) -> _DecodeState:
         """Draws each row's next token from its hidden state."""
-        uniform = row_uniforms(jax.random.fold_in(key, state.step), shape)[:, *rows]  # by place in the whole batch
-        token_bg, logprob_bg = sample_token(uniform, model.logits(hidden_bgD), sampling)
+        # Rows draw by their place in the whole batch, so that dropping finished rows changes no draw.
+        uniform = row_uniforms(jax.random.fold_in(self.key, state.step), self.shape)[:, *rows]
+        token_bg, logprob_bg = sample_token(uniform, self.model.logits(hidden_bgD), self.sampling)
         done_bg = state.done_BG[rows]
         # A finished row still passes through the model with the batch; what it draws is not kept.
         token_bg, logprob_bg = (jnp.where(done_bg, 0, value) for value in (token_bg, logprob_bg))
-        ends_bg = jnp.isin(token_bg, stop_ids)
-        if limit_BG is not None:  # a row whose prefix took some of its tokens is full earlier than the others
-            ends_bg |= state.step + 1 >= limit_BG[rows]
+        ends_bg = jnp.isin(token_bg, self.stop_ids)
+        if self.given is not None:  # a row whose prefix took some of its tokens is full earlier than the others
+            ends_bg |= state.step + 1 >= self.given.limit_BG[rows]
         return dataclasses.replace(
             state,
             step=state.step + 1,
@@ -110,10 +172,10 @@ def generate(
             done_BG=state.done_BG.at[rows].set(done_bg | ends_bg),
         )
 
-    def decode_until_fits(state: _DecodeState, rows: Rows, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
+    def until_fits(self, state: _DecodeState, rows: Rows, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
         """Decodes until all rows still running fit into `fewer` prompts and completions of each, or caches are full."""
         # A step feeds the token before the one that it draws.
-        end = min(size, state.cache.key.shape[-2] - forced_size + 1)
+        end = min(self.size, state.cache.key.shape[-2] - self.given_size + 1)
 
         def too_many(state: _DecodeState) -> Array:
             # Finished rows need not leave at once: the loop ends when a smaller batch would hold all the others.
@@ -123,64 +185,46 @@ def generate(
         def decode_one(state: _DecodeState) -> _DecodeState:
             # Slots count forced tokens, while `step` counts sampled ones.
             last = state.step - 1
-            starts_bg = None if start_BG is None else start_BG[rows]
-            hidden_bgD, cache = model.decode(
-                state.tokens_BGC[*rows, last], forced_size + last, state.cache, prompt, plan, starts_bg
+            starts_bg = None if self.given is None else self.given.start_BG[rows]
+            hidden_bgD, cache = self.model.decode(
+                state.tokens_BGC[*rows, last], self.given_size + last, state.cache, prompt, self.plan, starts_bg
             )
-            return add_token(dataclasses.replace(state, cache=cache), rows, hidden_bgD)
+            return self.add_token(dataclasses.replace(state, cache=cache), rows, hidden_bgD)
 
         return jax.lax.while_loop(too_many, decode_one, state)
 
+
+def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
+    """Every row decoded to its end, with caches that grow and finished rows that leave."""
+    model, shape, size, given = decoder.model, decoder.shape, decoder.size, decoder.given
     cache_sizes = _cache_sizes(size)
-    rows = (jnp.arange(shape[0])[:, None], jnp.broadcast_to(jnp.arange(group_size), shape))
+    rows = (jnp.arange(shape[0])[:, None], jnp.broadcast_to(jnp.arange(shape[1]), shape))
+    first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*shape, prompt.last_hidden_BD.shape[-1]))
+    if given is None:
+        cache = model.empty_cache(*shape, cache_sizes[0], decoder.plan)
+    else:
+        first_BGD, cache = model.prefill_completions(given.right_aligned_BGF(), given.start_BG, prompt, decoder.plan)
     state = _DecodeState(
         step=jnp.zeros((), jnp.int32),
         tokens_BGC=jnp.zeros((*shape, size), jnp.int32),
         logprob_BGC=jnp.zeros((*shape, size), jnp.float32),
         length_BG=jnp.zeros(shape, jnp.int32),
-        done_BG=jnp.zeros(shape, bool) if limit_BG is None else limit_BG <= 0,
-        cache=model.empty_cache(*shape, cache_sizes[0], plan) if forced_cache is None else forced_cache,
+        done_BG=jnp.zeros(shape, bool) if given is None else given.limit_BG <= 0,
+        cache=cache,
     )
-    if forced is not None:
-        state = _with_cache_size(state, forced_size + cache_sizes[0])
+    if given is not None:
+        state = _with_cache_size(state, given.size + cache_sizes[0])
     # The first token needs no decode step, since the prefill has its hidden state already.
-    state = add_token(state, rows, first_BGD)
+    state = decoder.add_token(state, rows, first_BGD)
     compactions = _compactions(*shape, size)
     # Each size serves until it is full or the first compaction is due. All that follows has caches of full size.
     for cache_size in cache_sizes[1:]:
-        state = decode_until_fits(state, rows, prompt, (compactions or [(0, 0)])[0])
-        state = _with_cache_size(state, forced_size + cache_size)
+        state = decoder.until_fits(state, rows, prompt, (compactions or [(0, 0)])[0])
+        state = _with_cache_size(state, decoder.given_size + cache_size)
     for fewer in compactions:
-        state = decode_until_fits(state, rows, prompt, fewer)
+        state = decoder.until_fits(state, rows, prompt, fewer)
         state, rows, prompt = _compacted(state, rows, prompt, *fewer)
-    state = decode_until_fits(state, rows, prompt, (0, 0))
-    tokens_BGC, logprob_BGC, length_BG = state.tokens_BGC, state.logprob_BGC, state.length_BG
-    finished_BG, forced_BG = state.done_BG, jnp.zeros(shape, jnp.int32)
-    if forced is not None:
-        # With prefixes, a row can be done because it is full. Its last token tells whether it stopped.
-        last_BG1 = jnp.take_along_axis(tokens_BGC, jnp.maximum(length_BG - 1, 0)[..., None], axis=-1)
-        finished_BG = (length_BG > 0) & jnp.isin(last_BG1[..., 0], stop_ids)
-        forced_BG = forced.length_BG
-        given_BGC = jnp.pad(forced.tokens_BGF, ((0, 0), (0, 0), (0, max(size - forced_size, 0))))[..., :size]
-        # Sampled tokens were written from index 0; each row moves right by the length of its own prefix.
-        own_BGC = jnp.arange(size) >= forced_BG[..., None]
-        tokens_BGC = jnp.where(own_BGC, _shifted(tokens_BGC, -forced_BG), given_BGC)
-        logprob_BGC = jnp.where(own_BGC, _shifted(logprob_BGC, -forced_BG), 0.0)
-        length_BG = length_BG + forced_BG
-    return Rollouts(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BGC=tokens_BGC,
-        length_BG=length_BG,
-        finished_BG=finished_BG,
-        forced_BG=forced_BG,
-        counted_BG=jnp.ones(shape, bool),
-        behavior_logprob_BGC=logprob_BGC,
-        nested_BG=jnp.ones(shape, bool),
-        full_share_B=jnp.zeros(shape[0]),
-        kept_mask_BL=jnp.broadcast_to(plan.to_mask(model.config.num_layers), (shape[0], model.config.num_layers)),
-        version_B=jnp.full(shape[0], policy_version, jnp.int32),
-    )
+    return decoder.until_fits(state, rows, prompt, (0, 0))
 
 
 def _shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:

@@ -79,7 +79,7 @@ class Learner:
         start: the policy to train. It stays as it is for as long as anyone holds it.
         weights: what `behavior_policy` samples with.
         """
-        self.mesh = start.mesh
+        self.mesh, self.tokenizer, self.num_layers = start.mesh, start.tokenizer, start.num_layers
         # All that a policy is beside its weights; holding the model itself would keep its buffers in use.
         self._as_policy = partial(
             Policy,
@@ -108,6 +108,21 @@ class Learner:
         self._rounded = None
         # One compiled update serves the whole phase, because the task cannot change within it.
         self._update = make_update(task)
+
+    def rest(self) -> None:
+        """Ends a phase for one that does not train: the optimizer's memory goes."""
+        self.state = TrainState(self.state.trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
+
+    def load(self, state: TrainState, reference: nnx.State | None) -> None:
+        """Takes over the arrays of a checkpoint.
+
+        Args:
+            state: parameters, optimizer state and counter.
+            reference: the parameters that a KL penalty compares with; None keeps what there is.
+        """
+        self.state, self._rounded, self._lent = state, None, []
+        if reference is not None:
+            self.reference = reference
 
     def keep_reference(self) -> None:
         """Makes the parameters as they are now the reference."""
@@ -183,7 +198,10 @@ class Learner:
         """
         arrays = batch.arrays
         # A gradient of zero would still move the parameters, by the momentum of earlier updates.
-        if not bool(np.any(np.asarray(arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)))):
+        teaches_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
+        if self.needs.signal_is_weight:
+            teaches_BG &= arrays.signal_BG != 0
+        if not bool(np.any(np.asarray(teaches_BG))):
             return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
         passes = []
         for _ in range(self.task.updates_per_batch):

@@ -28,6 +28,8 @@ from nested_reft.training.split import divide, divided
 from nested_reft.training.step import LearnerTask, UpdatePlans
 from nested_reft.training.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
 
+REINFORCEMENT = "reinforcement"  # the last phase, which `training.reinforcement` holds
+
 
 @runtime_checkable
 class Phase(Protocol):
@@ -105,16 +107,14 @@ class WarmStart:
             number: of the step, counted from 0.
         """
         config, learner = self._config.warm_start, state.learner
-        policy = learner.policy()
         # The key follows from the number of the step, so a resumed warm start drops the same layers.
-        plan = dropout_plan(jax.random.fold_in(self._key, number), config, policy.num_layers)
+        plan = dropout_plan(jax.random.fold_in(self._key, number), config, learner.num_layers)
         sources = sources_of(config.batch_size, len(self._data.train_examples))
         prompts = batch_prompts([state.stream.next(source) for source in sources], sources, self._data.prompt_size)
         # An answer has at most as many tokens as a completion may have; `prepare` has checked that.
-        batch = demonstrations(prompts, prompts.answers, policy.tokenizer, policy.max_completion_tokens)
-        mesh = learner.mesh
-        del policy  # so that the update can take its buffers
-        update = learner.update(LearnerBatch(shard_batch(batch, mesh), UpdatePlans(target=replicate(plan, mesh))))
+        batch = demonstrations(prompts, prompts.answers, learner.tokenizer, learner.task.max_completion_tokens)
+        plans = UpdatePlans(target=replicate(plan, learner.mesh))
+        update = learner.update(LearnerBatch(shard_batch(batch, learner.mesh), plans))
         return f"loss {update.loss:.3f}"
 
 
@@ -132,7 +132,8 @@ class Split:
         self._config, self._data, self._key = config, data, keys.split
 
     def prepare(self, state: RunState) -> None:
-        """Nothing changes but the data position, which the next phase makes anew."""
+        """No optimizer, since nothing trains; and a data position, which the next phase makes anew."""
+        state.learner.rest()
         state.stream = PromptStream(self._data.train_examples, self._config.train.seed)
 
     def start(self, state: RunState) -> None:
@@ -180,7 +181,7 @@ def fresh_data(state: RunState, config: Config, data: RunData) -> RunData:
         data: its prompts, undivided.
     """
     # The division was measured once and is stored, because a later policy would divide the sources otherwise.
-    data = data if state.division is None else divided(config, data, state.division)
+    data = data if state.division is None else divided(data, state.division)
     state.stream = PromptStream(data.train_examples, config.train.seed)
     # The curriculum counts training sources, whose number the division may have changed.
     state.curriculum = CurriculumState.start([len(examples) for examples in data.train_examples])
@@ -214,8 +215,17 @@ def first_checkpoint(phases: Sequence[Phase], index: int) -> int:
     return sum(phase.steps + 1 for phase in phases[:index])
 
 
+def phase_steps(config: Config) -> dict[str, int]:
+    """The phases of a run and how many steps each takes, in their order."""
+    steps = {}
+    if config.warm_start.steps:
+        steps[WarmStart.name] = config.warm_start.steps
+    if config.data.split.kind != "none":
+        steps[Split.name] = Split.steps
+    return steps | {REINFORCEMENT: config.train.steps}
+
+
 def last_checkpoint(config: Config) -> int:
-    """The number of the checkpoint that ends a run of this configuration."""
-    # This repeats which phases a run has, so that a finished run is known without loading a model.
-    before = [config.warm_start.steps] * (config.warm_start.steps > 0) + [1] * (config.data.split.kind != "none")
-    return sum(steps + 1 for steps in before) + config.train.steps
+    """The number of the checkpoint that ends a run of this configuration; no model is loaded for it."""
+    steps = list(phase_steps(config).values())
+    return sum(count + 1 for count in steps[:-1]) + steps[-1]

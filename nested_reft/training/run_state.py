@@ -76,13 +76,10 @@ class RunState:
         """
         # This comes first, because it decides whether `_arrays` names a reference.
         self.trained_before = host["trained_before"]
-        if self.learner.reference is None and host["has_reference"]:
-            self.learner.keep_reference()
-        # The arrays of now say which shapes and which placement the restored ones get.
+        # The state has places for all arrays by now: whether a reference is stored depends on `trained_before`.
         arrays = checkpoints.restore_some(self._arrays())
-        if "reference" in arrays:
-            self.learner.reference = arrays.pop("reference")
-        self.learner.state = dataclasses.replace(self.learner.state, **arrays)
+        reference = arrays.pop("reference", None)
+        self.learner.load(dataclasses.replace(self.learner.state, **arrays), reference)
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
         self.nesting = NestingControlState.from_json(host["nesting"])
@@ -108,7 +105,6 @@ class RunState:
             "seconds": self.seconds,
             "before": self.before,
             "trained_before": self.trained_before,
-            "has_reference": self.learner.reference is not None,
             "curriculum": self.curriculum.to_json(),
             "nesting": self.nesting.to_json(),
             # It may have been measured anew in the run, so the file that it began with does not replace it.

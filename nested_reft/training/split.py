@@ -44,11 +44,10 @@ def divide(config: Config, data: RunData, policy: Policy, key: jax.Array) -> Div
     return division
 
 
-def divided(config: Config, data: RunData, division: Division) -> RunData:
+def divided(data: RunData, division: Division) -> RunData:
     """The data with its sources divided; the held-out examples stay as they are.
 
     Args:
-        config: not read.
         data: with the sources of the configuration.
         division: what `divide` returned, perhaps from a checkpoint.
 

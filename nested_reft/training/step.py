@@ -120,10 +120,10 @@ class UpdateResult:
     weight_BGC: Float[Array, "B G C"]
 
 
-Update = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
+UpdateFunction = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
 
 
-def make_update(task: LearnerTask) -> Update:
+def make_update(task: LearnerTask) -> UpdateFunction:
     """Compiles `update(state, base, batch, plans) -> state, result`.
 
     The batch is split along its prompts into micro-batches that run one after the other. Their loss
@@ -216,14 +216,14 @@ def _means(parts: dict[str, Weighted]) -> dict[str, Array]:
 
 def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, micro_batches: int) -> tuple[Any, Any]:
     """Sums `micro_loss`'s `Weighted` results and gradients over parts of the batch; joins its arrays."""
-    value_and_gradient = jax.grad(micro_loss, has_aux=True)
+    gradient_and_rest = jax.grad(micro_loss, has_aux=True)
     # A scan over one part would only cost compile time.
     if micro_batches == 1:
-        gradient, aux = value_and_gradient(trainable, batch)
+        gradient, aux = gradient_and_rest(trainable, batch)
         return aux, gradient
 
     def sums_and_arrays(micro: TrainBatch) -> tuple[Any, Any]:
-        gradient, (output, *arrays) = value_and_gradient(trainable, micro)
+        gradient, (output, *arrays) = gradient_and_rest(trainable, micro)
         # Sums are added up in the carry, while arrays of single tokens are stacked.
         return (gradient, output.total, output.parts), (output.weight_BGC, *arrays)
 

@@ -30,7 +30,7 @@ from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
 from nested_reft.training.interrupts import stop_requests
 from nested_reft.training.keys import RunKeys, StepKeys
-from nested_reft.training.phases import Phase, Split, WarmStart, first_checkpoint
+from nested_reft.training.phases import REINFORCEMENT, Phase, Split, WarmStart, first_checkpoint, phase_steps
 from nested_reft.training.record import Remeasured, StepRecord
 from nested_reft.training.reinforcement import Reinforcement
 from nested_reft.training.run_state import initial_run_state
@@ -238,12 +238,12 @@ class Trainer:
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
         # The order is fixed: pass rates for the split are those of the policy after its warm start.
-        self.phases: list[Phase] = []
-        if config.warm_start.steps:
-            self.phases.append(WarmStart(config, setup.data, self.keys))
-        if config.data.split.kind != "none":
-            self.phases.append(Split(config, setup.data, self.keys))
-        self.phases.append(Reinforcement(self, setup.data))
+        made: dict[str, Callable[[], Phase]] = {
+            WarmStart.name: lambda: WarmStart(config, setup.data, self.keys),
+            Split.name: lambda: Split(config, setup.data, self.keys),
+            REINFORCEMENT: lambda: Reinforcement(self, setup.data),
+        }
+        self.phases = [made[name]() for name in phase_steps(config)]
 
     def _run_phase(self, phase: Phase, stop_requested: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train

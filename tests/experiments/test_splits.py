@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 
 from experiments import runs
-from experiments.runs import train
-from experiments.splits import KINDS, experiment_config, known_of_source, main, pooled, share_of_draws
+from experiments.runs import questions_of_parts, train
+from experiments.splits import (
+    KINDS,
+    experiment_config,
+    known_of_source,
+    main,
+    pooled,
+    share_of_draws,
+)
 from nested_reft.run_directory import read_log
 from nested_reft.training.config import load_config
 from nested_reft.training.setup import prepare
@@ -60,45 +67,64 @@ def test_kinds_differ_in_the_division_only():
 
 
 def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, monkeypatch):
-    """Questions of up to four digits always right, others never: two parts, the easy one first.
+    """The division is given, because measuring the pass rates of 10,836 questions takes minutes."""
+    setup = pooled(prepare(experiment_config("pass_rate", 0, 10)))
+    (pool,) = setup.data.train_examples
 
-    The named sources have 10 questions each, so the parts have 10 of two sources and of the other four.
-    """
-    config = experiment_config("pass_rate", 0, 10)
-    small = tuple(dataclasses.replace(source, train_size=10, heldout_size=4) for source in config.data.sources)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=small))
-    setup = pooled(prepare(config))
+    def divide(config, data, policy, key):
+        assert config.data.split.kind == "pass_rate" and data.source_names == ("pool",)
+        parts = [("pool.hard", range(836, len(pool)), 0.1), ("pool.easy", range(836), 0.9)]
+        return [[{"name": name, "examples": list(part), "pass_rate": rate} for name, part, rate in parts]]
+
+    monkeypatch.setattr("nested_reft.training.phases.divide", divide)
     before = [np.array(leaf) for leaf in jax.tree.leaves(setup.policy.model)]
-    monkeypatch.setattr(
-        "nested_reft.training.split.num_correct",
-        lambda *rest: (np.array([rest[-1] * (len(example.example.answer) <= 4) for example in rest[1]]), 0),
-    )
     found = train(setup, tmp_path)
-    assert found["sources"] == [source.name for source in config.data.sources]
-    assert found["parts"] == ["pool.pass_1.00-1.00", "pool.pass_0.00-0.00"]
-    assert found["questions"] == [[10, 10, 0, 0, 0, 0], [0, 0, 10, 10, 10, 10]]
-    assert found["steps"] == [0, 10] and 0 <= found["start_seconds"] <= found["seconds"]
-    assert np.shape(found["accuracy"]) == np.shape(found["greedy_accuracy"]) == (2, 6)
+    assert found["config"] == setup.config.to_json()  # with its split, so that `finished` knows it again
+    assert found["sources"] == [source.name for source in setup.config.data.sources]
+    assert found["parts"] == ["pool.easy", "pool.hard"]
+    assert np.shape(found["accuracy"]) == (2, 6) and np.shape(found["probability"]) == (10, 2)
+    # 3-digit questions are few: the generator gives 836 that are not held out, the first of the pool.
+    assert found["questions"] == [[836, 0, 0, 0, 0, 0], [0, 2000, 2000, 2000, 2000, 2000]]
     # Nothing is known before the first step, so its draws are uniform over the parts.
-    assert np.shape(found["probability"]) == (10, 2) and found["probability"][0] == [0.5, 0.5]
-    lines = read_log(Path(found["run_directory"]) / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, 11))
-    assert [line["heldout/copy_3_digits"] for line in lines[9:]] == [found["greedy_accuracy"][1][0]]
+    assert found["probability"][0] == [0.5, 0.5]
+    # The logs are those of a training run, whose accuracies are the ones that the result has.
+    lines, samples = (read_log(Path(found["run_directory"]) / f"{name}.jsonl") for name in ("metrics", "samples"))
+    assert [line["step"] for line in lines] == list(range(1, 11)) == sorted({line["step"] for line in samples})
+    assert lines[-1]["heldout/copy_3_digits"] == found["greedy_accuracy"][1][0]
     assert found["metrics"]["completion_tokens"] == [line["completion_tokens"] for line in lines]
-    # Several runs start from one setup, so its weights must outlive the run.
+    # Several runs start from one setup, so its weights must outlive each of them.
     assert all((was == now).all() for was, now in zip(before, jax.tree.leaves(setup.policy.model), strict=True))
 
 
 def test_a_warm_start_is_made_once_for_a_seed(tmp_path, monkeypatch, capsys):
-    short = dataclasses.replace(load_config("tiny_dump").warm_start, steps=2)
-    monkeypatch.setattr(runs, "load_config", lambda name: load_config(name, warm_start=dataclasses.asdict(short)))
+    monkeypatch.setattr(runs, "load_config", lambda name: load_config(name, warm_start={"steps": 2}))
     config = experiment_config("source", 0, 10)
     first, second = (runs.warm_started(config, tmp_path) for _ in range(2))
     assert capsys.readouterr().out.count("warm start, seed 0") == 1
     for a, b in zip(jax.tree.leaves(first.policy.model), jax.tree.leaves(second.policy.model), strict=True):
         np.testing.assert_array_equal(a, b)
-    runs.warm_started(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)), tmp_path)
-    assert "warm start, seed 1" in capsys.readouterr().out
+    (tmp_path / "warm-seed0.json").write_text("of another warm start")  # its weights must not be taken for these
+    runs.warm_started(config, tmp_path)
+    assert "warm start, seed 0" in capsys.readouterr().out
+
+
+def test_pass_rates_of_the_start_divide_a_pool(tmp_path):
+    """An untrained policy is right nowhere, so no question differs and there is one part."""
+    config = experiment_config("pass_rate_2_samples", 0, 10)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
+    setup = pooled(prepare(config))
+    (pool,) = setup.data.train_examples
+    setup = dataclasses.replace(setup, data=dataclasses.replace(setup.data, train_examples=(pool[:32],)))
+    found = train(setup, tmp_path)
+    assert found["parts"] == ["pool.pass_0.00-0.00"] and found["questions"] == [[32, 0, 0, 0, 0, 0]]
+
+
+def test_questions_of_parts_are_those_that_the_sources_name():
+    setup = prepare(experiment_config("source", 0, 10))
+    sources = [source.name for source in setup.config.data.sources]
+    first, second = (examples[:5] for examples in setup.data.train_examples[:2])
+    data = dataclasses.replace(setup.data, train_examples=((*first, *second[:2]), second[2:]))
+    assert questions_of_parts(data, sources) == [[5, 2, 0, 0, 0, 0], [0, 3, 0, 0, 0, 0]]
 
 
 def test_report_of_finished_runs(tmp_path, capsys):

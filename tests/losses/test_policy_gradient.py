@@ -12,7 +12,7 @@ import pytest
 from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.policy_gradient import normalization_shares, policy_gradient_loss
+from nested_reft.losses.policy_gradient import PolicyGradient, normalization_shares, policy_gradient_loss
 from nested_reft.losses.presets import dapo
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import completion_logprobs
@@ -285,6 +285,53 @@ def test_forced_and_padding_tokens_have_no_part():
         again_BGC, again, _ = gradient_and_parts(target_BGC - 5.0 * ~mask_BGC, other, config)
         np.testing.assert_array_equal(gradient_BGC, again_BGC)
         assert float(total.sum) == float(again.sum)
+
+
+@pytest.mark.parametrize("config", every_combination()[::7], ids=identity)
+def test_completions_that_do_not_count_have_no_part(config):
+    """They push no token and enter no divisor, whatever they hold; the others' gradients equal the slow loop's."""
+    target_BGC, batch = random_batch(jax.random.key(9), prompts=3)
+    batch = batch.replace(counted_BG=jnp.array([[True, False, True], [False, False, True], [True, True, True]]))
+    gradient_BGC, total, _ = gradient_and_parts(target_BGC, batch, config)
+    np.testing.assert_allclose(gradient_BGC, slow_gradient(target_BGC, batch, config), rtol=2e-4, atol=1e-6)
+    skipped_BGC = ~np.asarray(batch.counted_BG)[..., None] & np.ones(target_BGC.shape, bool)
+    assert not np.any(gradient_BGC[skipped_BGC])
+    other = batch.replace(signal_BG=jnp.where(batch.counted_BG, batch.signal_BG, 99.0))
+    again_BGC, again, _ = gradient_and_parts(target_BGC - 5.0 * skipped_BGC, other, config)
+    np.testing.assert_array_equal(gradient_BGC, again_BGC)
+    assert float(total.sum) == float(again.sum) and float(total.weight) == float(again.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "updates", "expected"),
+    [
+        ({}, 1, ()),
+        ({}, 2, ()),  # `base` compares with what sampled, wherever the target has gone
+        ({"bias_mitigation": "practical"}, 1, ()),
+        ({"bias_mitigation": "practical"}, 2, ("old_logprob_BGC",)),
+        ({"bias_mitigation": "mixture", "level": "sequence"}, 1, ("nested_logprob_BGC",)),
+        ({"bias_mitigation": "mixture", "level": "sequence"}, 2, ("old_logprob_BGC", "nested_logprob_BGC")),
+        ({"reference_kl": "k3_loss", "reference_kl_coefficient": 0.1}, 1, ("reference_logprob_BGC",)),
+    ],
+)
+def test_only_what_the_loss_reads_is_scored(changes, updates, expected):
+    config = dataclasses.replace(PLAIN, **changes)
+    needs = PolicyGradient(config).needs(updates)
+    assert needs.logprobs == expected and needs.off_policy
+    assert needs.mixture_density == (config.bias_mitigation == "mixture")
+    assert not needs.entropy_gradient and not needs.self_distillation
+
+
+def test_parts_with_a_pass_of_their_own_say_so():
+    assert PolicyGradient(dataclasses.replace(PLAIN, entropy_coefficient=0.1)).needs(1).entropy_gradient
+    assert PolicyGradient(dataclasses.replace(PLAIN, self_distillation_coefficient=0.1)).needs(1).self_distillation
+
+
+def test_the_weights_of_the_output_are_those_of_the_loss():
+    """Ratios 3 and 1/2 truncated at 2, behind a token that does not count: 2, 1/2, 0."""
+    target_BGC, batch = one_group([[3.0, 0.5, 7.0]], [1.0], [2])
+    output = policy_gradient_loss(target_BGC, batch, dataclasses.replace(PLAIN, truncate_at=2.0))
+    np.testing.assert_allclose(output.weight_BGC[0, 0], [2, 0.5, 0], rtol=1e-6)
 
 
 def test_token_advantages_replace_those_of_completions():

@@ -40,7 +40,12 @@ def setup_of(tiny_setup, key):
             train=dataclasses.replace(tiny.train, micro_batches=micro_batches),
             mesh=MeshConfig(data=data),
         )
-        return dataclasses.replace(tiny_setup, config=config, model=model, prompt_size=8, shared_prefix=shared_prefix)
+        return dataclasses.replace(
+            tiny_setup,
+            config=config,
+            policy=dataclasses.replace(tiny_setup.policy, model=model),
+            data=dataclasses.replace(tiny_setup.data, prompt_size=8, shared_prefix=shared_prefix),
+        )
 
     return make
 

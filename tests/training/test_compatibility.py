@@ -1,0 +1,146 @@
+"""Which parts of a configuration go together: every rule refuses with fields, values and what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.splits import SplitConfig
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.models.lora import LoraConfig
+from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.config import RolloutConfig
+from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.sharding import MeshConfig
+from nested_reft.training.compatibility import RULES
+from tests.training.runs import MOVING, nano
+
+MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
+UNBIASED = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", 8)
+CONTROL = NestingControlConfig("ess_token", budget=0.5, max_skipped=2)
+MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
+EXACT = RolloutConfig(group_size=4, max_completion_tokens=8, mode="exact")
+STATIC = CurriculumConfig("static", weights=(1.0,))
+
+# Of each rule: what it refuses, and the message.
+REFUSED = {
+    "name_is_a_directory_name": [
+        ({"name": "a/b"}, r"name is 'a/b'; allowed are letters, digits, '_', '.' and '-'"),
+        ({"name": ""}, r"name is ''; allowed are letters"),
+        ({"name": ".hidden"}, r"name is '.hidden'; allowed are letters"),
+    ],
+    "micro_batches_divide_prompts": [
+        (
+            {"train__micro_batches": 3},
+            r"train.micro_batches is 3; it must divide data.prompts_per_batch, which is 4",
+        ),
+    ],
+    "mesh_divides_batches": [
+        ({"mesh": MeshConfig(data=3)}, r"mesh.data is 3; it must divide the prompts of a micro-batch, 4"),
+        (
+            {"mesh": MeshConfig(data=4), "train__micro_batches": 2},
+            r"mesh.data is 4; it must divide the prompts of a micro-batch, 2",
+        ),
+        (
+            {"mesh": MeshConfig(data=4), "warm_start__steps": 1, "warm_start__batch_size": 6},
+            r"mesh.data is 4; it must divide warm_start.batch_size / warm_start.micro_batches, 6",
+        ),
+    ],
+    "overlong_cache_fits_completions": [
+        (
+            {"reward": RewardConfig(overlong_cache_tokens=9)},
+            r"reward.overlong_cache_tokens is 9; allowed is 0 to rollout.max_completion_tokens, which is 8",
+        ),
+    ],
+    "mixture_weights_need_a_mixture": [
+        (
+            {"loss": MIXTURE},
+            r"loss.bias_mitigation is 'mixture' and rollout.mixture_alpha None: .* set rollout.mixture_alpha",
+        ),
+    ],
+    "exact_rollouts_need_no_control": [
+        (
+            {"rollout": EXACT, "nesting_control": CONTROL},
+            r"rollout.mode is 'exact' and nesting_control.hold 'ess_token'; .* use mode 'nested'",
+        ),
+    ],
+    "remeasuring_fits_the_batch": [
+        (
+            {"nesting": dataclasses.replace(MEASURED, remeasure_completions=5)},
+            r"nesting.remeasure_completions is 5; allowed is 1 to rollout.group_size, which is 4",
+        ),
+        (
+            {"nesting": dataclasses.replace(MEASURED, remeasure_prompts=5)},
+            r"nesting.remeasure_prompts is 5; allowed is 1 to data.prompts_per_batch, which is 4",
+        ),
+    ],
+    "baseline_needs_a_group": [
+        (
+            {"rollout__group_size": 1, "loss": MOVING},
+            r"loss.advantage is 'leave_one_out' and rollout.group_size 1: .* or use advantage 'no_baseline'",
+        ),
+    ],
+    "unbiased_weights_need_full_support": [
+        (
+            {"loss": UNBIASED, "rollout__sampling": sampling},
+            r"rollout.sampling truncates \(top_k or top_p\), but loss.bias_mitigation 'base' at 'sequence'",
+        )
+        for sampling in (SamplingConfig(1.0, top_k=3), SamplingConfig(1.0, top_p=0.9))
+    ],
+    "static_weights_name_every_source": [
+        (
+            {"curriculum": CurriculumConfig("static", weights=(1.0, 2.0))},
+            r"curriculum.weights has 2 weights; allowed is one for each of the 1 sources three_to_six_digits",
+        ),
+        (
+            {"curriculum": STATIC, "data__split": SplitConfig("cluster")},
+            r"curriculum.kind is 'static' and data.split.kind 'cluster'; .* use another kind, or 'none'",
+        ),
+    ],
+    "bfloat16_weights_need_adapters": [
+        (
+            {"model__dtype": "bfloat16"},
+            r"model.dtype is 'bfloat16' and lora.rank 0: .* or set model.dtype float32",
+        ),
+    ],
+}
+
+
+def test_every_rule_is_tested():
+    assert set(REFUSED) == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "message"), [(rule, *case) for rule, cases in REFUSED.items() for case in cases]
+)
+def test_what_does_not_go_together_is_refused(rule, changes, message):
+    """Making the configuration asks every rule."""
+    with pytest.raises(ValueError, match=message):
+        nano(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "tiny-2.b_c"},
+        {"train__micro_batches": 4, "mesh": MeshConfig(data=1)},
+        {"mesh": MeshConfig(data=4), "warm_start__steps": 0, "warm_start__batch_size": 6},
+        {"reward": RewardConfig(overlong_cache_tokens=8)},
+        {"loss": MIXTURE, "rollout__mixture_alpha": 0.5},
+        {"rollout__mixture_alpha": 0.5},  # completions of a mixture under another weight
+        {"nesting": dataclasses.replace(MEASURED, remeasure_completions=4, remeasure_prompts=4)},
+        {"rollout__group_size": 1, "loss": dataclasses.replace(MOVING, advantage="no_baseline")},
+        {"rollout__group_size": 1, "loss": SupervisedConfig()},  # it has no baseline
+        {"loss": SupervisedConfig(), "rollout__sampling": SamplingConfig(1.0, top_k=3)},
+        {"loss": UNBIASED},
+        {"curriculum": STATIC},
+        {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},
+        {"lora": LoraConfig(rank=1), "warm_start__steps": 5},  # the warm start trains the adapters
+    ],
+    ids=str,
+)
+def test_what_goes_together_is_not_refused(changes):
+    nano(**changes)

@@ -1,0 +1,240 @@
+"""A run that was stopped continues bit for bit, whatever phase it was in."""
+
+import dataclasses
+import signal
+
+import numpy as np
+import pytest
+
+from nested_reft.checkpoints import newest_checkpoint
+from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.splits import SplitConfig
+from nested_reft.models.lora import LoraConfig
+from nested_reft.run_directory import RunDirectory, read_log
+from nested_reft.sharding import MeshConfig
+from nested_reft.training import phases
+from nested_reft.training.config import Config
+from nested_reft.training.setup import prepare
+from nested_reft.training.trainer import Trainer
+from tests.training.runs import (
+    MEASURED,
+    MOVING,
+    assert_equal_arrays,
+    comparable,
+    comparable_steps,
+    controlled,
+    metrics_of,
+    nano,
+    save_after,
+    trainer,
+    two_sources,
+)
+
+NO_EVALUATION = {"evaluation__samples_per_prompt": 0, "evaluation__every_steps": 100}
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
+def killed_after(config: Config, path, steps: int) -> Trainer:
+    """A run that was killed when a step of reinforcement was logged, before its checkpoint."""
+
+    def on_step(found):
+        if found.number == steps:
+            raise Killed
+
+    run = Trainer(prepare(config), RunDirectory(path), on_step)
+    with pytest.raises(Killed):
+        run.open().run()
+    return run
+
+
+def warm_steps(run: Trainer, numbers: range) -> None:
+    """Steps of the warm start, taken by hand."""
+    for number in numbers:
+        run.phases[0].step(run.state, number)
+
+
+def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
+    config = nano(train__steps=8, loss=MOVING, optimizer__learning_rate=0.01)
+    straight = trainer(config, tmp_path / "straight")
+    expected = comparable_steps(straight, range(4))
+
+    first = trainer(config, tmp_path / "resumed")
+    assert comparable_steps(first, range(2)) == expected[:2]
+    save_after(first, 2)
+    first.close()
+    second = trainer(config, tmp_path / "resumed", resume=True)
+    assert second.state.step == 2
+    assert comparable_steps(second, range(2, 3)) == expected[2:3]
+    compiled = second.compilations.count
+    assert comparable_steps(second, range(3, 4)) == expected[3:]
+    assert second.compilations.count == compiled
+    assert_equal_arrays(straight.state.learner.state, second.state.learner.state)
+    other_seed = trainer(nano(train__seed=1), tmp_path / "other")
+    assert comparable_steps(other_seed, range(1)) != expected[:1]
+
+
+def test_a_killed_run_drops_what_it_logged_after_its_checkpoint(tmp_path):
+    """Killed in step 2 with a checkpoint of step 1: step 2 is taken again and logged once, with the same result."""
+    config = nano(
+        train__steps=3, train__checkpoint_every=1, loss=MOVING, optimizer__learning_rate=0.01, **NO_EVALUATION
+    )
+    killed_after(config, tmp_path, 2)
+    before = read_log(tmp_path / "metrics.jsonl")
+    summary = trainer(config, tmp_path, resume=True).run()
+    after = read_log(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in after] == [0, 1, 2, 3]
+    assert [comparable(line) for line in after[:3]] == [comparable(line) for line in before]
+    assert [line["step"] for line in read_log(tmp_path / "samples.jsonl")] == [1] * 16 + [2] * 16 + [3] * 16
+    # The held-out results before training are those of the first process, and its time counts.
+    assert summary["before"]["three_to_six_digits"]["prompts"] == 8
+    assert summary["training_seconds"] > after[3]["step_seconds"]
+
+
+def test_an_interrupt_ends_a_run_after_the_step_with_a_checkpoint(tmp_path):
+    config = nano(train__checkpoint_every=100, **NO_EVALUATION)
+    run = Trainer(prepare(config), RunDirectory(tmp_path), lambda found: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run.open().run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == 1
+    assert trainer(config, tmp_path, resume=True).state.step == 1
+
+
+@pytest.mark.parametrize("kind", ["easy_to_hard", "dump"])
+def test_resuming_continues_the_curriculum(kind, tmp_path):
+    """From above level 0, and with windows that are not empty."""
+    config = two_sources(curriculum=CurriculumConfig(kind, window=16, promote_at=0.05))
+    first = trainer(config, tmp_path)
+    first.state.curriculum = dataclasses.replace(first.state.curriculum, level=1)
+    assert (metrics_of(first, first.step(0))["sources"] == [0, 4]) == (kind == "easy_to_hard")
+    save_after(first, 1)
+    kept = first.state.curriculum
+    expected = comparable_steps(first, range(1, 2))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    assert second.state.curriculum == kept and kept.level == 1
+    assert sum(source.count for source in kept.sources) == 4 * 4
+    assert comparable_steps(second, range(1, 2)) == expected
+
+
+def test_a_run_on_a_mesh_resumes(tmp_path):
+    config = nano(mesh=MeshConfig(data=2), lora=LoraConfig(rank=2), train__micro_batches=2, loss=MOVING)
+    first = trainer(config, tmp_path)
+    first.step(0)
+    save_after(first, 1)
+    expected = comparable_steps(first, range(1, 2))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    assert comparable_steps(second, range(1, 2)) == expected
+
+
+def test_nesting_control_and_measurements_resume_bit_for_bit(tmp_path):
+    config = controlled(nesting=dataclasses.replace(MEASURED, skip_ratio=0.0, remeasure_every=1))
+    straight = trainer(config, tmp_path / "straight")
+    expected = comparable_steps(straight, range(3))
+    first = trainer(config, tmp_path / "resumed")
+    first.step(0)
+    save_after(first, 1)
+    first.close()
+    second = trainer(config, tmp_path / "resumed", resume=True)
+    assert comparable_steps(second, range(1, 3)) == expected[1:]
+    assert second.state.nesting == straight.state.nesting
+    assert np.array_equal(second.state.divergence_L, straight.state.divergence_L)
+
+
+def test_a_warm_start_resumes_in_its_middle(tmp_path):
+    """2 + 2 steps are 4, and the step of reinforcement after them is the same too."""
+    config = nano(warm_start__steps=4, warm_start__batch_size=8, train__steps=1, **NO_EVALUATION)
+    straight = trainer(config, tmp_path / "straight")
+    straight.run()
+
+    first = trainer(config, tmp_path / "resumed")
+    warm_steps(first, range(2))
+    save_after(first, 2)
+    first.close()
+    second = trainer(config, tmp_path / "resumed", resume=True)
+    assert (second.state.phase, second.state.step, second.state.learner.version) == (0, 2, 2)
+    assert_equal_arrays(first.state.learner.state, second.state.learner.state)
+    second.run()
+    assert_equal_arrays(straight.state.learner.state, second.state.learner.state)
+    lines, expected = (read_log(tmp_path / name / "metrics.jsonl") for name in ("resumed", "straight"))
+    assert [comparable(line) for line in lines] == [comparable(line) for line in expected]
+    assert [line["step"] for line in lines] == [0, 1]
+
+
+def test_reinforcement_after_a_warm_start_resumes_with_its_reference(tmp_path, monkeypatch):
+    """The reference is the policy after the warm start, which a resumed run reads and does not train again."""
+    config = nano(
+        warm_start__steps=2,
+        warm_start__batch_size=8,
+        train__checkpoint_every=1,
+        loss=MOVING,
+        optimizer__learning_rate=0.01,
+        **NO_EVALUATION,
+    )
+    first = killed_after(config, tmp_path, 2)
+    logged = read_log(tmp_path / "metrics.jsonl")
+
+    def never(*_):
+        raise AssertionError("the warm start was trained again")
+
+    monkeypatch.setattr(phases.WarmStart, "step", never)
+    second = trainer(config, tmp_path, resume=True)
+    assert (second.state.phase, second.state.step) == (1, 1)
+    assert_equal_arrays(first.state.learner.reference, second.state.learner.reference)
+    (line,) = comparable_steps(second, range(1, 2))
+    assert line["reference_kl"] == logged[2]["reference_kl"] > 0
+    assert line == {name: value for name, value in comparable(logged[2]).items() if name != "step"}
+
+
+def half_right(policy, examples, *rest):
+    """Every second question always right, in place of `num_correct`."""
+    return np.arange(len(examples)) % 2 * rest[-1], 0
+
+
+def test_a_resumed_run_takes_its_division_from_the_checkpoint(tmp_path, monkeypatch):
+    config = nano(
+        curriculum=CurriculumConfig("dump"),
+        data__split=SplitConfig("pass_rate", parts=2, samples=2),
+        train__checkpoint_every=1,
+        **NO_EVALUATION,
+    )
+    monkeypatch.setattr("nested_reft.training.split.num_correct", half_right)
+    first = killed_after(config, tmp_path, 2)
+    logged = read_log(tmp_path / "metrics.jsonl")
+
+    def never(*_):
+        raise AssertionError("the sources were divided again")
+
+    monkeypatch.setattr(phases, "divide", never)
+    second = trainer(config, tmp_path, resume=True)
+    assert second.data == first.data and len(second.data.source_names) == 2
+    assert second.state.division == first.state.division
+    assert len(logged[2]["sources"]) == 2
+    (line,) = comparable_steps(second, range(1, 2))
+    assert line == {name: value for name, value in comparable(logged[2]).items() if name != "step"}
+
+
+def test_a_run_resumes_between_its_phases(tmp_path, monkeypatch):
+    """The checkpoint of the division's own phase holds none: it is measured when the run goes on."""
+    config = nano(
+        warm_start__steps=1, warm_start__batch_size=8, data__split=SplitConfig("pass_rate", parts=2, samples=2)
+    )
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phases, "divide", killed)
+        first = trainer(config, tmp_path)
+        with pytest.raises(Killed):
+            first.run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == phases.first_checkpoint(first.phases, 1) == 2
+    monkeypatch.setattr("nested_reft.training.split.num_correct", half_right)
+    second = trainer(config, tmp_path, resume=True)
+    assert (second.state.phase, second.state.step, second.state.division) == (1, 0, None)
+    assert_equal_arrays(first.state.learner.state.trainable, second.state.learner.state.trainable)
+    second.phases[1].step(second.state, 0)
+    assert [len(parts) for parts in second.state.division] == [2]

@@ -1,0 +1,103 @@
+"""The searcher: which completions it finds, how they are scored, and which of them count."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from nested_reft.data.pipeline import batch_prompts
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.training.searcher import Searcher
+from nested_reft.training.setup import prepare
+from tests.training.runs import assert_equal_arrays, nano
+
+PLAN = LayerPlan.skipping(6, [2])
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return prepare(nano())
+
+
+@pytest.fixture(scope="module")
+def prompts(setup):
+    return batch_prompts(list(setup.data.train_examples[0][:4]), [0] * 4, setup.data.prompt_size)
+
+
+def searcher(setup, **changes) -> Searcher:
+    """One of the setup's; `reward` and `rollout` fields may be other."""
+    reward = {name: value for name, value in changes.items() if hasattr(setup.config.reward, name)}
+    rollout = {name: value for name, value in changes.items() if name not in reward}
+    return Searcher(
+        dataclasses.replace(setup.config.rollout, **rollout), dataclasses.replace(setup.config.reward, **reward)
+    )
+
+
+def test_the_same_key_finds_the_same_and_another_does_not(setup, prompts, key):
+    """It keeps no state: whatever was searched in between, the key decides."""
+    one, other = searcher(setup), searcher(setup)
+    first = one.search(setup.policy, prompts, PLAN, key)
+    different = one.search(setup.policy, prompts, PLAN, jax.random.key(1))
+    again = other.search(setup.policy, prompts, PLAN, key)
+    assert_equal_arrays(first.rollouts, again.rollouts)
+    assert first.texts == again.texts != different.texts
+
+
+def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
+    found = searcher(setup).search(setup.policy, prompts, PLAN, key)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))
+    assert found.rollouts.kept_mask_BL.tolist() == [[True, True, False, True, True, True]] * 4
+    assert found.rollouts.nested_BG.all() and not found.rollouts.full_share_B.any()
+    assert found.prompts is prompts and len(found) == 4
+    assert (
+        found.texts[1][2]
+        == setup.policy.tokenizer.decode_completions(
+            found.rollouts.tokens_BGC[1:2, 2:3], found.rollouts.length_BG[1:2, 2:3]
+        )[0][0]
+    )
+    assert found.stats.rollout_seconds > 0 and found.stats.draft_acceptance is None
+
+
+def test_rounding_and_version_come_with_the_policy(setup, prompts, key):
+    """A searcher does not ask what the policy is: it hands on the number of updates that its weights have seen."""
+    policy = dataclasses.replace(setup.policy, version=7)
+    assert searcher(setup).search(policy, prompts, PLAN, key).rollouts.version_B.tolist() == [7] * 4
+
+
+def test_overlong_completions_count_unless_they_are_filtered(setup, prompts, key):
+    """The filter takes them out of the loss; their rewards stay, since they are part of their group."""
+    plain = searcher(setup).search(setup.policy, prompts, PLAN, key)
+    filtered = searcher(setup, overlong_filter=True).search(setup.policy, prompts, PLAN, key)
+    finished_BG = plain.rollouts.finished_BG
+    assert 0 < finished_BG.sum() < finished_BG.size  # otherwise nothing is tested
+    assert plain.rollouts.counted_BG.all()
+    assert np.array_equal(filtered.rollouts.counted_BG, finished_BG)
+    assert np.array_equal(filtered.reward_BG, plain.reward_BG) and filtered.scored_BG.all()
+
+
+def test_completions_without_a_reward_do_not_count(setup, prompts, key, monkeypatch):
+    """Their reward of 0 means nothing, so neither signal nor divisor may see them."""
+    unscored_BG = np.arange(4) % 4 == np.ones((4, 1))
+
+    def score(texts, *_):
+        return np.ones((4, 4)), np.ones((4, 4)), ~unscored_BG, {}
+
+    monkeypatch.setattr("nested_reft.training.searcher.score", score)
+    found = searcher(setup).search(setup.policy, prompts, PLAN, key)
+    assert np.array_equal(found.rollouts.counted_BG, ~unscored_BG)
+
+
+def test_a_mixture_draws_from_both_policies(setup, prompts, key):
+    found = searcher(setup, mixture_alpha=0.5).search(setup.policy, prompts, PLAN, key)
+    assert found.rollouts.full_share_B.tolist() == [0.5] * 4
+    assert 0 < found.rollouts.nested_BG.sum() < 16
+
+
+def test_exact_rollouts_say_how_many_drafts_were_kept(setup, prompts, key):
+    """Drafted by the full model itself, every draft is kept."""
+    exact = searcher(setup, mode="exact")
+    assert 0 < exact.search(setup.policy, prompts, PLAN, key).stats.draft_acceptance <= 1
+    full = exact.search(setup.policy, prompts, LayerPlan.full(6), key)
+    assert full.stats.draft_acceptance == pytest.approx(1)
+    assert full.rollouts.full_share_B.tolist() == [1.0] * 4 and not full.rollouts.nested_BG.any()

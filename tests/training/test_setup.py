@@ -1,0 +1,96 @@
+"""From a configuration to a start: everything that cannot work is refused before any compute."""
+
+import dataclasses
+import json
+
+import pytest
+
+from nested_reft.data.prompts import PromptFormat
+from nested_reft.data.sources import JsonlSource, TaskSource, exactly
+from nested_reft.rewards.reward import RewardConfig
+from nested_reft.sharding import MeshConfig
+from nested_reft.training.setup import prepare, run_config
+from tests.training.runs import nano
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warm_start__steps": 1, "rollout__max_completion_tokens": 2}, r"takes \d tokens with its end"),
+        ({"data__max_prompt_tokens": 5}, "data.max_prompt_tokens is 5, but the longest prompt"),
+        (
+            {"data__prompt": PromptFormat("{nothing}", chat=False)},
+            "data.prompt.template is '{nothing}'.*allowed fields are",
+        ),
+        ({"rollout__max_completion_tokens": 60}, "the model allows 64 positions"),
+        ({"nesting__border": 3}, "nesting.border is 3"),
+        ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; 8 are here"),
+        ({"mesh": MeshConfig(model=5)}, "mesh.model is 5, but 'embedding' has 16 along 'vocab'"),
+        ({"data__prompt": PromptFormat("{expression} = ü", chat=False)}, "cannot encode"),
+    ],
+)
+def test_refuses_before_any_compute(changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(nano(**changes))
+
+
+def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
+    rows = [{"question": f"{n}+1", "answer": n + 1} for n in range(9)] + [{"question": "1" * 40, "answer": 1}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = PromptFormat("{question} =", chat=False)
+    own = JsonlSource("own", str(tmp_path / "own.jsonl"), None, 2, 1, prompt=prompt)
+    data = prepare(nano(data__sources=(own,), data__prompt=PromptFormat("{no}"), data__too_long="drop")).data
+    texts = [example.text for examples in (data.train_examples[0], data.heldout_examples[0]) for example in examples]
+    assert sorted(texts) == [f"{n}+1 =" for n in range(9)]
+
+
+def test_a_question_held_out_in_one_source_is_trained_on_in_none():
+    easy = TaskSource("all_of_them", "chain_sum", exactly(terms=2, digits=1), 200, 1, seed=0)
+    other = TaskSource("some", "chain_sum", exactly(terms=2, digits=1), 20, 100, seed=1)
+    data = prepare(nano(data__sources=(easy, other))).data
+    questions = [{e.example.question for e in part} for part in (*data.train_examples, *data.heldout_examples)]
+    assert not (questions[0] | questions[1]) & (questions[2] | questions[3])
+    assert 90 <= len(questions[0]) <= 110
+
+
+def test_a_reward_that_is_no_function_of_text_and_example_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("number = 3\n\n\ndef nullary():\n    return 1\n")
+    for name, reason in (("number", "is of type int, not a function"), ("nullary", "too many positional arguments")):
+        reward = RewardConfig(checker="function", function=f"{file}:{name}")
+        with pytest.raises(ValueError, match=f"reward.function is .*{reason}"):
+            prepare(nano(reward=reward))
+
+
+def test_a_given_policy_is_what_the_run_starts_from():
+    setup = prepare(nano())
+    other = prepare(nano(train__seed=1), policy=setup.policy)
+    assert other.policy is setup.policy and other.config.train.seed == 1
+
+
+def test_the_sources_are_those_of_the_configuration():
+    data = prepare(nano()).data
+    assert data.source_names == ("three_to_six_digits",) and data.heldout_of_source == (0,)
+    assert [len(examples) for examples in data.train_examples] == [20]
+    assert [len(examples) for examples in data.heldout_examples] == [8]
+    longest = max(len(example.tokens) for example in data.train_examples[0])
+    assert data.prompt_size % 8 == 0 and longest <= data.prompt_size < longest + 8
+
+
+def test_the_configuration_of_a_run_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config.json"):
+        run_config(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(nano().to_json()))
+    assert run_config(tmp_path) == nano()
+    for text in ("{", "[]", json.dumps({"name": "old"})):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"config.json' cannot be read"):
+            run_config(tmp_path)
+
+
+def test_what_json_cannot_keep_is_refused():
+    """A run of it could not be resumed."""
+    source = dataclasses.replace(nano().data.sources[0], parameters={"min_terms": (1, 1)})
+    with pytest.raises(ValueError, match="values that JSON cannot keep"):
+        prepare(nano(data__sources=(source,)))
