@@ -58,7 +58,7 @@ def product_flops(rows: int, inner: int, outer: int, dtype: Any) -> float:
 
     def left(x, weight):
         y = jnp.einsum("oi,in->on", weight, x.astype(dtype), preferred_element_type=jnp.float32)
-        # Without the barrier the compiler may turn this product into the other one.
+        # The barrier keeps this layout, which the compiler might otherwise exchange for that of `right`.
         return jax.lax.optimization_barrier(y)
 
     def seconds(product, shape):
