@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nested_reft.data.splits import SplitConfig
 from nested_reft.evaluation import Evaluation, evaluate_examples
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
@@ -22,9 +21,7 @@ from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.sharding import shard_parameters
 from nested_reft.training import phases, record
 from nested_reft.training.config import Config, load_config
-from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import RunData, Setup, prepare
-from nested_reft.training.split import divide, divided
 from nested_reft.training.trainer import Trainer
 
 EVERY = 10  # steps between evaluations
@@ -32,7 +29,15 @@ KEPT_METRICS = ("entropy", "completion_tokens", "generation_batches", "ess_token
 
 
 def finished(file: Path, config: Config) -> dict[str, Any] | None:
-    """The kept result of a run, or None; one of another configuration is not used."""
+    """The kept result of a run; one of another configuration is not used.
+
+    Args:
+        file: where the result would be.
+        config: of the run that is asked for.
+
+    Returns:
+        What `train` returned, or None where the run has to be computed.
+    """
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -77,12 +82,18 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
         out: the run's directory is made in its folder `runs`.
 
     Returns:
-        JSON-able values, with the configuration that `finished` compares.
+        JSON-able values: `config`, which `finished` compares, `run_directory` and `versions`; names of the
+        `sources` and the `parts`, and how many `questions[part][source]` these hold; `steps` and, at each of
+        them, `accuracy` (sampled) and `greedy_accuracy` of every source; for every training step the
+        `probability` of each part, and `metrics` by the names of `KEPT_METRICS`; `start_seconds` until the
+        first evaluation, and `seconds` of all.
     """
     config, started = setup.config, time.monotonic()
     run = RunDirectory.create(out / "runs", config.name, config.to_json())
-    # `data.split` samples every question here, so this time is reported by itself.
-    with Trainer(_divided(setup), run).open() as trainer:
+    # `Trainer.run` evaluates greedily and on the sources of a step alone, so steps are taken here.
+    with Trainer(setup, run).open() as trainer:
+        # `data.split` samples every question here, so this time is reported by itself.
+        trainer.run_earlier_phases()
         start_seconds = time.monotonic() - started
         parts = trainer.data.source_names
         evaluations, probability = [heldout(trainer)], []
@@ -93,10 +104,12 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
                 evaluations.append(heldout(trainer))
                 # The evaluation belongs to the line of its step.
                 found = dataclasses.replace(found, heldout=evaluations[-1])
-            metrics = record.metrics(found, trainer.config, parts)
+            metrics = record.metrics(found, config, parts)
             probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
-            for name, values in kept.items():
-                values.append(metrics[name])
+            # A step without a token to learn from has no entropy and no ESS.
+            for name in kept.keys() & metrics.keys():
+                kept[name].append(metrics[name])
+            run.log_samples(found.number, record.samples(found, trainer.num_layers))
             run.log_metrics(found.number, metrics)
     sources = [source.name for source in config.data.sources]
     return {
@@ -136,17 +149,6 @@ def heldout(trainer: Trainer) -> dict[str, Evaluation]:
         source.name: evaluate_examples(policy, examples, config.reward, config.evaluation, key, samples=True)
         for source, examples in zip(config.data.sources, trainer.data.heldout_examples, strict=True)
     }
-
-
-def _divided(setup: Setup) -> Setup:
-    """The setup whose training sources are the parts that `data.split` asks for, with nothing left to split."""
-    config = setup.config
-    if config.data.split.kind == "none":
-        return setup
-    # `Trainer.run` would go through a phase for this, but these runs call `Trainer.step` themselves.
-    division = divide(config, setup.data, setup.policy, RunKeys(jax.random.key(config.train.seed)).split)
-    undivided = dataclasses.replace(config, data=dataclasses.replace(config.data, split=SplitConfig()))
-    return dataclasses.replace(setup, config=undivided, data=divided(config, setup.data, division))
 
 
 def _stored_model(file: Path, setup: Setup) -> Transformer:

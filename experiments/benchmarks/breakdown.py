@@ -12,7 +12,6 @@ measured rate for their number of rows, or the bytes that a stage must move at t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,16 +23,17 @@ from flax import nnx
 from experiments.benchmarks.ceilings import ceilings_of
 from experiments.benchmarks.common import exported_model, parser, prepare_process, write_results
 from experiments.benchmarks.floors import Ceilings, CeilingsAt, rollout_floor, update_floor, update_tokens
-from experiments.benchmarks.our_updates import grpo_update, train_batch
+from experiments.benchmarks.our_updates import grpo_task, initial, train_batch
 from experiments.benchmarks.ours import VARIANTS, rollout_call
-from experiments.benchmarks.stages import Breakdown, Stage, breakdown_table, timed, with_rest
+from experiments.benchmarks.stages import Best, Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.layer import KeyValues, attend
-from nested_reft.models.transformer import Transformer
+from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs
-from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
-from nested_reft.training.step import create_train_state
+from nested_reft.rollout.policy import Policy
+from nested_reft.rollout.sampling import row_uniforms, sample_token
+from nested_reft.training.step import TrainState, UpdatePlans, make_update
 
 ROLLOUT = Case(prompts=8, group=8, prompt_tokens=64, new_tokens=32)
 UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
@@ -58,7 +58,7 @@ def main() -> None:
     print(", ".join(f"{name}: {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()), flush=True)
     found = [
         rollout_breakdown(VARIANTS[known.ours](directory), sampling, best),
-        update_breakdown(VARIANTS["float32"](directory), training, best),
+        update_breakdown(VARIANTS["float32"](directory).model, training, best),
     ]
     for breakdown in found:
         print(f"\n{breakdown_table(breakdown)}")
@@ -66,36 +66,33 @@ def main() -> None:
     write_results(known.json, results | {"breakdowns": [dataclasses.asdict(breakdown) for breakdown in found]})
 
 
-def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[Any], dict[str, Any]]) -> Breakdown:
-    """Prefill, then for each token layers, attention, output head and sampling."""
-    case, config = ROLLOUT, model.config
+def rollout_breakdown(policy: Policy, ceilings: CeilingsAt, best: Best) -> Breakdown:
+    """Prefill, then for each token layers, attention, output head and sampling.
+
+    The whole call goes through the policy, as in training. Its stages are no parts of a policy's interface, so
+    they are compiled from the model itself.
+
+    Args:
+        policy: what samples.
+        ceilings: of the machine, by rows.
+        best: `measure` with the command's repeats.
+    """
+    case, model, config = ROLLOUT, policy.model, policy.model.config
     shape, steps = (case.prompts, case.group), case.new_tokens - 1
-    prompt_BP = jnp.asarray(case.prompt_ids(config.vocab_size), jnp.int32)
     plan = LayerPlan.full(config.num_layers)
-    whole = timed(best, rollout_call(model, case))
+    # The whole call comes first: what it compiles and how much memory it takes must be its own.
+    whole = timed(best, rollout_call(policy, case))
+    prompt_BP = jnp.asarray(case.prompt_ids(config.vocab_size), jnp.int32)
     prefill = jax.jit(lambda m, tokens: m.prefill(tokens, jnp.ones(tokens.shape, bool), plan))
     prompt = prefill(model, prompt_BP)
-    decode = jax.jit(
-        lambda m, cache, prompt: m.decode(jnp.ones(shape, int), steps // 2, cache, prompt, plan), donate_argnums=1
-    )
-    cache = jax.tree.map(jnp.copy, model.empty_cache(*shape, steps, plan))  # donated: keys and values apart
-
-    def decode_once() -> Any:
-        nonlocal cache
-        hidden_BGD, cache = decode(model, cache, prompt)
-        return hidden_BGD, cache
-
-    query = jnp.ones((*shape, 1, config.num_heads, config.head_size))
-    attention = jax.jit(partial(_all_attention, masks=(jnp.ones(steps, bool), jnp.ones(case.prompt_tokens, bool))))
+    cache = model.empty_cache(*shape, steps, plan)
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache, prompt.layers)))
+    decode_seconds, attention_seconds = decode_step_seconds(model, prompt, cache, plan, best)
     hidden_BGD = jnp.ones((*shape, config.width))
     logits = jax.jit(lambda m, hidden: m.logits(hidden))
-    draw = jax.jit(lambda key, logits: sample_token(row_uniforms(key, shape), logits, SamplingConfig()))
+    draw = jax.jit(lambda key, logits: sample_token(row_uniforms(key, shape), logits, policy.sampling))
     logits_BGV = logits(model, hidden_BGD)
-    decode_seconds, attention_seconds = (
-        timed(best, call)["seconds"] for call in (decode_once, lambda: attention(query, cache, prompt.layers))
-    )
     bandwidth, floor = ceilings(case.rows).bandwidth, rollout_floor(config, case, config.num_layers, ceilings)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache, prompt.layers)))
     return with_rest(
         "rollout call",
         whole,
@@ -117,59 +114,122 @@ def rollout_breakdown(model: Transformer, ceilings: CeilingsAt, best: Callable[[
     )
 
 
-def update_breakdown(model: Transformer, ceilings: Ceilings, best: Callable[[Any], dict[str, Any]]) -> Breakdown:
-    """Layers and log-probabilities forward, both backward, and the optimizer."""
-    case, config = UPDATE, model.config
-    batch = train_batch(case, config.vocab_size)
-    optimizer, update = grpo_update()
-    state = create_train_state(jax.tree.map(jnp.copy, model), optimizer)
+def decode_step_seconds(
+    model: Transformer, prompt: PromptCache, cache: KeyValues, plan: LayerPlan, best: Best
+) -> tuple[float, float]:
+    """Seconds of one decode step through all layers, and of the attention in it.
+
+    Args:
+        model: what decodes.
+        prompt: after its prefill, [B, ...].
+        cache: of the completions, [S, B, J, G, steps, K]; it stays as it is.
+        plan: the layers that act.
+        best: `measure` with the command's repeats.
+    """
+    config, steps = model.config, cache.key.shape[-2]
+    shape = (ROLLOUT.prompts, ROLLOUT.group)
+    # A step in the middle of the completion stands for all: attention reads the whole cache at each of them.
+    tokens_BG, middle = jnp.ones(shape, int), jnp.asarray(steps // 2)
+    decode = jax.jit(lambda m, cache, prompt: m.decode(tokens_BG, middle, cache, prompt, plan), donate_argnums=1)
+    # Within the rollout's loop the cache is written in place, which donation does here. Keys and values of an empty
+    # cache may share a buffer, and one buffer cannot be donated twice, so both are copied.
+    moving = jax.tree.map(jnp.copy, cache)
+
+    def decode_once() -> Any:
+        nonlocal moving
+        hidden_BGD, moving = decode(model, moving, prompt)
+        return hidden_BGD, moving
+
+    query = jnp.ones((*shape, 1, config.num_heads, config.head_size))
+    masks = (jnp.ones(steps, bool), jnp.ones(ROLLOUT.prompt_tokens, bool))
+    attention = jax.jit(partial(_all_attention, masks=masks))
+    decode_seconds = timed(best, decode_once)["seconds"]
+    return decode_seconds, timed(best, lambda: attention(query, moving, prompt.layers))["seconds"]
+
+
+def update_breakdown(model: Transformer, ceilings: Ceilings, best: Best) -> Breakdown:
+    """Layers and log-probabilities forward, both backward, and the optimizer.
+
+    Args:
+        model: what is trained; it stays as it is.
+        ceilings: of the machine, at the update's number of rows.
+        best: `measure` with the command's repeats.
+    """
+    case, config, task = UPDATE, model.config, grpo_task(UPDATE)
+    batch, update = train_batch(case, config.vocab_size), make_update(task)
+    # The update takes over its state's buffers, and the stages below still need the model's.
+    state, base = initial(jax.tree.map(jnp.copy, model), task)
 
     def update_once() -> Any:
         nonlocal state
-        state = update(state, batch)[0]
+        state = update(state, base, batch, UpdatePlans())[0]
         return state
 
     whole = timed(best, update_once)
-    graph, trainable = state.graph, state.trainable
     prompts = (batch.prompt_BP, jnp.ones(batch.prompt_BP.shape, bool), batch.tokens_BGC)
 
     def logprob_sum(trainable: nnx.State) -> jax.Array:
-        merged = nnx.merge(graph, trainable, state.frozen)
+        merged = base.with_parameters(trainable)
         return hidden_logprobs(merged, merged.completion_hidden(*prompts), batch.tokens_BGC, 1.0)[0].sum()
 
     forward = jax.jit(lambda m: m.completion_hidden(*prompts))
     hidden_BGCD = forward(model)
     logprobs = jax.jit(lambda m, hidden: hidden_logprobs(m, hidden, batch.tokens_BGC, 1.0))
     gradient_of = jax.jit(jax.grad(logprob_sum))
-    gradient = gradient_of(trainable)
-    step = jax.jit(partial(_optimizer_step, optimizer), donate_argnums=(0, 1))
-    moving = (jax.tree.map(jnp.copy, trainable), state.optimizer_state)
-
-    def step_once() -> Any:
-        nonlocal moving
-        moving = step(*moving, gradient)
-        return moving
-
     layers_seconds = timed(best, lambda: forward(model))["seconds"]
     logprob_seconds = timed(best, lambda: logprobs(model, hidden_BGCD))["seconds"]
-    both_ways = timed(best, lambda: gradient_of(trainable))["seconds"]
+    both_ways = timed(best, lambda: gradient_of(state.trainable))["seconds"]
+    optimizer_seconds = optimizer_step_seconds(task.optimizer, state, gradient_of(state.trainable), best)
     floor = update_floor(config, case, ceilings)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
     return with_rest(
         "update",
         whole,
         [
             Stage("layers, forward", layers_seconds, floor["layers"]),
             Stage("head and log-probabilities, forward", logprob_seconds, floor["head"]),
+            # The backward pass cannot run alone, so the forward passes are taken off.
             Stage("backward", both_ways - layers_seconds - logprob_seconds, floor["backward"]),
-            # reads weight, gradient and two moments, writes all but the gradient
-            Stage("optimizer", timed(best, step_once)["seconds"], 7 * weights / ceilings.bandwidth),
+            # It reads weight, gradient and two moments, and writes all but the gradient.
+            Stage("optimizer", optimizer_seconds, 7 * weights / ceilings.bandwidth),
         ],
     )
 
 
+def optimizer_step_seconds(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: nnx.State, best: Best
+) -> float:
+    """Seconds of one step of the optimizer alone.
+
+    Args:
+        optimizer: as the update applies it.
+        state: gives parameters and moments; it stays as it is.
+        gradient: of the parameters.
+        best: `measure` with the command's repeats.
+    """
+    step = jax.jit(partial(_optimizer_step, optimizer), donate_argnums=(0, 1))
+    moving = jax.tree.map(jnp.copy, (state.trainable, state.optimizer_state))
+
+    def step_once() -> Any:
+        nonlocal moving
+        moving = step(*moving, gradient)
+        return moving
+
+    return timed(best, step_once)["seconds"]
+
+
 def _all_attention(query: jax.Array, cache: KeyValues, prompt: KeyValues, masks: tuple[jax.Array, jax.Array]) -> Any:
-    """Attention of one decode step in every layer."""
+    """Attention of one decode step in every layer.
+
+    Args:
+        query: [B, G, 1, H, K], the same for each layer.
+        cache: keys and values of the completions, by layer.
+        prompt: those of the prompts, shared by the group.
+        masks: slots of both that hold a token.
+
+    Returns:
+        The outputs added up, so that the compiler can leave none of them out.
+    """
 
     def layer(total: jax.Array, key_values: tuple[KeyValues, KeyValues]) -> tuple[jax.Array, None]:
         own, shared = key_values

@@ -21,6 +21,10 @@ def ceilings_of(config: ModelConfig, dtype: Any) -> CeilingsAt:
     """`ceilings(rows)` of products with this model's matrices, each measured when it is first asked for.
 
     Matrices of int8 multiply in bfloat16 (`low_precision`).
+
+    Args:
+        config: the model's shape.
+        dtype: of the stored weights.
     """
     bandwidth = memory_bandwidth()
     product_dtype = jnp.bfloat16 if dtype == jnp.int8 else dtype
@@ -38,7 +42,13 @@ def product_flops(rows: int, inner: int, outer: int, dtype: Any) -> float:
 
     The better of weights on the right and on the left. They stay in cache, so this is the rate of arithmetic,
     whatever memory does.
+
+    Args:
+        rows: vectors at once.
+        inner, outer: sizes of both matrices.
+        dtype: of matrices and rows.
     """
+    # The scale keeps the repeated product finite: slow special values would spoil the clock.
     up = jnp.ones((outer, inner), dtype)
     down = jnp.ones((inner, outer), dtype) / (inner * outer)
     times = max(1, round(INSIDE / (4 * rows * inner * outer)))
@@ -48,6 +58,7 @@ def product_flops(rows: int, inner: int, outer: int, dtype: Any) -> float:
 
     def left(x, weight):
         y = jnp.einsum("oi,in->on", weight, x.astype(dtype), preferred_element_type=jnp.float32)
+        # The barrier keeps this layout, which the compiler might otherwise exchange for that of `right`.
         return jax.lax.optimization_barrier(y)
 
     def seconds(product, shape):

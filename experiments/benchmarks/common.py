@@ -64,7 +64,11 @@ def prepare_process(threads: int) -> None:
 
 
 def spec_maker(known: argparse.Namespace) -> tuple[ModelConfig, Callable[[str, Sequence[Case]], Spec]]:
-    """The model's shape, and `spec(variant, cases)` under the command's options."""
+    """The model's shape, and `spec(variant, cases)` under the command's options.
+
+    Args:
+        known: the parsed options.
+    """
     prepare_process(known.threads)
     shape, directory, gguf = exported_model()
 
@@ -75,7 +79,12 @@ def spec_maker(known: argparse.Namespace) -> tuple[ModelConfig, Callable[[str, S
 
 
 def measured(system: System, spec: Spec) -> list[dict[str, Any]]:
-    """One row per case: what the system answered, or why it is skipped."""
+    """One row per case: what the system answered, or why it is skipped.
+
+    Args:
+        system: whom to ask.
+        spec: what to ask.
+    """
     named = [{"system": system.title, "variant": spec.variant, "case": case} for case in spec.cases]
     print(f"{system.title}, {spec.variant}: {len(named)} cases", flush=True)
     try:

@@ -14,14 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.common import disturbance, exported_model, parser, plain, prepare_process, write_results
-from experiments.benchmarks.ours import VARIANTS, rollout_call
+from experiments.benchmarks.ours import VARIANTS, plan_of, prompts_of
 from experiments.benchmarks.worker import Case, measure_all
 from nested_reft.models.transformer import Transformer
 from nested_reft.reports.tables import table
 from nested_reft.rollout import generate as generate_module
+from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.types import Rollouts
 
 SHIPPED = generate_module.COMPACTIONS
@@ -33,7 +35,7 @@ def main() -> None:
     """Prints the table."""
     known = parser(__doc__ or "", ()).parse_args()
     prepare_process(known.threads)
-    model = VARIANTS["float32"](exported_model()[1])
+    model = VARIANTS["float32"](exported_model()[1]).model
     rows = []
     for new_tokens in NEW_TOKENS:
         for stop_share in STOP_SHARES:
@@ -44,10 +46,18 @@ def main() -> None:
 
 
 def compaction_rows(model: Transformer, case: Case, stop_share: float, repeats: int) -> list[dict[str, Any]]:
-    """The case without compactions and with them, timed in turn."""
+    """The case without compactions and with them, timed in turn.
+
+    Args:
+        model: what samples.
+        case: the workload.
+        stop_share: the share of the vocabulary that ends a row.
+        repeats: timed calls of each; the best counts.
+    """
     stops = stop_ids(model.config.vocab_size, stop_share)
-    rollouts = [rollout_call(model, case, stops, generate_with(compactions)) for compactions in (0, SHIPPED)]
+    rollouts = [raw_call(model, case, stops, compactions) for compactions in (0, SHIPPED)]
     found = measure_all([lambda call=call: jax.block_until_ready(call()) for call in rollouts], repeats)
+    # A draw depends on the row's place in the whole batch, so the lengths of one program stand for both.
     length_BG = np.asarray(rollouts[0]().length_BG)
     named = {"system": "ours", "case": case, "stop_share": stop_share}
     named |= {"mean_length": float(length_BG.mean()), "longest": int(length_BG.max())}
@@ -58,6 +68,38 @@ def compaction_rows(model: Transformer, case: Case, stop_share: float, repeats: 
 def stop_ids(vocab_size: int, share: float) -> list[int]:
     """A random share of the vocabulary, always the same."""
     return np.random.default_rng(0).choice(vocab_size, round(share * vocab_size), replace=False).tolist()
+
+
+def raw_call(model: Transformer, case: Case, stops: Sequence[int], compactions: int) -> Callable[[], Rollouts]:
+    """A rollout of the case by a `generate` of its own.
+
+    A `Policy` always calls the `generate` that ships, with its tokenizer's stop tokens. This benchmark changes
+    both, so it calls the compiled function itself.
+
+    Args:
+        model: what samples.
+        case: the workload.
+        stops: the tokens that end a row.
+        compactions: how many the program has.
+    """
+    prompts, generate = prompts_of(case, model.config.vocab_size), generate_with(compactions)
+    prompt_BP, length_B = jnp.asarray(prompts.tokens_BP), jnp.asarray(prompts.length_B)
+    plan, stop_tokens = plan_of(case.skip_ratio, model.config.num_layers), jnp.asarray(stops, jnp.int32)
+
+    def call() -> Rollouts:
+        return generate(
+            model,
+            prompt_BP,
+            length_B,
+            plan,
+            stop_tokens,
+            jax.random.key(0),
+            group_size=case.group,
+            max_completion_tokens=case.new_tokens,
+            sampling=SamplingConfig(),
+        )
+
+    return call
 
 
 def generate_with(compactions: int) -> Callable[..., Rollouts]:

@@ -8,16 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.benchmarks.ours import compilations
 from experiments.benchmarks.worker import Case, Spec, serve
+from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.presets import grpo
-from nested_reft.models.lora import LoraConfig, add_lora
+from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
 from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
-from nested_reft.training.step import create_train_state, make_update
+from nested_reft.training.step import (
+    BaseModel,
+    LearnerTask,
+    TrainState,
+    UpdatePlans,
+    initial_train_state,
+    make_update,
+)
 from nested_reft.types import TrainBatch
 
 LORA = LoraConfig(rank=16, alpha=32.0)
@@ -36,15 +43,42 @@ VARIANTS: dict[str, Callable[[str], Transformer]] = {
 """How the model to train is made of a directory of weights."""
 
 
-def grpo_update() -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer and the update that are timed."""
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), total_steps=1000)
-    loss = grpo("base", reference_kl_coefficient=0.0)
-    return optimizer, make_update(optimizer, loss, temperature=1.0, micro_batches=1, remat=False)
+def grpo_task(case: Case) -> LearnerTask:
+    """What the timed update minimises: GRPO without a reference, in one micro-batch.
+
+    Args:
+        case: its completions are as long as the task allows.
+    """
+    return LearnerTask(
+        objective=PolicyGradient(grpo("base", reference_kl_coefficient=0.0)),
+        optimizer=make_optimizer(OptimizerConfig(learning_rate=1e-6), total_steps=1000),
+        temperature=1.0,
+        updates_per_batch=1,
+        micro_batches=1,
+        remat=False,
+        shared_prefix=0,
+        max_completion_tokens=case.new_tokens,
+    )
+
+
+def initial(model: Transformer, task: LearnerTask) -> tuple[TrainState, BaseModel]:
+    """What an update changes of a model and what it reads.
+
+    Args:
+        model: its trainable buffers are taken over by the first update.
+        task: gives the optimizer.
+    """
+    graph, trainable, frozen = split_trainable(model)
+    return initial_train_state(trainable, task.optimizer), BaseModel(frozen, graph)
 
 
 def train_batch(case: Case, vocab_size: int) -> TrainBatch:
-    """Full-length completions, half of each group right."""
+    """Full-length completions, half of each group right.
+
+    Args:
+        case: the shape of the batch.
+        vocab_size: V, which token ids stay below.
+    """
     shape = (case.prompts, case.group, case.new_tokens)
     tokens_BGC = np.asarray(case.completion_ids(vocab_size), np.int32).reshape(shape)
     return TrainBatch(
@@ -53,22 +87,35 @@ def train_batch(case: Case, vocab_size: int) -> TrainBatch:
         tokens_BGC=jnp.asarray(tokens_BGC),
         length_BG=jnp.full(shape[:2], case.new_tokens, jnp.int32),
         forced_BG=jnp.zeros(shape[:2], jnp.int32),
+        counted_BG=jnp.ones(shape[:2], bool),
+        signal_BG=jnp.tile(jnp.where(jnp.arange(case.group) % 2, 1.0, -1.0), (case.prompts, 1)),
+        # About -log V: random tokens would have been drawn from a nearly uniform policy.
         behavior_logprob_BGC=jnp.full(shape, -10.0, jnp.float32),
-        advantage_BG=jnp.tile(jnp.where(jnp.arange(case.group) % 2, 1.0, -1.0), (case.prompts, 1)),
     )
 
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
+    """What makes the timed call of a case: one whole update.
+
+    The compiled update is called as it is, and not through `Learner`, which would also copy the token weights to
+    the host: the plain torch step that it is compared with has no such copy.
+
+    Args:
+        spec: names the variant and the weights.
+    """
+
     def make_call(case: Case) -> Callable[[], Any]:
-        optimizer, update = grpo_update()
-        state = create_train_state(VARIANTS[spec.variant](spec.directory), optimizer)
+        task = grpo_task(case)
+        update = make_update(task)
+        # Each case has a model of its own, since the update takes over its buffers.
+        state, base = initial(VARIANTS[spec.variant](spec.directory), task)
         batch = train_batch(case, spec.vocab_size)
 
         def call() -> None:
             nonlocal state
-            state, metrics, _ = update(state, batch)
+            state, result = update(state, base, batch, UpdatePlans())
             jax.block_until_ready(state)
-            assert np.isfinite(float(metrics["loss"]))
+            assert np.isfinite(float(result.loss))
 
         return call
 

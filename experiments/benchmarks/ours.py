@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,54 +15,92 @@ from nested_reft.compilation import CompileCounter
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.registry import load_model
-from nested_reft.models.transformer import Transformer
-from nested_reft.rollout.generate import generate
-from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.rollout.policy import Policy
+from nested_reft.types import Prompts, Rollouts
 
-VARIANTS: dict[str, Callable[[str], Transformer]] = {
-    "float32": lambda directory: load_model(directory, jnp.float32)[0],
-    "bfloat16": lambda directory: low_precision(load_model(directory, jnp.float32)[0], "bfloat16"),
-    "int8": lambda directory: low_precision(load_model(directory, jnp.float32)[0], "int8"),
+VARIANTS: dict[str, Callable[[str], Policy]] = {
+    "float32": lambda directory: policy_of(directory),
+    "bfloat16": lambda directory: rounded(policy_of(directory), "bfloat16"),
+    "int8": lambda directory: rounded(policy_of(directory), "int8"),
 }
-"""How the sampling model is made of a directory of weights."""
+"""How the policy that samples is made of a directory of weights."""
+
+
+def policy_of(directory: str) -> Policy:
+    """A policy in float32 at temperature 1, on one device.
+
+    Args:
+        directory: weights in Hugging Face layout.
+    """
+    model, tokenizer = load_model(directory, jnp.float32)
+    return Policy(model, tokenizer)
+
+
+def rounded(policy: Policy, precision: Literal["bfloat16", "int8"]) -> Policy:
+    """The policy with its weights in fewer bits, as training with `rollout.weights` samples."""
+    return dataclasses.replace(policy, model=low_precision(policy.model, precision))
 
 
 def plan_of(skip_ratio: float, num_layers: int) -> LayerPlan:
-    """A plan that skips this share of the layers."""
+    """A plan that skips this share of the layers, always the same."""
     return draw_plan(jax.random.key(0), NestingConfig(skip_ratio=skip_ratio), num_layers)
 
 
-def rollout_call(
-    model: Transformer, case: Case, stop_ids: Sequence[int] = (-1,), sampler: Callable[..., Any] = generate
-) -> Callable[[], Any]:
-    """A rollout of the case, as `sampler` returns it; no token ends it unless some are named."""
-    prompt_BP = jnp.asarray(case.prompt_ids(model.config.vocab_size), jnp.int32)
-    length_B = jnp.full(case.prompts, case.prompt_tokens, jnp.int32)
-    plan, stops = plan_of(case.skip_ratio, model.config.num_layers), jnp.asarray(stop_ids, jnp.int32)
+def prompts_of(case: Case, vocab_size: int) -> Prompts:
+    """The case's prompts as a batch.
 
-    def call() -> Any:
-        return sampler(
-            model,
-            prompt_BP,
-            length_B,
+    Args:
+        case: how many prompts, and how long.
+        vocab_size: V, which token ids stay below.
+    """
+    # Nothing is scored, so the prompts need no texts and no answers.
+    nothing = ("",) * case.prompts
+    return Prompts(
+        tokens_BP=np.array(case.prompt_ids(vocab_size), np.int32),
+        length_B=np.full(case.prompts, case.prompt_tokens, np.int32),
+        source_B=np.zeros(case.prompts, np.int32),
+        texts=nothing,
+        answers=nothing,
+        metadata=({},) * case.prompts,
+    )
+
+
+def rollout_call(policy: Policy, case: Case) -> Callable[[], Rollouts]:
+    """A rollout of the case, as training makes them; no token ends it.
+
+    Args:
+        policy: what samples.
+        case: the workload, with the share of layers to skip.
+    """
+    prompts = prompts_of(case, policy.model.config.vocab_size)
+    plan = plan_of(case.skip_ratio, policy.num_layers)
+
+    def call() -> Rollouts:
+        return policy.generate(
+            prompts,
             plan,
-            stops,
             jax.random.key(0),
             group_size=case.group,
             max_completion_tokens=case.new_tokens,
-            sampling=SamplingConfig(),
+            stops=False,
         )
 
     return call
 
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
-    model = VARIANTS[spec.variant](spec.directory)
+    """What makes the timed call of a case: one whole rollout, its lengths read on the host.
+
+    Args:
+        spec: names the variant and the weights.
+    """
+    policy = VARIANTS[spec.variant](spec.directory)
 
     def make_call(case: Case) -> Callable[[], Any]:
-        rollout = rollout_call(model, case)
+        rollout = rollout_call(policy, case)
 
         def call() -> None:
+            # The assertion waits for the result, without which the call would be timed before it is done.
             assert int(np.asarray(rollout().length_BG).sum()) == case.sampled_tokens
 
         return call
@@ -70,7 +109,7 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
 
 
 def compilations() -> Callable[[], dict[str, Any]]:
-    """Compilations since the last question."""
+    """A function that tells the compilations since it was last asked."""
     counter = CompileCounter()
 
     def observe() -> dict[str, Any]:

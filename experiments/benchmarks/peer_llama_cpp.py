@@ -15,12 +15,18 @@ from experiments.benchmarks.worker import Case, Spec, serve
 
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
+    """What makes the timed call of a case: the decode steps alone, after the prompts.
+
+    Args:
+        spec: names the variant, the weights and the threads.
+    """
     model = _load(spec.gguf, extra_buffers=_extra_buffers_work(spec.gguf))
 
     def make_call(case: Case) -> Callable[[], Any]:
         context = _context(model, case, spec.threads)
         memory = llama_cpp.llama_get_memory(context)
         rows, start = range(case.rows), case.prompt_tokens
+        # The prompts run once, outside the clock: each call below goes back to where they end.
         for prompt, ids in enumerate(case.prompt_ids(spec.vocab_size)):
             for row in range(prompt * case.group, (prompt + 1) * case.group):
                 _decode(context, ids, range(start), [row] * start, wants_logits=False)

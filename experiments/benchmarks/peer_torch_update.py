@@ -17,6 +17,11 @@ CLIP = 0.2
 
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
+    """What makes the timed call of a case: one step of AdamW on all rows.
+
+    Args:
+        spec: names the variant, the weights and the threads.
+    """
     torch.set_num_threads(spec.threads)
     model = AutoModelForCausalLM.from_pretrained(spec.directory, dtype=getattr(torch, spec.variant)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)

@@ -15,6 +15,11 @@ from experiments.benchmarks.worker import Case, Spec, serve
 
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
+    """What makes the timed call of a case: one `generate` of all rows.
+
+    Args:
+        spec: names the variant, the weights and the threads.
+    """
     torch.set_num_threads(spec.threads)
     model = AutoModelForCausalLM.from_pretrained(spec.directory, dtype=getattr(torch, spec.variant)).eval()
     model.generation_config.eos_token_id = None  # nothing stops early

@@ -40,6 +40,11 @@ class Numbers:
 
 
 def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
+    """What makes the timed call of a case: the sampler's whole answer.
+
+    Args:
+        spec: names the variant, the weights and the threads.
+    """
     settings = json.loads(Path(spec.directory, "config.json").read_text())
     head_dim = settings["hidden_size"] // settings["num_attention_heads"]
     config = ModelConfig(
@@ -62,6 +67,7 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
         sampler = Sampler(
             model, Numbers(), CacheConfig(cache_size, config.num_layers, config.num_kv_heads, config.head_dim)
         )
+        # Its sampler knows no groups, so each prompt is given once per completion.
         prompts = [" ".join(map(str, ids)) for ids in case.prompt_ids(spec.vocab_size) for _ in range(case.group)]
 
         def call() -> None:

@@ -88,6 +88,12 @@ def run_limited(
 ) -> None:
     """Runs a command from the repository's root, and ends it with all that it started when time is up.
 
+    Args:
+        command: program and arguments.
+        seconds: the most that it may take.
+        text: its standard input.
+        environment: its variables; None gives it those of this process.
+
     Raises:
         Skipped: it fails or takes longer; the reason is the last line that it printed.
     """
@@ -101,7 +107,7 @@ def run_limited(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            start_new_session=True,  # a group of its own, so that what it starts can be ended with it
         )
     except OSError as error:
         raise Skipped(f"{Path(command[0]).name} cannot be started: {error.strerror}") from None

@@ -65,6 +65,7 @@ def main() -> None:
     shape, spec = spec_maker(known)
     if known.prompt_tokens + known.new_tokens > shape.max_positions:
         options.error(f"--prompt-tokens + --new-tokens must be at most {shape.max_positions}: the model's positions")
+    # What cannot work is refused here: the systems before our nested rows take minutes.
     for skip_ratio in known.skip_ratios:
         try:
             plan_of(skip_ratio, shape.num_layers)
@@ -129,11 +130,17 @@ def add_floors(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: dic
 
 
 def compared(rows: Sequence[dict[str, Any]], case: Case) -> list[dict[str, Any]]:
-    """The rows of one workload, each with how many times faster ours are: in float32, and at best."""
+    """The rows of one workload, each with how many times faster ours are: in float32, and at best.
+
+    Args:
+        rows: of all systems, with their rates.
+        case: the workload.
+    """
     found = [row for row in rows if row["case"] == case]
     ours = [row for row in found if row["system"] == OURS.title]
     result = []
     for row in found:
+        # llama.cpp's calls have no prefill and draw no tokens, so they compare with our decode steps alone.
         measure = "tokens_per_second" if row["system"] != LLAMA_CPP.title else "decode_tokens_per_second"
         rates = {other["variant"]: other.get(measure) for other in ours}
         best = max((rate for rate in rates.values() if rate), default=None)
@@ -146,7 +153,12 @@ def compared(rows: Sequence[dict[str, Any]], case: Case) -> list[dict[str, Any]]
 
 
 def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
-    """All systems on each workload."""
+    """All systems on each workload.
+
+    Args:
+        cases: the workloads, with all layers.
+        rows: of all systems, with their rates and floors.
+    """
     header = [
         "prompts x completions",
         "system",
@@ -185,7 +197,15 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
 def nested_rows(
     shape: ModelConfig, case: Case, ceilings: CeilingsAt, drawing_seconds: float, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """For each share of skipped layers: the speed-up, and how much of the predicted one it is."""
+    """For each share of skipped layers: the speed-up, and how much of the predicted one it is.
+
+    Args:
+        shape: of the model.
+        case: the workload, with all layers.
+        ceilings: of the machine, by rows.
+        drawing_seconds: of one draw for all rows, which skipping layers does not shorten.
+        rows: of all systems, with their rates.
+    """
     mine = {
         row["case"].skip_ratio: row["tokens_per_second"]
         for row in rows

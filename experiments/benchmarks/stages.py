@@ -12,6 +12,9 @@ from experiments.benchmarks.common import shown
 from nested_reft.compilation import CompileCounter
 from nested_reft.reports.tables import table
 
+Best = Callable[[Any], dict[str, Any]]
+"""`worker.measure` of a call with a fixed number of repeats."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -48,8 +51,13 @@ class Breakdown:
     peak_bytes: int
 
 
-def timed(best: Callable[[Any], dict[str, Any]], call: Callable[[], Any]) -> dict[str, Any]:
-    """`measure` of a call once its result is there, with its compilations."""
+def timed(best: Best, call: Callable[[], Any]) -> dict[str, Any]:
+    """What `best` says of a call once its result is there, with its compilations.
+
+    Args:
+        best: how it is timed.
+        call: returns arrays, which JAX may still be computing.
+    """
     counter = CompileCounter()
     found = best(lambda: jax.block_until_ready(call()))
     counter.close()
@@ -78,7 +86,13 @@ def breakdown_table(breakdown: Breakdown) -> str:
 
 
 def with_rest(name: str, whole: dict[str, Any], stages: Sequence[Stage]) -> Breakdown:
-    """The breakdown of a call that `timed` has timed; what its stages leave is the rest."""
+    """The breakdown of a call; what its stages leave is the rest.
+
+    Args:
+        name: the call.
+        whole: what `timed` said of it.
+        stages: its parts, in the order of the table.
+    """
     rest = Stage("the rest", whole["seconds"] - sum(stage.seconds for stage in stages))
     costs = {field: whole[field] for field in ("compile_seconds", "compilations", "peak_bytes")}
     return Breakdown(name, whole["seconds"], (*stages, rest), **costs)

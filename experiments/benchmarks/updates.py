@@ -56,7 +56,13 @@ def main() -> None:
 
 
 def compared(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """The rows with how many times faster ours are, and ours with their floor."""
+    """The rows with how many times faster ours are, and ours with their floor.
+
+    Args:
+        rows: of all systems.
+        shape: of the model.
+        ceilings: of the machine, at the number of rows that our layers run.
+    """
     ours = {row["variant"]: row.get("seconds") for row in rows if row["system"] == OURS.title}
     found = []
     for row in rows:
@@ -76,7 +82,11 @@ def compared(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: Ceili
 
 
 def update_table(rows: Sequence[dict[str, Any]]) -> str:
-    """All systems on the one workload."""
+    """All systems on the one workload.
+
+    Args:
+        rows: what `compared` returned.
+    """
     header = [
         "one update",
         "seconds",

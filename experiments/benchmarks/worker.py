@@ -116,12 +116,14 @@ def measure_all(
             observe()
             busy, own = busy_cpu_seconds(), time.process_time()
             result["all_seconds"].append(_seconds(call))
+            # What the machine worked beyond this process is the others' share.
             others = busy_cpu_seconds() - busy - (time.process_time() - own)
             result["all_others_cpu"].append(max(0.0, others) / result["all_seconds"][-1])
             result["peak_bytes"] = max(result["peak_bytes"], peak_memory())
             for name, amount in observe().items():
                 result[name] = result.get(name, 0) + amount
     for result in found:
+        # The first round may compile, so it is told apart and never counts as the best.
         result["first_seconds"] = result["all_seconds"].pop(0)
         result["all_others_cpu"].pop(0)
         result["seconds"], result["others_cpu"] = min(zip(result["all_seconds"], result["all_others_cpu"], strict=True))

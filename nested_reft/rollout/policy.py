@@ -160,11 +160,12 @@ class Policy:
         group_size: int,
         draft_length: int,
         shared_prefix: int = 0,
+        stops: bool = True,
     ) -> ExactRollouts:
         """Samples of the full model that the plan's nested policy drafts; see `rollout.exact`.
 
         Args:
-            prompts, key, group_size, shared_prefix: as in `generate`.
+            prompts, key, group_size, shared_prefix, stops: as in `generate`.
             plan: the layers that draft.
             draft_length: tokens drafted before each verification.
         """
@@ -173,7 +174,7 @@ class Policy:
             self._spread(prompts.tokens_BP),
             self._spread(prompts.length_B),
             replicate(plan, self.mesh),
-            self._stop_ids(True),
+            self._stop_ids(stops),
             key,
             self.version,
             self._spread(prompts.forced),

@@ -114,18 +114,36 @@ class Trainer:
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
         """
         with self, stop_requests() as stop_requested:
-            for index in range(self.state.phase, len(self.phases)):
-                # A phase that was resumed has been prepared by `_load`; the later ones begin here.
-                if index > self.state.phase:
-                    # The earlier phase is asked before the counters move on to the new one.
-                    self.state.trained_before |= self.phases[index - 1].trains
-                    self.state.phase, self.state.step, self.state.started = index, 0, False
-                    self.phases[index].prepare(self.state)
-                self._run_phase(self.phases[index], stop_requested)
+            self.run_earlier_phases(stop_requested)
+            self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
             summary = run_summary(self)
             self.run_directory.write_summary(summary)
         return summary
+
+    def run_earlier_phases(self, stop_requested: Callable[[], bool] = lambda: False) -> Trainer:
+        """Runs what comes before reinforcement, so that `step` can be called.
+
+        `run` does this itself. It is for callers that take the steps of reinforcement one by one.
+
+        Args:
+            stop_requested: whether to stop after the step in progress.
+
+        Raises:
+            KeyboardInterrupt: it was asked to stop.
+
+        Returns:
+            The trainer itself.
+        """
+        state = self.state
+        # The phase that a run starts or resumes in has been prepared by `open`; the later ones begin here.
+        for index in range(state.phase + 1, len(self.phases)):
+            earlier = self.phases[index - 1]
+            self._run_phase(earlier, stop_requested)
+            state.trained_before |= earlier.trains
+            state.phase, state.step, state.started = index, 0, False
+            self.phases[index].prepare(state)
+        return self
 
     def step(self, number: int) -> StepRecord:
         """One training step: choose prompts, sample nested, score, and update the full model.

@@ -3,6 +3,7 @@
 import itertools
 
 from experiments.dapo import VARIANTS, variant_config
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.training.config import differences, load_config
 
 
@@ -26,5 +27,6 @@ def test_combined_presets_hold_all_three():
     for name in ("tiny_combined", "smollm2_combined", "qwen_math_combined"):
         config = load_config(name)
         assert config.nesting.skip_ratio > 0 and config.curriculum.kind == "dump"
-        assert config.loss.clip_high == 0.28 and config.dynamic_sampling.max_generation_batches > 1
+        assert isinstance(config.loss, PolicyGradientConfig) and config.loss.clip_high == 0.28
+        assert config.dynamic_sampling.max_generation_batches > 1
         assert config.reward.overlong_cache_tokens > 0

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +18,8 @@ from experiments.splits import (
     pooled,
     share_of_draws,
 )
+from nested_reft.run_directory import read_log
+from nested_reft.training.config import load_config
 from nested_reft.training.setup import prepare
 
 
@@ -72,7 +76,8 @@ def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, mon
         parts = [("pool.hard", range(836, len(pool)), 0.1), ("pool.easy", range(836), 0.9)]
         return [[{"name": name, "examples": list(part), "pass_rate": rate} for name, part, rate in parts]]
 
-    monkeypatch.setattr(runs, "divide", divide)
+    monkeypatch.setattr("nested_reft.training.phases.divide", divide)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(setup.policy.model)]
     found = train(setup, tmp_path)
     assert found["config"] == setup.config.to_json()  # with its split, so that `finished` knows it again
     assert found["sources"] == [source.name for source in setup.config.data.sources]
@@ -80,6 +85,27 @@ def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, mon
     assert np.shape(found["accuracy"]) == (2, 6) and np.shape(found["probability"]) == (10, 2)
     # 3-digit questions are few: the generator gives 836 that are not held out, the first of the pool.
     assert found["questions"] == [[836, 0, 0, 0, 0, 0], [0, 2000, 2000, 2000, 2000, 2000]]
+    # Nothing is known before the first step, so its draws are uniform over the parts.
+    assert found["probability"][0] == [0.5, 0.5]
+    # The logs are those of a training run, whose accuracies are the ones that the result has.
+    lines, samples = (read_log(Path(found["run_directory"]) / f"{name}.jsonl") for name in ("metrics", "samples"))
+    assert [line["step"] for line in lines] == list(range(1, 11)) == sorted({line["step"] for line in samples})
+    assert lines[-1]["heldout/copy_3_digits"] == found["greedy_accuracy"][1][0]
+    assert found["metrics"]["completion_tokens"] == [line["completion_tokens"] for line in lines]
+    # Several runs start from one setup, so its weights must outlive each of them.
+    assert all((was == now).all() for was, now in zip(before, jax.tree.leaves(setup.policy.model), strict=True))
+
+
+def test_a_warm_start_is_made_once_for_a_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "load_config", lambda name: load_config(name, warm_start={"steps": 2}))
+    config = experiment_config("source", 0, 10)
+    first, second = (runs.warm_started(config, tmp_path) for _ in range(2))
+    assert capsys.readouterr().out.count("warm start, seed 0") == 1
+    for a, b in zip(jax.tree.leaves(first.policy.model), jax.tree.leaves(second.policy.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (tmp_path / "warm-seed0.json").write_text("of another warm start")  # its weights must not be taken for these
+    runs.warm_started(config, tmp_path)
+    assert "warm start, seed 0" in capsys.readouterr().out
 
 
 def test_pass_rates_of_the_start_divide_a_pool(tmp_path):
