@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
@@ -12,6 +13,9 @@ from nested_reft.estimators.importance import LOG_RATIO_LIMIT, token_log_ratio
 
 # The median and both tails are logged, because a mean hides the few large ratios that matter.
 RATIO_QUANTILES = (0.05, 0.5, 0.95)
+
+
+Number = Float[Array, ""] | Float[np.ndarray, ""] | float  # on the devices within an update, on the host after it
 
 
 @struct.dataclass
@@ -30,14 +34,14 @@ class Health:
         ratio_quantile_05, ratio_quantile_50, ratio_quantile_95: of rho.
     """
 
-    ess_token: Float[Array, ""]
-    ess_sequence: Float[Array, ""]
-    ratio_mean: Float[Array, ""]
-    ratio_max: Float[Array, ""]
-    kl_behavior_target: Float[Array, ""]
-    ratio_quantile_05: Float[Array, ""]
-    ratio_quantile_50: Float[Array, ""]
-    ratio_quantile_95: Float[Array, ""]
+    ess_token: Number
+    ess_sequence: Number
+    ratio_mean: Number
+    ratio_max: Number
+    kl_behavior_target: Number
+    ratio_quantile_05: Number
+    ratio_quantile_50: Number
+    ratio_quantile_95: Number
 
 
 def off_policy_health(

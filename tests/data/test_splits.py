@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nested_reft.data.sources import difficulty_ladder, exactly
-from nested_reft.data.splits import SplitConfig, ngram_features, split_by_cluster, split_by_pass_rate
+from nested_reft.data.splits import SplitConfig, split_by_pass_rate
 
 
 def everything(parts: list[list[int]], size: int) -> bool:
@@ -36,37 +36,6 @@ def test_pass_rate_parts_lose_nothing_and_are_ordered(parts):
     assert 1 < len(found) <= parts and everything(found, 50)
     for easier, harder in itertools.pairwise(found):
         assert rate_E[easier].min() > rate_E[harder].max()
-
-
-def test_clusters_find_prompts_of_different_wording():
-    rng = np.random.default_rng(0)
-    kinds = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]]  # words of each kind, of its length
-    which_E = rng.integers(0, 3, 60)
-    tokens = [[int(token) for token in rng.permutation(kinds[kind])] for kind in which_E]
-    found = split_by_cluster(tokens, 3, seed=0)
-    assert everything(found, 60)
-    assert [sorted({int(which_E[index]) for index in part}) for part in found] == [[0], [1], [2]]  # shortest first
-    assert split_by_cluster(tokens, 3, seed=0) == found
-
-
-def test_clusters_tell_order_apart():
-    """The same tokens throughout; only pairs of neighbours differ."""
-    tokens = [[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]] * 5
-    assert sorted(split_by_cluster(tokens, 2, seed=1)) == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
-
-
-@pytest.mark.parametrize("tokens", [[[3]], [[3, 4]] * 6, [[1], [2]]])
-def test_no_more_clusters_than_different_prompts(tokens):
-    found = split_by_cluster(tokens, 4, seed=0)
-    assert len(found) == len({tuple(ids) for ids in tokens}) and everything(found, len(tokens))
-
-
-def test_features_have_length_one_and_follow_counts():
-    """[7, 7] has the token 7 twice and the pair (7, 7) once: sqrt(2) and 1, over sqrt(3)."""
-    feature_EF = ngram_features([[7, 7], [7], [2, 5, 7]])
-    np.testing.assert_allclose(np.linalg.norm(feature_EF, axis=1), 1)
-    np.testing.assert_allclose(sorted(feature_EF[0][feature_EF[0] > 0]), [3**-0.5, (2 / 3) ** 0.5])
-    assert feature_EF[0] @ feature_EF[1] > feature_EF[1] @ feature_EF[2]
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_micro_batches_add_up(config):
 
 def test_forced_and_padding_tokens_have_no_part():
     target_BGC, batch = random_batch(jax.random.key(1))
-    batch = batch.replace(forced_BG=jnp.array([[2, 1, 0], [9, 0, 1]]))
+    batch = dataclasses.replace(batch, forced_BG=jnp.array([[2, 1, 0], [9, 0, 1]]))
     mask_BGC = np.asarray(batch.mask_BGC)
     other = jax.tree.map(
         lambda x: x - 3.0 * ~mask_BGC if x.shape == mask_BGC.shape and x.dtype == jnp.float32 else x, batch
@@ -291,12 +291,14 @@ def test_forced_and_padding_tokens_have_no_part():
 def test_completions_that_do_not_count_have_no_part(config):
     """They push no token and enter no divisor, whatever they hold; the others' gradients equal the slow loop's."""
     target_BGC, batch = random_batch(jax.random.key(9), prompts=3)
-    batch = batch.replace(counted_BG=jnp.array([[True, False, True], [False, False, True], [True, True, True]]))
+    batch = dataclasses.replace(
+        batch, counted_BG=jnp.array([[True, False, True], [False, False, True], [True, True, True]])
+    )
     gradient_BGC, total, _ = gradient_and_parts(target_BGC, batch, config)
     np.testing.assert_allclose(gradient_BGC, slow_gradient(target_BGC, batch, config), rtol=2e-4, atol=1e-6)
     skipped_BGC = ~np.asarray(batch.counted_BG)[..., None] & np.ones(target_BGC.shape, bool)
     assert not np.any(gradient_BGC[skipped_BGC])
-    other = batch.replace(signal_BG=jnp.where(batch.counted_BG, batch.signal_BG, 99.0))
+    other = dataclasses.replace(batch, signal_BG=jnp.where(batch.counted_BG, batch.signal_BG, 99.0))
     again_BGC, again, _ = gradient_and_parts(target_BGC - 5.0 * skipped_BGC, other, config)
     np.testing.assert_array_equal(gradient_BGC, again_BGC)
     assert float(total.sum) == float(again.sum) and float(total.weight) == float(again.weight)
@@ -336,7 +338,7 @@ def test_the_weights_of_the_output_are_those_of_the_loss():
 
 def test_token_advantages_replace_those_of_completions():
     target_BGC, batch = random_batch(jax.random.key(2))
-    spread = batch.replace(token_signal_BGC=jnp.broadcast_to(batch.signal_BG[..., None], target_BGC.shape))
+    spread = dataclasses.replace(batch, token_signal_BGC=jnp.broadcast_to(batch.signal_BG[..., None], target_BGC.shape))
     np.testing.assert_array_equal(
         gradient_and_parts(target_BGC, batch, PLAIN)[0], gradient_and_parts(target_BGC, spread, PLAIN)[0]
     )
@@ -349,8 +351,8 @@ def test_without_old_logprobs_the_target_is_the_old_policy():
     target_BGC, batch = random_batch(jax.random.key(2))
     for variant in ("practical", "mixture"):
         config = PolicyGradientConfig("leave_one_out", variant, "sequence", "token_mean")
-        missing = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=None), config)[0]
-        given = gradient_and_parts(target_BGC, batch.replace(old_logprob_BGC=target_BGC), config)[0]
+        missing = gradient_and_parts(target_BGC, dataclasses.replace(batch, old_logprob_BGC=None), config)[0]
+        given = gradient_and_parts(target_BGC, dataclasses.replace(batch, old_logprob_BGC=target_BGC), config)[0]
         np.testing.assert_array_equal(missing, given)
 
 
@@ -358,9 +360,13 @@ def test_without_old_logprobs_the_target_is_the_old_policy():
 def test_finite_in_every_corner(config):
     """Empty masks, one token, ratios of e^100 both ways, and tokens outside the support of either policy."""
     target_BGC, batch = random_batch(jax.random.key(4))
-    nothing = batch.replace(forced_BG=batch.length_BG)
-    one_token = batch.replace(length_BG=jnp.ones_like(batch.length_BG), forced_BG=jnp.zeros_like(batch.forced_BG))
-    whole = batch.replace(length_BG=jnp.full_like(batch.length_BG, 4), forced_BG=jnp.zeros_like(batch.forced_BG))
+    nothing = dataclasses.replace(batch, forced_BG=batch.length_BG)
+    one_token = dataclasses.replace(
+        batch, length_BG=jnp.ones_like(batch.length_BG), forced_BG=jnp.zeros_like(batch.forced_BG)
+    )
+    whole = dataclasses.replace(
+        batch, length_BG=jnp.full_like(batch.length_BG, 4), forced_BG=jnp.zeros_like(batch.forced_BG)
+    )
     minus_infinity = jnp.full_like(target_BGC, -jnp.inf)
     behavior = {"behavior_logprob_BGC": minus_infinity, "nested_logprob_BGC": minus_infinity}
     corners = [
@@ -390,23 +396,23 @@ def test_what_a_loss_needs_is_named():
     target_BGC, batch = random_batch(jax.random.key(1))
     mixture = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "token_mean")
     with pytest.raises(ValueError, match=r"needs batch\.nested_logprob_BGC"):
-        policy_gradient_loss(target_BGC, batch.replace(nested_logprob_BGC=None), mixture)
+        policy_gradient_loss(target_BGC, dataclasses.replace(batch, nested_logprob_BGC=None), mixture)
     with pytest.raises(ValueError, match=r"needs batch\.full_share_B"):
-        policy_gradient_loss(target_BGC, batch.replace(full_share_B=None), mixture)
+        policy_gradient_loss(target_BGC, dataclasses.replace(batch, full_share_B=None), mixture)
     for variant in ("base", "retrace"):
         config = dataclasses.replace(PLAIN, bias_mitigation=variant)
         with pytest.raises(ValueError, match=rf"'{variant}' needs batch\.behavior_logprob_BGC"):
-            policy_gradient_loss(target_BGC, batch.replace(behavior_logprob_BGC=None), config)
+            policy_gradient_loss(target_BGC, dataclasses.replace(batch, behavior_logprob_BGC=None), config)
     kl = dataclasses.replace(PLAIN, reference_kl="k2_loss", reference_kl_coefficient=0.1)
     with pytest.raises(ValueError, match=r"needs batch\.reference_logprob_BGC"):
-        policy_gradient_loss(target_BGC, batch.replace(reference_logprob_BGC=None), kl)
+        policy_gradient_loss(target_BGC, dataclasses.replace(batch, reference_logprob_BGC=None), kl)
     with pytest.raises(ValueError, match="pass the differentiable entropy_BGC"):
         policy_gradient_loss(target_BGC, batch, dataclasses.replace(PLAIN, entropy_coefficient=0.1))
 
 
 def test_entropy_bonus_is_the_mean_entropy_of_the_counted_tokens():
     target_BGC, batch = random_batch(jax.random.key(6))
-    batch = batch.replace(signal_BG=0 * batch.signal_BG)
+    batch = dataclasses.replace(batch, signal_BG=0 * batch.signal_BG)
     entropy_BGC = jax.random.uniform(jax.random.key(7), target_BGC.shape)
     config = dataclasses.replace(PLAIN, entropy_coefficient=0.5)
     mask_BGC = batch.mask_BGC

@@ -111,7 +111,7 @@ def unforced_batch(near: float):
     """All completions have tokens of their own; `near` scales how far off-policy they are."""
     target_BGC, batch = random_batch(jax.random.key(8), prompts=2, group=3, tokens=4)
     behavior_BGC = target_BGC + near * (batch.behavior_logprob_BGC - target_BGC)
-    return target_BGC, batch.replace(forced_BG=0 * batch.forced_BG, behavior_logprob_BGC=behavior_BGC)
+    return target_BGC, dataclasses.replace(batch, forced_BG=0 * batch.forced_BG, behavior_logprob_BGC=behavior_BGC)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_practical_reads_the_old_policy():
     target_BGC, batch = unforced_batch(1.0)
     config = presets.dapo("practical")
     value = policy_gradient_loss(target_BGC, batch, config).total.mean()
-    as_behavior = batch.replace(behavior_logprob_BGC=batch.old_logprob_BGC)
+    as_behavior = dataclasses.replace(batch, behavior_logprob_BGC=batch.old_logprob_BGC)
     assert float(value) == pytest.approx(-dapo(completions(target_BGC, as_behavior)), rel=1e-4)
 
 

@@ -1,5 +1,7 @@
 """The supervised loss by hand: which completions are demonstrations, and what their tokens weigh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +39,12 @@ def test_the_mean_is_over_the_tokens_of_demonstrations():
 def test_forced_tokens_and_completions_that_do_not_count_are_not_imitated():
     target_BGC = -jnp.array([[[1.0, 2.0], [4.0, 8.0]]])
     _, batch = one_group(np.ones((2, 2)), [1.0, 1.0])
-    assert float(loss(target_BGC, batch.replace(forced_BG=jnp.array([[1, 0]]))).total.mean()) == pytest.approx(14 / 3)
-    assert float(loss(target_BGC, batch.replace(counted_BG=jnp.array([[True, False]]))).total.mean()) == 1.5
+    assert float(
+        loss(target_BGC, dataclasses.replace(batch, forced_BG=jnp.array([[1, 0]]))).total.mean()
+    ) == pytest.approx(14 / 3)
+    assert (
+        float(loss(target_BGC, dataclasses.replace(batch, counted_BG=jnp.array([[True, False]]))).total.mean()) == 1.5
+    )
 
 
 def test_finite_where_a_token_without_weight_is_impossible():
@@ -47,11 +53,11 @@ def test_finite_where_a_token_without_weight_is_impossible():
     _, batch = one_group(np.ones((2, 2)), [1.0, 0.0], [1, 2])
     value, gradient_BGC = jax.value_and_grad(lambda t: loss(t, batch).total.mean())(target_BGC)
     assert float(value) == 1 and jnp.all(jnp.isfinite(gradient_BGC))
-    nothing = loss(target_BGC, batch.replace(signal_BG=jnp.zeros((1, 2)))).total
+    nothing = loss(target_BGC, dataclasses.replace(batch, signal_BG=jnp.zeros((1, 2)))).total
     assert float(nothing.mean()) == 0 and float(nothing.weight) == 0
 
 
 def test_a_demonstration_needs_no_behavior_policy():
     target_BGC, batch = one_group(np.ones((2, 2)), [1.0, 1.0])
-    assert float(loss(target_BGC, batch.replace(behavior_logprob_BGC=None)).total.mean()) == 1
+    assert float(loss(target_BGC, dataclasses.replace(batch, behavior_logprob_BGC=None)).total.mean()) == 1
     assert Supervised().needs(2).logprobs == ()
