@@ -49,7 +49,7 @@ lint: $(TEST_READY)
 	@$(VENV)/bin/ruff check .
 
 types: $(TEST_READY)
-	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright nested_reft
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 
 format: $(TEST_READY)
 	@$(VENV)/bin/ruff format .

@@ -104,8 +104,8 @@ def trained(setup: Setup, coefficient: float, steps: int) -> dict[str, float]:
     # A step without a token to learn from has no health.
     late = [found.update.health for found in records[-(steps // 3) :] if found.update.health is not None]
     return measured(dataclasses.replace(setup, policy=policy)) | {
-        "ess_token": float(np.mean([health.ess_token for health in late])),
-        "ess_sequence": float(np.mean([health.ess_sequence for health in late])),
+        "ess_token": float(np.mean([float(health.ess_token) for health in late])),
+        "ess_sequence": float(np.mean([float(health.ess_sequence) for health in late])),
         "update_seconds": float(np.median([found.seconds - found.rollout_seconds for found in records])),
     }
 

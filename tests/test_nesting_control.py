@@ -12,7 +12,6 @@ from nested_reft.nesting_control import (
     HIGHEST_EXCESS,
     NestingControlConfig,
     NestingControlState,
-    choose,
     excess,
     initial_state,
     update,
@@ -31,7 +30,7 @@ def after(config, readings, start=0):
     """The state after these readings of the held metric, and the sizes that each was read at."""
     state, sizes = initial_state(config, start), []
     for reading in readings:
-        sizes.append(choose(state))
+        sizes.append(state.num_skipped)
         state = update(state, config, health(**{config.hold: reading}))
     return state, sizes
 
@@ -41,8 +40,8 @@ def on_plant(config, plant, steps, start=0, seed=0):
     generator, state = np.random.default_rng(seed), initial_state(config, start)
     sizes, readings = [], []
     for step in range(steps):
-        sizes.append(choose(state))
-        readings.append(plant(choose(state), step, generator))
+        sizes.append(state.num_skipped)
+        readings.append(plant(state.num_skipped, step, generator))
         state = update(state, config, health(**{config.hold: readings[-1]}))
         state = NestingControlState.from_json(json.loads(json.dumps(state.to_json())))
     return np.array(sizes), np.array(readings), state
@@ -50,7 +49,7 @@ def on_plant(config, plant, steps, start=0, seed=0):
 
 def test_raises_by_one_after_patience_steps():
     state, sizes = after(KL, [0.1] * 5)
-    assert sizes == [0, 0, 1, 1, 2] and choose(state) == 2
+    assert sizes == [0, 0, 1, 1, 2] and state.num_skipped == 2
     assert after(KL, [0.1] * 4)[0].reason == (
         "kl_behavior_target 0.100 (mean of 2; budget 1), within budget for 2 steps: from 1 to 2 skipped layers"
     )
@@ -64,8 +63,8 @@ def test_lowers_by_one_at_once():
 
 
 def test_ess_is_over_budget_when_it_is_small():
-    assert choose(after(ESS, [0.49], start=2)[0]) == 1
-    assert choose(after(ESS, [0.51], start=2)[0]) == 2
+    assert after(ESS, [0.49], start=2)[0].num_skipped == 1
+    assert after(ESS, [0.51], start=2)[0].num_skipped == 2
     # The margin is on -log: 0.8 * -log 0.5 = 0.5545, an ESS of 0.574. Of 0.8 * 0.5 = 0.4 it would be met by all.
     assert after(ESS, [0.57] * 20, start=2)[1][-1] == 2
     assert after(ESS, [0.58] * 4, start=2)[1][-1] == 3
@@ -73,10 +72,10 @@ def test_ess_is_over_budget_when_it_is_small():
 
 def test_the_mean_is_over_the_window_at_this_size():
     # 1.2 alone is over; after 0.6 the mean of two is 0.9: within.
-    assert choose(after(KL, [0.6, 1.2], start=3)[0]) == 3
-    assert choose(after(KL, [0.6, 1.6], start=3)[0]) == 2
+    assert after(KL, [0.6, 1.2], start=3)[0].num_skipped == 3
+    assert after(KL, [0.6, 1.6], start=3)[0].num_skipped == 2
     # A reading of another size does not count: were 1.6 still in the mean, 2 would be left too.
-    assert choose(after(KL, [1.6, 0.9], start=3)[0]) == 2
+    assert after(KL, [1.6, 0.9], start=3)[0].num_skipped == 2
 
 
 def test_inside_the_margin_it_stays():
@@ -97,9 +96,9 @@ def test_each_failure_of_a_size_doubles_the_wait():
 def test_a_trial_lets_a_size_recover_from_its_first_reading():
     patient = dataclasses.replace(KL, window=3, trial=3)
     state, sizes = after(patient, [1.9, 0.5, 0.5], start=3)  # means 1.9, 1.2, 0.967
-    assert sizes == [3, 3, 3] and choose(state) == 3
+    assert sizes == [3, 3, 3] and state.num_skipped == 3
     assert "over budget, judged after 3 steps: stay at 3" in after(patient, [1.9], start=3)[0].reason
-    assert choose(after(patient, [1.9, 0.5, 0.7], start=3)[0]) == 2  # mean 1.033
+    assert after(patient, [1.9, 0.5, 0.7], start=3)[0].num_skipped == 2  # mean 1.033
 
 
 def test_bounds():
@@ -114,7 +113,7 @@ def test_bounds():
 def test_without_a_budget_nothing_changes():
     off = NestingControlConfig()
     state = initial_state(off, 3)
-    assert update(state, off, health()) is state and choose(state) == 3 and state.reason == ""
+    assert update(state, off, health()) is state and state.num_skipped == 3 and state.reason == ""
 
 
 def test_a_step_without_anything_to_learn_from_changes_nothing():
@@ -126,7 +125,7 @@ def test_a_step_without_anything_to_learn_from_changes_nothing():
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_a_broken_reading_is_over_budget_and_stays_json(value):
     state, _ = after(ESS, [value], start=2)
-    assert choose(state) == 1
+    assert state.num_skipped == 1
     assert json.loads(json.dumps(state.to_json(), allow_nan=False))
     assert excess(KL, math.nan) == excess(KL, math.inf) == HIGHEST_EXCESS
 
