@@ -101,7 +101,7 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Config:
+    def from_json(cls, value: Any) -> Config:
         """The configuration that `to_json` wrote.
 
         Args:
@@ -110,11 +110,11 @@ class Config:
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
+        _check_object("the configuration", value)
         # For a union, dacite would try every member and report only that none fits, so the unions read themselves.
+        hooks = {tuple[SourceConfig, ...]: _read_sources, ObjectiveConfig: _read_objective}
         try:
-            return dacite.from_dict(
-                cls, value, _reading(type_hooks={SourceConfig: _read_source, ObjectiveConfig: _read_objective})
-            )
+            return dacite.from_dict(cls, value, _reading(type_hooks=hooks))
         except dacite.DaciteError as error:
             raise ValueError(f"not a configuration of this version: {error}") from None
 
@@ -124,12 +124,30 @@ def _reading(**options: Any) -> dacite.Config:
     return dacite.Config(cast=[tuple, float], strict=True, **options)
 
 
-def _read_source(value: dict[str, Any]) -> SourceConfig:
+def _check_object(field: str, value: Any) -> None:
+    # dacite fails on anything else without a word about the field.
+    if not isinstance(value, dict):
+        raise ValueError(f"{field} is {value!r}; allowed is an object with its fields by name")
+
+
+def _read_sources(value: Any) -> tuple[SourceConfig, ...]:
+    """The sources of a list.
+
+    Raises:
+        ValueError: it is no list, or one of its entries is no source.
+    """
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"data.sources is {value!r}; allowed is a list of sources")
+    return tuple(_read_source(entry) for entry in value)
+
+
+def _read_source(value: Any) -> SourceConfig:
     """A source of the kind that its fields tell; dacite would try all kinds and hide what is wrong with the right one.
 
     Raises:
         ValueError: it is of no kind, or a field is missing, unknown or of the wrong type.
     """
+    _check_object("an entry of data.sources", value)
     kinds = {"task": TaskSource, "dataset": DatasetSource, "file": JsonlSource}
     # Each kind of source has one field that no other kind has.
     found = [kind for name, kind in kinds.items() if name in value]
@@ -141,12 +159,13 @@ def _read_source(value: dict[str, Any]) -> SourceConfig:
         raise ValueError(f"data.sources.{value.get('name')}: {error}") from None
 
 
-def _read_objective(value: dict[str, Any]) -> ObjectiveConfig:
+def _read_objective(value: Any) -> ObjectiveConfig:
     """An objective of the kind that its fields tell: only the supervised one has none.
 
     Raises:
         ValueError: a field is missing, unknown or of the wrong type.
     """
+    _check_object("loss", value)
     kind = PolicyGradientConfig if value else SupervisedConfig
     try:
         return dacite.from_dict(kind, value, _reading())

@@ -88,6 +88,30 @@ def test_what_is_wrong_with_a_stored_objective_is_said(changes, message):
         Config.from_json(value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # A missing objective must not pass for the supervised one, whose object is empty.
+        ({"loss": None}, "loss is None; allowed is an object"),
+        ({"loss": []}, "loss is .*; allowed is an object"),
+        ({"loss": "retrace"}, "loss is 'retrace'; allowed is an object"),
+        ({"data": nano().to_json()["data"] | {"sources": 3}}, "data.sources is 3; allowed is a list"),
+        ({"data": nano().to_json()["data"] | {"sources": {"task": 1}}}, "data.sources is .*; allowed is a list"),
+        ({"data": nano().to_json()["data"] | {"sources": ["task"]}}, "data.sources is 'task'; allowed is an object"),
+        ({"data": nano().to_json()["data"] | {"sources": [None]}}, "data.sources is None; allowed is an object"),
+    ],
+)
+def test_what_is_no_object_is_refused_with_its_field(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(nano().to_json() | changes)
+
+
+def test_what_is_no_configuration_is_refused():
+    for value in (None, [], "tiny"):
+        with pytest.raises(ValueError, match=r"the configuration is .*; allowed is an object"):
+            Config.from_json(value)
+
+
 def test_a_stored_objective_without_all_its_parts_is_refused():
     value = nano().to_json()
     value["loss"] = {"advantage": "group_std"}
