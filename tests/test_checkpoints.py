@@ -19,8 +19,8 @@ def assert_same(found, expected) -> None:
         assert list(found) == list(expected)
         for name in expected:
             assert_same(found[name], expected[name])
-    elif isinstance(expected, list):
-        assert isinstance(found, list) and len(found) == len(expected)
+    elif isinstance(expected, list | tuple):
+        assert isinstance(found, type(expected)) and len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
     else:
@@ -76,6 +76,24 @@ def test_a_tuple_comes_back_as_a_list(tmp_path):
     assert_same(round_trip(tmp_path, {"pair": (1, np.arange(2))}), {"pair": [1, np.arange(2)]})
 
 
+def test_what_was_restored_can_save_again(tmp_path):
+    """A resumed run reads each part once; its next checkpoints have all of them, or fewer."""
+    array = np.array([2**40], np.int64)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, ARRAYS, {"step": 1, "array": array})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_same(checkpoints.restore_host(), (1, {"step": 1, "array": array}))
+        restored = checkpoints.restore_some(dict(ARRAYS))
+        checkpoints.save(2, restored | {"weights": 2 * restored["weights"]}, {"step": 2, "array": array + 1})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_same(checkpoints.restore_host(), (2, {"step": 2, "array": array + 1}))
+        found = checkpoints.restore_some(dict(ARRAYS))
+        np.testing.assert_array_equal(found["weights"], 2 * ARRAYS["weights"])
+        checkpoints.save(3, found, {"step": 3})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_same(checkpoints.restore_host(), (3, {"step": 3}))
+
+
 def test_only_what_is_asked_for_is_restored(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(0, ARRAYS, {})
@@ -103,6 +121,10 @@ def test_refusals(tmp_path):
     damaged = r"checkpoint 4 in .* is damaged"
     with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=f"{damaged} or of another"):
         checkpoints.restore_some({"weights": jnp.zeros((4, 4))})
+    for file in (tmp_path / "4" / "host_arrays" / "d").iterdir():
+        file.write_bytes(b"")
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=damaged):
+        checkpoints.restore_host()
     for file in (tmp_path / "4" / "host").iterdir():
         file.write_bytes(b"")
     with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=damaged):
