@@ -342,7 +342,8 @@ def test_token_advantages_replace_those_of_completions():
     np.testing.assert_array_equal(
         gradient_and_parts(target_BGC, batch, PLAIN)[0], gradient_and_parts(target_BGC, spread, PLAIN)[0]
     )
-    rising = one_group([[1.0, 1.0]], [7.0])[1].replace(token_signal_BGC=jnp.array([[[1.0, 2.0]]]))
+    _, rising = one_group([[1.0, 1.0]], [7.0])
+    rising = dataclasses.replace(rising, token_signal_BGC=jnp.array([[[1.0, 2.0]]]))
     gradient_BGC, _, _ = gradient_and_parts(jnp.full((1, 1, 2), -1.0), rising, PLAIN)
     np.testing.assert_allclose(gradient_BGC[0, 0], [-0.5, -1.0], rtol=1e-6)
 
@@ -375,10 +376,12 @@ def test_finite_in_every_corner(config):
         (target_BGC - 100, whole),
         (target_BGC + 100, whole),
         (minus_infinity, whole),
-        (target_BGC, whole.replace(**behavior)),
+        (target_BGC, dataclasses.replace(whole, **behavior)),
         (
             minus_infinity,
-            whole.replace(**behavior, old_logprob_BGC=minus_infinity, reference_logprob_BGC=minus_infinity),
+            dataclasses.replace(
+                whole, **behavior, old_logprob_BGC=minus_infinity, reference_logprob_BGC=minus_infinity
+            ),
         ),
     ]
     for target, corner in corners:

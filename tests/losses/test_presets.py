@@ -90,7 +90,8 @@ def completions(target_BGC, batch):
     def one(b, g):
         own = slice(int(batch.forced_BG[b, g]), int(batch.length_BG[b, g]))
         rows = [list(x[b, g, own]) for x in (target, old, reference)]
-        return Completion(*rows, float(batch.signal_BG[b, g]))
+        target_T, old_T, reference_T = rows
+        return Completion(target_T, old_T, reference_T, float(batch.signal_BG[b, g]))
 
     return [[one(b, g) for g in range(target.shape[1])] for b in range(target.shape[0])]
 

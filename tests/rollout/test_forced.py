@@ -182,9 +182,9 @@ def test_long_rollouts_shrink_and_grow_around_prefixes(forced_size, key, monkeyp
     for compact_from, grow_from in ((32, 64), (10**9, 10**9)):
         monkeypatch.setattr(generate_module, "COMPACT_FROM", compact_from)
         monkeypatch.setattr(generate_module, "GROW_FROM", grow_from)
-        generate.clear_cache()
+        generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         results.append(sample(model, key, forced, plan=NESTED, stop_ids=stop_ids, size=64, group_size=8))
-    generate.clear_cache()
+    generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     shrunk, whole = results
     # Some rows end early and some late, so that rows are dropped while others still need larger caches.
     sampled = np.asarray(whole.length_BG - whole.forced_BG)

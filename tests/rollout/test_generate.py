@@ -110,9 +110,9 @@ def decoded_rows(monkeypatch):
         return decode(model, token_BG, *inputs)
 
     monkeypatch.setattr(Transformer, "decode", counted)
-    generate.clear_cache()
+    generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     yield shapes
-    generate.clear_cache()
+    generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_loop_ends_when_every_row_is_done(key, decoded_rows):
@@ -296,7 +296,7 @@ def test_decoding_grows_caches_and_drops_rows():
     model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()
 
     def run(model):
-        return generate.__wrapped__(
+        return generate.__wrapped__(  # pyright: ignore[reportAttributeAccessIssue]
             model, tokens_BP, length_B, LayerPlan.skipping(5, [1]), jnp.array([0]), jax.random.key(0),
             group_size=8, max_completion_tokens=64, sampling=SamplingConfig(),
         )  # fmt: skip
@@ -310,12 +310,12 @@ def test_growing_caches_changes_nothing(key, monkeypatch):
     results = []
     for grow_from in (10**9, 8):
         monkeypatch.setattr(generate_module, "GROW_FROM", grow_from)
-        generate.clear_cache()
+        generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         plan = LayerPlan.skipping(5, [1])
         results.append(
             rollout(tiny_model(scale=1.0), key, plan=plan, stop_ids=jnp.arange(0, 31, 9), group_size=8, size=23)
         )
-    generate.clear_cache()
+    generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     whole, grown = results
     assert len(set(whole.length_BG.ravel().tolist())) > 4 and whole.length_BG.max() > 12  # ends in every phase
     for name in ("tokens_BGC", "length_BG", "finished_BG"):
@@ -333,11 +333,11 @@ def test_dropping_finished_rows_changes_nothing(skipped, group_size, key, monkey
     results = []
     for compact_from in (10**9, 8):
         monkeypatch.setattr(generate_module, "COMPACT_FROM", compact_from)
-        generate.clear_cache()
+        generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         results.append(
             rollout(model, key, plan=plan, stop_ids=stop_ids, prompts=prompts, group_size=group_size, size=24)
         )
-    generate.clear_cache()
+    generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     whole, compacted = results
     assert len(set(whole.length_BG.ravel().tolist())) > 2  # rows end at different times, most of them early
     for name in ("tokens_BGC", "length_BG", "finished_BG"):

@@ -49,7 +49,8 @@ def copies(monkeypatch):
 
 def test_the_loop_copies_no_parameters(tmp_path, copies):
     run = trainer(nano(loss=dataclasses.replace(MOVING, reference_kl=None, reference_kl_coefficient=0.0)), tmp_path)
-    run.step(0), run.step(1)
+    run.step(0)
+    run.step(1)
     assert run.state.learner.version == 2 and not copies
 
 
@@ -72,7 +73,8 @@ def test_a_policy_that_was_handed_out_stays_as_it_is(tmp_path):
     held = run.state.learner.policy()
     before, prompts = held.sample(["12 =", "345 ="], samples=4), run.next_prompts(np.zeros(4, np.int32))
     logprobs = held.generate(prompts, None, jax.random.key(0)).behavior_logprob_BGC
-    run.step(0), run.step(1)
+    run.step(0)
+    run.step(1)
     assert held.sample(["12 =", "345 ="], samples=4) == before
     assert_equal_arrays(held.generate(prompts, None, jax.random.key(0)).behavior_logprob_BGC, logprobs)
     now = run.state.learner.policy()

@@ -102,6 +102,7 @@ def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypa
     whole = undivided.train_examples[0]
     assert run.data.train_examples == (whole[1::2], whole[::2])
     assert run.data.heldout_examples == undivided.heldout_examples
+    assert run.state.division is not None
     ((first, second),) = run.state.division
     assert first == {"name": easy, "examples": list(range(1, 20, 2)), "pass_rate": 1.0}
     assert second["examples"] == list(range(0, 20, 2))

@@ -16,7 +16,7 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.objective import Objective, TargetPass
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.supervised import Supervised
-from nested_reft.models.lora import LoraConfig, add_lora, join_trainable, split_trainable
+from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch
@@ -94,8 +94,9 @@ def batch_of(objective: str) -> TrainBatch:
         signal_BG=jax.random.normal(keys[6], (B, G)),
     )
     if objective == "supervised":
-        return batch.replace(signal_BG=(batch.signal_BG > -0.5).astype(jnp.float32))
-    return batch.replace(
+        return dataclasses.replace(batch, signal_BG=(batch.signal_BG > -0.5).astype(jnp.float32))
+    return dataclasses.replace(
+        batch,
         behavior_logprob_BGC=near(7),
         old_logprob_BGC=near(8),
         reference_logprob_BGC=near(9),
@@ -150,7 +151,7 @@ def expected_gradient(objective: str, lora: bool = False):
         return logits_NTV[:, P - 1 : -1].reshape(B, G, C, -1) / TEMPERATURE
 
     def loss(trainable):
-        model = join_trainable(graph, trainable, frozen)
+        model = nnx.merge(graph, trainable, frozen)
         log_probability_BGCV = jax.nn.log_softmax(logits_of(model, None))
         probability_BGCV = jnp.exp(log_probability_BGCV)
         entropy_BGC = -(probability_BGCV * log_probability_BGCV).sum(axis=-1)
@@ -251,7 +252,7 @@ def test_demonstrations_have_no_behavior_policy(micro_batches):
 @pytest.mark.parametrize("objective", ["everything", "self-normalized", "mixture", "supervised"])
 def test_a_batch_in_which_nothing_counts_has_no_gradient(objective):
     batch = batch_of(objective)
-    batch = batch.replace(counted_BG=jnp.zeros_like(batch.counted_BG))
+    batch = dataclasses.replace(batch, counted_BG=jnp.zeros_like(batch.counted_BG))
     gradient, result = update_once(task(objective, 2), batch, plans_of(objective))
     for value in named(gradient).values():
         assert not value.any()

@@ -293,7 +293,8 @@ def test_layers_are_measured_anew_on_a_schedule(tmp_path):
     assert third.remeasured is not None
     assert not np.array_equal(third.remeasured.divergence_L, first.remeasured.divergence_L)
     before = run.compilations.count
-    run.step(3), run.step(4)
+    run.step(3)
+    run.step(4)
     assert run.compilations.count == before
 
 
