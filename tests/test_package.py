@@ -43,8 +43,6 @@ LAYERS = [
     {"configs", "experiments"},
 ]
 MODEL_SIDE = {"sharding", "models", "tokenizer", "rollout"}  # knows no rule: what to sample is not how to train
-# (importing room, imported module) that may stay until `PromptFormat` has moved to the room `prompt_format`.
-TOLERATED = {("rollout", "nested_reft.data.prompts")}
 
 
 def room_of(path: Path, root: Path) -> str:
@@ -81,8 +79,7 @@ def room_imports(root: Path) -> dict[tuple[str, str], str]:
                 target = parts[1]
             else:
                 continue
-            is_tolerated = any(room == importer and name.startswith(module) for importer, module in TOLERATED)
-            if target != room and room != "__init__" and not is_tolerated:
+            if target != room and room != "__init__":
                 edges.setdefault((room, target), f"{path.relative_to(root)}:{line}")
     return edges
 

@@ -63,7 +63,8 @@ def test_one_copy_is_made_while_somebody_holds_a_policy(tmp_path, copies):
     held = learner.policy()
     run.step(0)
     assert len(copies) == num_arrays
-    run.step(1), run.step(2)  # the held policy has its buffers to itself now
+    run.step(1)  # the held policy has its buffers to itself now
+    run.step(2)
     assert len(copies) == num_arrays
     assert held.version == 0 and learner.version == 3
 

@@ -81,8 +81,8 @@ def placements(training):
     and output are the same, and so are a key and an adapter of rank 16."""
     square = dataclasses.replace(TINY, width=TINY.num_heads * TINY.head_size, vocab_size=32)
     mesh = make_mesh(MeshConfig(data=1, model=2))
-    state = state_shapes(square, training, make_optimizer(training.optimizer, 1), mesh)
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+    state, base = state_shapes(square, training, make_optimizer(training.optimizer, 1), mesh)
+    leaves = jax.tree_util.tree_leaves_with_path({"state": state, "base": base})
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec for path, leaf in leaves}
 
 
@@ -93,14 +93,14 @@ def test_a_state_is_placed_by_name():
         found = [specs[path] for path in specs if path.endswith(f"layers/{name}/value")]
         assert found == [spec] * 3  # the parameter and its two moments
     assert [specs[path] for path in specs if "embedding" in path] == [PartitionSpec("model", None)] * 3
-    assert specs["updates"] == PartitionSpec()
+    assert specs["state/updates"] == PartitionSpec()
 
 
 def test_adapters_are_whole_on_every_device():
     specs = placements(dataclasses.replace(load_config("tiny"), lora=LoraConfig(rank=16), warm_start=WarmStartConfig()))
     adapters = [spec for path, spec in specs.items() if "_lora_" in path]
     assert adapters == [PartitionSpec()] * (3 * 2 * 7)  # with two moments, in and out, of seven projections
-    assert specs["frozen/layers/query/value"] == PartitionSpec(None, "model", None)
+    assert specs["base/frozen/layers/query/value"] == PartitionSpec(None, "model", None)
 
 
 def test_a_topology_that_cannot_be_had_is_refused(capsys):
