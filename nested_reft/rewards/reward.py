@@ -130,25 +130,7 @@ def score(
             f" of shape {finished_BG.shape}; all must agree"
         )
     checkers = [checker or config.checker for checker in prompts.checkers or [None] * num_prompts]
-    # The names depend on the configuration alone, so that batches of different prompts can be joined.
-    names = ["accuracy", "format", *(["function"] if config.function else [])]
-    parts = {name: np.zeros(finished_BG.shape, np.float32) for name in names}
-    # Requests are gathered first and run together, so that all workers are busy.
-    requests: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for b, g in itertools.product(range(num_prompts), range(group_size)):
-        text, finished = texts_BG[b][g], bool(finished_BG[b, g])
-        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished)
-        parts["format"][b, g] = check.format
-        if check.request is None:
-            parts["accuracy"][b, g] = check.accuracy
-        else:
-            requests["accuracy", b, g] = check.request
-        if config.function:
-            requests["function", b, g] = _function_request(text, prompts, b, finished)
-    outcomes = _run(requests, config)
-    for (name, b, g), outcome in outcomes.items():
-        # A request that failed has the value None; `scored_BG` tells it from a real 0.
-        parts[name][b, g] = outcome.value or 0.0
+    parts, outcomes = _checked(texts_BG, prompts, finished_BG, checkers, config)
     if config.overlong_cache_tokens:
         if length_BG is None or max_completion_tokens is None:
             raise ValueError("reward.overlong_cache_tokens is set; score needs length_BG and max_completion_tokens")
@@ -176,6 +158,36 @@ def score(
     parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
     # A copy, so that a change of one array does not change the other.
     return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
+
+
+def _checked(
+    texts_BG: Sequence[Sequence[str]],
+    prompts: Prompts,
+    finished_BG: Bool[np.ndarray, "B G"],
+    checkers: Sequence[str],
+    config: RewardConfig,
+) -> tuple[dict[str, Float[np.ndarray, "B G"]], dict[Any, Outcome]]:
+    """Accuracy, format and function of every completion, and what the workers said of those that they checked."""
+    # The names depend on the configuration alone, so that batches of different prompts can be joined.
+    names = ["accuracy", "format", *(["function"] if config.function else [])]
+    parts = {name: np.zeros(finished_BG.shape, np.float32) for name in names}
+    # Requests are gathered first and run together, so that all workers are busy.
+    requests: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for b, g in itertools.product(*map(range, finished_BG.shape)):
+        text, finished = texts_BG[b][g], bool(finished_BG[b, g])
+        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished)
+        parts["format"][b, g] = check.format
+        if check.request is None:
+            parts["accuracy"][b, g] = check.accuracy
+        else:
+            requests["accuracy", b, g] = check.request
+        if config.function:
+            requests["function", b, g] = _function_request(text, prompts, b, finished)
+    outcomes = _run(requests, config)
+    for (name, b, g), outcome in outcomes.items():
+        # A request that failed has the value None; `scored_BG` tells it from a real 0.
+        parts[name][b, g] = outcome.value or 0.0
+    return parts, outcomes
 
 
 def component_metrics(
