@@ -66,6 +66,7 @@ def test_kinds_differ_in_the_division_only():
         assert {part for part in one["data"] if one["data"][part] != other["data"][part]} <= {"split"}
 
 
+@pytest.mark.slow
 def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, monkeypatch):
     """The division is given, because measuring the pass rates of 10,836 questions takes minutes."""
     setup = pooled(prepare(experiment_config("pass_rate", 0, 10)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import string
 from pathlib import Path
 
 import jax
@@ -13,16 +12,12 @@ from flax import nnx
 
 from nested_reft import curriculum
 from nested_reft.checkpoints import newest_checkpoint
-from nested_reft.config_files import config_names
 from nested_reft.curriculum import CurriculumConfig
-from nested_reft.data.sources import TaskSource, exactly
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
-from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.low_precision import low_precision
-from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.replay import DynamicSamplingConfig, GenerationLimitError
@@ -31,7 +26,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training import record
-from nested_reft.training.config import Config, load_config
+from nested_reft.training.config import Config
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
 from tests.training.runs import (
@@ -206,29 +201,6 @@ def test_many_devices_train_like_one(mesh, tmp_path):
         expected, metrics = metrics_of(one, one.step(step)), metrics_of(many, many.step(step))
         for name in ("reward", "loss", "gradient_norm", "ess_token", "entropy", "completion_tokens"):
             np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("name", config_names())
-def test_every_configuration_takes_a_step(name, tmp_path):
-    config = load_config(name)
-    shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=400)
-    generated = [source for source in config.data.sources if isinstance(source, TaskSource)]
-    sums = TaskSource("instead_of_a_dataset", "chain_sum", exactly(terms=2, digits=1), 8, 2, seed=0)
-    sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in generated or [sums])
-    data = dataclasses.replace(config.data, sources=sources, prompts_per_batch=2, max_prompt_tokens=300)
-    config = dataclasses.replace(
-        config,
-        model=ModelSource("scratch", shape=shape, alphabet=string.printable),
-        data=data,
-        nesting=dataclasses.replace(config.nesting, choice="uniform", divergence_file=None, skip_ratio=0.1),
-        rollout=dataclasses.replace(config.rollout, max_completion_tokens=16),
-        reward=dataclasses.replace(config.reward, overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4)),
-        # The step is one of reinforcement, so nothing comes before it.
-        warm_start=dataclasses.replace(config.warm_start, steps=0),
-        train=dataclasses.replace(config.train, micro_batches=1),
-    )
-    found = trainer(config, tmp_path).step(0)
-    assert np.isfinite(found.update.loss) and np.isfinite(found.update.gradient_norm)
 
 
 def test_adapters_train_and_the_base_stays(tmp_path):
