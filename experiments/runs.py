@@ -109,7 +109,7 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
             # A step without a token to learn from has no entropy and no ESS.
             for name in kept.keys() & metrics.keys():
                 kept[name].append(metrics[name])
-            run.log_samples(found.number, record.samples(found, trainer.num_layers))
+            run.log_samples(found.number, record.samples(found))
             run.log_metrics(found.number, metrics)
     sources = [source.name for source in config.data.sources]
     return {

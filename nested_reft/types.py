@@ -12,8 +12,9 @@ Host values (text, answers) are plain dataclasses; what enters a compiled functi
 `flax.struct` dataclass of arrays. Masks are built from lengths, never from token values:
 in several vocabularies the padding token is also the end-of-text token.
 
-Every field of `Prompts`, `Rollouts` and `Scored` has one entry per group along its first axis.
-So `take` and `concat` work on all of them, and no other code lists the fields.
+Every field of `Prompts`, `Rollouts` and `Scored` has one entry per group along its first axis, but for
+`Scored.stats`, which is of a whole batch. So `take` and `concat` work on all of them. Only the two
+functions that make rollouts name all their fields.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Rollouts:
         full_share_B: probability with which a completion of the group was drawn from the full model:
             0 for nested rollouts, alpha for a defensive mixture, 1 for exact rollouts.
         kept_mask_BL: layers that the group's nested policy kept; with exact rollouts, those that drafted.
-        version_B: number of updates that the sampled weights had seen.
+        version_B: number of updates that the sampled weights had seen in their phase.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -117,17 +118,24 @@ class Rollouts:
     version_B: Int[Array, " B"]
 
 
+def completion_fields() -> tuple[str, ...]:
+    """The fields of `Rollouts` that have a value for each completion; the others have one for each group."""
+    names = [f.name for f in dataclasses.fields(Rollouts)]
+    return tuple(name for name in names if name.rpartition("_")[2].startswith("BG"))
+
+
 @dataclass(frozen=True)
 class SearchStats:
     """What it took to find one batch of rollouts.
 
     Attributes:
         rollout_seconds: seconds of sampling, scoring left out.
-        draft_acceptance: of exact rollouts, the share of tested draft tokens that the full model kept.
+        drafts_tested, drafts_accepted: of exact rollouts, the draft tokens that the full model tested and kept.
     """
 
     rollout_seconds: float
-    draft_acceptance: float | None = None
+    drafts_tested: int = 0
+    drafts_accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from nested_reft.types import (
     Scored,
     SearchStats,
     Weighted,
+    completion_fields,
     concat,
     gradient_mask,
     take,
@@ -84,7 +85,7 @@ def scored(numbers: Numbers) -> Scored:
         accuracy_BG=numbers.array(B, G, dtype=np.float32),
         scored_BG=numbers.coin(B, G),
         parts={name: numbers.array(B, G, dtype=np.float32) for name in ("accuracy", "format")},
-        stats=SearchStats(rollout_seconds=1.5, draft_acceptance=0.5),
+        stats=SearchStats(rollout_seconds=1.5, drafts_tested=4, drafts_accepted=2),
     )
 
 
@@ -200,3 +201,10 @@ def test_sums_add_up_before_they_are_divided():
     parts = Weighted(jnp.array(6.0), jnp.array(2.0)) + Weighted(jnp.array(0.0), jnp.array(4.0))
     assert float(parts.mean()) == 1
     assert float(Weighted(jnp.array(0.0), jnp.array(0.0)).mean()) == 0
+
+
+def test_completion_fields_are_those_with_a_value_for_each_completion():
+    """A mixture takes them from the component that drew each completion; a new field must not be forgotten there."""
+    assert set(completion_fields()) == {
+        "tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC", "nested_BG"
+    }  # fmt: skip

@@ -31,6 +31,8 @@ class Needs:
             there is nothing to say about how far off-policy they are.
         signal_is_weight: whether the signal is a completion's weight, so that a batch whose signals are all
             zero has nothing to learn from. An advantage of zero, in contrast, says that all is well.
+        fresh_rollouts: whether all groups must come from the present version of the policy, because the
+            objective takes that version for the one at rollout time, theta_old.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class Needs:
     self_distillation: bool = False
     off_policy: bool = True
     signal_is_weight: bool = False
+    fresh_rollouts: bool = False
 
 
 @struct.dataclass

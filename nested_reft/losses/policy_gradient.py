@@ -68,6 +68,8 @@ class PolicyGradient:
             mixture_density=variant == "mixture",
             entropy_gradient=config.entropy_coefficient > 0,
             self_distillation=config.self_distillation_coefficient > 0,
+            # Both compare with the full model at rollout time, which is at hand for the present version alone.
+            fresh_rollouts=variant in ("practical", "mixture"),
         )
 
     def signal(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.types import ForcedPrefixes, Rollouts
+from nested_reft.types import ForcedPrefixes, Rollouts, completion_fields
 
 Sample = Callable[[LayerPlan, jax.Array, int, ForcedPrefixes | None], Rollouts]
 
@@ -76,15 +76,13 @@ def mixture_rollouts(
     either = nested or full
     assert either is not None
     per_completion = {
-        name: choose(getattr(full or either, name), getattr(nested or either, name))
-        for name in ("tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC")
+        name: choose(getattr(full or either, name), getattr(nested or either, name)) for name in completion_fields()
     }
     return dataclasses.replace(
         either,
-        nested_BG=~jnp.asarray(from_full_BG),
         full_share_B=jnp.full(num_prompts, alpha, jnp.float32),
         kept_mask_BL=jnp.broadcast_to(plan.to_mask(num_layers), (num_prompts, num_layers)),
-        **per_completion,
+        **(per_completion | {"nested_BG": ~jnp.asarray(from_full_BG)}),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,7 @@ class Learner:
         # Models whose buffers are those of `state`: while one of them is in use, an update must not take them.
         self._lent = [weakref.ref(start.model)]
         self._rounded: Transformer | None = None
+        self._taking_turns = threading.Lock()
 
     def begin(self, task: LearnerTask) -> None:
         """Starts a phase: a fresh optimizer on the parameters as they are, and no update counted yet."""
@@ -133,9 +135,10 @@ class Learner:
         """The trained policy as it is now; later updates leave it alone."""
         # The model shares the buffers of the state. It is remembered, so that an update can tell whether it may take
         # them.
-        model = self.base.with_parameters(self.state.trainable)
-        self._lent.append(weakref.ref(model))
-        return self._as_policy(model, version=self.version)
+        with self._taking_turns:
+            model = self.base.with_parameters(self.state.trainable)
+            self._lent.append(weakref.ref(model))
+            return self._as_policy(model, version=self.version)
 
     @property
     def version(self) -> int:
@@ -161,8 +164,18 @@ class Learner:
 
         Returns:
             What `update` takes, on the mesh.
+
+        Raises:
+            ValueError: a group is of an earlier version, and the objective needs the policy that drew it.
         """
         rollouts, objective = groups.rollouts, self.task.objective
+        stale_B = np.asarray(rollouts.version_B) != self.version
+        if self.needs.fresh_rollouts and stale_B.any():
+            raise ValueError(
+                f"{int(stale_B.sum())} of {len(groups)} groups were drawn by an earlier version than {self.version};"
+                " loss.bias_mitigation 'practical' and 'mixture' need groups of the present version: use 'base' or"
+                " 'retrace', whose weights only read the log-probabilities of the policy that drew"
+            )
         size = completion_bucket(int(rollouts.length_BG.max()), self.task.max_completion_tokens)
         arrays = TrainBatch(
             prompt_BP=rollouts.prompt_BP,
@@ -205,9 +218,10 @@ class Learner:
             return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
         passes = []
         for _ in range(self.task.updates_per_batch):
-            state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
-            # The update has taken the buffers of the old state, so the new one is kept at once.
-            self.state, self._rounded = state, None
+            # A policy that another thread asks for gets the state before this pass or after it.
+            with self._taking_turns:
+                state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
+                self.state, self._rounded = state, None
             passes.append(jax.device_get(result))
         first, last = passes[0], passes[-1]
         return Update(

@@ -199,12 +199,11 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
     return found
 
 
-def samples(record: StepRecord, num_layers: int) -> list[dict[str, Any]]:
+def samples(record: StepRecord) -> list[dict[str, Any]]:
     """The completions of the first prompts of a step, with what explains their rewards: lines of `samples.jsonl`.
 
     Args:
         record: of the step.
-        num_layers: L.
     """
     groups, weight_BGC = record.groups, record.update.weight_BGC
     rollouts = groups.rollouts
@@ -298,9 +297,10 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
         values["trained_groups"] = min(mixed, wanted)
         short = replay.shortfall(mixed, config.dynamic_sampling, wanted)
         values |= {} if short is None else {"shortfall": short}
-    stats = record.found[-1].stats
-    if stats is not None and stats.draft_acceptance is not None:
-        values |= {"draft_length": config.rollout.draft_length, "draft_acceptance": stats.draft_acceptance}
+    tested = sum(scored.stats.drafts_tested for scored in record.found if scored.stats is not None)
+    if tested:
+        accepted = sum(scored.stats.drafts_accepted for scored in record.found if scored.stats is not None)
+        values |= {"draft_length": config.rollout.draft_length, "draft_acceptance": accepted / tested}
     return values
 
 

@@ -69,7 +69,7 @@ class Reinforcement:
         # Evaluation belongs to the record, so it happens before the step is logged.
         if found.number % config.evaluation.every_steps == 0:
             found = dataclasses.replace(found, heldout=self._evaluate_trained_sources(found))
-        trainer.run_directory.log_samples(found.number, record.samples(found, trainer.num_layers))
+        trainer.run_directory.log_samples(found.number, record.samples(found))
         trainer.run_directory.log_metrics(found.number, record.metrics(found, config, trainer.data.source_names))
         if trainer.on_step is not None:
             trainer.on_step(found)

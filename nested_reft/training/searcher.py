@@ -7,6 +7,7 @@ import time
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.rewards.reward import RewardConfig, score
@@ -19,8 +20,8 @@ from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchS
 class Searcher:
     """Policy, prompts, plan and key in; scored rollouts out.
 
-    It keeps no state between calls, so the same code runs in the training loop, in a thread beside it,
-    or in another process. Arrays come to the host here, once.
+    It keeps no state between calls, so the same code can run in the training loop or in a thread beside
+    it. Arrays come to the host here, once.
     """
 
     def __init__(self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0):
@@ -45,10 +46,10 @@ class Searcher:
             `reward.overlong_filter`, was not cut off.
         """
         started = time.monotonic()
-        rollouts, acceptance = self._rollouts(policy, prompts, plan, key)
+        rollouts, drafts = self._rollouts(policy, prompts, plan, key)
         # JAX returns before the devices are done, and the time must be that of the sampling.
         jax.block_until_ready(rollouts)
-        stats = SearchStats(time.monotonic() - started, acceptance)
+        stats = SearchStats(time.monotonic() - started, *(int(count) for count in drafts))
         rollouts = jax.device_get(rollouts)
         texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
@@ -69,7 +70,7 @@ class Searcher:
 
     def _rollouts(
         self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array
-    ) -> tuple[Rollouts, float | None]:
+    ) -> tuple[Rollouts, tuple[Array, ...]]:
         """Completions of the nested policy, of its mixture with the full one, or drafted by it."""
         config = self._rollout
         if config.mode == "exact":
@@ -81,7 +82,7 @@ class Searcher:
                 draft_length=config.draft_length,
                 shared_prefix=self._shared_prefix,
             )
-            return exact.rollouts, float(exact.acceptance)
+            return exact.rollouts, (exact.tested, exact.accepted)
 
         def sample(layers: LayerPlan, sample_key: jax.Array, count: int, forced: ForcedPrefixes | None) -> Rollouts:
             return policy.generate(
@@ -90,7 +91,7 @@ class Searcher:
 
         # The prefixes are passed on here, because a mixture hands each component only those of its own slots.
         if config.mixture_alpha is None:
-            return sample(plan, key, config.group_size, prompts.forced), None
+            return sample(plan, key, config.group_size, prompts.forced), ()
         mixed = mixture_rollouts(
             sample,
             key,
@@ -101,4 +102,4 @@ class Searcher:
             config.mixture_alpha,
             prompts.forced,
         )
-        return mixed, None
+        return mixed, ()

@@ -35,7 +35,9 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
         trainer.data.shared_prefix,
     )
     history = read_log(trainer.run_directory.path / "metrics.jsonl")
-    means = {name: float(np.mean([line[name] for line in history if name in line])) for name in MEANS}
+    # A run whose updates were all empty has measured none of them.
+    logged = {name: [line[name] for line in history if name in line] for name in MEANS}
+    means = {name: float(np.mean(values)) if values else None for name, values in logged.items()}
     return {
         "name": config.name,
         "run_directory": str(trainer.run_directory.path),

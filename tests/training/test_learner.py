@@ -19,7 +19,7 @@ from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import prepare
 from nested_reft.training.step import UpdatePlans, make_update
 from nested_reft.training.trainer import Trainer
-from nested_reft.types import Scored
+from nested_reft.types import Scored, concat, take
 from tests.training.runs import MOVING, assert_equal_arrays, nano, trainer
 
 DISTILLING = dataclasses.replace(MOVING, self_distillation_coefficient=1.0)
@@ -184,3 +184,39 @@ def test_groups_that_fill_a_batch_have_no_weight(tmp_path):
 @pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 8), (9, 12), (13, 16), (16, 16)])
 def test_completion_buckets(longest, size):
     assert completion_bucket(longest, 16) == size
+
+
+def test_groups_of_an_earlier_version_are_refused_where_theta_old_is_needed(tmp_path):
+    """`practical` divides by the full model at rollout time, which is gone; `base` divides by what was stored."""
+    for variant, allowed in (("practical", False), ("base", True)):
+        loss = dataclasses.replace(nano().loss, bias_mitigation=variant, truncate_at=None)
+        run = trainer(nano(loss=loss), tmp_path / variant)
+        found = found_by(run)
+        rollouts = dataclasses.replace(
+            found.rollouts, version_B=found.rollouts.version_B - np.array([1, 0, 0, 0], np.int32)
+        )
+        stale = dataclasses.replace(found, rollouts=rollouts)
+        if allowed:
+            assert run.state.learner.batch(stale).arrays.signal_BG.shape == (4, 4)
+        else:
+            with pytest.raises(ValueError, match="1 of 4 groups were drawn by an earlier version than 0"):
+                run.state.learner.batch(stale)
+
+
+def test_each_group_is_scored_under_the_plan_that_drew_it(tmp_path):
+    """Groups of two plans in one batch: each half equals what a batch of its own plan alone gets."""
+    loss = dataclasses.replace(nano().loss, bias_mitigation="mixture", level="sequence", truncate_at=None)
+    config = nano(loss=loss, rollout=dataclasses.replace(nano().rollout, mixture_alpha=0.5))
+    run = trainer(config, tmp_path)
+    prompts = run.next_prompts(np.zeros(4, np.int32))
+    policy = run.state.learner.behavior_policy()
+    one, other = (
+        run.searcher.search(policy, prompts, LayerPlan.skipping(6, [layer]), jax.random.key(0)) for layer in (1, 4)
+    )
+    joined = concat([take(one, [0, 1]), take(other, [2, 3])])
+    scores = [run.state.learner.batch(groups).arrays.nested_logprob_BGC for groups in (joined, one, other)]
+    mixed_BGC, one_BGC, other_BGC = (np.asarray(score) for score in scores)
+    size = min(x.shape[-1] for x in (mixed_BGC, one_BGC, other_BGC))
+    np.testing.assert_allclose(mixed_BGC[:2, :, :size], one_BGC[:2, :, :size], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mixed_BGC[2:, :, :size], other_BGC[2:, :, :size], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(one_BGC[0], other_BGC[0][..., : one_BGC.shape[-1]], atol=1e-3)

@@ -103,7 +103,7 @@ def test_metrics_name_every_source_of_the_curriculum(run):
 
 def test_samples_explain_the_completions_of_the_first_prompts(run):
     path, _, (found, _) = run
-    lines = record.samples(found, 6)
+    lines = record.samples(found)
     assert len(lines) == 4 * 4
     logged = [line for line in lines_of(path, "samples") if line["step"] == 1]
     assert logged == [{"step": 1} | line for line in lines]
@@ -123,7 +123,7 @@ def test_a_completion_of_the_full_model_skips_no_layer(run):
     nested_BG = np.zeros((4, 4), bool)
     nested_BG[0, 0] = True
     rollouts = dataclasses.replace(found.groups.rollouts, nested_BG=nested_BG)
-    lines = record.samples(dataclasses.replace(found, groups=dataclasses.replace(found.groups, rollouts=rollouts)), 6)
+    lines = record.samples(dataclasses.replace(found, groups=dataclasses.replace(found.groups, rollouts=rollouts)))
     assert [len(line["skipped_layers"]) for line in lines] == [1] + [0] * 15
 
 

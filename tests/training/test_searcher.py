@@ -56,7 +56,7 @@ def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
             found.rollouts.tokens_BGC[1:2, 2:3], found.rollouts.length_BG[1:2, 2:3]
         )[0][0]
     )
-    assert found.stats.rollout_seconds > 0 and found.stats.draft_acceptance is None
+    assert found.stats.rollout_seconds > 0 and found.stats.drafts_tested == 0
 
 
 def test_rounding_and_version_come_with_the_policy(setup, prompts, key):
@@ -97,7 +97,8 @@ def test_a_mixture_draws_from_both_policies(setup, prompts, key):
 def test_exact_rollouts_say_how_many_drafts_were_kept(setup, prompts, key):
     """Drafted by the full model itself, every draft is kept."""
     exact = searcher(setup, mode="exact")
-    assert 0 < exact.search(setup.policy, prompts, PLAN, key).stats.draft_acceptance <= 1
+    drafted = exact.search(setup.policy, prompts, PLAN, key).stats
+    assert drafted is not None and 0 < drafted.drafts_accepted <= drafted.drafts_tested
     full = exact.search(setup.policy, prompts, LayerPlan.full(6), key)
-    assert full.stats.draft_acceptance == pytest.approx(1)
+    assert full.stats is not None and full.stats.drafts_accepted >= 0.99 * full.stats.drafts_tested
     assert full.rollouts.full_share_B.tolist() == [1.0] * 4 and not full.rollouts.nested_BG.any()
