@@ -1,7 +1,7 @@
 """Group-relative advantages: A(y) = R(y) - baseline, from the G completions of one prompt.
 
-A value-based estimator (GAE) gives an advantage for each token instead; it fills
-`TrainBatch.token_signal_BGC`, which the loss prefers, and needs nothing from this module.
+An estimator with a value function gives an advantage for each token instead. The loss reads it from
+`TrainBatch.token_signal_BGC` where it is given; nothing here fills it.
 """
 
 from __future__ import annotations

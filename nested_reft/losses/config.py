@@ -33,7 +33,7 @@ class PolicyGradientConfig:
             it on the side that their advantage pushes to lose their gradient. None for no clip there.
         dual_clip: c > 1: where the advantage is negative, weights above c lose their gradient too
             (Ye et al., 2020). None for no such limit.
-        reference_kl: the penalty towards the initial model; see the tables of `estimators.kl`.
+        reference_kl: the penalty towards the model at the start of reinforcement; see the tables of `estimators.kl`.
         reference_kl_coefficient: beta, its weight; 0 for none.
         entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
             sampled prefixes; 0 for none. It costs the backward pass a second array of all logits.

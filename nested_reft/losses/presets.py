@@ -117,6 +117,3 @@ def cispo(bias_mitigation: Denominator, truncate_at: float) -> PolicyGradientCon
         normalization="token_mean",
         truncate_at=truncate_at,
     )
-
-
-PRESETS = {"grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo}

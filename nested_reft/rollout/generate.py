@@ -65,7 +65,7 @@ def generate(
 
     Args:
         model: the target; the plan picks the layers that act.
-        prompt_BP, prompt_length_B: right-padded prompts (`right_padded` turns others into them).
+        prompt_BP, prompt_length_B: right-padded prompts.
         plan: kept layers; all of them make this an ordinary rollout.
         stop_ids: tokens that end a completion; they are part of it.
         key: PRNG key; a row's draw depends on the key and on the row's place in the batch.
@@ -274,20 +274,3 @@ def _compacted(
     kept_bg = kept_b[:, None], jnp.argsort(~running_bg[kept_b], axis=1, stable=True)[:, :group]
     cache = jax.tree.map(lambda a: a[:, *kept_bg], state.cache)
     return dataclasses.replace(state, cache=cache), (rows[0][kept_b], rows[1][kept_bg]), prompt
-
-
-def right_padded(
-    tokens_BP: Int[Array, "B P"], valid_BP: Bool[Array, "B P"]
-) -> tuple[Int[Array, "B P"], Int[Array, " B"]]:
-    """Moves each row's valid tokens to the front, in order, and counts them: left or mixed padding in, right out.
-
-    Args:
-        tokens_BP: token ids, padded anywhere.
-        valid_BP: False at padding.
-
-    Returns:
-        Right-padded tokens, and the valid tokens of each row.
-    """
-    # A stable sort keeps the valid tokens in their order.
-    order = jnp.argsort(~valid_BP, axis=-1, stable=True)
-    return jnp.take_along_axis(tokens_BP, order, axis=-1), valid_BP.sum(axis=-1)

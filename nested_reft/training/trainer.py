@@ -209,7 +209,7 @@ class Trainer:
 
         Args:
             source: index among the configuration's sources, not among the training sources.
-            keys: of the step that the evaluation follows.
+            keys: of the step that comes after the evaluation.
             samples: also measure pass@k.
         """
         config = self.config

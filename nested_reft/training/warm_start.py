@@ -108,7 +108,7 @@ def demonstrations(prompts: Prompts, answers: Sequence[str], tokenizer: Tokenize
         prompts: B prompts.
         answers: what follows each of them.
         tokenizer: turns the answers into tokens.
-        size: C; longer answers are cut.
+        size: C; longer answers would be cut, and `training.setup.prepare` refuses them.
     """
     tokens_BGC = np.zeros((len(prompts), 1, size), np.int32)
     length_BG = np.zeros((len(prompts), 1), np.int32)

@@ -159,7 +159,8 @@ def test_dapo_without_its_changes_is_grpo():
     assert changed == presets.grpo("base", reference_kl_coefficient=0.0)
 
 
-def test_all_presets_are_listed_and_differ():
-    constants = {"dr_grpo": {"fixed_length_tokens": 6}, "cispo": {"truncate_at": 3.0}}
-    losses = [preset("practical", **constants.get(name, {})) for name, preset in presets.PRESETS.items()]
-    assert set(presets.PRESETS) == {"grpo", "dr_grpo", "dapo", "gspo", "cispo"} and len(set(losses)) == 5
+def test_all_presets_differ():
+    made = (presets.grpo, presets.dapo, presets.gspo)
+    losses = [preset("practical") for preset in made]
+    losses += [presets.dr_grpo("practical", fixed_length_tokens=6), presets.cispo("practical", truncate_at=3.0)]
+    assert len(set(losses)) == 5

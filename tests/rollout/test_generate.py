@@ -11,7 +11,7 @@ from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout import generate as generate_module
 from nested_reft.rollout import logprobs
-from nested_reft.rollout.generate import generate, right_padded
+from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch, shard_parameters
@@ -35,6 +35,12 @@ def rollout(model, key, *, plan=None, stop_ids=NO_STOP, prompts=None, group_size
         max_completion_tokens=size,
         sampling=sampling,
     )
+
+
+def right_padded(tokens_BP, valid_BP):
+    """Each row's valid tokens moved to the front, in order, and how many there are."""
+    order = jnp.argsort(~valid_BP, axis=-1, stable=True)
+    return jnp.take_along_axis(tokens_BP, order, axis=-1), valid_BP.sum(axis=-1)
 
 
 @pytest.mark.parametrize("skipped", [(), (0, 2), (1, 3, 4)])
