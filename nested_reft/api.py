@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.evaluation import Evaluation, evaluate_examples
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
@@ -18,6 +19,7 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.memory import check_memory
+from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import Setup, prepare, run_config
 from nested_reft.training.trainer import Trainer
@@ -37,7 +39,8 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
     Ctrl-C (in a notebook, the stop button) ends the run after its current step, with a checkpoint.
 
     Args:
-        config: a configuration, the name of one, or a run to continue from its newest checkpoint.
+        config: a configuration, the name of one, or a run to continue from its newest checkpoint. A run
+            that is complete comes back as it is.
         on_step: called with the record of each training step.
         runs: where the run directory is made.
 
@@ -48,6 +51,8 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
     """
     # The answer is kept, because `config` becomes the configuration of the run below.
     if isinstance(config, Run):
+        if is_complete(config.path, config.config()):
+            return config
         trainer = open_trainer(config.config(), runs, resume=config.path, on_step=on_step)
     else:
         trainer = open_trainer(load_config(config) if isinstance(config, str) else config, runs, on_step=on_step)
@@ -178,6 +183,17 @@ def without_plans(config: Config) -> Config:
     )
 
 
+def is_complete(path: Path, config: Config) -> bool:
+    """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish.
+
+    Args:
+        path: the run directory.
+        config: of the run.
+    """
+    at_end = newest_checkpoint(path / "checkpoints") == last_checkpoint(config)
+    return at_end and (path / "summary.json").is_file()
+
+
 def open_trainer(
     config: Config, runs: str, resume: Path | None = None, on_step: Callable[[StepRecord], None] | None = None
 ) -> Trainer:
@@ -191,6 +207,8 @@ def open_trainer(
         resume: the run directory to continue.
         on_step: called with the record of each training step.
     """
+    if resume is not None and newest_checkpoint(resume / "checkpoints") is None:
+        raise ValueError(f"run '{resume}' has no complete checkpoint to resume from")
     setup = prepare(config)
     check_memory(setup)
     if resume is None:

@@ -61,7 +61,15 @@ class LayerPlan:
         Args:
             num_layers: L of the model.
             skipped: layer indices from 0 to L - 1, in any order; empty gives the full model.
+
+        Raises:
+            ValueError: a layer that the model does not have, or no layer that remains.
         """
+        unknown = [layer for layer in skipped if not 0 <= layer < num_layers]
+        if unknown:
+            raise ValueError(f"the plan skips {unknown}; the model has layers 0 to {num_layers - 1}")
+        if len(set(skipped)) == num_layers:
+            raise ValueError(f"the plan skips all {num_layers} layers; at least one must remain")
         kept_mask_L = np.ones(num_layers, dtype=bool)
         kept_mask_L[list(skipped)] = False
         return cls.from_mask(kept_mask_L)

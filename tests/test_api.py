@@ -61,9 +61,20 @@ def test_a_run_that_goes_on_has_metrics_and_no_summary(run, tmp_path):
 
 
 def test_a_finished_run_can_be_asked_to_train_again_and_does_nothing_more(run):
-    before = (run.path / "samples.jsonl").read_text()
-    assert nr.train(run).path == run.path
-    assert (run.path / "samples.jsonl").read_text() == before
+    before = {file: file.read_bytes() for file in run.path.iterdir() if file.is_file()}
+    assert nr.train(run) is run
+    assert {file: file.read_bytes() for file in run.path.iterdir() if file.is_file()} == before
+
+
+def test_a_run_without_a_checkpoint_is_refused_and_stays_as_it_was(run, tmp_path):
+    for name in ("config.json", "versions.json"):
+        (tmp_path / name).write_text((run.path / name).read_text())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="has no complete checkpoint to resume from"):
+        nr.train(nr.Run(tmp_path))
+    with pytest.raises(ValueError, match="has no complete checkpoint yet"):
+        nr.Policy.load(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_policy_samples_and_scores(run):
@@ -139,6 +150,11 @@ def test_scoring_needs_pairs(run):
         policy.score(["1 ="], [""])
     with pytest.raises(ValueError, match="the longest prompt has 3 tokens and max_tokens is 99; allowed are 1 to 64"):
         policy.sample("1 =", max_tokens=99)
+    with pytest.raises(ValueError, match="samples is 0; allowed is 1 or more"):
+        policy.sample("1 =", samples=0)
+    with pytest.raises(ValueError, match="the plan keeps layer 7; the model has layers 0 to 5"):
+        policy.sample("1 =", plan=nr.LayerPlan.full(8))
+    assert np.array_equal(policy.score("1 =", "1")[0], policy.score(["1 ="], ["1"])[0])
     with pytest.raises(ValueError, match="evaluate got no configuration"):
         nr.evaluate(policy)
 

@@ -161,3 +161,16 @@ def test_unknown_choice_is_refused():
     config: Any = SimpleNamespace(choice="deepest")
     with pytest.raises(ValueError, match=r"nesting.choice is 'deepest'; allowed are uniform, per_layer, fixed, measu"):
         NestingConfig.__post_init__(config)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [
+        ([-1], r"the plan skips \[-1\]; the model has layers 0 to 3"),
+        ([1, 4], r"the plan skips \[4\]; the model has layers 0 to 3"),
+        ([0, 1, 2, 3], "the plan skips all 4 layers; at least one must remain"),
+    ],
+)
+def test_a_plan_of_layers_that_are_not_there_is_refused(skipped, message):
+    with pytest.raises(ValueError, match=message):
+        LayerPlan.skipping(4, skipped)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nested_reft.api import open_trainer
+from nested_reft.api import is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
 from nested_reft.cli.bad_input import checking_input
@@ -16,7 +16,6 @@ from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training.config import Config, differences, load_config
-from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.setup import run_config
 from nested_reft.training.trainer import Trainer
 
@@ -38,7 +37,7 @@ def run(arguments: list[str]) -> None:
         config = _resolve_config(name, known.resume, overrides)
         _check_places(known)
         # A run that is complete loads no model.
-        if known.resume is not None and _is_complete(known.resume, config):
+        if known.resume is not None and is_complete(known.resume, config):
             print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
             return
         trainer = open_trainer(config, known.runs, known.resume)
@@ -92,12 +91,6 @@ def _check_runs_directory(runs: str) -> None:
             f"--runs is '{runs}'; allowed is a directory, or one that can be made"
             + (f": '{taken[0]}' is a file" if taken else "")
         )
-
-
-def _is_complete(run_path: Path, config: Config) -> bool:
-    """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish."""
-    at_end = newest_checkpoint(run_path / "checkpoints") == last_checkpoint(config)
-    return at_end and (run_path / "summary.json").is_file()
 
 
 def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from nested_reft.literals import check_choice
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
 from nested_reft.types import TrainBatch, Weighted
+
+Kind = Literal["supervised"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,15 @@ class SupervisedConfig:
     weight: a completion that passes the check is a demonstration, whoever wrote it.
 
     Source: Anthony et al. (2017, arXiv 1705.08439); for language models RAFT (arXiv 2304.06767).
+
+    Attributes:
+        kind: tells this objective from the others in a stored configuration; it has one value.
     """
+
+    kind: Kind = "supervised"
+
+    def __post_init__(self):
+        check_choice("loss.kind", self.kind, Kind)
 
 
 class Supervised:

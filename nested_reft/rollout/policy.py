@@ -99,7 +99,8 @@ class Policy:
         """
         # A `Run` is known by its path alone, because this room does not import the one that defines it.
         path = Path(getattr(source, "path", source))
-        if (path / "checkpoints").is_dir():
+        # A Hugging Face directory has a config.json too, but no versions.json.
+        if (path / "checkpoints").is_dir() or (path / "versions.json").is_file():
             return _of_run(path)
         model, tokenizer = load_model(str(source))
         return cls(model, tokenizer)
@@ -238,6 +239,9 @@ class Policy:
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
         batch = self._prompts_of(messages, chat)
         # An explicit 0 is refused below and must not turn into the default.
+        if samples < 1:
+            raise ValueError(f"samples is {samples}; allowed is 1 or more")
+        self._check_plan(plan)
         limit = self.max_completion_tokens if max_tokens is None else max_tokens
         self._check_room(batch, limit)
         # A temperature of the caller comes without truncation, whatever the policy has.
@@ -257,8 +261,8 @@ class Policy:
 
     def score(
         self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: str | Sequence[str],
+        completions: str | Sequence[str],
         plan: LayerPlan | None = None,
         chat: bool | None = None,
     ) -> list[Float[np.ndarray, " tokens"]]:
@@ -273,6 +277,9 @@ class Policy:
         Raises:
             ValueError: the two differ in number, or one of them has no tokens.
         """
+        # A string is a sequence of its characters, which nobody means.
+        prompts, completions = ([x] if isinstance(x, str) else x for x in (prompts, completions))
+        self._check_plan(plan)
         if len(prompts) != len(completions):
             raise ValueError(
                 f"score got {len(prompts)} prompts and {len(completions)} completions; give as many of both"
@@ -323,6 +330,14 @@ class Policy:
         # A user's message has no gold answer; nothing here is scored.
         nothing = ("",) * len(texts)
         return Prompts(tokens_BP, length_B, np.zeros(len(texts), np.int32), tuple(texts), nothing, ({},) * len(texts))
+
+    def _check_plan(self, plan: LayerPlan | None) -> None:
+        """Refuses a plan that was made for a deeper model: its layers would silently be others here."""
+        if plan is not None and int(np.max(np.asarray(plan.kept_S))) >= self.num_layers:
+            raise ValueError(
+                f"the plan keeps layer {int(np.max(np.asarray(plan.kept_S)))}; the model has layers 0 to"
+                f" {self.num_layers - 1}"
+            )
 
     def _check_room(self, prompts: Prompts, max_tokens: int) -> None:
         longest, room = int(prompts.length_B.max()), self.model.config.max_positions

@@ -160,13 +160,13 @@ def _read_source(value: Any) -> SourceConfig:
 
 
 def _read_objective(value: Any) -> ObjectiveConfig:
-    """An objective of the kind that its fields tell: only the supervised one has none.
+    """An objective of the kind that its fields tell: only the supervised one has the field `kind`.
 
     Raises:
         ValueError: a field is missing, unknown or of the wrong type.
     """
     _check_object("loss", value)
-    kind = PolicyGradientConfig if value else SupervisedConfig
+    kind = SupervisedConfig if "kind" in value else PolicyGradientConfig
     try:
         return dacite.from_dict(kind, value, _reading())
     except dacite.DaciteError as error:
