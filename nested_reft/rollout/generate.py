@@ -82,6 +82,7 @@ def generate(
     """
     shape = (prompt_BP.shape[0], group_size)
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
+    # Without prefixes nothing of them is traced, so the plain program stays as it was.
     given = None if forced is None else _GivenTokens(forced, max_completion_tokens)
     decoder = _Decoder(model, plan, stop_ids, key, shape, max_completion_tokens, sampling, given)
     state = _decoded(decoder, prompt)
