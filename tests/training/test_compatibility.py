@@ -143,4 +143,4 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
     ids=str,
 )
 def test_what_goes_together_is_not_refused(changes):
-    assert nano(**changes).name == "nano"
+    nano(**changes)  # no rule raises
