@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nested_reft.evaluation import Evaluation, evaluate_examples
+from nested_reft.evaluation import Evaluation
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.sharding import shard_parameters
 from nested_reft.training import phases, record
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.heldout import heldout_results
 from nested_reft.training.setup import RunData, Setup, prepare
 from nested_reft.training.trainer import Trainer
 
@@ -95,7 +96,8 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
         # `data.split` samples every question here, so this time is reported by itself.
         trainer.run_earlier_phases()
         start_seconds = time.monotonic() - started
-        parts = trainer.data.source_names
+        data = trainer.state.data
+        parts = data.source_names
         evaluations, probability = [heldout(trainer)], []
         kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
         for number in range(config.train.steps):
@@ -117,7 +119,7 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
         "run_directory": str(run.path),
         "sources": sources,
         "parts": list(parts),
-        "questions": questions_of_parts(trainer.data, sources),
+        "questions": questions_of_parts(data, sources),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
         "accuracy": [[found[name].sampled_accuracy or 0.0 for name in sources] for found in evaluations],
         "greedy_accuracy": [[found[name].greedy_accuracy for name in sources] for found in evaluations],
@@ -142,13 +144,9 @@ def questions_of_parts(data: RunData, sources: Sequence[str]) -> list[list[int]]
 
 def heldout(trainer: Trainer) -> dict[str, Evaluation]:
     """Sampled and greedy results of each source of the configuration; the curriculum does not see them."""
-    config, policy = trainer.config, trainer.state.learner.policy()
+    state, config = trainer.state, trainer.config
     # Every evaluation of a seed draws with the same key, so that curves differ by the policies alone.
-    key = jax.random.key(config.train.seed)
-    return {
-        source.name: evaluate_examples(policy, examples, config.reward, config.evaluation, key, samples=True)
-        for source, examples in zip(config.data.sources, trainer.data.heldout_examples, strict=True)
-    }
+    return heldout_results(state.learner.policy(), state.data, config, jax.random.key(config.train.seed))
 
 
 def _stored_model(file: Path, setup: Setup) -> Transformer:

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 
 from nested_reft.checkpoints import newest_checkpoint
-from nested_reft.evaluation import Evaluation, evaluate_examples
+from nested_reft.evaluation import Evaluation
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.heldout import heldout_results
 from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
@@ -31,7 +32,7 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
     >>> small = {"steps": 2, "checkpoint_every": 1}
     >>> config = load_config("tiny", train=small, warm_start={"steps": 5}, evaluation={"samples_per_prompt": 0})
     >>> rewards = []
-    >>> run = train(config, on_step=lambda step: rewards.append(step.mean("reward_BG")))  # doctest: +ELLIPSIS
+    >>> run = train(config, on_step=lambda step: rewards.append(step.reward))  # doctest: +ELLIPSIS
     run directory: runs/tiny-...
     >>> len(rewards), run.summary()["steps"]
     (2, 2)
@@ -167,13 +168,8 @@ def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dic
     Returns:
         One result for each source of the configuration.
     """
-    config, key = setup.config, jax.random.key(setup.config.train.seed)
-    return {
-        source.name: evaluate_examples(
-            setup.policy, setup.data.heldout_examples[index], config.reward, config.evaluation, key, samples, plan
-        )
-        for index, source in enumerate(config.data.sources)
-    }
+    key = jax.random.key(setup.config.train.seed)
+    return heldout_results(setup.policy, setup.data, setup.config, key, plan, samples)
 
 
 def without_plans(config: Config) -> Config:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
@@ -57,6 +57,19 @@ class Buffer:
     """
 
     batches: tuple[Scored, ...] = ()
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """Plain values and arrays, as a checkpoint holds them; `from_plain` reads them back."""
+        return [scored.to_plain() for scored in self.batches]
+
+    @classmethod
+    def from_plain(cls, value: list[dict[str, Any]]) -> Buffer:
+        """The buffer that `to_plain` wrote.
+
+        Args:
+            value: what `to_plain` returned, also after a way through a checkpoint.
+        """
+        return cls(tuple(Scored.from_plain(scored) for scored in value))
 
 
 def add(buffer: Buffer, scored: Scored) -> Buffer:

@@ -165,6 +165,38 @@ class Scored:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def to_plain(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values and arrays, as a checkpoint holds them; `from_plain` reads them back."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> Scored:
+        """The groups that `to_plain` wrote.
+
+        Args:
+            value: what `to_plain` returned, with lists in place of tuples where it went through JSON.
+        """
+        prompts, stats = dict(value["prompts"]), value["stats"]
+        forced = prompts.pop("forced")
+        rows: dict[str, Any] = {
+            name: tuple(column) if isinstance(column, list) else column for name, column in prompts.items()
+        }
+        return cls(
+            **value
+            | {
+                "prompts": Prompts(**rows, forced=None if forced is None else ForcedPrefixes(**forced)),
+                "rollouts": Rollouts(**value["rollouts"]),
+                "texts": tuple(tuple(group) for group in value["texts"]),
+                "stats": None if stats is None else SearchStats(**stats),
+            }
+        )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
 
 Groups = TypeVar("Groups", Prompts, Rollouts, Scored)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.checkpoints import Checkpoints
 from nested_reft.types import (
     ForcedPrefixes,
     Prompts,
@@ -208,3 +209,19 @@ def test_completion_fields_are_those_with_a_value_for_each_completion():
     assert set(completion_fields()) == {
         "tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC", "nested_BG"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_scored_groups_come_back_from_a_checkpoint(forced, tmp_path):
+    groups = scored(Numbers())
+    groups = dataclasses.replace(groups, prompts=prompts(Numbers(1000), forced))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"updates": jnp.zeros(())}, {"groups": groups.to_plain()})
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = columns(Scored.from_plain(checkpoints.restore_host()[1]["groups"]))
+    expected = columns(groups)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert type(found[name]) is type(value), name
+        assert np.array_equal(found[name], value), name
+        assert not isinstance(value, np.ndarray) or found[name].dtype == value.dtype, name

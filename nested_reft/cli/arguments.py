@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from nested_reft.json_files import check_writable, write_json
 
-# A dataclass of configuration. It is no `Config` because naming that type would import JAX with this module.
-Fields = TypeVar("Fields")
+if TYPE_CHECKING:  # JAX comes along
+    from nested_reft.training.config import Config
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed is {seed}; allowed is 0 to {2**31 - 1}")
 
 
-def override(config: Fields, overrides: list[str]) -> Fields:
+def override(config: Config, overrides: list[str]) -> Config:
     """The configuration with fields replaced by `--FIELD VALUE`.
 
     Args:
@@ -78,6 +78,12 @@ def override(config: Fields, overrides: list[str]) -> Fields:
         SystemExit: a field or value that cannot be read, after tyro has explained it (code 2); or help (code 0).
         ValueError: a value that the configuration refuses.
     """
+    kind = _value_of("--loss.kind", overrides)
+    if kind is not None:
+        from nested_reft.training.config import with_objective
+
+        # The kind decides which other fields `loss` has, so it comes first.
+        config = with_objective(config, kind)
     return tyro.cli(
         type(config),
         default=config,
@@ -86,3 +92,13 @@ def override(config: Fields, overrides: list[str]) -> Fields:
         # A field may be one of several dataclasses. Its kind is that of the default, not a word on the command line.
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _value_of(option: str, words: list[str]) -> str | None:
+    """The value that the command line gives an option, in one word or two; None where it gives none."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == option:
+            return following
+        if word.startswith(option + "="):
+            return word.removeprefix(option + "=")
+    return None

@@ -12,6 +12,7 @@ from nested_reft.estimators.importance import BiasMitigation, Level
 from nested_reft.estimators.kl import KlPenalty
 from nested_reft.literals import check_choice
 
+Kind = Literal["policy_gradient"]
 Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixed_length"]
 
 
@@ -40,6 +41,7 @@ class PolicyGradientConfig:
         self_distillation_coefficient: weight of KL(full || nested) per token of the rollouts, under
             their plan, where the full policy is held fixed: it teaches the nested one to follow. 0 for
             none; otherwise each update runs a nested forward and backward pass more.
+        kind: tells this objective from the others; it has one value.
     """
 
     advantage: Advantage
@@ -59,6 +61,7 @@ class PolicyGradientConfig:
     reference_kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     self_distillation_coefficient: float = 0.0
+    kind: Kind = "policy_gradient"
 
     def __post_init__(self):
         # Names and ranges come first, so that the later checks compare values that make sense.
@@ -99,7 +102,7 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
 
 
 def _check_names(config: PolicyGradientConfig) -> None:
-    choices = {"advantage": Advantage, "bias_mitigation": BiasMitigation, "level": Level}
+    choices = {"kind": Kind, "advantage": Advantage, "bias_mitigation": BiasMitigation, "level": Level}
     choices |= {"normalization": Normalization, "reference_kl": KlPenalty}
     for name, allowed in choices.items():
         if name != "reference_kl" or config.reference_kl is not None:

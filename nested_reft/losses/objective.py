@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from nested_reft.types import TrainBatch, Weighted
+from nested_reft.types import Scored, TrainBatch, Weighted
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,11 @@ class Objective(Protocol):
         """
         ...
 
-    def signal(
-        self,
-        reward_BG: Float[np.ndarray, "B G"],
-        accuracy_BG: Float[np.ndarray, "B G"],
-        scored_BG: Bool[np.ndarray, "B G"],
-    ) -> Float[Array, "B G"]:
+    def signal(self, groups: Scored) -> Float[Array, "B G"]:
         """What the loss learns from each completion.
 
         Args:
-            reward_BG: total reward, shaping included.
-            accuracy_BG: 1.0 where the answer is right, before any shaping.
-            scored_BG: False where the reward could not be computed.
+            groups: B groups with their rewards, on the host, perhaps of several policies.
 
         Returns:
             One number per completion, zero where there is no reward. No gradient passes through it.

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages
@@ -40,7 +39,7 @@ from nested_reft.estimators.importance import (
 from nested_reft.estimators.kl import kl_estimate
 from nested_reft.losses.config import Normalization, PolicyGradientConfig
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
-from nested_reft.types import TrainBatch, Weighted
+from nested_reft.types import Scored, TrainBatch, Weighted
 
 
 class PolicyGradient:
@@ -72,23 +71,13 @@ class PolicyGradient:
             fresh_rollouts=variant in ("practical", "mixture"),
         )
 
-    def signal(
-        self,
-        reward_BG: Float[np.ndarray, "B G"],
-        accuracy_BG: Float[np.ndarray, "B G"],
-        scored_BG: Bool[np.ndarray, "B G"],
-    ) -> Float[Array, "B G"]:
-        """The advantage of each completion relative to its group, from the total reward.
+    def signal(self, groups: Scored) -> Float[Array, "B G"]:
+        """The advantage of each completion relative to its group, as `group_advantages` gives it.
 
         Args:
-            reward_BG: total reward, shaping included.
-            accuracy_BG: not read; the total reward contains it.
-            scored_BG: False where there is no reward; such completions enter no baseline.
-
-        Returns:
-            Advantages, as `group_advantages` gives them.
+            groups: their total rewards count; completions without a score enter no baseline.
         """
-        return group_advantages(jnp.asarray(reward_BG), jnp.asarray(scored_BG), self._config.advantage)
+        return group_advantages(jnp.asarray(groups.reward_BG), jnp.asarray(groups.scored_BG), self._config.advantage)
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """`policy_gradient_loss` of the configured parts.

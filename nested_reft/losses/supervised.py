@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from nested_reft.literals import check_choice
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
-from nested_reft.types import TrainBatch, Weighted
+from nested_reft.types import Scored, TrainBatch, Weighted
 
 Kind = Literal["supervised"]
 
@@ -54,20 +53,13 @@ class Supervised:
         """The target's own log-probabilities and nothing else."""
         return Needs(off_policy=not self._demonstrations, signal_is_weight=True)
 
-    def signal(
-        self,
-        reward_BG: Float[np.ndarray, "B G"],
-        accuracy_BG: Float[np.ndarray, "B G"],
-        scored_BG: Bool[np.ndarray, "B G"],
-    ) -> Float[Array, "B G"]:
-        """1 for a right completion, 0 for every other.
+    def signal(self, groups: Scored) -> Float[Array, "B G"]:
+        """1 for a right completion, 0 for every other. What could not be checked is not imitated.
 
         Args:
-            reward_BG: not read; shaping does not make a demonstration.
-            accuracy_BG: 1.0 where the answer is right.
-            scored_BG: False where the answer could not be checked; such completions are not imitated.
+            groups: their raw accuracy decides, since shaping does not make a demonstration.
         """
-        return jnp.asarray((accuracy_BG >= 1) & scored_BG, jnp.float32)
+        return jnp.asarray((groups.accuracy_BG >= 1) & groups.scored_BG, jnp.float32)
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """The sum of the tokens' cross-entropies and their number; see the class.

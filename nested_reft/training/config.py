@@ -19,9 +19,7 @@ from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.registry import ObjectiveConfig
-from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
@@ -160,15 +158,18 @@ def _read_source(value: Any) -> SourceConfig:
 
 
 def _read_objective(value: Any) -> ObjectiveConfig:
-    """An objective of the kind that its fields tell: only the supervised one has the field `kind`.
+    """An objective of its `kind`.
 
     Raises:
-        ValueError: a field is missing, unknown or of the wrong type.
+        ValueError: there is no such kind, or a field is missing, unknown or of the wrong type.
     """
     _check_object("loss", value)
-    kind = SupervisedConfig if "kind" in value else PolicyGradientConfig
+    # Runs from before there were several objectives say no kind.
+    kind = value.get("kind", "policy_gradient")
+    if kind not in OBJECTIVE_CONFIGS:
+        raise ValueError(f"loss.kind is {kind!r}; allowed are {', '.join(OBJECTIVE_CONFIGS)}")
     try:
-        return dacite.from_dict(kind, value, _reading())
+        return dacite.from_dict(OBJECTIVE_CONFIGS[kind], value, _reading())
     except dacite.DaciteError as error:
         raise ValueError(f"loss: {error}") from None
 
@@ -222,6 +223,31 @@ def _named_config(name: str) -> Config:
     return config
 
 
+def with_objective(config: Config, kind: str) -> Config:
+    """The configuration with an objective of another kind, all of whose fields are at their defaults.
+
+    Args:
+        config: it comes back as it is where it has that kind already.
+        kind: one of `losses.registry.OBJECTIVE_CONFIGS`.
+
+    Raises:
+        ValueError: there is no such kind, or it has fields without a default.
+    """
+    if kind == config.loss.kind:
+        return config
+    if kind not in OBJECTIVE_CONFIGS:
+        raise ValueError(f"loss.kind is {kind!r}; allowed are {', '.join(OBJECTIVE_CONFIGS)}")
+    chosen: Any = OBJECTIVE_CONFIGS[kind]
+    fields = dataclasses.fields(chosen)
+    without = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if without:
+        raise ValueError(
+            f"loss.kind is {kind!r}, and '{config.name}' has {config.loss.kind!r}; {', '.join(without)} have no"
+            f" defaults: start from a configuration whose loss.kind is {kind!r}"
+        )
+    return dataclasses.replace(config, loss=chosen())
+
+
 def find_data_file(name: str) -> Path:
     """A file named in a configuration: as a path, or beside the shipped configurations."""
     # A file in the working directory comes before one that ships.
@@ -260,7 +286,13 @@ def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -
     for name, value in overrides.items():
         if name not in stored:
             raise ValueError(f"{prefix}{name} is no field of the configuration; allowed are {', '.join(stored)}")
-        if isinstance(value, Mapping) and isinstance(stored[name], dict):
+        # Another kind of objective has other fields, so nothing of the stored one stays.
+        replaces = prefix + name == "loss" and isinstance(value, Mapping) and "kind" in value
+        if (
+            isinstance(value, Mapping)
+            and isinstance(stored[name], dict)
+            and not (replaces and value["kind"] != stored[name]["kind"])
+        ):
             merged[name] = _merged(stored[name], value, f"{prefix}{name}.")
         else:
             merged[name] = _plain(value)

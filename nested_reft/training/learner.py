@@ -115,16 +115,28 @@ class Learner:
         """Ends a phase for one that does not train: the optimizer's memory goes."""
         self.state = TrainState(self.state.trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
 
-    def load(self, state: TrainState, reference: nnx.State | None) -> None:
+    def arrays(self, with_reference: bool) -> dict[str, Any]:
+        """What a checkpoint holds of the learner, by name. Frozen parameters come with the model.
+
+        Args:
+            with_reference: also the reference, if there is one: after a phase that trains, it is no longer
+                what the configuration starts from.
+        """
+        arrays = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
+        if with_reference and self.reference is not None:
+            arrays["reference"] = self.reference
+        return arrays
+
+    def load(self, arrays: dict[str, Any]) -> None:
         """Takes over the arrays of a checkpoint.
 
         Args:
-            state: parameters, optimizer state and counter.
-            reference: the parameters that a KL penalty compares with; None keeps what there is.
+            arrays: of the names that `arrays` gives; without a reference, the present one stays.
         """
-        self.state, self._rounded, self._lent = state, None, []
-        if reference is not None:
-            self.reference = reference
+        self.reference = arrays.get("reference", self.reference)
+        names = [f.name for f in dataclasses.fields(self.state)]
+        self.state = TrainState(**{name: arrays[name] for name in names})
+        self._rounded, self._lent = None, []
 
     def keep_reference(self) -> None:
         """Makes the parameters as they are now the reference."""
@@ -184,7 +196,7 @@ class Learner:
             length_BG=rollouts.length_BG,
             forced_BG=rollouts.forced_BG,
             counted_BG=rollouts.counted_BG,
-            signal_BG=objective.signal(groups.reward_BG, groups.accuracy_BG, groups.scored_BG),
+            signal_BG=objective.signal(groups),
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size] if self.needs.off_policy else None,
             full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
         )

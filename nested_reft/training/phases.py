@@ -1,7 +1,8 @@
 """The phases of a run: warm start, splitting of the sources, reinforcement.
 
-Each works on the same state, and each is checkpointed and resumed like the others. A checkpoint's
-number counts the steps of all phases, and one more for the beginning of each, so that numbers rise.
+Each works on the same state, and each is checkpointed and resumed like the others. The last one has a
+file of its own, `training.reinforcement`. A checkpoint's number counts the steps of all phases, and one
+more for the beginning of each, so that numbers rise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 from tqdm.auto import tqdm
 
 from nested_reft.curriculum import CurriculumState
-from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.data.pipeline import PromptStream
 from nested_reft.losses.registry import make_objective
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
@@ -27,8 +28,6 @@ from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import divide, divided
 from nested_reft.training.step import LearnerTask, UpdatePlans
 from nested_reft.training.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
-
-REINFORCEMENT = "reinforcement"  # the last phase, which `training.reinforcement` holds
 
 
 @runtime_checkable
@@ -94,7 +93,7 @@ class WarmStart:
                 self._data.shared_prefix,
             )
         )
-        state.stream = PromptStream(self._data.train_examples, config.train.seed)
+        take_whole_sources(state, self._data, config)
 
     def start(self, state: RunState) -> None:
         """Nothing but the steps."""
@@ -109,8 +108,7 @@ class WarmStart:
         config, learner = self._config.warm_start, state.learner
         # The key follows from the number of the step, so a resumed warm start drops the same layers.
         plan = dropout_plan(jax.random.fold_in(self._key, number), config, learner.num_layers)
-        sources = sources_of(config.batch_size, len(self._data.train_examples))
-        prompts = batch_prompts([state.stream.next(source) for source in sources], sources, self._data.prompt_size)
+        prompts = state.next_prompts(sources_of(config.batch_size, len(self._data.train_examples)))
         # An answer has at most as many tokens as a completion may have; `prepare` has checked that.
         batch = demonstrations(prompts, prompts.answers, learner.tokenizer, learner.task.max_completion_tokens)
         plans = UpdatePlans(target=replicate(plan, learner.mesh))
@@ -134,7 +132,7 @@ class Split:
     def prepare(self, state: RunState) -> None:
         """No optimizer, since nothing trains; and a data position, which the next phase makes anew."""
         state.learner.rest()
-        state.stream = PromptStream(self._data.train_examples, self._config.train.seed)
+        take_whole_sources(state, self._data, self._config)
 
     def start(self, state: RunState) -> None:
         """Nothing but the step."""
@@ -148,6 +146,23 @@ class Split:
         """
         state.division = divide(self._config, self._data, state.learner.policy(), self._key)
         return f"{sum(len(parts) for parts in state.division)} parts"
+
+
+def phases_of(config: Config, data: RunData, keys: RunKeys) -> list[Phase]:
+    """What a run does before reinforcement, in its order.
+
+    Args:
+        config: of the run.
+        data: its prompts, undivided.
+        keys: its random keys.
+    """
+    phases: list[Phase] = []
+    if config.warm_start.steps:
+        phases.append(WarmStart(config, data, keys))
+    # Pass rates are those of the policy after its warm start, so the split comes second.
+    if config.data.split.kind != "none":
+        phases.append(Split(config, data, keys))
+    return phases
 
 
 def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
@@ -172,20 +187,30 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
     )
 
 
-def fresh_data(state: RunState, config: Config, data: RunData) -> RunData:
-    """The sources as divided, with stream and curriculum at their beginning.
+def take_whole_sources(state: RunState, data: RunData, config: Config) -> None:
+    """Gives a state the sources as the configuration names them, and a data position at their beginning.
 
     Args:
-        state: its stream and curriculum are replaced.
+        state: its data and its stream are replaced.
+        data: the prompts, undivided.
         config: of the run.
-        data: its prompts, undivided.
+    """
+    state.data, state.stream = data, PromptStream(data.train_examples, config.train.seed)
+
+
+def take_divided_sources(state: RunState, data: RunData, config: Config) -> None:
+    """Gives a state the sources as they were divided, with stream and curriculum at their beginning.
+
+    Args:
+        state: its data, stream and curriculum are replaced.
+        data: the prompts, undivided.
+        config: of the run.
     """
     # The division was measured once and is stored, because a later policy would divide the sources otherwise.
     data = data if state.division is None else divided(data, state.division)
-    state.stream = PromptStream(data.train_examples, config.train.seed)
+    take_whole_sources(state, data, config)
     # The curriculum counts training sources, whose number the division may have changed.
     state.curriculum = CurriculumState.start([len(examples) for examples in data.train_examples])
-    return data
 
 
 def warm_started(setup: Setup) -> Policy:
@@ -215,17 +240,8 @@ def first_checkpoint(phases: Sequence[Phase], index: int) -> int:
     return sum(phase.steps + 1 for phase in phases[:index])
 
 
-def phase_steps(config: Config) -> dict[str, int]:
-    """The phases of a run and how many steps each takes, in their order."""
-    steps = {}
-    if config.warm_start.steps:
-        steps[WarmStart.name] = config.warm_start.steps
-    if config.data.split.kind != "none":
-        steps[Split.name] = Split.steps
-    return steps | {REINFORCEMENT: config.train.steps}
-
-
 def last_checkpoint(config: Config) -> int:
     """The number of the checkpoint that ends a run of this configuration; no model is loaded for it."""
-    steps = list(phase_steps(config).values())
-    return sum(count + 1 for count in steps[:-1]) + steps[-1]
+    warm_start = config.warm_start.steps + 1 if config.warm_start.steps else 0
+    split = 0 if config.data.split.kind == "none" else Split.steps + 1
+    return warm_start + split + config.train.steps

@@ -151,11 +151,20 @@ class StepRecord:
         """Everything that was generated, as one value."""
         return concat(self.found)
 
-    def mean(self, name: str) -> float:
-        """Mean of `reward_BG` or `accuracy_BG` over the completions that have a score; 0 without any."""
+    @property
+    def reward(self) -> float:
+        """Mean total reward of the completions that have a score; 0 without any."""
+        return self._mean(self.all.reward_BG)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers among the completions that have a score; 0 without any."""
+        return self._mean(self.all.accuracy_BG)
+
+    def _mean(self, value_BG: Float[np.ndarray, "B G"]) -> float:
         # A completion without a score is not a wrong one, so it enters no mean.
         scored_BG = self.all.scored_BG
-        return float(getattr(self.all, name)[scored_BG].mean()) if scored_BG.any() else 0.0
+        return float(value_BG[scored_BG].mean()) if scored_BG.any() else 0.0
 
     @property
     def rollout_seconds(self) -> float:
@@ -242,8 +251,8 @@ def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:
     # A batch without a token that counts has no health, and the bar shows `nan` for it.
     health = record.update.health
     shown = [
-        f"reward {record.mean('reward_BG'):.2f}",
-        f"accuracy {record.mean('accuracy_BG'):.2f}",
+        f"reward {record.reward:.2f}",
+        f"accuracy {record.accuracy:.2f}",
         f"{record.tokens_per_second:.0f} tok/s",
         f"ESS {np.nan if health is None else float(health.ess_token):.2f}",
         *(f"{name} {accuracy:.2f}" for name, accuracy in shown_accuracy.items()),
@@ -280,8 +289,8 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
     """What the policy did on everything that was generated, trained on or not."""
     found, rollouts = record.all, record.all.rollouts
     values = component_metrics(found.parts, found.scored_BG) | {
-        "reward": record.mean("reward_BG"),
-        "accuracy": record.mean("accuracy_BG"),
+        "reward": record.reward,
+        "accuracy": record.accuracy,
         "unscored": int((~found.scored_BG).sum()),
         "completion_tokens": float(rollouts.length_BG.mean()),
         "finished": float(rollouts.finished_BG.mean()),

@@ -5,20 +5,24 @@ What is not in it does not survive; what survives is in it.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.curriculum import CurriculumState
-from nested_reft.data.pipeline import PromptStream
+from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.nesting_control import NestingControlState, initial_state
+from nested_reft.replay import Buffer
 from nested_reft.training.learner import Learner
-from nested_reft.training.setup import Setup
+from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
+from nested_reft.types import Prompts
 
 
 @dataclass
@@ -29,8 +33,10 @@ class RunState:
         learner: parameters, optimizer state, counters and the reference.
         stream: the position in every source.
         curriculum: what it remembers of each source.
+        buffer: groups that were found and not yet trained on.
         nesting: how deep the next batch nests.
         divergence_L: measured divergence of each layer, for `measured` plans.
+        data: the prompts; the phase decides how they are divided, so they are not stored.
         division: the parts that the sources were divided into; None before, or where there is no split.
         phase: index of the phase that the run is in.
         started: whether what comes before the phase's first step is done.
@@ -42,10 +48,12 @@ class RunState:
     """
 
     learner: Learner
+    data: RunData
     stream: PromptStream
     curriculum: CurriculumState
     nesting: NestingControlState
     divergence_L: Float[np.ndarray, " L"]
+    buffer: Buffer = field(default_factory=Buffer)
     division: Division | None = None
     phase: int = 0
     started: bool = False
@@ -61,40 +69,48 @@ class RunState:
             checkpoints: of the run.
             number: of the checkpoint, larger than those before.
         """
-        checkpoints.save(number, self._arrays(), self._host())
+        checkpoints.save(number, self.learner.arrays(self.trained_before), self._host())
 
-    def load(self, checkpoints: Checkpoints, host: dict[str, Any]) -> None:
+    def load(self, checkpoints: Checkpoints, prepare: Callable[[RunState], None]) -> None:
         """Takes over the newest checkpoint.
 
         Args:
             checkpoints: of the run.
-            host: what `Checkpoints.restore_host` gave. The learner has begun the phase that it names, and
-                the stream is made of the sources that it divides, so that the arrays have a place to go.
+            prepare: begins the phase that the state is in, so that the arrays have a place to go.
 
         Raises:
             ValueError: the checkpoint is damaged, or of other data or another model.
         """
-        # This comes first, because it decides whether `_arrays` names a reference.
-        self.trained_before = host["trained_before"]
-        # The state has places for all arrays by now: whether a reference is stored depends on `trained_before`.
-        arrays = checkpoints.restore_some(self._arrays())
-        reference = arrays.pop("reference", None)
-        self.learner.load(dataclasses.replace(self.learner.state, **arrays), reference)
+        host = checkpoints.restore_host()[1]
+        # What the phase begins with depends on these.
+        self.phase, self.division, self.trained_before = host["phase"], host["division"], host["trained_before"]
+        prepare(self)
+        self.learner.load(checkpoints.restore_some(self.learner.arrays(self.trained_before)))
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
+        self.buffer = Buffer.from_plain(host["buffer"])
         self.nesting = NestingControlState.from_json(host["nesting"])
-        self.divergence_L, self.division = host["divergence"], host["division"]
-        self.phase, self.started, self.step = host["phase"], host["started"], host["step"]
+        self.divergence_L = host["divergence"]
+        self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
 
-    def _arrays(self) -> dict[str, Any]:
-        """What lies on the devices. Frozen parameters, and a reference that is the start, come with the model."""
-        state = self.learner.state
-        arrays = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-        if self.trained_before and self.learner.reference is not None:
-            # After a phase that trains, the reference is no longer what the configuration starts from.
-            arrays["reference"] = self.learner.reference
-        return arrays
+    def next_prompts(self, source_B: Int[np.ndarray, " B"]) -> Prompts:
+        """The next prompt of each source named, as one batch.
+
+        Args:
+            source_B: indices of training sources.
+        """
+        encoded = [self.stream.next(int(source)) for source in source_B]
+        return batch_prompts(encoded, source_B.tolist(), self.data.prompt_size)
+
+    def draw_plan(self, key: jax.Array, config: NestingConfig) -> LayerPlan:
+        """The layers of the next batch's nested policy.
+
+        Args:
+            key: PRNG key of the plan.
+            config: how layers are chosen.
+        """
+        return draw_plan(key, config, self.learner.num_layers, self.divergence_L, self.nesting.num_skipped)
 
     def _host(self) -> dict[str, Any]:
         """What lies on the host, as plain values and NumPy arrays."""
@@ -106,6 +122,7 @@ class RunState:
             "before": self.before,
             "trained_before": self.trained_before,
             "curriculum": self.curriculum.to_json(),
+            "buffer": self.buffer.to_plain(),
             "nesting": self.nesting.to_json(),
             # It may have been measured anew in the run, so the file that it began with does not replace it.
             "divergence": np.asarray(self.divergence_L),
@@ -123,6 +140,7 @@ def initial_run_state(setup: Setup) -> RunState:
     config, data = setup.config, setup.data
     return RunState(
         learner=Learner(setup.policy, config.rollout.weights),
+        data=data,
         stream=PromptStream(data.train_examples, config.train.seed),
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),

@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nested_reft.compilation import CompileCounter
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.run_directory import read_log, versions
-
-if TYPE_CHECKING:  # the trainer imports this module
-    from nested_reft.training.trainer import Trainer
+from nested_reft.training.config import Config
+from nested_reft.training.heldout import heldout_results
+from nested_reft.training.keys import RunKeys
+from nested_reft.training.run_state import RunState
 
 MEANS = ("ess_token", "ess_sequence", "kl_behavior_target")  # metrics of which the mean over steps is given
 
 
-def run_summary(trainer: Trainer) -> dict[str, Any]:
+def run_summary(
+    config: Config, state: RunState, keys: RunKeys, run: Path, compilations: CompileCounter
+) -> dict[str, Any]:
     """The summary of a run whose last step is done; measures held-out accuracy and throughput.
 
     Args:
-        trainer: of the run, still open.
+        config: of the run.
+        state: after the last step; its data position moves on.
+        keys: of the run.
+        run: its directory.
+        compilations: what was compiled so far.
     """
-    config, state = trainer.config, trainer.state
-    after = trainer.evaluate_all(config.train.steps)
+    after = heldout_results(state.learner.policy(), state.data, config, keys.step(config.train.steps).evaluation)
     # The last checkpoint has its position already, so these prompts move nothing that a resumed run reads.
-    prompts = trainer.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
-    key = trainer.keys.throughput
+    prompts = state.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
+    key = keys.throughput
     throughput = compare_throughput(
         state.learner.behavior_policy(),
         prompts,
-        trainer.draw_plan(key),
+        state.draw_plan(key, config.nesting),
         key,
         config.rollout.group_size,
-        trainer.data.shared_prefix,
+        state.data.shared_prefix,
     )
-    history = read_log(trainer.run_directory.path / "metrics.jsonl")
+    history = read_log(run / "metrics.jsonl")
     # A run whose updates were all empty has measured none of them.
     logged = {name: [line[name] for line in history if name in line] for name in MEANS}
     means = {name: float(np.mean(values)) if values else None for name, values in logged.items()}
     return {
         "name": config.name,
-        "run_directory": str(trainer.run_directory.path),
+        "run_directory": str(run),
         "steps": config.train.steps,
         "before": state.before,
-        "after": after,
+        "after": {name: result.to_json() for name, result in after.items()},
         "training_seconds": state.seconds,
-        "compilations": trainer.compilations.count,
-        "compile_seconds": trainer.compilations.seconds,
+        "compilations": compilations.count,
+        "compile_seconds": compilations.seconds,
         "versions": versions(),
         **throughput.to_json(),
         **means,

@@ -16,30 +16,24 @@ from contextlib import ExitStack
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft import curriculum, nesting_control, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
-from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, texts_of
-from nested_reft.evaluation import Evaluation, evaluate_examples
-from nested_reft.layer_skip import LayerPlan, draw_plan
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
 from nested_reft.training.interrupts import stop_requests
-from nested_reft.training.keys import RunKeys, StepKeys
-from nested_reft.training.phases import REINFORCEMENT, Phase, Split, WarmStart, first_checkpoint, phase_steps
+from nested_reft.training.keys import RunKeys
+from nested_reft.training.phases import Phase, first_checkpoint, phases_of
 from nested_reft.training.record import Remeasured, StepRecord
-from nested_reft.training.reinforcement import Reinforcement
+from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.training.summary import run_summary
-from nested_reft.types import Prompts, Scored
-
-OnStep = Callable[[StepRecord], None]
+from nested_reft.types import Scored
 
 
 class Trainer:
@@ -51,7 +45,6 @@ class Trainer:
 
     Attributes:
         state: everything that a resumed run needs.
-        data: the prompts, divided once the split has been made.
     """
 
     def __init__(self, setup: Setup, run: RunDirectory, on_step: OnStep | None = None):
@@ -60,8 +53,7 @@ class Trainer:
         run: where everything is written.
         on_step: called with the record of each training step, after it was logged.
         """
-        self.config, self.run_directory, self.on_step = setup.config, run, on_step
-        self.data, self.num_layers = setup.data, setup.policy.num_layers
+        self.config, self.run_directory, self._on_step = setup.config, run, on_step
         # It is kept until `open` only, because it holds the buffers that training takes over.
         self._setup: Setup | None = setup
         self._opened = ExitStack()
@@ -117,7 +109,7 @@ class Trainer:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
-            summary = run_summary(self)
+            summary = run_summary(self.config, self.state, self.keys, self.run_directory.path, self.compilations)
             self.run_directory.write_summary(summary)
         return summary
 
@@ -154,23 +146,20 @@ class Trainer:
         if self.state.phase < len(self.phases) - 1:
             name = self.phases[self.state.phase].name
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
-        config, state, keys = self.config, self.state, self.keys.step(number)
+        config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.
-        plan = self.draw_plan(keys.plan)
-        buffer, found = replay.Buffer(), list[Scored]()
-        while not replay.ready(buffer, config.dynamic_sampling, size):
+        plan = state.draw_plan(keys.plan, config.nesting)
+        while not replay.ready(state.buffer, config.dynamic_sampling, size):
             key = keys.batch(len(found))
-            source_B = curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size)
-            prompts = self.next_prompts(source_B)
+            prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.observe(state.curriculum, config.curriculum, scored)
-            buffer = replay.add(buffer, scored)
+            state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
-        groups, buffer = replay.draw(buffer, config.dynamic_sampling, size)
-        batch = state.learner.batch(groups)
-        update = state.learner.update(batch)
+        groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
+        update = state.learner.update(state.learner.batch(groups))
         # The plan of the next step is drawn after this, so a budget that was broken changes it at once.
         state.nesting = nesting_control.update(state.nesting, config.nesting_control, update.health)
         # The first batch is measured, because every step has one.
@@ -190,44 +179,6 @@ class Trainer:
             compilations=self.compilations.count,
         )
 
-    def draw_plan(self, key: jax.Array) -> LayerPlan:
-        """The layers of the next batch's nested policy."""
-        nesting = self.state.nesting
-        return draw_plan(key, self.config.nesting, self.num_layers, self.state.divergence_L, nesting.num_skipped)
-
-    def next_prompts(self, source_B: np.ndarray) -> Prompts:
-        """The next prompt of each source named, as one batch.
-
-        Args:
-            source_B: indices of training sources.
-        """
-        encoded = [self.state.stream.next(int(source)) for source in source_B]
-        return batch_prompts(encoded, source_B.tolist(), self.data.prompt_size)
-
-    def evaluate(self, source: int, keys: StepKeys, samples: bool) -> Evaluation:
-        """Held-out results of one source of the configuration; the curriculum does not see them.
-
-        Args:
-            source: index among the configuration's sources, not among the training sources.
-            keys: of the step that comes after the evaluation.
-            samples: also measure pass@k.
-        """
-        config = self.config
-        return evaluate_examples(
-            self.state.learner.policy(),
-            self.data.heldout_examples[source],
-            config.reward,
-            config.evaluation,
-            keys.evaluation,
-            samples,
-        )
-
-    def evaluate_all(self, step: int) -> dict[str, Any]:
-        """Held-out results of every source, samples included, as JSON-able values by name."""
-        sources = enumerate(tqdm(self.config.data.sources, desc="held-out evaluation", unit="source", leave=False))
-        keys = self.keys.step(step)
-        return {source.name: self.evaluate(index, keys, samples=True).to_json() for index, source in sources}
-
     def save(self) -> None:
         """Starts writing a checkpoint of the state as it is."""
         self.state.save(self.checkpoints, first_checkpoint(self.phases, self.state.phase) + self.state.step)
@@ -235,22 +186,22 @@ class Trainer:
     def _make(self, setup: Setup) -> None:
         """Everything that has a life while the run is open, and the state of a run that has not begun."""
         # Each part is entered as soon as it is made, so that a failure later on closes those before it.
-        config, opened = self.config, self._opened
+        config, opened, run = self.config, self._opened, self.run_directory
         self.compilations = CompileCounter()
         opened.callback(self.compilations.close)
-        opened.callback(self.run_directory.close)
-        directory = self.run_directory.path / "checkpoints"
-        self.checkpoints = opened.enter_context(Checkpoints(directory, config.train.keep_checkpoints))
+        opened.callback(run.close)
+        self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
-        # The order is fixed: pass rates for the split are those of the policy after its warm start.
-        made: dict[str, Callable[[], Phase]] = {
-            WarmStart.name: lambda: WarmStart(config, setup.data, self.keys),
-            Split.name: lambda: Split(config, setup.data, self.keys),
-            REINFORCEMENT: lambda: Reinforcement(self, setup.data),
-        }
-        self.phases = [made[name]() for name in phase_steps(config)]
+        last = Reinforcement(config, setup.data, self.keys, run, self.step, self._on_step)
+        self.phases = [*phases_of(config, setup.data, self.keys), last]
+
+    def _load(self) -> None:
+        self.state.load(self.checkpoints, prepare=lambda state: self.phases[state.phase].prepare(state))
+        is_last = self.state.phase == len(self.phases) - 1
+        # Log lines belong to the last phase; a run that has not reached it has none to keep.
+        self.run_directory.drop_after(self.state.step if is_last else -1)
 
     def _run_phase(self, phase: Phase, stop_requested: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train
@@ -261,8 +212,7 @@ class Trainer:
             phase.start(state)
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
-        steps = range(state.step, phase.steps)
-        bar = tqdm(steps, initial=state.step, total=phase.steps, unit="step", desc=phase.name)
+        bar = tqdm(range(state.step, phase.steps), initial=state.step, total=phase.steps, unit="step", desc=phase.name)
         for number in bar:
             bar.set_postfix_str(phase.step(state, number))
             state.step, state.seconds = number + 1, time.monotonic() - started
@@ -285,14 +235,3 @@ class Trainer:
         policy = self.state.learner.policy()
         self.state.divergence_L = measure_layer_divergence(policy.model, texts, policy.sampling.temperature)
         return Remeasured(self.state.divergence_L, time.monotonic() - started)
-
-    def _load(self) -> None:
-        _, host = self.checkpoints.restore_host()
-        state, index = self.state, host["phase"]
-        state.phase, state.division = index, host["division"]
-        # The phase makes fresh arrays first, because loading needs their shapes and placement.
-        self.phases[index].prepare(state)
-        state.load(self.checkpoints, host)
-        is_last = index == len(self.phases) - 1
-        # Log lines belong to the last phase; a run that has not reached it has none to keep.
-        self.run_directory.drop_after(state.step if is_last else -1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.losses.supervised import Supervised
@@ -91,14 +92,14 @@ def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> La
     return draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
 
 
-def sources_of(batch_size: int, num_sources: int) -> list[int]:
+def sources_of(batch_size: int, num_sources: int) -> Int[np.ndarray, " B"]:
     """The source of each demonstration: all sources take turns.
 
     Args:
         batch_size: demonstrations of the batch.
         num_sources: training sources, 1 or more.
     """
-    return [i % num_sources for i in range(batch_size)]
+    return np.arange(batch_size) % num_sources
 
 
 def demonstrations(prompts: Prompts, answers: Sequence[str], tokenizer: Tokenizer, size: int) -> TrainBatch:

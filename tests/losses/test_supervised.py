@@ -10,6 +10,7 @@ import pytest
 from nested_reft.losses.objective import TargetPass
 from nested_reft.losses.supervised import Supervised
 from tests.losses.batches import one_group
+from tests.scored_groups import scored
 
 
 def loss(target_BGC, batch):
@@ -18,9 +19,8 @@ def loss(target_BGC, batch):
 
 def test_only_right_completions_that_were_scored_are_demonstrations():
     """Partial credit is not right, whatever the reward says of it; a wrong reward would make 0.9 a demonstration."""
-    accuracy_BG = np.array([[1.0, 0.9, 0.0, 1.0]])
-    signal_BG = Supervised().signal(np.full((1, 4), 5.0), accuracy_BG, np.array([[True, True, True, False]]))
-    assert signal_BG.tolist() == [[1, 0, 0, 0]]
+    groups = scored([[1.0, 0.9, 0.0, 1.0]], reward_BG=[[5.0] * 4], scored_BG=[[True, True, True, False]])
+    assert Supervised().signal(groups).tolist() == [[1, 0, 0, 0]]
 
 
 def test_the_mean_is_over_the_tokens_of_demonstrations():

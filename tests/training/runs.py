@@ -81,7 +81,7 @@ def save_after(run: Trainer, steps: int) -> None:
 
 def metrics_of(run: Trainer, found: StepRecord) -> dict[str, Any]:
     """The line of `metrics.jsonl` that a step becomes."""
-    return record.metrics(found, run.config, run.data.source_names)
+    return record.metrics(found, run.config, run.state.data.source_names)
 
 
 def comparable(metrics: dict[str, Any]) -> dict[str, Any]:

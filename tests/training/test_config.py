@@ -67,11 +67,38 @@ def test_objectives_of_every_kind_are_read_back_from_json(loss):
 
 
 def test_the_parts_of_an_objective_are_overridden():
-    """Which objective it is, is no word on the command line; `tiny` truncates, which `retrace` has no use for."""
+    """`tiny` truncates, which `retrace` has no use for."""
     changed = override(nano(), ["--loss.bias-mitigation", "retrace", "--loss.truncate-at", "None"])
     assert changed.loss == dataclasses.replace(nano().loss, bias_mitigation="retrace", truncate_at=None)
     supervised = override(nano(loss=SupervisedConfig()), ["--train.steps", "7"])
     assert supervised.loss == SupervisedConfig() and supervised.train.steps == 7
+
+
+@pytest.mark.parametrize("words", [["--loss.kind", "supervised"], ["--loss.kind=supervised"]])
+def test_an_objective_is_chosen_on_the_command_line(words):
+    changed = override(nano(), [*words, "--train.steps", "7"])
+    assert changed.loss == SupervisedConfig() and changed.train.steps == 7
+    assert override(nano(), ["--loss.kind", "policy_gradient"]) == nano()
+
+
+def test_an_objective_is_chosen_in_python():
+    assert load_config("tiny", loss={"kind": "supervised"}).loss == SupervisedConfig()
+    same = load_config("tiny", loss={"kind": "policy_gradient", "entropy_coefficient": 0.5}).loss
+    assert same == dataclasses.replace(load_config("tiny").loss, entropy_coefficient=0.5)
+    with pytest.raises(ValueError, match=r"loss\.kind is 'supervized'; allowed are policy_gradient, supervised"):
+        load_config("tiny", loss={"kind": "supervized"})
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        (nano(), "supervized", "loss.kind is 'supervized'; allowed are policy_gradient, supervised"),
+        (nano(loss=SupervisedConfig()), "policy_gradient", "advantage, bias_mitigation, level, normalization have no"),
+    ],
+)
+def test_an_objective_that_cannot_be_chosen_is_refused(config, kind, message):
+    with pytest.raises(ValueError, match=message):
+        override(config, ["--loss.kind", kind])
 
 
 @pytest.mark.parametrize(

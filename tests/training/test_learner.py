@@ -28,8 +28,8 @@ FAST = {"optimizer__learning_rate": 0.01}
 
 def found_by(run: Trainer, seed: int = 0) -> Scored:
     """One batch of the run's first source, scored."""
-    prompts = run.next_prompts(np.zeros(run.config.data.prompts_per_batch, np.int32))
-    plan, key = run.draw_plan(jax.random.key(seed)), jax.random.key(seed)
+    prompts = run.state.next_prompts(np.zeros(run.config.data.prompts_per_batch, np.int32))
+    plan, key = run.state.draw_plan(jax.random.key(seed), run.config.nesting), jax.random.key(seed)
     return run.searcher.search(run.state.learner.behavior_policy(), prompts, plan, key)
 
 
@@ -72,7 +72,7 @@ def test_one_copy_is_made_while_somebody_holds_a_policy(tmp_path, copies):
 def test_a_policy_that_was_handed_out_stays_as_it_is(tmp_path):
     run = trainer(nano(loss=MOVING, **FAST), tmp_path)
     held = run.state.learner.policy()
-    before, prompts = held.sample(["12 =", "345 ="], samples=4), run.next_prompts(np.zeros(4, np.int32))
+    before, prompts = held.sample(["12 =", "345 ="], samples=4), run.state.next_prompts(np.zeros(4, np.int32))
     logprobs = held.generate(prompts, None, jax.random.key(0)).behavior_logprob_BGC
     run.step(0)
     run.step(1)
@@ -208,7 +208,7 @@ def test_each_group_is_scored_under_the_plan_that_drew_it(tmp_path):
     loss = dataclasses.replace(nano().loss, bias_mitigation="mixture", level="sequence", truncate_at=None)
     config = nano(loss=loss, rollout=dataclasses.replace(nano().rollout, mixture_alpha=0.5))
     run = trainer(config, tmp_path)
-    prompts = run.next_prompts(np.zeros(4, np.int32))
+    prompts = run.state.next_prompts(np.zeros(4, np.int32))
     policy = run.state.learner.behavior_policy()
     one, other = (
         run.searcher.search(policy, prompts, LayerPlan.skipping(6, [layer]), jax.random.key(0)) for layer in (1, 4)

@@ -93,15 +93,15 @@ def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypa
     monkeypatch.setattr("nested_reft.training.split.num_correct", half_right)
     config = nano(**WARM, data__split=SplitConfig("pass_rate", parts=4, samples=8), train__steps=1)
     warmed, run = warm_started(prepare(config)), trainer(config, tmp_path)
-    undivided = run.data
+    undivided = run.state.data
     run.run()
     (measured,) = seen  # the policy after its warm start, once
     assert_equal_arrays(measured, parameters(warmed))
     easy, hard = "three_to_six_digits.pass_1.00-1.00", "three_to_six_digits.pass_0.00-0.00"
-    assert run.data.source_names == (easy, hard) and run.data.heldout_of_source == (0, 0)
+    assert run.state.data.source_names == (easy, hard) and run.state.data.heldout_of_source == (0, 0)
     whole = undivided.train_examples[0]
-    assert run.data.train_examples == (whole[1::2], whole[::2])
-    assert run.data.heldout_examples == undivided.heldout_examples
+    assert run.state.data.train_examples == (whole[1::2], whole[::2])
+    assert run.state.data.heldout_examples == undivided.heldout_examples
     assert run.state.division is not None
     ((first, second),) = run.state.division
     assert first == {"name": easy, "examples": list(range(1, 20, 2)), "pass_rate": 1.0}
@@ -118,8 +118,8 @@ def test_measured_pass_rates_keep_every_example_and_the_names_of_the_held_out_on
     )
     run = trainer(config, tmp_path)
     run.run()
-    assert sum(len(examples) for examples in run.data.train_examples) == 20
-    assert len(run.data.source_names) == len(run.data.train_examples) == len(run.state.curriculum.sources)
+    assert sum(len(examples) for examples in run.state.data.train_examples) == 20
+    assert len(run.state.data.source_names) == len(run.state.data.train_examples) == len(run.state.curriculum.sources)
     lines = read_log(tmp_path / "metrics.jsonl")
     assert all("heldout/three_to_six_digits" in line for line in lines)
 

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from nested_reft import replay
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
@@ -16,6 +17,7 @@ from nested_reft.training import phases
 from nested_reft.training.config import Config
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
+from tests.scored_groups import scored
 from tests.training.runs import (
     MEASURED,
     MOVING,
@@ -119,6 +121,15 @@ def test_resuming_continues_the_curriculum(kind, tmp_path):
     assert comparable_steps(second, range(1, 2)) == expected
 
 
+def test_groups_that_wait_for_an_update_survive(tmp_path):
+    first = trainer(nano(), tmp_path)
+    first.state.buffer = replay.add(replay.Buffer(), scored([[1, 0], [0, 0]]))
+    save_after(first, 1)
+    first.close()
+    (found,) = trainer(nano(), tmp_path, resume=True).state.buffer.batches
+    np.testing.assert_equal(found.to_plain(), first.state.buffer.batches[0].to_plain())
+
+
 def test_a_run_on_a_mesh_resumes(tmp_path):
     config = nano(mesh=MeshConfig(data=2), lora=LoraConfig(rank=2), train__micro_batches=2, loss=MOVING)
     first = trainer(config, tmp_path)
@@ -210,7 +221,7 @@ def test_a_resumed_run_takes_its_division_from_the_checkpoint(tmp_path, monkeypa
 
     monkeypatch.setattr(phases, "divide", never)
     second = trainer(config, tmp_path, resume=True)
-    assert second.data == first.data and len(second.data.source_names) == 2
+    assert second.state.data == first.state.data and len(second.state.data.source_names) == 2
     assert second.state.division == first.state.division
     assert len(logged[2]["sources"]) == 2
     (line,) = comparable_steps(second, range(1, 2))

@@ -1,0 +1,46 @@
+"""Held-out results of the sources of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from tqdm.auto import tqdm
+
+from nested_reft.evaluation import Evaluation, evaluate_examples
+from nested_reft.layer_skip import LayerPlan
+from nested_reft.rollout.policy import Policy
+from nested_reft.training.config import Config
+from nested_reft.training.setup import RunData
+
+
+def heldout_results(
+    policy: Policy,
+    data: RunData,
+    config: Config,
+    key: jax.Array,
+    plan: LayerPlan | None = None,
+    samples: bool = True,
+    sources: Sequence[int] | None = None,
+) -> dict[str, Evaluation]:
+    """Measures a policy on held-out prompts; the curriculum does not see the results.
+
+    Args:
+        policy: what answers.
+        data: holds the prompts.
+        config: its sources, reward and evaluation.
+        key: PRNG key of the samples.
+        plan: the layers that act; None is the full model.
+        samples: also measure pass@k.
+        sources: indices among the configuration's sources; None takes all of them.
+
+    Returns:
+        One result for each source, by its name.
+    """
+    sources = range(len(config.data.sources)) if sources is None else sources
+    found = {}
+    for index in tqdm(sources, desc="held-out evaluation", unit="source", leave=False, disable=len(sources) < 2):
+        found[config.data.sources[index].name] = evaluate_examples(
+            policy, data.heldout_examples[index], config.reward, config.evaluation, key, samples, plan
+        )
+    return found
