@@ -134,7 +134,7 @@ def test_a_step_that_is_too_far_off_policy_warns_with_a_remedy(run):
     config = dataclasses.replace(
         finished.config, train=dataclasses.replace(finished.config.train, ess_warning=1 - 1e-9)
     )
-    assert record.metrics(found, config, finished.data.source_names)["warning"] == found.warning(1 - 1e-9)
+    assert record.metrics(found, config, finished.state.data.source_names)["warning"] == found.warning(1 - 1e-9)
 
 
 def test_progress_shows_the_latest_accuracies(run):
@@ -161,6 +161,6 @@ def test_dynamic_sampling_says_how_much_it_trained_on(run):
         accuracy_BG[:mixed, 0] = 1
         batches.append(dataclasses.replace(found.found[0], accuracy_BG=accuracy_BG, scored_BG=np.ones((4, 4), bool)))
     config = dataclasses.replace(finished.config, dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2))
-    metrics = record.metrics(dataclasses.replace(found, found=tuple(batches)), config, finished.data.source_names)
+    metrics = record.metrics(dataclasses.replace(found, found=tuple(batches)), config, finished.state.data.source_names)
     assert (metrics["generation_batches"], metrics["trained_groups"]) == (2, 3)
     assert metrics["mixed_groups"] == pytest.approx(3 / 8) and "left 3 of 4 groups" in metrics["shortfall"]
