@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from nested_reft.api import is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
@@ -14,10 +13,9 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
-from nested_reft.run_directory import RunDirectory
 from nested_reft.training.config import Config, differences, load_config
+from nested_reft.training.interrupts import stop_requests
 from nested_reft.training.setup import run_config
-from nested_reft.training.trainer import Trainer
 
 RUNS = "runs"
 
@@ -33,19 +31,43 @@ def run(arguments: list[str]) -> None:
         if name is None:
             return
         print()  # the help of the fields follows, and ends the program, where the overrides are read
-    with checking_input():
-        config = _resolve_config(name, known.resume, overrides)
-        _check_places(known)
-        # A run that is complete loads no model.
-        if known.resume is not None and is_complete(known.resume, config):
-            print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
-            return
-        trainer = open_trainer(config, known.runs, known.resume)
-        directory = trainer.run_directory
-    summary = _train(trainer, directory)
-    print(f"\n{summary_table(summary)}")
-    keep_json(known.json, summary)
-    _draw_figures(directory)
+    # Signals are heard from here on, so that one that comes while data and model are loaded is not lost.
+    with stop_requests():
+        _train(known, name, overrides)
+
+
+def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) -> None:
+    """A run that does not come to its end says how to continue."""
+    path: Path | None = known.resume
+    try:
+        with checking_input():
+            config = _resolve_config(name, known.resume, overrides)
+            _check_places(known)
+            # A run that is complete loads no model.
+            if known.resume is not None and is_complete(known.resume, config):
+                print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+                return
+            trainer = open_trainer(config, known.runs, known.resume)
+        path = trainer.run_directory.path
+        summary = trainer.run()
+        print(f"\n{summary_table(summary)}")
+        keep_json(known.json, summary)
+        _draw_figures(path)
+    except KeyboardInterrupt:
+        print(f"\n{_how_to_continue(path)}", file=sys.stderr)
+        raise  # for `main`, which has the exit code
+    except OSError as error:  # a checkpoint, a log or a result could not be written
+        print(f"\nerror: {error}\n{_how_to_continue(path)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except GenerationLimitError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _how_to_continue(path: Path | None) -> str:
+    if path is None or newest_checkpoint(path / "checkpoints") is None:
+        return "the run ended before its first checkpoint; there is nothing to continue"
+    return f"to continue: nested-reft train --resume {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,22 +115,9 @@ def _check_runs_directory(runs: str) -> None:
         )
 
 
-def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
-    """The summary of the run. A run that is stopped says how to continue."""
-    try:
-        return trainer.run()
-    except KeyboardInterrupt:
-        if newest_checkpoint(directory.path / "checkpoints") is not None:
-            print(f"\nto continue: nested-reft train --resume {directory.path}", file=sys.stderr)
-        raise  # for `main`, which has the exit code
-    except GenerationLimitError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _draw_figures(directory: RunDirectory) -> None:
+def _draw_figures(run: Path) -> None:
     """Writes the report; without the `report` extra the run is as good, so that is no error."""
     try:
-        print(f"report: {write_report(directory.path)['directory']}")
+        print(f"report: {write_report(run)['directory']}")
     except ImportError as error:
         print(f"no figures: {error}")

@@ -394,7 +394,8 @@ def _of_run(run: Path) -> Policy:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, dacite.DaciteError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
-    if newest_checkpoint(run / "checkpoints") is None:
+    number = newest_checkpoint(run / "checkpoints")
+    if number is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
     # One device is always there, while the run may have had more than this machine has.
     mesh = make_mesh(MeshConfig())
@@ -403,6 +404,6 @@ def _of_run(run: Path) -> Policy:
     graph, trainable, frozen = split_trainable(model)
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
         # Optimizer moments are not read: sampling does not need them.
-        arrays = checkpoints.restore_some({"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
+        arrays = checkpoints.restore_some(number, {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
     model = nnx.merge(graph, arrays["trainable"], frozen)
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)
