@@ -104,7 +104,7 @@ class Checkpoints:
         """
         taken_out: dict[str, np.ndarray] = {}
         plain = _without_arrays(host, taken_out)
-        items = {"arrays": ocp.args.PyTreeSave(arrays), "host": ocp.args.JsonSave(plain)}
+        items = {"arrays": ocp.args.PyTreeSave(arrays), "host": ocp.args.JsonSave({"number": number, "values": plain})}
         if taken_out:
             items["host_arrays"] = ocp.args.PyTreeSave(taken_out)
         # The seal of the checkpoint before has to be in place, because it goes by the number too.
@@ -147,8 +147,12 @@ class Checkpoints:
         Raises:
             DamagedCheckpointError: it is damaged.
         """
-        host = self._restore(number, host=ocp.args.JsonRestore())["host"]
-        arrays = {}
+        restored = self._restore(number, host=ocp.args.JsonRestore())["host"]
+        host, arrays = restored["values"], {}
+        if restored["number"] != number:  # a directory was copied or renamed
+            raise DamagedCheckpointError(
+                f"checkpoint {number} in '{self._directory}' was written as checkpoint {restored['number']}"
+            )
         if _has_arrays(host):
             arrays = self._restore(number, host_arrays=ocp.args.PyTreeRestore())["host_arrays"]
         return _with_arrays(host, arrays)
