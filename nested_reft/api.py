@@ -225,4 +225,9 @@ def open_trainer(
     print(f"run directory: {directory.path}")
     trainer = Trainer(setup, directory, on_step)
     del setup  # so that training takes over the model's memory instead of copying it
-    return trainer.open(resume=resume is not None)
+    trainer.open(resume=resume is not None)
+    if resume is not None:
+        # Said always: it shows also where a checkpoint has gone without a trace.
+        state, phase = trainer.state, trainer.phases[trainer.state.phase]
+        print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
+    return trainer

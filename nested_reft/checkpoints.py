@@ -21,6 +21,7 @@ SEAL = "checksums.json"  # of a checkpoint: size and CRC-32 of every file of its
 # empty one says all that there is to know.
 _ARRAY, _EMPTY = "__array__", "__empty_array__"
 
+logger = logging.getLogger(__name__)
 # Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
 # become one line here.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -174,14 +175,16 @@ class Checkpoints:
         return self._restore(number, arrays=arrays)["arrays"]
 
     def set_aside_after(self, number: int) -> None:
-        """Renames what has a larger number, so that the run can write checkpoints of these numbers again.
+        """Renames what has a larger number, so that the run can write checkpoints of these numbers again; says so.
 
         Args:
             number: of the checkpoint that the run continues from.
         """
         for path in self._directory.iterdir():
             if _is_number(path.name) and int(path.name) > number:
-                path.rename(_free_name(path.with_name(f"{path.name}.damaged")))
+                aside = _free_name(path.with_name(f"{path.name}.damaged"))
+                path.rename(aside)
+                logger.warning("'%s' is not used; it is '%s' now", path, aside.name)
         self._manager.reload()
 
     def _restore(self, number: int, **items: Any) -> Any:

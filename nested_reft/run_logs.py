@@ -164,7 +164,7 @@ def good_lines(content: bytes, step: int, first_step: int | None) -> tuple[list[
 def _step_of(line: bytes) -> int | None:
     """The step of a line; None where it is not a whole line with one."""
     try:
-        step = json.loads(line)["step"]
+        step = json.loads(line.decode())["step"]
     # A number of thousands of digits is a ValueError, and lines of thousands of brackets a RecursionError.
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

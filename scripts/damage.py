@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def _word(result: dict[str, Any], expected: dict[str, Any], said: list[str]) -> 
     if _same(result, expected):
         return "same"
     if result["step"] < expected["step"]:
-        return "older" if any("continues from checkpoint" in line for line in said) else "silent"
+        return "older" if f"continuing after step {result['step']} of" in " ".join(said) else "silent"
     logs_differ_only = all(_same(result[name], expected[name]) for name in expected if name not in LOGS)
     return "warned" if logs_differ_only and any("is not what it was" in line for line in said) else "silent"
 
@@ -137,14 +137,14 @@ def _resumed(run: Path, act: Act) -> tuple[dict[str, Any], list[str]]:
         said = _Heard()
         logging.getLogger().addHandler(said)
         try:
-            with closing(open_trainer(run_config(copy), directory, resume=copy)) as trainer:
+            with redirect_stdout(said), closing(open_trainer(run_config(copy), directory, resume=copy)) as trainer:
                 return _everything(trainer, copy), said.lines
         finally:
             logging.getLogger().removeHandler(said)
 
 
 class _Heard(logging.Handler):
-    """Keeps warnings."""
+    """Keeps warnings, and what is printed of where the run continues."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -152,6 +152,11 @@ class _Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage() + ("\ntraceback" if record.exc_info else ""))
+
+    def write(self, text: str) -> int:
+        """As a stream that is printed to."""
+        self.lines += [line for line in text.splitlines() if line.startswith("continuing after")]
+        return len(text)
 
 
 def _everything(trainer: Trainer, run: Path) -> dict[str, Any]:

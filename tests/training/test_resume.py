@@ -121,9 +121,10 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_the_run_ends_the_sam
     (tmp_path / "checkpoints" / "999").mkdir()
     second = trainer(config, tmp_path, resume=True)
     assert second.state.step == 2
-    (record,) = caplog.records
-    assert "checkpoint 3 in " in record.message and "does not hold what was written" in record.message
-    assert record.message.endswith("the run continues from checkpoint 2, which is whole")
+    damaged, *set_aside = [record.message for record in caplog.records]
+    assert "checkpoint 3 in " in damaged and "does not hold what was written" in damaged
+    assert damaged.endswith("the run continues from checkpoint 2, which is whole")
+    assert sorted(message.split("'")[3] for message in set_aside) == ["3.damaged", "999.damaged"]
     second.run()
     assert_equal_arrays(straight.state.learner.state, second.state.learner.state)
     assert [comparable(line) for line in read_log(tmp_path / "metrics.jsonl")] == expected
