@@ -118,15 +118,13 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check(self) -> None:
-        """Looks whether the checkpoint that is being written has failed; does not wait for it.
+        """Looks whether the checkpoint that was being written has failed; does not wait for it.
 
         Raises:
             CheckpointError: it has.
         """
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until everything is on disk.
