@@ -92,6 +92,10 @@ class Checkpoints:
             self._directory, options=options, item_names=("arrays", "host", "host_arrays")
         )
 
+    def numbers(self) -> list[int]:
+        """Numbers of the complete ones, the newest first."""
+        return checkpoint_numbers(self._directory)
+
     def save(self, number: int, arrays: Any, host: dict[str, Any]) -> None:
         """Starts writing; the arrays may be donated as soon as this returns.
 
@@ -225,7 +229,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception as error:
+                raise self._failed(error) from error
 
 
 def _is_number(name: str) -> bool:
