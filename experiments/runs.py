@@ -37,7 +37,7 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
         config: of the run that is asked for.
 
     Returns:
-        What `train` returned, or None where the run has to be computed.
+        What `measured_run` returned, or None where the run has to be computed.
     """
     if not file.is_file():
         return None
@@ -48,7 +48,7 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
     return found
 
 
-def warm_started(config: Config, out: Path) -> Setup:
+def shared_start(config: Config, out: Path) -> Setup:
     """Data and the policy that all runs of a seed begin with, warmed up as `tiny_dump` is; its weights are kept.
 
     Args:
@@ -72,7 +72,7 @@ def warm_started(config: Config, out: Path) -> Setup:
     return dataclasses.replace(setup, policy=policy)
 
 
-def train(setup: Setup, out: Path) -> dict[str, Any]:
+def measured_run(setup: Setup, out: Path) -> dict[str, Any]:
     """One run: held-out accuracy of every source each `EVERY` steps, and a few metrics of each step.
 
     Accuracies are of the sources that the configuration names; probabilities are of the parts that

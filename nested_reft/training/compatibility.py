@@ -117,8 +117,12 @@ def unbiased_weights_need_full_support(config: Config) -> None:
 
 
 def static_weights_name_every_source(config: Config) -> None:
-    """One weight per source, which must be known beforehand."""
+    """One weight for each source of the configuration."""
     config.curriculum.validate_for([source.name for source in config.data.sources])
+
+
+def static_weights_need_undivided_sources(config: Config) -> None:
+    """A weight is given to a source that is known beforehand."""
     if config.curriculum.kind == "static" and config.data.split.kind != "none":
         raise ValueError(
             f"curriculum.kind is 'static' and data.split.kind '{config.data.split.kind}'; how many parts need a"
@@ -146,6 +150,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     baseline_needs_a_group,
     unbiased_weights_need_full_support,
     static_weights_name_every_source,
+    static_weights_need_undivided_sources,
     bfloat16_weights_need_adapters,
 )
 """Every rule; `Config` asks all of them when it is made."""

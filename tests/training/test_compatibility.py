@@ -95,6 +95,8 @@ REFUSED = {
             {"curriculum": CurriculumConfig("static", weights=(1.0, 2.0))},
             r"curriculum.weights has 2 weights; allowed is one for each of the 1 sources three_to_six_digits",
         ),
+    ],
+    "static_weights_need_undivided_sources": [
         (
             {"curriculum": STATIC, "data__split": SplitConfig("pass_rate")},
             r"curriculum.kind is 'static' and data.split.kind 'pass_rate'; .* use another kind, or 'none'",
