@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import runs
-from experiments.runs import questions_of_parts
+from experiments.runs import measured_run, questions_of_parts
 from experiments.splits import (
     KINDS,
     experiment_config,
