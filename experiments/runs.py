@@ -22,6 +22,7 @@ from nested_reft.sharding import shard_parameters
 from nested_reft.training import phases, record
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import RunData, Setup, prepare
 from nested_reft.training.trainer import Trainer
 
@@ -90,35 +91,33 @@ def measured_run(setup: Setup, out: Path) -> dict[str, Any]:
         first evaluation, and `seconds` of all.
     """
     config, started = setup.config, time.monotonic()
-    run = RunDirectory.create(out / "runs", config.name, config.to_json())
-    # `Trainer.run` evaluates greedily and on the sources of a step alone, so steps are taken here.
-    with Trainer(setup, run).open() as trainer:
+    probability: list[list[float]] = []
+    kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
+
+    def after_step(found: StepRecord) -> None:
+        # The trainer evaluates greedily and on the sources of a step alone, so all of them are measured here.
+        if found.number % EVERY == 0:
+            evaluations.append(heldout(trainer))
+        metrics = record.metrics(found, config, trainer.state.data.source_names)
+        probability.append([metrics[f"curriculum/{name}/probability"] for name in trainer.state.data.source_names])
+        # A step without a token to learn from has no entropy and no ESS.
+        for name in kept.keys() & metrics.keys():
+            kept[name].append(metrics[name])
+
+    trainer = Trainer(setup, RunDirectory.create(out / "runs", config.name, config.to_json()), after_step)
+    with trainer.open():
         # `data.split` samples every question here, so this time is reported by itself.
         trainer.run_earlier_phases()
         start_seconds = time.monotonic() - started
-        data = trainer.state.data
-        parts = data.source_names
-        evaluations, probability = [heldout(trainer)], []
-        kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
-        for number in range(config.train.steps):
-            found = trainer.step(number)
-            if found.number % EVERY == 0:
-                evaluations.append(heldout(trainer))
-                # The evaluation belongs to the line of its step.
-                found = dataclasses.replace(found, heldout=evaluations[-1])
-            metrics = record.metrics(found, config, parts)
-            probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
-            # A step without a token to learn from has no entropy and no ESS.
-            for name in kept.keys() & metrics.keys():
-                kept[name].append(metrics[name])
-            run.log_samples(found.number, record.samples(found))
-            run.log_metrics(found.number, metrics)
+        evaluations = [heldout(trainer)]
+        trainer.run()
+    data = trainer.state.data
     sources = [source.name for source in config.data.sources]
     return {
         "config": config.to_json(),
-        "run_directory": str(run.path),
+        "run_directory": str(trainer.run_directory.path),
         "sources": sources,
-        "parts": list(parts),
+        "parts": list(data.source_names),
         "questions": questions_of_parts(data, sources),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
         "accuracy": [[found[name].sampled_accuracy or 0.0 for name in sources] for found in evaluations],

@@ -98,6 +98,14 @@ class Objective(Protocol):
         """
         ...
 
+    def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+        """What is logged: the parts' means, and what is made of several of them.
+
+        Args:
+            parts: the mean of each part over the whole batch.
+        """
+        ...
+
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """The loss of a batch or of a part of one; pure, and compiled into the update.
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages
+from nested_reft.estimators.health import kish
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
     importance_log_weight,
@@ -78,6 +79,16 @@ class PolicyGradient:
             groups: their total rewards count; completions without a score enter no baseline.
         """
         return group_advantages(jnp.asarray(groups.reward_BG), jnp.asarray(groups.scored_BG), self._config.advantage)
+
+    def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+        """The parts; the two moments of the weights become their effective sample size.
+
+        Args:
+            parts: the mean of each part over the whole batch.
+        """
+        # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
+        parts = dict(parts)
+        return parts | {"ess_weight": kish(parts["weight_mean"], parts.pop("weight_square_mean"))}
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """`policy_gradient_loss` of the configured parts.

@@ -69,7 +69,7 @@ class Policy:
         max_completion_tokens: C, unless a call says otherwise.
         prompt: how a question becomes a prompt.
         nesting: how plans are drawn for it, where a configuration says so.
-        version: updates that the weights have seen.
+        version: updates that the weights have seen in their phase.
         mesh: where batches are placed; prompts are spread over its `data` axis.
     """
 
@@ -88,7 +88,9 @@ class Policy:
 
         A run's policy is placed on one device, whatever the run's mesh was.
 
-            policy = nr.Policy.load("runs/tiny-20260101-120000")     # or a Run, or "smollm2-135m"
+        >>> policy = Policy.load(run)  # also a run directory, or a model such as "smollm2-135m"
+        >>> policy.num_layers
+        6
 
         Args:
             source: a run directory (or an object with a `path` that is one), or a model's name, GGUF file,
@@ -221,8 +223,9 @@ class Policy:
     ) -> list[list[Completion]]:
         """Completions of texts that a user says, `[prompt][sample]`.
 
-            policy.sample("What is 3 + 4?", samples=2)
-            policy.sample("What is 3 + 4?", plan=nr.LayerPlan.skipping(30, [5, 7]))
+        >>> answers = policy.sample(["12 =", "345 ="], plan=LayerPlan.skipping(6, [2]), samples=2)
+        >>> len(answers), len(answers[0])
+        (2, 2)
 
         Args:
             prompts: one message, or several that are answered in one batch.
@@ -267,6 +270,10 @@ class Policy:
         chat: bool | None = None,
     ) -> list[Float[np.ndarray, " tokens"]]:
         """log pi of every token of given completions, in nats, one array for each pair.
+
+        >>> (logprobs,) = policy.score("12 =", "12")
+        >>> bool((logprobs <= 0).all())
+        True
 
         Args:
             prompts: what a user says, one for each completion.

@@ -92,13 +92,30 @@ def remeasuring_fits_the_batch(config: Config) -> None:
 
 
 def baseline_needs_a_group(config: Config) -> None:
-    """A baseline is made from the other completions of a prompt."""
-    # Objectives without advantages need no baseline.
-    advantage, group_size = getattr(config.loss, "advantage", None), config.rollout.group_size
-    if group_size < 2 and advantage not in (None, "no_baseline"):
+    """A baseline is made from the other completions of a prompt, for the loss as for the curriculum."""
+    if config.rollout.group_size > 1:
+        return
+    advantages = {}
+    if isinstance(config.loss, PolicyGradientConfig):
+        advantages["loss.advantage"] = config.loss.advantage
+    # The other curricula learn from no advantage.
+    if config.curriculum.kind == "dump":
+        advantages["curriculum.advantage"] = config.curriculum.advantage
+    for name, advantage in advantages.items():
+        if advantage != "no_baseline":
+            raise ValueError(
+                f"{name} is '{advantage}' and rollout.group_size 1: a baseline from the other completions needs 2 or"
+                " more. Raise the group size or use advantage 'no_baseline'"
+            )
+
+
+def dynamic_sampling_needs_a_group(config: Config) -> None:
+    """A group of one completion is never mixed."""
+    if config.dynamic_sampling.filters_groups and config.rollout.group_size < 2:
         raise ValueError(
-            f"loss.advantage is '{advantage}' and rollout.group_size {group_size}: a baseline from the other"
-            " completions needs 2 or more. Raise the group size or use advantage 'no_baseline'"
+            f"dynamic_sampling.max_generation_batches is {config.dynamic_sampling.max_generation_batches} and"
+            " rollout.group_size 1: no group of one has right and wrong completions. Raise the group size, or set"
+            " max_generation_batches 1"
         )
 
 
@@ -148,6 +165,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     exact_rollouts_need_no_control,
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
+    dynamic_sampling_needs_a_group,
     unbiased_weights_need_full_support,
     static_weights_name_every_source,
     static_weights_need_undivided_sources,

@@ -12,7 +12,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from nested_reft.estimators.health import Health, kish, off_policy_health
+from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
@@ -192,7 +192,7 @@ def make_update(task: LearnerTask) -> UpdateFunction:
             loss=total.mean(),
             # The optimizer clips its own copy, so this norm still shows what would have been too large.
             gradient_norm=optax.global_norm(gradient),
-            parts=_means(output.parts),
+            parts=task.objective.metrics({name: part.mean() for name, part in output.parts.items()}),
             health=health,
             entropy=entropy,
             weight_BGC=output.weight_BGC,
@@ -203,15 +203,6 @@ def make_update(task: LearnerTask) -> UpdateFunction:
 
     # Parameters and moments are updated in place, which saves a second copy of both.
     return jax.jit(update, donate_argnums=0)
-
-
-def _means(parts: dict[str, Weighted]) -> dict[str, Array]:
-    """Each part's mean; the two moments of the weights become their effective sample size."""
-    means = {name: part.mean() for name, part in parts.items()}
-    if "weight_square_mean" in means:
-        # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
-        means["ess_weight"] = kish(means["weight_mean"], means.pop("weight_square_mean"))
-    return means
 
 
 def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, micro_batches: int) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
@@ -81,6 +82,16 @@ REFUSED = {
         (
             {"rollout__group_size": 1, "loss": MOVING},
             r"loss.advantage is 'leave_one_out' and rollout.group_size 1: .* or use advantage 'no_baseline'",
+        ),
+    ],
+    "dynamic_sampling_needs_a_group": [
+        (
+            {
+                "rollout__group_size": 1,
+                "loss": dataclasses.replace(MOVING, advantage="no_baseline"),
+                "dynamic_sampling": DynamicSamplingConfig(max_generation_batches=2),
+            },
+            r"dynamic_sampling.max_generation_batches is 2 and rollout.group_size 1: no group of one",
         ),
     ],
     "unbiased_weights_need_full_support": [

@@ -1,6 +1,7 @@
 """Steps and whole runs of a very small model: files, curricula, nesting, devices, kinds of rollouts."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -397,3 +398,11 @@ def test_rounded_rollouts_are_off_policy_and_corrected(weights, tmp_path):
     run.step(2)
     assert run.compilations.count == before
     run.close()
+
+
+def test_the_page_about_one_step_shows_the_step():
+    """Every line of the excerpt stands in `Trainer.step`, in this order."""
+    page = (Path(__file__).parents[2] / "docs" / "one_step.md").read_text(encoding="utf-8")
+    shown = [line.strip() for line in page.split("```python\n")[1].split("```")[0].splitlines()]
+    source = [line.strip() for line in inspect.getsource(Trainer.step).splitlines()]
+    assert len(shown) > 10 and [line for line in source if line in shown] == shown
