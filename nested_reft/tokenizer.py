@@ -20,9 +20,10 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from nested_reft.json_files import write_json
+from nested_reft.untrusted import shown
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -258,6 +259,29 @@ def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
             f"the tokenizer's largest token id is {largest}; the model's vocab_size is {model_config.vocab_size},"
             " so ids must be below that: use the tokenizer that belongs to the model"
         )
+
+
+def surround_plain_text(
+    backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], begins: bool, ends: bool
+) -> None:
+    """Says which special tokens the tokenizer puts around plain text.
+
+    Args:
+        backend: changed in place.
+        special_tokens: text by role; a role that is absent adds nothing.
+        begins: put `bos_token` before the text.
+        ends: put `eos_token` after it.
+
+    Raises:
+        ValueError: a token that is to be put there is not in the vocabulary.
+    """
+    before = [special_tokens["bos_token"]] if begins and "bos_token" in special_tokens else []
+    after = [special_tokens["eos_token"]] if ends and "eos_token" in special_tokens else []
+    found = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
+    if absent := [token for token, token_id in found if token_id is None]:
+        raise ValueError(f"the tokenizer puts {shown(absent[0])} around plain text; it must be in its vocabulary")
+    # A list and not one string, because a token may hold spaces.
+    backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=found)
 
 
 # Chat templates: the Jinja environment that Hugging Face documents for them.

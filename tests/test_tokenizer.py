@@ -16,6 +16,7 @@ from nested_reft.models.formats.gguf_tokenizer import gguf_tokenizer
 from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.registry import resolve_model
 from nested_reft.tokenizer import END_OF_TEXT, Tokenizer, check_tokenizer
+from nested_reft.untrusted import BadFile
 
 TEXTS = [
     "What is 12 + 3456.78?",
@@ -284,22 +285,27 @@ def test_tokenizer_larger_than_the_model_is_refused():
 
 TOKENS = ["1", "2", "3", "4", "12", "123", "1234", "e", "\u0301", "é", "Ã", "©", "<bos>", "<eos>", "<eot>", "<tool>"]
 TOKENS += ["[PAD16]", "[PAD17]"]
+STORED = [token if token != "é" else "Ã©" for token in TOKENS]
 MERGES = ["1 2", "12 3", "123 4", "Ã ©"]
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 TYPES = [NORMAL] * 12 + [CONTROL] * 3 + [USER_DEFINED] + [UNUSED] * 2
 
 
-def tiny_gguf(path, pre, model="gpt2"):
-    tokens = [token if token != "é" else "Ã©" for token in TOKENS]
+def tiny_gguf(path, pre_tokenizer, model="gpt2", **changes):
+    """A tokenizer alone; `changes` replace metadata after `tokenizer.ggml.`, and None leaves them out."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(STORED)
     writer.add_token_types(TYPES)
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(12)
     writer.add_eos_token_id(13)
     writer.add_eot_token_id(14)
+    for name, value in changes.items():
+        writer.kv_data[0].pop(f"tokenizer.ggml.{name}", None)
+        if value is not None:
+            writer.add_key_value(f"tokenizer.ggml.{name}", value, gguf.GGUFValueType.get_type(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -349,3 +355,42 @@ def test_unknown_gguf_tokenizers_are_refused(tmp_path):
         gguf_tokenizer(tiny_gguf(tmp_path / "a.gguf", "tekken"))
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model is 'llama'; allowed is gpt2"):
         gguf_tokenizer(tiny_gguf(tmp_path / "b.gguf", "smollm", model="llama"))
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+def test_gguf_turn_ends_are_known_by_their_text(tmp_path, text):
+    # The file names the end of a document only; without the end of a turn no answer would ever stop.
+    tokens = [*STORED[:14], text, *STORED[15:]]
+    path = tiny_gguf(tmp_path / "t.gguf", "smollm", tokens=tokens, eot_token_id=None)
+    assert gguf_tokenizer(path).stop_ids == (13, 14)
+    # The same text as a token that a user wrote into the vocabulary is text.
+    plain = tiny_gguf(tmp_path / "p.gguf", "smollm", tokens=tokens, eot_token_id=None, token_type=[NORMAL] * 18)
+    assert gguf_tokenizer(plain).stop_ids == (13,)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(True, False), (False, True), (True, True), (False, False)])
+def test_gguf_says_what_surrounds_plain_text(tmp_path, begins, ends):
+    path = tiny_gguf(tmp_path / "t.gguf", "smollm", add_bos_token=begins, add_eos_token=ends)
+    assert gguf_tokenizer(path).encode("1", add_special_tokens=True) == [12] * begins + [0] + [13] * ends
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": 99}, r"eos_token_id is 99; the file has 18 tokens, so it must be below that"),
+        ({"eos_token_id": -1}, r"eos_token_id is -1; it must be given as a whole number from 0"),
+        ({"eot_token_id": "14"}, r"eot_token_id is '14'; it must be given as a whole number"),
+        ({"merges": ["1 2", "5 6"]}, r"damaged or not understood .*`5` out of vocabulary"),
+        ({"merges": ["12"]}, r"merges is \['12'\]; allowed are texts of two tokens each"),
+        ({"merges": "1 2"}, r"merges is '1 2'; allowed are texts of two tokens each"),
+        ({"tokens": [1, 2]}, r"tokens is array\(\[1, 2\].*allowed is a list of texts"),
+        ({"token_type": [1, 2]}, r"token_type is array.*; allowed is one number for each token"),
+        ({"add_bos_token": "no"}, r"add_bos_token is 'no'; allowed are true and false"),
+        ({"pre": None}, r"has no metadata 'tokenizer\.ggml\.pre'"),
+        ({"lowercase": True}, r"tokenizer\.ggml\.lowercase is True; this key is not understood"),
+        ({"tokens": None}, r"has no metadata 'tokenizer\.ggml\.tokens'"),
+    ],
+)
+def test_gguf_tokenizers_that_cannot_work_are_refused(tmp_path, changes, message):
+    with pytest.raises(BadFile, match=message):
+        gguf_tokenizer(tiny_gguf(tmp_path / "t.gguf", "smollm", **changes))
