@@ -26,7 +26,7 @@ RULES = {
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
     {"untrusted"},
-    {"literals", "json_files", "config_files", "compilation", "prompt_format"},
+    {"templates", "literals", "json_files", "config_files", "compilation", "prompt_format"},
     {"layer_skip"},
     {"types"},
     RULES,
