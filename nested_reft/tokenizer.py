@@ -235,12 +235,12 @@ def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
         tokenizer: produces the ids.
 
     Raises:
-        ValueError: a token or stop token has an id of `model_config.vocab_size` or more.
+        BadFile: a token or stop token has an id of `model_config.vocab_size` or more.
     """
     # A stop id comes from another file than the vocabulary, and may lie outside of it.
     largest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids)
     if largest >= model_config.vocab_size:
-        raise ValueError(
+        raise BadFile(
             f"the tokenizer's largest token id is {largest}; the model's vocab_size is {model_config.vocab_size},"
             " so ids must be below that: use the tokenizer that belongs to the model"
         )

@@ -67,6 +67,7 @@ _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 # Of positions and masks that old exports store beside the weights.
 _BUFFER_TYPES = ("I64", "BOOL")
 _ROWS = 4096
+_MAX_NAME_CHARACTERS = 200
 # transformers takes these where config.json says nothing.
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 
@@ -377,7 +378,10 @@ def _weight_files(directory: Path) -> list[Path]:
         if not names or not all(isinstance(name, str) for name in names):
             raise BadFile(f"'{index}' has no weight_map from tensors to files; fetch it again")
         # Only names, so that an index cannot reach outside its directory.
-        return [directory / Path(name).name for name in sorted(set(names))]
+        files = sorted({Path(name).name for name in names})
+        if strange := [name for name in files if not name.isprintable() or len(name) > _MAX_NAME_CHARACTERS]:
+            raise BadFile(f"'{index}' names the file {shown(strange[0])}; fetch it again")
+        return [directory / name for name in files]
     whole = directory / "model.safetensors"
     if not whole.is_file():
         raise FileNotFoundError(
@@ -388,9 +392,8 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _open_safetensors(path: Path) -> Any:
-    with reading(f"model directory '{path.parent}'"):  # a name may hold a character that no path can have
-        if not path.is_file():
-            raise FileNotFoundError(f"'{path}' does not exist, but the index beside it names it; fetch it again")
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist, but the index beside it names it; fetch it again")
     try:
         return safe_open(str(path), framework="numpy")
     except SafetensorError as error:
