@@ -31,23 +31,21 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.formats.gguf_model import TENSOR_NAMES
-from nested_reft.models.formats.huggingface import save_huggingface
+from nested_reft.models.formats import gguf_model, huggingface
+from nested_reft.models.formats.huggingface import config_to_huggingface
 from nested_reft.models.formats.stacking import tensor_shapes
-from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.registry import load_model
-from nested_reft.models.transformer import Transformer
 from nested_reft.templates.render import render
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.untrusted import BadFile
 
 # What refuses an input: the one kind for content, and the system's own for files.
 REFUSALS = (BadFile, OSError)
-HANG_SECONDS = 10.0
+HANG_SECONDS = 20.0  # on a busy machine, too
 MEMORY_BYTES = 1 << 30  # that one case may add
 MESSAGE_CHARACTERS = 2000
 
@@ -131,7 +129,9 @@ def _places(value: Any, most: int = 300) -> Iterator[tuple[Any, Any]]:
 def write_damaged_json(chance: random.Random, path: Path) -> None:
     """Damages a JSON file: mostly its values, sometimes its text."""
     text = path.read_text(encoding="utf-8")
-    if chance.random() < 0.2:
+    if chance.random() < 0.02:
+        path.write_text(chance.choice("[{") * 200_000)
+    elif chance.random() < 0.2:
         path.write_bytes(damaged_bytes(chance, text.encode()))
     else:
         path.write_text(json.dumps(damaged_json(chance, json.loads(text))), encoding="utf-8")
@@ -139,6 +139,7 @@ def write_damaged_json(chance: random.Random, path: Path) -> None:
 
 # Valid models to start from.
 
+WEIGHTS = "model.safetensors"
 SHAPE = ModelConfig(vocab_size=300, num_layers=2, width=8, hidden_width=8, num_heads=2, num_kv_heads=1, head_size=4)
 
 
@@ -146,9 +147,13 @@ SHAPE = ModelConfig(vocab_size=300, num_layers=2, width=8, hidden_width=8, num_h
 def _model_files() -> dict[str, bytes]:
     """The files of a Hugging Face directory, by name."""
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name) / "model"
-        model = Transformer(SHAPE, initial_parameters(SHAPE, jax.random.key(0)))
-        save_huggingface(model, directory, Tokenizer.characters("abcdefgh 0123456789"))
+        directory = Path(name)
+        tokenizer = Tokenizer.characters("abcdefgh 0123456789")
+        tokenizer.save(directory)
+        settings = config_to_huggingface(SHAPE, np.float32) | tokenizer.token_ids()
+        (directory / "config.json").write_text(json.dumps(settings))
+        shapes = tensor_shapes(SHAPE, huggingface.TENSOR_NAMES)
+        save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, directory / WEIGHTS)
         return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
@@ -199,7 +204,7 @@ def write_gguf(path: Path, metadata: dict[str, Any]) -> None:
             writer.add_key_value(key, value, kind)
         except (ValueError, struct.error, IndexError, OverflowError, AttributeError):
             continue
-    for name, shape in tensor_shapes(SHAPE, TENSOR_NAMES).items():
+    for name, shape in tensor_shapes(SHAPE, gguf_model.TENSOR_NAMES).items():
         writer.add_tensor(name, np.ones(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -258,7 +263,7 @@ def tokenizer_config_json(chance: random.Random, directory: Path) -> None:
 @target
 def weight_map(chance: random.Random, directory: Path) -> None:
     model = model_directory(directory / "model")
-    names = dict.fromkeys(tensor_shapes(SHAPE, TENSOR_NAMES), "model.safetensors")
+    names = dict.fromkeys(tensor_shapes(SHAPE, huggingface.TENSOR_NAMES), WEIGHTS)
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
     write_damaged_json(chance, index)
@@ -268,7 +273,7 @@ def weight_map(chance: random.Random, directory: Path) -> None:
 @target
 def safetensors_bytes(chance: random.Random, directory: Path) -> None:
     model = model_directory(directory / "model")
-    path = model / "model.safetensors"
+    path = model / WEIGHTS
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     if chance.random() < 0.5:
