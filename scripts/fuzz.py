@@ -36,7 +36,7 @@ from safetensors.numpy import save_file
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats import gguf_model, huggingface
-from nested_reft.models.formats.huggingface import config_to_huggingface
+from nested_reft.models.formats.huggingface_config import config_to_huggingface
 from nested_reft.models.formats.stacking import tensor_shapes
 from nested_reft.models.registry import load_model
 from nested_reft.templates.render import render
