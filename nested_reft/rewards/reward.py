@@ -19,7 +19,8 @@ from nested_reft.data.examples import Checker, Example
 from nested_reft.literals import check_choice
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.rewards.length import overlong_punishment
-from nested_reft.rewards.math_answer import compare_quickly, has_foreign_digits, marked_answer
+from nested_reft.rewards.math_answer import compare_quickly, has_foreign_digits, is_unevaluated, marked_answer
+from nested_reft.rewards.notation import number, words
 from nested_reft.rewards.pool import Failure, Outcome, WorkerPool
 from nested_reft.types import Prompts
 
@@ -38,6 +39,8 @@ class RewardConfig:
             `exact`, the completion is or announces one number; `math`, it marks one final answer that
             equals the gold one; `task`, the verifier of the source's reasoning-gym task gives full
             marks; `function`, `function` returns 1 or more.
+        accept_unevaluated: `math` takes arithmetic that is yet to be done for right, such as `12 * 37` for 444.
+            Turn it off where the question states the arithmetic, since a policy may then copy the question.
         format_weight: reward for a completion in the checker's form, right or wrong; 0 or more.
         function: a function of your own, as `package.module:function` or `path/file.py:function`. It is
             called with the completion and a dictionary of `answer`, `prompt`, `metadata` and `finished`,
@@ -55,6 +58,7 @@ class RewardConfig:
     """
 
     checker: Checker = "exact"
+    accept_unevaluated: bool = True
     format_weight: float = 0.0
     function: str | None = None
     function_weight: float = 1.0
@@ -175,7 +179,7 @@ def _checked(
     requests: dict[tuple[str, int, int], dict[str, Any]] = {}
     for b, g in itertools.product(*map(range, finished_BG.shape)):
         text, finished = texts_BG[b][g], bool(finished_BG[b, g])
-        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished)
+        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished, config)
         parts["format"][b, g] = check.format
         if check.request is None:
             parts["accuracy"][b, g] = check.accuracy
@@ -253,11 +257,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
 
 def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | None:
     """What to ask a worker about a gold answer; None where it is known to be readable."""
-    checker = example.checker or config.checker
-    if checker == "exact":
-        if parse_number(example.answer) is None:
-            raise ValueError(_unreadable(example, config, "the exact-answer reward needs numeric answers"))
-        return None
+    checker, answer = example.checker or config.checker, example.answer
     if checker == "task" and "source_dataset" not in example.metadata:
         raise ValueError(f"source '{example.source}' has the checker 'task', which is for reasoning-gym tasks only")
     if checker in ("task", "function") or config.function:
@@ -266,11 +266,20 @@ def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | No
             json.dumps(example.metadata, default=str)
         except (TypeError, ValueError) as error:
             raise ValueError(f"source '{example.source}' has metadata that JSON cannot keep ({error})") from None
-    if checker == "math" and parse_number(example.answer) is None:
-        return {"kind": "math", "text": example.answer, "answer": example.answer}
-    if checker == "task" and example.answer != "None":  # a task with many right answers names none
-        return {"kind": "task", "text": example.answer, "answer": example.answer, "metadata": example.metadata}
-    return None
+    # A task with many right answers names none, and a function knows its own.
+    if checker == "function" or (checker == "task" and answer == "None"):
+        return None
+    if checker == "exact" and parse_number(answer) is None:
+        raise ValueError(_unreadable(example, config, "the exact-answer reward needs numeric answers"))
+    # A completion that repeats the gold answer takes the way of all completions, and must be right at its end.
+    repeated = rf"\boxed{{{answer}}}" if checker == "math" else answer
+    check = _check(checker, repeated, answer, example.metadata, finished=True, config=config)
+    if check.request is None and check.accuracy != 1.0:
+        raise ValueError(_unreadable(example, config, "a completion that repeats it is not right"))
+    # Equal texts are right without algebra, but other forms of this answer would need it.
+    if checker == "math" and number(answer) is None and words(answer) is None:
+        return {"kind": "math", "text": answer, "answer": answer}
+    return check.request
 
 
 def _unreadable(example: Example, config: RewardConfig, why: str) -> str:
@@ -289,7 +298,9 @@ class _Check:
     request: dict[str, Any] | None = None
 
 
-def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finished: bool) -> _Check:
+def _check(
+    checker: str, text: str, answer: str, metadata: dict[str, Any], finished: bool, config: RewardConfig
+) -> _Check:
     if checker == "exact":
         cell = exact_answer(text, answer, finished)
         return _Check(cell["accuracy"], cell["format"])
@@ -307,6 +318,8 @@ def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finis
         return _Check(format=form, request={"kind": "task", "text": given, "answer": answer, "metadata": metadata})
     if marked is None:
         return _Check()
+    if not config.accept_unevaluated and is_unevaluated(marked, answer):
+        return _Check(0.0, form)
     right = compare_quickly(marked, answer)
     if right is None:
         return _Check(format=form, request={"kind": "math", "text": marked, "answer": answer})

@@ -194,6 +194,16 @@ def test_each_prompt_has_its_own_checker():
     np.testing.assert_array_equal(accuracy, [[1, 1], [0, 1]])
 
 
+@pytest.mark.parametrize(("accept", "right"), [(True, [1, 1, 1]), (False, [0, 1, 1])])
+def test_unevaluated_arithmetic_is_right_where_the_setting_says_so(accept, right):
+    pytest.importorskip("math_verify", reason="needs the optional package math-verify")
+    config = RewardConfig(checker="math", accept_unevaluated=accept)
+    texts = [[r"\boxed{12 \times 37}", r"\boxed{12 \times 37 = 444}", r"\boxed{444}"]]
+    _, accuracy, _, parts = score_texts(texts, ["444"], config)
+    np.testing.assert_array_equal(accuracy, [right])
+    np.testing.assert_array_equal(parts["format"], [[1, 1, 1]])
+
+
 def test_parts_have_the_same_names_whether_or_not_a_worker_was_asked():
     """Dynamic sampling puts batches together: one without a marked answer asks no worker."""
     pytest.importorskip("math_verify", reason="needs the optional package math-verify")
@@ -297,6 +307,21 @@ def test_bad_configuration_is_refused(changes, message):
             Example("q", "7", "s"),
             RewardConfig(function="no_such_package:f"),
             "reward.function is 'no_such_package:f', which",
+        ),
+        (
+            Example("q", "9" * 65, "s"),
+            RewardConfig(),
+            "'exact' cannot read: the exact-answer reward needs numeric answers",
+        ),
+        (
+            Example("q", "1e-05", "s"),
+            RewardConfig(),
+            "'exact' cannot read: the exact-answer reward needs numeric answers",
+        ),
+        (
+            Example("q", "x" * 10_001, "s", {"source_dataset": "chain_sum", "source_parameters": {}}, checker="task"),
+            RewardConfig(),
+            "'task' cannot read: a completion that repeats it is not right",
         ),
         (
             Example("q", r"\frac{1}{", "s", checker="math"),
