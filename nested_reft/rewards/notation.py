@@ -17,7 +17,7 @@ _WRAPPER = re.compile(
     r"\s{0,4}\{([^{}]*)\}"
 )
 # Wrappers in wrappers are unwrapped from the inside, a layer at a time.
-_MAX_LAYERS = 4
+_MAX_DEPTH = 4
 _SPACE = r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z]))"
 _SPACES = re.compile(rf"{_SPACE}+")
 _DELIMITERS = ((r"$$", r"$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
@@ -88,7 +88,7 @@ def plain(text: str) -> str:
     text = _without_delimiters(text.translate({0x2212: "-"}).strip())
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
-    for _ in range(_MAX_LAYERS):
+    for _ in range(_MAX_DEPTH):
         text = _WRAPPER.sub(r"\1", text)
     text = _SPACES.sub(" ", ungrouped(text)).strip().removesuffix(".")
     return re.sub(r" ?(?<![A-Za-z0-9 ]) ?| (?![A-Za-z0-9])", "", text)

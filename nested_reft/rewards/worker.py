@@ -23,9 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from nested_reft.config_files import load_module
 from nested_reft.rewards.limits import LARGEST_REWARD
 from nested_reft.rewards.math_answer import verify_math
-from nested_reft.user_files import load_module
 
 
 def main() -> None:

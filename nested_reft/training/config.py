@@ -11,7 +11,7 @@ from typing import Any
 
 import dacite
 
-from nested_reft.config_files import CONFIG_DIRECTORIES, shipped_configs
+from nested_reft.config_files import CONFIG_DIRECTORIES, load_module, shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
@@ -31,7 +31,6 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
 from nested_reft.training.optimizer import OptimizerConfig
 from nested_reft.training.warm_start import WarmStartConfig
-from nested_reft.user_files import load_module
 
 
 @dataclass(frozen=True)
