@@ -29,7 +29,15 @@ _NUMBERS_IN_A_ROW = re.compile(rf"[0-9]{_SPACE}+[0-9]")
 # `1e-5` is how programs and JSON write it; LaTeX would read Euler's number. Larger exponents have no use.
 _SCIENTIFIC = re.compile(r"([+-]?[0-9]{1,64}(?:\.[0-9]{1,64})?)[eE]([+-]?[0-9]{1,3})")
 _MIXED = re.compile(rf"(?<![0-9.])([0-9]+){_SPACE}+([0-9]+)/([0-9]+)(?![0-9./])")
-_MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_FRACTION = re.compile(r"(-?)(?:(?:([0-9]+) ?)?\\frac\{?([0-9]+)\}?\{?([0-9]+)\}?|(?:([0-9]+) )?([0-9]+)/([0-9]+))")
+_MULTIPLIERS = {
+    "dozen": "12",
+    "hundred": "10^{2}",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+}
 _MULTIPLIER = re.compile(
     rf"(?<=[0-9}}]){_SPACE}*(?:\\(?:text|mbox)\{{\s*)?({'|'.join(_MULTIPLIERS)})s?(?![A-Za-z])\s*\}}?"
 )
@@ -66,13 +74,14 @@ _UNIT_NAMES = (
     ("cent",),
     ("a.m", "am"),
     ("p.m", "pm"),
-    ("mph",),
-    ("km/h", "kph"),
-    ("m/s",),
+    ("cup",),
     ("unit",),
 )
 _UNITS = {name: names[0] for names in _UNIT_NAMES for name in names}
 _UNIT = re.compile(r"([0-9})]|\\[a-z]+(?= ))\s?((?:square |sq |cubic )?)([A-Za-z][A-Za-z./]*)(?:\^\{?([23])\}?)?$")
+_BARE_UNIT = re.compile(r"(?<=[0-9}])\s*(?<!\\)([A-Za-z]{3,})\.?$")
+# The letters and pairs that math-verify may take for a unit; longer runs it takes only where they are one.
+_LAST_LETTERS = re.compile(r"(?:(?<=[0-9}\s])|(?<=\\[,;:! ]))([cdghlmost]|[a-z]{2})$")
 _BASE = re.compile(r"[0-9A-Za-z]_\{?([0-9]+)\}?$")
 _RATIO = re.compile(r"[0-9]+(?::[0-9]+){2,}")
 
@@ -120,7 +129,42 @@ def percentage(text: str) -> Fraction | None:
         text: an answer; untrusted.
     """
     found = re.fullmatch(r"(.+?) ?\\?%", plain(_PERCENT.sub("%", text)))
-    return None if found is None else number(found.group(1))
+    return None if found is None else exact_value(found.group(1))
+
+
+def exact_value(text: str) -> Fraction | None:
+    r"""The value of a decimal number, a fraction or a mixed number, exactly; None for anything else.
+
+    Args:
+        text: an answer; untrusted.
+    """
+    value = number(text)
+    found = _FRACTION.fullmatch(plain(text)) if value is None else None
+    if found is None:
+        return value
+    sign, *parts = found.groups()
+    whole, above, below = (int(part or 0) for part in (parts[:3] if parts[1] else parts[3:]))
+    return None if not below else (-1 if sign else 1) * (whole + Fraction(above, below))
+
+
+def measures(text: str) -> tuple[list[str], list[str]] | None:
+    r"""The numbers and the units of several measures, `3\text{ hours }45\text{ minutes}`; None for anything else.
+
+    math-verify reads the first of them alone.
+
+    Args:
+        text: an answer; untrusted.
+    """
+    text = plain(text)
+    numbers = re.findall(r"[0-9]+(?:\.[0-9]+)?", text)
+    units = [run for run in re.findall("[A-Za-z]+", text) if run not in ("and", "or", "by")]
+    if len(numbers) < 2 or not re.fullmatch("[0-9][0-9A-Za-z ,.]*", text):
+        return None
+    # Runs that may be products of variables are none, but for `cm` and its like.
+    known = [_known_unit(unit) for unit in units]
+    if not any(len(unit) > 1 and (name or not _is_symbol(unit)) for unit, name in zip(units, known, strict=True)):
+        return None
+    return numbers, [name or unit.lower() for unit, name in zip(units, known, strict=True)]
 
 
 def ratio(text: str) -> list[Fraction] | None:
@@ -175,18 +219,38 @@ def differ_in_notation(answer: str, gold: str) -> bool:
     return _is_anagram(answer, gold)
 
 
-def for_verifier(text: str) -> str:
+def has_variables(text: str) -> bool:
+    r"""Whether an answer has letters that are variables and no units: `3 + 2t` and `5m`, but not `5 m` or `5cm`.
+
+    Args:
+        text: an answer; untrusted.
+    """
+    bare = re.sub(r"\\[A-Za-z]+", " ", _WRAPPER.sub("", text)).strip()
+    measure = re.fullmatch(r"[-+]?[0-9.,]+(\s*)([A-Za-z]+)", bare)
+    if measure and _known_unit(measure.group(2)) and (measure.group(1) or len(measure.group(2)) > 1):
+        return False
+    return re.search("[A-Za-z]", bare) is not None
+
+
+def for_verifier(text: str, variables: bool = False) -> str:
     r"""The text as math-verify reads it rightly: `10\,080` as 10080, `1e-5` as a power of ten, `3 1/2` as a sum.
 
     Args:
         text: an answer in LaTeX; untrusted.
+        variables: a letter at the end is a variable, also one that could be a unit.
     """
     text = ungrouped(_without_delimiters(text.strip()))
     whole = _WRAPPER.fullmatch(text)
     # A number in a wrapper is a number; words stay in theirs, which keeps them from being products.
     if whole and re.match(r"\s*[-+.$\\0-9]", whole.group(1)):
         text = whole.group(1)
-    text = _MULTIPLIER.sub(lambda match: rf"\times 10^{{{_MULTIPLIERS[match.group(1)]}}}", text)
+    text = _MULTIPLIER.sub(lambda match: rf"\times {_MULTIPLIERS[match.group(1)]}", text)
+    # A unit of three letters or more is no product of variables.
+    text = _BARE_UNIT.sub(lambda m: rf"\text{{ {m.group(1)}}}" if _known_unit(m.group(1)) else m.group(), text)
+    # math-verify takes letters at the end for units, and drops them: the `t` of `3 + 2t`. In braces it keeps them.
+    last = _LAST_LETTERS.search(text)
+    if last and (not _known_unit(last.group(1)) or (variables and len(last.group(1)) == 1)):
+        text = f"{text[: last.start(1)]}{{{last.group(1)}}}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _PERCENT.sub(r"\\%", text))
     return re.sub(rf"(?<![A-Za-z0-9.]){_SCIENTIFIC.pattern}(?![A-Za-z0-9])", r"\1\\times 10^{\2}", text)
 
@@ -215,13 +279,19 @@ def _is_symbol(run: str) -> bool:
     return product or _FUNCTION.fullmatch(run) is not None
 
 
+def _known_unit(name: str) -> str | None:
+    """One name for all names of a unit, also of `m/s`; None for what is no unit that is known."""
+    name = {"mph": "mi/h", "kph": "km/h"}.get(name.lower(), name.lower())
+    parts = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
+    return None if None in parts else "/".join(part for part in parts if part)
+
+
 def _unit(text: str) -> tuple[str, str] | None:
     found = _UNIT.search(text)
     if found is None:
         return None
     _, power, name, exponent = found.groups()
-    name = name.lower()
-    known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
+    known = _known_unit(name)
     written = {"square ": "2", "sq ": "2", "cubic ": "3"}.get(power)
     return None if known is None else (known, exponent or written or "1")
 
