@@ -265,7 +265,9 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
             raise ValueError(
                 "a source has the checker 'function', but reward.function is None; name the function there"
             )
-        _check_function(examples, config)
+        problem = _pool(config).check("function")
+        if problem is not None:
+            raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
     for kind, package, extra in (("math", "math-verify", "math"), ("task", "reasoning-gym", "tasks")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
@@ -273,6 +275,9 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
                 f"the checker '{kind}' needs the package {package} ({problem}); run: pip install 'nested_reft[{extra}]'"
             )
     requests = {("accuracy", i, 0): r for i, e in enumerate(examples) if (r := _gold_request(e, config)) is not None}
+    # By now all metadata are known to be JSON, which a call of the function needs.
+    if config.function:
+        _check_function(examples, config)
     for (_, index, _), outcome in _run(requests, config).items():
         # The gold answer is checked against itself: a checker that refuses it would refuse every completion.
         if outcome.value != 1.0:
@@ -280,10 +285,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
 
 
 def _check_function(examples: Sequence[Example], config: RewardConfig) -> None:
-    """Refuses a function that does not load, or that scores none of the first gold answers."""
-    problem = _pool(config).check("function")
-    if problem is not None:
-        raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+    """Refuses a function that scores none of the first gold answers."""
     requests = [
         _function_request(e.answer, e.answer, e.question, e.metadata, finished=True) for e in examples[:TRIAL_CALLS]
     ]
