@@ -46,8 +46,8 @@ class RewardConfig:
         format_weight: reward for a completion in the checker's form, right or wrong; 0 or more.
         function: a function of your own, as `package.module:function` or `path/file.py:function`. It is
             called with the completion and a dictionary of `answer`, `prompt`, `metadata` and `finished`,
-            and returns a number of any kind that `float` takes. A run's configuration thus names code: look
-            before you load a stranger's run.
+            and returns a number of any kind that `float` takes. It is tried on a few gold answers before
+            training. A run's configuration thus names code: look before you load a stranger's run.
         function_weight: of that number in the reward.
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
             tokens before `rollout.max_completion_tokens`; 0 for none.
