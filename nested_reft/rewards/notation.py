@@ -82,6 +82,10 @@ _UNIT = re.compile(r"([0-9})]|\\[a-z]+(?= ))\s?((?:square |sq |cubic )?)([A-Za-z
 _BARE_UNIT = re.compile(r"(?<=[0-9}])\s*(?<!\\)([A-Za-z]{3,})\.?$")
 # The letters and pairs that math-verify may take for a unit; longer runs it takes only where they are one.
 _LAST_LETTERS = re.compile(r"(?:(?<=[0-9}\s])|(?<=\\[,;:! ]))([cdghlmost]|[a-z]{2})$")
+_NOUN = re.compile(
+    rf"(?:[0-9}})]|\\circ|\\pi){_SPACE}*\\(?:text|mbox|mathrm)\{{{_SPACE}*([A-Za-z]+)\.?{_SPACE}*\}}(?:\^\{{?[23]\}}?)?\.?$"
+)
+_REPEATING = re.compile(r"([0-9]{1,20})\.([0-9]{0,20})\\overline\{([0-9]{1,20})\}")
 _BASE = re.compile(r"[0-9A-Za-z]_\{?([0-9]+)\}?$")
 _RATIO = re.compile(r"[0-9]+(?::[0-9]+){2,}")
 
@@ -202,8 +206,8 @@ def differ_in_notation(answer: str, gold: str) -> bool:
     r"""Whether two answers differ in what algebra does not see, and are unequal for that.
 
     That is: numbers in a row (LaTeX multiplies them, math-verify adds them), known units (`5 cm`, `5 m`),
-    the base of a number, braces against round or square brackets, and words whose letters changed places. What
-    only one of them has, such as a unit, makes no difference.
+    the base of a number, braces against round or square brackets, words whose letters changed places, and what
+    is counted (`5\text{ pens}`, `5\text{ books}`). What only one of them has, such as a unit, makes no difference.
 
     Args:
         answer: what the completion marked; untrusted.
@@ -216,7 +220,7 @@ def differ_in_notation(answer: str, gold: str) -> bool:
         found = [reading(text) for text in texts]
         if None not in found and found[0] != found[1]:
             return True
-    return _is_anagram(answer, gold)
+    return _is_anagram(answer, gold) or _nouns_differ(answer, gold)
 
 
 def has_variables(text: str) -> bool:
@@ -244,6 +248,7 @@ def for_verifier(text: str, variables: bool = False) -> str:
     # A number in a wrapper is a number; words stay in theirs, which keeps them from being products.
     if whole and re.match(r"\s*[-+.$\\0-9]", whole.group(1)):
         text = whole.group(1)
+    text = _REPEATING.sub(_repeating_fraction, text)
     text = _MULTIPLIER.sub(lambda match: rf"\times {_MULTIPLIERS[match.group(1)]}", text)
     # A unit of three letters or more is no product of variables.
     text = _BARE_UNIT.sub(lambda m: rf"\text{{ {m.group(1)}}}" if _known_unit(m.group(1)) else m.group(), text)
@@ -263,6 +268,14 @@ def without_units(text: str) -> str:
     """
     text = plain(re.sub(rf"{_WRAPPER.pattern}(?:\^\{{?[23]\}}?)?|\\[$%]|%|\^\{{?\\circ\}}?", "", for_verifier(text)))
     return text if _unit(text) is None else _UNIT.sub(r"\1", text)
+
+
+def _repeating_fraction(match: re.Match[str]) -> str:
+    r"""A repeating decimal, `0.1\overline{6}`, as the fraction that it is."""
+    whole, start, period = match.groups()
+    # Of x = a.bccc..., 10^|bc| x - 10^|b| x is an integer.
+    above = int(whole + start + period) - int(whole + start)
+    return rf"\frac{{{above}}}{{{10 ** len(start + period) - 10 ** len(start)}}}"
 
 
 def _without_delimiters(text: str) -> str:
@@ -306,6 +319,19 @@ def _bracket(text: str) -> bool | None:
     if "," not in text or not text.startswith(("\\{", "(", "[")):
         return None
     return text.startswith("\\{")
+
+
+def _nouns_differ(answer: str, gold: str) -> bool:
+    """Whether both end in a word in a wrapper, and the words are different; known units are compared before."""
+    found = [_NOUN.search(text) for text in (answer, gold)]
+    if found[0] is None or found[1] is None:
+        return False
+    first, second = (match.group(1).casefold() for match in found if match)
+    if _known_unit(first) and _known_unit(second):
+        return False
+    # An abbreviation has the first letter of its word, and a plural has the beginning of its singular.
+    letters = 1 if min(len(first), len(second)) <= 3 else 3
+    return first[:letters] != second[:letters]
 
 
 def _is_anagram(answer: str, gold: str) -> bool:
