@@ -11,6 +11,7 @@ from collections import Counter
 from fractions import Fraction
 
 from nested_reft.rewards.exact_answer import parse_number
+from nested_reft.rewards.units import known_unit
 
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|[mh]box|emph|underline|operatorname)"
@@ -44,40 +45,6 @@ _MULTIPLIER = re.compile(
 _PERCENT = re.compile(rf"(?<=[0-9}}]){_SPACE}*(?:\\(?:text|mbox)\{{\s*percent\s*\}}|percent(?![A-Za-z]))")
 
 _FUNCTION = re.compile("arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|sec|csc|cot|log|ln|exp|max|min|gcd|lcm|det|sqrt|infinity")
-# The names of a unit, in the singular and without the final s of `inches`.
-_UNIT_NAMES = (
-    ("mm", "millimeter", "millimetre"),
-    ("cm", "centimeter", "centimetre"),
-    ("m", "meter", "metre"),
-    ("km", "kilometer", "kilometre"),
-    ("in", "inch", "inche"),
-    ("ft", "foot", "feet"),
-    ("yd", "yard"),
-    ("mi", "mile"),
-    ("mg", "milligram"),
-    ("g", "gram"),
-    ("kg", "kilogram"),
-    ("lb", "pound"),
-    ("oz", "ounce"),
-    ("ml", "milliliter", "millilitre"),
-    ("l", "liter", "litre"),
-    ("s", "sec", "second"),
-    ("min", "minute"),
-    ("h", "hr", "hour"),
-    ("day",),
-    ("week",),
-    ("month",),
-    ("yr", "year"),
-    ("degree",),
-    ("rad", "radian"),
-    ("dollar",),
-    ("cent",),
-    ("a.m", "am"),
-    ("p.m", "pm"),
-    ("cup",),
-    ("unit",),
-)
-_UNITS = {name: names[0] for names in _UNIT_NAMES for name in names}
 _UNIT = re.compile(r"([0-9})]|\\[a-z]+(?= ))\s?((?:square |sq |cubic )?)([A-Za-z][A-Za-z./]*)(?:\^\{?([23])\}?)?$")
 _BARE_UNIT = re.compile(r"(?<=[0-9}])\s*(?<!\\)([A-Za-z]{3,})\.?$")
 # The letters and pairs that math-verify may take for a unit; longer runs it takes only where they are one.
@@ -165,7 +132,7 @@ def measures(text: str) -> tuple[list[str], list[str]] | None:
     if len(numbers) < 2 or not re.fullmatch("[0-9][0-9A-Za-z ,.]*", text):
         return None
     # Runs that may be products of variables are none, but for `cm` and its like.
-    known = [_known_unit(unit) for unit in units]
+    known = [known_unit(unit) for unit in units]
     if not any(len(unit) > 1 and (name or not _is_symbol(unit)) for unit, name in zip(units, known, strict=True)):
         return None
     return numbers, [name or unit.lower() for unit, name in zip(units, known, strict=True)]
@@ -231,7 +198,7 @@ def has_variables(text: str) -> bool:
     """
     bare = re.sub(r"\\[A-Za-z]+", " ", _WRAPPER.sub("", text)).strip()
     measure = re.fullmatch(r"[-+]?[0-9.,]+(\s*)([A-Za-z]+)", bare)
-    if measure and _known_unit(measure.group(2)) and (measure.group(1) or len(measure.group(2)) > 1):
+    if measure and known_unit(measure.group(2)) and (measure.group(1) or len(measure.group(2)) > 1):
         return False
     return re.search("[A-Za-z]", bare) is not None
 
@@ -251,10 +218,10 @@ def for_verifier(text: str, variables: bool = False) -> str:
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _MULTIPLIER.sub(lambda match: rf"\times {_MULTIPLIERS[match.group(1)]}", text)
     # A unit of three letters or more is no product of variables.
-    text = _BARE_UNIT.sub(lambda m: rf"\text{{ {m.group(1)}}}" if _known_unit(m.group(1)) else m.group(), text)
+    text = _BARE_UNIT.sub(lambda m: rf"\text{{ {m.group(1)}}}" if known_unit(m.group(1)) else m.group(), text)
     # math-verify takes letters at the end for units, and drops them: the `t` of `3 + 2t`. In braces it keeps them.
     last = _LAST_LETTERS.search(text)
-    if last and (not _known_unit(last.group(1)) or (variables and len(last.group(1)) == 1)):
+    if last and (not known_unit(last.group(1)) or (variables and len(last.group(1)) == 1)):
         text = f"{text[: last.start(1)]}{{{last.group(1)}}}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _PERCENT.sub(r"\\%", text))
     return re.sub(rf"(?<![A-Za-z0-9.]){_SCIENTIFIC.pattern}(?![A-Za-z0-9])", r"\1\\times 10^{\2}", text)
@@ -292,19 +259,12 @@ def _is_symbol(run: str) -> bool:
     return product or _FUNCTION.fullmatch(run) is not None
 
 
-def _known_unit(name: str) -> str | None:
-    """One name for all names of a unit, also of `m/s`; None for what is no unit that is known."""
-    name = {"mph": "mi/h", "kph": "km/h"}.get(name.lower(), name.lower())
-    parts = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in name.split("/")]
-    return None if None in parts else "/".join(part for part in parts if part)
-
-
 def _unit(text: str) -> tuple[str, str] | None:
     found = _UNIT.search(text)
     if found is None:
         return None
     _, power, name, exponent = found.groups()
-    known = _known_unit(name)
+    known = known_unit(name)
     written = {"square ": "2", "sq ": "2", "cubic ": "3"}.get(power)
     return None if known is None else (known, exponent or written or "1")
 
@@ -327,7 +287,7 @@ def _nouns_differ(answer: str, gold: str) -> bool:
     if found[0] is None or found[1] is None:
         return False
     first, second = (match.group(1).casefold() for match in found if match)
-    if _known_unit(first) and _known_unit(second):
+    if known_unit(first) and known_unit(second):
         return False
     # An abbreviation has the first letter of its word, and a plural has the beginning of its singular.
     letters = 1 if min(len(first), len(second)) <= 3 else 3
