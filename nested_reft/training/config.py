@@ -244,7 +244,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     value = config.to_json()
 
     def absolute(name: Any) -> str:
-        path = directory.absolute() / Path(name).expanduser()
+        path = directory.absolute() / os.path.expanduser(name)  # which leaves `~nobody` as it is
         # Shipped files are looked for last, so a file of the user's own takes their place.
         places = [path, *(shipped / name for shipped in CONFIG_DIRECTORIES)]
         return os.path.normpath(next((place for place in places if place.exists()), path))
@@ -259,7 +259,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
         value["reward"]["function"] = f"{absolute(file)}:{function}"
     model = value["model"]["name"]
     # Known names come before files, so that a configuration means the same model in every directory.
-    if model and model not in ("scratch", *known_models()) and (directory / Path(model).expanduser()).exists():
+    if model and model not in ("scratch", *known_models()) and (directory / os.path.expanduser(model)).exists():
         value["model"]["name"] = absolute(model)
     return Config.from_json(value)
 

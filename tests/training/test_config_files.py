@@ -149,6 +149,8 @@ def test_paths_of_overrides_lead_from_the_working_directory(load, tmp_path, monk
     assert field(config, "folder", source=1) == str(tmp_path / "there" / "gsm8k")
     config = load(PATHS, reward={"function": "~/here.py:reward"})
     assert config.reward.function == f"{Path.home() / 'here.py'}:reward"
+    config = load(PATHS, reward={"function": "~nobody_of_this_name/here.py:reward"})
+    assert config.reward.function == f"{tmp_path / '~nobody_of_this_name' / 'here.py'}:reward"
 
 
 @pytest.mark.parametrize(
