@@ -241,7 +241,8 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     Raises:
         ValueError: a field holds what JSON cannot keep, or a value of the wrong type.
     """
-    value = config.to_json()
+    # The way there and back checks the types, which a user's own file may have wrong.
+    value = Config.from_json(config.to_json()).to_json()
 
     def absolute(name: Any) -> str:
         path = directory.absolute() / os.path.expanduser(name)  # which leaves `~nobody` as it is

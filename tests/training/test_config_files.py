@@ -116,6 +116,14 @@ def get_config():
             'mine_config.py\': .*field "train.steps" - should be "int" instead of value "2.5"',
         ),
         (
+            "def get_config():\n    return put(tiny, data=None)",
+            'mine_config.py\': .*field "data" - should be "DataConfig"',
+        ),
+        (
+            "def get_config():\n    return put(tiny, data=put(tiny.data, sources=3))",
+            "mine_config.py': data.sources is 3",
+        ),
+        (
             "def get_config():\n    source = put(tiny.data.sources[0], parameters={'a': {1, 2}})\n"
             "    return put(tiny, data=put(tiny.data, sources=(source,)))",
             r"mine_config.py': data.sources.0.parameters.a is \{1, 2\}, of type set; JSON cannot keep",
