@@ -413,13 +413,13 @@ def _group_gradients(loss, length_NG, reward_XNG, target_XNGC, old_XNGC, referen
     def of_group(target_GC, group):
         """The gradient with respect to one group's log-probabilities, and the sums behind its weights."""
 
-        def loss_sum(target_BGC):
+        def mean_loss(target_BGC):
             output = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
-            return output.total.sum, (output.total.weight, output.parts)
+            return output.mean(), output.parts
 
-        gradient_BGC, (weight, parts) = jax.grad(loss_sum, has_aux=True)(target_GC[None])
+        gradient_BGC, parts = jax.grad(mean_loss, has_aux=True)(target_GC[None])
         mean, square = parts["weight_mean"], parts["weight_square_mean"]
-        # The loss is minimised and J is maximised, hence the sign. The weight is what the trainer divides by.
-        return -gradient_BGC[0] / weight, jnp.stack([mean.weight, mean.sum, square.sum])
+        # The loss is minimised and J is maximised, hence the sign.
+        return -gradient_BGC[0], jnp.stack([mean.weight, mean.sum, square.sum])
 
     return jax.vmap(of_prompt)(reward_XNG, target_XNGC, old_XNGC, reference_XNGC, nested_XNGC, behavior_XNGC)
