@@ -8,7 +8,6 @@ from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.registry import make_objective
 from nested_reft.losses.supervised import Supervised, SupervisedConfig
-from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.training.config import load_config
 
 EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=8)
@@ -124,15 +123,6 @@ def test_groups_of_one_need_no_baseline():
     for advantage in ("leave_one_out", "group_mean", "group_std"):
         with pytest.raises(ValueError, match=r"group_size 1: .*needs 2 or more.*use advantage 'no_baseline'"):
             with_loss(dataclasses.replace(EXACT, advantage=advantage), group_size=1)
-
-
-@pytest.mark.parametrize("sampling", [SamplingConfig(top_k=5), SamplingConfig(top_p=0.9)])
-def test_truncated_sampling_forbids_the_claim(sampling):
-    for loss, rollout in ((EXACT, {}), (MIXTURE, {"mixture_alpha": 0.25})):
-        with_loss(loss, **rollout)
-        with pytest.raises(ValueError, match=r"rollout\.sampling truncates.*Set top_k 0 and top_p 1, or choose"):
-            with_loss(loss, sampling=sampling, **rollout)
-    with_loss(TOKEN, sampling=sampling)
 
 
 def test_the_mixture_weight_needs_rollouts_of_a_mixture():
