@@ -143,11 +143,17 @@ def questions_of_parts(data: RunData, sources: Sequence[str]) -> list[list[int]]
 def heldout(trainer: Trainer) -> dict[str, Evaluation]:
     """Sampled and greedy results of each source of the configuration; the curriculum does not see them."""
     config, policy = trainer.config, trainer.state.learner.policy()
-    # Every evaluation of a seed draws with the same key, so that curves differ by the policies alone.
-    key = jax.random.key(config.train.seed)
+    # Every evaluation of a seed draws with the same keys, so that curves differ by the policies alone.
     return {
-        source.name: evaluate_examples(policy, examples, config.reward, config.evaluation, key, samples=True)
-        for source, examples in zip(config.data.sources, trainer.data.heldout_examples, strict=True)
+        source.name: evaluate_examples(
+            policy,
+            trainer.data.heldout_examples[index],
+            config.reward,
+            config.evaluation,
+            trainer.keys.evaluation(index),
+            samples=True,
+        )
+        for index, source in enumerate(config.data.sources)
     }
 
 

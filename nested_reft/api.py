@@ -18,6 +18,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
@@ -167,10 +168,16 @@ def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dic
     Returns:
         One result for each source of the configuration.
     """
-    config, key = setup.config, jax.random.key(setup.config.train.seed)
+    config, keys = setup.config, RunKeys(jax.random.key(setup.config.train.seed))
     return {
         source.name: evaluate_examples(
-            setup.policy, setup.data.heldout_examples[index], config.reward, config.evaluation, key, samples, plan
+            setup.policy,
+            setup.data.heldout_examples[index],
+            config.reward,
+            config.evaluation,
+            keys.evaluation(index),
+            samples,
+            plan,
         )
         for index, source in enumerate(config.data.sources)
     }

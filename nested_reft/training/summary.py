@@ -25,12 +25,11 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
     after = trainer.evaluate_all(config.train.steps)
     # The last checkpoint has its position already, so these prompts move nothing that a resumed run reads.
     prompts = trainer.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
-    key = trainer.keys.throughput
     throughput = compare_throughput(
         state.learner.behavior_policy(),
         prompts,
-        trainer.draw_plan(key),
-        key,
+        trainer.draw_plan(trainer.keys.throughput_plan),
+        trainer.keys.throughput,
         config.rollout.group_size,
         trainer.data.shared_prefix,
     )

@@ -218,7 +218,7 @@ class Trainer:
             self.data.heldout_examples[source],
             config.reward,
             config.evaluation,
-            keys.evaluation,
+            keys.evaluation(source),
             samples,
         )
 
