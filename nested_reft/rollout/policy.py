@@ -139,9 +139,7 @@ class Policy:
         Raises:
             ValueError: a forced prefix does not fit into a completion.
         """
-        forced = prompts.forced if forced is None else forced
         limit = max_completion_tokens or self.max_completion_tokens
-        _check_forced(forced, limit)
         return generate(
             self.model,
             self._spread(prompts.tokens_BP),
@@ -152,7 +150,7 @@ class Policy:
             key,
             # A number that may change from call to call is an argument; as a constant it would recompile.
             self.version,
-            self._spread(forced),
+            self._spread(_fitting(prompts.forced if forced is None else forced, limit)),
             group_size=group_size,
             max_completion_tokens=limit,
             sampling=sampling or self.sampling,
@@ -180,7 +178,6 @@ class Policy:
         Raises:
             ValueError: a forced prefix does not fit into a completion.
         """
-        _check_forced(prompts.forced, self.max_completion_tokens)
         return generate_exact(
             self.model,
             self._spread(prompts.tokens_BP),
@@ -189,7 +186,7 @@ class Policy:
             self._stop_ids(stops),
             key,
             self.version,
-            self._spread(prompts.forced),
+            self._spread(_fitting(prompts.forced, self.max_completion_tokens)),
             group_size=group_size,
             max_completion_tokens=self.max_completion_tokens,
             sampling=self.sampling,
@@ -368,10 +365,11 @@ class Policy:
         return Completion(self.tokenizer.decode(tokens), tokens, logprob, bool(rollouts.finished_BG[row, number]))
 
 
-def _check_forced(forced: ForcedPrefixes | None, limit: int) -> None:
-    """Refuses lengths that are not there: compiled programs would move what does not fit, without a word."""
+def _fitting(forced: ForcedPrefixes | None, limit: int) -> ForcedPrefixes | None:
+    """The prefixes without padding beyond the limit. Compiled programs would move what does not fit, without a word, so
+    lengths that do not are refused here."""
     if forced is None:
-        return
+        return None
     length_BG, most = np.asarray(forced.length_BG), min(forced.tokens_BGF.shape[-1], limit)
     wrong = length_BG[(length_BG < 0) | (length_BG > most)]
     if wrong.size:
@@ -379,6 +377,7 @@ def _check_forced(forced: ForcedPrefixes | None, limit: int) -> None:
             f"forced.length_BG holds {int(wrong[0])}; allowed is 0 to {most}: prefixes have"
             f" {forced.tokens_BGF.shape[-1]} tokens, and completions {limit}"
         )
+    return dataclasses.replace(forced, tokens_BGF=forced.tokens_BGF[..., :limit])
 
 
 @partial(jax.jit, static_argnames=("temperature", "shared_prefix"))

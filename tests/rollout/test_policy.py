@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nested_reft.layer_skip import LayerPlan
+from nested_reft.rollout import policy as rollout_policy
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.training.setup import initial_policy
@@ -56,6 +57,20 @@ def test_prefixes_that_do_not_fit_are_refused(policy, length, size, most):
     ):
         with pytest.raises(ValueError, match=message):
             draw(prompts_with(length, size))
+
+
+def test_padding_beyond_the_limit_is_cut(policy, monkeypatch):
+    """The caches of drafts have no room for it."""
+    given = []
+
+    def draw(*arguments, **_):
+        given.append(arguments[7])
+        raise InterruptedError
+
+    monkeypatch.setattr(rollout_policy, "generate_exact", draw)
+    with pytest.raises(InterruptedError):
+        policy.generate_exact(prompts_with(8, 12), LayerPlan.full(6), jax.random.key(0), group_size=1, draft_length=2)
+    assert given[0].tokens_BGF.shape == (1, 1, 8) and given[0].length_BG.tolist() == [[8]]
 
 
 def test_the_limit_of_a_call_is_the_one_that_prefixes_must_fit(policy):
