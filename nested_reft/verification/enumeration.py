@@ -244,14 +244,18 @@ def all_combinations() -> list[PolicyGradientConfig]:
 
 
 def _name(loss: PolicyGradientConfig) -> str:
-    """An estimator's name, from its required parts and what differs from the defaults of the others."""
-    changed = [
-        f.name for f in dataclasses.fields(loss) if f.default not in (dataclasses.MISSING, getattr(loss, f.name))
-    ]
+    """An estimator's name: its required parts, and the optional ones that are not at their defaults."""
+    optional = [f for f in dataclasses.fields(loss) if f.default is not dataclasses.MISSING]
+    changed = {f.name: getattr(loss, f.name) for f in optional if getattr(loss, f.name) != f.default}
     # A length and a coefficient are numbers of a part that has its own name here.
-    parts = [f"{name} {getattr(loss, name)}" for name in changed if not name.endswith(("_tokens", "kl_coefficient"))]
-    required = (loss.bias_mitigation, loss.level, loss.advantage, loss.normalization)
-    return ", ".join([*required, *parts]).replace("_", " ")
+    parts = [
+        str(value) if isinstance(value, str) else f"{name} {value}"
+        for name, value in changed.items()
+        if not name.endswith(("_tokens", "kl_coefficient"))
+    ]
+    # Most of the list divides by a fixed length, which is therefore not said.
+    divisor = [loss.normalization] * (loss.normalization != "fixed_length")
+    return ", ".join([loss.bias_mitigation, loss.level, loss.advantage, *divisor, *parts]).replace("_", " ")
 
 
 def report(scenario: str, estimator: Estimator, policies: EnumeratedPolicies) -> EstimatorReport:
