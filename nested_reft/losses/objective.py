@@ -68,7 +68,8 @@ class LossOutput:
         total: the loss's sum and its divisor.
         parts: what is logged, by name; each is divided by a weight of its own.
         weight_BGC: the weight that each token's gradient had, zero at tokens that do not count.
-        penalty: a second sum of the loss, where its divisor is another one. It costs a backward pass more.
+        penalty: a second sum of the loss, where its divisor is another one. It costs one backward pass and one gradient
+            more.
     """
 
     total: Weighted
