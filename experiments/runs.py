@@ -144,8 +144,8 @@ def questions_of_parts(data: RunData, sources: Sequence[str]) -> list[list[int]]
 def heldout(trainer: Trainer) -> dict[str, Evaluation]:
     """Sampled and greedy results of each source of the configuration; the curriculum does not see them."""
     state, config = trainer.state, trainer.config
-    # Every evaluation of a seed draws with the same key, so that curves differ by the policies alone.
-    return heldout_results(state.learner.policy(), state.data, config, jax.random.key(config.train.seed))
+    # Every evaluation of a seed draws with the same keys, so that curves differ by the policies alone.
+    return heldout_results(state.learner.policy(), state.data, config, trainer.keys.evaluation)
 
 
 def _stored_model(file: Path, setup: Setup) -> Transformer:

@@ -19,6 +19,7 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
@@ -168,8 +169,8 @@ def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dic
     Returns:
         One result for each source of the configuration.
     """
-    key = jax.random.key(setup.config.train.seed)
-    return heldout_results(setup.policy, setup.data, setup.config, key, plan, samples)
+    keys = RunKeys(jax.random.key(setup.config.train.seed))
+    return heldout_results(setup.policy, setup.data, setup.config, keys.evaluation, plan, samples)
 
 
 def without_plans(config: Config) -> Config:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
+from nested_reft.losses.config import PolicyGradientConfig
 
 if TYPE_CHECKING:  # the configuration imports its rules
     from nested_reft.training.config import Config
@@ -119,17 +119,23 @@ def dynamic_sampling_needs_a_group(config: Config) -> None:
         )
 
 
-def unbiased_weights_need_full_support(config: Config) -> None:
-    """Truncated sampling takes completions away that the target may produce."""
-    sampling, loss = config.rollout.sampling, config.loss
-    truncates = sampling.top_k > 0 or sampling.top_p < 1
-    # Only a configuration that claims to be unbiased is refused; a biased one makes no promise that truncation could
-    # break.
-    if truncates and isinstance(loss, PolicyGradientConfig) and claims_unbiased(loss):
+def ratios_need_full_support(config: Config) -> None:
+    """Truncated sampling draws from a renormalised distribution, and the update knows only the whole one."""
+    sampling, loss, hold = config.rollout.sampling, config.loss, config.nesting_control.hold
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return
+    how = f"rollout.sampling truncates (top_k {sampling.top_k}, top_p {sampling.top_p:g})"
+    # `practical` compares two full distributions, and `one` none, so truncation does not distort their weights.
+    if isinstance(loss, PolicyGradientConfig) and loss.bias_mitigation not in ("one", "practical"):
         raise ValueError(
-            f"rollout.sampling truncates (top_k or top_p), but loss.bias_mitigation '{loss.bias_mitigation}' at"
-            " 'sequence' level is unbiased only where the behavior policy can draw every completion. Set top_k 0"
-            " and top_p 1, or choose a biased weight knowingly: level 'token', or bias_mitigation 'retrace'"
+            f"{how}, but loss.bias_mitigation '{loss.bias_mitigation}' compares with the distribution that was drawn"
+            " from: on-policy, its ratio would be the mass that is kept and not 1. Set top_k 0 and top_p 1, or use"
+            " bias_mitigation 'practical' or 'one'"
+        )
+    if hold is not None:
+        raise ValueError(
+            f"{how}, but nesting_control.hold is '{hold}': the mass that truncation cuts off would count as divergence"
+            " of the nested policy. Set top_k 0 and top_p 1, or use no nesting_control"
         )
 
 
@@ -166,7 +172,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     dynamic_sampling_needs_a_group,
-    unbiased_weights_need_full_support,
+    ratios_need_full_support,
     static_weights_name_every_source,
     static_weights_need_undivided_sources,
     bfloat16_weights_need_adapters,
