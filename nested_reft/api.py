@@ -20,6 +20,7 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
@@ -169,8 +170,8 @@ def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dic
     Returns:
         One result for each source of the configuration.
     """
-    key = jax.random.key(setup.config.train.seed)
-    return heldout_results(setup.policy, setup.data, setup.config, key, plan, samples)
+    keys = RunKeys(jax.random.key(setup.config.train.seed))
+    return heldout_results(setup.policy, setup.data, setup.config, keys.evaluation, plan, samples)
 
 
 def without_plans(config: Config) -> Config:
@@ -220,7 +221,7 @@ def open_trainer(
         setup = prepare(config)
         check_memory(setup)
         if directory is None:
-            directory = RunDirectory.create(Path(runs), config.name, config.to_json())
+            directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
         on_failure.pop_all()
     print(f"run directory: {directory.path}")
     trainer = Trainer(setup, directory, on_step)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from nested_reft.json_files import write_json
+from nested_reft.models.registry import hub_revision
 from nested_reft.run_logs import Events, Log, cut, mend
 
 # The step of the first line, of a log with one line for each step; None of the other.
@@ -76,7 +77,9 @@ class RunDirectory:
         run = cls(path)
         # The configuration comes first: a directory without it is not a run.
         write_json(path / "config.json", config)
-        write_json(path / "versions.json", versions())
+        # A name on the hub means other weights once its owner has changed them, so the commit is kept.
+        revision = hub_revision(config["model"]["name"]) if "model" in config else None
+        write_json(path / "versions.json", versions() | {"model_revision": revision})
         run.marks()  # opens the logs: a run that has no lines yet has empty ones
         return run
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from nested_reft.literals import check_choice
 
-Split = Literal["none", "pass_rate"]
+SplitKind = Literal["none", "pass_rate"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class SplitConfig:
         sources: names of the sources to divide; empty for all.
     """
 
-    kind: Split = "none"
+    kind: SplitKind = "none"
     parts: int = 4
     samples: int = 8
     sources: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_choice("data.split.kind", self.kind, Split)
+        check_choice("data.split.kind", self.kind, SplitKind)
         if self.parts < 2:
             raise ValueError(f"data.split.parts is {self.parts}; allowed is 2 or more")
         if self.samples < 1:

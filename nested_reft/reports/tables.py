@@ -30,16 +30,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
 
-def printable(text: str) -> str:
-    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes.
-
-    Args:
-        text: untrusted.
-    """
-    # A terminal would obey escape sequences in what a model wrote.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def share(value: float | None) -> str:
     """A share with three decimals, or a dash where there is none.
 
@@ -110,7 +100,7 @@ def estimator_table(results: Sequence[dict[str, Any]]) -> str:
         rows = [
             [
                 result["estimator"],
-                "claimed" if result["claims_unbiased"] else "",
+                _claim(result["claimed_scale"]),
                 f"{result['relative_bias']:.1e}",
                 f"{result['direction_bias']:.1e}",
                 f"{result['scale']:.3f}",
@@ -123,9 +113,17 @@ def estimator_table(results: Sequence[dict[str, Any]]) -> str:
         tables.append(f"{scenario}\n\n{table(header, rows)}")
     legend = (
         "Bias and variance of one group's gradient, relative to the true gradient's length (squared for the variance)."
-        " Direction bias is what the best scaling leaves; about 1e-6 is float32."
+        " Direction bias is what the best scaling leaves; about 1e-6 is float32. 'claimed, times s' claims the right"
+        " direction and s times the right length, so its relative bias is 1 - s."
     )
     return "\n\n".join([*tables, legend])
+
+
+def _claim(scale: float | None) -> str:
+    """What an estimator claims of its expected gradient."""
+    if scale is None:
+        return ""
+    return "claimed" if scale == 1 else f"claimed, times {scale:.3f}"
 
 
 def cost_table(costs: list[dict[str, Any]], unit: str = "chip") -> str:

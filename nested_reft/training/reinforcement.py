@@ -60,8 +60,8 @@ class Reinforcement:
 
     def start(self, state: RunState) -> None:
         """Held-out results before the first step."""
-        key = self._keys.step(0).evaluation
-        found = heldout_results(state.learner.policy(), state.data, self._config, key)
+        key_of = self._keys.step(0).evaluation
+        found = heldout_results(state.learner.policy(), state.data, self._config, key_of)
         # They go into the state, because the summary compares with them, perhaps after a resume.
         state.before = {name: result.to_json() for name, result in found.items()}
         self._run.log_metrics(0, {f"heldout/{name}": result.greedy_accuracy for name, result in found.items()})
@@ -98,7 +98,9 @@ class Reinforcement:
         # Several training sources may be parts of one source of the configuration, whose prompts are held out once.
         drawn = np.unique(found.all.prompts.source_B)
         sources = sorted({state.data.heldout_of_source[int(index)] for index in drawn})
-        key = self._keys.step(found.number).evaluation
-        results = heldout_results(state.learner.policy(), state.data, self._config, key, samples=False, sources=sources)
+        key_of = self._keys.step(found.number).evaluation
+        results = heldout_results(
+            state.learner.policy(), state.data, self._config, key_of, samples=False, sources=sources
+        )
         self._shown_accuracy = {f"heldout/{name}": result.greedy_accuracy for name, result in results.items()}
         return results

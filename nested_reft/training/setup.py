@@ -15,6 +15,7 @@ from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
+from nested_reft.layer_skip import check_share
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
@@ -23,7 +24,7 @@ from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.training.config import Config, find_data_file
+from nested_reft.training.config import Config, with_absolute_paths
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         ValueError: something in the configuration cannot work; names the field, its value and
             what is allowed.
     """
+    # Paths of a configuration file are absolute by now. Others were given in this working directory.
+    config = with_absolute_paths(config, Path.cwd())
     # A resumed run reads its configuration from a file, so it has to come back as it was.
     if Config.from_json(config.to_json()) != config:
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
@@ -95,18 +98,14 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     policy = initial_policy(config) if policy is None else policy
     tokenizer, num_layers = policy.tokenizer, policy.num_layers
     config.nesting.validate_for(num_layers)
-    # A small ratio of few layers rounds down to none, which no error would show.
-    if config.nesting.skip_ratio and config.nesting.num_skipped(num_layers) == 0:
-        logger.warning(
-            "nesting.skip_ratio is %g, which of %d layers is none: rollouts are the full model's",
-            config.nesting.skip_ratio,
-            num_layers,
-        )
+    if config.warm_start.steps:
+        check_share("warm_start.layer_dropout", config.warm_start.layer_dropout, num_layers)
+    _warn_of_warmup(config)
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
-        divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
+        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers)
     check_positions(config, policy.model.config)
     train, heldout = (
         [
@@ -129,6 +128,20 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
     )
     return Setup(config, policy, data, divergence_L)
+
+
+def _warn_of_warmup(config: Config) -> None:
+    """Says so where the learning rate is still rising when the run ends."""
+    warmup, updates = config.optimizer.warmup_steps, config.train.steps * config.train.updates_per_batch
+    if warmup >= updates:
+        logger.warning(
+            "optimizer.warmup_steps is %d, and the run makes %d updates: the learning rate rises to its end, to %.3g"
+            " of %.3g",
+            warmup,
+            updates,
+            config.optimizer.learning_rate * updates / warmup,
+            config.optimizer.learning_rate,
+        )
 
 
 def check_positions(config: Config, model: ModelConfig) -> None:

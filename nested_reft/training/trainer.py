@@ -158,7 +158,7 @@ class Trainer:
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
-            state.curriculum = curriculum.observe(state.curriculum, config.curriculum, scored)
+            state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
             state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
