@@ -103,7 +103,7 @@ def tensorboard_points(path):
         while place < len(data):
             # A record is its length in 8 bytes, a checksum of 4, the event, and another checksum.
             (length,) = struct.unpack_from("<Q", data, place)
-            event = event_pb2.Event()
+            event = event_pb2.Event()  # pyright: ignore[reportAttributeAccessIssue] generated at import
             event.ParseFromString(data[place + 12 : place + 12 + length])
             points += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
             purged += [event.step] * event.HasField("session_log")

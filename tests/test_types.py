@@ -225,7 +225,7 @@ def test_scored_groups_come_back_from_a_checkpoint(forced, tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, {"updates": jnp.zeros(())}, {"groups": groups.to_plain()})
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        found = columns(Scored.from_plain(checkpoints.restore_host()[1]["groups"]))
+        found = columns(Scored.from_plain(checkpoints.restore_host(1)["groups"]))
     expected = columns(groups)
     assert list(found) == list(expected)
     for name, value in expected.items():
