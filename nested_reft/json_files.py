@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nested_reft.untrusted import BadFile
+
 
 def check_writable(path: Path) -> None:
     """Refuses a file that could not be written, before the work whose result it is to hold.
@@ -47,14 +49,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty when there is no such file.
 
     Raises:
-        ValueError: the file does not hold a JSON object.
+        BadFile: the file does not hold a JSON object.
     """
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); fetch it again") from error
+        raise BadFile(f"'{path}' is not valid JSON ({error}); fetch it again") from error
+    except RecursionError as error:
+        raise BadFile(f"'{path}' is not read: its JSON is nested too deep; fetch it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"'{path}' holds a JSON {type(value).__name__}; it must hold an object")
+        raise BadFile(f"'{path}' holds a JSON {type(value).__name__}; it must hold an object")
     return value

@@ -11,16 +11,24 @@ from typing import Any, Protocol, runtime_checkable
 class PromptTokenizer(Protocol):
     """What writing prompts needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text.
+            add_special_tokens: also add what the tokenizer puts around plain text.
+        """
         ...
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The text of a chat.
 
         Args:
             messages: turns with `role` and `content`, the oldest first.
             add_generation_prompt: end with the opening of the assistant's turn.
+            variables: further variables of the template.
         """
         ...
 
@@ -55,22 +63,31 @@ class PromptFormat:
         system: the chat's system message; None leaves it to the chat template.
         demonstrations: earlier turns of the chat that show how to answer: pairs of a user's message
             and the reply to it, word for word.
+        variables: of the chat template, by name, such as `(("enable_thinking", False),)`.
     """
 
     template: str = "{question}"
     chat: bool = True
     system: str | None = None
     demonstrations: tuple[tuple[str, str], ...] = ()
+    variables: tuple[tuple[str, bool | int | str], ...] = ()
 
     def __post_init__(self):
-        for name, value in (("system", self.system), ("demonstrations", self.demonstrations)):
-            if value and not self.chat:
+        for name in ("system", "demonstrations", "variables"):
+            if (value := getattr(self, name)) and not self.chat:
                 raise ValueError(
                     f"data.prompt.{name} is {value!r}, but data.prompt.chat is False; plain text has no turns"
                 )
+        names = [name for name, _ in self.variables]
+        # These two are what a prompt is made of.
+        if len(set(names)) < len(names) or {"messages", "add_generation_prompt"} & set(names):
+            raise ValueError(
+                f"data.prompt.variables is {self.variables!r}; each name must be there once, and messages and"
+                " add_generation_prompt are given already"
+            )
 
     def with_chat(self, chat: bool) -> PromptFormat:
-        """The same format with the chat template applied or not; plain text has no system message and no turns."""
+        """The same format with the chat template applied or not; plain text keeps the template alone."""
         # The constructor refuses a system message without chat, so plain text starts from a new format.
         return dataclasses.replace(self, chat=True) if chat else PromptFormat(self.template, chat=False)
 
@@ -90,7 +107,20 @@ class PromptFormat:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, reply in self.demonstrations:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-        return tokenizer.apply_chat_template([*turns, {"role": "user", "content": message}], add_generation_prompt=True)
+        turns.append({"role": "user", "content": message})
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **dict(self.variables))
+
+    def encode(self, text: str, tokenizer: PromptTokenizer) -> list[int]:
+        """Token ids of a prompt.
+
+        A chat template writes the special tokens itself. Plain text gets those that the tokenizer
+        puts around text, such as a begin-of-text token.
+
+        Args:
+            text: what `write` gave.
+            tokenizer: the model's.
+        """
+        return tokenizer.encode(text, add_special_tokens=not self.chat)
 
     def fill(self, example: Question, field: str = "data.prompt") -> str:
         """The user's message of one example; `field` is where the format stands in the configuration.

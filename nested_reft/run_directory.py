@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import jax
 
 from nested_reft.json_files import write_json
+from nested_reft.models.registry import hub_revision
 
 # These are the packages whose versions can change a result.
 PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
@@ -64,7 +65,9 @@ class RunDirectory:
         run = cls(path)
         # The configuration comes first: a directory without it is not a run.
         write_json(path / "config.json", config)
-        write_json(path / "versions.json", versions())
+        # A name on the hub means other weights once its owner has changed them, so the commit is kept.
+        revision = hub_revision(config["model"]["name"]) if "model" in config else None
+        write_json(path / "versions.json", versions() | {"model_revision": revision})
         return run
 
     def drop_after(self, step: int) -> None:

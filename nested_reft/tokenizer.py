@@ -6,23 +6,18 @@ Everything runs on the `tokenizers` library, so a tokenizer saved here is read b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import jinja2
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from nested_reft.json_files import write_json
+from nested_reft.templates.render import render
+from nested_reft.untrusted import BadFile, is_panic, reading, shown
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -72,7 +67,6 @@ class Tokenizer:
         if not stop_ids:
             raise ValueError("the tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json")
         self._backend = backend
-        self._compiled_template: jinja2.Template | None = None
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         # A dictionary drops repeated ids and keeps their order.
@@ -101,9 +95,11 @@ class Tokenizer:
         """
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library raises nothing narrower
+        except BaseException as error:  # the library raises nothing narrower
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             known = "".join(sorted(token for token in self._backend.get_vocab() if len(token) == 1))[:100]
-            raise ValueError(f"the tokenizer cannot encode {text[:80]!r} ({error}); it knows {known!r}") from error
+            raise BadFile(f"the tokenizer cannot encode {text[:80]!r} ({error}); it knows {known!r}") from error
 
     def decode(self, token_ids: Iterable[int] | Int[np.ndarray, " T"]) -> str:
         """Text of `token_ids`, special tokens and stop tokens left out.
@@ -113,7 +109,8 @@ class Tokenizer:
         """
         ids = [int(i) for i in token_ids]
         # A stop token that is not marked as special would stay in the text.
-        return self._backend.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=True)
+        with reading("the tokenizer's decoder"):
+            return self._backend.decode([i for i in ids if i not in self.stop_ids], skip_special_tokens=True)
 
     def decode_completions(
         self, tokens_BGC: Int[np.ndarray, "B G C"], length_BG: Int[np.ndarray, "B G"]
@@ -137,23 +134,22 @@ class Tokenizer:
         Args:
             messages: mappings with `role` and `content`.
             add_generation_prompt: end with the opening of the assistant's turn.
-            variables: further template variables, such as Qwen3's `enable_thinking`.
+            variables: further template variables, JSON-able, such as Qwen3's `enable_thinking`.
 
         Returns:
             The text with its special tokens written out, as `encode` reads it.
 
         Raises:
-            ValueError: there is no chat template, or it refuses the messages.
+            ValueError: there is no chat template, or it refuses the messages, or it takes more time or
+                memory than rendering may.
         """
-        try:
-            return self._template().render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                # Templates ask for these two by name, and what a caller gives wins over what is given here.
-                **{"tools": None, "documents": None} | self.special_tokens | variables,
+        if self.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; use an instruction-tuned model, or pass plain text to encode"
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        # Templates ask for these two by name, and what a caller gives wins over what is given here.
+        return render(self.chat_template, {"tools": None, "documents": None} | self.special_tokens | variables | given)
 
     def chat(self, question: str, system: str | None = None) -> list[int]:
         """Token ids of a one-question conversation, up to where the assistant's answer begins.
@@ -164,16 +160,6 @@ class Tokenizer:
         """
         messages = [] if system is None else [{"role": "system", "content": system}]
         return self.encode(self.apply_chat_template([*messages, {"role": "user", "content": question}]))
-
-    def _template(self) -> jinja2.Template:
-        if self.chat_template is None:
-            raise ValueError(
-                "the tokenizer has no chat template; use an instruction-tuned model, or pass plain text to encode"
-            )
-        if self._compiled_template is None:
-            # Compiling a template takes longer than rendering it, so it happens once.
-            self._compiled_template = _template_environment().from_string(self.chat_template)
-        return self._compiled_template
 
     @classmethod
     def characters(cls, alphabet: str) -> Tokenizer:
@@ -260,35 +246,24 @@ def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
         )
 
 
-# Chat templates: the Jinja environment that Hugging Face documents for them.
+def surround_plain_text(
+    backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], begins: bool, ends: bool
+) -> None:
+    """Says which special tokens the tokenizer puts around plain text.
 
+    Args:
+        backend: changed in place.
+        special_tokens: text by role; a role that is absent adds nothing.
+        begins: put `bos_token` before the text.
+        ends: put `eos_token` after it.
 
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words in some templates; here it only renders them."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja reads it, and declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        # The tag itself is left out, and what it encloses is rendered like any other part.
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _template_environment() -> ImmutableSandboxedEnvironment:
-    """Sandboxed, because templates come with downloaded models."""
-    # The settings for white space are those that templates are written for: other ones would add line breaks.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes HTML, which models never saw.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
+    Raises:
+        ValueError: a token that is to be put there is not in the vocabulary.
+    """
+    before = [special_tokens["bos_token"]] if begins and "bos_token" in special_tokens else []
+    after = [special_tokens["eos_token"]] if ends and "eos_token" in special_tokens else []
+    found = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
+    if absent := [token for token, token_id in found if token_id is None]:
+        raise ValueError(f"the tokenizer puts {shown(absent[0])} around plain text; it must be in its vocabulary")
+    # A list and not one string, because a token may hold spaces.
+    backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=found)

@@ -25,7 +25,8 @@ RULES = {
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
-    {"literals", "json_files", "config_files", "compilation", "prompt_format"},
+    {"untrusted"},
+    {"templates", "literals", "json_files", "config_files", "compilation", "prompt_format"},
     {"layer_skip"},
     {"types"},
     RULES,

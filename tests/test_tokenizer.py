@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from datetime import datetime
 
 import gguf
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import processors
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.gguf_tokenizer import gguf_tokenizer
 from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.registry import resolve_model
+from nested_reft.prompt_format import PromptFormat
 from nested_reft.tokenizer import END_OF_TEXT, Tokenizer, check_tokenizer
+from nested_reft.untrusted import BadFile
 
 TEXTS = [
     "What is 12 + 3456.78?",
@@ -42,7 +44,7 @@ FEATURES = """{{- bos_token }}
         {% generation %}{{ message.content | trim }}{% endgeneration %}
 
     {% endfor %}
-{{ strftime_now('%d %b %Y') }} {{ names.last }} {{ tools is none }}
+{{ names.last }} {{ tools is none }}
 {% if add_generation_prompt %}{{ '>' }}{% endif %}"""
 MESSAGES = [
     {"role": "system", "content": "Answer in <b>one</b> word."},
@@ -163,9 +165,102 @@ def test_chat_template_file_wins_and_named_templates_are_read(directory):
     assert huggingface_tokenizer(directory).apply_chat_template([]) == "file"
 
 
+def test_a_template_that_is_an_object_of_templates_is_read(directory):
+    settings = {"eos_token": END_OF_TEXT, "chat_template": {"default": "named", "tools": "other"}}
+    write_settings(directory / "tokenizer_config.json", settings)
+    assert huggingface_tokenizer(directory).apply_chat_template([]) == "named"
+
+
+# What the tokenizer puts around plain text, and tokens that only a configuration names: transformers is right.
+
+
+def set_post_processor(directory):
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="c $A", special_tokens=[("c", 3)])
+    backend.save(str(directory / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "expected"),
+    [
+        (False, {}, [1, 2]),
+        (True, {}, [3, 1, 2]),  # a token of tokenizer.json's own post-processor
+        (True, {"add_bos_token": False}, [3, 1, 2]),  # which wins over the configuration
+        (False, {"add_bos_token": True, "add_eos_token": True}, [1, 2]),
+    ],
+)
+def test_plain_text_is_encoded_as_transformers_does(directory, transformers, processor, settings, expected):
+    if processor:
+        set_post_processor(directory)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": "b"} | settings
+    write_settings(directory / "tokenizer_config.json", settings | {"chat_template": "{{ messages[0].content }}"})
+    tokenizer = huggingface_tokenizer(directory)
+    assert transformers.AutoTokenizer.from_pretrained(directory)("ab").input_ids == expected
+    plain = PromptFormat(chat=False)
+    assert plain.encode(plain.write("ab", tokenizer), tokenizer) == expected
+    # An answer goes on after a prompt, and a chat template writes its own tokens: both stay as they are.
+    assert tokenizer.encode("ab") == tokenizer.chat("ab") == [1, 2]
+    chat = PromptFormat()
+    assert chat.encode(chat.write("ab", tokenizer), tokenizer) == [1, 2]
+    tokenizer.save(directory / "again")
+    assert huggingface_tokenizer(directory / "again").encode("ab", add_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "abc", "special": False}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"6": {"content": "aa"}, "5": {"content": "abc"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "abc", "lstrip": True}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "a", "special": True}}}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["abc"]}),
+        ("added_tokens.json", {"abc": 5}),
+    ],
+)
+def test_tokens_that_only_a_configuration_names_are_one_token(directory, transformers, file, settings):
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    write_settings(directory / "tokenizer_config.json", known)
+    write_settings(directory / file, settings if file == "added_tokens.json" else known | settings)
+    reference, tokenizer = transformers.AutoTokenizer.from_pretrained(directory), huggingface_tokenizer(directory)
+    for text in ("abc", "cabcb", "aab abc"):
+        assert tokenizer.encode(text, add_special_tokens=True) == reference(text).input_ids, text
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_a_special_token_inside_a_word_is_found(transformers, tmp_path):
+    # The vocabulary of words holds it, but nothing says that it is more than a word.
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "<end>", "__type": "AddedToken"}}
+    write_settings(tmp_path / "tokenizer_config.json", settings)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert huggingface_tokenizer(tmp_path).encode("a<end>a") == reference("a<end>a").input_ids == [1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        (
+            "tokenizer_config.json",
+            '{"eos_token": 2}',
+            r"tokenizer_config\.json: eos_token is 2; allowed is a text or an",
+        ),
+        ("tokenizer_config.json", '{"eos_token": [2]}', r"eos_token is \[2\]; allowed is a text or an object"),
+        ("tokenizer_config.json", '{"eos_token": {}}', r"eos_token is \{\}; allowed is a text or an object"),
+        ("tokenizer_config.json", '{"eos_token": {"content": "a", "lstrip": 3}}', r"its flags must be true or false"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', r"added_tokens_decoder is \[1\]; allowed is an obj"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}', r"added_tokens_decoder is .*tokens by id"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"9": "y"}}', r"gives 'y' the id 9; .* it would be 5"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": ""}}', r"has no text for the id 5"),
+        ("tokenizer_config.json", '{"extra_special_tokens": 3}', r"extra_special_tokens is 3; allowed is a list"),
+        ("tokenizer_config.json", '{"chat_template": 3}', r"chat_template is 3; allowed is a text, or texts by name"),
+        ("tokenizer_config.json", '{"chat_template": {"default": {}}}', r"chat_template is .*; allowed is a text"),
+        ("tokenizer_config.json", '{"chat_template": [3]}', r"chat_template is \[3\]; allowed is a text"),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}', r"eos_token_id is \{'a': 1\}; allowed"),
+        ("generation_config.json", json.dumps({"eos_token_id": 10**400}), r"eos_token_id is 1000.*; allowed"),
+        ("chat_template.jinja", "\udcff", "damaged or not understood|can't decode"),
         ("tokenizer.json", "{}", r"tokenizer\.json' is not a tokenizer .*fetch it again"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json' is not valid JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json' holds a JSON list; it must hold an object"),
@@ -176,9 +271,26 @@ def test_chat_template_file_wins_and_named_templates_are_read(directory):
     ],
 )
 def test_damaged_files_are_refused(directory, name, content, message):
-    (directory / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    (directory / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(BadFile, match=message):
         huggingface_tokenizer(directory)
+
+
+def test_a_panic_of_the_library_is_one_line(directory):
+    # It stops in a way that is not even an Exception of Python.
+    stored = json.loads((directory / "tokenizer.json").read_text())
+    stored["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    write_settings(directory / "tokenizer.json", stored)
+    with pytest.raises(BadFile, match=r"damaged or not understood \(PanicException"):
+        huggingface_tokenizer(directory)
+
+
+def test_a_pattern_that_never_ends_is_refused(directory):
+    stored = json.loads((directory / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    write_settings(directory / "tokenizer.json", stored | {"pre_tokenizer": pattern})
+    with pytest.raises(BadFile, match=r"cannot encode 'aaa.*retry-limit"):
+        huggingface_tokenizer(directory).encode("a" * 40 + "b")
 
 
 def test_missing_tokenizer_is_refused(tmp_path):
@@ -209,7 +321,7 @@ def test_template_features(tmp_path):
     text = with_template(FEATURES, tmp_path).apply_chat_template(MESSAGES)
     assert text.startswith("a")  # bos_token
     assert '"Answer in <b>one</b> word."' in text and "left out" not in text  # no HTML escapes; continue
-    assert datetime.now().strftime("%Y") in text and text.endswith("user True\n>")
+    assert text.endswith("user True\n>")
 
 
 def test_template_variables_are_passed_on(tmp_path):
@@ -284,22 +396,27 @@ def test_tokenizer_larger_than_the_model_is_refused():
 
 TOKENS = ["1", "2", "3", "4", "12", "123", "1234", "e", "\u0301", "é", "Ã", "©", "<bos>", "<eos>", "<eot>", "<tool>"]
 TOKENS += ["[PAD16]", "[PAD17]"]
+STORED = [token if token != "é" else "Ã©" for token in TOKENS]
 MERGES = ["1 2", "12 3", "123 4", "Ã ©"]
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 TYPES = [NORMAL] * 12 + [CONTROL] * 3 + [USER_DEFINED] + [UNUSED] * 2
 
 
-def tiny_gguf(path, pre, model="gpt2"):
-    tokens = [token if token != "é" else "Ã©" for token in TOKENS]
+def tiny_gguf(path, pre_tokenizer, model="gpt2", **changes):
+    """A tokenizer alone; `changes` replace metadata after `tokenizer.ggml.`, and None leaves them out."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(STORED)
     writer.add_token_types(TYPES)
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(12)
     writer.add_eos_token_id(13)
     writer.add_eot_token_id(14)
+    for name, value in changes.items():
+        writer.kv_data[0].pop(f"tokenizer.ggml.{name}", None)
+        if value is not None:
+            writer.add_key_value(f"tokenizer.ggml.{name}", value, gguf.GGUFValueType.get_type(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -349,3 +466,42 @@ def test_unknown_gguf_tokenizers_are_refused(tmp_path):
         gguf_tokenizer(tiny_gguf(tmp_path / "a.gguf", "tekken"))
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.model is 'llama'; allowed is gpt2"):
         gguf_tokenizer(tiny_gguf(tmp_path / "b.gguf", "smollm", model="llama"))
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+def test_gguf_turn_ends_are_known_by_their_text(tmp_path, text):
+    # The file names the end of a document only; without the end of a turn no answer would ever stop.
+    tokens = [*STORED[:14], text, *STORED[15:]]
+    path = tiny_gguf(tmp_path / "t.gguf", "smollm", tokens=tokens, eot_token_id=None)
+    assert gguf_tokenizer(path).stop_ids == (13, 14)
+    # The same text as a token that a user wrote into the vocabulary is text.
+    plain = tiny_gguf(tmp_path / "p.gguf", "smollm", tokens=tokens, eot_token_id=None, token_type=[NORMAL] * 18)
+    assert gguf_tokenizer(plain).stop_ids == (13,)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(True, False), (False, True), (True, True), (False, False)])
+def test_gguf_says_what_surrounds_plain_text(tmp_path, begins, ends):
+    path = tiny_gguf(tmp_path / "t.gguf", "smollm", add_bos_token=begins, add_eos_token=ends)
+    assert gguf_tokenizer(path).encode("1", add_special_tokens=True) == [12] * begins + [0] + [13] * ends
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": 99}, r"eos_token_id is 99; the file has 18 tokens, so it must be below that"),
+        ({"eos_token_id": -1}, r"eos_token_id is -1; it must be given as a whole number from 0"),
+        ({"eot_token_id": "14"}, r"eot_token_id is '14'; it must be given as a whole number"),
+        ({"merges": ["1 2", "5 6"]}, r"damaged or not understood .*`5` out of vocabulary"),
+        ({"merges": ["12"]}, r"merges is \['12'\]; allowed are texts of two tokens each"),
+        ({"merges": "1 2"}, r"merges is '1 2'; allowed are texts of two tokens each"),
+        ({"tokens": [1, 2]}, r"tokens is array\(\[1, 2\].*allowed is a list of texts"),
+        ({"token_type": [1, 2]}, r"token_type is array.*; allowed is one number for each token"),
+        ({"add_bos_token": "no"}, r"add_bos_token is 'no'; allowed are true and false"),
+        ({"pre": None}, r"has no metadata 'tokenizer\.ggml\.pre'"),
+        ({"lowercase": True}, r"tokenizer\.ggml\.lowercase is True; this key is not understood"),
+        ({"tokens": None}, r"has no metadata 'tokenizer\.ggml\.tokens'"),
+    ],
+)
+def test_gguf_tokenizers_that_cannot_work_are_refused(tmp_path, changes, message):
+    with pytest.raises(BadFile, match=message):
+        gguf_tokenizer(tiny_gguf(tmp_path / "t.gguf", "smollm", **changes))

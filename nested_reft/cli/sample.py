@@ -11,8 +11,8 @@ from nested_reft.cli.arguments import check_seed, command_parser
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.policy import plan_without
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
-from nested_reft.reports.tables import printable
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
+from nested_reft.untrusted import printable
 
 
 def run(arguments: list[str]) -> None:

@@ -60,7 +60,7 @@ def encode_examples(
     encoded = []
     for example in examples:
         text = prompt.write(prompt.fill(example, field), tokenizer)
-        encoded.append(EncodedExample(example, tokenizer.encode(text), text))
+        encoded.append(EncodedExample(example, prompt.encode(text, tokenizer), text))
     # What is dropped goes first, so that the check below is about what stays.
     if too_long == "drop":
         encoded = _drop_too_long(encoded, max_prompt_tokens)

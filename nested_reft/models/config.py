@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,32 @@ class RopeScaling:
     low_frequency_factor: float
     high_frequency_factor: float
     original_max_positions: int
+
+    def __post_init__(self):
+        if not (0 < self.low_frequency_factor < self.high_frequency_factor and self.factor > 0):
+            raise ValueError(
+                f"model.shape.rope_scaling has factor {self.factor}, low_frequency_factor {self.low_frequency_factor}"
+                f" and high_frequency_factor {self.high_frequency_factor}; all must be more than 0, and the last must"
+                " be more than the one before"
+            )
+        if self.original_max_positions < 1:
+            raise ValueError(
+                f"model.shape.rope_scaling.original_max_positions is {self.original_max_positions};"
+                " allowed is 1 or more"
+            )
+
+    def multiplier(self, wavelength_k: Any) -> Any:
+        """What each rotary frequency is multiplied by.
+
+        Args:
+            wavelength_k: in positions, as an array of NumPy or JAX.
+        """
+        # 0 where the wavelength is long (fully stretched), 1 where it is short (kept).
+        keep_k = (self.original_max_positions / wavelength_k - self.low_frequency_factor) / (
+            self.high_frequency_factor - self.low_frequency_factor
+        )
+        keep_k = keep_k.clip(0.0, 1.0)
+        return keep_k + (1 - keep_k) / self.factor
 
 
 @dataclass(frozen=True)
@@ -55,7 +82,8 @@ class ModelConfig:
     family: str = "llama"
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "width", "hidden_width", "num_heads", "num_kv_heads", "head_size"):
+        sizes = ("vocab_size", "num_layers", "width", "hidden_width", "num_heads", "num_kv_heads", "head_size")
+        for name in (*sizes, "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.shape.{name} is {getattr(self, name)}; allowed is 1 or more")
         # Each key head serves the same number of query heads (grouped-query attention).

@@ -289,14 +289,7 @@ def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Arra
     exponent_k = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
     frequency_k = 1.0 / (config.rope_theta**exponent_k)
     if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        wavelength_k = 2 * math.pi / frequency_k
-        # 0 where the wavelength is long (fully stretched), 1 where it is short (kept).
-        keep_k = (scaling.original_max_positions / wavelength_k - scaling.low_frequency_factor) / (
-            scaling.high_frequency_factor - scaling.low_frequency_factor
-        )
-        keep_k = jnp.clip(keep_k, 0.0, 1.0)
-        frequency_k = frequency_k * (keep_k + (1 - keep_k) / scaling.factor)
+        frequency_k = frequency_k * config.rope_scaling.multiplier(2 * math.pi / frequency_k)
     # bfloat16 would hold whole positions exactly only up to 256.
     angle = position[..., None].astype(jnp.float32) * frequency_k
     return jnp.cos(angle), jnp.sin(angle)

@@ -108,8 +108,11 @@ def resolve_model(name_or_path: str | Path) -> ModelLocation:
         return ModelLocation(name, "gguf", str(_packaged_file(name)))
     if name in HUB_MODELS:
         return ModelLocation(name, "hub", HUB_MODELS[name])
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # the home directory of a user that is not known here
+        raise ValueError(f"model is '{name}': {error}") from None
+    if path.suffix.lower() == ".gguf":
         check_gguf_magic(path)
         return ModelLocation(name, "gguf", str(path))
     if name and path.is_dir():  # an empty path would mean the current directory
@@ -188,21 +191,42 @@ def _packaged_file(name: str) -> Path:
     return files[0]
 
 
-def _download(source: ModelLocation) -> Path:
-    """Path of the hub model's files in the local cache, fetched where they are not there yet."""
+def hub_revision(name_or_path: str) -> str | None:
+    """The commit of a hub model's files in the local cache: those that `load_model` gave last.
+
+    Args:
+        name_or_path: whatever `resolve_model` finds.
+
+    Returns:
+        The commit; None where the model is not from the hub or not in the cache.
+    """
+    try:
+        source = resolve_model(name_or_path)
+        return _snapshot(source, local_files_only=True).name if source.kind == "hub" else None
+    except (ValueError, OSError):  # a model of another kind, or one that has gone since
+        return None
+
+
+def _snapshot(source: ModelLocation, local_files_only: bool) -> Path:
+    """Path of the hub model's files in the local cache; the directory has the name of their commit."""
     import huggingface_hub
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source.location,
-                # These are the files that are read. Pickled weights and the `original` copies would double the
-                # download.
-                allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                ignore_patterns=["original/*"],
-                etag_timeout=HUB_TIMEOUT_SECONDS,
-            )
+    return Path(
+        huggingface_hub.snapshot_download(
+            source.location,
+            # These are the files that are read. Pickled weights and the `original` copies would double the download.
+            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+            ignore_patterns=["original/*"],
+            etag_timeout=HUB_TIMEOUT_SECONDS,
+            local_files_only=local_files_only,
         )
+    )
+
+
+def _download(source: ModelLocation) -> Path:
+    """Path of the hub model's files in the local cache, fetched where they are not there yet."""
+    try:
+        return _snapshot(source, local_files_only=False)
     except Exception as error:  # its HTTP library's errors are not part of its interface
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nested_reft.reports.tables import printable, table
+from nested_reft.reports.tables import table
 from nested_reft.run_directory import read_log
+from nested_reft.untrusted import printable
 
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"

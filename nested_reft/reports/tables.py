@@ -30,16 +30,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
 
-def printable(text: str) -> str:
-    """Untrusted text made safe to show: control characters, which a terminal would obey, as escapes.
-
-    Args:
-        text: untrusted.
-    """
-    # A terminal would obey escape sequences in what a model wrote.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def share(value: float | None) -> str:
     """A share with three decimals, or a dash where there is none.
 

@@ -301,7 +301,7 @@ class Policy:
 
     def prompt_tokens(self, message: str) -> int:
         """How many tokens the prompt of a user's message has."""
-        return len(self.tokenizer.encode(self.prompt.write(message, self.tokenizer)))
+        return len(self.prompt.encode(self.prompt.write(message, self.tokenizer), self.tokenizer))
 
     def _spread(self, values: Any) -> Any:
         """Prompts spread over the mesh's `data` axis; whole on every device where they do not divide by it."""
@@ -320,7 +320,7 @@ class Policy:
     def _prompts_of(self, messages: Sequence[str], chat: bool | None) -> Prompts:
         how = self.prompt if chat is None else self.prompt.with_chat(chat)
         texts = [how.write(message, self.tokenizer) for message in messages]
-        ids = [self.tokenizer.encode(text) for text in texts]
+        ids = [how.encode(text, self.tokenizer) for text in texts]
         if not texts or not all(ids):
             raise ValueError("a prompt has no tokens; every prompt needs at least one")
         tokens_BP = np.zeros((len(ids), max(map(len, ids))), np.int32)

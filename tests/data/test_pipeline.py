@@ -8,18 +8,19 @@ import pytest
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import PromptStream, batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, PromptFormat, check_demonstrations, encode_examples
+from nested_reft.tokenizer import Tokenizer
 
 
 class CharTokenizer:
     """One id per character; the chat template marks roles."""
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=False):
         return [ord(c) for c in text]
 
     def decode(self, ids):
         return "".join(map(chr, ids))
 
-    def apply_chat_template(self, messages, add_generation_prompt=True):
+    def apply_chat_template(self, messages, add_generation_prompt=True, **variables):
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         return text + "<assistant>" * add_generation_prompt
 
@@ -212,6 +213,27 @@ def test_batch_refuses_no_examples_and_unequal_lengths(count, source_index):
 def test_demonstrations_are_earlier_turns():
     (encoded,) = encode(make_examples(1), system="Terse.", demonstrations=(("b", "2"), ("c", "3")))
     assert encoded.text == "<system>Terse.<user>b<assistant>2<user>c<assistant>3<user>a0\nNumber only.<assistant>"
+
+
+def test_variables_reach_the_chat_template():
+    tokenizer = Tokenizer.characters("abc")
+    template = "{{ 'a' if enable_thinking else 'b' }}{{ mood }}"
+    tokenizer = Tokenizer(tokenizer._backend, tokenizer.special_tokens, template)
+    assert PromptFormat(variables=(("enable_thinking", True), ("mood", "c"))).write("", tokenizer) == "ac"
+    assert PromptFormat(variables=(("enable_thinking", False),)).write("", tokenizer) == "b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variables": (("messages", 1),)}, "data.prompt.variables is .* are given already"),
+        ({"variables": (("a", 1), ("a", 2))}, "data.prompt.variables is .*; each name must be there once"),
+        ({"variables": (("a", 1),), "chat": False}, "data.prompt.variables is .* plain text has no turns"),
+    ],
+)
+def test_variables_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PromptFormat(**changes)
 
 
 def test_a_held_out_question_as_demonstration_is_refused():

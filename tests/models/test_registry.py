@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 
 import huggingface_hub
@@ -14,8 +15,9 @@ import pytest
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.parameters import initial_parameters
-from nested_reft.models.registry import ModelLocation, known_models, load_model, resolve_model
+from nested_reft.models.registry import ModelLocation, hub_revision, known_models, load_model, resolve_model
 from nested_reft.models.transformer import Transformer
+from nested_reft.run_directory import RunDirectory
 from nested_reft.tokenizer import Tokenizer
 
 
@@ -76,6 +78,31 @@ def test_hub_model_is_downloaded_with_a_timeout(directory, monkeypatch):
     (repo_id, options), *_ = calls
     assert repo_id == "Qwen/Qwen3-0.6B" and options["etag_timeout"] <= 30
     assert not any("bin" in pattern or "py" in pattern for pattern in options["allow_patterns"])
+
+
+def test_the_revision_of_a_hub_model_is_known(tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshots" / "0123abc"
+
+    def cached(repo_id, local_files_only, **options):
+        assert repo_id == "Qwen/Qwen3-0.6B" and local_files_only
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    assert hub_revision("qwen3-0.6b") == "0123abc"
+    run = RunDirectory.create(tmp_path, "x", {"model": {"name": "qwen3-0.6b"}})
+    assert json.loads((run.path / "versions.json").read_text())["model_revision"] == "0123abc"
+    run.close()
+    assert hub_revision("scratch") is None and hub_revision(str(tmp_path)) is None
+
+
+def test_gguf_files_are_known_by_either_case(tmp_path):
+    (tmp_path / "model.GGUF").write_bytes(b"GGUF")
+    assert resolve_model(tmp_path / "model.GGUF").kind == "gguf"
+
+
+def test_the_home_of_an_unknown_user_is_refused():
+    with pytest.raises(ValueError, match="model is '~nobody-here/m': "):
+        resolve_model("~nobody-here/m")
 
 
 def test_offline_is_explained(monkeypatch):

@@ -184,6 +184,14 @@ def test_rounded_rollouts_are_refused_where_the_targets_own_density_is_needed():
         dataclasses.replace(rounded, mode="exact")
 
 
+def test_template_variables_are_read_back_from_json_and_overridden():
+    variables = (("enable_thinking", False), ("level", 3), ("mood", "kind"))
+    config = nano(data__prompt=PromptFormat(variables=variables))
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))).data.prompt.variables == variables
+    changed = override(config, ["--data.prompt.variables", "enable_thinking", "True", "level", "4", "mood", "dry"])
+    assert changed.data.prompt.variables == (("enable_thinking", True), ("level", 4), ("mood", "dry"))
+
+
 def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = JsonlSource("own", "own.jsonl", None, 2, 0, prompt=PromptFormat("{question}=", chat=False), checker="math")

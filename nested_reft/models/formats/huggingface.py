@@ -5,6 +5,8 @@ A directory holds `config.json` and safetensors, whole or in shards. Pickled wei
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,9 @@ from nested_reft.models.formats.stacking import check_tensors, stack_parameters
 from nested_reft.models.lora import merge_lora
 from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer
+from nested_reft.untrusted import BadFile, Fields, reading, shown
+
+logger = logging.getLogger(__name__)
 
 TENSOR_NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -59,6 +64,9 @@ TOKENIZER_FILES = (
 )
 # These are safetensors' own names of the types.
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+# Of positions and masks that old exports store beside the weights.
+_BUFFER_TYPES = ("I64", "BOOL")
+_ROWS = 4096
 # transformers takes these where config.json says nothing.
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 
@@ -79,28 +87,29 @@ def config_from_huggingface(settings: Mapping[str, Any]) -> ModelConfig:
     """
     family = settings.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"config.json: model_type is {family!r}; allowed are {', '.join(FAMILIES)}")
-    _refuse_unsupported(settings, family)
-    width, num_heads = _required(settings, "hidden_size"), _required(settings, "num_attention_heads")
-    max_positions = settings.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
-    theta, scaling = _rope(settings, max_positions)
+        raise ValueError(f"config.json: model_type is {shown(family)}; allowed are {', '.join(FAMILIES)}")
+    fields = Fields(settings, "config.json: ")
+    _refuse_unsupported(fields, family)
+    width, num_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    max_positions = fields.whole("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+    theta, scaling = _rope(fields, max_positions)
     # Qwen3's heads do not follow from its width; 128 is the default of transformers.
     default_head_size = 128 if family == "qwen3" else width // num_heads
     return ModelConfig(
-        vocab_size=_required(settings, "vocab_size"),
-        num_layers=_required(settings, "num_hidden_layers"),
+        vocab_size=fields.whole("vocab_size"),
+        num_layers=fields.whole("num_hidden_layers"),
         width=width,
-        hidden_width=_required(settings, "intermediate_size"),
+        hidden_width=fields.whole("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=_kv_heads(settings, family, num_heads),
+        num_kv_heads=_kv_heads(fields, family, num_heads),
         # Some files hold the field with the value null.
-        head_size=settings.get("head_dim") or default_head_size,
+        head_size=default_head_size if fields.get("head_dim") is None else fields.whole("head_dim"),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_epsilon=settings.get("rms_norm_eps", 1e-6),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        tied_embeddings=settings.get("tie_word_embeddings", False),
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
         max_positions=max_positions,
         family=family,
     )
@@ -117,8 +126,14 @@ def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
         dtype: the dtype of the weights that are written beside it.
 
     Raises:
-        ValueError: the family's Hugging Face model has no such biases or norms.
+        ValueError: the family's Hugging Face model has no such biases or norms, or no such width.
     """
+    # transformers refuses the directory, although it says the size of the heads by itself.
+    if config.family == "llama" and config.width % config.num_heads:
+        raise ValueError(
+            f"model.shape.width is {config.width} and model.shape.num_heads {config.num_heads}; a 'llama' model is"
+            " exported only where the first is a multiple of the second"
+        )
     # The classes of transformers have these biases and norms fixed by family, so others could not be loaded.
     for field, family in (("qkv_bias", "qwen2"), ("qk_norm", "qwen3")):
         if getattr(config, field) != (config.family == family):
@@ -155,22 +170,15 @@ def config_to_huggingface(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     return settings
 
 
-def _required(settings: Mapping[str, Any], field: str) -> int:
-    value = settings.get(field)
-    # True is an int to `isinstance`, and a number in quotes would only fail later on.
-    if type(value) is not int:
-        raise ValueError(f"config.json: {field} is {value!r}; it must be given as a whole number")
-    return value
-
-
-def _kv_heads(settings: Mapping[str, Any], family: str, num_heads: int) -> int:
-    """Llama without the field has one key head per query head; Qwen must say."""
-    if settings.get("num_key_value_heads") is None and family == "llama":
+def _kv_heads(fields: Fields, family: str, num_heads: int) -> int:
+    """Null means one key head per query head, and so does no field in Llama; Qwen must say."""
+    absent = "num_key_value_heads" not in fields.values
+    if fields.get("num_key_value_heads") is None and (family == "llama" or not absent):
         return num_heads
-    return _required(settings, "num_key_value_heads")
+    return fields.whole("num_key_value_heads")
 
 
-def _refuse_unsupported(settings: Mapping[str, Any], family: str) -> None:
+def _refuse_unsupported(fields: Fields, family: str) -> None:
     # Each of these would change what the model computes, and loading it anyway would give wrong logits.
     allowed = {
         "hidden_act": ("silu", "swish", None),
@@ -180,45 +188,49 @@ def _refuse_unsupported(settings: Mapping[str, Any], family: str) -> None:
         "quantization_config": (None,),
     }
     for field, values in allowed.items():
-        value = settings.get(field)
-        if value not in values:
-            options = " or ".join("absent" if v is None else repr(v) for v in values)
-            raise ValueError(f"config.json: {field} is {value!r}; allowed is {options}")
-    if _slides(settings):
+        if fields.get(field) not in values:
+            raise fields.refused(
+                field, f"allowed is {' or '.join('absent' if value is None else repr(value) for value in values)}"
+            )
+    layer_types = fields.get("layer_types") or []
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+        raise fields.refused("layer_types", "allowed is a list of texts")
+    if _slides(fields, layer_types):
         raise ValueError(
-            f"config.json: sliding_window is {settings.get('sliding_window')!r} and in use"
-            f" (use_sliding_window {settings.get('use_sliding_window')!r}, layer_types"
-            f" {sorted(set(settings.get('layer_types') or []))}); allowed is full attention in every layer"
+            f"config.json: sliding_window is {shown(fields.get('sliding_window'))} and in use"
+            f" (use_sliding_window {shown(fields.get('use_sliding_window'))}, layer_types"
+            f" {shown(sorted(set(layer_types)))}); allowed is full attention in every layer"
         )
 
 
-def _slides(settings: Mapping[str, Any]) -> bool:
+def _slides(fields: Fields, layer_types: list[str]) -> bool:
     """True when any layer's attention is limited to a window; Qwen slides from `max_window_layers` up."""
-    if settings.get("layer_types"):
-        return set(settings["layer_types"]) != {"full_attention"}
-    full_layers = settings.get("max_window_layers", 28)
-    return bool(settings.get("use_sliding_window")) and full_layers < _required(settings, "num_hidden_layers")
+    if layer_types:
+        return set(layer_types) != {"full_attention"}
+    full_layers = fields.whole("max_window_layers", 28, least=0)
+    return bool(fields.get("use_sliding_window")) and full_layers < fields.whole("num_hidden_layers")
 
 
-def _rope(settings: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embeddings, from `rope_parameters` or the older fields."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    rope = fields.get(name) or {}
+    if not isinstance(rope, dict):
+        raise fields.refused(name, "allowed is an object")
+    inner = Fields(rope, f"config.json: {name}.")
+    theta = inner.number("rope_theta") if "rope_theta" in rope else fields.number("rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     # A dictionary among the values means one setting per kind of layer, which is not supported.
-    if kind == "default" and not any(isinstance(value, dict) for value in rope.values()):
-        return float(theta), None
-    if kind != "llama3":
-        field = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
-        raise ValueError(f"config.json: {field} is {dict(rope)!r}; allowed rope_type is default or llama3")
-    missing = [field for field in ("factor", "low_freq_factor", "high_freq_factor") if field not in rope]
-    if missing:
-        raise ValueError(f"config.json: rope_type is llama3 and {missing[0]} is absent; it must be given")
-    return float(theta), RopeScaling(
-        factor=float(rope["factor"]),
-        low_frequency_factor=float(rope["low_freq_factor"]),
-        high_frequency_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope.get("original_max_position_embeddings", max_positions)),
+    nested = any(isinstance(value, dict) for value in rope.values())
+    if kind not in ("default", "llama3") or nested or rope.get("partial_rotary_factor", 1) != 1:
+        raise fields.refused(name, "allowed rope_type is default or llama3, for the whole head and all layers alike")
+    if kind == "default":
+        return theta, None
+    return theta, RopeScaling(
+        factor=inner.number("factor"),
+        low_frequency_factor=inner.number("low_freq_factor"),
+        high_frequency_factor=inner.number("high_freq_factor"),
+        original_max_positions=inner.whole("original_max_position_embeddings", max_positions),
     )
 
 
@@ -246,43 +258,48 @@ def load_huggingface(directory: str | Path, dtype: Any = jnp.float32) -> Transfo
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: an unsupported model, a damaged file, or tensors that do not fit.
+        BadFile: an unsupported model, a damaged file, or tensors that do not fit.
     """
-    config = read_config(directory)
+    stated = read_config(directory)
     with _open_weights(Path(directory)) as tensors:
-        _check_weights(config, tensors, directory)
+        config = _checked_config(stated, directory, tensors)
+        if config.tied_embeddings != stated.tied_embeddings:
+            logger.warning(
+                "model directory '%s': config.json ties the head to the embedding, but the file holds another head,"
+                " which is used",
+                directory,
+            )
         return Transformer(
             config, stack_parameters(config, TENSOR_NAMES, lambda name: tensors[name].get_tensor(name), dtype)
         )
 
 
 def check_huggingface(directory: str | Path) -> ModelConfig:
-    """Everything that `load_huggingface` checks, without reading any weights.
+    """Everything that `load_huggingface` checks; of the weights, only a second head is read.
 
     Args:
-        directory: holds `config.json` and safetensors.
+        directory: as for `load_huggingface`.
 
     Returns:
-        The model's configuration.
+        The configuration of the model that `load_huggingface` would give.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_huggingface`.
+        FileNotFoundError, BadFile: as `load_huggingface`.
     """
     config = read_config(directory)
     with _open_weights(Path(directory)) as tensors:
-        _check_weights(config, tensors, directory)
-    return config
+        return _checked_config(config, directory, tensors)
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The configuration in a Hugging Face directory.
+    """The model's shape from a directory's `config.json`.
 
     Args:
-        directory: the model's directory; only its `config.json` is read.
+        directory: the model's.
 
     Raises:
-        FileNotFoundError: the directory or its `config.json` is missing.
-        ValueError: an unsupported model.
+        FileNotFoundError: the directory has no `config.json`.
+        BadFile: the file is damaged or describes a model that is not supported.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -290,10 +307,57 @@ def read_config(directory: str | Path) -> ModelConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; give a directory as transformers' save_pretrained writes it")
-    try:
+    with reading(f"model directory '{directory}'"):
         return config_from_huggingface(read_json_object(path))
-    except ValueError as error:
-        raise ValueError(f"model directory '{directory}': {error}") from error
+
+
+def _checked_config(config: ModelConfig, directory: str | Path, tensors: Mapping[str, Any]) -> ModelConfig:
+    """The configuration after its tensors were checked, untied where the file has a head of its own."""
+    with reading(f"model directory '{directory}'"):
+        # A slice knows shape and type without reading the data.
+        slices = {name: file.get_slice(name) for name, file in tensors.items()}
+        _refuse_types(slices)
+        if config.tied_embeddings and _has_own_head(slices):
+            # transformers, too, keeps a head that differs; dropping it would give wrong logits.
+            config = dataclasses.replace(config, tied_embeddings=False)
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        check_tensors(config, TENSOR_NAMES, shapes, lambda name: _is_ignored(name, slices[name], config))
+    return config
+
+
+def _refuse_types(slices: Mapping[str, Any]) -> None:
+    for name, part in slices.items():
+        # A buffer of integers, such as positions, is no weight.
+        if name.endswith((".weight", ".bias")) and part.get_dtype() not in _FLOAT_TYPES:
+            raise ValueError(
+                f"tensor '{name}' has type {part.get_dtype()}; allowed are {', '.join(_FLOAT_TYPES)}"
+                " (quantized weights are not read)"
+            )
+
+
+def _is_ignored(name: str, part: Any, config: ModelConfig) -> bool:
+    """Whether a tensor may be there that is no parameter."""
+    # Old exports repeat the tied head, and store the rotary frequencies and positions that we compute.
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or part.get_dtype() in _BUFFER_TYPES
+        or (name == TENSOR_NAMES["head"] and config.tied_embeddings)
+    )
+
+
+def _has_own_head(slices: Mapping[str, Any]) -> bool:
+    """Whether there is a head that differs from the embedding."""
+    embedding, head = (slices.get(TENSOR_NAMES[name]) for name in ("embedding", "head"))
+    if embedding is None or head is None:
+        return False
+    if embedding.get_shape() != head.get_shape():
+        return True
+    rows = embedding.get_shape()[0]
+    # Blocks of rows, so that two large matrices are never in memory together.
+    blocks = (slice(row, min(row + _ROWS, rows)) for row in range(0, rows, _ROWS))
+    return any(
+        not np.array_equal(embedding[block].astype(np.float32), head[block].astype(np.float32)) for block in blocks
+    )
 
 
 @contextmanager
@@ -309,10 +373,11 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"'{index}' has no weight_map; fetch it again")
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise BadFile(f"'{index}' has no weight_map from tensors to files; fetch it again")
         # Only names, so that an index cannot reach outside its directory.
-        return [directory / Path(name).name for name in sorted(set(weight_map.values()))]
+        return [directory / Path(name).name for name in sorted(set(names))]
     whole = directory / "model.safetensors"
     if not whole.is_file():
         raise FileNotFoundError(
@@ -323,33 +388,16 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _open_safetensors(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist, but the index beside it names it; fetch it again")
+    with reading(f"model directory '{path.parent}'"):  # a name may hold a character that no path can have
+        if not path.is_file():
+            raise FileNotFoundError(f"'{path}' does not exist, but the index beside it names it; fetch it again")
     try:
         return safe_open(str(path), framework="numpy")
     except SafetensorError as error:
-        raise ValueError(
+        raise BadFile(
             f"'{path}' is cut off or damaged ({error}); it has {path.stat().st_size} bytes: compare with"
             " its source and fetch it again"
         ) from error
-
-
-def _check_weights(config: ModelConfig, tensors: Mapping[str, Any], directory: str | Path) -> None:
-    # A slice knows shape and type without reading the data.
-    slices = {name: file.get_slice(name) for name, file in tensors.items()}
-    for name, part in slices.items():
-        if part.get_dtype() not in _FLOAT_TYPES:
-            raise ValueError(
-                f"model directory '{directory}': tensor '{name}' has type {part.get_dtype()};"
-                f" allowed are {', '.join(_FLOAT_TYPES)} (quantized weights are not read)"
-            )
-
-    def ignored(name: str) -> bool:
-        # Old exports repeat the tied head, and store the rotary frequencies that we compute.
-        return name.endswith("rotary_emb.inv_freq") or (name == TENSOR_NAMES["head"] and config.tied_embeddings)
-
-    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    check_tensors(config, TENSOR_NAMES, shapes, f"model directory '{directory}'", ignored)
 
 
 # Out.

@@ -38,7 +38,6 @@ def check_tensors(
     config: ModelConfig,
     names: Mapping[str, str],
     found: Mapping[str, tuple[int, ...]],
-    where: str,
     ignored: Callable[[str], bool],
 ) -> None:
     """Refuses a checkpoint that does not hold exactly this model, before any weight is read.
@@ -47,24 +46,28 @@ def check_tensors(
         config: the model.
         names: the format's table.
         found: name and shape of each tensor in the checkpoint.
-        where: the checkpoint, for the message.
         ignored: True for names that may be there beside the parameters.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or has no place in the model.
     """
+    # A configuration may ask for a billion layers, so their number is checked before their tensors are listed.
+    if config.num_layers > len(found):
+        raise ValueError(
+            f"it lacks tensors: it holds {len(found)}, and its configuration asks for {config.num_layers} layers"
+        )
     expected = tensor_shapes(config, names)
     # Missing tensors come first: where a download stopped halfway, every later message would mislead.
     if missing := [name for name in expected if name not in found]:
         raise ValueError(
-            f"{where} lacks {_some(missing)}; its configuration asks for"
+            f"it lacks {_some(missing)}; its configuration asks for"
             " them: the download or export is incomplete, or the configuration is another model's"
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise ValueError(f"{where}: tensor '{name}' has shape {tuple(found[name])}; its configuration says {shape}")
+            raise ValueError(f"tensor '{name}' has shape {tuple(found[name])}; its configuration says {shape}")
     if unknown := [name for name in found if name not in expected and not ignored(name)]:
-        raise ValueError(f"{where} holds {_some(unknown)}, which a '{config.family}' model has no place for")
+        raise ValueError(f"it holds {_some(unknown)}, which a '{config.family}' model has no place for")
 
 
 def stack_parameters(

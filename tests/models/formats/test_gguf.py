@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from unittest import mock
 
 import gguf
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.models.formats.gguf_model import load_gguf
+from nested_reft.models.formats.gguf_model import config_from_gguf, load_gguf
 from nested_reft.models.formats.gguf_reader import open_gguf
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, resolve_model
+from nested_reft.untrusted import BadFile
 from tests.models.reference_models import (
     LLAMA3_ROPE,
     random_model,
@@ -104,7 +106,9 @@ def write_gguf(path, model, family, metadata=(), extra_tensors=(), left_out=()):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     for key, value in metadata:
-        writer.add_key_value(f"{family}.{key}", value, gguf.GGUFValueType.get_type(value))
+        key = key if key.startswith(("general.", "split.")) else f"{family}.{key}"
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, value in [*stored_tensors(model, permute=family == "llama"), *extra_tensors]:
         if name not in left_out:
             writer.add_tensor(name, np.ascontiguousarray(value))
@@ -169,10 +173,10 @@ def test_not_gguf_is_refused(tmp_path):
 def test_every_cut_is_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", random_model("qwen2"), "qwen2")
     content = path.read_bytes()
-    offset = open_gguf(path).tensors["blk.0.attn_norm.weight"].data_offset
+    offset = open_gguf(path).tensors["blk.0.attn_norm.weight"].offset
     for size in (4, 7, 20, 100, offset // 2, offset - 40, offset + 2, len(content) // 2):
         path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=f"is cut off or damaged .*it has {size} bytes"):
+        with pytest.raises(ValueError, match=f"cannot be read .*it has {size} bytes: where that is cut off"):
             load_gguf(path)
 
 
@@ -183,12 +187,117 @@ def test_every_cut_is_refused(tmp_path):
         ([("expert_count", 8)], r"llama\.expert_count is 8; allowed is 0"),
         ([("attention.sliding_window", 512)], r"llama\.attention\.sliding_window is 512; allowed is 0"),
         ([("rope.dimension_count", 4)], r"llama\.rope\.dimension_count is 4; allowed is the whole head, 8"),
+        ([("attention.value_length", 4)], r"llama\.attention\.value_length is 4; allowed is the whole head, 8"),
+        # llama.cpp scales positions by the factor alone, where no type is given.
+        ([("rope.scaling.factor", 2.0)], r"llama\.rope\.scaling\.factor is 2\.0; allowed is 0 or 1 or none"),
+        ([("attention.causal", False)], r"llama\.attention\.causal is False; allowed is True or none"),
+        ([("final_logit_softcapping", 30.0)], r"llama\.final_logit_softcapping is 30\.0; allowed is 0 or none"),
+        ([("a_key_of_the_future", "yes")], r"llama\.a_key_of_the_future is 'yes'; allowed is 0 or none"),
+        ([("general.type", "adapter")], r"holds a part of a model \(general\.type is 'adapter'"),
+        ([("split.count", 2)], r"holds a part of a model .* split\.count is 2\)"),
+        ([("attention.head_count_kv", [2, 2, 1])], r"head_count_kv is \[2, 2, 1\]; allowed is one value, or the same"),
+        ([("feed_forward_length", [48, 48])], r"feed_forward_length is \[48, 48\]; allowed .* the same value for each"),
+        ([("block_count", 2**31 - 1)], r"holds 30, and its configuration asks for 2147483647 layers"),
+        ([("block_count", "three")], r"llama\.block_count is 'three'; it must be given as a whole number from 1"),
+        ([("attention.head_count", 0)], r"llama\.attention\.head_count is 0; it must be given as a whole number"),
+        ([("attention.head_count_kv", 3)], r"num_heads is 4, model\.shape\.num_kv_heads 3; the first must be"),
+        ([("rope.freq_base", float("nan"))], r"llama\.rope\.freq_base is nan; it must be given as a number"),
     ],
 )
 def test_unsupported_metadata_is_refused(tmp_path, metadata, message):
     path = write_gguf(tmp_path / "model.gguf", random_model("llama"), "llama", metadata)
     with pytest.raises(ValueError, match=message):
         load_gguf(path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [("attention.head_count_kv", [2, 2, 2]), ("feed_forward_length", [48, 48, 48])],
+        [("attention.value_length", 8)],  # without a key length, which is the width divided by the heads
+        [("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0), ("attention.sliding_window", 0)],
+        [("attention.scale", 0.0), ("vocab_size", 61), ("attention.causal", True), ("general.name", "x")],
+    ],
+)
+def test_metadata_without_effect_are_accepted(tmp_path, metadata):
+    plain = open_gguf(write_gguf(tmp_path / "plain.gguf", random_model("llama"), "llama"))
+    changed = open_gguf(write_gguf(tmp_path / "model.gguf", random_model("llama"), "llama", metadata))
+    assert config_from_gguf(changed) == config_from_gguf(plain)
+
+
+# Headers that are damaged, byte by byte: magic, version, number of tensors, number of keys, then the keys.
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(*keys, version=3, tensors=0, described=b""):
+    counts = struct.pack("<IQQ", version, tensors, len(keys))
+    return b"GGUF" + counts + b"".join(text(name) + value for name, value in keys) + described
+
+
+def tensor(name, shape, kind, offset):
+    axes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + axes + struct.pack("<IQ", kind, offset)
+
+
+ARRAY = struct.pack("<I", 9)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(version=1), "version is 1; allowed are 2, 3"),
+        (header(version=3 << 24), "version is 50331648; allowed are 2, 3, little-endian"),
+        (header(("a", ARRAY + struct.pack("<IQ", 5, 2**62))), "metadata 'a': .* bytes are said to follow"),
+        (header(("a", ARRAY + struct.pack("<IQ", 8, 3_000_000))), "metadata 'a': .* bytes are said to follow"),
+        (header(("a", ARRAY + struct.pack("<IQ", 8, 2**40))), "metadata 'a': an array has 1099511627776 texts"),
+        (header(("a", ARRAY + struct.pack("<IQ", 9, 1))), "metadata 'a': an array has elements of type 9"),
+        (header(("a", struct.pack("<I", 99))), "metadata 'a': a value has the type 99"),
+        (header(("a", struct.pack("<IQ", 8, 2**64 - 1))), "18446744073709551615 bytes are said to follow"),
+        (header(*[("a", struct.pack("<IB", 0, 1))] * 2), "metadata 'a' is there twice"),
+        (header(("general.alignment", struct.pack("<II", 4, 0))), r"general\.alignment is 0; it must be"),
+        (header(tensors=2**63), "bytes are said to follow"),
+        (header(tensors=1, described=tensor("t", (1,) * 5, 0, 0)), "tensor 't' has 5 axes; allowed are 1 to 4"),
+        (header(tensors=1, described=tensor("t", (0, 4), 0, 0)), r"tensor 't' has shape \(4, 0\)"),
+        (header(tensors=1, described=tensor("t", (4,), 0, 2**64 - 1)), "tensor 't' ends at byte"),
+        (header(tensors=1, described=tensor("t", (2**62, 2**62), 0, 0)), "tensor 't' ends at byte"),
+        (header(tensors=1, described=tensor("t", (4,), 77, 0)), "tensor 't': 77 is not a valid"),
+        (header(tensors=1, described=tensor("t", (31,), 8, 0)), "tensor 't': Quantized tensor row size"),
+        (header(tensors=1, described=tensor("t", (4,), 26, 0) + bytes(99)), "tensor 't' has type I32, which is not"),
+    ],
+)
+def test_damaged_headers_are_refused_at_once(tmp_path, content, message):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(BadFile, match=message):
+        open_gguf(path)
+
+
+def test_a_large_array_of_numbers_stays_on_disk(tmp_path):
+    # A list of as many Python objects would take a gigabyte and most of a minute.
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(("a", ARRAY + struct.pack("<IQ", 0, 30_000_000) + bytes(30_000_000))))
+    assert open_gguf(path).metadata["a"].shape == (30_000_000,)
+
+
+def test_names_in_messages_cannot_command_the_terminal(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(("\x1b]0;owned\x07\nkey", struct.pack("<I", 99))))
+    with pytest.raises(BadFile) as refusal:
+        open_gguf(path)
+    assert str(refusal.value).isprintable() and r"\x1b]0;owned\x07\nkey" in str(refusal.value)
+
+
+def test_metadata_equal_those_of_the_package_gguf(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", random_model("llama"), "llama", [("feed_forward_length", [48] * 3)])
+    ours, reference = open_gguf(path), gguf.GGUFReader(path)
+    for key, field in reference.fields.items():
+        if not key.startswith("GGUF."):  # which is the reader's own
+            assert np.array_equal(ours.metadata[key], field.contents()), key
+    for tensor in reference.tensors:
+        np.testing.assert_array_equal(ours.dequantize(tensor.name), tensor.data)
 
 
 def test_unsupported_tensors_are_refused(tmp_path):

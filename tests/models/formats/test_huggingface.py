@@ -28,8 +28,10 @@ from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer
+from nested_reft.untrusted import BadFile
 from tests.models.reference_models import (
     CASES,
+    LLAMA3_ROPE,
     SHAPE,
     random_model,
     random_tokens,
@@ -116,6 +118,39 @@ def test_left_right_and_no_padding_agree(saved, case):
     np.testing.assert_allclose(right[:, :length], expected, **TOLERANCE)
 
 
+def test_a_head_beside_a_tied_configuration_is_used(saved, tmp_path, caplog):
+    directory = copy_of(saved, tmp_path, "llama_tied")
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    # A copy of the embedding is what old exports hold: the model stays tied.
+    change_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    assert check_huggingface(directory).tied_embeddings
+    rounded = jnp.asarray(embedding, jnp.bfloat16)
+    both = {"lm_head.weight": np.asarray(rounded), "model.embed_tokens.weight": np.asarray(rounded)}
+    change_tensors(directory, lambda tensors: tensors.update(both))
+    assert check_huggingface(directory).tied_embeddings
+    # Another head is what the model was trained with, and dropping it would change every logit.
+    other = {"lm_head.weight": embedding[::-1].copy(), "model.embed_tokens.weight": embedding}
+    change_tensors(directory, lambda tensors: tensors.update(other))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    assert not check_huggingface(directory).tied_embeddings
+    np.testing.assert_allclose(
+        load_huggingface(directory)(TOKENS_BT), reference_logits(reference, TOKENS_BT), **TOLERANCE
+    )
+    assert "holds another head, which is used" in caplog.text
+    change_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": embedding[:-1].copy()}))
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' has shape \(60, 32\); its configuration says \(61, 32\)"):
+        check_huggingface(directory)
+
+
+def test_buffers_of_integers_are_no_weights(saved, tmp_path):
+    buffers = {"model.embed_tokens.position_ids": np.arange(9), "model.mask": np.ones(3, bool)}
+    change_tensors(copy_of(saved, tmp_path), lambda tensors: tensors.update(buffers))
+    np.testing.assert_allclose(load_huggingface(tmp_path)(TOKENS_BT), saved("llama")[1], **TOLERANCE)
+    change_tensors(tmp_path, lambda tensors: tensors.update({"model.scales": np.ones(3, np.float32)}))
+    with pytest.raises(ValueError, match=r"holds tensor 'model\.scales', which a 'llama' model has no place for"):
+        load_huggingface(tmp_path)
+
+
 # In: configuration.
 
 LLAMA = {**SHAPE, "model_type": "llama", "hidden_act": "silu"}
@@ -132,6 +167,10 @@ def test_absent_fields_take_the_familys_defaults():
     assert (config.num_kv_heads, config.head_size, config.norm_epsilon) == (4, 8, 1e-6)
     assert (config.max_positions, config.rope_theta, config.tied_embeddings) == (2048, 10_000.0, False)
     assert config_from_huggingface({**QWEN2, "model_type": "qwen3"}).head_size == 128
+    # null is what transformers makes of it; where Qwen does not say at all, it would be another number
+    assert config_from_huggingface({**QWEN2, "num_key_value_heads": None}).num_kv_heads == 4
+    with pytest.raises(ValueError, match="num_key_value_heads is None; it must be given"):
+        config_from_huggingface({key: value for key, value in QWEN2.items() if key != "num_key_value_heads"})
     assert config_from_huggingface({**LLAMA, "head_dim": None}).head_size == 8
     assert config_from_huggingface({**LLAMA, "rope_theta": 5e5, "rope_scaling": None}).rope_theta == 5e5
 
@@ -159,9 +198,27 @@ def test_sliding_windows_not_in_use_are_accepted(changes):
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config is .*; allowed is absent"),
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is .*yarn.*; allowed rope_type is"),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters is .*allowed rope_type"),
-        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is absent"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None; it must be given"),
         (LLAMA, {"num_hidden_layers": None}, "num_hidden_layers is None; it must be given"),
-        (QWEN2, {"num_key_value_heads": None}, "num_key_value_heads is None; it must be given"),
+        (LLAMA, {"rope_theta": None}, r"config\.json: rope_theta is None; it must be given as a number"),
+        (LLAMA, {"rope_theta": 10**400}, "rope_theta is 1000.*; it must be given as a number from 1e-30 to 1e"),
+        (LLAMA, {"rope_theta": float("nan")}, "rope_theta is nan; it must be given as a number"),
+        (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear'; allowed is an object"),
+        (LLAMA, {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_scaling is .*head"),
+        (LLAMA, {"rope_parameters": {**LLAMA3_ROPE, "factor": "8"}}, r"rope_parameters\.factor is '8'; it must be"),
+        (LLAMA, {"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "last must be more than the one before"),
+        (LLAMA, {"num_attention_heads": 0}, "num_attention_heads is 0; it must be given as a whole number from 1"),
+        (LLAMA, {"num_attention_heads": 64}, r"model\.shape\.head_size is 0; allowed is 1 or more"),
+        (LLAMA, {"hidden_size": 32.0}, r"hidden_size is 32\.0; it must be given as a whole number"),
+        (LLAMA, {"vocab_size": True}, "vocab_size is True; it must be given as a whole number"),
+        (LLAMA, {"head_dim": 0}, "head_dim is 0; it must be given as a whole number"),
+        (LLAMA, {"max_position_embeddings": 2**40}, "max_position_embeddings is 1099511627776; it must be"),
+        (LLAMA, {"rms_norm_eps": [1e-5]}, r"rms_norm_eps is \[1e-05\]; it must be given as a number"),
+        (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; allowed are true and false"),
+        (LLAMA, {"model_type": {}}, r"model_type is \{\}; allowed are llama"),
+        (LLAMA, {"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]; allowed is 'silu'"),
+        (QWEN2, {"layer_types": [{}]}, r"layer_types is \[\{\}\]; allowed is a list of texts"),
+        (QWEN2, {"num_key_value_heads": "2"}, "num_key_value_heads is '2'; it must be given"),
         (
             QWEN2,
             {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
@@ -234,10 +291,35 @@ def test_missing_unknown_and_misshapen_tensors_are_named(saved, tmp_path):
         load_huggingface(tmp_path)
 
 
-def test_bad_json_is_refused(saved, tmp_path):
-    (copy_of(saved, tmp_path) / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json' is not valid JSON"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json' is not valid JSON"),
+        ("[" * 200_000, r"config\.json' is not read: its JSON is nested too deep"),
+        (json.dumps({**LLAMA, "num_hidden_layers": 10**9}), "holds 30, .* asks for 1000000000 layers"),
+        (json.dumps({**LLAMA, "model_type": "\x1b[2J"}), r"model_type is '\\x1b\[2J'; allowed"),
+    ],
+)
+def test_bad_configurations_are_refused_with_their_file(saved, tmp_path, content, message):
+    (copy_of(saved, tmp_path) / "config.json").write_text(content)
+    with pytest.raises(BadFile, match=message):
         load_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 1}, {"a": ["b"]}, "a"])
+def test_weight_maps_of_other_types_are_refused(saved, tmp_path, weight_map):
+    index = copy_of(saved, tmp_path) / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(BadFile, match="has no weight_map from tensors to files; fetch it again"):
+        check_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["..", "a\0b", "../../etc/passwd"])
+def test_weight_maps_name_files_of_their_directory_only(saved, tmp_path, name):
+    index = copy_of(saved, tmp_path) / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises((BadFile, FileNotFoundError)):
+        check_huggingface(tmp_path)
 
 
 # Out.
@@ -324,5 +406,7 @@ def test_export_refuses_a_file_and_what_transformers_cannot_express(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file; give a directory"):
         save_huggingface(tiny_model(), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"model\.shape\.width is 10 .*num_heads 4; a 'llama' model is exported only"):
+        config_to_huggingface(dataclasses.replace(tiny_model().config, width=10, num_heads=4), jnp.float32)
     with pytest.raises(ValueError, match=r"model\.qkv_bias is True; a 'llama' model is exported with False only"):
         config_to_huggingface(tiny_model(qkv_bias=True).config, jnp.float32)
