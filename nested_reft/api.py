@@ -208,7 +208,7 @@ def open_trainer(
     setup = prepare(config)
     check_memory(setup)
     if resume is None:
-        directory = RunDirectory.create(Path(runs), config.name, config.to_json())
+        directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
     else:
         directory = RunDirectory(resume)
     print(f"run directory: {directory.path}")

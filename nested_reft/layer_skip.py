@@ -109,9 +109,9 @@ class NestingConfig:
             `measured`: with probability proportional to exp(-divergence / divergence_temperature),
             so that cheap layers go more often. `fixed`: always `layers`.
         layers: the skipped layers of `fixed`.
-        divergence_file: for `measured`, a JSON file written by `nested-reft measure-layers`; a
-            relative path is looked for beside the shipped configurations too. None with
-            `remeasure_every` starts from equal divergences, which is `uniform`.
+        divergence_file: for `measured`, a JSON file written by `nested-reft measure-layers`; one that
+            ships is found by its name. None with `remeasure_every` starts from equal divergences, which is
+            `uniform`.
         divergence_temperature: nats; 0 always skips the layers of least divergence.
         remeasure_every: for `measured`, steps between new measurements of all layers, the first in the
             first step; 0 for none. Each replaces the one before from the next step on.

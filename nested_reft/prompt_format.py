@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import string
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -135,10 +137,22 @@ class PromptFormat:
         # The question wins over a field of the metadata that has its name.
         fields = {**example.metadata, "question": example.question}
         try:
+            _check_widths(self.template)
             return self.template.format_map(fields)
-        # These are what a format string raises for unknown names, places, formats and attributes.
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        # These are what a format string raises for unknown names, places, formats, attributes and parts.
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"{field}.template is {self.template!r}, which cannot be filled for source '{example.source}'"
                 f" ({error!r}); allowed fields are {', '.join(sorted(fields))}"
             ) from None
+
+
+def _check_widths(template: str) -> None:
+    """Refuses formats such as `{question:9999999}`, which would fill the memory with spaces.
+
+    Raises:
+        ValueError: a width or precision is too large or is a field itself, or the braces do not match.
+    """
+    for _, _, spec, _ in string.Formatter().parse(template):
+        if spec and re.search(r"[0-9]{4}|\{", spec):
+            raise ValueError(f"the format '{spec}' has a width; allowed is a number up to 999")

@@ -38,7 +38,7 @@ def get_config() -> Config:
         ),
         rollout=RolloutConfig(group_size=8, max_completion_tokens=768, sampling=SamplingConfig(temperature=1.0)),
         nesting=NestingConfig(skip_ratio=0.1, border=1),
-        reward=RewardConfig(checker="math", workers=8),
+        reward=RewardConfig(checker="math", accept_unevaluated=False, workers=8),
         loss=dapo("base"),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=10),
         train=TrainConfig(steps=200, micro_batches=8, remat=True, checkpoint_every=20),

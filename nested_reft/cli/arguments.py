@@ -96,7 +96,7 @@ def override(config: Config, overrides: list[str]) -> Config:
 
 def _value_of(option: str, words: list[str]) -> str | None:
     """The value that the command line gives an option, in one word or two; None where it gives none."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word == option:
             return following
         if word.startswith(option + "="):

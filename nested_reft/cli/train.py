@@ -14,8 +14,9 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
+from nested_reft.rewards.limits import RewardError
 from nested_reft.run_directory import RunDirectory
-from nested_reft.training.config import Config, differences, load_config
+from nested_reft.training.config import Config, differences, load_config, with_absolute_paths
 from nested_reft.training.setup import run_config
 from nested_reft.training.trainer import Trainer
 
@@ -64,9 +65,9 @@ def _resolve_config(name: str | None, resume: Path | None, overrides: list[str])
         if name is None:
             raise ValueError("train needs the name of a configuration as its first word, or --resume RUN")
         return override(load_config(name), overrides)
-    stored = run_config(resume)
+    stored = with_absolute_paths(run_config(resume), Path.cwd())
     # A name or overrides may be given once more, as long as they say what the run has.
-    asked = override(stored if name is None else load_config(name), overrides)
+    asked = with_absolute_paths(override(stored if name is None else load_config(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
     changed = differences(stored.to_json(), asked.to_json())
     if changed:
@@ -101,7 +102,7 @@ def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         if newest_checkpoint(directory.path / "checkpoints") is not None:
             print(f"\nto continue: nested-reft train --resume {directory.path}", file=sys.stderr)
         raise  # for `main`, which has the exit code
-    except GenerationLimitError as error:
+    except (GenerationLimitError, RewardError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def read_jsonl(
     """The examples of a JSONL file, in order; empty lines are skipped.
 
     Fields that are neither question, answer nor reference become the example's metadata, so that
-    templates and user-defined rewards can name them. Answers may be numbers.
+    templates and user-defined rewards can name them. Answers may be numbers, and stay as they are written.
 
     Args:
         path: the file, UTF-8.
@@ -45,10 +44,10 @@ def read_jsonl(
             if not line.strip():
                 continue
             where = f"{field} is '{path}': row {number}"
-            row = _parse(line, where)
-            question = _text(row, question_field, where)
-            answer = _text(row, answer_field, where)
-            reference = None if reference_field is None else _text(row, reference_field, where)
+            row, written = _parse(line, where)
+            question = _text(written, question_field, where)
+            answer = _text(written, answer_field, where)
+            reference = None if reference_field is None else _text(written, reference_field, where)
             # A verifier or a template may need any other field, so none is lost.
             metadata = {k: v for k, v in row.items() if k not in (question_field, answer_field, reference_field)}
             examples.append(Example(question, answer, source, metadata, reference))
@@ -57,28 +56,31 @@ def read_jsonl(
     return examples
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The object of a row, and the same with its numbers as they are written."""
     try:
-        # Spreadsheets write a byte-order mark at the start, which `utf-8-sig` leaves out. RecursionError is what
-        # deeply nested lists raise.
-        row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        # Spreadsheets write a byte-order mark at the start, which `utf-8-sig` leaves out.
+        text = line.decode("utf-8-sig")
+        # As a number, 0.00001 would come back as 1e-05, and a long one with other digits.
+        row, written = json.loads(text), json.loads(text, parse_int=str, parse_float=str)
+    # RecursionError is what deeply nested lists raise, and ValueError an integer of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON in UTF-8 ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(
             f"{where} is {type(row).__name__}; each row must be an object such as " + '{"question": "..."}'
         )
-    return row
+    return row, written
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
-    """A field as text that is not empty."""
-    if name not in row:
-        raise ValueError(f"{where} has no field '{name}'; it has {', '.join(map(repr, row)) or 'none'}")
-    value = row[name]
-    # True is an int to `isinstance`, and Python's JSON reads NaN and Infinity.
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not (isinstance(value, str) and value.strip()):
+def _text(written: dict[str, Any], name: str, where: str) -> str:
+    """A field as text that is not empty; `written` has numbers as text, but not true, null, NaN and Infinity."""
+    if name not in written:
+        raise ValueError(f"{where} has no field '{name}'; it has {', '.join(map(repr, written)) or 'none'}")
+    value = written[name]
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where} has the {name} {str(value)[:80]!r}; allowed is text that is not empty, or a number")
-    # Answers are text everywhere else, so a number is written out.
-    return value if isinstance(value, str) else json.dumps(value)
+    # JSON can write half of a character, which no tokenizer takes.
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{where} has the {name} {value[:80]!r}, which holds half of a surrogate pair")
+    return value

@@ -103,7 +103,7 @@ class JsonlSource:
 
     Attributes:
         name: label of the source in logs and reports.
-        file: the JSONL file to train on.
+        file: the JSONL file to train on; like all paths, relative to the configuration's own file.
         train_size: training questions, drawn by `seed`; None for all.
         heldout_size: held-out questions, drawn by `seed`.
         seed: 0 or more.

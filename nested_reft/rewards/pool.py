@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nested_reft.config_files import PACKAGE
+
 # A first import of SymPy or of a user's own packages may be slow on a busy machine.
 START_LIMIT_SECONDS = 120.0
 
@@ -56,7 +58,7 @@ class WorkerPool:
     def __init__(self, workers: int, time_limit_seconds: float, memory_gib: float = 0, function: str | None = None):
         self._time_limit_seconds = time_limit_seconds
         self._setup = {
-            "path": [os.path.abspath(path) for path in sys.path],
+            "path": _import_path(function),
             "memory_bytes": int(memory_gib * 2**30),
             # This is longer than any limit of the pool, so it acts only when the pool is gone.
             "last_resort_seconds": 2 * max(time_limit_seconds, START_LIMIT_SECONDS),
@@ -131,6 +133,20 @@ class WorkerPool:
         return None
 
 
+def _import_path(function: str | None) -> list[str]:
+    """Where workers look for modules: where this process does, but not in the working directory.
+
+    A file there that happens to have the name of a module, such as `inspect.py`, would be executed.
+    """
+    here = os.getcwd()
+    asked = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
+    path = [os.path.abspath(entry) for entry in sys.path if entry]
+    kept = [entry for entry in path if entry != here or entry in asked]
+    # A user's own module may lie there, and so may a checkout of this package. Last, it takes no other's place.
+    named = function is not None and not function.rpartition(":")[0].endswith(".py")
+    return [*kept, here] if named or str(PACKAGE.parent) == here else kept
+
+
 def _kill_all(workers: Iterable[_Worker]) -> None:
     for worker in list(workers):
         worker.kill()
@@ -141,7 +157,8 @@ class _Worker:
 
     def __init__(self, setup: dict[str, Any]):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nested_reft.rewards.worker"],
+            # With -P, the working directory is not searched for modules.
+            [sys.executable, "-P", "-m", "nested_reft.rewards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # A pipe that nobody reads would fill up and block the worker.

@@ -19,13 +19,16 @@ from nested_reft.data.examples import Checker, Example
 from nested_reft.literals import check_choice
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.rewards.length import overlong_punishment
-from nested_reft.rewards.math_answer import compare_quickly, has_foreign_digits, marked_answer
+from nested_reft.rewards.limits import LARGEST_REWARD, RewardError
+from nested_reft.rewards.math_answer import compare_quickly, has_foreign_digits, is_unevaluated, marked_answer
+from nested_reft.rewards.notation import number, words
 from nested_reft.rewards.pool import Failure, Outcome, WorkerPool
 from nested_reft.types import Prompts
 
 logger = logging.getLogger(__name__)
 
 FAILURES: tuple[str, ...] = get_args(Failure)
+TRIAL_CALLS = 3  # of the user's function, on gold answers before training
 MAX_TASK_CHARS = 10_000  # of an answer that a task's own verifier reads
 
 
@@ -38,11 +41,13 @@ class RewardConfig:
             `exact`, the completion is or announces one number; `math`, it marks one final answer that
             equals the gold one; `task`, the verifier of the source's reasoning-gym task gives full
             marks; `function`, `function` returns 1 or more.
+        accept_unevaluated: `math` takes arithmetic that is yet to be done for right, such as `12 * 37` for 444.
+            Turn it off where the question states the arithmetic, since a policy may then copy the question.
         format_weight: reward for a completion in the checker's form, right or wrong; 0 or more.
         function: a function of your own, as `package.module:function` or `path/file.py:function`. It is
             called with the completion and a dictionary of `answer`, `prompt`, `metadata` and `finished`,
-            and returns a number. A run's configuration thus names code: look before you load a
-            stranger's run.
+            and returns a number of any kind that `float` takes. A run's configuration thus names code: look
+            before you load a stranger's run.
         function_weight: of that number in the reward.
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
             tokens before `rollout.max_completion_tokens`; 0 for none.
@@ -55,6 +60,7 @@ class RewardConfig:
     """
 
     checker: Checker = "exact"
+    accept_unevaluated: bool = True
     format_weight: float = 0.0
     function: str | None = None
     function_weight: float = 1.0
@@ -73,6 +79,9 @@ class RewardConfig:
                 raise ValueError(f"reward.{name} is {value}; allowed is a finite number, 0 or more")
         if not math.isfinite(self.function_weight):
             raise ValueError(f"reward.function_weight is {self.function_weight}; allowed is a finite number")
+        for name in ("format_weight", "overlong_weight", "function_weight"):
+            if abs(getattr(self, name)) > LARGEST_REWARD:
+                raise ValueError(f"reward.{name} is {getattr(self, name)}; allowed is at most {LARGEST_REWARD:g}")
         if not (math.isfinite(self.time_limit_seconds) and self.time_limit_seconds > 0):
             raise ValueError(f"reward.time_limit_seconds is {self.time_limit_seconds}; allowed is more than 0")
         if self.workers < 1:
@@ -122,6 +131,7 @@ def score(
 
     Raises:
         ValueError: the shapes disagree, or a gold answer cannot be read.
+        RewardError: a reward is too large to compute with.
     """
     num_prompts, group_size = finished_BG.shape
     if len(prompts) != num_prompts or [len(texts) for texts in texts_BG] != [group_size] * num_prompts:
@@ -153,11 +163,29 @@ def score(
         "function": config.function_weight,
         "overlong": config.overlong_weight,
     }
-    reward_BG = sum((weights[name] * part_BG for name, part_BG in parts.items()), np.zeros(finished_BG.shape))
+    reward_BG = _weighted_sum(parts, weights)
     # Indicators of failure join after the sum, because they have no weight.
     parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
     # A copy, so that a change of one array does not change the other.
     return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
+
+
+def _weighted_sum(parts: dict[str, Float[np.ndarray, "B G"]], weights: dict[str, Any]) -> Float[np.ndarray, "B G"]:
+    """The reward: every part times its weight, added up.
+
+    Raises:
+        RewardError: one is too large; names the part that makes it so.
+    """
+    # In float64, so that what is too large for float32 is seen here and not as an infinite loss.
+    products = {name: np.asarray(part_BG, np.float64) * weights[name] for name, part_BG in parts.items()}
+    for name, product_BG in products.items():
+        if product_BG.size and not abs(product_BG).max() <= LARGEST_REWARD:
+            worst = float(parts[name].flat[abs(product_BG).argmax()])
+            raise RewardError(
+                f"reward.{name}_weight is {weights[name]}, which times the {name} of {worst:g} is more than"
+                f" {LARGEST_REWARD:g}; lower the weight, or have the function return smaller numbers"
+            )
+    return np.sum(list(products.values()), axis=0)
 
 
 def _checked(
@@ -175,14 +203,16 @@ def _checked(
     requests: dict[tuple[str, int, int], dict[str, Any]] = {}
     for b, g in itertools.product(*map(range, finished_BG.shape)):
         text, finished = texts_BG[b][g], bool(finished_BG[b, g])
-        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished)
+        check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished, config)
         parts["format"][b, g] = check.format
         if check.request is None:
             parts["accuracy"][b, g] = check.accuracy
         else:
             requests["accuracy", b, g] = check.request
         if config.function:
-            requests["function", b, g] = _function_request(text, prompts, b, finished)
+            requests["function", b, g] = _function_request(
+                text, prompts.answers[b], prompts.texts[b], prompts.metadata[b], finished
+            )
     outcomes = _run(requests, config)
     for (name, b, g), outcome in outcomes.items():
         # A request that failed has the value None; `scored_BG` tells it from a real 0.
@@ -235,9 +265,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
             raise ValueError(
                 "a source has the checker 'function', but reward.function is None; name the function there"
             )
-        problem = _pool(config).check("function")
-        if problem is not None:
-            raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+        _check_function(examples, config)
     for kind, package, extra in (("math", "math-verify", "math"), ("task", "reasoning-gym", "tasks")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
@@ -251,13 +279,26 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
             raise ValueError(_unreadable(examples[index], config, outcome.message or "it is not scored as right"))
 
 
+def _check_function(examples: Sequence[Example], config: RewardConfig) -> None:
+    """Refuses a function that does not load, or that scores none of the first gold answers."""
+    problem = _pool(config).check("function")
+    if problem is not None:
+        raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+    requests = [
+        _function_request(e.answer, e.answer, e.question, e.metadata, finished=True) for e in examples[:TRIAL_CALLS]
+    ]
+    outcomes = _pool(config).run(requests)
+    # A function may fail on some completions; one that fails on all would leave nothing to learn from.
+    if outcomes and all(outcome.failure for outcome in outcomes):
+        raise ValueError(
+            f"reward.function is '{config.function}', which gives no score for the gold answer of source"
+            f" '{examples[0].source}', {examples[0].answer[:80]!r}: {outcomes[0].message}"
+        )
+
+
 def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | None:
     """What to ask a worker about a gold answer; None where it is known to be readable."""
-    checker = example.checker or config.checker
-    if checker == "exact":
-        if parse_number(example.answer) is None:
-            raise ValueError(_unreadable(example, config, "the exact-answer reward needs numeric answers"))
-        return None
+    checker, answer = example.checker or config.checker, example.answer
     if checker == "task" and "source_dataset" not in example.metadata:
         raise ValueError(f"source '{example.source}' has the checker 'task', which is for reasoning-gym tasks only")
     if checker in ("task", "function") or config.function:
@@ -266,11 +307,20 @@ def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | No
             json.dumps(example.metadata, default=str)
         except (TypeError, ValueError) as error:
             raise ValueError(f"source '{example.source}' has metadata that JSON cannot keep ({error})") from None
-    if checker == "math" and parse_number(example.answer) is None:
-        return {"kind": "math", "text": example.answer, "answer": example.answer}
-    if checker == "task" and example.answer != "None":  # a task with many right answers names none
-        return {"kind": "task", "text": example.answer, "answer": example.answer, "metadata": example.metadata}
-    return None
+    # A task with many right answers names none, and a function knows its own.
+    if checker == "function" or (checker == "task" and answer == "None"):
+        return None
+    if checker == "exact" and parse_number(answer) is None:
+        raise ValueError(_unreadable(example, config, "the exact-answer reward needs numeric answers"))
+    # A completion that repeats the gold answer takes the way of all completions, and must be right at its end.
+    repeated = rf"\boxed{{{answer}}}" if checker == "math" else answer
+    check = _check(checker, repeated, answer, example.metadata, finished=True, config=config)
+    if check.request is None and check.accuracy != 1.0:
+        raise ValueError(_unreadable(example, config, "a completion that repeats it is not right"))
+    # Equal texts are right without algebra, but other forms of this answer would need it.
+    if checker == "math" and number(answer) is None and words(answer) is None:
+        return {"kind": "math", "text": answer, "answer": answer}
+    return check.request
 
 
 def _unreadable(example: Example, config: RewardConfig, why: str) -> str:
@@ -289,7 +339,9 @@ class _Check:
     request: dict[str, Any] | None = None
 
 
-def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finished: bool) -> _Check:
+def _check(
+    checker: str, text: str, answer: str, metadata: dict[str, Any], finished: bool, config: RewardConfig
+) -> _Check:
     if checker == "exact":
         cell = exact_answer(text, answer, finished)
         return _Check(cell["accuracy"], cell["format"])
@@ -307,19 +359,16 @@ def _check(checker: str, text: str, answer: str, metadata: dict[str, Any], finis
         return _Check(format=form, request={"kind": "task", "text": given, "answer": answer, "metadata": metadata})
     if marked is None:
         return _Check()
+    if not config.accept_unevaluated and is_unevaluated(marked, answer):
+        return _Check(0.0, form)
     right = compare_quickly(marked, answer)
     if right is None:
         return _Check(format=form, request={"kind": "math", "text": marked, "answer": answer})
     return _Check(float(right), form)
 
 
-def _function_request(text: str, prompts: Prompts, b: int, finished: bool) -> dict[str, Any]:
-    example = {
-        "answer": prompts.answers[b],
-        "prompt": prompts.texts[b],
-        "metadata": prompts.metadata[b],
-        "finished": finished,
-    }
+def _function_request(text: str, answer: str, prompt: str, metadata: dict[str, Any], finished: bool) -> dict[str, Any]:
+    example = {"answer": answer, "prompt": prompt, "metadata": metadata, "finished": finished}
     return {"kind": "function", "text": text, "example": example}
 
 

@@ -20,9 +20,12 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from nested_reft.rewards.limits import LARGEST_REWARD
 from nested_reft.rewards.math_answer import verify_math
+from nested_reft.user_files import load_module
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def _answer(request: dict[str, Any], setup: dict[str, Any]) -> dict[str, Any]:
             _prepare(request["prepare"], setup)
             return {"value": 0.0}
         return {"value": _score(request, setup)}
-    except Exception as error:  # whatever a verifier or a user's function raises
+    except BaseException as error:  # whatever a verifier or a user's function raises, `sys.exit()` as well
         # A long message of a user's function should not fill the log.
         return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
@@ -86,10 +89,33 @@ def _score(request: dict[str, Any], setup: dict[str, Any]) -> float:
         score = _task_scorer(metadata["source_dataset"], json.dumps(metadata["source_parameters"]))
         value = score(text, {"question": "", "answer": request["answer"], "metadata": metadata})
         return float(value >= 1.0)  # several give partial credit for garbage
-    value = load_function(setup["function"])(text, request["example"])
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return float(value)
-    raise ValueError(f"the function returned {value!r:.100}; allowed is a finite number")
+    return _finite(load_function(setup["function"])(text, request["example"]))
+
+
+def _finite(value: Any) -> float:
+    """A number of any kind that `float` takes: also NumPy's, JAX's and torch's, fractions and decimals.
+
+    Raises:
+        ValueError: it is no number, or none that training can compute with.
+    """
+    try:
+        # `float` reads texts too, but a function that returns one has a mistake in it.
+        number = math.nan if isinstance(value, str | bytes | bytearray) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError is how torch refuses a vector
+        number = math.nan
+    if abs(number) <= LARGEST_REWARD:
+        return number
+    raise ValueError(
+        f"the function returned {_short(value)}; allowed is a finite number from -{LARGEST_REWARD:g} to"
+        f" {LARGEST_REWARD:g}, because training computes its square in float32"
+    )
+
+
+def _short(value: Any) -> str:
+    try:
+        return f"{value!r:.100}"
+    except Exception:  # such as an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
 
 
 @functools.cache
@@ -111,20 +137,23 @@ def load_function(name: str) -> Callable[[str, dict[str, Any]], float]:
         TypeError: it is not a function of a text and an example.
     """
     module_name, _, function = name.rpartition(":")
-    if module_name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"'{module_name}' cannot be loaded")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(module_name)
+    module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
     found: Any = getattr(module, function)
     if not callable(found):
         raise TypeError(f"'{name}' is of type {type(found).__name__}, not a function")
     # A function of other arguments fails now and not at the first completion.
     inspect.signature(found).bind("text", {})
     return cast("Callable[[str, dict[str, Any]], float]", found)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module of a file. Processes that it starts can import it by its name, if no other module has that name."""
+    name = path.stem
+    if importlib.util.find_spec(name) is not None:
+        return load_module(path, f"nested_reft_reward_{name}")
+    # It comes last, so that nothing in the file's directory takes the place of another module.
+    sys.path.append(str(path.absolute().parent))
+    return load_module(path, name)
 
 
 if __name__ == "__main__":

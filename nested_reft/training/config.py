@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
 from nested_reft.models.lora import LoraConfig
+from nested_reft.models.registry import known_models
 from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
@@ -30,6 +29,7 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
 from nested_reft.training.optimizer import OptimizerConfig
 from nested_reft.training.warm_start import WarmStartConfig
+from nested_reft.user_files import load_module
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,12 @@ class Config:
             rule(self)
 
     def to_json(self) -> dict[str, Any]:
-        """Nested plain values; `from_json` reads them back."""
-        # The way through text turns tuples into lists, so this value equals what a file gives back.
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Nested plain values; `from_json` reads them back.
+
+        Raises:
+            ValueError: a field holds what JSON cannot keep.
+        """
+        return _plain(self, "")
 
     @classmethod
     def from_json(cls, value: Any) -> Config:
@@ -196,7 +199,9 @@ remat, seed, checkpoint_every, keep_checkpoints, ess_warning
     """
     # Overrides pass through the JSON form, so they are checked by the same rules as a stored configuration.
     config = _named_config(name)
-    return Config.from_json(_merged(config.to_json(), overrides, "")) if overrides else config
+    if not overrides:
+        return config
+    return with_absolute_paths(Config.from_json(_merged(config.to_json(), overrides, "")), Path.cwd())
 
 
 def _named_config(name: str) -> Config:
@@ -209,18 +214,20 @@ def _named_config(name: str) -> Config:
         path = shipped[name]
     elif not path.is_file():
         raise ValueError(f"configuration file '{name}' does not exist")
-    # The file is loaded by its path, because it belongs to no package that could be imported.
-    spec = importlib.util.spec_from_file_location(f"nested_reft_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # The file is loaded by its path, because it belongs to no package that could be imported.
+        module = load_module(path, f"nested_reft_config_{path.stem}")
         config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # whatever a user's own file raises
-        raise ValueError(f"configuration file '{path}' fails: {type(error).__name__}: {error}") from error
+    # Whatever a user's own file raises; `sys.exit()` in it must not end the command as if all were well.
+    except (Exception, SystemExit) as error:
+        message = " ".join(str(error).split())  # in one line, as all refusals are
+        raise ValueError(f"configuration file '{path}' fails: {type(error).__name__}: {message}") from error
     if not isinstance(config, Config):
         raise ValueError(f"configuration file '{path}' has no get_config() that returns a nested_reft Config")
-    return config
+    try:
+        return with_absolute_paths(config, path.parent)
+    except ValueError as error:
+        raise ValueError(f"configuration file '{path}': {error}") from None
 
 
 def with_objective(config: Config, kind: str) -> Config:
@@ -248,15 +255,40 @@ def with_objective(config: Config, kind: str) -> Config:
     return dataclasses.replace(config, loss=chosen())
 
 
-def find_data_file(name: str) -> Path:
-    """A file named in a configuration: as a path, or beside the shipped configurations."""
-    # A file in the working directory comes before one that ships.
-    if not os.path.isabs(name) and not Path(name).exists():
-        for directory in CONFIG_DIRECTORIES:
-            if (directory / name).exists():
-                return directory / name
-    # Where nothing is found, the name itself goes on, and whoever opens the file reports that it is missing.
-    return Path(name)
+def with_absolute_paths(config: Config, directory: Path) -> Config:
+    """The configuration with every path in it absolute, so that it means the same wherever a run is continued.
+
+    A file that is not there may be one of those that ship with the configurations. The name of a model is a path
+    where there is such a file or directory.
+
+    Args:
+        config: the configuration; paths that are absolute already stay.
+        directory: what the other paths are relative to.
+
+    Raises:
+        ValueError: a field holds what JSON cannot keep, or a value of the wrong type.
+    """
+    value = config.to_json()
+
+    def absolute(name: Any) -> str:
+        path = directory.absolute() / Path(name).expanduser()
+        # Shipped files are looked for last, so a file of the user's own takes their place.
+        places = [path, *(shipped / name for shipped in CONFIG_DIRECTORIES)]
+        return os.path.normpath(next((place for place in places if place.exists()), path))
+
+    fields = [(source, name) for source in value["data"]["sources"] for name in ("file", "heldout_file", "folder")]
+    for part, name in [*fields, (value["nesting"], "divergence_file")]:
+        # Sources of the other kinds lack the field, and None names no file.
+        if isinstance(part.get(name), str):
+            part[name] = absolute(part[name])
+    file, _, function = str(value["reward"]["function"]).rpartition(":")
+    if file.endswith(".py"):
+        value["reward"]["function"] = f"{absolute(file)}:{function}"
+    model = value["model"]["name"]
+    # Known names come before files, so that a configuration means the same model in every directory.
+    if model and model not in ("scratch", *known_models()) and (directory / Path(model).expanduser()).exists():
+        value["model"]["name"] = absolute(model)
+    return Config.from_json(value)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -295,12 +327,29 @@ def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -
         ):
             merged[name] = _merged(stored[name], value, f"{prefix}{name}.")
         else:
-            merged[name] = _plain(value)
+            merged[name] = _plain(value, f"{prefix}{name}")
     return merged
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, inside sequences too."""
+def _plain(value: Any, field: str) -> Any:
+    """Dataclasses as dictionaries, tuples as lists, paths as text, and numbers and arrays of NumPy as plain ones.
+
+    Raises:
+        ValueError: it is nothing that JSON can keep; names the field.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry, f"{field}.{name}".lstrip(".")) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{field}.{index}") for index, entry in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # The numbers and arrays of NumPy, JAX and torch all have this method.
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        return _plain(value.tolist(), field)
+    if isinstance(value, int | float | str):  # an enumeration's
+        return value
+    raise ValueError(f"{field} is {value!r:.80}, of type {type(value).__name__}; JSON cannot keep such a value")

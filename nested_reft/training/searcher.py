@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from nested_reft.layer_skip import LayerPlan
-from nested_reft.rewards.reward import RewardConfig, score
+from nested_reft.rewards.limits import RewardError
+from nested_reft.rewards.reward import FAILURES, RewardConfig, score
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.policy import Policy
@@ -44,6 +45,9 @@ class Searcher:
         Returns:
             B groups on the host. A completion counts in the loss where it could be scored and, with
             `reward.overlong_filter`, was not cut off.
+
+        Raises:
+            RewardError: none of the completions could be scored.
         """
         started = time.monotonic()
         rollouts, drafts = self._rollouts(policy, prompts, plan, key)
@@ -60,6 +64,12 @@ class Searcher:
             rollouts.length_BG,
             self._rollout.max_completion_tokens,
         )
+        if scored_BG.size and not scored_BG.any():
+            counts = ", ".join(f"{name} {int(parts[name].sum())}" for name in FAILURES)
+            raise RewardError(
+                f"no completion of this step could be scored ({counts}), so there is nothing to learn from; the warning"
+                " above has the first message"
+            )
         # Completions without a reward have no advantage, so their tokens must not enter the divisor either.
         counted_BG = rollouts.counted_BG & scored_BG
         # The reward of a completion that was cut off still counts for its group, since only the mask changes.

@@ -23,7 +23,7 @@ from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.training.config import Config, find_data_file
+from nested_reft.training.config import Config, with_absolute_paths
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         ValueError: something in the configuration cannot work; names the field, its value and
             what is allowed.
     """
+    # Paths of a configuration file are absolute by now. Others were given in this working directory.
+    config = with_absolute_paths(config, Path.cwd())
     # A resumed run reads its configuration from a file, so it has to come back as it was.
     if Config.from_json(config.to_json()) != config:
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
@@ -106,7 +108,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
-        divergence_L = load_divergence(find_data_file(config.nesting.divergence_file), num_layers)
+        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers)
     check_positions(config, policy.model.config)
     train, heldout = (
         [

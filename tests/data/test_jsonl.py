@@ -45,6 +45,16 @@ def test_fields_metadata_and_disjoint_lists(write, caplog):
     assert "1 train rows removed, because they ask what an earlier one asks; the first is row 3" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "number",
+    ["0.00001", "1e-05", "2e16", "20000000000000000.0", "7", "-0.50", "1" + "0" * 400, "3." + "14" * 100, "1e999"],
+)
+def test_an_answer_that_is_a_number_stays_as_it_is_written(write, number):
+    write(f'{{"question": "a", "answer": {number}, "level": 2.50}}'.encode(), pair(2))
+    (example,) = [e for part in load_source(mine()) for e in part if e.question == "a"]
+    assert example.answer == number and example.metadata == {"level": 2.5}
+
+
 def test_sizes_are_drawn_by_the_seed_and_the_rest_is_left(write):
     write(*(pair(i) for i in range(20)))
     lists = [load_source(mine(train_size=5, heldout_size=3, seed=seed)) for seed in (0, 0, 1)]
@@ -75,6 +85,10 @@ def test_a_file_of_its_own_for_held_out_questions(write):
         ([pair(1, answer=None)], "row 1 has the answer 'None'"),
         ([pair(1, answer=True)], "row 1 has the answer 'True'"),
         ([b'{"question": "q", "answer": NaN}'], "row 1 has the answer 'nan'"),
+        ([b'{"question": "q", "answer": -Infinity}'], "row 1 has the answer '-inf'"),
+        ([b'{"question": "q", "answer": "x\\ud800"}'], "row 1 has the answer .*, which holds half of a surrogate pair"),
+        ([b'{"question": "q", "answer": "1", "n": ' + b"9" * 5000 + b"}"], "row 1 is not JSON in UTF-8 .*digits"),
+        ([b'{"question": "q", "answer": ' + b"[" * 100_000 + b"}"], "row 1 is not JSON in UTF-8"),
         ([], "data.sources.m.file is 'mine.jsonl', which has no rows"),
         ([pair(1)], "data.sources.m.heldout_size is 1, and no question is left to train on"),
     ],

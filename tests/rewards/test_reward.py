@@ -11,6 +11,7 @@ import pytest
 
 from nested_reft.data.examples import Example
 from nested_reft.data.sources import DatasetSource, TaskSource, load_source
+from nested_reft.rewards.limits import RewardError
 from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, score
 from nested_reft.types import Prompts
 from tests.shared_data import original_files
@@ -194,6 +195,16 @@ def test_each_prompt_has_its_own_checker():
     np.testing.assert_array_equal(accuracy, [[1, 1], [0, 1]])
 
 
+@pytest.mark.parametrize(("accept", "right"), [(True, [1, 1, 1]), (False, [0, 1, 1])])
+def test_unevaluated_arithmetic_is_right_where_the_setting_says_so(accept, right):
+    pytest.importorskip("math_verify", reason="needs the optional package math-verify")
+    config = RewardConfig(checker="math", accept_unevaluated=accept)
+    texts = [[r"\boxed{12 \times 37}", r"\boxed{12 \times 37 = 444}", r"\boxed{444}"]]
+    _, accuracy, _, parts = score_texts(texts, ["444"], config)
+    np.testing.assert_array_equal(accuracy, [right])
+    np.testing.assert_array_equal(parts["format"], [[1, 1, 1]])
+
+
 def test_parts_have_the_same_names_whether_or_not_a_worker_was_asked():
     """Dynamic sampling puts batches together: one without a marked answer asks no worker."""
     pytest.importorskip("math_verify", reason="needs the optional package math-verify")
@@ -252,6 +263,25 @@ def test_what_has_no_score_is_not_wrong_and_is_counted(caplog):
     }
 
 
+def test_a_reward_that_float32_cannot_hold_names_its_cause():
+    config = RewardConfig(function=f"{FUNCTIONS}:length", function_weight=1e16)
+    with pytest.raises(
+        RewardError, match=r"reward.function_weight is 1e\+16, which times the function of 2 is more than"
+    ):
+        score_texts([["x" * 20]], ["7"], config)
+
+
+def test_a_function_is_called_before_training():
+    examples = [Example("q", "7", "s")]
+    check_answers(examples, RewardConfig(function=f"{FUNCTIONS}:length"))
+    with pytest.raises(ValueError, match=r"gives no score for the gold answer of source 's', '7': KeyError: 'gold'"):
+        check_answers(examples, RewardConfig(function=f"{FUNCTIONS}:wants_a_field"))
+    # One that fails for some completions only is left to the run.
+    check_answers(
+        [Example("q", a, "s") for a in ("raise", "7")], RewardConfig("function", function=f"{FUNCTIONS}:misbehave")
+    )
+
+
 def test_overlong_completions_are_punished():
     config = RewardConfig(overlong_cache_tokens=8, overlong_weight=2.0)
     prompts, finished = make_prompts(["7"]), np.array([[True, True, False]])
@@ -271,6 +301,8 @@ def test_overlong_completions_are_punished():
         ({"function": "rewards:"}, "reward.function is 'rewards:'; allowed"),
         ({"checker": "function"}, "reward.checker is 'function', but reward.function is None"),
         ({"function_weight": float("nan")}, "reward.function_weight is nan; allowed"),
+        ({"function_weight": -1e39}, r"reward.function_weight is -1e\+39; allowed is at most 1e\+16"),
+        ({"format_weight": 1e39}, r"reward.format_weight is 1e\+39; allowed is at most 1e\+16"),
         ({"overlong_weight": -1.0}, "reward.overlong_weight is -1.0; allowed"),
         ({"overlong_cache_tokens": -1}, "reward.overlong_cache_tokens is -1; allowed is 0 or more"),
         ({"time_limit_seconds": 0.0}, "reward.time_limit_seconds is 0.0; allowed is more than 0"),
@@ -297,6 +329,21 @@ def test_bad_configuration_is_refused(changes, message):
             Example("q", "7", "s"),
             RewardConfig(function="no_such_package:f"),
             "reward.function is 'no_such_package:f', which",
+        ),
+        (
+            Example("q", "9" * 65, "s"),
+            RewardConfig(),
+            "'exact' cannot read: the exact-answer reward needs numeric answers",
+        ),
+        (
+            Example("q", "1e-05", "s"),
+            RewardConfig(),
+            "'exact' cannot read: the exact-answer reward needs numeric answers",
+        ),
+        (
+            Example("q", "x" * 10_001, "s", {"source_dataset": "chain_sum", "source_parameters": {}}, checker="task"),
+            RewardConfig(),
+            "'task' cannot read: a completion that repeats it is not right",
         ),
         (
             Example("q", r"\frac{1}{", "s", checker="math"),

@@ -8,6 +8,7 @@ import pytest
 
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.layer_skip import LayerPlan
+from nested_reft.rewards.limits import RewardError
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import prepare
 from tests.training.runs import assert_equal_arrays, nano
@@ -102,3 +103,10 @@ def test_exact_rollouts_say_how_many_drafts_were_kept(setup, prompts, key):
     full = exact.search(setup.policy, prompts, LayerPlan.full(6), key)
     assert full.stats is not None and full.stats.drafts_accepted >= 0.99 * full.stats.drafts_tested
     assert full.rollouts.full_share_B.tolist() == [1.0] * 4 and not full.rollouts.nested_BG.any()
+
+
+def test_a_step_without_any_score_stops_the_run(setup, prompts, key, tmp_path):
+    (tmp_path / "mine.py").write_text("def fails(text, example):\n    raise OSError('no such table')\n")
+    failing = searcher(setup, function=f"{tmp_path / 'mine.py'}:fails")
+    with pytest.raises(RewardError, match=r"no completion of this step could be scored \(.*failed 16\)"):
+        failing.search(setup.policy, prompts, PLAN, key)

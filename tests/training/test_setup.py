@@ -33,6 +33,24 @@ def test_refuses_before_any_compute(changes, message):
         prepare(nano(**changes))
 
 
+@pytest.mark.parametrize(
+    "template", ["{question[a]}", "{question.a}", "{question", "{question:d}", "{0}", "{question!x}", "{}"]
+)
+def test_a_template_that_cannot_be_filled_is_refused(template):
+    with pytest.raises(
+        ValueError, match=r"^data.prompt.template is .*, which cannot be filled for source 'three_to_six"
+    ):
+        prepare(nano(data__prompt=PromptFormat(template, chat=False)))
+
+
+@pytest.mark.parametrize(
+    "template", ["{question:9999}", "{question:99999999999999999999}", "{question:.99999}", "{question:{question}}"]
+)
+def test_a_template_that_would_fill_the_memory_is_refused(template):
+    with pytest.raises(ValueError, match=r"^data.prompt.template is .*has a width; allowed is a number up to 999"):
+        prepare(nano(data__prompt=PromptFormat(template, chat=False)))
+
+
 def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
     rows = [{"question": f"{n}+1", "answer": n + 1} for n in range(9)] + [{"question": "1" * 40, "answer": 1}]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
