@@ -43,7 +43,6 @@ setup(
     package_data={"nested_reft.configs": ["*.json"]},
     entry_points={"console_scripts": ["nested-reft = nested_reft.command:main"]},
     install_requires=[
-        "dacite>=1.8",
         "flax>=0.12",
         "gguf>=0.17",
         "grain>=0.2.12",

@@ -13,8 +13,10 @@ import pytest
 from nested_reft import command
 from nested_reft.cli import configs
 from nested_reft.cli.main import COMMANDS, main
+from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
+from nested_reft.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -31,14 +33,12 @@ def empty_directory(tmp_path, monkeypatch):
 def refused(arguments, capsys) -> str:
     """The message of a refused command; checks that nothing was written."""
     before = sorted(Path.cwd().rglob("*"))
-    try:
-        code = main(arguments)
-    except SystemExit as stop:  # argparse and tyro refuse by themselves
-        code = stop.code
-    assert code == 2
+    capsys.readouterr()
+    assert main(arguments) == 2
     assert sorted(Path.cwd().rglob("*")) == before
-    output = capsys.readouterr()
-    return " ".join((output.err + output.out).replace("│", " ").split())
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def refused(arguments, capsys) -> str:
         (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
         (["train", "tiny", "--no.such-field", "1"], "no.such-field"),
         (["train", "tiny", "--nesting.skip-ratio", "1.5"], "nesting.skip_ratio is 1.5; allowed is 0 <= skip_ratio < 1"),
-        (["train", "tiny", "--nesting.skip-ratio", "high"], "skip-ratio"),
+        (["train", "tiny", "--nesting.skip-ratio", "high"], "nesting.skip_ratio is 'high'; allowed is a number"),
         (["train", "tiny", "--nesting.border", "3"], "nesting.border is 3 and nesting.skip_ratio 0.2"),
         (["train", "tiny", "--data.prompts-per-batch", "0"], "data.prompts_per_batch is 0"),
         (
@@ -72,13 +72,13 @@ def refused(arguments, capsys) -> str:
         (["eval", "nowhere"], "'nowhere' is not a run directory; name the configuration"),
         (["eval", "smollm2-135m", "--config", "nothing"], "configuration 'nothing' is unknown"),
         (["sample", "nowhere", "2 + 2"], "model is 'nowhere'"),
-        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "--skip-ratio is 1.0"),
-        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "--temperature is -1.0"),
+        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "--skip-ratio is 1.0; allowed is 0 or more"),
+        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "--temperature is -1.0; allowed is 0 (greedy)"),
         (
             ["sample", "smollm2-135m", "2 + 2", "--skip-layers", "30"],
             "--skip-layers names [30]; the model has",
         ),
-        (["verify-estimators", "--seed", "-1"], "--seed is -1; allowed is 0 to"),
+        (["verify-estimators", "--seed", "-1"], "--seed is -1; allowed is a whole number from 0 to"),
         (["train", "tiny", "--runs", ""], "--runs is ''; allowed is a directory"),
         (["train", "tiny", "--runs", "/dev/null/runs"], "'/dev/null' is a file"),
         (["export", "nowhere", "out"], "'nowhere' is not a run directory"),
@@ -87,6 +87,80 @@ def refused(arguments, capsys) -> str:
 )
 def test_refuses(arguments, message, capsys):
     assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tiny", "--train.seed", str(2**64)], f"train.seed is {2**64}; allowed is a whole number from"),
+        (["train", "tiny", "--train.steps", "True"], "train.steps is 'True'; allowed is a whole number"),
+        (["train", "tiny", "--train.steps"], "train.steps is given no value; allowed is a whole number"),
+        (["train", "tiny", "--train.steps", "1", "2"], "train.steps is '1 2', which are 2 words; allowed is a whole"),
+        (["train", "tiny", "--train.stepz", "1"], "no field of the configuration; did you mean --train.steps"),
+        (["train", "tiny", "--loss.mixture-alpha", "1"], "did you mean --rollout.mixture-alpha?"),
+        (["train", "tiny", "--loss.level", "word"], "loss.level is 'word'; allowed are token, prefix, sequence, geom"),
+        (["train", "tiny", "--train", "1"], "train has fields of its own; allowed are --train.steps,"),
+        (["train", "tiny", "--data.sources", "1"], "data.sources has fields of its own; allowed are --data.sources.0"),
+        (["train", "tiny", "--data.sources.5.seed", "1"], "did you mean --data.sources.0.seed"),
+        (["train", "tiny", "words"], "'words' is no option of the command"),
+        (["train", "tiny", "--train.remat", "maybe"], "train.remat is 'maybe'; allowed is True or False"),
+        (["train", "tiny", "--optimizer.learning-rate", "1e39"], "optimizer.learning_rate is 1e+39; allowed is a num"),
+        (["train", "tiny", "--data.prompt.demonstrations", "a"], "allowed are 2 words for each entry"),
+        (["sample", "m"], "the following arguments are required: prompt"),
+        (["sample", "m", "p", "--seed", "x"], "--seed is 'x'; allowed is a whole number from 0 to 2147483647"),
+        (["sample", "m", "p", "--chats"], "unrecognized arguments: --chats; allowed are -h, --help"),
+        (["sample", "m", "p", "--temperature", "1e-30"], "--temperature is 1e-30; allowed is 0 (greedy), or 0.001 to"),
+        (["sample", "smollm2-135m", "p", "--skip-ratio", "0.01"], "--skip-ratio is 0.01, which of 30 layers is 0"),
+        (["sample", "smollm2-135m", "p", "--samples", "99999999"], "--samples is 99999999; allowed is 1 to"),
+        (["sample", "elsewhere/tiny-20260101-120000", "p"], "there is no such run or model"),
+        (["eval", "smollm2-135m", "--config", "tiny", "--train.steps", "1"], "--train.steps changes nothing that eval"),
+        (["eval", "smollm2-135m", "--config", "tiny", "--mesh.data", "64"], "mesh.data"),
+        (["train", "tiny", "--name", "\x1b[31m\n"], "name is '\\x1b[31m\\n'; allowed are letters"),
+        (["fly\x1b[31m"], "command 'fly\\x1b[31m' is unknown"),
+    ],
+)
+def test_refuses_in_one_clear_line(arguments, message, capsys):
+    assert message in refused(arguments, capsys)
+
+
+def test_a_run_that_is_not_there_is_no_model_of_the_hub(capsys):
+    Path("runs").mkdir()
+    assert "'runs/typo', and there is no such run or model" in refused(["sample", "runs/typo", "p"], capsys)
+
+
+def test_errors_of_the_system_name_their_file(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system", "runs/tiny")
+
+    monkeypatch.setattr("nested_reft.cli.train.open_trainer", fail)
+    assert refused(["train", "tiny"], capsys) == "error: 'runs/tiny' cannot be used: Read-only file system"
+
+
+def test_a_device_that_is_not_here_is_one_line(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Unable to initialize backend 'cuda':\nno such device")
+
+    monkeypatch.setattr("nested_reft.cli.train.open_trainer", fail)
+    assert "JAX finds no device: Unable to initialize backend 'cuda': no such" in refused(["train", "tiny"], capsys)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -m nested_reft.command --help | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.stdout.strip(), result.stderr) in (("141", ""), ("0", ""))
+
+
+def test_every_option_that_is_listed_is_taken():
+    """A value that no field takes shows that the field was found."""
+    config = load_config("smollm2_chain_sum")
+    options = list(field_options(config))
+    assert len(options) > 100
+    for option in options:
+        try:
+            override(config, [f"--{option}", "\0", "\0", "\0"])
+        except ValueError as error:
+            assert "no field" not in str(error) and option.rpartition(".")[2].replace("-", "_") in str(error)
 
 
 def test_help_and_version(capsys):

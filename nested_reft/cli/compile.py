@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.overrides import override
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import model_shape
 from nested_reft.reports.tables import cost_table

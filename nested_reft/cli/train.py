@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nested_reft.api import is_complete, open_trainer
+from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.overrides import HELP, override
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> None:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     parser = _parser()
     known, overrides = parser.parse_known_args(arguments[1:] if name else arguments)
-    if {"-h", "--help"} & set(overrides):
+    if not set(HELP).isdisjoint(overrides):
         parser.print_help()
         if name is None:
             return
@@ -40,6 +41,7 @@ def run(arguments: list[str]) -> None:
         # A run that is complete loads no model.
         if known.resume is not None and is_complete(known.resume, config):
             print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+            keep_json(known.json, Run(known.resume).summary())
             return
         trainer = open_trainer(config, known.runs, known.resume)
         directory = trainer.run_directory
@@ -51,7 +53,7 @@ def run(arguments: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        "train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields."
+        "train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.", compiles=True
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
     parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _resolve_config(name: str | None, resume: Path | None, overrides: list[str]) -> Config:
-    """The configuration of a name or a run, with overrides; a resumed run must keep its own."""
+    """The configuration of a name or a run, with overrides; a resumed run keeps its own, but it may take more steps."""
     if resume is None:
         if name is None:
             raise ValueError("train needs the name of a configuration as its first word, or --resume RUN")
@@ -70,10 +72,19 @@ def _resolve_config(name: str | None, resume: Path | None, overrides: list[str])
     asked = with_absolute_paths(override(stored if name is None else load_config(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
     changed = differences(stored.to_json(), asked.to_json())
-    if changed:
-        listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
-        raise ValueError(f"run '{resume}' holds another configuration: {listed}. Resume without overrides")
-    return stored
+    if not changed or _is_extension(stored, changed):
+        return asked
+    listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
+    begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
+    raise ValueError(
+        f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
+        " raised, and --resume left out starts another run"
+    )
+
+
+def _is_extension(stored: Config, changed: list[tuple[str, Any, Any]]) -> bool:
+    """Whether a run is only to go on for longer."""
+    return [field for field, _, _ in changed] == ["train.steps"] and changed[0][2] > stored.train.steps
 
 
 def _check_places(known: argparse.Namespace) -> None:
