@@ -15,6 +15,7 @@ from nested_reft.cli.policy import plan_without
 from nested_reft.divergence import load_divergence
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
+from nested_reft.rollout.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nested_reft.training.memory import mesh_bytes
 from nested_reft.untrusted import printable
 
@@ -63,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--temperature",
-        type=number("0 (greedy), or 0.001 to 1000", lambda value: value == 0 or 0.001 <= value <= 1000),
+        type=number(
+            f"0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+            lambda value: value == 0 or MIN_TEMPERATURE <= value <= MAX_TEMPERATURE,
+        ),
         help="0 is greedy; default: the run's own, 1 for a model",
     )
     parser.add_argument("--max-tokens", type=whole(1), help="default: 64, or the room that the prompt leaves")

@@ -192,7 +192,7 @@ def _reasoning_gym(task: Task) -> Any:
 
 def _check_name(task: Task, tasks: Mapping[str, Any]) -> None:
     if task.task not in tasks:
-        near = difflib.get_close_matches(task.task, tasks) or sorted(tasks)
+        near = difflib.get_close_matches(task.task, tasks, cutoff=0.5) or [*sorted(tasks)[:5], "..."]
         raise ValueError(
             f"{task.field}.task is '{task.task}', which reasoning-gym does not have;"
             f" did you mean one of: {', '.join(near)}"

@@ -5,7 +5,7 @@ Needs matplotlib, of the `report` extra. Figures are drawn without a display.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
         (line["step"], float(line[name]))
         for line in lines
         # A step without the metric, or with NaN, leaves a gap instead of a point.
-        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+        if isinstance(line.get(name), int | float) and abs(line[name]) <= sys.float_info.max
     ]
     return [step for step, _ in points], [value for _, value in points]
 

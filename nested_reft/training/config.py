@@ -17,6 +17,7 @@ from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, T
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.fields import UnknownField, read
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.literals import check_whole
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import known_models
@@ -29,8 +30,10 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
 from nested_reft.training.optimizer import OptimizerConfig
 from nested_reft.training.warm_start import WarmStartConfig
-from nested_reft.untrusted import shown
+from nested_reft.untrusted import MAX_WHOLE, shown
 from nested_reft.user_files import load_module
+
+MAX_STEPS = 10**8  # a second each, these are three years
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,16 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; allowed is 1 or more")
+            check_whole(f"train.{name}", getattr(self, name), 1, MAX_STEPS)
+        # The optimizer counts updates in 32 bits.
+        if self.steps * self.updates_per_batch > MAX_STEPS:
+            raise ValueError(
+                f"train.steps is {self.steps} and train.updates_per_batch {self.updates_per_batch}; allowed are at"
+                f" most {MAX_STEPS} updates in all"
+            )
         if not 0 < self.ess_warning < 1:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
-        if self.seed < 0:
-            raise ValueError(f"train.seed is {self.seed}; allowed is 0 or more")
+        check_whole("train.seed", self.seed, 0, MAX_WHOLE)
 
 
 @dataclass(frozen=True)
