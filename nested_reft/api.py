@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,13 @@ def is_complete(path: Path, config: Config) -> bool:
         path: the run directory.
         config: of the run.
     """
-    at_end = newest_checkpoint(path / "checkpoints") == last_checkpoint(config)
-    return at_end and (path / "summary.json").is_file()
+    if newest_checkpoint(path / "checkpoints") != last_checkpoint(config):
+        return False
+    # A summary that cannot be read is measured and written once more.
+    try:
+        return json.loads((path / "summary.json").read_text(encoding="utf-8"))["steps"] == config.train.steps
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def open_trainer(
@@ -209,23 +215,32 @@ def open_trainer(
         runs: where a new run's directory is made.
         resume: the run directory to continue.
         on_step: called with the record of each training step.
+
+    Raises:
+        ValueError: the configuration cannot work, or the run cannot be continued.
     """
     if resume is not None and newest_checkpoint(resume / "checkpoints") is None:
         raise ValueError(f"run '{resume}' has no complete checkpoint to resume from")
-    setup = prepare(config)
-    check_memory(setup)
-    if resume is None:
-        directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
-    else:
-        directory = RunDirectory(resume)
+    with ExitStack() as on_failure:
+        # A run that another process works on is refused before the model is loaded.
+        directory = None if resume is None else on_failure.enter_context(closing(RunDirectory(resume)))
+        setup = prepare(config)
+        check_memory(setup)
+        if directory is None:
+            directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
+        on_failure.pop_all()
     print(f"run directory: {printable(str(directory.path))}")
     _say_idle_devices(config)
     trainer = Trainer(setup, directory, on_step)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
-    # A run that is extended has another configuration from here on, but only once its checkpoint has been read.
-    if resume is not None and run_config(resume) != config:
-        write_json(resume / "config.json", config.to_json())
+    if resume is not None:
+        # Said always: it shows also where a checkpoint has gone without a trace.
+        state, phase = trainer.state, trainer.phases[trainer.state.phase]
+        print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
+        # A run that is extended has another configuration from here on, but only once its checkpoint has been read.
+        if run_config(resume) != config:
+            write_json(resume / "config.json", config.to_json())
     return trainer
 
 

@@ -1,7 +1,12 @@
-"""Checkpoints of a run: device arrays, and host values of any kind, both written by Orbax."""
+"""Checkpoints of a run: device arrays, and host values of any kind, both written by Orbax, and sealed by checksums."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +14,37 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nested_reft.json_files import write_json
+
+SEAL = "checksums.json"  # of a checkpoint: size and CRC-32 of every file of its parts
 # These mark the place in the JSON part where a NumPy array stood. Orbax writes no empty arrays, so that of an
 # empty one says all that there is to know.
 _ARRAY, _EMPTY = "__array__", "__empty_array__"
+
+logger = logging.getLogger(__name__)
+# Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
+# become one line here.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint does not hold what was written, or not what is asked for."""
+
+
+def checkpoint_numbers(directory: Path) -> list[int]:
+    """Numbers of the complete checkpoints in a run's checkpoint directory, the newest first; reads names only.
+
+    Args:
+        directory: the run's directory for checkpoints; it need not exist.
+    """
+    # A checkpoint that is still being written has a longer name, so digits alone mean that it is complete. An empty
+    # directory was made by somebody else.
+    numbered = (path for path in directory.glob("*") if _is_number(path.name) and path.is_dir())
+    return sorted((int(path.name) for path in numbered if any(path.iterdir())), reverse=True)
 
 
 def newest_checkpoint(directory: Path) -> int | None:
@@ -20,9 +53,7 @@ def newest_checkpoint(directory: Path) -> int | None:
     Args:
         directory: the run's directory for checkpoints; it need not exist.
     """
-    # A checkpoint that is still being written has a longer name, so digits alone mean that it is complete.
-    numbers = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    return max(numbers, default=None)
+    return next(iter(checkpoint_numbers(directory)), None)
 
 
 class Checkpoints:
@@ -30,18 +61,35 @@ class Checkpoints:
 
     A checkpoint appears under its final name only when it is complete, so a killed run leaves the
     previous one whole. It has three parts: device arrays, whose structure the reader knows; JSON; and the
-    NumPy arrays that stood anywhere in the host's values, whose shapes nobody need know beforehand.
+    NumPy arrays that stood anywhere in the host's values, whose shapes nobody need know beforehand. Checksums of
+    all files are written last, and compared before anything is read.
     """
 
     def __init__(self, directory: Path, keep: int):
         """Args:
         directory: where the checkpoints are; made if it is not there.
         keep: newest ones kept, at least 1.
+
+        Raises:
+            ValueError: a file is in its place.
+            OSError: it cannot be made.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
         # Orbax asks for an absolute path.
+        self._directory, self._writing = directory.resolve(), 0
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            async_options=ocp.AsyncOptions(
+                # Orbax calls it when all files of a checkpoint are there, before it gets its final name.
+                post_finalization_callback=self._seal,
+                # Directories that another thread fails to make would be waited for until a time limit of minutes.
+                create_directories_asynchronously=False,
+            ),
+        )
         self._manager = ocp.CheckpointManager(
-            directory.resolve(), options=options, item_names=("arrays", "host", "host_arrays")
+            self._directory, options=options, item_names=("arrays", "host", "host_arrays")
         )
 
     def save(self, number: int, arrays: Any, host: dict[str, Any]) -> None:
@@ -51,53 +99,117 @@ class Checkpoints:
             number: of the checkpoint, larger than those before.
             arrays: a pytree of device arrays.
             host: dictionaries and lists of plain values and NumPy arrays.
+
+        Raises:
+            CheckpointError: this checkpoint or the one before could not be written.
         """
         taken_out: dict[str, np.ndarray] = {}
         plain = _without_arrays(host, taken_out)
-        items = {"arrays": ocp.args.PyTreeSave(arrays), "host": ocp.args.JsonSave(plain)}
+        items = {"arrays": ocp.args.PyTreeSave(arrays), "host": ocp.args.JsonSave({"number": number, "values": plain})}
         if taken_out:
             items["host_arrays"] = ocp.args.PyTreeSave(taken_out)
-        # The caller has decided that it is time, so Orbax's own intervals do not count.
-        self._manager.save(number, args=ocp.args.Composite(**items), force=True)
+        # The seal of the checkpoint before has to be in place, because it goes by the number too.
+        self.wait()
+        self._writing = number
+        try:
+            # The caller has decided that it is time, so Orbax's own intervals do not count.
+            self._manager.save(number, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # Orbax and its storage raise many kinds
+            raise self._failed(error) from error
 
-    def restore_host(self) -> tuple[int, dict[str, Any]]:
-        """Number and host values of the newest checkpoint, as `save` got them.
+    def check(self) -> None:
+        """Looks whether the checkpoint that is being written has failed; does not wait for it.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            CheckpointError: it has.
         """
-        number, restored = self._restore(host=ocp.args.JsonRestore())
-        host, arrays = restored["host"], {}
-        if _has_arrays(host):
-            arrays = self._restore(host_arrays=ocp.args.PyTreeRestore())[1]["host_arrays"]
-        return number, _with_arrays(host, arrays)
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
 
-    def restore_some(self, like: dict[str, Any]) -> dict[str, Any]:
-        """Those entries of the newest checkpoint's device arrays that `like` has.
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore_host(self, number: int) -> dict[str, Any]:
+        """Host values of a checkpoint, as `save` got them.
 
         Args:
+            number: of the checkpoint.
+
+        Raises:
+            DamagedCheckpointError: it is damaged.
+        """
+        restored = self._restore(number, host=ocp.args.JsonRestore())["host"]
+        host, arrays = restored["values"], {}
+        if restored["number"] != number:  # a directory was copied or renamed
+            raise DamagedCheckpointError(
+                f"checkpoint {number} in '{self._directory}' was written as checkpoint {restored['number']}"
+            )
+        if _has_arrays(host):
+            arrays = self._restore(number, host_arrays=ocp.args.PyTreeRestore())["host_arrays"]
+        return _with_arrays(host, arrays)
+
+    def restore_some(self, number: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Those entries of a checkpoint's device arrays that `like` has.
+
+        Args:
+            number: of the checkpoint.
             like: arrays of the same structure, shapes and placement.
 
         Raises:
-            ValueError: there is no checkpoint, it is damaged, or it does not fit `like`.
+            DamagedCheckpointError: it is damaged, or does not fit `like`.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         # A partial restore reads only what is named, and so leaves the optimizer's moments on disk.
         arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
-        return self._restore(arrays=arrays)[1]["arrays"]
+        return self._restore(number, arrays=arrays)["arrays"]
 
-    def _restore(self, **items: Any) -> tuple[int, Any]:
-        number = self._manager.latest_step()
-        if number is None:
-            raise ValueError(f"no complete checkpoint in '{self._manager.directory}'")
+    def set_aside_after(self, number: int) -> None:
+        """Renames what has a larger number, so that the run can write checkpoints of these numbers again; says so.
+
+        Args:
+            number: of the checkpoint that the run continues from.
+        """
+        for path in self._directory.iterdir():
+            if _is_number(path.name) and int(path.name) > number:
+                aside = _free_name(path.with_name(f"{path.name}.damaged"))
+                path.rename(aside)
+                logger.warning("'%s' is not used; it is '%s' now", path, aside.name)
+        self._manager.reload()
+
+    def _restore(self, number: int, **items: Any) -> Any:
+        where = f"checkpoint {number} in '{self._directory}'"
+        # Damaged files never reach Orbax, whose errors neither name them nor come alone.
+        damage = _damage(self._directory / str(number), tuple(items))
+        if damage is not None:
+            raise DamagedCheckpointError(f"{where} is damaged: {damage}")
         try:
-            return number, self._manager.restore(number, args=ocp.args.Composite(**items))
+            return self._manager.restore(number, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and its storage raise many kinds
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"checkpoint {number} in '{self._manager.directory}' is damaged or of another model: {reason}"
-            ) from None
+            raise DamagedCheckpointError(f"{where} is of another model: {_reason(error)}") from None
+
+    def _seal(self) -> None:
+        """Writes the checksums of the checkpoint that has been written and still has its temporary name."""
+        unnamed = list(self._directory.glob(f"{self._writing}.*"))
+        assert unnamed, f"no directory of checkpoint {self._writing} in '{self._directory}'"
+        # Beside it there may be one of a run that was killed; to seal that too does no harm.
+        for path in unnamed:
+            write_json(path / SEAL, {name: _size_and_checksum(path / name) for name in _files_of_parts(path)})
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self._writing} could not be written to '{self._directory}': {_reason(error)}"
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -106,10 +218,87 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+        """
         # Writing goes on in the background, and a process that ended now would lose the checkpoint.
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _is_number(name: str) -> bool:
+    """Whether a name is that of a checkpoint: not `²`, which is a digit too, and not `007`."""
+    return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
+
+
+def _free_name(path: Path) -> Path:
+    """The path, with a number behind its name if there is such a file."""
+    names = (path.with_name(f"{path.name}-{number}") for number in range(2, 1000))
+    return path if not os.path.lexists(path) else next(name for name in names if not os.path.lexists(name))
+
+
+def _files_of_parts(checkpoint: Path) -> list[str]:
+    """Every file in the parts of a checkpoint, by its path within; the files beside the parts are Orbax's own."""
+    return sorted(
+        str(path.relative_to(checkpoint))
+        for part in checkpoint.iterdir()
+        if part.is_dir()
+        for path in part.rglob("*")
+        if path.is_file()
+    )
+
+
+def _size_and_checksum(path: Path) -> list[int]:
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
+
+
+def _damage(checkpoint: Path, parts: tuple[str, ...]) -> str | None:
+    """In words, the first difference between some parts of a checkpoint and its checksums; None without any.
+
+    Args:
+        checkpoint: its directory.
+        parts: names of the parts.
+    """
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        expected = {
+            name: (size, checksum)
+            for name, (size, checksum) in sealed.items()
+            if name.startswith(tuple(f"{part}/" for part in parts))
+        }
+    except FileNotFoundError:
+        return f"it has no {SEAL}, or is of an earlier version"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return f"{SEAL} cannot be read: {error}"
+    missing = [part for part in parts if not any(name.startswith(f"{part}/") for name in expected)]
+    if missing:
+        return f"{SEAL} names no file of its part '{missing[0]}'"
+    for name, (size, checksum) in expected.items():
+        try:
+            found = _size_and_checksum(checkpoint / name)
+        except OSError as error:
+            return f"file {name} cannot be read: {error.strerror or error}"
+        if found[0] != size:
+            return f"file {name} has {found[0]} bytes, and {size} were written"
+        if found[1] != checksum:
+            return f"file {name} does not hold what was written (checksum)"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where a storage quotes it; else the first line of an error's text, or its kind."""
+    quoted = re.search(r"os_error_code='(\d+)'", str(error))
+    if quoted:
+        return os.strerror(int(quoted[1]))
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _without_arrays(value: Any, taken_out: dict[str, np.ndarray]) -> Any:

@@ -43,9 +43,13 @@ def main() -> None:
     if Path(sys.argv[0]).name == "nested-reft":  # a program that calls this one must not start over
         restart_with_huge_pages()
     keep_compiled_programs(sys.argv[1:])
-    from nested_reft.cli.main import main as command_line  # after the restart, so that nothing is imported twice
+    try:
+        from nested_reft.cli.main import main as command_line  # after the restart, so that nothing is imported twice
 
-    sys.exit(command_line())
+        sys.exit(command_line())
+    except KeyboardInterrupt:  # while it was imported
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,30 @@ def write_json(path: Path, value: Any) -> None:
 
     Args:
         path: replaced where it exists; its directory must be there.
-        value: JSON-able.
+        value: JSON-able; a float that is not finite becomes null.
     """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
     # A rename within one directory happens whole or not at all.
     os.replace(partial, path)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinities, which JSON does not have, become null.
+
+    Args:
+        value: JSON-able.
+        indent: spaces for each level; None writes one line.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -10,13 +11,16 @@ import subprocess
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
 from nested_reft.json_files import write_json
 from nested_reft.models.registry import hub_revision
+from nested_reft.run_logs import Events, Log, cut, mend
 
+# The step of the first line, of a log with one line for each step; None of the other.
+LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}
 # These are the packages whose versions can change a result.
 PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -25,25 +29,33 @@ class RunDirectory:
     """The files of one run.
 
     `config.json`, `versions.json`, `metrics.jsonl` (a line a step), `samples.jsonl` (a line a
-    completion), TensorBoard events, `checkpoints/` and, at the end, `summary.json`.
+    completion), TensorBoard events, `checkpoints/` and, at the end, `summary.json`. The logs are opened with the
+    first line, so that a run that cannot be continued stays as it was.
     """
 
     def __init__(self, path: Path):
+        """Args:
+        path: made if it is not there.
+
+        Raises:
+            ValueError: another process works on this run.
+        """
         self.path = path
         self._purge_step: int | None = None
         path.mkdir(parents=True, exist_ok=True)
-        self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
+        self._lock: int | None = _locked(path)
 
     @cached_property
-    def _events(self) -> Any:
-        """Made with the first point, so that a run whose checkpoint cannot be restored stays as it was."""
-        from tensorboardX import SummaryWriter  # Half a second that only a training run needs.
+    def _metrics(self) -> Log:
+        return Log(self.path / "metrics.jsonl")
 
-        return SummaryWriter(str(self.path), purge_step=self._purge_step)
+    @cached_property
+    def _samples(self) -> Log:
+        return Log(self.path / "samples.jsonl")
 
-    def _open(self, name: str) -> TextIO:
-        # Appending keeps the lines of the run that is continued.
-        return (self.path / name).open("a", encoding="utf-8")
+    @cached_property
+    def _events(self) -> Events:
+        return Events(self.path, self._purge_step)
 
     @classmethod
     def create(cls, root: Path, name: str, config: dict[str, Any]) -> RunDirectory:
@@ -68,33 +80,50 @@ class RunDirectory:
         # A name on the hub means other weights once its owner has changed them, so the commit is kept.
         revision = hub_revision(config["model"]["name"]) if "model" in config else None
         write_json(path / "versions.json", versions() | {"model_revision": revision})
+        run.marks()  # opens the logs: a run that has no lines yet has empty ones
         return run
 
-    def drop_after(self, step: int) -> None:
-        """Drops log lines and TensorBoard points of later steps than the checkpoint that a run resumes from."""
+    def marks(self) -> dict[str, list[int]]:
+        """Where the logs end: size and CRC-32 of each, by the name of its file. A checkpoint holds them."""
+        return {log.path.name: log.mark() for log in (self._metrics, self._samples)}
+
+    def check_logs(self) -> None:
+        """Refuses logs that could not be continued, before anything is changed.
+
+        Raises:
+            ValueError: one is no file, or cannot be read and written.
+        """
+        for name in LOGS:
+            path = self.path / name
+            if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+                raise ValueError(f"'{path}' is not a file that can be read and written; move it away to go on without")
+
+    def continue_from(self, step: int, marks: dict[str, list[int]]) -> None:
+        """Drops log lines and TensorBoard points of later steps than the checkpoint that a run resumes from.
+
+        A log that is not what it was when the checkpoint was written keeps its good lines. What is wrong with it is
+        said line by line, and it stays beside the new one as it was.
+
+        Args:
+            step: of the checkpoint; -1 before the phase that logs.
+            marks: what `marks` returned when the checkpoint was written.
+        """
         # TensorBoard keeps its files and is told from which step on it has to hide points.
         self._purge_step = step + 1
-        # The files are replaced, and an open one would go on writing to what was replaced.
-        for file in (self._metrics, self._samples):
-            file.close()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _keep_lines_up_to(self.path / name, step)
-        self._metrics, self._samples = self._open("metrics.jsonl"), self._open("samples.jsonl")
+        for name, first_step in LOGS.items():
+            path = self.path / name
+            if not cut(path, marks[name]):
+                mend(path, step, first_step)
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends a line, and a TensorBoard point for every number.
 
         Args:
             step: counted from 1; 0 is before the first.
-            metrics: JSON-able values by name.
+            metrics: JSON-able values by name; a number that is not finite becomes null.
         """
-        self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
-        # Each line is on its way to the disk at once, since others read the log of a run that is going on.
-        self._metrics.flush()
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
-        self._events.flush()
+        self._metrics.write([{"step": step} | metrics])
+        self._events.write(step, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Appends a line per completion. JSON escapes whatever the model wrote.
@@ -103,19 +132,21 @@ class RunDirectory:
             step: as in `log_metrics`.
             samples: one dictionary of JSON-able values per completion.
         """
-        self._samples.writelines(json.dumps({"step": step} | sample) + "\n" for sample in samples)
-        self._samples.flush()
+        self._samples.write([{"step": step} | sample for sample in samples])
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`, whole or not at all."""
         write_json(self.path / "summary.json", summary)
 
     def close(self) -> None:
-        """Closes the logs."""
-        self._metrics.close()
-        self._samples.close()
-        if "_events" in self.__dict__:  # the cached property: without a point there is no writer, and none is made
-            self._events.close()
+        """Closes the logs, and lets other processes work on the run."""
+        # These are cached properties: what was not opened is not opened for closing.
+        for name in ("_metrics", "_samples", "_events"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -157,17 +188,22 @@ def versions() -> dict[str, Any]:
     return found | {"platform": devices[0].platform, "device": devices[0].device_kind, "devices": len(devices)}
 
 
-def _keep_lines_up_to(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    # The log is replaced whole, so a kill in between loses nothing.
-    partial = path.with_name(path.name + ".partial")
-    with path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
-        for line in old:
-            # The last line of a killed run may be cut short.
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                new.write(line)
-    os.replace(partial, path)
+def _locked(path: Path) -> int:
+    """A descriptor of a run directory, which only one process at a time can hold.
+
+    Raises:
+        ValueError: another one has it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # The system takes the lock away when the process ends, however it ends.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"run '{path}' is in use by another process; wait until it has ended, or stop it") from None
+    except OSError:  # some network file systems have no locks
+        pass
+    return descriptor
 
 
 def _commit() -> str | None:

@@ -1,10 +1,22 @@
 """Checkpoints: host values come back as they went in, and what is damaged is refused."""
 
+import errno
+import os
+import shutil
+import threading
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointError,
+    checkpoint_numbers,
+    newest_checkpoint,
+)
 
 ARRAYS = {"weights": jnp.arange(6.0).reshape(2, 3), "updates": jnp.zeros((), jnp.int32)}
 
@@ -31,9 +43,7 @@ def round_trip(path, host):
     with Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(3, ARRAYS, host)
     with Checkpoints(path, keep=1) as checkpoints:
-        number, found = checkpoints.restore_host()
-    assert number == 3
-    return found
+        return checkpoints.restore_host(3)
 
 
 @pytest.mark.parametrize(
@@ -82,23 +92,23 @@ def test_what_was_restored_can_save_again(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, ARRAYS, {"step": 1, "array": array})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert_same(checkpoints.restore_host(), (1, {"step": 1, "array": array}))
-        restored = checkpoints.restore_some(dict(ARRAYS))
+        assert_same(checkpoints.restore_host(1), {"step": 1, "array": array})
+        restored = checkpoints.restore_some(1, dict(ARRAYS))
         checkpoints.save(2, restored | {"weights": 2 * restored["weights"]}, {"step": 2, "array": array + 1})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert_same(checkpoints.restore_host(), (2, {"step": 2, "array": array + 1}))
-        found = checkpoints.restore_some(dict(ARRAYS))
+        assert_same(checkpoints.restore_host(2), {"step": 2, "array": array + 1})
+        found = checkpoints.restore_some(2, dict(ARRAYS))
         np.testing.assert_array_equal(found["weights"], 2 * ARRAYS["weights"])
         checkpoints.save(3, found, {"step": 3})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert_same(checkpoints.restore_host(), (3, {"step": 3}))
+        assert_same(checkpoints.restore_host(3), {"step": 3})
 
 
 def test_only_what_is_asked_for_is_restored(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(0, ARRAYS, {})
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        found = checkpoints.restore_some({"weights": jnp.zeros((2, 3))})
+        found = checkpoints.restore_some(0, {"weights": jnp.zeros((2, 3))})
     assert list(found) == ["weights"]
     np.testing.assert_array_equal(found["weights"], ARRAYS["weights"])
 
@@ -113,19 +123,128 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [5, 7]
 
 
-def test_refusals(tmp_path):
+def test_what_is_no_checkpoint_is_none(tmp_path):
+    """`²` is a digit; an empty directory was made by somebody else."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for number in (0, 3):
+            checkpoints.save(number, ARRAYS, {"number": number})
+    for name in ("²", "999", "007", "-1", "1e3", "9.orbax-checkpoint-tmp", "5_copy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "77").write_text("")
+    assert checkpoint_numbers(tmp_path) == [3, 0]
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.set_aside_after(0)
+        # Numbers that were taken are free again, and the newest ones are kept, not those that were set aside.
+        for number in (3, 4):
+            checkpoints.save(number, ARRAYS, {"number": number})
+    assert checkpoint_numbers(tmp_path) == [4, 3]
+    assert {"3.damaged", "77.damaged", "999.damaged", "²", "007", "5_copy"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_another_model_is_refused(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        with pytest.raises(ValueError, match="no complete checkpoint in"):
-            checkpoints.restore_host()
+        checkpoints.save(4, ARRAYS, {})
+    with (
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+        pytest.raises(DamagedCheckpointError, match=r"checkpoint 4 in .* is of another model: "),
+    ):
+        checkpoints.restore_some(4, {"weights": jnp.zeros((4, 4))})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(4, ARRAYS, {"step": 4, "array": np.arange(3)})
-    damaged = r"checkpoint 4 in .* is damaged"
-    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=f"{damaged} or of another"):
-        checkpoints.restore_some({"weights": jnp.zeros((4, 4))})
-    for file in (tmp_path / "4" / "host_arrays" / "d").iterdir():
-        file.write_bytes(b"")
-    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=damaged):
-        checkpoints.restore_host()
-    for file in (tmp_path / "4" / "host").iterdir():
-        file.write_bytes(b"")
-    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(ValueError, match=damaged):
-        checkpoints.restore_host()
+    return directory
+
+
+def flip(path):
+    """Changes one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def to_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "flipped": (flip, "does not hold what was written"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, and"),
+    "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, and"),
+    "gone": (lambda path: path.unlink(), "cannot be read: No such file"),
+    "a directory": (to_directory, "cannot be read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["arrays/ocdbt.process_0/d/*", "arrays/_METADATA", "host/metadata", "host_arrays/d/*"])
+def test_a_damaged_file_is_named(damage, file, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    act, message = DAMAGES[damage]
+    for path in sorted((tmp_path / "copy" / "4").glob(file)):
+        act(path)
+    name = file.replace("*", r"\w+")
+    with Checkpoints(tmp_path / "copy", keep=1) as checkpoints:
+        with pytest.raises(DamagedCheckpointError, match=rf"checkpoint 4 in .* is damaged: file {name} .*{message}"):
+            checkpoints.restore_some(4, dict(ARRAYS))
+            checkpoints.restore_host(4)
+        # A part that is whole can be read beside one that is not.
+        if not file.startswith("arrays"):
+            checkpoints.restore_some(4, dict(ARRAYS))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "it has no checksums.json"),
+        ("", "checksums.json cannot be read: Expecting value"),
+        ("[]", "checksums.json cannot be read"),
+        ('{"host/metadata": 3}', "checksums.json cannot be read"),
+        ('{"host/metadata": ["a"]}', "checksums.json cannot be read"),
+        ("{}", "checksums.json names no file of its part 'host'"),
+    ],
+)
+def test_damaged_checksums_are_damage(text, message, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    seal = tmp_path / "copy" / "4" / "checksums.json"
+    seal.unlink() if text is None else seal.write_text(text)
+    with Checkpoints(tmp_path / "copy", keep=1) as checkpoints, pytest.raises(DamagedCheckpointError, match=message):
+        checkpoints.restore_host(4)
+
+
+def test_a_file_in_the_place_of_the_directory_ends_at_once(tmp_path):
+    directory = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=1)
+    directory.rmdir()
+    directory.write_text("")
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"checkpoint 8 could not be written to .*: .*Not a directory"):
+        checkpoints.save(8, ARRAYS, {})
+    with pytest.raises(ValueError, match=r"checkpoints' is a file; it must be"):
+        Checkpoints(directory, keep=1)
+    checkpoints.close()
+    # A thread that waits for its time limit would keep the process.
+    assert time.monotonic() - started < 10
+    assert not [thread.name for thread in threading.enumerate() if "save" in thread.name]
+
+
+def test_a_full_disk_is_said_once_and_without_tracebacks(tmp_path, caplog, capfd, monkeypatch):
+    """It fails where no caller waits: in the thread that writes, with the last file of a checkpoint."""
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, ARRAYS, {})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr("nested_reft.checkpoints.write_json", full)
+            checkpoints.save(2, ARRAYS, {})
+            with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written .*No space left on dev"):
+                checkpoints.wait()
+    assert checkpoint_numbers(tmp_path) == [1]
+    assert not caplog.records and "Traceback" not in capfd.readouterr().err
+
+
+def full(path, value):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

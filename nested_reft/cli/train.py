@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
@@ -16,10 +15,9 @@ from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
-from nested_reft.run_directory import RunDirectory
-from nested_reft.training.config import Config, differences, load_config, with_absolute_paths
+from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
+from nested_reft.training.interrupts import stop_requests
 from nested_reft.training.setup import run_config
-from nested_reft.training.trainer import Trainer
 
 RUNS = "runs"
 
@@ -35,20 +33,44 @@ def run(arguments: list[str]) -> None:
         if name is None:
             return
         print()  # the help of the fields follows, and ends the program, where the overrides are read
-    with checking_input():
-        config = _resolve_config(name, known.resume, overrides)
-        _check_places(known)
-        # A run that is complete loads no model.
-        if known.resume is not None and is_complete(known.resume, config):
-            print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
-            keep_json(known.json, Run(known.resume).summary())
-            return
-        trainer = open_trainer(config, known.runs, known.resume)
-        directory = trainer.run_directory
-    summary = _train(trainer, directory)
-    print(f"\n{summary_table(summary)}")
-    keep_json(known.json, summary)
-    _draw_figures(directory)
+    # Signals are heard from here on, so that one that comes while data and model are loaded is not lost.
+    with stop_requests():
+        _train(known, name, overrides)
+
+
+def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) -> None:
+    """A run that does not come to its end says how to continue."""
+    path: Path | None = known.resume
+    try:
+        with checking_input():
+            config = _resolve_config(name, known.resume, overrides)
+            _check_places(known)
+            # A run that is complete loads no model.
+            if known.resume is not None and is_complete(known.resume, config):
+                print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+                keep_json(known.json, Run(known.resume).summary())
+                return
+            trainer = open_trainer(config, known.runs, known.resume)
+        path = trainer.run_directory.path
+        summary = trainer.run()
+        print(f"\n{summary_table(summary)}")
+        keep_json(known.json, summary)
+        _draw_figures(path)
+    except KeyboardInterrupt:
+        print(f"\n{_how_to_continue(path)}", file=sys.stderr)
+        raise  # for `main`, which has the exit code
+    except OSError as error:  # a checkpoint, a log or a result could not be written
+        print(f"\nerror: {error}\n{_how_to_continue(path)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (GenerationLimitError, RewardError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _how_to_continue(path: Path | None) -> str:
+    if path is None or newest_checkpoint(path / "checkpoints") is None:
+        return "the run ended before its first checkpoint; there is nothing to continue"
+    return f"to continue: nested-reft train --resume {path}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,20 +93,15 @@ def _resolve_config(name: str | None, resume: Path | None, overrides: list[str])
     # A name or overrides may be given once more, as long as they say what the run has.
     asked = with_absolute_paths(override(stored if name is None else load_config(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
-    changed = differences(stored.to_json(), asked.to_json())
-    if not changed or _is_extension(stored, changed):
+    changed = forbidden_changes(stored.to_json(), asked.to_json())
+    if not changed:
         return asked
     listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
-        " raised, and --resume left out starts another run"
+        " raised. To start another run, leave out --resume"
     )
-
-
-def _is_extension(stored: Config, changed: list[tuple[str, Any, Any]]) -> bool:
-    """Whether a run is only to go on for longer."""
-    return [field for field, _, _ in changed] == ["train.steps"] and changed[0][2] > stored.train.steps
 
 
 def _check_places(known: argparse.Namespace) -> None:
@@ -105,22 +122,9 @@ def _check_runs_directory(runs: str) -> None:
         )
 
 
-def _train(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
-    """The summary of the run. A run that is stopped says how to continue."""
-    try:
-        return trainer.run()
-    except KeyboardInterrupt:
-        if newest_checkpoint(directory.path / "checkpoints") is not None:
-            print(f"\nto continue: nested-reft train --resume {directory.path}", file=sys.stderr)
-        raise  # for `main`, which has the exit code
-    except (GenerationLimitError, RewardError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _draw_figures(directory: RunDirectory) -> None:
+def _draw_figures(run: Path) -> None:
     """Writes the report; without the `report` extra the run is as good, so that is no error."""
     try:
-        print(f"report: {write_report(directory.path)['directory']}")
+        print(f"report: {write_report(run)['directory']}")
     except ImportError as error:
         print(f"no figures: {error}")

@@ -393,7 +393,8 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
-    if newest_checkpoint(run / "checkpoints") is None:
+    number = newest_checkpoint(run / "checkpoints")
+    if number is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
     # The run may have had more devices than this machine has, so its own mesh is not read.
     mesh = make_mesh(mesh_config)
@@ -402,6 +403,6 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     graph, trainable, frozen = split_trainable(model)
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
         # Optimizer moments are not read: sampling does not need them.
-        arrays = checkpoints.restore_some({"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
+        arrays = checkpoints.restore_some(number, {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
     model = nnx.merge(graph, arrays["trainable"], frozen)
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)

@@ -297,6 +297,20 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
     return sorted(found, key=lambda difference: difference[0])
 
 
+def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The differences with which a run cannot be continued: all but more steps.
+
+    Args:
+        stored: the `to_json` value of the run.
+        asked: that of its continuation.
+
+    Returns:
+        As `differences`; empty where the run may go on.
+    """
+    found = differences(stored, asked)
+    return [each for each in found if each[0] != "train.steps" or each[2] < each[1]]
+
+
 def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The JSON form of a configuration with some values replaced; `prefix` is where it stands."""
     merged = dict(stored)

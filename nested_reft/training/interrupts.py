@@ -1,35 +1,99 @@
-"""Stopping a run on request: after the step in progress, with a checkpoint."""
+"""Stopping a run on request: after the step in progress, with a checkpoint.
+
+There is one handler for the whole process while any block of `stop_requests` is open. It only sets a flag, so
+whatever a signal interrupts (a log line, a compilation, a checkpoint) goes on.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+SAID = b"\nstopping after the work in progress, with a checkpoint; a second signal stops at once\n"
+
+
+class _Requests:
+    """What was asked for since the outermost block began."""
+
+    def __init__(self):
+        self.stop = self.at_once = False
+        self.shields = 0  # blocks in which even a second signal has to wait
+
+    def handle(self, _number: int, _frame: Any) -> None:
+        """The handler of every signal."""
+        if not self.stop:
+            self.stop = True
+            # `print` is no choice: the signal may have interrupted a write to the same stream.
+            os.write(2, SAID)
+            return
+        self.at_once = True
+        self.act()
+
+    def act(self) -> None:
+        """Stops at once where that was asked for and nothing must be finished first.
+
+        Raises:
+            KeyboardInterrupt: in the thread that handles signals.
+        """
+        if self.at_once and not self.shields:
+            self.at_once = False
+            raise KeyboardInterrupt
+
+
+_current: _Requests | None = None
+
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop after the step; a second one acts at once.
 
-    The handler only sets a flag: whatever it interrupts (a log line, a checkpoint) goes on.
+    A block within another one shares its requests, so a run also hears what came before it began.
+
+    Raises:
+        KeyboardInterrupt: the outermost block ended, and nobody had acted on a request. None is lost.
     """
-    requested = False
-
-    def request(number: int, _frame: Any) -> None:
-        nonlocal requested
-        requested = True
-        # The handler takes itself away, so the next signal of this kind does what it did before the run.
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
+    global _current
     # Python lets only the main thread set handlers. In any other thread the run cannot be asked to stop.
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    if _current is not None or threading.current_thread() is not threading.main_thread():
+        shared = _current
+        yield lambda: shared is not None and shared.stop
+        return
+    requests = _current = _Requests()
+    previous: dict[int, Any] = {}
     try:
-        yield lambda: requested
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+            # What is ignored stays ignored: `nohup` starts a program so. None is a handler that is not Python's.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, requests.handle)
+        yield lambda: requests.stop
+        if requests.stop:
+            raise KeyboardInterrupt
     finally:
+        _current = None
         # A notebook goes on after the run and needs its own handlers back.
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """A block that even a second signal does not interrupt; it acts right after the block.
+
+    Raises:
+        KeyboardInterrupt: a second signal came in the meantime.
+    """
+    requests = _current
+    if requests is None:
+        yield
+        return
+    requests.shields += 1
+    try:
+        yield
+    finally:
+        requests.shields -= 1
+    requests.act()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.health import Health
 from nested_reft.layer_skip import LayerPlan
@@ -137,6 +137,16 @@ class Learner:
         names = [f.name for f in dataclasses.fields(self.state)]
         self.state = TrainState(**{name: arrays[name] for name in names})
         self._rounded, self._lent = None, []
+
+    def not_finite(self) -> str | None:
+        """The first array of parameters, or of the optimizer's memory, with a value that is not finite; None without.
+
+        Returns:
+            Its place in the state.
+        """
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(self.state)]
+        are_finite = jax.device_get(_are_finite(self.state))
+        return next((path for path, is_finite in zip(paths, are_finite, strict=True) if not is_finite), None)
 
     def keep_reference(self) -> None:
         """Makes the parameters as they are now the reference."""
@@ -282,6 +292,11 @@ class Learner:
             found = logprob_BGC if found is None else jnp.where(is_its_B11, logprob_BGC, found)
         assert found is not None
         return found
+
+
+@jax.jit
+def _are_finite(state: TrainState) -> list[Bool[Array, ""]]:
+    return [jnp.isfinite(array).all() for array in jax.tree.leaves(state)]
 
 
 def completion_bucket(longest: int, limit: int) -> int:

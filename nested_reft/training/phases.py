@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft.curriculum import CurriculumState
@@ -21,7 +22,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
 from nested_reft.training.config import Config
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.learner import LearnerBatch
+from nested_reft.training.learner import LearnerBatch, Update
 from nested_reft.training.optimizer import make_optimizer
 from nested_reft.training.run_state import RunState, initial_run_state
 from nested_reft.training.setup import RunData, Setup
@@ -38,11 +39,13 @@ class Phase(Protocol):
         name: as the progress bar shows it.
         steps: how many it takes.
         trains: whether it moves the parameters.
+        rate: the field of its learning rate, which is what to lower where numbers overflow.
     """
 
     name: str
     steps: int
     trains: bool
+    rate: str
 
     def prepare(self, state: RunState) -> None:
         """Gives arrays and data position a place to go: optimizer, update and stream of this phase, all fresh.
@@ -71,7 +74,7 @@ class Phase(Protocol):
 class WarmStart:
     """Supervised training on the questions and answers of all sources, which take turns."""
 
-    name, trains = "warm start", True
+    name, trains, rate = "warm start", True, "warm_start.learning_rate"
 
     def __init__(self, config: Config, data: RunData, keys: RunKeys):
         """Args:
@@ -104,6 +107,9 @@ class WarmStart:
         Args:
             state: its learner and its stream move on.
             number: of the step, counted from 0.
+
+        Raises:
+            FloatingPointError: the update was not finite.
         """
         config, learner = self._config.warm_start, state.learner
         # The key follows from the number of the step, so a resumed warm start drops the same layers.
@@ -113,13 +119,14 @@ class WarmStart:
         batch = demonstrations(prompts, prompts.answers, learner.tokenizer, learner.task.max_completion_tokens)
         plans = UpdatePlans(target=replicate(plan, learner.mesh))
         update = learner.update(LearnerBatch(shard_batch(batch, learner.mesh), plans))
+        check_finite_update(self, number + 1, update)
         return f"loss {update.loss:.3f}"
 
 
 class Split:
     """Divides the sources by what the policy can do at the start of reinforcement; one step."""
 
-    name, steps, trains = "splitting sources", 1, False
+    name, steps, trains, rate = "splitting sources", 1, False, ""
 
     def __init__(self, config: Config, data: RunData, keys: RunKeys):
         """Args:
@@ -225,8 +232,49 @@ def warm_started(setup: Setup) -> Policy:
     bar = tqdm(range(phase.steps), desc=phase.name, unit="step")
     for number in bar:
         bar.set_postfix_str(phase.step(state, number))
+    state.step = phase.steps
+    check_finite_state(phase, state)
     # For the runs that start from it, this policy is the beginning.
     return dataclasses.replace(state.learner.policy(), version=0)
+
+
+def check_finite_update(phase: Phase, number: int, update: Update) -> None:
+    """Stops before a broken model replaces a good checkpoint.
+
+    Args:
+        phase: that took the step.
+        number: of the step, counted from 1.
+        update: what the step did.
+
+    Raises:
+        FloatingPointError: its loss or its gradient is not finite.
+    """
+    if not (np.isfinite(update.loss) and np.isfinite(update.gradient_norm)):
+        raise FloatingPointError(
+            f"{phase.name}, step {number}: loss is {update.loss} and gradient_norm {update.gradient_norm};"
+            f" the newest checkpoint is from before. Lower {phase.rate}"
+        )
+
+
+def check_finite_state(phase: Phase, state: RunState) -> None:
+    """Stops before a broken model is saved: loss and gradient of an update are those of the model before it.
+
+    Args:
+        phase: that the state is in.
+        state: about to be saved.
+
+    Raises:
+        FloatingPointError: a parameter or the optimizer's memory is not finite.
+    """
+    name = state.learner.not_finite()
+    if name is None:
+        return
+    if not (state.step or state.trained_before):
+        raise FloatingPointError(f"the model that the run starts from holds a value that is not finite, in {name}")
+    raise FloatingPointError(
+        f"{phase.name}, step {state.step}: the update left a value that is not finite in {name}, so nothing is saved;"
+        f" the newest checkpoint is from before. Lower {phase.rate}"
+    )
 
 
 def first_checkpoint(phases: Sequence[Phase], index: int) -> int:

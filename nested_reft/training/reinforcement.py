@@ -14,7 +14,7 @@ from nested_reft.training import record
 from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.phases import reinforcement_task, take_divided_sources
+from nested_reft.training.phases import check_finite_update, reinforcement_task, take_divided_sources
 from nested_reft.training.record import StepRecord
 from nested_reft.training.run_state import RunState
 from nested_reft.training.setup import RunData
@@ -25,7 +25,7 @@ OnStep = Callable[[StepRecord], None]
 class Reinforcement:
     """Runs the trainer's steps: each is checked, evaluated where it is time, and logged."""
 
-    trains = True
+    trains, rate = True, "optimizer.learning_rate"
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Reinforcement:
         """
         found = self._train_step(number)
         # The check comes before anything is logged or saved.
-        self._check_finite(found)
+        check_finite_update(self, found.number, found.update)
         # Evaluation belongs to the record, so it happens before the step is logged.
         if found.number % self._config.evaluation.every_steps == 0:
             found = dataclasses.replace(found, heldout=self._evaluate_trained_sources(state, found))
@@ -102,12 +102,3 @@ class Reinforcement:
         results = heldout_results(state.learner.policy(), state.data, self._config, key, samples=False, sources=sources)
         self._shown_accuracy = {f"heldout/{name}": result.greedy_accuracy for name, result in results.items()}
         return results
-
-    def _check_finite(self, found: StepRecord) -> None:
-        """Stops before a broken model replaces a good checkpoint."""
-        update = found.update
-        if not (np.isfinite(update.loss) and np.isfinite(update.gradient_norm)):
-            raise FloatingPointError(
-                f"step {found.number}: loss is {update.loss} and gradient_norm {update.gradient_norm};"
-                f" the newest checkpoint in '{self._run.path}' is from before. Lower optimizer.learning_rate"
-            )

@@ -5,6 +5,7 @@ What is not in it does not survive; what survives is in it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,16 +14,20 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from nested_reft.checkpoints import Checkpoints
+from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
+from nested_reft.training.config import Config, forbidden_changes
 from nested_reft.training.learner import Learner
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
 from nested_reft.types import Prompts
+
+logger = logging.getLogger(__name__)
+Marks = dict[str, list[int]]  # what `RunDirectory.marks` returns
 
 
 @dataclass
@@ -30,6 +35,7 @@ class RunState:
     """Where a run stands.
 
     Attributes:
+        config: of the run.
         learner: parameters, optimizer state, counters and the reference.
         stream: the position in every source.
         curriculum: what it remembers of each source.
@@ -47,6 +53,7 @@ class RunState:
             what the configuration starts from.
     """
 
+    config: Config
     learner: Learner
     data: RunData
     stream: PromptStream
@@ -62,30 +69,58 @@ class RunState:
     before: dict[str, Any] | None = None
     trained_before: bool = False
 
-    def save(self, checkpoints: Checkpoints, number: int) -> None:
+    def save(self, checkpoints: Checkpoints, number: int, marks: Marks) -> None:
         """Starts writing a checkpoint; the state may change as soon as this returns.
 
         Args:
             checkpoints: of the run.
             number: of the checkpoint, larger than those before.
-        """
-        checkpoints.save(number, self.learner.arrays(self.trained_before), self._host())
+            marks: where the logs end.
 
-    def load(self, checkpoints: Checkpoints, prepare: Callable[[RunState], None]) -> None:
-        """Takes over the newest checkpoint.
+        Raises:
+            CheckpointError: this checkpoint or the one before could not be written.
+        """
+        host = self._host() | {"config": self.config.to_json(), "marks": marks}
+        checkpoints.save(number, self.learner.arrays(self.trained_before), host)
+
+    def load(
+        self, checkpoints: Checkpoints, numbers: list[int], prepare: Callable[[RunState], None]
+    ) -> tuple[int, Marks]:
+        """Takes over the newest checkpoint that is not damaged; a warning names those that are.
 
         Args:
             checkpoints: of the run.
+            numbers: of the complete ones, the newest first.
             prepare: begins the phase that the state is in, so that the arrays have a place to go.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of other data or another model.
+            ValueError: every checkpoint is damaged, or the newest whole one is of another configuration or other data.
+
+        Returns:
+            The number of the checkpoint, and where the logs ended when it was written.
         """
-        host = checkpoints.restore_host()[1]
+        damages = []
+        for number in numbers:
+            try:
+                marks = self._load(checkpoints, number, prepare)
+            except DamagedCheckpointError as error:
+                damages.append(str(error))
+                continue
+            for damage in damages:
+                logger.warning("%s; the run continues from checkpoint %d, which is whole", damage, number)
+            return number, marks
+        raise ValueError("; ".join(damages) + "; there is no other to continue from")
+
+    def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
+        host = checkpoints.restore_host(number)
+        changed = forbidden_changes(host["config"], self.config.to_json())
+        if changed:
+            listed = "; ".join(f"{name} is {now!r}, and was {was!r}" for name, was, now in changed)
+            raise ValueError(f"the configuration is not that of checkpoint {number}: {listed}. Change config.json back")
         # What the phase begins with depends on these.
         self.phase, self.division, self.trained_before = host["phase"], host["division"], host["trained_before"]
         prepare(self)
-        self.learner.load(checkpoints.restore_some(self.learner.arrays(self.trained_before)))
+        self.learner.load(checkpoints.restore_some(number, self.learner.arrays(self.trained_before)))
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
         self.buffer = Buffer.from_plain(host["buffer"])
@@ -93,6 +128,7 @@ class RunState:
         self.divergence_L = host["divergence"]
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
+        return host["marks"]
 
     def next_prompts(self, source_B: Int[np.ndarray, " B"]) -> Prompts:
         """The next prompt of each source named, as one batch.
@@ -139,6 +175,7 @@ def initial_run_state(setup: Setup) -> RunState:
     """
     config, data = setup.config, setup.data
     return RunState(
+        config=config,
         learner=Learner(setup.policy, config.rollout.weights),
         data=data,
         stream=PromptStream(data.train_examples, config.train.seed),

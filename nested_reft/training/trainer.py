@@ -19,14 +19,14 @@ import jax
 from tqdm.auto import tqdm
 
 from nested_reft import curriculum, nesting_control, replay
-from nested_reft.checkpoints import Checkpoints
+from nested_reft.checkpoints import Checkpoints, checkpoint_numbers
 from nested_reft.compilation import CompileCounter
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
-from nested_reft.training.interrupts import stop_requests
+from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.phases import Phase, first_checkpoint, phases_of
+from nested_reft.training.phases import Phase, check_finite_state, first_checkpoint, phases_of
 from nested_reft.training.record import Remeasured, StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
@@ -65,8 +65,9 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Waits for checkpoints and closes the logs."""
-        self._opened.close()
+        """Waits for checkpoints and whatever else is under way, and closes the logs."""
+        with finishing():
+            self._opened.close()
 
     def open(self, resume: bool = False) -> Trainer:
         """Makes the state of a new run, or takes over that of the run's newest checkpoint.
@@ -98,14 +99,16 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the last step of the last phase and returns the summary, which is also written.
 
-        SIGINT or SIGTERM ends it after the step in progress, with a checkpoint.
+        SIGINT, SIGTERM or SIGHUP ends it after the step in progress, with a checkpoint.
 
         Raises:
             KeyboardInterrupt: it was asked to stop.
-            FloatingPointError: an update was not finite; the last checkpoint is from before it.
+            FloatingPointError: an update or a parameter was not finite; the last checkpoint is from before it.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
+            OSError: a checkpoint or a log could not be written.
         """
-        with self, stop_requests() as stop_requested:
+        # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
+        with stop_requests() as stop_requested, self:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
@@ -180,8 +183,17 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Starts writing a checkpoint of the state as it is."""
-        self.state.save(self.checkpoints, first_checkpoint(self.phases, self.state.phase) + self.state.step)
+        """Starts writing a checkpoint of the state as it is.
+
+        Raises:
+            FloatingPointError: a parameter is not finite, so that every resumed run would begin with it.
+            CheckpointError: this checkpoint or the one before could not be written.
+        """
+        state = self.state
+        with finishing():
+            check_finite_state(self.phases[state.phase], state)
+            number = first_checkpoint(self.phases, state.phase) + state.step
+            state.save(self.checkpoints, number, self.run_directory.marks())
 
     def _make(self, setup: Setup) -> None:
         """Everything that has a life while the run is open, and the state of a run that has not begun."""
@@ -190,6 +202,8 @@ class Trainer:
         self.compilations = CompileCounter()
         opened.callback(self.compilations.close)
         opened.callback(run.close)
+        # A process must not end while devices still work for it.
+        opened.callback(lambda: jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()]))
         self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
@@ -198,10 +212,17 @@ class Trainer:
         self.phases = [*phases_of(config, setup.data, self.keys), last]
 
     def _load(self) -> None:
-        self.state.load(self.checkpoints, prepare=lambda state: self.phases[state.phase].prepare(state))
+        run = self.run_directory
+        run.check_logs()
+        numbers = checkpoint_numbers(run.path / "checkpoints")
+        number, marks = self.state.load(
+            self.checkpoints, numbers, lambda state: self.phases[state.phase].prepare(state)
+        )
+        # Everything has been checked and read, so from here on files may change.
+        self.checkpoints.set_aside_after(number)
         is_last = self.state.phase == len(self.phases) - 1
         # Log lines belong to the last phase; a run that has not reached it has none to keep.
-        self.run_directory.drop_after(self.state.step if is_last else -1)
+        run.continue_from(self.state.step if is_last else -1, marks)
 
     def _run_phase(self, phase: Phase, stop_requested: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train
@@ -209,21 +230,21 @@ class Trainer:
         started = time.monotonic() - state.seconds
         # The first checkpoint of a phase holds what `start` measured, so a resumed run does not measure it again.
         if not state.started:
+            _stop_if(stop_requested())
             phase.start(state)
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
+        _stop_if(stop_requested())
         bar = tqdm(range(state.step, phase.steps), initial=state.step, total=phase.steps, unit="step", desc=phase.name)
         for number in bar:
             bar.set_postfix_str(phase.step(state, number))
             state.step, state.seconds = number + 1, time.monotonic() - started
-            ends = state.step == phase.steps
             # The request is read once, because it may come between the two uses below.
             stop = stop_requested()
-            if ends or stop or state.step % train.checkpoint_every == 0:
+            if stop or state.step == phase.steps or state.step % train.checkpoint_every == 0:
                 self.save()
-            # A run whose last step is done only has its summary left, and finishes.
-            if stop and not (ends and phase is self.phases[-1]):
-                raise KeyboardInterrupt
+            _stop_if(stop)
+            self.checkpoints.check()
 
     def _remeasure(self, number: int, scored: Scored) -> Remeasured | None:
         """Measures every layer anew where it is time; the next step draws by the new divergences."""
@@ -235,3 +256,8 @@ class Trainer:
         policy = self.state.learner.policy()
         self.state.divergence_L = measure_layer_divergence(policy.model, texts, policy.sampling.temperature)
         return Remeasured(self.state.divergence_L, time.monotonic() - started)
+
+
+def _stop_if(requested: bool) -> None:
+    if requested:
+        raise KeyboardInterrupt

@@ -15,6 +15,8 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training import phases
 from nested_reft.training.config import Config
+from nested_reft.training.interrupts import stop_requests
+from nested_reft.training.reinforcement import Reinforcement
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
 from tests.scored_groups import scored
@@ -95,6 +97,68 @@ def test_a_killed_run_drops_what_it_logged_after_its_checkpoint(tmp_path):
     assert summary["training_seconds"] > after[3]["step_seconds"]
 
 
+def flip_a_bit(run, number: int) -> None:
+    """In the largest file of a checkpoint, which holds the arrays."""
+    path = max((run / "checkpoints" / str(number) / "arrays").rglob("*"), key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_the_run_ends_the_same(tmp_path, caplog):
+    config = nano(
+        train__steps=3,
+        train__checkpoint_every=1,
+        train__keep_checkpoints=3,
+        loss=MOVING,
+        optimizer__learning_rate=0.01,
+        **NO_EVALUATION,
+    )
+    straight = trainer(config, tmp_path)
+    straight.run()
+    expected = [comparable(line) for line in read_log(tmp_path / "metrics.jsonl")]
+    flip_a_bit(tmp_path, 3)
+    (tmp_path / "checkpoints" / "999").mkdir()
+    second = trainer(config, tmp_path, resume=True)
+    assert second.state.step == 2
+    damaged, *set_aside = [record.message for record in caplog.records]
+    assert "checkpoint 3 in " in damaged and "does not hold what was written" in damaged
+    assert damaged.endswith("the run continues from checkpoint 2, which is whole")
+    assert sorted(message.split("'")[3] for message in set_aside) == ["3.damaged", "999.damaged"]
+    second.run()
+    assert_equal_arrays(straight.state.learner.state, second.state.learner.state)
+    assert [comparable(line) for line in read_log(tmp_path / "metrics.jsonl")] == expected
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert {"1", "2", "3", "3.damaged", "999.damaged"} == left
+
+
+def test_nothing_is_changed_before_every_check_has_passed(tmp_path):
+    """Checkpoints that are all damaged, a configuration that was edited, a log that is a directory."""
+    config = nano(train__steps=2, **NO_EVALUATION)
+    first = trainer(config, tmp_path)
+    save_after(first, 1)
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')
+
+    def refused(config: Config, message: str) -> None:
+        before = {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+        with pytest.raises(ValueError, match=message):
+            trainer(config, tmp_path, resume=True)
+        assert before == {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+    edited = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
+    refused(edited, "configuration is not that of checkpoint 1: optimizer.learning_rate is 0.5, and was 0.0005")
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "samples.jsonl").mkdir()
+    refused(config, r"samples.jsonl' is not a file")
+    (tmp_path / "samples.jsonl").rmdir()
+    flip_a_bit(tmp_path, 1)
+    refused(
+        config, r"checkpoint 1 in .* does not hold what was written \(checksum\); there is no other to continue from"
+    )
+
+
 def test_an_interrupt_ends_a_run_after_the_step_with_a_checkpoint(tmp_path):
     config = nano(train__checkpoint_every=100, **NO_EVALUATION)
     run = Trainer(prepare(config), RunDirectory(tmp_path), lambda found: signal.raise_signal(signal.SIGINT))
@@ -102,6 +166,51 @@ def test_an_interrupt_ends_a_run_after_the_step_with_a_checkpoint(tmp_path):
         run.open().run()
     assert newest_checkpoint(tmp_path / "checkpoints") == 1
     assert trainer(config, tmp_path, resume=True).state.step == 1
+
+
+def interrupting(monkeypatch, what: str, times: int = 1) -> None:
+    """Signals come while a method of reinforcement runs, which goes on."""
+    called = getattr(Reinforcement, what)
+
+    def interrupted(*arguments):
+        for _ in range(times):
+            signal.raise_signal(signal.SIGTERM)
+        return called(*arguments)
+
+    monkeypatch.setattr(Reinforcement, what, interrupted)
+
+
+def test_an_interrupt_while_a_phase_starts_acts_after_that(tmp_path, monkeypatch):
+    config = nano(**NO_EVALUATION)
+    interrupting(monkeypatch, "start")
+    with pytest.raises(KeyboardInterrupt):
+        trainer(config, tmp_path).run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == 0
+    state = trainer(config, tmp_path, resume=True).state
+    assert (state.started, state.step) == (True, 0) and state.before
+
+
+def test_an_interrupt_before_the_first_phase_leaves_nothing_to_continue(tmp_path):
+    run = trainer(nano(**NO_EVALUATION), tmp_path)
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        signal.raise_signal(signal.SIGHUP)
+        run.run()
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_a_second_interrupt_does_not_drop_the_checkpoint_that_is_written(tmp_path, monkeypatch):
+    run = trainer(nano(train__checkpoint_every=1, **NO_EVALUATION), tmp_path)
+    save = run.checkpoints.save
+
+    def interrupted(number, *arguments):
+        for _ in range(3 * (number == 1)):
+            signal.raise_signal(signal.SIGINT)
+        save(number, *arguments)
+
+    monkeypatch.setattr(run.checkpoints, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == 1
 
 
 @pytest.mark.parametrize("kind", ["easy_to_hard", "dump"])

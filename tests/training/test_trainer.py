@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from nested_reft import curriculum
-from nested_reft.checkpoints import newest_checkpoint
+from nested_reft.checkpoints import CheckpointError, newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
@@ -142,6 +142,47 @@ def test_an_update_that_is_not_finite_ends_the_run(tmp_path):
         trainer(config, tmp_path).run()
     assert [line["step"] for line in read_log(tmp_path / "metrics.jsonl")] == [0, 1]
     assert newest_checkpoint(tmp_path / "checkpoints") == 1
+
+
+def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
+    """The last update has no step after it whose loss would tell."""
+    config = nano(loss=MOVING, optimizer__learning_rate=1e39, train__steps=1, **NO_EVALUATION)
+    with pytest.raises(FloatingPointError, match=r"nano, step 1: the update left .* is saved; .* Lower optimizer"):
+        trainer(config, tmp_path).run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == 0 and not (tmp_path / "summary.json").exists()
+
+
+def test_a_warm_start_that_is_not_finite_ends_before_the_next_phase(tmp_path):
+    config = nano(warm_start__steps=1, warm_start__batch_size=8, warm_start__learning_rate=1e39, **NO_EVALUATION)
+    with pytest.raises(FloatingPointError, match=r"warm start, step 1: .* Lower warm_start.learning_rate"):
+        trainer(config, tmp_path).run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == 0
+
+
+def test_the_loss_of_a_warm_start_is_looked_at_in_every_step(tmp_path):
+    config = nano(warm_start__steps=100, warm_start__batch_size=8, warm_start__learning_rate=1e30, **NO_EVALUATION)
+    with pytest.raises(FloatingPointError, match=r"warm start, step 2: loss is nan .* Lower warm_start.learning_rate"):
+        trainer(config, tmp_path).run()
+
+
+def test_a_model_that_starts_with_nan_is_named(tmp_path):
+    run = trainer(nano(**NO_EVALUATION), tmp_path)
+    state = run.state.learner.state
+    broken = jax.tree.map(lambda array: array.at[(0,) * array.ndim].set(jnp.nan), state.trainable)
+    run.state.learner.state = dataclasses.replace(state, trainable=broken)
+    with pytest.raises(FloatingPointError, match="the model that the run starts from holds a value that is not finite"):
+        run.save()
+
+
+def test_a_checkpoint_that_fails_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    config = nano(train__steps=100, train__checkpoint_every=50, **NO_EVALUATION)
+    monkeypatch.setattr("nested_reft.checkpoints.write_json", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint 0 could not be written to .*No space left on device"):
+        trainer(config, tmp_path).run()
+    assert len(read_log(tmp_path / "metrics.jsonl")) < 10
 
 
 def test_second_update_on_a_batch_is_off_policy(tmp_path):

@@ -1,0 +1,40 @@
+"""A dozen kinds of damage to a run's directory; `scripts/damage.py` has them all."""
+
+import pytest
+
+from scripts.damage import kinds, stopped_run, verdicts
+
+EXPECTED = {
+    "config.json: cut to half": ("refused", "config.json' cannot be read"),
+    "config.json: another rate": ("refused", "optimizer.learning_rate is 0.001, and was 0.0005"),
+    "metrics.jsonl: NUL bytes at the end": ("same", ""),
+    "metrics.jsonl: a line of NUL bytes": ("warned", "line 2 is no JSON object with a step"),
+    "metrics.jsonl: removed": ("warned", "step 0 has 0 lines"),
+    "samples.jsonl: a line missing": ("warned", "step 1 has 15 lines instead of 16"),
+    "samples.jsonl: a directory in its place": ("refused", "samples.jsonl' is not a file"),
+    "checkpoints/3/arrays/ocdbt.process_0/d/*: one bit flipped": ("older", "does not hold what was written"),
+    "checkpoints/3/host/metadata: removed": ("older", "file host/metadata cannot be read"),
+    "checkpoints: an empty directory '999'": ("same", "it is '999.damaged' now"),
+    "checkpoints: the newest gone": ("older", "continuing after step 2 of 5 (tiny)"),
+    "checkpoints: an empty directory '²'": ("same", ""),
+    "checkpoints: checkpoint 2 under the name 3": ("older", "checkpoint 3 in"),
+    "checkpoints: all damaged": ("refused", "there is no other to continue from"),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    acts = kinds()
+    run = stopped_run(tmp_path_factory.mktemp("runs"))
+    return {verdict.kind: verdict for verdict in verdicts(run, {kind: acts[kind] for kind in EXPECTED})}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_damage_is_recovered_from_or_named(kind, found):
+    word, said = EXPECTED[kind]
+    assert found[kind].word == word, found[kind]
+    assert said in found[kind].said
+
+
+def test_there_are_about_150_kinds():
+    assert len(kinds()) >= 150

@@ -1,0 +1,101 @@
+"""Requests to stop: none is lost, none breaks into what must be finished."""
+
+import signal
+import threading
+
+import pytest
+
+from nested_reft.training.interrupts import finishing, stop_requests
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_request_that_nothing_has_to_answer_at_once(number, capfd):
+    reached = False
+    with pytest.raises(KeyboardInterrupt), stop_requests() as stop_requested:
+        assert not stop_requested()
+        signal.raise_signal(number)
+        assert stop_requested()
+        reached = True
+    # The end of the block answers what nobody had answered.
+    assert reached and "stopping after the work in progress" in capfd.readouterr().err
+
+
+def test_the_second_signal_acts_at_once_whatever_its_kind():
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the second signal was not heard")
+
+
+def test_a_second_signal_waits_for_what_must_be_finished():
+    finished = False
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        with finishing():
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+            with finishing():
+                pass
+            finished = True
+        pytest.fail("it did not act after the block")
+    assert finished
+
+
+def test_one_signal_does_not_act_after_a_block_that_must_be_finished():
+    reached = False
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        with finishing():
+            signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+
+
+def test_a_block_within_another_hears_what_came_before_it():
+    heard = []
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        signal.raise_signal(signal.SIGTERM)
+        with stop_requests() as stop_requested:
+            heard.append(stop_requested())
+        heard.append("the inner block ends without an answer")
+    assert heard == [True, "the inner block ends without an answer"]
+
+
+def test_a_request_is_forgotten_with_its_block():
+    with pytest.raises(ValueError, match="other"), stop_requests():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("other")
+    with stop_requests() as stop_requested:
+        assert not stop_requested()
+
+
+def test_what_was_ignored_stays_ignored():
+    """`nohup` starts a program with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop_requested:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop_requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_without_signals_and_in_other_threads_nothing_happens():
+    found = []
+
+    def run():
+        with stop_requests() as stop_requested, finishing():
+            found.append(stop_requested())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    with finishing():
+        assert found == [False]
