@@ -24,7 +24,7 @@ _ARRAY, _EMPTY = "__array__", "__empty_array__"
 logger = logging.getLogger(__name__)
 # Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
 # become one line here.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class CheckpointError(OSError):

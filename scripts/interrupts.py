@@ -80,6 +80,7 @@ def interrupted(after: float, numbers: list[signal.Signals], draw: random.Random
     with tempfile.TemporaryDirectory() as directory:
         process = _start(Path(directory))
         time.sleep(after)
+        had_finished = process.poll() is not None
         for number in numbers:
             process.send_signal(number)
             time.sleep(draw.uniform(0, 0.5) if len(numbers) > 1 else 0)
@@ -88,13 +89,14 @@ def interrupted(after: float, numbers: list[signal.Signals], draw: random.Random
         found = [int(path.name) for path in runs.glob("*/checkpoints/*") if path.name.isdecimal()]
         lines = [line for line in output.splitlines() if line.strip()]
         newest = max(found, default=None)
-        return Ending(after, process.returncode, newest, lines[-1] if lines else "", _verdict(process, newest, output))
+        verdict = "had finished" if had_finished else _verdict(process.returncode, newest, output)
+        return Ending(after, process.returncode, newest, lines[-1] if lines else "", verdict)
 
 
-def _verdict(process: subprocess.Popen[str], checkpoint: int | None, output: str) -> str:
-    if process.returncode == 0:
-        return "had finished" if "report: " in output or "no figures" in output else "lost"
-    if process.returncode != 130 or "Traceback" in output:
+def _verdict(code: int, checkpoint: int | None, output: str) -> str:
+    if code == 0:
+        return "lost"
+    if code != 130 or "Traceback" in output:
         return "crashed"
     if checkpoint is None:
         return "stopped" if any(words in output for words in NO_CHECKPOINT) else "silent"

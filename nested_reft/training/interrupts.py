@@ -67,8 +67,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     previous: dict[int, Any] = {}
     try:
         for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
-            # What is ignored stays ignored: `nohup` starts a program so. None is a handler that is not Python's.
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            handler = signal.getsignal(number)
+            # `nohup` starts a program with SIGHUP ignored. A shell does the same to SIGINT of what it starts in the
+            # background, where it can only have been sent on purpose. None is a handler that is not Python's.
+            if handler is not None and (number == signal.SIGINT or handler != signal.SIG_IGN):
                 previous[number] = signal.signal(number, requests.handle)
         yield lambda: requests.stop
         if requests.stop:

@@ -44,7 +44,8 @@ def run_summary(
     )
     history = read_log(run / "metrics.jsonl")
     # A run whose updates were all empty has measured none of them.
-    logged = {name: [line[name] for line in history if name in line] for name in MEANS}
+    # A value that was not finite is null in the log.
+    logged = {name: [line[name] for line in history if line.get(name) is not None] for name in MEANS}
     means = {name: float(np.mean(values)) if values else None for name, values in logged.items()}
     return {
         "name": config.name,

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -76,15 +77,16 @@ def test_a_request_is_forgotten_with_its_block():
         assert not stop_requested()
 
 
-def test_what_was_ignored_stays_ignored():
-    """`nohup` starts a program with SIGHUP ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(("number", "heard"), [(signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_what_was_ignored_stays_ignored(number, heard):
+    """`nohup` starts a program with SIGHUP ignored, and a shell one in the background with SIGINT ignored."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with stop_requests() as stop_requested:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop_requested()
+        with suppress(KeyboardInterrupt), stop_requests() as stop_requested:
+            signal.raise_signal(number)
+            assert stop_requested() == heard
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_without_signals_and_in_other_threads_nothing_happens():
