@@ -1,5 +1,6 @@
 """The command line: what it refuses, with which exit code, and that refusing leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,12 +13,17 @@ from pathlib import Path
 import pytest
 
 from nested_reft import command
-from nested_reft.cli import configs
+from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.prompt_format import PromptFormat
+from nested_reft.run_directory import read_log
+from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import load_config
+from nested_reft.training.setup import initial_policy
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -267,6 +273,73 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     shutil.rmtree(run / "checkpoints" / "0", ignore_errors=True)
     message = refused(["train", "--resume", str(run)], capsys)
     assert "checkpoint 2" in message and "there is no other to continue from" in message
+
+
+def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
+    """The longer run is that of the same seed with more steps from the start: its schedule is constant."""
+    constant = ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0"]
+    assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "1", "--runs", "short"]) == 0
+    (run,) = Path("short").iterdir()
+    assert main(["train", "--resume", str(run), "--train.steps", "2", "--json", "out.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "continuing after step 1 of 2" in printed and "step 2: held-out" not in printed
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 2
+    assert json.loads(Path("out.json").read_text())["steps"] == 2
+    assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "2", "--runs", "long"]) == 0
+    (other,) = Path("long").iterdir()
+    found, expected = ([line["loss"] for line in read_log(path / "metrics.jsonl")[1:]] for path in (run, other))
+    assert found == expected and len(found) == 2
+
+    message = refused(["train", "--resume", str(run), "--train.steps", "1"], capsys)
+    assert "train.steps is 1, the run has 2" in message and "only --train.steps may be raised" in message
+    assert "leave out 'tiny'" in refused(["train", "tiny", "--resume", str(run)], capsys)
+    # A run that is complete still writes what was asked for.
+    Path("out.json").unlink()
+    assert main(["train", "--resume", str(run), "--json", "out.json"]) == 0
+    assert json.loads(Path("out.json").read_text()) == json.loads((run / "summary.json").read_text())
+
+    options = ["--prompts", "3", "--evaluation.batch-size", "2", "--evaluation.samples-per-prompt", "2"]
+    words = [*options, "--evaluation.pass-k", "2", "--completions", "texts.jsonl", "--json", "eval.json"]
+    assert main(["eval", str(run), *words, "--rollout.max-completion-tokens", "3", "--mesh.data", "2"]) == 0
+    assert json.loads(Path("eval.json").read_text())["three_to_six_digits"]["prompts"] == 3
+    lines = [json.loads(line) for line in Path("texts.jsonl").read_text().splitlines()]
+    assert [line["greedy"] for line in lines] == [True] * 3 + [False] * 6
+    assert all(line["right"] in (True, False) and len(line["text"]) <= 3 for line in lines)
+    assert lines[0]["question"] == lines[3]["question"] == lines[4]["question"] != lines[1]["question"]
+
+
+def test_sample_follows_the_run_and_nests_a_model_by_one_layer(capsys, monkeypatch):
+    policy = initial_policy(load_config("tiny"))
+    monkeypatch.setattr(sample.Policy, "load", lambda _: policy)
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out  # 0.2 of 6 layers is one
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2", "--skip-ratio", "0.5"]) == 0
+    assert "nested (3 of 6 layers, without layers [" in capsys.readouterr().out
+
+    fixed = dataclasses.replace(policy, nesting=NestingConfig(choice="fixed", layers=(2, 4)))
+    monkeypatch.setattr(sample.Policy, "load", lambda _: fixed)
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (4 of 6 layers, without layers [2, 4])" in capsys.readouterr().out
+
+    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=NestingConfig()))
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "the run skips no layers" in capsys.readouterr().out
+
+    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=None))
+    assert main(["sample", "model", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out
+
+
+def test_sample_of_a_base_model_asks_for_no_chat(capsys, monkeypatch):
+    policy = initial_policy(load_config("tiny"))
+    base = Tokenizer.characters("0123456789+= ")
+    base.chat_template = None
+    policy = dataclasses.replace(policy, tokenizer=base, prompt=PromptFormat())
+    monkeypatch.setattr(sample.Policy, "load", lambda _: policy)
+    assert "'base' has no chat template, as base models have none; give --no-chat" in refused(
+        ["sample", "base", "1 + 2 ="], capsys
+    )
+    assert main(["sample", "base", "1 + 2 =", "--no-chat", "--max-tokens", "2"]) == 0
 
 
 def test_measured_layers_can_be_trained_with(capsys):
