@@ -282,7 +282,7 @@ def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
     (run,) = Path("short").iterdir()
     assert main(["train", "--resume", str(run), "--train.steps", "2", "--json", "out.json"]) == 0
     printed = capsys.readouterr().out
-    assert "continuing after step 1 of 2" in printed and "step 2: held-out" not in printed
+    assert "continuing after step 1 of 2" in printed and "before training: held-out accuracy three_to_six" in printed
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 2
     assert json.loads(Path("out.json").read_text())["steps"] == 2
     assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "2", "--runs", "long"]) == 0

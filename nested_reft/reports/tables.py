@@ -80,8 +80,9 @@ def summary_table(summary: dict[str, Any]) -> str:
         ["effective sample size, per token (mean of steps)", share(summary["ess_token"])],
         ["effective sample size, per completion", share(summary["ess_sequence"])],
         ["KL(behavior || target), nats per token", share(summary["kl_behavior_target"])],
-        ["training seconds (compiling included)", f"{summary['training_seconds']:.0f}"],
-        ["compiled programs (seconds)", f"{summary['compilations']} ({summary['compile_seconds']:.0f})"],
+        ["compiled programs", summary["compilations"]],
+        # They add up to their total; a run that was resumed counts the time of its last process.
+        *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
     ]
     accuracy = evaluation_table(summary["before"], summary["after"])
     return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"
