@@ -65,7 +65,9 @@ setup(
         "math": MATH,
         "report": REPORT,
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         "test": TEST,
         "dev": [*TEST, "pre-commit>=4.0"],
     },

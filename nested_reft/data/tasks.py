@@ -185,7 +185,7 @@ def _reasoning_gym(task: Task) -> Any:
         import reasoning_gym  # Slow to import, and not needed by those who bring their own examples.
     except ImportError as error:
         raise ImportError(
-            f"source '{task.source}' needs the package reasoning-gym; run: pip install 'nested_reft[tasks]'"
+            f"source '{task.source}' needs the package reasoning-gym; run: pip install reasoning-gym"
         ) from error
     return reasoning_gym
 

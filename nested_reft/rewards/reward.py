@@ -270,11 +270,11 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
                 "a source has the checker 'function', but reward.function is None; name the function there"
             )
         _check_function(examples, config)
-    for kind, package, extra in (("math", "math-verify", "math"), ("task", "reasoning-gym", "tasks")):
+    for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
             raise ImportError(
-                f"the checker '{kind}' needs the package {package} ({problem}); run: pip install 'nested_reft[{extra}]'"
+                f"the checker '{kind}' needs the package {package} ({problem}); run: pip install {package}"
             )
     requests = {("accuracy", i, 0): r for i, e in enumerate(examples) if (r := _gold_request(e, config)) is not None}
     for (_, index, _), outcome in _run(requests, config).items():

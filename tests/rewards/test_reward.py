@@ -360,5 +360,5 @@ def test_what_cannot_be_scored_is_refused_before_training(example, config, messa
 def test_missing_math_verify_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=r"'math' needs the package math-verify .*pip install 'nested_reft\[math\]'"):
+    with pytest.raises(ImportError, match=r"'math' needs the package math-verify .*pip install math-verify"):
         check_answers([Example("q", "x", "s", checker="math")], RewardConfig(time_limit_seconds=7.0))
