@@ -18,6 +18,7 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
+from nested_reft.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,9 @@ def num_correct(
     counts: list[int] = []
     unscored = 0
     starts = range(0, len(examples), batch_size)
+    title = f"held-out {printable(examples[0].example.source)}"
     # A log file has no use for a bar that is drawn again and again.
-    for start in tqdm(starts, desc=f"held-out {examples[0].example.source}", unit="batch", leave=False, disable=None):
+    for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None):
         chunk = list(examples[start : start + batch_size])
         # The last batch is filled up, so that its shape is that of the others.
         padded = chunk + [chunk[-1]] * (batch_size - len(chunk))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, get_args
 
 
-def check_whole(field: str, value: int, least: int, most: int, meaning: str = "") -> None:
+def check_whole(field: str, value: Any, least: int, most: int, meaning: str = "") -> None:
     """Refuses a whole number out of its range.
 
     Args:
@@ -17,7 +18,10 @@ def check_whole(field: str, value: int, least: int, most: int, meaning: str = ""
     Raises:
         ValueError: names the field, the value and what is allowed.
     """
-    if not least <= value <= most:
+    # A configuration file is Python, and may hold any value; True is an integer there, which nobody means.
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{field} is {value!r}; allowed is a whole number from {least} to {most}")
+    if not least <= int(value) <= most:
         shown = f"{least} ({meaning})" if meaning else least
         raise ValueError(f"{field} is {value}; allowed is {shown} or more, up to {most}")
 

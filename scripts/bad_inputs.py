@@ -1,6 +1,6 @@
 """Tries bad inputs of the command line and of configurations, and says which are refused clearly.
 
-    python scripts/bad_inputs.py          # about 250 inputs in one process; exit code 1 below 98 % clear
+    python scripts/bad_inputs.py          # about 400 inputs in one process; exit code 1 below 98 % clear
     python scripts/bad_inputs.py --all    # the table lists every input, not only those that are not clear
 
 An input is refused clearly when the command ends with code 2 after one line, and the line names what the input is
@@ -175,6 +175,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "nesting.border": ("-1", "3", "x", str(2**31 - 1)),
     "nesting.choice": ("random", "measured", "fixed"),
     "nesting.layers": ("1", "x", "-1"),
+    "nesting.divergence_file": ("none.json", "folder", "file", "/dev/zero", "deep.json"),
     "nesting.divergence_temperature": ("-1", "nan", "inf"),
     "nesting.remeasure_every": ("-1", "5", "x"),
     "nesting.remeasure_prompts": ("0",),
@@ -255,6 +256,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("train tiny --train.steps", "train.steps"),
     ("train tiny --train.steps 1 2", "train.steps"),
     ("train tiny --resume", "resume"),
+    ("train --resume folder tiny", "folder"),
     ("train tiny --resume none", "none"),
     ("train --resume folder", "folder"),
     ("train --resume file", "file"),
@@ -364,14 +366,19 @@ def cases(directory: Path) -> list[Case]:
     """
     from nested_reft.training.config import load_config
 
+    # A file is read only where it is asked for.
+    needed = {"nesting.divergence_file": ("--nesting.choice", "measured")}
     found = [
-        Case(("train", "tiny", f"--{field.replace('_', '-')}={value}"), field.rpartition(".")[2])
+        Case(
+            ("train", "tiny", *needed.get(field, ()), f"--{field.replace('_', '-')}={value}"), field.rpartition(".")[2]
+        )
         for field, values in FIELDS.items()
         for value in values
     ]
     found += [Case(tuple(words.split()), about) for words, about in COMMANDS]
     (directory / "folder").mkdir()
     (directory / "file").write_text("")
+    (directory / "deep.json").write_text('{"divergence": ' + "[" * 10**5)
     for index, (text, about) in enumerate(FILES):
         path = directory / f"config_{index}.py"
         path.write_text("from nested_reft.training.config import load_config\n" + text)
@@ -389,6 +396,13 @@ def cases(directory: Path) -> list[Case]:
         (run / "checkpoints").mkdir(parents=True)
         (run / "config.json").write_text(json.dumps(stored))
         found.append(Case(("train", "--resume", run.name), about))
+    for name, text in (("deep", "[" * 10**5), ("bytes", "\xff\0"), ("list", "[]"), ("half", '{"name": ')):
+        run = directory / f"run_{name}"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "config.json").write_text(text, encoding="latin-1")
+        # Training, sampling and evaluation each read the file in their own way.
+        found += [Case(("train", "--resume", run.name), run.name), Case(("eval", run.name), run.name)]
+        found += [Case(("sample", run.name, "1"), run.name), Case(("export", run.name, "out"), run.name)]
     return found
 
 

@@ -277,12 +277,17 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
 
 def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
     """The longer run is that of the same seed with more steps from the start: its schedule is constant."""
-    constant = ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0"]
+    constant = ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0", "--evaluation.every-steps", "2"]
     assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "1", "--runs", "short"]) == 0
+    assert "devices: 1 of 8 are used; --mesh.data" in capsys.readouterr().out
     (run,) = Path("short").iterdir()
     assert main(["train", "--resume", str(run), "--train.steps", "2", "--json", "out.json"]) == 0
     printed = capsys.readouterr().out
-    assert "continuing after step 1 of 2" in printed and "before training: held-out accuracy three_to_six" in printed
+    assert "continuing after step 1 of 2" in printed
+    assert "\nstep 2: held-out accuracy three_to_six_digits 0." in printed
+    seconds = json.loads(Path("out.json").read_text())["seconds"]
+    assert sum(value for name, value in seconds.items() if name != "total") == pytest.approx(seconds["total"])
+    assert seconds["training"] > 0 and seconds["evaluation"] > 0
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 2
     assert json.loads(Path("out.json").read_text())["steps"] == 2
     assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "2", "--runs", "long"]) == 0
@@ -415,6 +420,27 @@ print(os.environ["{TUNABLES}"], sys.argv[1], "jax" in sys.modules)
     *processes, result = printed.splitlines()
     assert len(processes) == (1 if already else 2) and len(set(processes)) == 1
     assert result.endswith(f"{expected} an argument False")
+
+
+@pytest.mark.parametrize(("options", "enabled"), [([], None), (["--no-compilation-cache"], "false")])
+def test_compiled_programs_are_kept_unless_the_user_says_otherwise(options, enabled, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    command.keep_compiled_programs(["train", "tiny", *options])
+    assert os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == enabled
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    assert directory is None if options else directory.startswith(str(tmp_path / "nested_reft" / "compiled-"))
+
+
+def test_a_directory_that_the_environment_names_wins(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "/elsewhere", "HOME": "/nowhere"})
+    command.keep_compiled_programs(["train", "tiny"])
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "sample", "measure-layers"])
+def test_commands_that_compile_take_the_option(name, capsys):
+    main([name, "--help"])
+    assert "--no-compilation-cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("program", ["nested-reft", "other"])

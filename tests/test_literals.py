@@ -35,6 +35,13 @@ def test_a_whole_number_out_of_its_range_is_refused():
         check_whole("basket.size", 8, 0, 7, "never")
 
 
+@pytest.mark.parametrize("value", ["3", 2.0, True, None])
+def test_what_is_no_whole_number_is_refused(value):
+    with pytest.raises(ValueError) as error:
+        check_whole("basket.size", value, 1, 7)
+    assert str(error.value) == f"basket.size is {value!r}; allowed is a whole number from 1 to 7"
+
+
 def parts_of(value: Any) -> list[Any]:
     """All dataclasses inside a configuration."""
     if isinstance(value, tuple):

@@ -10,6 +10,7 @@ from typing import Any
 from nested_reft.api import evaluate_sources
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without, setup_of
 from nested_reft.reports.tables import evaluation_table
 
@@ -29,12 +30,12 @@ def run(arguments: list[str]) -> None:
     completions: list[dict[str, Any]] = []
     found = evaluate_sources(setup, plan, samples=True, completions=completions)
     results = {name: result.to_json() for name, result in found.items()}
-    print(evaluation_table(results))
+    say(evaluation_table(results))
     keep_json(known.json, results)
     if known.completions is not None:
         # JSON escapes whatever the model wrote.
         known.completions.write_text("".join(json.dumps(line) + "\n" for line in completions), encoding="utf-8")
-        print(f"completions: {known.completions}")
+        say(f"completions: {known.completions}")
 
 
 def _check_read(overrides: list[str]) -> None:

@@ -24,6 +24,7 @@ import sys
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.output import complain, say
 from nested_reft.untrusted import printable
 
 # Each command and the module here that has its `run`. A module is imported when its command is called: most of them
@@ -66,7 +67,7 @@ def _exit_code(arguments: list[str]) -> int:
     except FloatingPointError as error:  # an update was not finite
         return _refusal(error, 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130  # as a shell reports a program that SIGINT ended
     except SystemExit as stop:  # help was printed, or a command says itself how it ends
         return stop.code if isinstance(stop.code, int) else 0
@@ -75,11 +76,11 @@ def _exit_code(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        say(str(__doc__))
         return
     command, *rest = arguments
     if command == "--version":
-        print(__version__)
+        say(__version__)
         return
     if command not in COMMANDS:
         raise BadInput(f"command '{command}' is unknown; known are {', '.join(COMMANDS)}")
@@ -101,5 +102,5 @@ class PrintableFormatter(logging.Formatter):
 
 def _refusal(error: Exception, code: int) -> int:
     # Messages of libraries have several lines, and names in them may hold what a terminal would obey.
-    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    complain(f"error: {' '.join(str(error).split())}")
     return code

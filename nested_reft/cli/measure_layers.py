@@ -10,6 +10,7 @@ import numpy as np
 
 from nested_reft.cli.arguments import command_parser, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
@@ -40,8 +41,8 @@ def run(arguments: list[str]) -> None:
     }
     save_divergence(known.out, divergence_L, about)
     # The cheapest layer to skip comes first.
-    print(table(["layer", "divergence"], [[int(i), f"{divergence_L[i]:.3f}"] for i in np.argsort(divergence_L)]))
-    print(f"written: {known.out}")
+    say(table(["layer", "divergence"], [[int(i), f"{divergence_L[i]:.3f}"] for i in np.argsort(divergence_L)]))
+    say(f"written: {known.out}")
 
 
 def _parser() -> argparse.ArgumentParser:

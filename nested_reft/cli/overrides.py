@@ -94,7 +94,10 @@ def _given(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             option, equals, value = word.removeprefix("--").partition("=")
             found.append((option.replace("-", "_"), [value] if equals else []))
         elif not found:
-            raise ValueError(f"{word!r} is no option of the command; allowed are --FIELD VALUE")
+            raise ValueError(
+                f"{word!r} is no option of the command; allowed are --FIELD VALUE, and the name of a configuration as"
+                " the first word, without --resume"
+            )
         else:
             found[-1][1].append(word)
     yield from found

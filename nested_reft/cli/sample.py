@@ -11,6 +11,7 @@ import numpy as np
 
 from nested_reft.cli.arguments import command_parser, number, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without
 from nested_reft.divergence import load_divergence
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
@@ -39,12 +40,12 @@ def run(arguments: list[str]) -> None:
     for label, plan in plans.items():
         (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
         skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
-        print(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
+        say(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
         for completion in completions:
-            # The text is untrusted: a model may write control characters of the terminal.
-            print(f"  {printable(completion.text)}")
+            # A completion stays one line, whatever the model wrote.
+            say(f"  {printable(completion.text)}")
     if "nested" not in plans:
-        print("the run skips no layers; to see a nested model, give --skip-ratio or --skip-layers")
+        say("the run skips no layers; to see a nested model, give --skip-ratio or --skip-layers")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
         parser.print_help()
         if name is None:
             return
-        print()  # the help of the fields follows, and ends the program, where the overrides are read
+        say()  # the help of the fields follows, and ends the program, where the overrides are read
     # Signals are heard from here on, so that one that comes while data and model are loaded is not lost.
     with stop_requests():
         _train(known, name, overrides)
@@ -47,23 +47,23 @@ def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) ->
             _check_places(known)
             # A run that is complete loads no model.
             if known.resume is not None and is_complete(known.resume, config):
-                print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+                say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
                 keep_json(known.json, Run(known.resume).summary())
                 return
             trainer = open_trainer(config, known.runs, known.resume)
         path = trainer.run_directory.path
         summary = trainer.run()
-        print(f"\n{summary_table(summary)}")
+        say(f"\n{summary_table(summary)}")
         keep_json(known.json, summary)
         _draw_figures(path)
     except KeyboardInterrupt:
-        print(f"\n{_how_to_continue(path)}", file=sys.stderr)
+        complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
     except OSError as error:  # a checkpoint, a log or a result could not be written
-        print(f"\nerror: {error}\n{_how_to_continue(path)}", file=sys.stderr)
+        complain(f"\nerror: {error}\n{_how_to_continue(path)}")
         raise SystemExit(1) from None
     except (GenerationLimitError, RewardError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        complain(f"\nerror: {error}")
         raise SystemExit(1) from None
 
 
@@ -125,6 +125,6 @@ def _check_runs_directory(runs: str) -> None:
 def _draw_figures(run: Path) -> None:
     """Writes the report; without the `report` extra the run is as good, so that is no error."""
     try:
-        print(f"report: {write_report(run)['directory']}")
+        say(f"report: {write_report(run)['directory']}")
     except ImportError as error:
-        print(f"no figures: {error}")
+        say(f"no figures: {error}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import complain, say
 from nested_reft.reports.tables import estimator_table
 from nested_reft.verification import enumeration
 
@@ -23,11 +23,11 @@ def run(arguments: list[str]) -> None:
     reports = enumeration.verify_estimators(seed=known.seed)
     results = [report.to_json() for report in reports]
     # The table comes before the verdict, because it shows by how much a claim is broken.
-    print(estimator_table(results))
+    say(estimator_table(results))
     keep_json(known.json, results)
     broken = [f"{report.estimator} ({report.scenario})" for report in reports if not report.keeps_claim]
     if broken:
-        print(f"\nerror: not as unbiased as claimed: {'; '.join(broken)}", file=sys.stderr)
+        complain(f"\nerror: not as unbiased as claimed: {'; '.join(broken)}")
         raise SystemExit(1)
 
 

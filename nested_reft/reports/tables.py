@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nested_reft.untrusted import printable
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
     """A plain text table: the first columns to the left, the others to the right.
@@ -17,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -
     Returns:
         Lines without a final line end.
     """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[printable(str(cell)) for cell in row] for row in (header, *rows)]
     # The header counts as a row, so that its words fit their columns.
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 

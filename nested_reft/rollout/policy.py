@@ -390,7 +390,7 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
         keep = int(stored["train"]["keep_checkpoints"])
     except FileNotFoundError:
         raise ValueError(f"'{run}' is not a run directory: it has no config.json") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
     number = newest_checkpoint(run / "checkpoints")

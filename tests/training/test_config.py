@@ -15,6 +15,7 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.source import ModelSource
+from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.phases import warm_started
 from nested_reft.training.setup import prepare
@@ -150,6 +151,16 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
     ("changes", "message"),
     [
         ({"train__steps": 0}, "train.steps is 0"),
+        ({"train__steps": 10**9}, "train.steps is 1000000000; allowed is 1 or more, up to 100000000"),
+        ({"train__steps": 10**8, "train__updates_per_batch": 2}, "train.updates_per_batch 2; allowed are at most"),
+        ({"train__seed": 2**32}, "train.seed is 4294967296; allowed is 0 or more, up to 2147483647"),
+        ({"optimizer__learning_rate": 1e30}, "optimizer.learning_rate is 1e\\+30; allowed is more than 0, up to 10"),
+        ({"warm_start__learning_rate": 1e30}, "warm_start.learning_rate is 1e\\+30; allowed is more than 0, up to 10"),
+        ({"warm_start__steps": 2**31}, "warm_start.steps is 2147483648; allowed is 0 or more"),
+        ({"reward__workers": 10**6}, "reward.workers is 1000000; allowed is 1 or more, up to 1024"),
+        ({"reward__memory_gib": 1e20}, "reward.memory_gib is 1e\\+20; allowed is 0"),
+        ({"reward__memory_gib": 1e-9}, "reward.memory_gib is 1e-09; allowed is 0"),
+        ({"rollout__draft_length": 2**31}, "rollout.draft_length is 2147483648; allowed is 1 or more"),
         ({"train__ess_warning": 1.0}, "train.ess_warning is 1.0; allowed is 0 < ess_warning < 1"),
         ({"train__seed": -1}, "train.seed is -1; allowed is 0 or more"),
         ({"rollout__max_completion_tokens": 0}, "rollout.max_completion_tokens is 0"),
@@ -221,3 +232,30 @@ def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
     value["data"]["sources"][0] |= changes
     with pytest.raises(ValueError, match=message):
         Config.from_json(value)
+
+
+@pytest.mark.parametrize("field", ["train_size", "heldout_size"])
+def test_sizes_of_sources_have_a_limit(field):
+    with pytest.raises(ValueError, match=rf"{field} is 2147483647; allowed is 1 or more, up to 10000000"):
+        dataclasses.replace(nano().data.sources[0], **{field: 2**31 - 1})
+
+
+def test_samples_of_a_split_have_a_limit():
+    with pytest.raises(ValueError, match=r"data.split.samples is 1000000; allowed is 1 or more, up to 1024"):
+        SplitConfig("pass_rate", samples=10**6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30, -1.0, float("nan")])
+def test_temperatures_that_overflow_are_refused(temperature):
+    with pytest.raises(ValueError, match=r"sampling.temperature is .*; allowed is 0 \(greedy\), or 0.001 to 1000"):
+        SamplingConfig(temperature)
+
+
+def test_adapters_have_at_most_full_rank():
+    with pytest.raises(ValueError, match=r"lora.rank is 1000000; allowed is 0 to the model's width, 64"):
+        prepare(nano(lora__rank=10**6))
+
+
+def test_a_template_without_a_field_is_refused():
+    with pytest.raises(ValueError, match=r"data.prompt.template is 'no field', so all prompts would be alike"):
+        PromptFormat("no field")
