@@ -7,14 +7,14 @@ message wherever it is made.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from nested_reft.untrusted import MAX_NUMBER, MAX_WHOLE, shown
+from nested_reft.untrusted import MAX_WHOLE, shown
 
 Chooser = Callable[[str, dict[str, Any]], type]
 """From a field and its values to the member of a union that they describe."""
@@ -108,7 +108,7 @@ def _allowed_word(option: Any, value: Any) -> str:
     if option is int:
         return "a whole number" + (f" from {-MAX_WHOLE} to {MAX_WHOLE}" if is_whole else "")
     if option is float:
-        return "a number" + (f", finite and of size up to {MAX_NUMBER:g}" if is_whole or type(value) is float else "")
+        return "a finite number" if is_whole or type(value) is float else "a number"
     if dataclasses.is_dataclass(option) or dict in (option, typing.get_origin(option)):
         return "an object with its fields by name"
     if typing.get_origin(option) is tuple:
@@ -126,7 +126,7 @@ def _fits(option: Any, value: Any) -> bool:
         return isinstance(value, str) and value in get_args(option)
     # A bool is an int in Python, but nobody means the number.
     if option is float:
-        return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_NUMBER
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which NaN is not
     return type(value) is option and (option is not int or abs(value) <= MAX_WHOLE)
 
 

@@ -72,10 +72,9 @@ def test_everything_is_read():
         ({"inner": {"count": 1, "share": True}}, "inner.share is True; allowed is a number"),
         (
             {"inner": {"count": 1, "share": float("nan")}},
-            "inner.share is nan; allowed is a number, finite and of size up to 1e+30",
+            "inner.share is nan; allowed is a finite number",
         ),
-        ({"inner": {"count": 1, "share": 1e39}}, "inner.share is 1e+39; allowed is a number, finite"),
-        ({"inner": {"count": 1, "share": 10**40}}, "inner.share is 1000"),
+        ({"inner": {"count": 1, "share": 10**400}}, "inner.share is 1000"),
         ({"inner": {"cuont": 1}}, "inner.cuont is no field of the configuration; allowed are count, share"),
         ({"inner": {}}, "inner.count is missing and has no default; allowed is a whole number"),
         ({"inner": None}, "inner is None; allowed is an object with its fields by name"),

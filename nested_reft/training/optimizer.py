@@ -11,7 +11,6 @@ import optax
 from nested_reft.literals import check_choice
 
 Schedule = Literal["constant", "linear", "cosine"]
-MAX_RATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_choice("optimizer.schedule", self.schedule, Schedule)
-        if not (math.isfinite(self.max_gradient_norm) and self.max_gradient_norm > 0):
-            raise ValueError(f"optimizer.max_gradient_norm is {self.max_gradient_norm}; allowed is more than 0")
-        check_rate("optimizer.learning_rate", self.learning_rate)
+        for name in ("learning_rate", "max_gradient_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"optimizer.{name} is {value}; allowed is more than 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; allowed is 0 or more")
         if self.warmup_steps < 0:
@@ -47,21 +47,6 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed is 0 <= {name} < 1")
-
-
-def check_rate(field: str, value: float) -> None:
-    """Refuses a learning rate that no model survives.
-
-    Args:
-        field: where it stands in the configuration.
-        value: the rate.
-
-    Raises:
-        ValueError: it is not more than 0, or too large.
-    """
-    # AdamW moves every weight by about the rate, and weights are of size 1 or less.
-    if not 0 < value <= MAX_RATE:
-        raise ValueError(f"{field} is {value}; allowed is more than 0, up to {MAX_RATE:g}")
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.literals import check_whole
 from nested_reft.losses.supervised import Supervised
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.training.optimizer import OptimizerConfig, check_rate, make_optimizer
+from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
 from nested_reft.training.step import LearnerTask
 from nested_reft.types import Prompts, TrainBatch
 
@@ -40,7 +41,8 @@ class WarmStartConfig:
     def __post_init__(self):
         check_whole("warm_start.steps", self.steps, 0, 10**8)
         check_whole("warm_start.batch_size", self.batch_size, 1, 10**6)
-        check_rate("warm_start.learning_rate", self.learning_rate)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"warm_start.learning_rate is {self.learning_rate}; allowed is more than 0")
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"warm_start.layer_dropout is {self.layer_dropout}; allowed is 0 <= layer_dropout < 1")
         if self.micro_batches < 1 or self.batch_size % self.micro_batches:
