@@ -43,7 +43,6 @@ setup(
     package_data={"nested_reft.configs": ["*.json"]},
     entry_points={"console_scripts": ["nested-reft = nested_reft.command:main"]},
     install_requires=[
-        "dacite>=1.8",
         "flax>=0.12",
         "gguf>=0.17",
         "grain>=0.2.12",
@@ -66,7 +65,9 @@ setup(
         "math": MATH,
         "report": REPORT,
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         "test": TEST,
         "dev": [*TEST, "pre-commit>=4.0"],
     },

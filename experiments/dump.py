@@ -30,7 +30,7 @@ import numpy as np
 from experiments.runs import EVERY, finished, measured_run, shared_start
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
-from nested_reft.reports.figures import pyplot
+from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
@@ -249,8 +249,8 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
 
 def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Mean accuracy over steps: each seed thin, the mean of a curriculum's seeds thick."""
-    plots = pyplot()
-    figure, axis = plots.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = figure_maker()(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     for index, kind in enumerate(dict.fromkeys(result["kind"] for result in results)):
         runs = [result for result in results if result["kind"] == kind]
         for result in runs:
@@ -263,21 +263,20 @@ def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
     )
     axis.legend()
     figure.savefig(path, dpi=120)
-    plots.close(figure)
 
 
 def draw_hand_over(results: Sequence[dict[str, Any]], path: Path) -> None:
     """For each adaptive curriculum: probability of each source (mean of seeds, stacked), and its accuracy."""
-    plots = pyplot()
+    from matplotlib import colormaps
+
     kinds = [k for k in dict.fromkeys(r["kind"] for r in results) if k not in ("uniform", "proportional")]
     if not kinds:
         return
-    figure, axes = plots.subplots(
-        2, len(kinds), figsize=(6.5 * len(kinds), 7), sharex=True, squeeze=False, layout="constrained"
-    )
+    figure = figure_maker()(figsize=(6.5 * len(kinds), 7), layout="constrained")
+    axes = figure.subplots(2, len(kinds), sharex=True, squeeze=False)
     for column, kind in enumerate(kinds):
         runs = [result for result in results if result["kind"] == kind]
-        colours = plots.get_cmap("viridis")(np.linspace(0, 0.95, len(runs[0]["sources"])))
+        colours = colormaps["viridis"](np.linspace(0, 0.95, len(runs[0]["sources"])))
         probability_TxM = np.mean([result["probability"] for result in runs], axis=0)
         # A single step draws few prompts; the ends are repeated so that every step has nine neighbours.
         kernel = np.ones(9) / 9
@@ -291,7 +290,6 @@ def draw_hand_over(results: Sequence[dict[str, Any]], path: Path) -> None:
         axes[1, column].set(title="held-out accuracy of each source", xlabel="step", ylim=(0, 1))
     axes[1, 0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plots.close(figure)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 from nested_reft.estimators.health import Health
 from nested_reft.json_files import write_json
 from nested_reft.nesting_control import NestingControlConfig, initial_state, update
-from nested_reft.reports.figures import pyplot
+from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, read_log, versions
 from nested_reft.training.config import load_config
@@ -121,7 +121,8 @@ def summary(name: str, control: NestingControlConfig, lines: list[dict[str, Any]
 
 def plot(path: Path, results: dict[str, tuple[NestingControlConfig, list[dict[str, Any]]]]) -> None:
     """Skipped layers above, effective sample size and budget below, a column for each plant."""
-    figure, axes = pyplot().subplots(2, len(results), figsize=(4.2 * len(results), 5), sharex="col", squeeze=False)
+    figure = figure_maker()(figsize=(4.2 * len(results), 5))
+    axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
     for column, (name, (control, lines)) in enumerate(results.items()):
         steps = [line["step"] for line in lines]
         above, below = axes[:, column]

@@ -13,6 +13,7 @@ import jax
 
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.evaluation import Evaluation
+from nested_reft.json_files import write_json
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
@@ -26,6 +27,7 @@ from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import Setup, prepare, run_config
 from nested_reft.training.trainer import Trainer
+from nested_reft.untrusted import printable
 
 
 def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
@@ -52,6 +54,8 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
         KeyboardInterrupt: the run was asked to stop; continue it with `train(Run(directory))`.
         FloatingPointError: an update was not finite.
     """
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step is {on_step!r}; allowed is a function that takes a StepRecord, or None")
     # The answer is kept, because `config` becomes the configuration of the run below.
     if isinstance(config, Run):
         if is_complete(config.path, config.config()):
@@ -159,19 +163,24 @@ class Run:
         return Policy.load(self.path)
 
 
-def evaluate_sources(setup: Setup, plan: LayerPlan | None, samples: bool) -> dict[str, Evaluation]:
+def evaluate_sources(
+    setup: Setup, plan: LayerPlan | None, samples: bool, completions: list[dict[str, Any]] | None = None
+) -> dict[str, Evaluation]:
     """Held-out results of every source, by name; the seed is the configuration's, so that they can be repeated.
 
     Args:
         setup: policy and prompts.
         plan: the layers that act; None is the full model.
         samples: also measure pass@k.
+        completions: every completion is added to it, with what it was scored.
 
     Returns:
         One result for each source of the configuration.
     """
     keys = RunKeys(jax.random.key(setup.config.train.seed))
-    return heldout_results(setup.policy, setup.data, setup.config, keys.evaluation, plan, samples)
+    return heldout_results(
+        setup.policy, setup.data, setup.config, keys.evaluation, plan, samples, completions=completions
+    )
 
 
 def without_plans(config: Config) -> Config:
@@ -223,7 +232,8 @@ def open_trainer(
         if directory is None:
             directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
         on_failure.pop_all()
-    print(f"run directory: {directory.path}")
+    print(f"run directory: {printable(str(directory.path))}")
+    _say_idle_devices(config)
     trainer = Trainer(setup, directory, on_step)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
@@ -231,4 +241,14 @@ def open_trainer(
         # Said always: it shows also where a checkpoint has gone without a trace.
         state, phase = trainer.state, trainer.phases[trainer.state.phase]
         print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
+        # A run that is extended has another configuration from here on, but only once its checkpoint has been read.
+        if run_config(resume) != config:
+            write_json(resume / "config.json", config.to_json())
     return trainer
+
+
+def _say_idle_devices(config: Config) -> None:
+    """Says so where a run leaves devices of this machine without work."""
+    used, here = config.mesh.data * config.mesh.model, jax.device_count()
+    if used < here:
+        print(f"devices: {used} of {here} are used; --mesh.data shares prompts and --mesh.model layers among more")

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from nested_reft.program_cache import NO_CACHE, cache_directory, drop_old_programs
+
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
@@ -20,10 +22,27 @@ def restart_with_huge_pages() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | {TUNABLES: HUGE_PAGES})
 
 
+def keep_compiled_programs(arguments: list[str]) -> None:
+    """Lets JAX keep compiled programs in the user's cache directory, unless the user or the environment says otherwise.
+
+    Args:
+        arguments: of the command line.
+    """
+    if NO_CACHE in arguments:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return
+    directory = cache_directory()
+    # JAX reads both when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # less is not worth a file
+    drop_old_programs(directory)
+
+
 def main() -> None:
     """The entry point."""
     if Path(sys.argv[0]).name == "nested-reft":  # a program that calls this one must not start over
         restart_with_huge_pages()
+    keep_compiled_programs(sys.argv[1:])
     try:
         from nested_reft.cli.main import main as command_line  # after the restart, so that nothing is imported twice
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,14 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from nested_reft.estimators.kl import exact_kl
+from nested_reft.json_files import write_json
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import over_position_blocks
 from nested_reft.rollout.sampling import tempered
 from nested_reft.types import Rollouts, Weighted, valid_mask
 
+MAX_FILE_BYTES = 10**7
 Texts = tuple[Int[Array, "B P"], Int[Array, " B"], Int[Array, "B G C"], Int[Array, "B G"]]
 
 
@@ -135,10 +136,7 @@ def save_divergence(path: Path, divergence_L: Float[np.ndarray, " L"], about: di
     """
     # Five decimals are far below what another set of texts would change.
     content = about | {"num_layers": len(divergence_L), "divergence": [round(float(d), 5) for d in divergence_L]}
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    # A run that reads the file meanwhile finds the old one or the new one, whole.
-    os.replace(partial_path, path)
+    write_json(path, content)
 
 
 def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
@@ -154,6 +152,12 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
     Raises:
         ValueError: the file is missing, is not such a file, or is of a model of another depth.
     """
+    # A device has no end, and a measurement of many layers is small.
+    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_FILE_BYTES):
+        raise ValueError(
+            f"nesting.divergence_file is '{path}', which holds no layer divergences; allowed is a file of at most"
+            f" {MAX_FILE_BYTES} bytes"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["divergence"]
         divergence_L = np.array(values, dtype=np.float64)
@@ -162,8 +166,11 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
         raise ValueError(
             f"nesting.divergence_file is '{path}', which does not exist; write it with 'nested-reft measure-layers'"
         ) from None
-    except (KeyError, TypeError, OSError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"nesting.divergence_file is '{path}', which holds no layer divergences: {error!r}") from None
+    except (KeyError, TypeError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"nesting.divergence_file is '{path}', which holds no layer divergences ({error!r}); allowed is what"
+            " 'nested-reft measure-layers' writes"
+        ) from None
     if divergence_L.shape != (num_layers,):
         raise ValueError(f"nesting.divergence_file '{path}' has {divergence_L.size} layers; the model has {num_layers}")
     if not all(math.isfinite(value) for value in divergence_L):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
+from tqdm.auto import tqdm
 
 from nested_reft.data.pipeline import batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample
@@ -16,6 +18,7 @@ from nested_reft.layer_skip import LayerPlan
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
+from nested_reft.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def evaluate_examples(
     key: jax.Array,
     samples: bool,
     plan: LayerPlan | None = None,
+    completions: list[dict[str, Any]] | None = None,
 ) -> Evaluation:
     """Measures greedy accuracy and, with `samples`, pass@k.
 
@@ -106,13 +110,14 @@ def evaluate_examples(
         key: PRNG key of the samples.
         samples: whether to sample for pass@k.
         plan: layers that act; None is the full model.
+        completions: every completion is added to it, as a line of JSON-able values.
 
     Returns:
         The shares over all examples; those of samples are None where nothing was sampled.
     """
 
     def correct(group_size: int, how: SamplingConfig | None) -> tuple[Int[np.ndarray, " E"], int]:
-        return num_correct(policy, examples, reward, config.batch_size, how, key, group_size, plan)
+        return num_correct(policy, examples, reward, config.batch_size, how, key, group_size, plan, completions)
 
     # Greedy completions of one prompt are all alike, so one of them is enough.
     greedy_E, unscored = correct(1, GREEDY)
@@ -139,11 +144,12 @@ def num_correct(
     key: jax.Array,
     group_size: int,
     plan: LayerPlan | None = None,
+    completions: list[dict[str, Any]] | None = None,
 ) -> tuple[Int[np.ndarray, " E"], int]:
     """Right answers among `group_size` completions of each example, in one compiled shape for all batches.
 
     Args:
-        policy, examples, reward, key, plan: as in `evaluate_examples`.
+        policy, examples, reward, key, plan, completions: as in `evaluate_examples`.
         batch_size: prompts per batch; fewer where there are fewer examples.
         sampling: other than the policy's own.
         group_size: completions of each example.
@@ -158,7 +164,10 @@ def num_correct(
     batch_size = min(batch_size, len(examples))
     counts: list[int] = []
     unscored = 0
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+    title = f"held-out {printable(examples[0].example.source)}"
+    # A log file has no use for a bar that is drawn again and again.
+    for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None):
         chunk = list(examples[start : start + batch_size])
         # The last batch is filled up, so that its shape is that of the others.
         padded = chunk + [chunk[-1]] * (batch_size - len(chunk))
@@ -179,6 +188,18 @@ def num_correct(
         _, accuracy_BG, scored_BG, _ = score(
             texts, prompts, rollouts.finished_BG, reward, rollouts.length_BG, policy.max_completion_tokens
         )
+        if completions is not None:
+            completions += [
+                {
+                    "question": encoded.example.question,
+                    "answer": encoded.example.answer,
+                    "text": text,
+                    "right": bool(right) if scored else None,  # None where it could not be checked
+                    "greedy": sampling is GREEDY,
+                }
+                for encoded, *row in zip(chunk, texts, accuracy_BG, scored_BG, strict=False)
+                for text, right, scored in zip(*row, strict=True)
+            ]
         # The rows that filled up the last batch are cut off again.
         counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
         unscored += int((~scored_BG[: len(chunk)]).sum())

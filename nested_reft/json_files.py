@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ def check_writable(path: Path) -> None:
     Raises:
         ValueError: the directory is not there or cannot be written, or `path` is one.
     """
-    # The trial has the name that `write_json` uses, so the target itself is not touched.
-    trial = path.with_name(f"{path.name}.partial")
     try:
         # The rename at the end would fail on a directory, which the trial alone would not show.
         if path.is_dir():
             raise IsADirectoryError
-        trial.touch()
-        trial.unlink()
+        # A file of a name that nobody has shows it, so nothing of the user's is touched.
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
     # A name with a NUL character raises ValueError.
     except (OSError, ValueError):
         raise ValueError(f"cannot write '{path}': name a file in a directory that exists and can be written") from None
@@ -40,7 +40,8 @@ def write_json(path: Path, value: Any) -> None:
         path: replaced where it exists; its directory must be there.
         value: JSON-able; a float that is not finite becomes null.
     """
-    partial = path.with_name(path.name + ".partial")
+    # The number keeps a user's own `.partial` file as it is.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
     # A rename within one directory happens whole or not at all.
     os.replace(partial, path)

@@ -80,6 +80,12 @@ class PromptFormat:
                 raise ValueError(
                     f"data.prompt.{name} is {value!r}, but data.prompt.chat is False; plain text has no turns"
                 )
+        # The braces themselves are read when the template is filled.
+        if "{" not in self.template:
+            raise ValueError(
+                f"data.prompt.template is {self.template!r}, so all prompts would be alike; it needs a field such as"
+                " {question}"
+            )
         names = [name for name, _ in self.variables]
         # These two are what a prompt is made of.
         if len(set(names)) < len(names) or {"messages", "add_generation_prompt"} & set(names):

@@ -44,7 +44,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     needed, devices = config.data * config.model, jax.devices()
     if needed > len(devices):
         raise ValueError(
-            f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; {len(devices)} are here"
+            f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; allowed are 1 to"
+            f" {len(devices)}, which are here"
         )
     # With Auto axes the compiler chooses how intermediate values are split.
     return jax.make_mesh(

@@ -4,7 +4,8 @@ import functools
 import os
 import sys
 
-from tests.compilation_cache import cache_directory, drop_old_programs
+# This module alone needs no hook: it holds no arrays.
+from nested_reft.program_cache import cache_directory, drop_old_programs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory()))

@@ -162,7 +162,7 @@ def test_overrides_change_fields_and_parts():
         ({"trian": {"steps": 1}}, "trian is no field of the configuration; allowed are name, model, data"),
         ({"train": {"stepz": 1}}, "train.stepz is no field of the configuration; allowed are steps, "),
         ({"train": {"steps": 0}}, "train.steps is 0; allowed is 1 or more"),
-        ({"train": {"steps": "many"}}, r'field "train.steps" - should be "int" instead of value "many"'),
+        ({"train": {"steps": "many"}}, "train.steps is 'many'; allowed is a whole number"),
         ({"rollout": {"mode": "fast"}}, "mode"),
     ],
 )
@@ -209,3 +209,8 @@ def test_the_metric_page_lists_what_the_code_declares():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (root / "docs" / "metrics.md").read_text(encoding="utf-8") == module.reference()
+
+
+def test_a_callback_that_is_no_function_is_refused():
+    with pytest.raises(ValueError, match="on_step is 'print'; allowed is a function that takes a StepRecord, or None"):
+        nr.train("tiny", on_step="print")

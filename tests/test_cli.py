@@ -1,5 +1,6 @@
 """The command line: what it refuses, with which exit code, and that refusing leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,10 +12,17 @@ from pathlib import Path
 import pytest
 
 from nested_reft import command
-from nested_reft.cli import configs
+from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
+from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.prompt_format import PromptFormat
+from nested_reft.run_directory import read_log
+from nested_reft.tokenizer import Tokenizer
+from nested_reft.training.config import load_config
+from nested_reft.training.setup import initial_policy
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -31,14 +39,12 @@ def empty_directory(tmp_path, monkeypatch):
 def refused(arguments, capsys) -> str:
     """The message of a refused command; checks that nothing was written."""
     before = sorted(Path.cwd().rglob("*"))
-    try:
-        code = main(arguments)
-    except SystemExit as stop:  # argparse and tyro refuse by themselves
-        code = stop.code
-    assert code == 2
+    capsys.readouterr()
+    assert main(arguments) == 2
     assert sorted(Path.cwd().rglob("*")) == before
-    output = capsys.readouterr()
-    return " ".join((output.err + output.out).replace("│", " ").split())
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def refused(arguments, capsys) -> str:
         (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
         (["train", "tiny", "--no.such-field", "1"], "no.such-field"),
         (["train", "tiny", "--nesting.skip-ratio", "1.5"], "nesting.skip_ratio is 1.5; allowed is 0 <= skip_ratio < 1"),
-        (["train", "tiny", "--nesting.skip-ratio", "high"], "skip-ratio"),
+        (["train", "tiny", "--nesting.skip-ratio", "high"], "nesting.skip_ratio is 'high'; allowed is a number"),
         (["train", "tiny", "--nesting.border", "3"], "nesting.border is 3 and nesting.skip_ratio 0.2"),
         (["train", "tiny", "--data.prompts-per-batch", "0"], "data.prompts_per_batch is 0"),
         (
@@ -72,13 +78,13 @@ def refused(arguments, capsys) -> str:
         (["eval", "nowhere"], "'nowhere' is not a run directory; name the configuration"),
         (["eval", "smollm2-135m", "--config", "nothing"], "configuration 'nothing' is unknown"),
         (["sample", "nowhere", "2 + 2"], "model is 'nowhere'"),
-        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "--skip-ratio is 1.0"),
-        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "--temperature is -1.0"),
+        (["sample", "smollm2-135m", "2 + 2", "--skip-ratio", "1"], "--skip-ratio is 1.0; allowed is 0 or more"),
+        (["sample", "smollm2-135m", "2 + 2", "--temperature", "-1"], "--temperature is -1.0; allowed is 0 (greedy)"),
         (
             ["sample", "smollm2-135m", "2 + 2", "--skip-layers", "30"],
             "--skip-layers names [30]; the model has",
         ),
-        (["verify-estimators", "--seed", "-1"], "--seed is -1; allowed is 0 to"),
+        (["verify-estimators", "--seed", "-1"], "--seed is -1; allowed is a whole number from 0 to"),
         (["train", "tiny", "--runs", ""], "--runs is ''; allowed is a directory"),
         (["train", "tiny", "--runs", "/dev/null/runs"], "'/dev/null' is a file"),
         (["export", "nowhere", "out"], "'nowhere' is not a run directory"),
@@ -87,6 +93,83 @@ def refused(arguments, capsys) -> str:
 )
 def test_refuses(arguments, message, capsys):
     assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tiny", "--train.seed", str(2**64)], f"train.seed is {2**64}; allowed is a whole number from"),
+        (["train", "tiny", "--train.steps", "True"], "train.steps is 'True'; allowed is a whole number"),
+        (["train", "tiny", "--train.steps"], "train.steps is given no value; allowed is a whole number"),
+        (["train", "tiny", "--train.steps", "1", "2"], "train.steps is '1 2', which are 2 words; allowed is a whole"),
+        (["train", "tiny", "--train.stepz", "1"], "no field of the configuration; did you mean --train.steps"),
+        (["train", "tiny", "--loss.mixture-alpha", "1"], "did you mean --rollout.mixture-alpha?"),
+        (["train", "tiny", "--loss.level", "word"], "loss.level is 'word'; allowed are token, prefix, sequence, geom"),
+        (["train", "tiny", "--train", "1"], "train has fields of its own; allowed are --train.steps,"),
+        (["train", "tiny", "--data.sources", "1"], "data.sources has fields of its own; allowed are --data.sources.0"),
+        (["train", "tiny", "--data.sources.5.seed", "1"], "did you mean --data.sources.0.seed"),
+        (["train", "tiny", "words"], "'words' is no option of the command"),
+        (["train", "tiny", "--train.remat", "maybe"], "train.remat is 'maybe'; allowed is True or False"),
+        (
+            ["train", "tiny", "--optimizer.learning-rate", "1e999"],
+            "optimizer.learning_rate is inf; allowed is a finite n",
+        ),
+        (["train", "tiny", "--data.prompt.demonstrations", "a"], "allowed are 2 words for each entry"),
+        (["sample", "m"], "the following arguments are required: prompt"),
+        (["sample", "m", "p", "--seed", "x"], "--seed is 'x'; allowed is a whole number from 0 to 2147483647"),
+        (["sample", "m", "p", "--chats"], "unrecognized arguments: --chats; allowed are -h, --help"),
+        (["sample", "m", "p", "--temperature", "1e-30"], "--temperature is 1e-30; allowed is 0 (greedy), or 0.001 to"),
+        (["sample", "smollm2-135m", "p", "--skip-ratio", "0.01"], "--skip-ratio is 0.01, which of 30 layers is 0"),
+        (["sample", "smollm2-135m", "p", "--samples", "99999999"], "--samples is 99999999; allowed is 1 to"),
+        (["sample", "elsewhere/tiny-20260101-120000", "p"], "there is no such run or model"),
+        (["eval", "smollm2-135m", "--config", "tiny", "--train.steps", "1"], "--train.steps changes nothing that eval"),
+        (["eval", "smollm2-135m", "--config", "tiny", "--mesh.data", "64"], "mesh.data"),
+        (["train", "tiny", "--name", "\x1b[31m\n"], "name is '\\x1b[31m\\n'; allowed are letters"),
+        (["fly\x1b[31m"], "command 'fly\\x1b[31m' is unknown"),
+    ],
+)
+def test_refuses_in_one_clear_line(arguments, message, capsys):
+    assert message in refused(arguments, capsys)
+
+
+def test_a_run_that_is_not_there_is_no_model_of_the_hub(capsys):
+    Path("runs").mkdir()
+    assert "'runs/typo', and there is no such run or model" in refused(["sample", "runs/typo", "p"], capsys)
+
+
+def test_errors_of_the_system_name_their_file(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system", "runs/tiny")
+
+    monkeypatch.setattr("nested_reft.cli.train.open_trainer", fail)
+    assert refused(["train", "tiny"], capsys) == "error: 'runs/tiny' cannot be used: Read-only file system"
+
+
+def test_a_device_that_is_not_here_is_one_line(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Unable to initialize backend 'cuda':\nno such device")
+
+    monkeypatch.setattr("nested_reft.cli.train.open_trainer", fail)
+    assert "JAX finds no device: Unable to initialize backend 'cuda': no such" in refused(["train", "tiny"], capsys)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -m nested_reft.command --help | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.stdout.strip(), result.stderr) in (("141", ""), ("0", ""))
+
+
+def test_every_option_that_is_listed_is_taken():
+    """A value that no field takes shows that the field was found."""
+    config = load_config("smollm2_chain_sum")
+    options = list(field_options(config))
+    assert len(options) > 100
+    for option in options:
+        try:
+            override(config, [f"--{option}", "\0", "\0", "\0"])
+        except ValueError as error:
+            assert "no field" not in str(error) and option.rpartition(".")[2].replace("-", "_") in str(error)
 
 
 def test_help_and_version(capsys):
@@ -193,6 +276,78 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     assert "checkpoint 2" in message and "there is no other to continue from" in message
 
 
+def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
+    """The longer run is that of the same seed with more steps from the start: its schedule is constant."""
+    constant = ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0", "--evaluation.every-steps", "2"]
+    assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "1", "--runs", "short"]) == 0
+    assert "devices: 1 of 8 are used; --mesh.data" in capsys.readouterr().out
+    (run,) = Path("short").iterdir()
+    assert main(["train", "--resume", str(run), "--train.steps", "2", "--json", "out.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "continuing after step 1 of 2" in printed
+    assert "\nstep 2: held-out accuracy three_to_six_digits 0." in printed
+    seconds = json.loads(Path("out.json").read_text())["seconds"]
+    assert sum(value for name, value in seconds.items() if name != "total") == pytest.approx(seconds["total"])
+    assert seconds["training"] > 0 and seconds["evaluation"] > 0
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 2
+    assert json.loads(Path("out.json").read_text())["steps"] == 2
+    assert main(["train", "tiny", *SMALL, *constant, "--train.steps", "2", "--runs", "long"]) == 0
+    (other,) = Path("long").iterdir()
+    found, expected = ([line["loss"] for line in read_log(path / "metrics.jsonl")[1:]] for path in (run, other))
+    assert found == expected and len(found) == 2
+
+    message = refused(["train", "--resume", str(run), "--train.steps", "1"], capsys)
+    assert "train.steps is 1, the run has 2" in message and "only --train.steps may be raised" in message
+    assert "leave out 'tiny'" in refused(["train", "tiny", "--resume", str(run)], capsys)
+    # A run that is complete still writes what was asked for.
+    Path("out.json").unlink()
+    assert main(["train", "--resume", str(run), "--json", "out.json"]) == 0
+    assert json.loads(Path("out.json").read_text()) == json.loads((run / "summary.json").read_text())
+
+    options = ["--prompts", "3", "--evaluation.batch-size", "2", "--evaluation.samples-per-prompt", "2"]
+    words = [*options, "--evaluation.pass-k", "2", "--completions", "texts.jsonl", "--json", "eval.json"]
+    assert main(["eval", str(run), *words, "--rollout.max-completion-tokens", "3", "--mesh.data", "2"]) == 0
+    assert json.loads(Path("eval.json").read_text())["three_to_six_digits"]["prompts"] == 3
+    lines = [json.loads(line) for line in Path("texts.jsonl").read_text().splitlines()]
+    assert [line["greedy"] for line in lines] == [True] * 3 + [False] * 6
+    assert all(line["right"] in (True, False) and len(line["text"]) <= 3 for line in lines)
+    assert lines[0]["question"] == lines[3]["question"] == lines[4]["question"] != lines[1]["question"]
+
+
+def test_sample_follows_the_run_and_nests_a_model_by_one_layer(capsys, monkeypatch):
+    policy = initial_policy(load_config("tiny"))
+    monkeypatch.setattr(sample.Policy, "load", lambda _: policy)
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out  # 0.2 of 6 layers is one
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2", "--skip-ratio", "0.5"]) == 0
+    assert "nested (3 of 6 layers, without layers [" in capsys.readouterr().out
+
+    fixed = dataclasses.replace(policy, nesting=NestingConfig(choice="fixed", layers=(2, 4)))
+    monkeypatch.setattr(sample.Policy, "load", lambda _: fixed)
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (4 of 6 layers, without layers [2, 4])" in capsys.readouterr().out
+
+    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=NestingConfig()))
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "the run skips no layers" in capsys.readouterr().out
+
+    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=None))
+    assert main(["sample", "model", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out
+
+
+def test_sample_of_a_base_model_asks_for_no_chat(capsys, monkeypatch):
+    policy = initial_policy(load_config("tiny"))
+    base = Tokenizer.characters("0123456789+= ")
+    base.chat_template = None
+    policy = dataclasses.replace(policy, tokenizer=base, prompt=PromptFormat())
+    monkeypatch.setattr(sample.Policy, "load", lambda _: policy)
+    assert "'base' has no chat template, as base models have none; give --no-chat" in refused(
+        ["sample", "base", "1 + 2 ="], capsys
+    )
+    assert main(["sample", "base", "1 + 2 =", "--no-chat", "--max-tokens", "2"]) == 0
+
+
 def test_measured_layers_can_be_trained_with(capsys):
     assert main(["measure-layers", "scratch", "--config", "tiny", "--prompts", "4", "--out", "layers.json"]) == 0
     measured = json.loads(Path("layers.json").read_text())
@@ -266,6 +421,27 @@ print(os.environ["{TUNABLES}"], sys.argv[1], "jax" in sys.modules)
     *processes, result = printed.splitlines()
     assert len(processes) == (1 if already else 2) and len(set(processes)) == 1
     assert result.endswith(f"{expected} an argument False")
+
+
+@pytest.mark.parametrize(("options", "enabled"), [([], None), (["--no-compilation-cache"], "false")])
+def test_compiled_programs_are_kept_unless_the_user_says_otherwise(options, enabled, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    command.keep_compiled_programs(["train", "tiny", *options])
+    assert os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == enabled
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    assert directory is None if options else directory.startswith(str(tmp_path / "nested_reft" / "compiled-"))
+
+
+def test_a_directory_that_the_environment_names_wins(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "/elsewhere", "HOME": "/nowhere"})
+    command.keep_compiled_programs(["train", "tiny"])
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "sample", "measure-layers"])
+def test_commands_that_compile_take_the_option(name, capsys):
+    main([name, "--help"])
+    assert "--no-compilation-cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("program", ["nested-reft", "other"])

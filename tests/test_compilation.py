@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.compilation_cache import KEEP_SECONDS, drop_old_programs
+from nested_reft.program_cache import KEEP_SECONDS, drop_old_programs
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from nested_reft.literals import check_choice
+from nested_reft.literals import check_choice, check_whole
 from nested_reft.training.config import load_config
 
 Fruit = Literal["apple", "pear"]
@@ -21,6 +21,25 @@ def test_the_refusal_names_the_field_the_value_and_what_is_allowed(value):
     with pytest.raises(ValueError) as error:
         check_choice("basket.fruit", value, Fruit)
     assert str(error.value) == f"basket.fruit is {value!r}; allowed are apple, pear"
+
+
+@pytest.mark.parametrize("value", [1, 7])
+def test_whole_numbers_of_the_range_pass(value):
+    check_whole("basket.size", value, 1, 7)
+
+
+def test_a_whole_number_out_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"basket.size is 0; allowed is 1 or more, up to 7"):
+        check_whole("basket.size", 0, 1, 7)
+    with pytest.raises(ValueError, match=r"basket.size is 8; allowed is 0 \(never\) or more, up to 7"):
+        check_whole("basket.size", 8, 0, 7, "never")
+
+
+@pytest.mark.parametrize("value", ["3", 2.0, True, None])
+def test_what_is_no_whole_number_is_refused(value):
+    with pytest.raises(ValueError) as error:
+        check_whole("basket.size", value, 1, 7)
+    assert str(error.value) == f"basket.size is {value!r}; allowed is a whole number from 1 to 7"
 
 
 def parts_of(value: Any) -> list[Any]:

@@ -26,7 +26,17 @@ RULES = {
 # A room imports rooms of its own line or of lines above, never in a circle.
 LAYERS = [
     {"untrusted"},
-    {"templates", "literals", "json_files", "config_files", "compilation", "prompt_format"},
+    {
+        "templates",
+        "literals",
+        "fields",
+        "json_files",
+        "config_files",
+        "compilation",
+        "program_cache",
+        "prompt_format",
+        "user_files",
+    },
     {"layer_skip"},
     {"types"},
     RULES,

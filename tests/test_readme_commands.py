@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_reft.cli.arguments import override
+from nested_reft.cli.overrides import override
 from nested_reft.config_files import shipped_configs
 from nested_reft.models.registry import HUB_SHAPES
 from nested_reft.training.config import Config, load_config

@@ -1,32 +1,86 @@
-"""What the arguments of several commands share: parsers, checks, `--json`, overrides of fields."""
+"""What the arguments of several commands share: parsers, checks, `--json`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-import tyro
-
+from nested_reft.cli.bad_input import BadInput
+from nested_reft.fields import from_text
 from nested_reft.json_files import check_writable, write_json
+from nested_reft.program_cache import NO_CACHE
+from nested_reft.untrusted import shown
 
-if TYPE_CHECKING:  # JAX comes along
-    from nested_reft.training.config import Config
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turns a message of argparse into the words of other refusals.
+
+        Raises:
+            BadInput: always.
+        """
+        # argparse writes `argument --seed: ` before the message of a type.
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        if message.startswith("unrecognized arguments"):
+            options = ", ".join(option for action in self._actions for option in action.option_strings)
+            message += f"; allowed are {options}"
+        raise BadInput(message)
 
 
-def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+def command_parser(command: str, description: str, compiles: bool = False) -> argparse.ArgumentParser:
     """The parser of a command's own options.
 
     Args:
         command: as it is typed after `nested-reft`.
         description: one sentence for its help.
+        compiles: whether it runs programs that are worth keeping; such a command has `--no-compilation-cache`.
     """
     # The help of `train` comes with that of the fields, so `train` prints both itself.
     has_help = not command.startswith("train")
-    # No abbreviations: what looks like one may be a mistyped override, which tyro has to see and refuse.
-    return argparse.ArgumentParser(
-        f"nested-reft {command}", description=description, allow_abbrev=False, add_help=has_help
-    )
+    # No abbreviations: what looks like one may be a mistyped override, which has to be seen and refused.
+    parser = Parser(f"nested-reft {command}", description=description, allow_abbrev=False, add_help=has_help)
+    if compiles:
+        # `nested_reft.command` reads it, because JAX reads the setting when it is imported.
+        parser.add_argument(NO_CACHE, action="store_true", help="compile everything anew, and keep nothing of it")
+    return parser
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option that takes a whole number.
+
+    Args:
+        least: the smallest that is allowed.
+        most: the largest; the default is the largest that 32 bits hold.
+    """
+
+    def parse(text: str) -> int:
+        number = from_text(int, text)
+        if not isinstance(number, int) or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"is {shown(number)}; allowed is a whole number from {least} to {most}")
+        return number
+
+    return parse
+
+
+def number(range_in_words: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of an option that takes a number.
+
+    Args:
+        range_in_words: what follows `allowed is`.
+        fits: whether a number is in that range.
+    """
+
+    def parse(text: str) -> float:
+        value = from_text(float, text)
+        if not isinstance(value, float) or not fits(value):
+            raise argparse.ArgumentTypeError(f"is {shown(value)}; allowed is {range_in_words}")
+        return value
+
+    return parse
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:
@@ -54,51 +108,3 @@ def keep_json(path: Path | None, value: Any) -> None:
     """
     if path is not None:
         write_json(path, value)
-
-
-def check_seed(seed: int) -> None:
-    """Refuses a `--seed` that does not fit the PRNG keys.
-
-    Raises:
-        ValueError: the seed is negative, or 2^31 or more.
-    """
-    # Keys are made from 32-bit integers with a sign.
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"--seed is {seed}; allowed is 0 to {2**31 - 1}")
-
-
-def override(config: Config, overrides: list[str]) -> Config:
-    """The configuration with fields replaced by `--FIELD VALUE`.
-
-    Args:
-        config: gives the fields, their types and their values where none is given.
-        overrides: the words of the command line that are left for the fields.
-
-    Raises:
-        SystemExit: a field or value that cannot be read, after tyro has explained it (code 2); or help (code 0).
-        ValueError: a value that the configuration refuses.
-    """
-    kind = _value_of("--loss.kind", overrides)
-    if kind is not None:
-        from nested_reft.training.config import with_objective
-
-        # The kind decides which other fields `loss` has, so it comes first.
-        config = with_objective(config, kind)
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=overrides,
-        prog="nested-reft train CONFIG",
-        # A field may be one of several dataclasses. Its kind is that of the default, not a word on the command line.
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
-
-def _value_of(option: str, words: list[str]) -> str | None:
-    """The value that the command line gives an option, in one word or two; None where it gives none."""
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word == option:
-            return following
-        if word.startswith(option + "="):
-            return word.removeprefix(option + "=")
-    return None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# How JAX begins when JAX_PLATFORMS names what is not here.
+NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
 
 
 class BadInput(Exception):
@@ -15,11 +19,26 @@ def checking_input() -> Iterator[None]:
     """Turns errors of the preparations, which the user can mend, into `BadInput`: one line, exit code 2.
 
     Raises:
-        BadInput: the block raised a ValueError, an OSError or an ImportError.
+        BadInput: the block raised what refusals raise.
     """
     try:
         yield
-    # These are what refusals raise: a value, a file, an optional package. Anything else is a bug and keeps its
-    # traceback.
-    except (ValueError, OSError, ImportError) as error:
+    except BrokenPipeError:  # whoever read the output went away, which no input caused
+        raise
+    except OSError as error:
+        raise BadInput(_of_system(error)) from error
+    # A value or an optional package; the last two come from values that no check foresaw, too deep or too large.
+    # Anything else is a bug and keeps its traceback.
+    except (ValueError, ImportError, RecursionError, OverflowError) as error:
         raise BadInput(str(error)) from error
+    except RuntimeError as error:
+        if not NO_BACKEND.match(str(error)):
+            raise
+        raise BadInput(f"JAX finds no device: {error}") from error
+
+
+def _of_system(error: OSError) -> str:
+    """An error of the operating system with its file; our own refusals have words already."""
+    if error.strerror is None:
+        return str(error)
+    return f"'{error.filename}' cannot be used: {error.strerror}" if error.filename is not None else error.strerror

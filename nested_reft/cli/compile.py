@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
+from nested_reft.cli.overrides import override
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import model_shape
 from nested_reft.reports.tables import cost_table
@@ -28,8 +30,8 @@ def run(arguments: list[str]) -> None:
     results = [cost.to_json() for cost in costs]
     unit = compiled_costs.device_unit(devices)
     used = config.mesh.data * config.mesh.model
-    print(f"{_programs(costs)}, for {used} of {len(devices)} {unit}s of {known.topology}\n")
-    print(cost_table(results, unit))
+    say(f"{_programs(costs)}, for {used} of {len(devices)} {unit}s of {known.topology}\n")
+    say(cost_table(results, unit))
     keep_json(known.json, results)
 
 

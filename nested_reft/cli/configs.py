@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.config_files import shipped_configs
 from nested_reft.reports.tables import table
 
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> None:
         check_json(known.json)
         found = [describe(path) for path in shipped_configs().values()]
     rows = [[each.name, each.time or "-", each.about] for each in found]
-    print(table(["configuration", "time", "what it is"], rows, left=3))
+    say(table(["configuration", "time", "what it is"], rows, left=3))
     keep_json(known.json, [dataclasses.asdict(each) for each in found])
 
 

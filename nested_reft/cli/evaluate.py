@@ -3,31 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 from nested_reft.api import evaluate_sources
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without, setup_of
 from nested_reft.reports.tables import evaluation_table
+
+# What an evaluation reads; an override of anything else would be believed and do nothing.
+READ = ("data", "rollout", "reward", "evaluation", "mesh", "model", "train.seed")
 
 
 def run(arguments: list[str]) -> None:
     """Evaluates every source's held-out prompts and prints the table."""
-    known = _parser().parse_args(arguments)
+    known, overrides = _parser().parse_known_args(arguments)
     with checking_input():
         check_json(known.json)
-        setup = setup_of(known.policy, known.config)
+        check_json(known.completions)
+        _check_read(overrides)
+        setup = setup_of(known.policy, known.config, overrides, known.prompts)
         plan = plan_without(setup.policy.num_layers, known.skip_layers)
-    found = evaluate_sources(setup, plan, samples=True)
+    completions: list[dict[str, Any]] = []
+    found = evaluate_sources(setup, plan, samples=True, completions=completions)
     results = {name: result.to_json() for name, result in found.items()}
-    print(evaluation_table(results))
+    say(evaluation_table(results))
     keep_json(known.json, results)
+    if known.completions is not None:
+        # JSON escapes whatever the model wrote.
+        known.completions.write_text("".join(json.dumps(line) + "\n" for line in completions), encoding="utf-8")
+        say(f"completions: {known.completions}")
+
+
+def _check_read(overrides: list[str]) -> None:
+    for word in overrides:
+        option = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and not any(option == part or option.startswith(f"{part}.") for part in READ):
+            raise ValueError(f"{word.partition('=')[0]} changes nothing that eval reads; allowed are {_listed()}")
+
+
+def _listed() -> str:
+    return f"its own options, and fields of {', '.join(READ)}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("eval", "Greedy accuracy and pass@k on the held-out prompts of every source.")
+    parser = command_parser(
+        "eval", "Greedy accuracy and pass@k on held-out prompts. Overrides follow as --FIELD VALUE.", compiles=True
+    )
     parser.add_argument("policy", help="a run directory, or a model as in model.name")
     parser.add_argument("--config", help="the configuration whose prompts to use; a run has its own")
-    parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="evaluate the nested model without them")
+    parser.add_argument(
+        "--skip-layers", type=whole(0), nargs="+", default=[], help="evaluate the nested model without them"
+    )
+    parser.add_argument("--prompts", type=whole(1), help="the most held-out prompts of each source")
+    parser.add_argument(
+        "--completions", type=Path, metavar="FILE", help="also write every completion here, a line each"
+    )
     add_json(parser, "the results")
     return parser

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nested_reft.cli.arguments import command_parser
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.rollout.policy import Policy
 
@@ -22,7 +23,7 @@ def run(arguments: list[str]) -> None:
             raise ValueError(f"'{known.run}' is not a run directory: it has no checkpoints")
         policy = Policy.load(known.run)
         save_huggingface(policy.model, known.directory, policy.tokenizer)
-    print(f"written: {known.directory}")
+    say(f"written: {known.directory}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@
     compile CONFIG --topology NAME     what a decode step and an update cost on a TPU that is not here
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
+Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
 Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 130 interrupted.
 """
 
@@ -18,10 +19,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.output import complain, say
+from nested_reft.untrusted import printable
 
 # Each command and the module here that has its `run`. A module is imported when its command is called: most of them
 # bring JAX along, which takes seconds that `--help` and a mistyped name need not wait for.
@@ -40,37 +44,63 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    command, *rest = arguments
-    if command == "--version":
-        print(__version__)
-        return 0
-    if command not in COMMANDS:
-        print(f"error: command '{command}' is unknown; known are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    # Warnings of the preparations go to the user; the package itself sets up no logging.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
-    return _exit_code(command, rest)
+    try:
+        code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+        # What is still buffered would otherwise be written, and fail, after the last line of Python.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output went away, as `| head` does
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 141  # as a shell reports a program that SIGPIPE ended
 
 
-def _exit_code(command: str, arguments: list[str]) -> int:
+def _exit_code(arguments: list[str]) -> int:
     """Runs a command and turns what users can mend or have caused into one line and a code.
 
     Any other exception is a bug, so its traceback is shown.
     """
     try:
-        importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(arguments)
+        _run(arguments)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refusal(error, 2)
     except FloatingPointError as error:  # an update was not finite
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _refusal(error, 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130  # as a shell reports a program that SIGINT ended
+    except SystemExit as stop:  # help was printed, or a command says itself how it ends
+        return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(str(__doc__))
+        return
+    command, *rest = arguments
+    if command == "--version":
+        say(__version__)
+        return
+    if command not in COMMANDS:
+        raise BadInput(f"command '{command}' is unknown; known are {', '.join(COMMANDS)}")
+    # Warnings of the preparations go to the user; the package itself sets up no logging.
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
+    importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(rest)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Warnings name sources and tokens that somebody else wrote."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of a record; a traceback after it keeps its lines."""
+        return printable(super().formatMessage(record))
+
+
+def _refusal(error: Exception, code: int) -> int:
+    # Messages of libraries have several lines, and names in them may hold what a terminal would obey.
+    complain(f"error: {' '.join(str(error).split())}")
+    return code

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nested_reft.cli.arguments import command_parser
+from nested_reft.cli.arguments import command_parser, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
@@ -24,8 +25,6 @@ def run(arguments: list[str]) -> None:
     """Measures every layer on the full model's own completions, writes the file and prints the table."""
     known = _parser().parse_args(arguments)
     with checking_input():
-        if known.prompts < 1:
-            raise ValueError(f"--prompts is {known.prompts}; allowed is 1 or more")
         check_writable(known.out)
         # Loading the model comes last, after all that can be refused without it.
         setup = setup_of(known.policy, known.config)
@@ -43,15 +42,17 @@ def run(arguments: list[str]) -> None:
     }
     save_divergence(known.out, divergence_L, about)
     # The cheapest layer to skip comes first.
-    print(table(["layer", "divergence"], [[int(i), f"{divergence_L[i]:.3f}"] for i in np.argsort(divergence_L)]))
-    print(f"written: {known.out}")
+    say(table(["layer", "divergence"], [[int(i), f"{divergence_L[i]:.3f}"] for i in np.argsort(divergence_L)]))
+    say(f"written: {known.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("measure-layers", "KL(full || full without the layer) per token, for each layer.")
+    parser = command_parser(
+        "measure-layers", "KL(full || full without the layer) per token, for each layer.", compiles=True
+    )
     parser.add_argument("policy", help="a run directory, or a model as in model.name")
     parser.add_argument("--config", help="the configuration whose prompts to use; a run has its own")
-    parser.add_argument("--prompts", type=int, default=16, help="training prompts of the first source")
+    parser.add_argument("--prompts", type=whole(1, 10**6), default=16, help="training prompts of the first source")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for nesting.divergence_file")
     return parser
 

@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from nested_reft.api import without_plans
+from nested_reft.cli.overrides import override
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.rollout.policy import Policy
-from nested_reft.training.config import load_config
+from nested_reft.training.config import Config, load_config
 from nested_reft.training.setup import Setup, prepare, run_config
 
 
-def setup_of(policy: str, config_name: str | None) -> Setup:
+def is_run(policy: str) -> bool:
+    """Whether a policy is a run directory; a Hugging Face model has a `config.json` as well.
+
+    Args:
+        policy: a run directory, or a model as in `model.name`.
+    """
+    return (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir()
+
+
+def setup_of(policy: str, config_name: str | None, overrides: Sequence[str] = (), prompts: int | None = None) -> Setup:
     """The setup of a run directory, or of a model on a configuration's prompts.
 
     Args:
         policy: a run directory, or a model as in `model.name`.
         config_name: the configuration whose prompts to use; None for a run, which has its own.
+        overrides: words of the command line that replace fields.
+        prompts: the most held-out prompts of each source; None leaves them as they are.
 
     Raises:
         ValueError: the policy and the configuration do not go together, or one of them cannot be loaded.
     """
-    # A directory with both is a run; a Hugging Face model has a `config.json` as well.
-    if (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir():
+    config = override(without_plans(_config_of(policy, config_name)), overrides)
+    if is_run(policy):
+        loaded = Policy.load(policy, config.mesh)
+        how = {"sampling": config.rollout.sampling, "max_completion_tokens": config.rollout.max_completion_tokens}
+        setup = prepare(config, dataclasses.replace(loaded, prompt=config.data.prompt, **how))
+    else:
+        setup = prepare(config)
+    # The first ones are taken, because a smaller `heldout_size` would draw other questions.
+    heldout = tuple(examples[:prompts] for examples in setup.data.heldout_examples)
+    return dataclasses.replace(setup, data=dataclasses.replace(setup.data, heldout_examples=heldout))
+
+
+def _config_of(policy: str, config_name: str | None) -> Config:
+    if is_run(policy):
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
-        return prepare(without_plans(run_config(Path(policy))), Policy.load(policy))
+        return run_config(Path(policy))
     if config_name is None:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)
     if policy != config.model.name:
         # The configuration's shape is that of its own model from scratch; another model brings its own.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
-    return prepare(without_plans(config))
+    return config
 
 
 def plan_without(num_layers: int, layers: list[int]) -> LayerPlan | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.reports.figures import read_metrics, report_text, write_report
 
 LAST_STEPS = 5  # of the curriculum's words; those of a whole run would fill the screen
@@ -18,8 +19,8 @@ def run(arguments: list[str]) -> None:
     with checking_input():
         check_json(known.json)
         result = write_report(known.run)
-    print(report_text(result, read_metrics(known.run), None if known.audit else LAST_STEPS))
-    print(f"\nfigures: {result['directory']}")
+    say(report_text(result, read_metrics(known.run), None if known.audit else LAST_STEPS))
+    say(f"\nfigures: {result['directory']}")
     keep_json(known.json, result)
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
+import dataclasses
+from pathlib import Path
 
 import jax
+import numpy as np
 
-from nested_reft.cli.arguments import check_seed, command_parser
+from nested_reft.cli.arguments import command_parser, number, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without
+from nested_reft.divergence import load_divergence
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
+from nested_reft.rollout.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
+from nested_reft.training.memory import mesh_bytes
 from nested_reft.untrusted import printable
 
 
@@ -19,52 +25,83 @@ def run(arguments: list[str]) -> None:
     """Prints the completions of the full model and of a nested one."""
     known = _parser().parse_args(arguments)
     with checking_input():
-        # What can be refused without the model is refused before it is loaded.
-        _check_ranges(known)
         policy = Policy.load(known.policy)
-        nested = _nested_plan(known, policy.num_layers)
+        if known.chat is not None:
+            policy = dataclasses.replace(policy, prompt=policy.prompt.with_chat(known.chat))
+        elif policy.prompt.chat and policy.tokenizer.chat_template is None:
+            raise ValueError(f"'{known.policy}' has no chat template, as base models have none; give --no-chat")
+        plans = {"full": LayerPlan.full(policy.num_layers)}
+        nested = _nested_plan(known, policy)
+        if nested.num_kept < policy.num_layers:
+            plans["nested"] = nested
         max_tokens = _max_tokens(known.max_tokens, policy, known.prompt)
-    # Both draw with one seed, so that only the layers differ.
-    for label, plan in (("full", LayerPlan.full(policy.num_layers)), ("nested", nested)):
+        _check_samples(known.samples, max_tokens, policy, known.prompt)
+    # All draw with one seed, so that only the layers differ.
+    for label, plan in plans.items():
         (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
         skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
-        print(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
+        say(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
         for completion in completions:
-            # The text is untrusted: a model may write control characters of the terminal.
-            print(f"  {printable(completion.text)}")
+            # A completion stays one line, whatever the model wrote.
+            say(f"  {printable(completion.text)}")
+    if "nested" not in plans:
+        say("the run skips no layers; to see a nested model, give --skip-ratio or --skip-layers")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("sample", "Completions of one prompt by the full model and by a nested one.")
+    parser = command_parser("sample", "Completions of one prompt by the full model and by a nested one.", compiles=True)
     parser.add_argument("policy", help="a run directory, or a model as in model.name")
     parser.add_argument("prompt", help="what the user says")
-    parser.add_argument("--skip-ratio", type=float, default=0.2, help="share of layers skipped, drawn uniformly")
-    parser.add_argument("--skip-layers", type=int, nargs="+", default=[], help="skip these layers instead")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the run's own, 1 for a model")
-    parser.add_argument("--max-tokens", type=int, help="default: 64, or the room that the prompt leaves")
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--skip-ratio",
+        type=number("0 or more and less than 1", lambda value: 0 <= value < 1),
+        help="share of layers skipped, drawn uniformly; default: as the run draws them, one layer for a model",
+    )
+    parser.add_argument("--skip-layers", type=whole(0), nargs="+", default=[], help="skip these layers instead")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="apply the chat template, or give the prompt as it is (base models); default: as the run does, --chat",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(
+            f"0 (greedy), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+            lambda value: value == 0 or MIN_TEMPERATURE <= value <= MAX_TEMPERATURE,
+        ),
+        help="0 is greedy; default: the run's own, 1 for a model",
+    )
+    parser.add_argument("--max-tokens", type=whole(1), help="default: 64, or the room that the prompt leaves")
+    parser.add_argument("--samples", type=whole(1), default=2)
+    parser.add_argument("--seed", type=whole(0), default=0)
     return parser
 
 
-def _check_ranges(known: argparse.Namespace) -> None:
-    """Refuses numbers that cannot work before the model is loaded, in the words of the options."""
-    check_seed(known.seed)
-    for flag, value in (("--max-tokens", known.max_tokens), ("--samples", known.samples)):
-        if value is not None and not 1 <= value < 2**31:
-            raise ValueError(f"{flag} is {value}; allowed is 1 to {2**31 - 1}")
-    if not 0 <= known.skip_ratio < 1:
-        raise ValueError(f"--skip-ratio is {known.skip_ratio}; allowed is 0 or more and less than 1")
-    if known.temperature is not None and not 0 <= known.temperature < math.inf:
-        raise ValueError(f"--temperature is {known.temperature}; allowed is 0 (greedy) or more")
+def _nested_plan(known: argparse.Namespace, policy: Policy) -> LayerPlan:
+    """The layers that the options leave; without any, those that the run would draw, or all but one of a model."""
+    num_layers, key = policy.num_layers, jax.random.key(known.seed)
+    if known.skip_layers:
+        return plan_without(num_layers, known.skip_layers) or LayerPlan.full(num_layers)
+    if known.skip_ratio is not None:
+        nesting = NestingConfig(skip_ratio=known.skip_ratio)
+        count, most = nesting.num_skipped(num_layers), nesting.most_skipped(num_layers)
+        if count > most or (known.skip_ratio and not count):
+            raise ValueError(
+                f"--skip-ratio is {known.skip_ratio:g}, which of {num_layers} layers is {count}; allowed is to skip 0"
+                f" to {most}, so the first and the last one stay"
+            )
+        return draw_plan(key, nesting, num_layers)
+    if policy.nesting is not None:
+        return draw_plan(key, policy.nesting, num_layers, _divergence(policy.nesting, num_layers))
+    nesting = NestingConfig()
+    return draw_plan(key, nesting, num_layers, num_skipped=min(1, nesting.most_skipped(num_layers)))
 
 
-def _nested_plan(known: argparse.Namespace, num_layers: int) -> LayerPlan:
-    """The layers that `--skip-layers` leaves, or a draw of as many as `--skip-ratio` says."""
-    nesting = NestingConfig(skip_ratio=known.skip_ratio)
-    nesting.validate_for(num_layers)
-    named = plan_without(num_layers, known.skip_layers)
-    return named or draw_plan(jax.random.key(known.seed), nesting, num_layers)
+def _divergence(nesting: NestingConfig, num_layers: int) -> np.ndarray:
+    """What `measured` plans are drawn by. What a run measures while it trains is not read; layers are alike then."""
+    if nesting.divergence_file is None:
+        return np.zeros(num_layers)
+    return load_divergence(Path(nesting.divergence_file), num_layers)
 
 
 def _max_tokens(asked: int | None, policy: Policy, prompt: str) -> int:
@@ -79,3 +116,15 @@ def _max_tokens(asked: int | None, policy: Policy, prompt: str) -> int:
             f" allowed are 1 to {positions} in all"
         )
     return max_tokens
+
+
+def _check_samples(samples: int, max_tokens: int, policy: Policy, prompt: str) -> None:
+    """Refuses more samples than the devices could hold the keys and values of."""
+    model = policy.model.config
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * 4  # keys and values in float32
+    most = int(mesh_bytes(policy.mesh) // (token_bytes * (policy.prompt_tokens(prompt) + max_tokens)))
+    if samples > most:
+        raise ValueError(
+            f"--samples is {samples}; allowed is 1 to {most}: the devices hold no more keys and values of as many"
+            " completions"
+        )

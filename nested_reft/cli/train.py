@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from nested_reft.api import is_complete, open_trainer
+from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, override
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import complain, say
+from nested_reft.cli.overrides import HELP, override
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
-from nested_reft.training.config import Config, differences, load_config, with_absolute_paths
+from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
 from nested_reft.training.interrupts import stop_requests
 from nested_reft.training.setup import run_config
 
@@ -27,11 +28,11 @@ def run(arguments: list[str]) -> None:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     parser = _parser()
     known, overrides = parser.parse_known_args(arguments[1:] if name else arguments)
-    if {"-h", "--help"} & set(overrides):
+    if not set(HELP).isdisjoint(overrides):
         parser.print_help()
         if name is None:
             return
-        print()  # the help of the fields follows, and ends the program, where the overrides are read
+        say()  # the help of the fields follows, and ends the program, where the overrides are read
     # Signals are heard from here on, so that one that comes while data and model are loaded is not lost.
     with stop_requests():
         _train(known, name, overrides)
@@ -46,22 +47,23 @@ def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) ->
             _check_places(known)
             # A run that is complete loads no model.
             if known.resume is not None and is_complete(known.resume, config):
-                print(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+                say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+                keep_json(known.json, Run(known.resume).summary())
                 return
             trainer = open_trainer(config, known.runs, known.resume)
         path = trainer.run_directory.path
         summary = trainer.run()
-        print(f"\n{summary_table(summary)}")
+        say(f"\n{summary_table(summary)}")
         keep_json(known.json, summary)
         _draw_figures(path)
     except KeyboardInterrupt:
-        print(f"\n{_how_to_continue(path)}", file=sys.stderr)
+        complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
     except OSError as error:  # a checkpoint, a log or a result could not be written
-        print(f"\nerror: {error}\n{_how_to_continue(path)}", file=sys.stderr)
+        complain(f"\nerror: {error}\n{_how_to_continue(path)}")
         raise SystemExit(1) from None
     except (GenerationLimitError, RewardError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        complain(f"\nerror: {error}")
         raise SystemExit(1) from None
 
 
@@ -73,7 +75,7 @@ def _how_to_continue(path: Path | None) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        "train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields."
+        "train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.", compiles=True
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
     parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _resolve_config(name: str | None, resume: Path | None, overrides: list[str]) -> Config:
-    """The configuration of a name or a run, with overrides; a resumed run must keep its own."""
+    """The configuration of a name or a run, with overrides; a resumed run keeps its own, but it may take more steps."""
     if resume is None:
         if name is None:
             raise ValueError("train needs the name of a configuration as its first word, or --resume RUN")
@@ -91,11 +93,15 @@ def _resolve_config(name: str | None, resume: Path | None, overrides: list[str])
     # A name or overrides may be given once more, as long as they say what the run has.
     asked = with_absolute_paths(override(stored if name is None else load_config(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
-    changed = differences(stored.to_json(), asked.to_json())
-    if changed:
-        listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
-        raise ValueError(f"run '{resume}' holds another configuration: {listed}. Resume without overrides")
-    return stored
+    changed = forbidden_changes(stored.to_json(), asked.to_json())
+    if not changed:
+        return asked
+    listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
+    begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
+    raise ValueError(
+        f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
+        " raised. To start another run, leave out --resume"
+    )
 
 
 def _check_places(known: argparse.Namespace) -> None:
@@ -119,6 +125,6 @@ def _check_runs_directory(runs: str) -> None:
 def _draw_figures(run: Path) -> None:
     """Writes the report; without the `report` extra the run is as good, so that is no error."""
     try:
-        print(f"report: {write_report(run)['directory']}")
+        say(f"report: {write_report(run)['directory']}")
     except ImportError as error:
-        print(f"no figures: {error}")
+        say(f"no figures: {error}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from nested_reft.cli.arguments import add_json, check_json, check_seed, command_parser, keep_json
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.output import complain, say
 from nested_reft.reports.tables import estimator_table
 from nested_reft.verification import enumeration
 
@@ -20,20 +20,19 @@ def run(arguments: list[str]) -> None:
     known = _parser().parse_args(arguments)
     with checking_input():
         check_json(known.json)
-        check_seed(known.seed)
     reports = enumeration.verify_estimators(seed=known.seed)
     results = [report.to_json() for report in reports]
     # The table comes before the verdict, because it shows by how much a claim is broken.
-    print(estimator_table(results))
+    say(estimator_table(results))
     keep_json(known.json, results)
     broken = [f"{report.estimator} ({report.scenario})" for report in reports if not report.keeps_claim]
     if broken:
-        print(f"\nerror: not as unbiased as claimed: {'; '.join(broken)}", file=sys.stderr)
+        complain(f"\nerror: not as unbiased as claimed: {'; '.join(broken)}")
         raise SystemExit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("verify-estimators", "Exact bias and variance of every estimator on an enumerable model.")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's parameters")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the model's parameters")
     add_json(parser, "the results")
     return parser

@@ -43,11 +43,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class RawFile:
-    """An original file: its name in a local folder, its official address and its SHA-256."""
+    """An original file: its name in a local folder, its official address, its SHA-256, and what is known of trouble."""
 
     name: str
     url: str
     sha256: str
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ DATASETS = {
                 "MATH.tar",
                 "https://people.eecs.berkeley.edu/~hendrycks/MATH.tar",
                 "0fbe4fad0df66942db6c221cdcc95b298cc7f4595a2f0f518360cce84e90d9ac",
+                "; the address is reported gone since January 2025: the hub has these questions as"
+                " EleutherAI/hendrycks_math, and a source with a file reads them as JSONL",
             ),
         ),
         splits=("train", "test"),
@@ -209,7 +212,10 @@ def _builder(name: str, dataset: Dataset, folder: str | None, directory: Path, f
         import array_record  # noqa: F401 - without it, TFDS asks for TensorFlow
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(f"{field} needs the package {error.name}; run: pip install 'nested_reft[data]'") from error
+        raise ImportError(
+            f"{field} needs the package {error.name}; run: pip install array_record importlib_resources"
+            " tensorflow-datasets"
+        ) from error
     tfds.disable_progress_bar()
     text = tfds.features.Text()
     # The prefix keeps this data apart from what TFDS itself prepares under the same name.
@@ -297,7 +303,7 @@ def download(file: RawFile, directory: Path, field: str) -> Path:
         except OSError as error:
             raise ValueError(
                 f"{field}: the download of {file.url} failed ({error}); try again, or put '{file.name}' into a"
-                f" folder and name it in {field}.folder"
+                f" folder and name it in {field}.folder{file.trouble}"
             ) from None
         _check_sha256(partial, file, f"the download of {file.url}", field)
         os.replace(partial, target)

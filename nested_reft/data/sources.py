@@ -28,8 +28,11 @@ from nested_reft.data.datasets import DATASETS, load_dataset
 from nested_reft.data.examples import Checker, Example, distinct
 from nested_reft.data.jsonl import read_jsonl
 from nested_reft.data.tasks import Task, draw_task
-from nested_reft.literals import check_choice
+from nested_reft.literals import check_choice, check_whole
 from nested_reft.prompt_format import PromptFormat
+from nested_reft.untrusted import MAX_WHOLE
+
+MAX_QUESTIONS = 10**7  # of one source: all are held in memory
 
 
 @dataclass(frozen=True)
@@ -270,11 +273,9 @@ def _check_common(config: SourceConfig) -> None:
     if not config.name.strip():
         raise ValueError("data.sources.N.name is empty; give the source a label, such as 'one_digit'")
     path = field_path(config)
-    if config.train_size is not None and config.train_size < 1:
-        raise ValueError(f"{path}.train_size is {config.train_size}; allowed is 1 or more")
-    if config.heldout_size < 1:
-        raise ValueError(f"{path}.heldout_size is {config.heldout_size}; allowed is 1 or more")
-    if config.seed < 0:
-        raise ValueError(f"{path}.seed is {config.seed}; allowed is 0 or more")
+    for name in ("train_size", "heldout_size"):
+        if (size := getattr(config, name)) is not None:
+            check_whole(f"{path}.{name}", size, 1, MAX_QUESTIONS)
+    check_whole(f"{path}.seed", config.seed, 0, MAX_WHOLE)
     if config.checker is not None:
         check_choice(f"{path}.checker", config.checker, Checker)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft.literals import check_choice
+from nested_reft.literals import check_choice, check_whole
 
 SplitKind = Literal["none", "pass_rate"]
 
@@ -39,10 +39,9 @@ class SplitConfig:
 
     def __post_init__(self):
         check_choice("data.split.kind", self.kind, SplitKind)
-        if self.parts < 2:
-            raise ValueError(f"data.split.parts is {self.parts}; allowed is 2 or more")
-        if self.samples < 1:
-            raise ValueError(f"data.split.samples is {self.samples}; allowed is 1 or more")
+        check_whole("data.split.parts", self.parts, 2, 1000)
+        # All completions of a question are sampled at once.
+        check_whole("data.split.samples", self.samples, 1, 1024)
 
 
 def split_by_pass_rate(pass_rate_E: Float[np.ndarray, " E"], parts: int) -> list[list[int]]:

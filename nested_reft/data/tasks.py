@@ -185,14 +185,14 @@ def _reasoning_gym(task: Task) -> Any:
         import reasoning_gym  # Slow to import, and not needed by those who bring their own examples.
     except ImportError as error:
         raise ImportError(
-            f"source '{task.source}' needs the package reasoning-gym; run: pip install 'nested_reft[tasks]'"
+            f"source '{task.source}' needs the package reasoning-gym; run: pip install reasoning-gym"
         ) from error
     return reasoning_gym
 
 
 def _check_name(task: Task, tasks: Mapping[str, Any]) -> None:
     if task.task not in tasks:
-        near = difflib.get_close_matches(task.task, tasks) or sorted(tasks)
+        near = difflib.get_close_matches(task.task, tasks, cutoff=0.5) or [*sorted(tasks)[:5], "..."]
         raise ValueError(
             f"{task.field}.task is '{task.task}', which reasoning-gym does not have;"
             f" did you mean one of: {', '.join(near)}"

@@ -62,6 +62,7 @@ HUB_SHAPES = {
 }
 """Shapes of hub models that can be compiled for without their files."""
 
+RUN_NAME = re.compile(r"-\d{8}-\d{6}(-\d+)?/?$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A machine without a network should say so soon, and a slow one should still get its answer.
 HUB_TIMEOUT_SECONDS = 10
@@ -120,6 +121,11 @@ def resolve_model(name_or_path: str | Path) -> ModelLocation:
         return ModelLocation(name, "directory", str(path))
     if path.is_file():
         raise ValueError(f"model is '{name}', a file; allowed are .gguf files and directories of safetensors")
+    # What lies in a directory of this machine, or is named as runs are, was meant to be one: it is no hub id.
+    if (path.parent != Path() and path.parent.is_dir()) or RUN_NAME.search(name):
+        raise ValueError(
+            f"model is '{name}', and there is no such run or model; allowed is one that '{path.parent}' has"
+        )
     if HUB_ID.fullmatch(name):
         return ModelLocation(name, "hub", name)
     raise ValueError(

@@ -73,6 +73,9 @@ def starting_model(source: ModelSource, lora: LoraConfig, seed: int, mesh: Mesh)
     model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
     if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
         model.cache_dtype = dtype
+    if lora.rank > model.config.width:
+        # An adapter of more than full rank has more parameters than what it adapts.
+        raise ValueError(f"lora.rank is {lora.rank}; allowed is 0 to the model's width, {model.config.width}")
     if lora.rank:
         add_lora(model, lora, jax.random.fold_in(key, _ADAPTERS))
         nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))

@@ -5,23 +5,39 @@ Needs matplotlib, of the `report` extra. Figures are drawn without a display.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nested_reft.json_files import read_json_object
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import read_log
 from nested_reft.untrusted import printable
 
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"
+SPEEDS = ("tokens_per_second",)  # what compiling slows down
 # Title, unit of the axis, and the metrics that a plain figure shows.
 FIGURES = {
     "accuracy": ("Accuracy of the sampled completions", "share right", ("accuracy",)),
     "reward": ("Reward", "mean reward", ("reward",)),
     "ess": ("Effective sample size", "share of the samples", ("ess_token", "ess_sequence")),
-    "speed": ("Rollout speed", "generated tokens / second", ("tokens_per_second",)),
+    "speed": ("Rollout speed, without steps that compile", "generated tokens / second", ("tokens_per_second",)),
+    "kl": ("Divergences", "nats / token", ("kl_behavior_target", "reference_kl", "self_distillation_kl")),
+    "ratio": (
+        "Ratios of target and behavior policy",
+        "quantiles",
+        tuple(f"ratio_quantile_{q}" for q in (95, 50, "05")),
+    ),
+    "entropy": ("Entropy of the target", "nats / token", ("entropy",)),
+    "length": ("Length of the completions", "tokens", ("completion_tokens",)),
+    "gradient_norm": ("Norm of the gradient, before clipping", "norm", ("gradient_norm",)),
+}
+# A figure for all metrics of a run whose names begin alike.
+PREFIXES = {
+    "parts": ("Parts of the reward, before their weights", "mean", "reward/"),
+    "heldout": ("Held-out greedy accuracy", "share right", "heldout/"),
 }
 # What is shown of each source of the curriculum.
 PANELS = {
@@ -45,7 +61,7 @@ def read_metrics(run: Path) -> list[Line]:
     Raises:
         ValueError: there is no such file, it has no complete step, or a line is not JSON.
     """
-    lines = read_log(run / "metrics.jsonl")
+    lines = _with_last_heldout(read_log(run / "metrics.jsonl"), run)
     # Line 0 is the evaluation before training; a report needs at least one step.
     if not any(line["step"] > 0 for line in lines):
         raise ValueError(f"'{run / 'metrics.jsonl'}' has no complete step yet")
@@ -67,17 +83,15 @@ def write_report(run: Path) -> dict[str, Any]:
         ValueError: the run has nothing to report; see `read_metrics`.
     """
     # A missing matplotlib is reported before the metrics are read.
-    plots = pyplot()
+    make_figure = figure_maker()
     lines = read_metrics(run)
     directory = run / "report"
     directory.mkdir(exist_ok=True)
     drawings = _drawings(lines)
     for name, draw in drawings.items():
-        figure = plots.figure(figsize=(8, 4), layout="constrained")
-        draw(plots, figure)
+        figure = make_figure(figsize=(8, 4), layout="constrained")
+        draw(figure)
         figure.savefig(directory / f"{name}.png", dpi=120)
-        # pyplot keeps every figure that is not closed.
-        plots.close(figure)
     result = summarize(lines) | {"directory": str(directory)}
     images = "".join(f"\n![{name}]({name}.png)\n" for name in drawings)
     # Tables stand in a code block: words of the metrics are then shown as they are, and columns line up.
@@ -95,9 +109,8 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
     Returns:
         `steps`, `metrics` and `curriculum`, as `write_report` returns them.
     """
-    shown = [metric for _, _, metrics in FIGURES.values() for metric in metrics]
-    # A metric that was never logged as a finite number has no values, and is left out below.
-    found = {name: series(lines, name)[1] for name in (*shown, *_heldout(lines))}
+    shown = dict.fromkeys(metric for _, _, metrics in _plain_figures(lines).values() for metric in metrics)
+    found = {name: series(lines, name)[1] for name in shown}
     last: dict[str, dict[str, float | None]] = {}
     for name in curriculum_sources(lines):
         values = {column: series(lines, f"{CURRICULUM}{name}/{column}")[1] for column in PANELS}
@@ -108,7 +121,6 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
         "metrics": {
             name: {"first": value[0], "last": value[-1], "mean": sum(value) / len(value)}
             for name, value in found.items()
-            if value
         },
         "curriculum": last,
     }
@@ -142,21 +154,17 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
     return "\n\n".join(parts)
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files.
+def figure_maker() -> Callable[..., Any]:
+    """matplotlib's figure class; without pyplot, so that the caller's own backend and figures stay as they are.
 
     Raises:
         ImportError: it is not installed; names the extra.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need the package matplotlib; run: pip install 'nested_reft[report]'") from error
-    # The backend has to be chosen before pyplot is imported.
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+        raise ImportError("figures need the package matplotlib; run: pip install matplotlib") from error
+    return Figure
 
 
 def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
@@ -169,11 +177,13 @@ def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
     Returns:
         Two lists of the same length.
     """
+    if name in SPEEDS:
+        lines = _without_compiling(lines)
     points = [
         (line["step"], float(line[name]))
         for line in lines
         # A step without the metric, or with NaN, leaves a gap instead of a point.
-        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+        if isinstance(line.get(name), int | float) and abs(line[name]) <= sys.float_info.max
     ]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -189,18 +199,19 @@ def curriculum_sources(lines: Sequence[Line]) -> list[str]:
     return [name.removeprefix(CURRICULUM).removesuffix("/probability") for name in dict.fromkeys(names)]
 
 
-def draw_curriculum(plots: Any, figure: Any, lines: Sequence[Line]) -> None:
+def draw_curriculum(figure: Any, lines: Sequence[Line]) -> None:
     """Per source over time: probability, mean |advantage|, bonus, reward and responses so far.
 
     Args:
-        plots: the module that `pyplot` returned.
         figure: an empty figure, which is resized.
         lines: what `read_metrics` returned.
     """
     names = curriculum_sources(lines)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
     # A single source has no range of colours to divide.
-    colours = plots.get_cmap("viridis")([i / max(len(names) - 1, 1) for i in range(len(names))])
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"]([i / max(len(names) - 1, 1) for i in range(len(names))])
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         for name, colour in zip(names, colours, strict=True):
             steps, values = series(lines, f"{CURRICULUM}{name}/{metric}")
@@ -227,30 +238,57 @@ def audit(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def _drawings(lines: Sequence[Line]) -> dict[str, Callable[[Any, Any], None]]:
+def _drawings(lines: Sequence[Line]) -> dict[str, Callable[[Any], None]]:
     """What there is to draw, by file name."""
-    drawings: dict[str, Callable[[Any, Any], None]] = {}
-    for name, (title, unit, metrics) in FIGURES.items():
-        shown = [metric for metric in metrics if series(lines, metric)[0]]
-        if shown:
-            drawings[name] = _plain(lines, title, unit, shown)
-    heldout = _heldout(lines)
-    if heldout:
-        drawings["heldout"] = _plain(lines, "Held-out greedy accuracy", "share right", heldout)
+    drawings = {name: _plain(lines, *figure) for name, figure in _plain_figures(lines).items()}
     if any(line.get("skipped_layers") for line in lines):
         # A figure of the full model would be empty, so it is drawn only where a step skipped layers.
-        drawings["skipped_layers"] = lambda _, figure: _draw_skipped(figure, lines)
+        drawings["skipped_layers"] = lambda figure: _draw_skipped(figure, lines)
     if curriculum_sources(lines):
-        drawings["curriculum"] = lambda plots, figure: draw_curriculum(plots, figure, lines)
+        drawings["curriculum"] = lambda figure: draw_curriculum(figure, lines)
     return drawings
 
 
-def _heldout(lines: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(key for line in lines for key in line if key.startswith("heldout/")))
+def _plain_figures(lines: Sequence[Line]) -> dict[str, tuple[str, str, list[str]]]:
+    """Title, unit and metrics of each plain figure that has something to show."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    wanted: dict[str, tuple[str, str, Sequence[str]]] = dict(FIGURES)
+    for figure, (title, unit, prefix) in PREFIXES.items():
+        wanted[figure] = title, unit, [name for name in names if name.startswith(prefix)]
+    # A metric that was never logged as a finite number has no curve.
+    found = {
+        figure: (title, unit, [metric for metric in metrics if series(lines, metric)[0]])
+        for figure, (title, unit, metrics) in wanted.items()
+    }
+    # A reward that is the accuracy, as it is by default, would be the same curve once more, and so would its one part.
+    for figure in ("reward", "parts"):
+        if all(series(lines, metric) == series(lines, "accuracy") for metric in found[figure][2]):
+            del found[figure]
+    return {figure: shown for figure, shown in found.items() if shown[2]}
 
 
-def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str]) -> Callable[[Any, Any], None]:
-    def draw(_: Any, figure: Any) -> None:
+def _with_last_heldout(lines: Sequence[Line], run: Path) -> list[Line]:
+    """The lines with the held-out results at the end of the run, which stand in its summary alone."""
+    try:
+        summary = read_json_object(run / "summary.json")
+        # The summary of a run that goes on is that of an earlier end.
+        if not lines or summary.get("steps") != lines[-1]["step"]:
+            return list(lines)
+        last = {f"heldout/{name}": result["greedy_accuracy"] for name, result in summary["after"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):  # a summary that cannot be read takes nothing away
+        return list(lines)
+    return [*lines[:-1], lines[-1] | last]
+
+
+def _without_compiling(lines: Sequence[Line]) -> list[Line]:
+    """The steps in which nothing was compiled; all of them where the others leave none."""
+    counts = [0, *(line.get("compilations", 0) for line in lines)]
+    kept = [line for line, before, now in zip(lines, counts, counts[1:], strict=False) if now <= before]
+    return kept if any("step_seconds" in line or "tokens_per_second" in line for line in kept) else list(lines)
+
+
+def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str]) -> Callable[[Any], None]:
+    def draw(figure: Any) -> None:
         axis = figure.subplots()
         for metric in metrics:
             # Evaluations may be many steps apart, so their points are marked.
@@ -258,7 +296,7 @@ def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str])
                 *series(lines, metric), marker="." if metric.startswith("heldout/") else None, label=_label(metric)
             )
         axis.set(title=title, xlabel="step", ylabel=unit)
-        if len(metrics) > 1 or metrics[0].startswith("heldout/"):
+        if len(metrics) > 1 or metrics[0].startswith(("heldout/", "reward/")):
             axis.legend()
 
     return draw

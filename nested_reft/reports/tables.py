@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nested_reft.untrusted import printable
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
     """A plain text table: the first columns to the left, the others to the right.
@@ -17,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -
     Returns:
         Lines without a final line end.
     """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[printable(str(cell)) for cell in row] for row in (header, *rows)]
     # The header counts as a row, so that its words fit their columns.
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
@@ -80,8 +82,9 @@ def summary_table(summary: dict[str, Any]) -> str:
         ["effective sample size, per token (mean of steps)", share(summary["ess_token"])],
         ["effective sample size, per completion", share(summary["ess_sequence"])],
         ["KL(behavior || target), nats per token", share(summary["kl_behavior_target"])],
-        ["training seconds (compiling included)", f"{summary['training_seconds']:.0f}"],
-        ["compiled programs (seconds)", f"{summary['compilations']} ({summary['compile_seconds']:.0f})"],
+        ["compiled programs", summary["compilations"]],
+        # They add up to their total; a run that was resumed counts the time of its last process.
+        *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
     ]
     accuracy = evaluation_table(summary["before"], summary["after"])
     return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"

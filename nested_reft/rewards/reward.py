@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nested_reft.data.examples import Checker, Example
-from nested_reft.literals import check_choice
+from nested_reft.literals import check_choice, check_whole
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.rewards.length import overlong_punishment
 from nested_reft.rewards.limits import LARGEST_REWARD, RewardError
@@ -54,7 +55,7 @@ class RewardConfig:
         overlong_weight: of the punishment in the reward; 0 or more.
         overlong_filter: leave cut-off completions out of the loss (DAPO's overlong filtering). Their rewards
             still count for their groups.
-        workers: processes that check what must not run in this one.
+        workers: processes that check what must not run in this one; None for as many as the host has cores.
         time_limit_seconds: for one completion in a worker. What is cut off is counted as unscored.
         memory_gib: address space that a worker may use; 0 for no limit.
     """
@@ -67,7 +68,7 @@ class RewardConfig:
     overlong_cache_tokens: int = 0
     overlong_weight: float = 1.0
     overlong_filter: bool = False
-    workers: int = 2
+    workers: int | None = None
     time_limit_seconds: float = 5.0
     memory_gib: float = 4.0
 
@@ -84,8 +85,11 @@ class RewardConfig:
                 raise ValueError(f"reward.{name} is {getattr(self, name)}; allowed is at most {LARGEST_REWARD:g}")
         if not (math.isfinite(self.time_limit_seconds) and self.time_limit_seconds > 0):
             raise ValueError(f"reward.time_limit_seconds is {self.time_limit_seconds}; allowed is more than 0")
-        if self.workers < 1:
-            raise ValueError(f"reward.workers is {self.workers}; allowed is 1 or more")
+        if self.workers is not None:
+            check_whole("reward.workers", self.workers, 1, 1024)
+        # An address space holds 2^64 bytes, and Python alone takes a good part of 0.1 GiB.
+        if self.memory_gib and not 0.1 <= self.memory_gib <= 2**20:
+            raise ValueError(f"reward.memory_gib is {self.memory_gib}; allowed is 0 (no limit), or 0.1 to {2**20}")
         if self.overlong_cache_tokens < 0:
             raise ValueError(f"reward.overlong_cache_tokens is {self.overlong_cache_tokens}; allowed is 0 or more")
         if self.function is not None and not all(self.function.rpartition(":")):
@@ -268,11 +272,11 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
         problem = _pool(config).check("function")
         if problem is not None:
             raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
-    for kind, package, extra in (("math", "math-verify", "math"), ("task", "reasoning-gym", "tasks")):
+    for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
             raise ImportError(
-                f"the checker '{kind}' needs the package {package} ({problem}); run: pip install 'nested_reft[{extra}]'"
+                f"the checker '{kind}' needs the package {package} ({problem}); run: pip install {package}"
             )
     requests = {("accuracy", i, 0): r for i, e in enumerate(examples) if (r := _gold_request(e, config)) is not None}
     # By now all metadata are known to be JSON, which a call of the function needs.
@@ -403,7 +407,12 @@ def _failures(outcomes: dict[Any, Outcome], shape: tuple[int, ...]) -> dict[str,
 
 
 def _pool(config: RewardConfig) -> WorkerPool:
-    return _shared_pool(config.workers, config.time_limit_seconds, config.memory_gib, config.function)
+    return _shared_pool(config.workers or cores(), config.time_limit_seconds, config.memory_gib, config.function)
+
+
+def cores() -> int:
+    """Cores that this process may use; a container may give it fewer than the host has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.lru_cache(maxsize=2)

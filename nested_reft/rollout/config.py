@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nested_reft.literals import check_choice
+from nested_reft.literals import check_choice, check_whole
 from nested_reft.rollout.sampling import SamplingConfig
 
 Mode = Literal["nested", "exact"]
@@ -38,12 +38,14 @@ class RolloutConfig:
     weights: Weights = "target"
 
     def __post_init__(self):
-        for name in ("group_size", "max_completion_tokens", "draft_length"):
+        for name in ("group_size", "max_completion_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} is {getattr(self, name)}; allowed is 1 or more")
+        # A completion is never longer than its limit, and a small one may be shorter than the default draft.
+        check_whole("rollout.draft_length", self.draft_length, 1, max(2, self.max_completion_tokens))
         # Completions that are all alike have equal rewards, so every advantage of the group would be zero.
         if self.sampling.temperature == 0:
-            raise ValueError("rollout.sampling.temperature is 0; greedy completions of a prompt are all alike")
+            raise ValueError("rollout.sampling.temperature is 0; allowed is more, as greedy completions are all alike")
         check_choice("rollout.mode", self.mode, Mode)
         check_choice("rollout.weights", self.weights, Weights)
         if self.mixture_alpha is not None and not 0 < self.mixture_alpha <= 1:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dacite
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.fields import read
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.models.lora import LoraConfig, split_trainable
 from nested_reft.models.registry import load_model
@@ -84,10 +84,10 @@ class Policy:
     mesh: Mesh = field(default_factory=lambda: make_mesh(MeshConfig()))
 
     @classmethod
-    def load(cls, source: Any) -> Policy:
+    def load(cls, source: Any, mesh: MeshConfig | None = None) -> Policy:
         """The policy of a run's newest checkpoint, or of a model.
 
-        A run's policy is placed on one device, whatever the run's mesh was.
+        A policy is placed on one device unless a mesh is given, whatever the run's mesh was.
 
         >>> policy = Policy.load(run)  # also a run directory, or a model such as "smollm2-135m"
         >>> policy.num_layers
@@ -96,6 +96,7 @@ class Policy:
         Args:
             source: a run directory (or an object with a `path` that is one), or a model's name, GGUF file,
                 Hugging Face directory or hub id.
+            mesh: the devices of a run's policy; None for one.
 
         Raises:
             ValueError, FileNotFoundError: neither a run with a checkpoint nor a model.
@@ -104,7 +105,7 @@ class Policy:
         path = Path(getattr(source, "path", source))
         # A Hugging Face directory has a config.json too, but no versions.json.
         if (path / "checkpoints").is_dir() or (path / "versions.json").is_file():
-            return _of_run(path)
+            return _of_run(path, mesh or MeshConfig())
         model, tokenizer = load_model(str(source))
         return cls(model, tokenizer)
 
@@ -402,7 +403,7 @@ def _logprobs(
     ]
 
 
-def _of_run(run: Path) -> Policy:
+def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     """The policy of a run directory's newest checkpoint.
 
     Only the parts of `config.json` that describe the policy are read: a policy knows nothing of training.
@@ -412,25 +413,23 @@ def _of_run(run: Path) -> Policy:
     """
     try:
         stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        # JSON has no tuples, and a whole number in it may stand for a float.
-        reading = dacite.Config(cast=[tuple, float])
-        source = dacite.from_dict(ModelSource, stored["model"], reading)
-        lora = dacite.from_dict(LoraConfig, stored["lora"], reading)
-        sampling = dacite.from_dict(SamplingConfig, stored["rollout"]["sampling"], reading)
-        prompt = dacite.from_dict(PromptFormat, stored["data"]["prompt"], reading)
-        nesting = dacite.from_dict(NestingConfig, stored["nesting"], reading)
+        source = read(ModelSource, stored["model"], "model")
+        lora = read(LoraConfig, stored["lora"], "lora")
+        sampling = read(SamplingConfig, stored["rollout"]["sampling"], "rollout.sampling")
+        prompt = read(PromptFormat, stored["data"]["prompt"], "data.prompt")
+        nesting = read(NestingConfig, stored["nesting"], "nesting")
         seed, limit = int(stored["train"]["seed"]), int(stored["rollout"]["max_completion_tokens"])
         keep = int(stored["train"]["keep_checkpoints"])
     except FileNotFoundError:
         raise ValueError(f"'{run}' is not a run directory: it has no config.json") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, dacite.DaciteError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
     number = newest_checkpoint(run / "checkpoints")
     if number is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
-    # One device is always there, while the run may have had more than this machine has.
-    mesh = make_mesh(MeshConfig())
+    # The run may have had more devices than this machine has, so its own mesh is not read.
+    mesh = make_mesh(mesh_config)
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, seed, mesh)
     graph, trainable, frozen = split_trainable(model)

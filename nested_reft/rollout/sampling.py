@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int
 # Blocks and their entries are both far fewer than the vocabulary, so both sums of a draw are short. A TPU works on
 # 128 values side by side.
 BLOCK = 128
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,12 @@ class SamplingConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"sampling.temperature is {self.temperature}; allowed is 0 (greedy) or more")
+        # Far outside of these, quotients of logits overflow in float32, or no longer differ.
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature is {self.temperature}; allowed is 0 (greedy), or {MIN_TEMPERATURE:g} to"
+                f" {MAX_TEMPERATURE:g}"
+            )
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k is {self.top_k}; allowed is 0 (keep all) or more")
         if not 0 < self.top_p <= 1:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import dacite
 
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module, shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
 from nested_reft.evaluation import EvaluationConfig
+from nested_reft.fields import UnknownField, read
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.literals import check_whole
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import known_models
@@ -29,6 +30,9 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
 from nested_reft.training.optimizer import OptimizerConfig
 from nested_reft.training.warm_start import WarmStartConfig
+from nested_reft.untrusted import MAX_WHOLE, shown
+
+MAX_STEPS = 10**8  # a second each, these are three years
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,16 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; allowed is 1 or more")
+            check_whole(f"train.{name}", getattr(self, name), 1, MAX_STEPS)
+        # The optimizer counts updates in 32 bits.
+        if self.steps * self.updates_per_batch > MAX_STEPS:
+            raise ValueError(
+                f"train.steps is {self.steps} and train.updates_per_batch {self.updates_per_batch}; allowed are at"
+                f" most {MAX_STEPS} updates in all"
+            )
         if not 0 < self.ess_warning < 1:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
-        if self.seed < 0:
-            raise ValueError(f"train.seed is {self.seed}; allowed is 0 or more")
+        check_whole("train.seed", self.seed, 0, MAX_WHOLE)
 
 
 @dataclass(frozen=True)
@@ -110,70 +118,47 @@ class Config:
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
-        _check_object("the configuration", value)
-        # For a union, dacite would try every member and report only that none fits, so the unions read themselves.
-        hooks = {tuple[SourceConfig, ...]: _read_sources, ObjectiveConfig: _read_objective}
         try:
-            return dacite.from_dict(cls, value, _reading(type_hooks=hooks))
-        except dacite.DaciteError as error:
-            raise ValueError(f"not a configuration of this version: {error}") from None
+            return read(cls, value, choosers={SourceConfig: _source_kind, ObjectiveConfig: _objective_kind})
+        except UnknownField as error:
+            raise ValueError(f"{error}{_elsewhere(error.field)}") from None
 
 
-def _reading(**options: Any) -> dacite.Config:
-    # JSON has no tuples, and a whole number in it may stand for a float. A field that nobody knows is refused.
-    return dacite.Config(cast=[tuple, float], strict=True, **options)
+def _elsewhere(field: str) -> str:
+    """Where else a field of that name stands; fields move now and then."""
+    part, _, name = field.rpartition(".")
+    hints = typing.get_type_hints(Config)
+    # A part may be one of several dataclasses.
+    kinds = {other: typing.get_args(hint) or (hint,) for other, hint in hints.items() if other != part}
+    found = [other for other, options in kinds.items() if any(name in typing.get_type_hints(kind) for kind in options)]
+    return f"; did you mean {' or '.join(f'{other}.{name}' for other in found)}?" if part in hints and found else ""
 
 
-def _check_object(field: str, value: Any) -> None:
-    # dacite fails on anything else without a word about the field.
-    if not isinstance(value, dict):
-        raise ValueError(f"{field} is {value!r}; allowed is an object with its fields by name")
-
-
-def _read_sources(value: Any) -> tuple[SourceConfig, ...]:
-    """The sources of a list.
-
-    Raises:
-        ValueError: it is no list, or one of its entries is no source.
-    """
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"data.sources is {value!r}; allowed is a list of sources")
-    return tuple(_read_source(entry) for entry in value)
-
-
-def _read_source(value: Any) -> SourceConfig:
-    """A source of the kind that its fields tell; dacite would try all kinds and hide what is wrong with the right one.
+def _source_kind(field: str, value: dict[str, Any]) -> type:
+    """The kind of a source, which its fields tell.
 
     Raises:
-        ValueError: it is of no kind, or a field is missing, unknown or of the wrong type.
+        ValueError: it is of no kind, or of several.
     """
-    _check_object("an entry of data.sources", value)
-    kinds = {"task": TaskSource, "dataset": DatasetSource, "file": JsonlSource}
+    kinds: dict[str, type] = {"task": TaskSource, "dataset": DatasetSource, "file": JsonlSource}
     # Each kind of source has one field that no other kind has.
     found = [kind for name, kind in kinds.items() if name in value]
     if len(found) != 1:
-        raise ValueError(f"data.sources.{value.get('name')} needs exactly one of the fields {', '.join(kinds)}")
-    try:
-        return dacite.from_dict(found[0], value, _reading())
-    except dacite.DaciteError as error:
-        raise ValueError(f"data.sources.{value.get('name')}: {error}") from None
+        raise ValueError(f"{field} needs exactly one of the fields {', '.join(kinds)}")
+    return found[0]
 
 
-def _read_objective(value: Any) -> ObjectiveConfig:
-    """An objective of its `kind`.
+def _objective_kind(field: str, value: dict[str, Any]) -> type:
+    """The objective of a `kind`.
 
     Raises:
-        ValueError: there is no such kind, or a field is missing, unknown or of the wrong type.
+        ValueError: there is no such kind.
     """
-    _check_object("loss", value)
     # Runs from before there were several objectives say no kind.
     kind = value.get("kind", "policy_gradient")
-    if kind not in OBJECTIVE_CONFIGS:
-        raise ValueError(f"loss.kind is {kind!r}; allowed are {', '.join(OBJECTIVE_CONFIGS)}")
-    try:
-        return dacite.from_dict(OBJECTIVE_CONFIGS[kind], value, _reading())
-    except dacite.DaciteError as error:
-        raise ValueError(f"loss: {error}") from None
+    if not isinstance(kind, str) or kind not in OBJECTIVE_CONFIGS:
+        raise ValueError(f"{field}.kind is {shown(kind)}; allowed are {', '.join(OBJECTIVE_CONFIGS)}")
+    return OBJECTIVE_CONFIGS[kind]
 
 
 def load_config(name: str, /, **overrides: Any) -> Config:
@@ -312,17 +297,29 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
     return sorted(found, key=lambda difference: difference[0])
 
 
+def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The differences with which a run cannot be continued: all but more steps.
+
+    Args:
+        stored: the `to_json` value of the run.
+        asked: that of its continuation.
+
+    Returns:
+        As `differences`; empty where the run may go on.
+    """
+    found = differences(stored, asked)
+    return [each for each in found if each[0] != "train.steps" or each[2] < each[1]]
+
+
 def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The JSON form of a configuration with some values replaced; `prefix` is where it stands."""
     merged = dict(stored)
     for name, value in overrides.items():
-        if name not in stored:
-            raise ValueError(f"{prefix}{name} is no field of the configuration; allowed are {', '.join(stored)}")
         # Another kind of objective has other fields, so nothing of the stored one stays.
         replaces = prefix + name == "loss" and isinstance(value, Mapping) and "kind" in value
         if (
             isinstance(value, Mapping)
-            and isinstance(stored[name], dict)
+            and isinstance(stored.get(name), dict)
             and not (replaces and value["kind"] != stored[name]["kind"])
         ):
             merged[name] = _merged(stored[name], value, f"{prefix}{name}.")

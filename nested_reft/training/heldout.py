@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-from tqdm.auto import tqdm
 
 from nested_reft.evaluation import Evaluation, evaluate_examples
 from nested_reft.layer_skip import LayerPlan
@@ -22,6 +22,7 @@ def heldout_results(
     plan: LayerPlan | None = None,
     samples: bool = True,
     sources: Sequence[int] | None = None,
+    completions: list[dict[str, Any]] | None = None,
 ) -> dict[str, Evaluation]:
     """Measures a policy on held-out prompts; the curriculum does not see the results.
 
@@ -33,14 +34,18 @@ def heldout_results(
         plan: the layers that act; None is the full model.
         samples: also measure pass@k.
         sources: indices among the configuration's sources; None takes all of them.
+        completions: every completion is added to it, as a line of JSON-able values.
 
     Returns:
         One result for each source, by its name.
     """
     sources = range(len(config.data.sources)) if sources is None else sources
     found = {}
-    for index in tqdm(sources, desc="held-out evaluation", unit="source", leave=False, disable=len(sources) < 2):
-        found[config.data.sources[index].name] = evaluate_examples(
-            policy, data.heldout_examples[index], config.reward, config.evaluation, key_of(index), samples, plan
+    for index in sources:
+        name, lines = config.data.sources[index].name, list[dict[str, Any]]()
+        found[name] = evaluate_examples(
+            policy, data.heldout_examples[index], config.reward, config.evaluation, key_of(index), samples, plan, lines
         )
+        if completions is not None:
+            completions += [{"source": name} | line for line in lines]
     return found

@@ -24,6 +24,7 @@ from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
 from nested_reft.types import Scored, concat
+from nested_reft.untrusted import printable
 
 LOGGED_PROMPTS = 4  # prompts of each step whose completions go to samples.jsonl
 
@@ -255,7 +256,7 @@ def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:
         f"accuracy {record.accuracy:.2f}",
         f"{record.tokens_per_second:.0f} tok/s",
         f"ESS {np.nan if health is None else float(health.ess_token):.2f}",
-        *(f"{name} {accuracy:.2f}" for name, accuracy in shown_accuracy.items()),
+        *(f"{printable(name)} {accuracy:.2f}" for name, accuracy in shown_accuracy.items()),
     ]
     return ", ".join(shown)
 

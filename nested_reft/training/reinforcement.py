@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from nested_reft.evaluation import Evaluation
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training import record
+from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
@@ -18,6 +19,7 @@ from nested_reft.training.phases import check_finite_update, reinforcement_task,
 from nested_reft.training.record import StepRecord
 from nested_reft.training.run_state import RunState
 from nested_reft.training.setup import RunData
+from nested_reft.untrusted import printable
 
 OnStep = Callable[[StepRecord], None]
 
@@ -33,6 +35,7 @@ class Reinforcement:
         data: RunData,
         keys: RunKeys,
         run: RunDirectory,
+        clock: Clock,
         train_step: Callable[[int], StepRecord],
         on_step: OnStep | None,
     ):
@@ -41,11 +44,12 @@ class Reinforcement:
         data: its prompts, undivided.
         keys: its random keys.
         run: where steps are logged.
+        clock: counts the time of evaluations.
         train_step: takes the step of a number, counted from 0.
         on_step: called with the record of each step, after it was logged.
         """
         self._config, self._data, self._keys, self._run = config, data, keys, run
-        self._train_step, self._on_step = train_step, on_step
+        self._clock, self._train_step, self._on_step = clock, train_step, on_step
         self.name, self.steps = config.name, config.train.steps
         self._shown_accuracy, self._warned = dict[str, float](), False
 
@@ -61,7 +65,9 @@ class Reinforcement:
     def start(self, state: RunState) -> None:
         """Held-out results before the first step."""
         key_of = self._keys.step(0).evaluation
-        found = heldout_results(state.learner.policy(), state.data, self._config, key_of)
+        with self._clock.stage("evaluation"):
+            found = heldout_results(state.learner.policy(), state.data, self._config, key_of)
+        _say_heldout("before training", found)
         # They go into the state, because the summary compares with them, perhaps after a resume.
         state.before = {name: result.to_json() for name, result in found.items()}
         self._run.log_metrics(0, {f"heldout/{name}": result.greedy_accuracy for name, result in found.items()})
@@ -99,8 +105,15 @@ class Reinforcement:
         drawn = np.unique(found.all.prompts.source_B)
         sources = sorted({state.data.heldout_of_source[int(index)] for index in drawn})
         key_of = self._keys.step(found.number).evaluation
-        results = heldout_results(
-            state.learner.policy(), state.data, self._config, key_of, samples=False, sources=sources
-        )
+        policy = state.learner.policy()
+        with self._clock.stage("evaluation"):
+            results = heldout_results(policy, state.data, self._config, key_of, samples=False, sources=sources)
+        _say_heldout(f"step {found.number}", results)
         self._shown_accuracy = {f"heldout/{name}": result.greedy_accuracy for name, result in results.items()}
         return results
+
+
+def _say_heldout(when: str, found: dict[str, Evaluation]) -> None:
+    """A line above the bar, which a log file keeps too."""
+    shares = ", ".join(f"{printable(name)} {result.greedy_accuracy:.3f}" for name, result in found.items())
+    tqdm.write(f"{when}: held-out accuracy {shares}")

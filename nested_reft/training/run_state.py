@@ -20,7 +20,7 @@ from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
-from nested_reft.training.config import Config, differences
+from nested_reft.training.config import Config, forbidden_changes
 from nested_reft.training.learner import Learner
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
@@ -111,7 +111,7 @@ class RunState:
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number)
-        changed = differences(host["config"], self.config.to_json())
+        changed = forbidden_changes(host["config"], self.config.to_json())
         if changed:
             listed = "; ".join(f"{name} is {now!r}, and was {was!r}" for name, was, now in changed)
             raise ValueError(f"the configuration is not that of checkpoint {number}: {listed}. Change config.json back")

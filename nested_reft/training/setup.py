@@ -238,5 +238,5 @@ def run_config(run: Path) -> Config:
         raise ValueError(f"'{run}' is not a run directory: it has no config.json")
     try:
         return Config.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{path}' cannot be read: {error}") from None

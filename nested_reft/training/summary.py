@@ -10,6 +10,7 @@ import numpy as np
 from nested_reft.compilation import CompileCounter
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.run_directory import read_log, versions
+from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
@@ -19,7 +20,7 @@ MEANS = ("ess_token", "ess_sequence", "kl_behavior_target")  # metrics of which 
 
 
 def run_summary(
-    config: Config, state: RunState, keys: RunKeys, run: Path, compilations: CompileCounter
+    config: Config, state: RunState, keys: RunKeys, run: Path, compilations: CompileCounter, clock: Clock
 ) -> dict[str, Any]:
     """The summary of a run whose last step is done; measures held-out accuracy and throughput.
 
@@ -29,18 +30,21 @@ def run_summary(
         keys: of the run.
         run: its directory.
         compilations: what was compiled so far.
+        clock: of this process; its stages are those of the summary.
     """
-    after = heldout_results(state.learner.policy(), state.data, config, keys.step(config.train.steps).evaluation)
+    with clock.stage("evaluation"):
+        after = heldout_results(state.learner.policy(), state.data, config, keys.step(config.train.steps).evaluation)
     # The last checkpoint has its position already, so these prompts move nothing that a resumed run reads.
     prompts = state.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
-    throughput = compare_throughput(
-        state.learner.behavior_policy(),
-        prompts,
-        state.draw_plan(keys.throughput_plan, config.nesting),
-        keys.throughput,
-        config.rollout.group_size,
-        state.data.shared_prefix,
-    )
+    with clock.stage("measuring speed"):
+        throughput = compare_throughput(
+            state.learner.behavior_policy(),
+            prompts,
+            state.draw_plan(keys.throughput_plan, config.nesting),
+            keys.throughput,
+            config.rollout.group_size,
+            state.data.shared_prefix,
+        )
     history = read_log(run / "metrics.jsonl")
     # A run whose updates were all empty has measured none of them.
     # A value that was not finite is null in the log.
@@ -53,6 +57,7 @@ def run_summary(
         "before": state.before,
         "after": {name: result.to_json() for name, result in after.items()},
         "training_seconds": state.seconds,
+        "seconds": clock.seconds(),
         "compilations": compilations.count,
         "compile_seconds": compilations.seconds,
         "versions": versions(),

@@ -24,6 +24,7 @@ from nested_reft.compilation import CompileCounter
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
+from nested_reft.training.clock import Clock, advance
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.phases import Phase, check_finite_state, first_checkpoint, phases_of
@@ -112,7 +113,9 @@ class Trainer:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
-            summary = run_summary(self.config, self.state, self.keys, self.run_directory.path, self.compilations)
+            summary = run_summary(
+                self.config, self.state, self.keys, self.run_directory.path, self.compilations, self.clock
+            )
             self.run_directory.write_summary(summary)
         return summary
 
@@ -200,6 +203,7 @@ class Trainer:
         # Each part is entered as soon as it is made, so that a failure later on closes those before it.
         config, opened, run = self.config, self._opened, self.run_directory
         self.compilations = CompileCounter()
+        self.clock = Clock(lambda: self.compilations.seconds)
         opened.callback(self.compilations.close)
         opened.callback(run.close)
         # A process must not end while devices still work for it.
@@ -208,7 +212,7 @@ class Trainer:
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
-        last = Reinforcement(config, setup.data, self.keys, run, self.step, self._on_step)
+        last = Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
         self.phases = [*phases_of(config, setup.data, self.keys), last]
 
     def _load(self) -> None:
@@ -231,16 +235,20 @@ class Trainer:
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
         _stop_if(stop_requested())
-        bar = tqdm(range(state.step, phase.steps), initial=state.step, total=phase.steps, unit="step", desc=phase.name)
-        for number in bar:
-            bar.set_postfix_str(phase.step(state, number))
-            state.step, state.seconds = number + 1, time.monotonic() - started
-            # The request is read once, because it may come between the two uses below.
-            stop = stop_requested()
-            if stop or state.step == phase.steps or state.step % train.checkpoint_every == 0:
-                self.save()
-            _stop_if(stop)
-            self.checkpoints.check()
+        first = state.step
+        with tqdm(initial=first, total=phase.steps, unit="step", desc=phase.name) as bar:
+            bar.set_postfix_str("compiling")
+            for number in range(first, phase.steps):
+                with self.clock.stage("training" if phase is self.phases[-1] else phase.name):
+                    shown = phase.step(state, number)
+                advance(bar, shown, timed=number > first)
+                state.step, state.seconds = number + 1, time.monotonic() - started
+                # The request is read once, because it may come between the two uses below.
+                stop = stop_requested()
+                if stop or state.step == phase.steps or state.step % train.checkpoint_every == 0:
+                    self.save()
+                _stop_if(stop)
+                self.checkpoints.check()
 
     def _remeasure(self, number: int, scored: Scored) -> Remeasured | None:
         """Measures every layer anew where it is time; the next step draws by the new divergences."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan, layers_in
+from nested_reft.literals import check_whole
 from nested_reft.losses.supervised import Supervised
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
@@ -38,10 +39,8 @@ class WarmStartConfig:
     micro_batches: int = 1
 
     def __post_init__(self):
-        if self.steps < 0 or self.batch_size < 1:
-            raise ValueError(
-                f"warm_start has steps {self.steps}, batch_size {self.batch_size}; allowed are 0 or more and 1 or more"
-            )
+        check_whole("warm_start.steps", self.steps, 0, 10**8)
+        check_whole("warm_start.batch_size", self.batch_size, 1, 10**6)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"warm_start.learning_rate is {self.learning_rate}; allowed is more than 0")
         if not 0 <= self.layer_dropout < 1:

@@ -12,7 +12,7 @@ import pytest
 
 from nested_reft.data import datasets
 from nested_reft.data.boxes import boxed, last_boxed
-from nested_reft.data.datasets import DATASETS, Dataset, RawFile, load_dataset
+from nested_reft.data.datasets import DATASETS, Dataset, RawFile, download, load_dataset
 from nested_reft.data.sources import DatasetSource, load_source
 from tests.shared_data import original_files
 
@@ -112,6 +112,15 @@ def test_a_changed_file_is_refused_and_nothing_of_it_stays(pairs, tmp_path, data
     assert len(load_source(source())[0]) == 2
 
 
+def test_the_trouble_with_an_address_is_said(pairs, monkeypatch):
+    (pairs / "pairs.json").unlink()
+    (file,) = DATASETS["math"].files
+    assert "gone since January 2025" in file.trouble and "EleutherAI/hendrycks_math" in file.trouble
+    gone = dataclasses.replace(file, url=(pairs / "pairs.json").as_uri())
+    with pytest.raises(ValueError, match=r"x: the download .*name it in x.folder; the address is reported gone"):
+        download(gone, pairs, "x")
+
+
 def test_a_failing_download_is_refused_with_what_to_do(pairs):
     (pairs / "pairs.json").unlink()
     with pytest.raises(ValueError, match=r"the download of http.* failed \(.*404.*put 'pairs.json' into a folder"):
@@ -174,7 +183,7 @@ def test_bad_configuration_is_refused(pairs, changes, message):
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
 def test_missing_package_says_what_to_install(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"data.sources.s needs .*{package}.*pip install 'nested_reft\[data\]'"):
+    with pytest.raises(ImportError, match=rf"data.sources.s needs .*{package}.*pip install array_record"):
         load_source(source(dataset="gsm8k"))
 
 

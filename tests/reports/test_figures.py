@@ -2,6 +2,10 @@
 
 import builtins
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +53,8 @@ def test_report_of_a_run(tmp_path, capsys):
 def test_a_run_without_curriculum_or_nesting_or_ess(tmp_path):
     run(tmp_path, [{"step": 1, "reward": 0.5, "accuracy": 0.5, "skipped_layers": []}])
     write_report(tmp_path)
-    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"accuracy", "reward"}
+    # The reward is the accuracy, and one curve is enough.
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"accuracy"}
 
 
 def test_names_from_a_run_cannot_reach_the_terminal(tmp_path, capsys):
@@ -100,4 +105,58 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, capsys):
     run(tmp_path, [line(1)])
     monkeypatch.setattr(builtins, "__import__", absent)
     assert main(["report", str(tmp_path)]) == 2
-    assert "pip install 'nested_reft[report]'" in capsys.readouterr().err
+    assert "run: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_off_policy_figures(tmp_path):
+    more = {"kl_behavior_target": 0.1, "entropy": 1.0, "completion_tokens": 9.0, "gradient_norm": 0.5}
+    more |= {f"ratio_quantile_{q}": 1.0 for q in ("05", "50", "95")} | {"reward/accuracy": 0.5, "reward/format": 1.0}
+    run(tmp_path, [line(1, **more), line(2, **more)])
+    write_report(tmp_path)
+    found = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert found >= {"kl", "ratio", "entropy", "length", "gradient_norm", "parts"}
+
+
+def test_the_callers_backend_stays(tmp_path):
+    """In a process of its own, because other tests may have chosen one."""
+    run(tmp_path, [line(1), line(2)])
+    code = f"""
+import sys, pathlib, matplotlib
+matplotlib.use("svg")
+from nested_reft.reports.figures import write_report
+write_report(pathlib.Path({str(tmp_path)!r}))
+print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["svg", "False"]
+
+
+def test_speed_leaves_out_steps_that_compile(tmp_path):
+    """Steps 1 and 3 compile; the mean of the others is 100, and of all of them 55."""
+    speeds = {1: (10.0, 5), 2: (100.0, 5), 3: (10.0, 7), 4: (100.0, 7)}
+    run(tmp_path, [line(step, tokens_per_second=speed, compilations=n) for step, (speed, n) in speeds.items()])
+    lines = read_metrics(tmp_path)
+    assert series(lines, "tokens_per_second") == ([2, 4], [100.0, 100.0])
+    assert summarize(lines)["metrics"]["tokens_per_second"]["mean"] == 100.0
+    assert series(lines[:1], "tokens_per_second") == ([1], [10.0])  # rather that than nothing
+
+
+@pytest.mark.parametrize(("steps", "last"), [(2, ([0, 2], [0.1, 0.7])), (1, ([0], [0.1]))])
+def test_the_held_out_result_at_the_end_is_the_last_point(steps, last, tmp_path):
+    """It stands in the summary; that of an earlier end is not the last."""
+    run(tmp_path, [{"step": 0, "heldout/a": 0.1}, line(1), line(2)])
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": steps, "after": {"a": {"greedy_accuracy": 0.7}}}))
+    assert series(read_metrics(tmp_path), "heldout/a") == last
+
+
+def test_a_summary_that_cannot_be_read_takes_nothing_away(tmp_path):
+    run(tmp_path, [line(1)])
+    (tmp_path / "summary.json").write_text("{")
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_numbers_too_large_for_a_figure_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": ' + "9" * 400 + ', "accuracy": 0.5}\n')
+    write_report(tmp_path)
+    assert series(read_metrics(tmp_path), "reward") == ([], [])

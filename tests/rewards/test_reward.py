@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from nested_reft.data.examples import Example
 from nested_reft.data.sources import DatasetSource, TaskSource, load_source
 from nested_reft.rewards.limits import RewardError
-from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, score
+from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, cores, score
 from nested_reft.types import Prompts
 from tests.shared_data import original_files
 
@@ -365,5 +366,15 @@ def test_what_cannot_be_scored_is_refused_before_training(example, config, messa
 def test_missing_math_verify_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=r"'math' needs the package math-verify .*pip install 'nested_reft\[math\]'"):
+    with pytest.raises(ImportError, match=r"'math' needs the package math-verify .*pip install math-verify"):
         check_answers([Example("q", "x", "s", checker="math")], RewardConfig(time_limit_seconds=7.0))
+
+
+def test_workers_are_as_many_as_the_cores_by_default(monkeypatch):
+    """A container may give a process fewer cores than the host has."""
+    assert RewardConfig().workers is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    assert cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1

@@ -12,7 +12,7 @@ from nested_reft.rollout.sampling import GREEDY
         ({"group_size": 0}, "rollout.group_size is 0; allowed is 1 or more"),
         ({"max_completion_tokens": 0}, "rollout.max_completion_tokens is 0; allowed is 1 or more"),
         ({"draft_length": 0}, "rollout.draft_length is 0; allowed is 1 or more"),
-        ({"sampling": GREEDY}, "rollout.sampling.temperature is 0; greedy completions of a prompt are all alike"),
+        ({"sampling": GREEDY}, "rollout.sampling.temperature is 0; allowed is more, as greedy completions"),
         ({"mixture_alpha": 0.0}, "rollout.mixture_alpha is 0.0; allowed is 0 < mixture_alpha <= 1, or None"),
         ({"mixture_alpha": 1.5}, "rollout.mixture_alpha is 1.5"),
         ({"mixture_alpha": float("nan")}, "rollout.mixture_alpha is nan"),

@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pytest
 
-from nested_reft.cli.arguments import override
+from nested_reft.cli.overrides import override
 from nested_reft.config_files import config_names
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, exactly
@@ -15,6 +15,7 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.source import ModelSource
+from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.phases import warm_started
 from nested_reft.training.setup import prepare
@@ -104,8 +105,8 @@ def test_an_objective_that_cannot_be_chosen_is_refused(config, kind, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bias_mitigation": "guess"}, "loss: wrong value type for field .*bias_mitigation"),
-        ({"temperature": 1.0}, "loss: can not match .*temperature"),
+        ({"bias_mitigation": "guess"}, "loss.bias_mitigation is 'guess'; allowed are base, one"),
+        ({"temperature": 1.0}, r"loss.temperature is no field .*; did you mean curriculum.temperature\?"),
     ],
 )
 def test_what_is_wrong_with_a_stored_objective_is_said(changes, message):
@@ -124,8 +125,8 @@ def test_what_is_wrong_with_a_stored_objective_is_said(changes, message):
         ({"loss": "retrace"}, "loss is 'retrace'; allowed is an object"),
         ({"data": nano().to_json()["data"] | {"sources": 3}}, "data.sources is 3; allowed is a list"),
         ({"data": nano().to_json()["data"] | {"sources": {"task": 1}}}, "data.sources is .*; allowed is a list"),
-        ({"data": nano().to_json()["data"] | {"sources": ["task"]}}, "data.sources is 'task'; allowed is an object"),
-        ({"data": nano().to_json()["data"] | {"sources": [None]}}, "data.sources is None; allowed is an object"),
+        ({"data": nano().to_json()["data"] | {"sources": ["task"]}}, "data.sources.0 is 'task'; allowed is an object"),
+        ({"data": nano().to_json()["data"] | {"sources": [None]}}, "data.sources.0 is None; allowed is an object"),
     ],
 )
 def test_what_is_no_object_is_refused_with_its_field(changes, message):
@@ -142,7 +143,7 @@ def test_what_is_no_configuration_is_refused():
 def test_a_stored_objective_without_all_its_parts_is_refused():
     value = nano().to_json()
     value["loss"] = {"advantage": "group_std"}
-    with pytest.raises(ValueError, match=r"loss: missing value for field .bias_mitigation"):
+    with pytest.raises(ValueError, match=r"loss.bias_mitigation is missing and has no default; allowed are base"):
         Config.from_json(value)
 
 
@@ -150,6 +151,14 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
     ("changes", "message"),
     [
         ({"train__steps": 0}, "train.steps is 0"),
+        ({"train__steps": 10**9}, "train.steps is 1000000000; allowed is 1 or more, up to 100000000"),
+        ({"train__steps": 10**8, "train__updates_per_batch": 2}, "train.updates_per_batch 2; allowed are at most"),
+        ({"train__seed": 2**32}, "train.seed is 4294967296; allowed is 0 or more, up to 2147483647"),
+        ({"warm_start__steps": 2**31}, "warm_start.steps is 2147483648; allowed is 0 or more"),
+        ({"reward__workers": 10**6}, "reward.workers is 1000000; allowed is 1 or more, up to 1024"),
+        ({"reward__memory_gib": 1e20}, "reward.memory_gib is 1e\\+20; allowed is 0"),
+        ({"reward__memory_gib": 1e-9}, "reward.memory_gib is 1e-09; allowed is 0"),
+        ({"rollout__draft_length": 2**31}, "rollout.draft_length is 2147483648; allowed is 1 or more"),
         ({"train__ess_warning": 1.0}, "train.ess_warning is 1.0; allowed is 0 < ess_warning < 1"),
         ({"train__seed": -1}, "train.seed is -1; allowed is 0 or more"),
         ({"rollout__max_completion_tokens": 0}, "rollout.max_completion_tokens is 0"),
@@ -210,9 +219,9 @@ def test_sources_of_every_kind_are_read_back_from_json_and_overridden(tmp_path, 
     ("changes", "message"),
     [
         ({"heldout_size": 0}, "data.sources.three_to_six_digits.heldout_size is 0; allowed is 1 or more"),
-        ({"heldout_sizes": 1}, "data.sources.three_to_six_digits: can not match .*heldout_sizes"),
-        ({"seed": "x"}, "data.sources.three_to_six_digits: wrong value type for field .*seed"),
-        ({"checker": "guess"}, "data.sources.three_to_six_digits: wrong value type for field .*checker"),
+        ({"heldout_sizes": 1}, "data.sources.three_to_six_digits.heldout_sizes is no field"),
+        ({"seed": "x"}, "data.sources.three_to_six_digits.seed is 'x'; allowed is a whole number"),
+        ({"checker": "guess"}, "data.sources.three_to_six_digits.checker is 'guess'; allowed are exact"),
         ({"file": "x"}, "data.sources.three_to_six_digits needs exactly one of the fields task, dataset, file"),
     ],
 )
@@ -221,3 +230,30 @@ def test_what_is_wrong_with_a_stored_source_is_said(changes, message):
     value["data"]["sources"][0] |= changes
     with pytest.raises(ValueError, match=message):
         Config.from_json(value)
+
+
+@pytest.mark.parametrize("field", ["train_size", "heldout_size"])
+def test_sizes_of_sources_have_a_limit(field):
+    with pytest.raises(ValueError, match=rf"{field} is 2147483647; allowed is 1 or more, up to 10000000"):
+        dataclasses.replace(nano().data.sources[0], **{field: 2**31 - 1})
+
+
+def test_samples_of_a_split_have_a_limit():
+    with pytest.raises(ValueError, match=r"data.split.samples is 1000000; allowed is 1 or more, up to 1024"):
+        SplitConfig("pass_rate", samples=10**6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30, -1.0, float("nan")])
+def test_temperatures_that_overflow_are_refused(temperature):
+    with pytest.raises(ValueError, match=r"sampling.temperature is .*; allowed is 0 \(greedy\), or 0.001 to 1000"):
+        SamplingConfig(temperature)
+
+
+def test_adapters_have_at_most_full_rank():
+    with pytest.raises(ValueError, match=r"lora.rank is 1000000; allowed is 0 to the model's width, 64"):
+        prepare(nano(lora__rank=10**6))
+
+
+def test_a_template_without_a_field_is_refused():
+    with pytest.raises(ValueError, match=r"data.prompt.template is 'no field', so all prompts would be alike"):
+        PromptFormat("no field")

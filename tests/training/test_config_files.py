@@ -113,7 +113,7 @@ def get_config():
         ),
         (
             "def get_config():\n    return put(tiny, train=put(tiny.train, steps=2.5))",
-            'mine_config.py\': .*field "train.steps" - should be "int" instead of value "2.5"',
+            "mine_config.py': train.steps is 2.5; allowed is a whole number",
         ),
         (
             "def get_config():\n    return put(tiny, data=None)",

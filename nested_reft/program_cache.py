@@ -1,11 +1,11 @@
-"""Where the tests keep compiled programs, since compiling is most of the suite's time.
+"""Where compiled programs are kept from one process to the next, since compiling takes longer than many runs.
 
-All workers, later runs and other checkouts use them, and so do the commands that tests start: `conftest.py` puts the
-directory into the environment. JAX's key covers the program, its options, the devices and the version of XLA.
-`CompileCounter` counts a program that comes from the cache like one that is compiled (`tests/test_compilation.py`), so
-compile counts do not depend on earlier runs. `JAX_ENABLE_COMPILATION_CACHE=false` runs the tests without it.
+All commands and tests use them. JAX's key covers the program, its options, the devices and the version of XLA.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import os
 import platform
@@ -13,7 +13,8 @@ import re
 import time
 from pathlib import Path
 
-KEEP_SECONDS = 14 * 24 * 3600  # a program is compiled anew after two weeks, so what no test needs goes away
+NO_CACHE = "--no-compilation-cache"  # the option that turns it off
+KEEP_SECONDS = 14 * 24 * 3600  # a program is compiled anew after two weeks, so what nobody needs goes away
 
 
 def cache_directory() -> Path:
@@ -32,11 +33,14 @@ def processor() -> str:
 
 
 def drop_old_programs(directory: Path) -> None:
-    """Removes programs that were written long ago; another run may remove the same ones."""
+    """Removes programs that were written long ago.
+
+    Args:
+        directory: where they lie; it need not be there.
+    """
     oldest = time.time() - KEEP_SECONDS
     for path in directory.glob("*-cache"):
-        try:
+        # Another process may remove the same ones, and what cannot be removed does no harm.
+        with contextlib.suppress(OSError):
             if path.stat().st_mtime < oldest:
                 path.unlink()
-        except FileNotFoundError:
-            continue

@@ -1,0 +1,38 @@
+"""What commands print is text, and never what a terminal obeys."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from nested_reft.cli.output import complain, say
+from nested_reft.json_files import check_writable, write_json
+from nested_reft.reports.tables import table
+
+CLI = Path(__file__).parents[1] / "nested_reft" / "cli"
+
+
+def test_lines_stay_and_control_characters_do_not(capsys):
+    say("one\x1b[2J\ntwo\r")
+    complain("three\x07")
+    printed = capsys.readouterr()
+    assert printed.out == "one\\x1b[2J\ntwo\\r\n" and printed.err == "three\\x07\n"
+
+
+def test_cells_of_tables_are_one_line_each():
+    assert "a\\nb\\x1b" in table(["name"], [["a\nb\x1b"]])
+
+
+@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.name)
+def test_commands_print_through_one_place(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    printed = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert bool(printed) == (path.name == "output.py")
+
+
+def test_a_users_own_partial_file_stays(tmp_path):
+    own = tmp_path / "r.json.partial"
+    own.write_text("mine")
+    check_writable(tmp_path / "r.json")
+    write_json(tmp_path / "r.json", {"a": 1})
+    assert own.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["r.json", own.name]
