@@ -19,9 +19,11 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from contextlib import nullcontext
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
+from nested_reft.training.interrupts import stop_requests
 
 # Each command and the module here that has its `run`. A module is imported when its command is called: most of them
 # bring JAX along, which takes seconds that `--help` and a mistyped name need not wait for.
@@ -63,7 +65,10 @@ def _exit_code(command: str, arguments: list[str]) -> int:
     Any other exception is a bug, so its traceback is shown.
     """
     try:
-        importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(arguments)
+        # A run is told to stop rather than broken off, also while its modules are imported: an interrupt that is raised
+        # in there may get lost.
+        with stop_requests() if command == "train" else nullcontext():
+            importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(arguments)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
