@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from contextlib import nullcontext
 
@@ -67,7 +68,7 @@ def _exit_code(command: str, arguments: list[str]) -> int:
     try:
         # A run is told to stop rather than broken off, also while its modules are imported: an interrupt that is raised
         # in there may get lost.
-        with stop_requests() if command == "train" else nullcontext():
+        with stop_requests(_leave) if command == "train" else nullcontext():
             importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(arguments)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,3 +80,9 @@ def _exit_code(command: str, arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130  # as a shell reports a program that SIGINT ended
     return 0
+
+
+def _leave() -> None:
+    """What a second signal does while nothing is written: an exception could get lost in an import or a callback."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
