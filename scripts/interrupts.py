@@ -96,6 +96,9 @@ def interrupted(after: float, numbers: list[signal.Signals], draw: random.Random
 def _verdict(code: int, checkpoint: int | None, output: str) -> str:
     if code == 0:
         return "lost"
+    # Before Python has begun, the system ends the process by the signal, which a shell reports as 130 too.
+    if code == -signal.SIGINT and not output:
+        return "stopped"
     if code != 130 or "Traceback" in output:
         return "crashed"
     if checkpoint is None:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from nested_reft import command
+from nested_reft.checkpoints import CheckpointError
 from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
@@ -374,6 +377,53 @@ def test_a_users_own_configuration_file(capsys):
     assert next(Path("runs").iterdir()).name.startswith("mine-")
     Path("broken.py").write_text("x = 1\n")
     assert "has no get_config()" in refused(["train", "broken.py"], capsys)
+
+
+def test_a_signal_while_train_is_imported_is_not_lost(monkeypatch, capsys):
+    """Raised within an import, an interrupt may be swallowed; as a request it waits for the command."""
+    began = []
+
+    def imported(name):
+        signal.raise_signal(signal.SIGINT)
+        return SimpleNamespace(run=began.append)
+
+    monkeypatch.setattr("nested_reft.cli.main.importlib.import_module", imported)
+    assert main(["train", "tiny"]) == 130
+    assert began == [["tiny"]] and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (CheckpointError("checkpoint 5 could not be written"), 1, ["error: checkpoint 5 could not", "to continue: "]),
+        (
+            OSError(28, "No space left on device", "metrics.jsonl"),
+            1,
+            ["error: [Errno 28] No space", "to continue: "],
+        ),
+        (KeyboardInterrupt(), 130, ["to continue: nested-reft train --resume ", "interrupted"]),
+        (FloatingPointError("step 2: loss is nan"), 1, ["error: step 2: loss is nan"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_what_ends_a_run_is_a_line_and_a_code(error, code, lines, has_checkpoint, monkeypatch, capsys):
+    path = Path("runs", "tiny-1")
+    path.mkdir(parents=True)
+    if has_checkpoint:
+        (path / "checkpoints" / "4").mkdir(parents=True)
+        (path / "checkpoints" / "4" / "file").write_text("")
+    fake = SimpleNamespace(run_directory=SimpleNamespace(path=path), run=Mock(side_effect=error))
+    monkeypatch.setattr("nested_reft.cli.train.open_trainer", lambda *_: fake)
+    try:
+        found = main(["train", "tiny"])
+    except SystemExit as stop:
+        found = stop.code
+    printed = capsys.readouterr().err.strip().splitlines()
+    if not has_checkpoint:
+        lines = ["the run ended before its first" if line.startswith("to continue") else line for line in lines]
+    assert found == code and len(printed) == len(lines)
+    assert all(text.startswith(start) for text, start in zip(printed, lines, strict=True))
 
 
 @pytest.mark.slow

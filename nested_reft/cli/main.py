@@ -21,10 +21,12 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import nullcontext
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.output import complain, say
+from nested_reft.training.interrupts import stop_requests
 from nested_reft.untrusted import printable
 
 # Each command and the module here that has its `run`. A module is imported when its command is called: most of them
@@ -89,7 +91,10 @@ def _run(arguments: list[str]) -> None:
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
-    importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(rest)
+    # A run is told to stop rather than broken off, also while its modules are imported: an interrupt that is raised
+    # in there may get lost.
+    with stop_requests(_leave) if command == "train" else nullcontext():
+        importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(rest)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -104,3 +109,9 @@ def _refusal(error: Exception, code: int) -> int:
     # Messages of libraries have several lines, and names in them may hold what a terminal would obey.
     complain(f"error: {' '.join(str(error).split())}")
     return code
+
+
+def _leave() -> None:
+    """What a second signal does while nothing is written: an exception could get lost in an import or a callback."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)

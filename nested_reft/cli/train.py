@@ -16,7 +16,6 @@ from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
 from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
-from nested_reft.training.interrupts import stop_requests
 from nested_reft.training.setup import run_config
 
 RUNS = "runs"
@@ -33,9 +32,7 @@ def run(arguments: list[str]) -> None:
         if name is None:
             return
         say()  # the help of the fields follows, and ends the program, where the overrides are read
-    # Signals are heard from here on, so that one that comes while data and model are loaded is not lost.
-    with stop_requests():
-        _train(known, name, overrides)
+    _train(known, name, overrides)
 
 
 def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) -> None:

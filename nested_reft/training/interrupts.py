@@ -17,11 +17,16 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 SAID = b"\nstopping after the work in progress, with a checkpoint; a second signal stops at once\n"
 
 
+def _raise() -> None:
+    raise KeyboardInterrupt
+
+
 class _Requests:
-    """What was asked for since the outermost block began."""
+    """What was asked for since the outermost block began, and what a second signal does in each block."""
 
     def __init__(self):
         self.stop = self.at_once = False
+        self.actions: list[Callable[[], None]] = []
         self.shields = 0  # blocks in which even a second signal has to wait
 
     def handle(self, _number: int, _frame: Any) -> None:
@@ -38,32 +43,43 @@ class _Requests:
         """Stops at once where that was asked for and nothing must be finished first.
 
         Raises:
-            KeyboardInterrupt: in the thread that handles signals.
+            KeyboardInterrupt: in the thread that handles signals, unless the block has another action.
         """
         if self.at_once and not self.shields:
             self.at_once = False
-            raise KeyboardInterrupt
+            self.actions[-1]()
 
 
 _current: _Requests | None = None
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(at_once: Callable[[], None] = _raise) -> Iterator[Callable[[], bool]]:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop after the step; a second one acts at once.
 
     A block within another one shares its requests, so a run also hears what came before it began.
+
+    Args:
+        at_once: what a second signal does; by default it raises KeyboardInterrupt.
 
     Raises:
         KeyboardInterrupt: the outermost block ended, and nobody had acted on a request. None is lost.
     """
     global _current
     # Python lets only the main thread set handlers. In any other thread the run cannot be asked to stop.
-    if _current is not None or threading.current_thread() is not threading.main_thread():
-        shared = _current
+    shared = _current
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: shared is not None and shared.stop
         return
+    if shared is not None:
+        shared.actions.append(at_once)
+        try:
+            yield lambda: shared.stop
+        finally:
+            shared.actions.pop()
+        return
     requests = _current = _Requests()
+    requests.actions.append(at_once)
     previous: dict[int, Any] = {}
     try:
         for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):

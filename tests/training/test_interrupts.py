@@ -37,6 +37,18 @@ def test_the_second_signal_acts_at_once_whatever_its_kind():
         pytest.fail("the second signal was not heard")
 
 
+def test_a_block_may_answer_a_second_signal_in_its_own_way():
+    """The command leaves at once while nothing is written; the run within it raises."""
+    acted = []
+    with pytest.raises(KeyboardInterrupt), stop_requests(lambda: acted.append("left")):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), stop_requests():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert acted == ["left", "left"]
+
+
 def test_a_second_signal_waits_for_what_must_be_finished():
     finished = False
     with pytest.raises(KeyboardInterrupt), stop_requests():
