@@ -17,17 +17,15 @@ from tqdm.auto import tqdm
 
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream
-from nested_reft.losses.registry import make_objective
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
 from nested_reft.training.config import Config
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.learner import LearnerBatch, Update
-from nested_reft.training.optimizer import make_optimizer
 from nested_reft.training.run_state import RunState, initial_run_state
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import divide, divided
-from nested_reft.training.step import LearnerTask, UpdatePlans
+from nested_reft.training.step import UpdatePlans
 from nested_reft.training.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
 
 
@@ -83,7 +81,12 @@ class WarmStart:
         keys: its random keys.
         """
         self._config, self._data, self._key = config, data, keys.warm_start
-        self.steps = config.warm_start.steps
+        self.steps = self.steps_in(config)
+
+    @staticmethod
+    def steps_in(config: Config) -> int:
+        """How many steps a run takes of it; 0 where it has none."""
+        return config.warm_start.steps
 
     def prepare(self, state: RunState) -> None:
         """A fresh optimizer and a fresh pass over the data."""
@@ -126,7 +129,7 @@ class WarmStart:
 class Split:
     """Divides the sources by what the policy can do at the start of reinforcement; one step."""
 
-    name, steps, trains, rate = "splitting sources", 1, False, ""
+    name, trains, rate = "splitting sources", False, ""
 
     def __init__(self, config: Config, data: RunData, keys: RunKeys):
         """Args:
@@ -135,6 +138,12 @@ class Split:
         keys: its random keys.
         """
         self._config, self._data, self._key = config, data, keys.split
+        self.steps = self.steps_in(config)
+
+    @staticmethod
+    def steps_in(config: Config) -> int:
+        """How many steps a run takes of it; 0 where it has none."""
+        return 0 if config.data.split.kind == "none" else 1
 
     def prepare(self, state: RunState) -> None:
         """No optimizer, since nothing trains; and a data position, which the next phase makes anew."""
@@ -155,7 +164,11 @@ class Split:
         return f"{sum(len(parts) for parts in state.division)} parts"
 
 
-def phases_of(config: Config, data: RunData, keys: RunKeys) -> list[Phase]:
+# Pass rates are those of the policy after its warm start, so the split comes second.
+_EARLIER: tuple[type[WarmStart | Split], ...] = (WarmStart, Split)
+
+
+def earlier_phases(config: Config, data: RunData, keys: RunKeys) -> list[Phase]:
     """What a run does before reinforcement, in its order.
 
     Args:
@@ -163,35 +176,7 @@ def phases_of(config: Config, data: RunData, keys: RunKeys) -> list[Phase]:
         data: its prompts, undivided.
         keys: its random keys.
     """
-    phases: list[Phase] = []
-    if config.warm_start.steps:
-        phases.append(WarmStart(config, data, keys))
-    # Pass rates are those of the policy after its warm start, so the split comes second.
-    if config.data.split.kind != "none":
-        phases.append(Split(config, data, keys))
-    return phases
-
-
-def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
-    """What the learner minimises in reinforcement.
-
-    Args:
-        config: of the run.
-        shared_prefix: leading tokens that all training prompts have in common.
-    """
-    train = config.train
-    return LearnerTask(
-        objective=make_objective(config.loss),
-        # The schedule counts updates, and each batch makes several of them.
-        optimizer=make_optimizer(config.optimizer, train.steps * train.updates_per_batch),
-        # Behavior and target must be compared at one temperature; else the ratio would not be 1 on-policy.
-        temperature=config.rollout.sampling.temperature,
-        updates_per_batch=train.updates_per_batch,
-        micro_batches=train.micro_batches,
-        remat=train.remat,
-        shared_prefix=shared_prefix,
-        max_completion_tokens=config.rollout.max_completion_tokens,
-    )
+    return [kind(config, data, keys) for kind in _EARLIER if kind.steps_in(config)]
 
 
 def take_whole_sources(state: RunState, data: RunData, config: Config) -> None:
@@ -290,6 +275,5 @@ def first_checkpoint(phases: Sequence[Phase], index: int) -> int:
 
 def last_checkpoint(config: Config) -> int:
     """The number of the checkpoint that ends a run of this configuration; no model is loaded for it."""
-    warm_start = config.warm_start.steps + 1 if config.warm_start.steps else 0
-    split = 0 if config.data.split.kind == "none" else Split.steps + 1
-    return warm_start + split + config.train.steps
+    earlier = [kind.steps_in(config) for kind in _EARLIER]
+    return sum(steps + 1 for steps in earlier if steps) + config.train.steps

@@ -9,19 +9,44 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft.evaluation import Evaluation
+from nested_reft.losses.registry import make_objective
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training import record
 from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.phases import check_finite_update, reinforcement_task, take_divided_sources
+from nested_reft.training.optimizer import make_optimizer
+from nested_reft.training.phases import check_finite_update, take_divided_sources
 from nested_reft.training.record import StepRecord
 from nested_reft.training.run_state import RunState
 from nested_reft.training.setup import RunData
+from nested_reft.training.step import LearnerTask
 from nested_reft.untrusted import printable
 
 OnStep = Callable[[StepRecord], None]
+
+
+def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
+    """What the learner minimises in reinforcement.
+
+    Args:
+        config: of the run.
+        shared_prefix: leading tokens that all training prompts have in common.
+    """
+    train = config.train
+    return LearnerTask(
+        objective=make_objective(config.loss),
+        # The schedule counts updates, and each batch makes several of them.
+        optimizer=make_optimizer(config.optimizer, train.steps * train.updates_per_batch),
+        # Behavior and target must be compared at one temperature; else the ratio would not be 1 on-policy.
+        temperature=config.rollout.sampling.temperature,
+        updates_per_batch=train.updates_per_batch,
+        micro_batches=train.micro_batches,
+        remat=train.remat,
+        shared_prefix=shared_prefix,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+    )
 
 
 class Reinforcement:

@@ -27,7 +27,7 @@ from nested_reft.sharding import replicate
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.phases import Phase, check_finite_state, first_checkpoint, phases_of
+from nested_reft.training.phases import Phase, check_finite_state, earlier_phases, first_checkpoint
 from nested_reft.training.record import Remeasured, StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
@@ -213,7 +213,7 @@ class Trainer:
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
         last = Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
-        self.phases = [*phases_of(config, setup.data, self.keys), last]
+        self.phases = [*earlier_phases(config, setup.data, self.keys), last]
 
     def _load(self) -> None:
         run = self.run_directory

@@ -30,7 +30,7 @@ from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
 from nested_reft.training.config import Config
-from nested_reft.training.phases import reinforcement_task
+from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import check_positions
 from nested_reft.training.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
 from nested_reft.types import TrainBatch

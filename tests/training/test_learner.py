@@ -14,7 +14,7 @@ from nested_reft.models.lora import LoraConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training.learner import Learner, LearnerBatch, completion_bucket
-from nested_reft.training.phases import reinforcement_task
+from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import prepare
 from nested_reft.training.step import UpdatePlans, make_update
