@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.runs import EVERY, finished, train, warm_started
+from experiments.runs import EVERY, finished, measured_run, shared_start
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay import DynamicSamplingConfig
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file = known.out / f"{variant}-seed{seed}-steps{known.steps}.json"
             found = finished(file, config)
             if found is None:
-                shared = shared or warm_started(variant_config("grpo", seed, known.steps), known.out)
-                found = train(dataclasses.replace(shared, config=config), known.out)
+                shared = shared or shared_start(variant_config("grpo", seed, known.steps), known.out)
+                found = measured_run(dataclasses.replace(shared, config=config), known.out)
                 write_json(file, found)
                 print(f"{variant}, seed {seed}: {found['seconds']:.0f} s", flush=True)
             results.append(found | {"variant": variant, "seed": seed})

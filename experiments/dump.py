@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.runs import EVERY, finished, train, warm_started
+from experiments.runs import EVERY, finished, measured_run, shared_start
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = experiment_config(kind, seed, known.steps)
             found = finished(file, config)
             if found is None and not known.report_only:
-                shared = shared or warm_started(experiment_config("uniform", seed, known.steps), known.out)
-                found = train(dataclasses.replace(shared, config=config), known.out)
+                shared = shared or shared_start(experiment_config("uniform", seed, known.steps), known.out)
+                found = measured_run(dataclasses.replace(shared, config=config), known.out)
                 write_json(file, found)
                 print(
                     f"{kind}, seed {seed}: {found['seconds']:.0f} s, mean accuracy {curve(found)[-1]:.3f}", flush=True

@@ -24,6 +24,7 @@ from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.training.config import load_config
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import Setup, prepare
 from nested_reft.types import Rollouts
 
@@ -40,7 +41,7 @@ def full_completions(setup: Setup, num_prompts: int) -> Rollouts:
     """
     examples = setup.data.heldout_examples[0][:num_prompts]
     prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
-    return setup.policy.generate(prompts, None, jax.random.key(setup.config.train.seed))
+    return setup.policy.generate(prompts, None, RunKeys(jax.random.key(setup.config.train.seed)).measurement)
 
 
 def rules(measured: NestingConfig) -> dict[str, tuple[NestingConfig, int]]:

@@ -22,6 +22,7 @@ from nested_reft.sharding import shard_parameters
 from nested_reft.training import phases, record
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import RunData, Setup, prepare
 from nested_reft.training.trainer import Trainer
 
@@ -37,7 +38,7 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
         config: of the run that is asked for.
 
     Returns:
-        What `train` returned, or None where the run has to be computed.
+        What `measured_run` returned, or None where the run has to be computed.
     """
     if not file.is_file():
         return None
@@ -48,7 +49,7 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
     return found
 
 
-def warm_started(config: Config, out: Path) -> Setup:
+def shared_start(config: Config, out: Path) -> Setup:
     """Data and the policy that all runs of a seed begin with, warmed up as `tiny_dump` is; its weights are kept.
 
     Args:
@@ -72,7 +73,7 @@ def warm_started(config: Config, out: Path) -> Setup:
     return dataclasses.replace(setup, policy=policy)
 
 
-def train(setup: Setup, out: Path) -> dict[str, Any]:
+def measured_run(setup: Setup, out: Path) -> dict[str, Any]:
     """One run: held-out accuracy of every source each `EVERY` steps, and a few metrics of each step.
 
     Accuracies are of the sources that the configuration names; probabilities are of the parts that
@@ -90,35 +91,33 @@ def train(setup: Setup, out: Path) -> dict[str, Any]:
         first evaluation, and `seconds` of all.
     """
     config, started = setup.config, time.monotonic()
-    run = RunDirectory.create(out / "runs", config.name, config.to_json())
-    # `Trainer.run` evaluates greedily and on the sources of a step alone, so steps are taken here.
-    with Trainer(setup, run).open() as trainer:
+    probability: list[list[float]] = []
+    kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
+
+    def after_step(found: StepRecord) -> None:
+        # The trainer evaluates greedily and on the sources of a step alone, so all of them are measured here.
+        if found.number % EVERY == 0:
+            evaluations.append(heldout(trainer))
+        metrics = record.metrics(found, config, trainer.state.data.source_names)
+        probability.append([metrics[f"curriculum/{name}/probability"] for name in trainer.state.data.source_names])
+        # A step without a token to learn from has no entropy and no ESS.
+        for name in kept.keys() & metrics.keys():
+            kept[name].append(metrics[name])
+
+    trainer = Trainer(setup, RunDirectory.create(out / "runs", config.name, config.to_json()), after_step)
+    with trainer.open():
         # `data.split` samples every question here, so this time is reported by itself.
         trainer.run_earlier_phases()
         start_seconds = time.monotonic() - started
-        data = trainer.state.data
-        parts = data.source_names
-        evaluations, probability = [heldout(trainer)], []
-        kept: dict[str, list[float]] = {name: [] for name in KEPT_METRICS}
-        for number in range(config.train.steps):
-            found = trainer.step(number)
-            if found.number % EVERY == 0:
-                evaluations.append(heldout(trainer))
-                # The evaluation belongs to the line of its step.
-                found = dataclasses.replace(found, heldout=evaluations[-1])
-            metrics = record.metrics(found, config, parts)
-            probability.append([metrics[f"curriculum/{name}/probability"] for name in parts])
-            # A step without a token to learn from has no entropy and no ESS.
-            for name in kept.keys() & metrics.keys():
-                kept[name].append(metrics[name])
-            run.log_samples(found.number, record.samples(found))
-            run.log_metrics(found.number, metrics)
+        evaluations = [heldout(trainer)]
+        trainer.run()
+    data = trainer.state.data
     sources = [source.name for source in config.data.sources]
     return {
         "config": config.to_json(),
-        "run_directory": str(run.path),
+        "run_directory": str(trainer.run_directory.path),
         "sources": sources,
-        "parts": list(parts),
+        "parts": list(data.source_names),
         "questions": questions_of_parts(data, sources),
         "steps": list(range(0, config.train.steps + 1, EVERY)),
         "accuracy": [[found[name].sampled_accuracy or 0.0 for name in sources] for found in evaluations],
@@ -145,8 +144,8 @@ def questions_of_parts(data: RunData, sources: Sequence[str]) -> list[list[int]]
 def heldout(trainer: Trainer) -> dict[str, Evaluation]:
     """Sampled and greedy results of each source of the configuration; the curriculum does not see them."""
     state, config = trainer.state, trainer.config
-    # Every evaluation of a seed draws with the same key, so that curves differ by the policies alone.
-    return heldout_results(state.learner.policy(), state.data, config, jax.random.key(config.train.seed))
+    # Every evaluation of a seed draws with the same keys, so that curves differ by the policies alone.
+    return heldout_results(state.learner.policy(), state.data, config, trainer.keys.evaluation)
 
 
 def _stored_model(file: Path, setup: Setup) -> Transformer:

@@ -29,7 +29,7 @@ from jaxtyping import Float
 
 from experiments.dump import SMOOTH, compare, curve, draw_accuracy
 from experiments.dump import experiment_config as curriculum_config
-from experiments.runs import EVERY, finished, train, warm_started
+from experiments.runs import EVERY, finished, measured_run, shared_start
 from nested_reft.data.splits import SplitConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.tables import table
@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = finished(file, config)
             if found is None and not known.report_only:
                 # `source` is undivided, so its data are the warm start's for every kind.
-                shared = shared or warm_started(experiment_config("source", seed, known.steps), known.out)
+                shared = shared or shared_start(experiment_config("source", seed, known.steps), known.out)
                 setup = shared if kind == "source" else pooled(shared)
-                found = train(dataclasses.replace(setup, config=config), known.out)
+                found = measured_run(dataclasses.replace(setup, config=config), known.out)
                 write_json(file, found)
                 print(f"{kind}, seed {seed}: {found['seconds']:.0f} s, accuracy {curve(found)[-1]:.3f}", flush=True)
             if found is not None:

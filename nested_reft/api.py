@@ -21,6 +21,7 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
@@ -176,8 +177,10 @@ def evaluate_sources(
     Returns:
         One result for each source of the configuration.
     """
-    key = jax.random.key(setup.config.train.seed)
-    return heldout_results(setup.policy, setup.data, setup.config, key, plan, samples, completions=completions)
+    keys = RunKeys(jax.random.key(setup.config.train.seed))
+    return heldout_results(
+        setup.policy, setup.data, setup.config, keys.evaluation, plan, samples, completions=completions
+    )
 
 
 def without_plans(config: Config) -> Config:

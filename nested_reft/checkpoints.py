@@ -92,6 +92,10 @@ class Checkpoints:
             self._directory, options=options, item_names=("arrays", "host", "host_arrays")
         )
 
+    def numbers(self) -> list[int]:
+        """Numbers of the complete ones, the newest first."""
+        return checkpoint_numbers(self._directory)
+
     def save(self, number: int, arrays: Any, host: dict[str, Any]) -> None:
         """Starts writing; the arrays may be donated as soon as this returns.
 
@@ -118,15 +122,13 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check(self) -> None:
-        """Looks whether the checkpoint that is being written has failed; does not wait for it.
+        """Looks whether the checkpoint that was being written has failed; does not wait for it.
 
         Raises:
             CheckpointError: it has.
         """
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -227,7 +229,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception as error:
+                raise self._failed(error) from error
 
 
 def _is_number(name: str) -> bool:

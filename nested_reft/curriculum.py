@@ -173,8 +173,8 @@ class CurriculumState:
         return cls(tuple(memories), value["level"])
 
 
-def observe(state: CurriculumState, config: CurriculumConfig, scored: Scored) -> CurriculumState:
-    """`update` by one batch of rollouts, trained on or not.
+def update(state: CurriculumState, config: CurriculumConfig, scored: Scored) -> CurriculumState:
+    """What is remembered after one batch of rollouts, trained on or not.
 
     The advantages are those of raw accuracy: under a shaped reward, a hopeless source with answers of
     unequal lengths would look the most learnable.
@@ -185,7 +185,7 @@ def observe(state: CurriculumState, config: CurriculumConfig, scored: Scored) ->
         scored: what was generated.
     """
     advantage_BG = group_advantages(jnp.asarray(scored.accuracy_BG), jnp.asarray(scored.scored_BG), config.advantage)
-    return update(
+    return update_by_advantages(
         state,
         config,
         scored.prompts.source_B,
@@ -195,7 +195,7 @@ def observe(state: CurriculumState, config: CurriculumConfig, scored: Scored) ->
     )
 
 
-def update(
+def update_by_advantages(
     state: CurriculumState,
     config: CurriculumConfig,
     source_B: Int[np.ndarray, " B"],
@@ -224,7 +224,7 @@ def update(
         ValueError: a scored response has an advantage that is not finite.
     """
     if not np.isfinite(advantage_BG[scored_BG]).all():
-        raise ValueError("curriculum.update got an advantage that is not finite for a scored response")
+        raise ValueError("the curriculum got an advantage that is not finite for a scored response")
     sources = list(state.sources)
     # A source without a response in this step keeps its memory as it is.
     for index in np.unique(source_B):

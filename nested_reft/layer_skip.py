@@ -173,8 +173,7 @@ class NestingConfig:
         """
         if self.choice == "fixed":
             return len(self.layers)
-        # A product such as 0.29 * 100 = 28.999... lies just below its integer, and floor would lose a layer.
-        return math.floor(self.skip_ratio * num_layers + 1e-9)
+        return layers_in(self.skip_ratio, num_layers)
 
     def most_skipped(self, num_layers: int) -> int:
         """The largest number of layers that a plan may skip: not the borders, and not all.
@@ -194,8 +193,8 @@ class NestingConfig:
             num_layers: L of the model.
 
         Raises:
-            ValueError: a border too wide, more layers to skip than there are, or fixed layers that
-                the model does not have.
+            ValueError: a border too wide, more layers to skip than there are, a ratio that skips none, or fixed
+                layers that the model does not have.
         """
         if self.choice == "fixed":
             unknown = [layer for layer in self.layers if not 0 <= layer < num_layers]
@@ -204,12 +203,42 @@ class NestingConfig:
             if len(self.layers) >= num_layers:
                 raise ValueError(f"nesting.layers skips all {num_layers} layers; at least one must remain")
             return
+        check_share("nesting.skip_ratio", self.skip_ratio, num_layers)
         most = self.most_skipped(num_layers)
         if self.num_skipped(num_layers) > most:
             raise ValueError(
                 f"nesting.border is {self.border} and nesting.skip_ratio {self.skip_ratio}: {most} of"
                 f" {num_layers} layers may be skipped, but {self.num_skipped(num_layers)} are to be; lower one of them"
             )
+
+
+def layers_in(share: float, num_layers: int) -> int:
+    """floor(share * L): how many layers a share of them is.
+
+    Args:
+        share: in [0, 1).
+        num_layers: L of the model.
+    """
+    # A product such as 0.29 * 100 = 28.999... lies just below its integer, and floor would lose a layer.
+    return math.floor(share * num_layers + 1e-9)
+
+
+def check_share(name: str, share: float, num_layers: int) -> None:
+    """Refuses a share of layers that is none of them, since the user believes that some are skipped.
+
+    Args:
+        name: of the field.
+        share: its value; 0 asks for none and is fine.
+        num_layers: L of the model.
+
+    Raises:
+        ValueError: the share is more than 0 and less than one layer.
+    """
+    if share and not layers_in(share, num_layers):
+        raise ValueError(
+            f"{name} is {share:g}, which of {num_layers} layers is none; allowed is 0, or at least"
+            f" {math.ceil(1e4 / num_layers) / 1e4:g}, which is one layer"
+        )
 
 
 def draw_plan(

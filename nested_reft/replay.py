@@ -47,6 +47,11 @@ class DynamicSamplingConfig:
             )
         check_choice("dynamic_sampling.at_limit", self.at_limit, AtLimit)
 
+    @property
+    def filters_groups(self) -> bool:
+        """Whether only mixed groups are trained on; otherwise every group of one batch is."""
+        return self.max_generation_batches > 1
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -111,7 +116,7 @@ def ready(buffer: Buffer, config: DynamicSamplingConfig, num_groups: int) -> boo
         GenerationLimitError: it cannot, and the limit is reached with `at_limit` = stop.
     """
     num_batches = len(buffer.batches)
-    if config.max_generation_batches == 1:
+    if not config.filters_groups:
         return num_batches == 1
     # The groups are counted over all batches, because an update may take some from each.
     mixed = num_mixed(buffer)
@@ -143,7 +148,7 @@ def draw(buffer: Buffer, config: DynamicSamplingConfig, num_groups: int) -> tupl
     Returns:
         B groups, and the buffer after them: empty, since the next update's groups must be on-policy.
     """
-    if config.max_generation_batches == 1:
+    if not config.filters_groups:
         # Every group of the one batch is trained on, mixed or not, so nothing is sorted or copied.
         return buffer.batches[0], Buffer()
     found = concat(buffer.batches)
@@ -164,7 +169,7 @@ def shortfall(num_mixed: int, config: DynamicSamplingConfig, num_groups: int) ->
         config: the rule.
         num_groups: B, groups that the update takes.
     """
-    if config.max_generation_batches == 1 or num_mixed >= num_groups:
+    if not config.filters_groups or num_mixed >= num_groups:
         return None
     return (
         f"the limit of {config.max_generation_batches} generation batches left {num_mixed} of {num_groups} groups"

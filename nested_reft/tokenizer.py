@@ -45,7 +45,7 @@ class Tokenizer:
         """Wraps a tokenizer of the `tokenizers` library.
 
         Args:
-            backend: the tokenizer; its padding and truncation are switched off.
+            backend: the tokenizer; its padding, truncation and dropout are switched off.
             special_tokens: text by role; roles are those of `SPECIAL_NAMES`.
             chat_template: Jinja source of the chat template.
             stop_ids: stop tokens beside `eos_token`.
@@ -56,12 +56,17 @@ class Tokenizer:
         # Batches are padded and prompts are measured elsewhere; a tokenizer that did so too would change both.
         backend.no_padding()
         backend.no_truncation()
+        # Merges left out at random would give other ids each time, and a resumed run other prompts.
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
         special_ids: dict[str, int] = {}
         for role, token in special_tokens.items():
             special_id = backend.token_to_id(token)
             if special_id is None:
                 raise ValueError(f"tokenizer.{role} is '{token}'; it must be in the tokenizer's vocabulary")
             special_ids[role] = special_id
+            # A token that stands in the vocabulary alone would be found only as a word of its own.
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         if "eos_token" in special_ids:
             stop_ids = (special_ids["eos_token"], *stop_ids)
         if not stop_ids:
@@ -235,12 +240,12 @@ def check_tokenizer(model_config: HasVocabulary, tokenizer: Tokenizer) -> None:
         tokenizer: produces the ids.
 
     Raises:
-        ValueError: a token or stop token has an id of `model_config.vocab_size` or more.
+        BadFile: a token or stop token has an id of `model_config.vocab_size` or more.
     """
     # A stop id comes from another file than the vocabulary, and may lie outside of it.
     largest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids)
     if largest >= model_config.vocab_size:
-        raise ValueError(
+        raise BadFile(
             f"the tokenizer's largest token id is {largest}; the model's vocab_size is {model_config.vocab_size},"
             " so ids must be below that: use the tokenizer that belongs to the model"
         )

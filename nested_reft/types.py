@@ -219,7 +219,7 @@ def concat(batches: Sequence[Groups]) -> Groups:
         batches: at least one; with equal sizes of every axis but the first, and equal reward parts.
 
     Raises:
-        ValueError: there is no batch, or some have forced prefixes and others none.
+        ValueError: there is no batch, some have forced prefixes and others none, or their reward parts differ.
     """
     if not batches:
         raise ValueError("concat got no batches; give at least one")
@@ -241,6 +241,9 @@ def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
             },
         )
     if isinstance(first, dict):
+        if any(value.keys() != first.keys() for value in others):
+            parts = ", ".join(sorted({str(list(value)) for value in (first, *others)}))
+            raise ValueError(f"concat got batches with different reward parts: {parts}")
         return {name: _by_field(combine, *(value[name] for value in (first, *others))) for name in first}
     return combine(first, *others) if others else combine(first)
 

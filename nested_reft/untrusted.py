@@ -11,13 +11,16 @@ MAX_WHOLE = 2**31 - 1
 # Beyond these, float32 rounds to infinity or to zero where numbers are multiplied.
 MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30
 MAX_SHOWN_CHARACTERS = 120
+MAX_LINE = 1000
 
 
 class BadFile(ValueError):
-    """A file that somebody else wrote cannot be used. Its message is one line that is safe to print."""
+    """A file that somebody else wrote cannot be used. Its message is one short line that is safe to print."""
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        line = printable(message)
+        # Libraries repeat what they could not read, which may be most of a file. The end says what to do.
+        super().__init__(line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 200]} ... {line[-195:]}")
 
 
 def printable(text: str) -> str:

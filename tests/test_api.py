@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import nested_reft as nr
 from nested_reft import api
 from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.run_directory import RunDirectory
 
 SMALL = {
     "train": {"steps": 2, "checkpoint_every": 1},
@@ -33,7 +35,7 @@ def test_the_examples_in_the_docstrings_run(tmp_path, monkeypatch):
     names = {name: getattr(nr, name) for name in nr.__all__}
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
     examples = 0
-    for value in (nr.load_config, api.train, api.evaluate, api.Run):
+    for value in (nr.load_config, api.train, api.evaluate, api.Run, nr.Policy.load, nr.Policy.sample, nr.Policy.score):
         for test in finder.find(value, value.__name__, globs={}):
             test.globs = names
             examples += len(test.examples)
@@ -77,13 +79,52 @@ def test_a_run_without_a_checkpoint_is_refused_and_stays_as_it_was(run, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
+def run_to_continue(path):
+    """What a run that was killed in its first step leaves, as far as its names go."""
+    config = nr.load_config("tiny", **SMALL)
+    (path / "checkpoints" / "5").mkdir(parents=True)
+    (path / "checkpoints" / "5" / "file").write_text("")
+    (path / "config.json").write_text(json.dumps(config.to_json()))
+    return nr.Run(path)
+
+
+def test_a_run_that_another_process_works_on_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "prepare", lambda config: pytest.fail("something was loaded"))
+    with closing(RunDirectory(tmp_path)), pytest.raises(ValueError, match=r"is in use by another process; wait until"):
+        nr.train(run_to_continue(tmp_path))
+
+
+def test_a_run_that_is_refused_can_be_continued_later(tmp_path, monkeypatch):
+    def refuse(config):
+        raise ValueError("not today")
+
+    monkeypatch.setattr(api, "prepare", refuse)
+    with pytest.raises(ValueError, match="not today"):
+        nr.train(run_to_continue(tmp_path))
+    RunDirectory(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("text", "complete"),
+    [('{"steps": 2}', True), ('{"steps": 3}', False), ('{"ste', False), ("", False), ("[]", False), (None, False)],
+)
+def test_a_run_is_complete_with_a_summary_that_can_be_read(text, complete, tmp_path):
+    run = run_to_continue(tmp_path)  # two steps of warm start, two of reinforcement, one for each beginning
+    if text is not None:
+        (tmp_path / "summary.json").write_text(text)
+    assert api.is_complete(tmp_path, run.config()) == complete
+
+
 def test_a_policy_samples_and_scores(run):
     policy = nr.Policy.load(run)
     plan = nr.LayerPlan.skipping(6, [2])
     for layers in (None, plan):
-        ((first, second),) = policy.sample("123 =", layers, samples=2, seed=1)
-        assert isinstance(first, nr.Completion) and first != second
-        tokens = first.tokens[:-1] if first.finished else first.tokens
+        (completions,) = policy.sample("123 =", layers, samples=8, seed=1)
+        assert all(isinstance(each, nr.Completion) for each in completions) and len(set(completions)) > 1
+        # A text does not show special tokens, which an untrained model may draw anywhere.
+        told = {each: policy.tokenizer.encode(each.text) for each in completions}
+        first = next(each for each, ids in told.items() if len(ids) == len(each.tokens) - each.finished)
+        tokens = told[first]
         (logprob_T,) = policy.score(["123 ="], [first.text], layers)
         assert len(logprob_T) == len(tokens)
         # The sampled log-probability also has the stop token's, which the text does not show.

@@ -24,10 +24,10 @@ from nested_reft.curriculum import (
     explain,
     exploration_bonus,
     learnability,
-    observe,
     probabilities,
     step_metrics,
     update,
+    update_by_advantages,
 )
 from nested_reft.estimators.advantages import group_advantages
 from tests.scored_groups import scored
@@ -56,7 +56,7 @@ def step(state, accuracy_BG, source_B=None, scored_BG=None, config=EASY_TO_HARD,
         source_B = [state.level] * len(accuracy_BG)
     advantage_BG = np.zeros_like(accuracy_BG) if advantage_BG is None else np.array(advantage_BG, dtype=np.float32)
     scored_BG = np.ones_like(accuracy_BG, dtype=bool) if scored_BG is None else np.array(scored_BG, dtype=bool)
-    return update(state, config, np.array(source_B, dtype=np.int32), advantage_BG, accuracy_BG, scored_BG)
+    return update_by_advantages(state, config, np.array(source_B, dtype=np.int32), advantage_BG, accuracy_BG, scored_BG)
 
 
 def advantages(state, advantage_BG, source_B, config=DUMP, scored_BG=None):
@@ -330,7 +330,7 @@ def test_metrics_tell_what_decided_the_step_and_what_came_of_it():
     reward_BG = np.array([[1.5, 0.5], [9.0, 0.0]], np.float32)
     accuracy_BG = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
     scored_BG = np.array([[True, True], [False, True]])
-    after = update(before, DUMP, source_B, reward_BG - 1, accuracy_BG, scored_BG)
+    after = update_by_advantages(before, DUMP, source_B, reward_BG - 1, accuracy_BG, scored_BG)
     found = step_metrics(before, after, DUMP, ["a", "b", "c"], source_B, reward_BG, accuracy_BG, scored_BG)
     probability_M = probabilities(before, DUMP)
     assert [found[f"curriculum/{name}/probability"] for name in "abc"] == probability_M.tolist()
@@ -432,7 +432,7 @@ def test_an_empty_source_is_refused():
         CurriculumState.start([3, 0])
 
 
-# observe
+# A batch of rollouts
 
 
 def test_a_batch_is_observed_by_raw_accuracy_and_scored_responses():
@@ -447,7 +447,7 @@ def test_a_batch_is_observed_by_raw_accuracy_and_scored_responses():
         reward_BG=[[9, 2, 5], [1, 3, 8]],
         scored_BG=[[True, True, False], [True, True, False]],
     )
-    state = observe(start(2), CurriculumConfig("dump", advantage="group_mean"), batch)
+    state = update(start(2), CurriculumConfig("dump", advantage="group_mean"), batch)
     assert [source.count for source in state.sources] == [2, 2]
     np.testing.assert_allclose(state.sources[1].advantage_size, [0.5, 0.5])
     np.testing.assert_allclose(state.sources[0].advantage_size, [0, 0])

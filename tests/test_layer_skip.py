@@ -147,6 +147,10 @@ def test_refuses(fields, message):
     [
         ({"skip_ratio": 0.5, "border": 4}, "nesting.border is 4 .* 2 of 10 layers may be skipped, but 5 are to be"),
         ({"skip_ratio": 0.1, "border": 9}, "0 of 10 layers may be skipped"),
+        (
+            {"skip_ratio": 0.09},
+            "skip_ratio is 0.09, which of 10 layers is none; allowed is 0, or at least 0.1, which is",
+        ),
         ({"choice": "fixed", "layers": (3, 10)}, r"nesting.layers names \[10\]; the model has layers 0 to 9"),
         ({"choice": "fixed", "layers": tuple(range(10))}, "at least one must remain"),
     ],

@@ -157,6 +157,15 @@ def test_padding_and_truncation_in_the_file_are_switched_off(directory):
     assert huggingface_tokenizer(directory).encode("abc") == [1, 2, 3]
 
 
+def test_dropout_of_merges_is_switched_off(tmp_path):
+    # With it, every call would give other ids, and a resumed run other prompts than the run before.
+    pieces = {"<end>": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [("a", "b"), ("ab", "ab")], dropout=0.9))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_settings(tmp_path / "tokenizer_config.json", {"eos_token": "<end>"})
+    assert huggingface_tokenizer(tmp_path).encode("abab" * 9) == [4] * 9
+
+
 def test_chat_template_file_wins_and_named_templates_are_read(directory):
     settings = {"eos_token": END_OF_TEXT, "chat_template": [{"name": "default", "template": "named"}]}
     write_settings(directory / "tokenizer_config.json", settings)
@@ -477,6 +486,12 @@ def test_gguf_turn_ends_are_known_by_their_text(tmp_path, text):
     # The same text as a token that a user wrote into the vocabulary is text.
     plain = tiny_gguf(tmp_path / "p.gguf", "smollm", tokens=tokens, eot_token_id=None, token_type=[NORMAL] * 18)
     assert gguf_tokenizer(plain).stop_ids == (13,)
+
+
+def test_gguf_special_tokens_are_found_whatever_their_type(tmp_path):
+    path = tiny_gguf(tmp_path / "t.gguf", "smollm", token_type=None)
+    tokenizer = gguf_tokenizer(path)
+    assert tokenizer.encode("<bos>1<eos>") == [12, 0, 13] and tokenizer.decode([12, 0, 13]) == "1"
 
 
 @pytest.mark.parametrize(("begins", "ends"), [(True, False), (False, True), (True, True), (False, False)])

@@ -188,6 +188,13 @@ def test_nothing_cannot_be_joined():
         concat([])
 
 
+def test_batches_of_different_reward_parts_cannot_be_joined():
+    first, second = scored(Numbers()), scored(Numbers(500))
+    second = dataclasses.replace(second, parts={"accuracy": second.parts["accuracy"]})
+    with pytest.raises(ValueError, match=r"concat got batches with different reward parts: .*'accuracy', 'format'"):
+        concat([first, second])
+
+
 def test_the_gradient_mask_by_hand():
     """Rows of 3 tokens of which 1 is forced; of 2, none forced; all forced; not counted."""
     length_BG, forced_BG = jnp.array([[3, 2, 3, 3]]), jnp.array([[1, 0, 3, 0]])

@@ -16,6 +16,7 @@ from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
 from nested_reft.reports.tables import table
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import Setup
 from nested_reft.types import Rollouts
 
@@ -60,4 +61,4 @@ def _full_rollouts(setup: Setup, num_prompts: int) -> Rollouts:
     """One completion by the full model of each of the first training prompts."""
     examples = setup.data.train_examples[0][:num_prompts]
     prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
-    return setup.policy.generate(prompts, None, jax.random.key(setup.config.train.seed))
+    return setup.policy.generate(prompts, None, RunKeys(jax.random.key(setup.config.train.seed)).measurement)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from nested_reft.literals import check_choice, check_whole
 
-Split = Literal["none", "pass_rate"]
+SplitKind = Literal["none", "pass_rate"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class SplitConfig:
         sources: names of the sources to divide; empty for all.
     """
 
-    kind: Split = "none"
+    kind: SplitKind = "none"
     parts: int = 4
     samples: int = 8
     sources: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_choice("data.split.kind", self.kind, Split)
+        check_choice("data.split.kind", self.kind, SplitKind)
         check_whole("data.split.parts", self.parts, 2, 1000)
         # All completions of a question are sampled at once.
         check_whole("data.split.samples", self.samples, 1, 1024)

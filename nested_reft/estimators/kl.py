@@ -26,6 +26,7 @@ Where both distributions are at hand over the whole vocabulary, nothing needs es
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import jax
@@ -41,7 +42,11 @@ KlPenalty = Literal["k1_in_reward", "k2_loss", "k3_loss"]
 def kl_estimate(
     target_logprob: Float[Array, "*rows"], reference_logprob: Float[Array, "*rows"], estimator: KlEstimator
 ) -> Float[Array, "*rows"]:
-    """The named value per token, in nats, differentiable; the log-ratio is clamped to +-20.
+    """The named value per token, in nats, differentiable wherever it is finite.
+
+    k1 is clamped to +-20 nats, because it is a reward. The other two are penalties and must pull where pi and
+    pi_ref are furthest apart. Below l = -20 the exponential of k3 goes on as the line that touches it there, so
+    that it does not overflow.
 
     Args:
         target_logprob: log pi of tokens that were drawn from pi, in nats.
@@ -51,14 +56,17 @@ def kl_estimate(
     Returns:
         One value per token, not reduced. `k1` may be negative; `k2` and `k3` may not.
     """
-    # Without a limit one token outside the reference's support would give k3 an infinite value.
-    log_ratio = jnp.clip(token_log_ratio(target_logprob, reference_logprob), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio = token_log_ratio(target_logprob, reference_logprob)
     if estimator == "k1":
-        return log_ratio
+        # One token outside the reference's support would otherwise outweigh every other reward.
+        return jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     if estimator == "k2":
         return log_ratio**2 / 2
     # Near l = 0 `exp(-l) - 1` cancels and loses its digits; expm1 keeps them.
-    return jnp.expm1(-log_ratio) + log_ratio
+    curve = jnp.expm1(-jnp.maximum(log_ratio, -LOG_RATIO_LIMIT)) + log_ratio
+    # exp(-l) is steepest where l is most negative, and only there can it overflow.
+    line = math.expm1(LOG_RATIO_LIMIT) + math.exp(LOG_RATIO_LIMIT) * (-LOG_RATIO_LIMIT - log_ratio) + log_ratio
+    return jnp.where(log_ratio < -LOG_RATIO_LIMIT, line, curve)
 
 
 def exact_kl(logits: Float[Array, "*rows V"], other_logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:

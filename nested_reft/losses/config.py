@@ -77,16 +77,27 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
     `k1_in_reward`; `group_mean` changes its length by (G - 1) / G.
 
     It holds for every batch size, provided that the behavior policy has full support, that every
-    completion counts, and that `mixture` gets the rollouts of a mixture. The
-    enumeration (`nested_reft.verification.enumeration`) shows it for every combination that returns True.
+    completion counts, and that `mixture` gets the rollouts of a mixture. The enumeration
+    (`nested_reft.verification.enumeration`) lists every combination that returns True, and shows it for each.
     `token_mean` does not qualify: its divisor, the number of sampled tokens, varies with the sample,
     which leaves a bias of the order 1 / batch.
+
+    Two things outside the loss limit the claim. Log-weights and k1 are clamped to +-20 nats, so the claim
+    ends where a completion's ratio exceeds exp(20). Dynamic sampling keeps the groups with right and wrong
+    answers: where all others have advantage zero, that changes the gradient's length alone. With `no_baseline`, a
+    shaped reward or `k1_in_reward` they have not, so the kept groups are a biased sample.
+
+    Args:
+        config: the loss; how completions are sampled is not asked.
     """
     # Only the ratio of whole completions corrects the prefix and what follows a token as well.
     exact_weight = config.bias_mitigation in ("base", "mixture") and config.level == "sequence"
     # Every limit changes some weight, and a weighted mean divides by a number that depends on the sample.
     limits = (config.truncate_at, config.drop_below, config.drop_above, config.clip_low, config.clip_high)
     unlimited = all(limit is None for limit in (*limits, config.dual_clip)) and not config.self_normalized
+    # The penalties that are added as losses differentiate the KL at given prefixes only. The group's mean makes the
+    # reward's part shorter, by (G - 1) / G, and not the KL's: their sum then points elsewhere.
+    kl_of_completions = config.reference_kl == "k1_in_reward" and config.advantage != "group_mean"
     return (
         exact_weight
         and unlimited
@@ -94,8 +105,7 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
         and config.advantage != "group_std"
         # This is the one divisor that does not depend on how long the sampled completions are.
         and config.normalization == "fixed_length"
-        # The penalties that are added as losses differentiate the KL at given prefixes only.
-        and config.reference_kl in (None, "k1_in_reward")
+        and (config.reference_kl is None or kl_of_completions)
         and config.entropy_coefficient == 0
         and config.self_distillation_coefficient == 0
     )
@@ -110,47 +120,49 @@ def _check_names(config: PolicyGradientConfig) -> None:
 
 
 def _check_ranges(config: PolicyGradientConfig) -> None:
-    def check(name: str, is_allowed: Callable[[float], bool], allowed: str) -> None:
+    is_allowed: dict[str, tuple[Callable[[float], bool], str]] = {
+        "fixed_length_tokens": (lambda x: x >= 1, "1 or more, or None"),
+        "retrace_lambda": (lambda x: 0 < x <= 1, "0 < retrace_lambda <= 1"),
+        "truncate_at": (lambda x: x >= 1, "1 or more, or None"),
+        "drop_below": (lambda x: 0 < x < 1, "0 < drop_below < 1, or None"),
+        "drop_above": (lambda x: x > 1, "more than 1, or None"),
+        "clip_low": (lambda x: 0 < x < 1, "0 < clip_low < 1, or None"),
+        "clip_high": (lambda x: x > 0, "more than 0, or None"),
+        "dual_clip": (lambda x: x > 1, "more than 1, or None"),
+        "reference_kl_coefficient": (lambda x: x >= 0, "0 or more"),
+        "entropy_coefficient": (lambda x: x >= 0, "0 or more"),
+        "self_distillation_coefficient": (lambda x: x >= 0, "0 or more"),
+    }
+    for name, (check, allowed) in is_allowed.items():
         value = getattr(config, name)
         # NaN fails every comparison, so it is asked for separately and never passes as allowed.
-        if value is not None and not (math.isfinite(value) and is_allowed(value)):
+        if value is not None and not (math.isfinite(value) and check(value)):
             raise ValueError(f"loss.{name} is {value}; allowed is {allowed}")
-
-    check("fixed_length_tokens", lambda x: x >= 1, "1 or more, or None")
-    check("retrace_lambda", lambda x: 0 < x <= 1, "0 < retrace_lambda <= 1")
-    check("truncate_at", lambda x: x >= 1, "1 or more, or None")
-    check("drop_below", lambda x: 0 < x < 1, "0 < drop_below < 1, or None")
-    check("drop_above", lambda x: x > 1, "more than 1, or None")
-    check("clip_low", lambda x: 0 < x < 1, "0 < clip_low < 1, or None")
-    check("clip_high", lambda x: x > 0, "more than 0, or None")
-    check("dual_clip", lambda x: x > 1, "more than 1, or None")
-    check("reference_kl_coefficient", lambda x: x >= 0, "0 or more")
-    check("entropy_coefficient", lambda x: x >= 0, "0 or more")
-    check("self_distillation_coefficient", lambda x: x >= 0, "0 or more")
 
 
 def _check_needed(config: PolicyGradientConfig) -> None:
     """A part and its parameter are set together, or neither is."""
-
-    def check(name: str, is_set: bool, field: str, value: str) -> None:
-        # A parameter that nothing reads is refused too, because the user would believe that it acts.
-        is_chosen = getattr(config, field) == value
-        if is_chosen and not is_set:
-            raise ValueError(f"loss.{name} is not set; {field} '{value}' needs it")
-        if is_set and not is_chosen:
-            raise ValueError(
-                f"loss.{name} is {getattr(config, name)}, but {field} is '{getattr(config, field)}';"
-                f" only '{value}' reads it"
-            )
-
-    check("fixed_length_tokens", config.fixed_length_tokens is not None, "normalization", "fixed_length")
+    has_length = config.fixed_length_tokens is not None
+    _check_together(config, "fixed_length_tokens", has_length, "normalization", "fixed_length")
     # Lambda 1 is the default and leaves min(1, rho) as it is, so `retrace` does not require another value.
     if config.retrace_lambda != 1:
-        check("retrace_lambda", True, "bias_mitigation", "retrace")
+        _check_together(config, "retrace_lambda", True, "bias_mitigation", "retrace")
     if (config.reference_kl is None) != (config.reference_kl_coefficient == 0):
         raise ValueError(
             f"loss.reference_kl is {config.reference_kl} and loss.reference_kl_coefficient"
             f" {config.reference_kl_coefficient}: a penalty needs both. Allowed are k1_in_reward, k2_loss, k3_loss"
+        )
+
+
+def _check_together(config: PolicyGradientConfig, name: str, is_set: bool, field: str, value: str) -> None:
+    # A parameter that nothing reads is refused too, because the user would believe that it acts.
+    is_chosen = getattr(config, field) == value
+    if is_chosen and not is_set:
+        raise ValueError(f"loss.{name} is not set; {field} '{value}' needs it")
+    if is_set and not is_chosen:
+        raise ValueError(
+            f"loss.{name} is {getattr(config, name)}, but {field} is '{getattr(config, field)}';"
+            f" only '{value}' reads it"
         )
 
 
@@ -194,13 +206,14 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
 
 
 def _check_reach(config: PolicyGradientConfig) -> None:
-    """Of several upper limits of the weight, each must be able to act."""
+    """Of several limits of the weight, each must be able to act, and together they must leave something."""
     truncate_at, drop_above = config.truncate_at, config.drop_above
     if truncate_at is not None and drop_above is not None and truncate_at >= drop_above:
         raise ValueError(
             f"loss.truncate_at is {truncate_at} and loss.drop_above {drop_above}: what truncation would change is"
             " dropped already; lower truncate_at or leave one out"
         )
+    _check_lower_reach(config)
     # A clip above the largest weight that is left would never act.
     ceiling = min((limit for limit in (truncate_at, drop_above) if limit is not None), default=math.inf)
     for name, reach in (("clip_high", 1 + (config.clip_high or 0)), ("dual_clip", config.dual_clip or 0)):
@@ -209,3 +222,24 @@ def _check_reach(config: PolicyGradientConfig) -> None:
                 f"loss.{name} acts on weights above {reach:g}, but truncate_at or drop_above leaves none above"
                 f" {ceiling:g}; leave one out"
             )
+
+
+def _check_lower_reach(config: PolicyGradientConfig) -> None:
+    """The clip from below has weights to act on, and leaves some of them their gradient."""
+    if config.clip_low is None:
+        return
+    lowest, most = 1 - config.clip_low, config.retrace_lambda
+    if config.drop_below is not None and config.drop_below >= lowest:
+        raise ValueError(
+            f"loss.clip_low acts on weights below {lowest:g}, but drop_below leaves none below {config.drop_below:g};"
+            " leave one out"
+        )
+    # Only `retrace` has another lambda than 1. At `prefix` level its weights are at most lambda^t at the t-th token, so
+    # with any lambda below 1 a long completion passes the limit.
+    if most <= lowest or (config.level == "prefix" and most < 1):
+        bound = "lambda^t at the t-th token" if config.level == "prefix" else "lambda"
+        raise ValueError(
+            f"loss.clip_low takes the gradient of weights below {lowest:g} where the advantage is negative, and"
+            f" retrace_lambda {most:g} makes all weights (at most {bound}) that small; leave clip_low out or raise"
+            " retrace_lambda"
+        )

@@ -67,12 +67,24 @@ class LossOutput:
         total: the loss's sum and its divisor.
         parts: what is logged, by name; each is divided by a weight of its own.
         weight_BGC: the weight that each token's gradient had, zero at tokens that do not count.
+        penalty: a second sum of the loss, where its divisor is another one. It costs one backward pass and one gradient
+            more.
     """
 
     total: Weighted
     # Each part has a weight of its own, because a metric's mean is over tokens whatever the loss is divided by.
     parts: dict[str, Weighted]
     weight_BGC: Float[Array, "B G C"]
+    penalty: Weighted | None = None
+
+    @property
+    def sums(self) -> tuple[Weighted, ...]:
+        """What is differentiated and divided, each by itself."""
+        return (self.total,) if self.penalty is None else (self.total, self.penalty)
+
+    def mean(self) -> Float[Array, ""]:
+        """The loss: each sum divided by its weight."""
+        return self.total.mean() if self.penalty is None else self.total.mean() + self.penalty.mean()
 
 
 @runtime_checkable
@@ -95,6 +107,14 @@ class Objective(Protocol):
 
         Returns:
             One number per completion, zero where there is no reward. No gradient passes through it.
+        """
+        ...
+
+    def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+        """What is logged: the parts' means, and what is made of several of them.
+
+        Args:
+            parts: the mean of each part over the whole batch.
         """
         ...
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages
+from nested_reft.estimators.health import kish
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
     importance_log_weight,
@@ -79,6 +80,16 @@ class PolicyGradient:
         """
         return group_advantages(jnp.asarray(groups.reward_BG), jnp.asarray(groups.scored_BG), self._config.advantage)
 
+    def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+        """The parts; the two moments of the weights become their effective sample size.
+
+        Args:
+            parts: the mean of each part over the whole batch.
+        """
+        # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
+        parts = dict(parts)
+        return parts | {"ess_weight": kish(parts["weight_mean"], parts.pop("weight_square_mean"))}
+
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """`policy_gradient_loss` of the configured parts.
 
@@ -103,9 +114,10 @@ def policy_gradient_loss(
         L = - sum_t c_t [ clipped(h_t, A_t) - beta KL_t + eta entropy_t - gamma KL(full || nested)_t ] / W
 
     See the module for h, c and W, `clipped_surrogate` for the clips, `estimators.kl` for the penalty
-    (`k1_in_reward` changes A_t instead). With `self_normalized`, W is the sum of weights h where it
-    was a count: grad L is then the weighted mean sum(h A grad log pi) / sum(h), exactly the same
-    for any split into micro-batches; c times W's count stays as above.
+    (`k1_in_reward` changes A_t instead). With `self_normalized`, the surrogate's W is the sum of weights h
+    where it was a count: its gradient is then the weighted mean sum(h A grad log pi) / sum(h), exactly the
+    same for any split into micro-batches; c times W's count stays as above. The penalties carry no h, so
+    they are divided by the count as ever and do not depend on the behavior policy.
 
     Args:
         target_logprob_BGC: log pi, differentiated.
@@ -117,7 +129,8 @@ def policy_gradient_loss(
             differentiable; for `self_distillation_coefficient`, gamma.
 
     Returns:
-        The loss as (sum, W), to be divided once, the weights h, and the parts that are logged: `policy_loss`,
+        The loss as (sum, W), to be divided once (with `self_normalized`, the penalties as a second pair), the
+        weights h, and the parts that are logged: `policy_loss`,
         `clipped_share` (tokens without gradient), `limited_share` (truncated or dropped weights),
         `weight_mean` and `weight_square_mean` of h over tokens (`kish` of them is the effective
         sample size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`.
@@ -166,9 +179,12 @@ def policy_gradient_loss(
     if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
         parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
         penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
-    # Both are divided together, so a token's penalty counts relative to its own surrogate in every batch.
-    total = Weighted(policy_loss.sum + (coefficient_BGC * penalty_BGC).sum(), total_weight)
-    return LossOutput(total, parts, weight_BGC * mask_BGC)
+    penalty = Weighted((coefficient_BGC * penalty_BGC).sum(), share_BGC.sum())
+    if config.self_normalized and _has_penalty(config):
+        # The sum of weights is a matter of the surrogate. It would blow the penalty up wherever it is small.
+        return LossOutput(policy_loss, parts, weight_BGC * mask_BGC, penalty)
+    # With one divisor for both, one backward pass serves both.
+    return LossOutput(Weighted(policy_loss.sum + penalty.sum, total_weight), parts, weight_BGC * mask_BGC)
 
 
 def batch_log_weight(
@@ -308,6 +324,12 @@ def _token_penalties(
     if config.entropy_coefficient and entropy_BGC is not None:
         penalty_BGC -= config.entropy_coefficient * entropy_BGC
     return penalty_BGC
+
+
+def _has_penalty(config: PolicyGradientConfig) -> bool:
+    """Whether anything is added to the surrogate."""
+    coefficients = config.entropy_coefficient, config.self_distillation_coefficient
+    return config.reference_kl in ("k2_loss", "k3_loss") or any(coefficients)
 
 
 def _check_inputs(

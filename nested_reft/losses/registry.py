@@ -1,12 +1,12 @@
 """From a configuration's `loss` to the objective that it describes.
 
-A new objective is a configuration with a `kind` of its own, a class, and one line in each of the two tables.
+A new objective is a configuration with a `kind` of its own, a class, and an entry in the union and in the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.objective import Objective
@@ -15,23 +15,20 @@ from nested_reft.losses.supervised import Supervised, SupervisedConfig
 
 ObjectiveConfig = PolicyGradientConfig | SupervisedConfig
 
-OBJECTIVE_CONFIGS: dict[str, type[ObjectiveConfig]] = {
-    "policy_gradient": PolicyGradientConfig,
-    "supervised": SupervisedConfig,
-}
-"""What configures each kind of objective."""
-
-_OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "policy_gradient": PolicyGradient,
+_OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Any], Objective]] = {
+    PolicyGradientConfig: PolicyGradient,
     # A rollout is not a demonstration until it is found right, so `demonstrations` stays False here.
-    "supervised": lambda config: Supervised(),
+    SupervisedConfig: lambda config: Supervised(),
 }
+
+OBJECTIVE_CONFIGS: dict[str, type[ObjectiveConfig]] = {config.kind: config for config in get_args(ObjectiveConfig)}
+"""What configures each kind of objective."""
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a training run.
 
     Args:
-        config: one member of the union; its kind says which objective it is.
+        config: one member of the union; its type says which objective it is.
     """
-    return _OBJECTIVES[config.kind](config)
+    return _OBJECTIVES[type(config)](config)

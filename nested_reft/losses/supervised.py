@@ -61,6 +61,14 @@ class Supervised:
         """
         return jnp.asarray((groups.accuracy_BG >= 1) & groups.scored_BG, jnp.float32)
 
+    def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+        """The parts as they are.
+
+        Args:
+            parts: the mean of each part over the whole batch.
+        """
+        return parts
+
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """The sum of the tokens' cross-entropies and their number; see the class.
 

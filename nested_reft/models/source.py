@@ -19,6 +19,9 @@ from nested_reft.models.transformer import Transformer
 from nested_reft.sharding import replicate, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 
+# Purposes of the seed, each with a key of its own; `training.keys` has the others.
+_PARAMETERS, _ADAPTERS = 50, 51
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -59,12 +62,13 @@ def starting_model(source: ModelSource, lora: LoraConfig, seed: int, mesh: Mesh)
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `load_model`; or the mesh does not split the model.
     """
-    dtype = jnp.dtype(source.dtype)
+    dtype, key = jnp.dtype(source.dtype), jax.random.key(seed)
     if source.shape is None:
         model, tokenizer = load_model(source.name, dtype)
     else:
         tokenizer = Tokenizer.characters(source.alphabet)
-        model = Transformer(source.shape, initial_parameters(source.shape, jax.random.key(seed), dtype))
+        parameters = initial_parameters(source.shape, jax.random.fold_in(key, _PARAMETERS), dtype)
+        model = Transformer(source.shape, parameters)
         check_tokenizer(model.config, tokenizer)
     model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
     if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
@@ -73,6 +77,6 @@ def starting_model(source: ModelSource, lora: LoraConfig, seed: int, mesh: Mesh)
         # An adapter of more than full rank has more parameters than what it adapts.
         raise ValueError(f"lora.rank is {lora.rank}; allowed is 0 to the model's width, {model.config.width}")
     if lora.rank:
-        add_lora(model, lora, jax.random.key(seed))
+        add_lora(model, lora, jax.random.fold_in(key, _ADAPTERS))
         nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
     return model, tokenizer

@@ -15,7 +15,10 @@ from typing import Any
 from nested_reft.data.boxes import boxed
 from nested_reft.rewards.notation import (
     differ_in_notation,
+    exact_value,
     for_verifier,
+    has_variables,
+    measures,
     number,
     percentage,
     plain,
@@ -90,6 +93,10 @@ def compare_quickly(answer: str, gold: str) -> bool | None:
         found = reading(gold)
         if found is not None:
             return reading(answer) == found
+    several = measures(gold)
+    if several is not None:
+        # One unit of all of them may be left out.
+        return measures(answer) == several or (len(set(several[1])) == 1 and plain(answer) == ",".join(several[0]))
     return False if differ_in_notation(answer, gold) else None
 
 
@@ -131,10 +138,11 @@ def verify_math(answer: str, gold: str) -> float:
     import math_verify  # optional, and slow to import
 
     configs = [math_verify.LatexExtractionConfig()]
+    variables = has_variables(gold)
 
     def parse(text: str) -> list:
         # No timeouts of its own: they count as wrong, and do not stop what runs inside of C code.
-        text = rf"\boxed{{{for_verifier(text)}}}"
+        text = rf"\boxed{{{for_verifier(text, variables)}}}"
         return math_verify.parse(text, configs, fallback_mode="no_fallback", parsing_timeout=0)
 
     gold_parsed = parse(gold)
@@ -154,7 +162,8 @@ def _equal_numbers(answer: str, gold: str) -> bool | None:
     percents = [percentage(answer), percentage(gold)]
     if None not in percents:
         return percents[0] == percents[1]
-    value, percent = (next((found for found in pair if found is not None), None) for pair in (values, percents))
+    percent = percents[0] if percents[1] is None else percents[1]
+    value = exact_value(gold if percents[1] is None else answer)
     return None if value is None or percent is None else value in (percent, percent / 100)
 
 

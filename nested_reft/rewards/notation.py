@@ -11,13 +11,14 @@ from collections import Counter
 from fractions import Fraction
 
 from nested_reft.rewards.exact_answer import parse_number
+from nested_reft.rewards.units import known_unit
 
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|[mh]box|emph|underline|operatorname)"
     r"\s{0,4}\{([^{}]*)\}"
 )
 # Wrappers in wrappers are unwrapped from the inside, a layer at a time.
-_MAX_LAYERS = 4
+_MAX_DEPTH = 4
 _SPACE = r"(?:\s|\\[,;:! ]|~|\\q?quad(?![A-Za-z]))"
 _SPACES = re.compile(rf"{_SPACE}+")
 _DELIMITERS = ((r"$$", r"$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
@@ -29,50 +30,29 @@ _NUMBERS_IN_A_ROW = re.compile(rf"[0-9]{_SPACE}+[0-9]")
 # `1e-5` is how programs and JSON write it; LaTeX would read Euler's number. Larger exponents have no use.
 _SCIENTIFIC = re.compile(r"([+-]?[0-9]{1,64}(?:\.[0-9]{1,64})?)[eE]([+-]?[0-9]{1,3})")
 _MIXED = re.compile(rf"(?<![0-9.])([0-9]+){_SPACE}+([0-9]+)/([0-9]+)(?![0-9./])")
-_MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_FRACTION = re.compile(r"(-?)(?:(?:([0-9]+) ?)?\\frac\{?([0-9]+)\}?\{?([0-9]+)\}?|(?:([0-9]+) )?([0-9]+)/([0-9]+))")
+_MULTIPLIERS = {
+    "dozen": "12",
+    "hundred": "10^{2}",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+}
 _MULTIPLIER = re.compile(
     rf"(?<=[0-9}}]){_SPACE}*(?:\\(?:text|mbox)\{{\s*)?({'|'.join(_MULTIPLIERS)})s?(?![A-Za-z])\s*\}}?"
 )
 _PERCENT = re.compile(rf"(?<=[0-9}}]){_SPACE}*(?:\\(?:text|mbox)\{{\s*percent\s*\}}|percent(?![A-Za-z]))")
 
 _FUNCTION = re.compile("arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|sec|csc|cot|log|ln|exp|max|min|gcd|lcm|det|sqrt|infinity")
-# The names of a unit, in the singular and without the final s of `inches`.
-_UNIT_NAMES = (
-    ("mm", "millimeter", "millimetre"),
-    ("cm", "centimeter", "centimetre"),
-    ("m", "meter", "metre"),
-    ("km", "kilometer", "kilometre"),
-    ("in", "inch", "inche"),
-    ("ft", "foot", "feet"),
-    ("yd", "yard"),
-    ("mi", "mile"),
-    ("mg", "milligram"),
-    ("g", "gram"),
-    ("kg", "kilogram"),
-    ("lb", "pound"),
-    ("oz", "ounce"),
-    ("ml", "milliliter", "millilitre"),
-    ("l", "liter", "litre"),
-    ("s", "sec", "second"),
-    ("min", "minute"),
-    ("h", "hr", "hour"),
-    ("day",),
-    ("week",),
-    ("month",),
-    ("yr", "year"),
-    ("degree",),
-    ("rad", "radian"),
-    ("dollar",),
-    ("cent",),
-    ("a.m", "am"),
-    ("p.m", "pm"),
-    ("mph",),
-    ("km/h", "kph"),
-    ("m/s",),
-    ("unit",),
-)
-_UNITS = {name: names[0] for names in _UNIT_NAMES for name in names}
 _UNIT = re.compile(r"([0-9})]|\\[a-z]+(?= ))\s?((?:square |sq |cubic )?)([A-Za-z][A-Za-z./]*)(?:\^\{?([23])\}?)?$")
+_BARE_UNIT = re.compile(r"(?<=[0-9}])\s*(?<!\\)([A-Za-z]{3,})\.?$")
+# The letters and pairs that math-verify may take for a unit; longer runs it takes only where they are one.
+_LAST_LETTERS = re.compile(r"(?:(?<=[0-9}\s])|(?<=\\[,;:! ]))([cdghlmost]|[a-z]{2})$")
+_NOUN = re.compile(
+    rf"(?:[0-9}})]|\\circ|\\pi){_SPACE}*\\(?:text|mbox|mathrm)\{{{_SPACE}*([A-Za-z]+)\.?{_SPACE}*\}}(?:\^\{{?[23]\}}?)?\.?$"
+)
+_REPEATING = re.compile(r"([0-9]{1,20})\.([0-9]{0,20})\\overline\{([0-9]{1,20})\}")
 _BASE = re.compile(r"[0-9A-Za-z]_\{?([0-9]+)\}?$")
 _RATIO = re.compile(r"[0-9]+(?::[0-9]+){2,}")
 
@@ -88,7 +68,7 @@ def plain(text: str) -> str:
     text = _without_delimiters(text.translate({0x2212: "-"}).strip())
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
-    for _ in range(_MAX_LAYERS):
+    for _ in range(_MAX_DEPTH):
         text = _WRAPPER.sub(r"\1", text)
     text = _SPACES.sub(" ", ungrouped(text)).strip().removesuffix(".")
     return re.sub(r" ?(?<![A-Za-z0-9 ]) ?| (?![A-Za-z0-9])", "", text)
@@ -120,7 +100,42 @@ def percentage(text: str) -> Fraction | None:
         text: an answer; untrusted.
     """
     found = re.fullmatch(r"(.+?) ?\\?%", plain(_PERCENT.sub("%", text)))
-    return None if found is None else number(found.group(1))
+    return None if found is None else exact_value(found.group(1))
+
+
+def exact_value(text: str) -> Fraction | None:
+    r"""The value of a decimal number, a fraction or a mixed number, exactly; None for anything else.
+
+    Args:
+        text: an answer; untrusted.
+    """
+    value = number(text)
+    found = _FRACTION.fullmatch(plain(text)) if value is None else None
+    if found is None:
+        return value
+    sign, *parts = found.groups()
+    whole, above, below = (int(part or 0) for part in (parts[:3] if parts[1] else parts[3:]))
+    return None if not below else (-1 if sign else 1) * (whole + Fraction(above, below))
+
+
+def measures(text: str) -> tuple[list[str], list[str]] | None:
+    r"""The numbers and the units of several measures, `3\text{ hours }45\text{ minutes}`; None for anything else.
+
+    math-verify reads the first of them alone.
+
+    Args:
+        text: an answer; untrusted.
+    """
+    text = plain(text)
+    numbers = re.findall(r"[0-9]+(?:\.[0-9]+)?", text)
+    units = [run for run in re.findall("[A-Za-z]+", text) if run not in ("and", "or", "by")]
+    if len(numbers) < 2 or not re.fullmatch("[0-9][0-9A-Za-z ,.]*", text):
+        return None
+    # Runs that may be products of variables are none, but for `cm` and its like.
+    known = [known_unit(unit) for unit in units]
+    if not any(len(unit) > 1 and (name or not _is_symbol(unit)) for unit, name in zip(units, known, strict=True)):
+        return None
+    return numbers, [name or unit.lower() for unit, name in zip(units, known, strict=True)]
 
 
 def ratio(text: str) -> list[Fraction] | None:
@@ -158,8 +173,8 @@ def differ_in_notation(answer: str, gold: str) -> bool:
     r"""Whether two answers differ in what algebra does not see, and are unequal for that.
 
     That is: numbers in a row (LaTeX multiplies them, math-verify adds them), known units (`5 cm`, `5 m`),
-    the base of a number, braces against round or square brackets, and words whose letters changed places. What
-    only one of them has, such as a unit, makes no difference.
+    the base of a number, braces against round or square brackets, words whose letters changed places, and what
+    is counted (`5\text{ pens}`, `5\text{ books}`). What only one of them has, such as a unit, makes no difference.
 
     Args:
         answer: what the completion marked; untrusted.
@@ -172,21 +187,42 @@ def differ_in_notation(answer: str, gold: str) -> bool:
         found = [reading(text) for text in texts]
         if None not in found and found[0] != found[1]:
             return True
-    return _is_anagram(answer, gold)
+    return _is_anagram(answer, gold) or _nouns_differ(answer, gold)
 
 
-def for_verifier(text: str) -> str:
+def has_variables(text: str) -> bool:
+    r"""Whether an answer has letters that are variables and no units: `3 + 2t` and `5m`, but not `5 m` or `5cm`.
+
+    Args:
+        text: an answer; untrusted.
+    """
+    bare = re.sub(r"\\[A-Za-z]+", " ", _WRAPPER.sub("", text)).strip()
+    measure = re.fullmatch(r"[-+]?[0-9.,]+(\s*)([A-Za-z]+)", bare)
+    if measure and known_unit(measure.group(2)) and (measure.group(1) or len(measure.group(2)) > 1):
+        return False
+    return re.search("[A-Za-z]", bare) is not None
+
+
+def for_verifier(text: str, variables: bool = False) -> str:
     r"""The text as math-verify reads it rightly: `10\,080` as 10080, `1e-5` as a power of ten, `3 1/2` as a sum.
 
     Args:
         text: an answer in LaTeX; untrusted.
+        variables: a letter at the end is a variable, also one that could be a unit.
     """
     text = ungrouped(_without_delimiters(text.strip()))
     whole = _WRAPPER.fullmatch(text)
     # A number in a wrapper is a number; words stay in theirs, which keeps them from being products.
     if whole and re.match(r"\s*[-+.$\\0-9]", whole.group(1)):
         text = whole.group(1)
-    text = _MULTIPLIER.sub(lambda match: rf"\times 10^{{{_MULTIPLIERS[match.group(1)]}}}", text)
+    text = _REPEATING.sub(_repeating_fraction, text)
+    text = _MULTIPLIER.sub(lambda match: rf"\times {_MULTIPLIERS[match.group(1)]}", text)
+    # A unit of three letters or more is no product of variables.
+    text = _BARE_UNIT.sub(lambda m: rf"\text{{ {m.group(1)}}}" if known_unit(m.group(1)) else m.group(), text)
+    # math-verify takes letters at the end for units, and drops them: the `t` of `3 + 2t`. In braces it keeps them.
+    last = _LAST_LETTERS.search(text)
+    if last and (not known_unit(last.group(1)) or (variables and len(last.group(1)) == 1)):
+        text = f"{text[: last.start(1)]}{{{last.group(1)}}}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _PERCENT.sub(r"\\%", text))
     return re.sub(rf"(?<![A-Za-z0-9.]){_SCIENTIFIC.pattern}(?![A-Za-z0-9])", r"\1\\times 10^{\2}", text)
 
@@ -199,6 +235,14 @@ def without_units(text: str) -> str:
     """
     text = plain(re.sub(rf"{_WRAPPER.pattern}(?:\^\{{?[23]\}}?)?|\\[$%]|%|\^\{{?\\circ\}}?", "", for_verifier(text)))
     return text if _unit(text) is None else _UNIT.sub(r"\1", text)
+
+
+def _repeating_fraction(match: re.Match[str]) -> str:
+    r"""A repeating decimal, `0.1\overline{6}`, as the fraction that it is."""
+    whole, start, period = match.groups()
+    # Of x = a.bccc..., 10^|bc| x - 10^|b| x is an integer.
+    above = int(whole + start + period) - int(whole + start)
+    return rf"\frac{{{above}}}{{{10 ** len(start + period) - 10 ** len(start)}}}"
 
 
 def _without_delimiters(text: str) -> str:
@@ -220,8 +264,7 @@ def _unit(text: str) -> tuple[str, str] | None:
     if found is None:
         return None
     _, power, name, exponent = found.groups()
-    name = name.lower()
-    known = _UNITS.get(name) or _UNITS.get(name.removesuffix("s"))
+    known = known_unit(name)
     written = {"square ": "2", "sq ": "2", "cubic ": "3"}.get(power)
     return None if known is None else (known, exponent or written or "1")
 
@@ -236,6 +279,19 @@ def _bracket(text: str) -> bool | None:
     if "," not in text or not text.startswith(("\\{", "(", "[")):
         return None
     return text.startswith("\\{")
+
+
+def _nouns_differ(answer: str, gold: str) -> bool:
+    """Whether both end in a word in a wrapper, and the words are different; known units are compared before."""
+    found = [_NOUN.search(text) for text in (answer, gold)]
+    if found[0] is None or found[1] is None:
+        return False
+    first, second = (match.group(1).casefold() for match in found if match)
+    if known_unit(first) and known_unit(second):
+        return False
+    # An abbreviation has the first letter of its word, and a plural has the beginning of its singular.
+    letters = 1 if min(len(first), len(second)) <= 3 else 3
+    return first[:letters] != second[:letters]
 
 
 def _is_anagram(answer: str, gold: str) -> bool:

@@ -14,6 +14,7 @@ import queue
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,9 @@ from nested_reft.config_files import PACKAGE
 
 # A first import of SymPy or of a user's own packages may be slow on a busy machine.
 START_LIMIT_SECONDS = 120.0
+
+# Workers import this package from where their parent did, installed or not.
+START = "import sys; sys.path[:] = sys.argv[1:]; from nested_reft.rewards.worker import main; main()"
 
 Failure = Literal["timed_out", "crashed", "failed"]
 
@@ -58,12 +62,12 @@ class WorkerPool:
     def __init__(self, workers: int, time_limit_seconds: float, memory_gib: float = 0, function: str | None = None):
         self._time_limit_seconds = time_limit_seconds
         self._setup = {
-            "path": _import_path(function),
             "memory_bytes": int(memory_gib * 2**30),
             # This is longer than any limit of the pool, so it acts only when the pool is gone.
             "last_resort_seconds": 2 * max(time_limit_seconds, START_LIMIT_SECONDS),
             "function": function,
         }
+        self._path = _import_path(function)
         # The threads only wait on pipes, so the interpreter's lock does not slow them.
         self._threads = ThreadPoolExecutor(workers)
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
@@ -118,7 +122,7 @@ class WorkerPool:
             self._idle.put(self._keep(worker))
 
     def _start(self) -> _Worker:
-        worker = _Worker(self._setup)
+        worker = _Worker(self._setup, self._path)
         self._alive.add(worker)
         return worker
 
@@ -136,7 +140,8 @@ class WorkerPool:
 def _import_path(function: str | None) -> list[str]:
     """Where workers look for modules: where this process does, but not in the working directory.
 
-    A file there that happens to have the name of a module, such as `inspect.py`, would be executed.
+    A file there that happens to have the name of a module, such as `inspect.py`, would be executed. Python's own
+    modules come first, because a script's directory, which stands before them here, may hold such a file too.
     """
     here = os.getcwd()
     asked = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
@@ -144,7 +149,10 @@ def _import_path(function: str | None) -> list[str]:
     kept = [entry for entry in path if entry != here or entry in asked]
     # A user's own module may lie there, and so may a checkout of this package. Last, it takes no other's place.
     named = function is not None and not function.rpartition(":")[0].endswith(".py")
-    return [*kept, here] if named or str(PACKAGE.parent) == here else kept
+    kept += [here] if named or str(PACKAGE.parent) == here else []
+    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    own = {*library, *(os.path.join(directory, "lib-dynload") for directory in library)}
+    return sorted(kept, key=lambda entry: entry not in own)  # stable: the others keep their order
 
 
 def _kill_all(workers: Iterable[_Worker]) -> None:
@@ -155,16 +163,14 @@ def _kill_all(workers: Iterable[_Worker]) -> None:
 class _Worker:
     """One process, in a session of its own so that its children can be killed with it."""
 
-    def __init__(self, setup: dict[str, Any]):
+    def __init__(self, setup: dict[str, Any], path: list[str]):
         self.process = subprocess.Popen(
-            # With -P, the working directory is not searched for modules.
-            [sys.executable, "-P", "-m", "nested_reft.rewards.worker"],
+            # With -P, the working directory is not searched for modules. The path is set before anything is imported.
+            [sys.executable, "-P", "-c", START, *path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # A pipe that nobody reads would fill up and block the worker.
             stderr=subprocess.DEVNULL,
-            # The worker imports this package from where its parent did, installed or not.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(setup["path"])},
             start_new_session=True,
         )
         self.usable = True

@@ -47,8 +47,8 @@ class RewardConfig:
         format_weight: reward for a completion in the checker's form, right or wrong; 0 or more.
         function: a function of your own, as `package.module:function` or `path/file.py:function`. It is
             called with the completion and a dictionary of `answer`, `prompt`, `metadata` and `finished`,
-            and returns a number of any kind that `float` takes. A run's configuration thus names code: look
-            before you load a stranger's run.
+            and returns a number of any kind that `float` takes. It is tried on a few gold answers before
+            training. A run's configuration thus names code: look before you load a stranger's run.
         function_weight: of that number in the reward.
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
             tokens before `rollout.max_completion_tokens`; 0 for none.
@@ -269,7 +269,9 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
             raise ValueError(
                 "a source has the checker 'function', but reward.function is None; name the function there"
             )
-        _check_function(examples, config)
+        problem = _pool(config).check("function")
+        if problem is not None:
+            raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
     for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
@@ -277,6 +279,9 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
                 f"the checker '{kind}' needs the package {package} ({problem}); run: pip install {package}"
             )
     requests = {("accuracy", i, 0): r for i, e in enumerate(examples) if (r := _gold_request(e, config)) is not None}
+    # By now all metadata are known to be JSON, which a call of the function needs.
+    if config.function:
+        _check_function(examples, config)
     for (_, index, _), outcome in _run(requests, config).items():
         # The gold answer is checked against itself: a checker that refuses it would refuse every completion.
         if outcome.value != 1.0:
@@ -284,10 +289,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
 
 
 def _check_function(examples: Sequence[Example], config: RewardConfig) -> None:
-    """Refuses a function that does not load, or that scores none of the first gold answers."""
-    problem = _pool(config).check("function")
-    if problem is not None:
-        raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+    """Refuses a function that scores none of the first gold answers."""
     requests = [
         _function_request(e.answer, e.answer, e.question, e.metadata, finished=True) for e in examples[:TRIAL_CALLS]
     ]

@@ -1,6 +1,6 @@
 """A worker process of the reward pool: reads requests as lines of JSON, answers in lines of JSON.
 
-Run as `python -m nested_reft.rewards.worker`. The first line of its input sets it up; each further
+`pool.py` starts it. The first line of its input sets it up; each further
 one asks it to get something ready (`prepare`) or to score one completion. Nothing is ever
 unpickled, and what a reward function prints cannot get into the answers.
 """
@@ -23,17 +23,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from nested_reft.config_files import load_module
 from nested_reft.rewards.limits import LARGEST_REWARD
 from nested_reft.rewards.math_answer import verify_math
-from nested_reft.user_files import load_module
 
 
 def main() -> None:
     """Serves until its input ends."""
     requests, replies = _private_streams()
     setup = json.loads(requests.readline())
-    # The list is changed in place, because the import system keeps the list itself.
-    sys.path[:] = setup["path"]
     if setup["memory_bytes"]:
         with contextlib.suppress(ValueError, OSError):  # where the system knows no such limit
             resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -154,7 +152,3 @@ def _load_file(path: Path) -> ModuleType:
     # It comes last, so that nothing in the file's directory takes the place of another module.
     sys.path.append(str(path.absolute().parent))
     return load_module(path, name)
-
-
-if __name__ == "__main__":
-    main()

@@ -79,13 +79,15 @@ def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, " *rows"]:
     """`log Z - sum_v e^(x_v - max x) (x_v - max x) / Z` in nats: two sums over the vocabulary.
 
     Args:
-        logits: tempered, and finite.
+        logits: tempered; -inf excludes a token, which then adds nothing.
 
     Returns:
         One value per row, from 0 to log V.
     """
     # The maximum cancels between the two terms, so it needs no gradient.
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # 0 log 0 counts as 0, while 0 * -inf would be NaN, and its gradient too. A weight of e^-1000 is 0 already.
+    shifted = jnp.maximum(shifted, -1e3)
     weight = jnp.exp(shifted)
     total = jnp.sum(weight, axis=-1)
     return jnp.log(total) - jnp.sum(weight * shifted, axis=-1) / total

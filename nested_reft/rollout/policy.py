@@ -6,6 +6,7 @@ on two levels: `generate` and `logprobs` on arrays of tokens, `sample` and `scor
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Policy:
         max_completion_tokens: C, unless a call says otherwise.
         prompt: how a question becomes a prompt.
         nesting: how plans are drawn for it, where a configuration says so.
-        version: updates that the weights have seen.
+        version: updates that the weights have seen in their phase.
         mesh: where batches are placed; prompts are spread over its `data` axis.
     """
 
@@ -88,7 +89,9 @@ class Policy:
 
         A policy is placed on one device unless a mesh is given, whatever the run's mesh was.
 
-            policy = nr.Policy.load("runs/tiny-20260101-120000")     # or a Run, or "smollm2-135m"
+        >>> policy = Policy.load(run)  # also a run directory, or a model such as "smollm2-135m"
+        >>> policy.num_layers
+        6
 
         Args:
             source: a run directory (or an object with a `path` that is one), or a model's name, GGUF file,
@@ -135,7 +138,11 @@ class Policy:
             shared_prefix: leading tokens that all prompts have in common.
             forced: first tokens of the completions; None takes those of the prompts, if any.
             stops: False goes on to the limit whatever is drawn, so that speeds can be compared.
+
+        Raises:
+            ValueError: a forced prefix does not fit into a completion.
         """
+        limit = max_completion_tokens or self.max_completion_tokens
         return generate(
             self.model,
             self._spread(prompts.tokens_BP),
@@ -146,9 +153,9 @@ class Policy:
             key,
             # A number that may change from call to call is an argument; as a constant it would recompile.
             self.version,
-            self._spread(prompts.forced if forced is None else forced),
+            self._spread(_fitting(prompts.forced if forced is None else forced, limit)),
             group_size=group_size,
-            max_completion_tokens=max_completion_tokens or self.max_completion_tokens,
+            max_completion_tokens=limit,
             sampling=sampling or self.sampling,
             shared_prefix=shared_prefix,
         )
@@ -170,6 +177,9 @@ class Policy:
             prompts, key, group_size, shared_prefix, stops: as in `generate`.
             plan: the layers that draft.
             draft_length: tokens drafted before each verification.
+
+        Raises:
+            ValueError: a forced prefix does not fit into a completion.
         """
         return generate_exact(
             self.model,
@@ -179,7 +189,7 @@ class Policy:
             self._stop_ids(stops),
             key,
             self.version,
-            self._spread(prompts.forced),
+            self._spread(_fitting(prompts.forced, self.max_completion_tokens)),
             group_size=group_size,
             max_completion_tokens=self.max_completion_tokens,
             sampling=self.sampling,
@@ -222,14 +232,15 @@ class Policy:
     ) -> list[list[Completion]]:
         """Completions of texts that a user says, `[prompt][sample]`.
 
-            policy.sample("What is 3 + 4?", samples=2)
-            policy.sample("What is 3 + 4?", plan=nr.LayerPlan.skipping(30, [5, 7]))
+        >>> answers = policy.sample(["12 =", "345 ="], plan=LayerPlan.skipping(6, [2]), samples=2)
+        >>> len(answers), len(answers[0])
+        (2, 2)
 
         Args:
             prompts: one message, or several that are answered in one batch.
             plan: the layers that act; None is the full model.
             samples: completions of each prompt.
-            temperature: other than the policy's own; 0 is greedy.
+            temperature: other than the policy's own, whose top-k and top-p stay; 0 is greedy.
             max_tokens: other than the policy's own limit.
             seed: decides what is drawn.
             chat: True applies the chat template and False does not; None does as the policy's prompt says.
@@ -245,8 +256,10 @@ class Policy:
         self._check_plan(plan)
         limit = self.max_completion_tokens if max_tokens is None else max_tokens
         self._check_room(batch, limit)
-        # A temperature of the caller comes without truncation, whatever the policy has.
-        sampling = self.sampling if temperature is None else SamplingConfig(temperature)
+        sampling = self.sampling
+        if temperature is not None:
+            # Top-k and top-p stay: they are another part of the policy, and the caller has not changed it.
+            sampling = dataclasses.replace(sampling, temperature=temperature)
         # All fields come to the host in one transfer, because the texts are made there.
         rollouts = jax.device_get(
             self.generate(
@@ -268,6 +281,10 @@ class Policy:
         chat: bool | None = None,
     ) -> list[Float[np.ndarray, " tokens"]]:
         """log pi of every token of given completions, in nats, one array for each pair.
+
+        >>> (logprobs,) = policy.score("12 =", "12")
+        >>> bool((logprobs <= 0).all())
+        True
 
         Args:
             prompts: what a user says, one for each completion.
@@ -354,6 +371,21 @@ class Policy:
         # Entries at or after the end are zero, so the sum is that of the whole completion.
         logprob = float(rollouts.behavior_logprob_BGC[row, number, :length].sum())
         return Completion(self.tokenizer.decode(tokens), tokens, logprob, bool(rollouts.finished_BG[row, number]))
+
+
+def _fitting(forced: ForcedPrefixes | None, limit: int) -> ForcedPrefixes | None:
+    """The prefixes without padding beyond the limit. Compiled programs would move what does not fit, without a word, so
+    lengths that do not are refused here."""
+    if forced is None:
+        return None
+    length_BG, most = np.asarray(forced.length_BG), min(forced.tokens_BGF.shape[-1], limit)
+    wrong = length_BG[(length_BG < 0) | (length_BG > most)]
+    if wrong.size:
+        raise ValueError(
+            f"forced.length_BG holds {int(wrong[0])}; allowed is 0 to {most}: prefixes have"
+            f" {forced.tokens_BGF.shape[-1]} tokens, and completions {limit}"
+        )
+    return dataclasses.replace(forced, tokens_BGF=forced.tokens_BGF[..., :limit])
 
 
 @partial(jax.jit, static_argnames=("temperature", "shared_prefix"))

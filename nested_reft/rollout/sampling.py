@@ -24,8 +24,8 @@ class SamplingConfig:
             update; 0 is greedy.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the fewest most probable tokens whose probabilities sum to at least p; 1 keeps
-            all. Truncation of either kind takes support away from the behavior policy, so
-            importance weights no longer make its samples unbiased.
+            all. Truncation of either kind takes support away from the behavior policy, so no importance
+            weight makes its samples unbiased, and losses whose weight reads it are refused.
     """
 
     temperature: float = 1.0

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
+from nested_reft.losses.config import PolicyGradientConfig
 
 if TYPE_CHECKING:  # the configuration imports its rules
     from nested_reft.training.config import Config
@@ -92,33 +92,60 @@ def remeasuring_fits_the_batch(config: Config) -> None:
 
 
 def baseline_needs_a_group(config: Config) -> None:
-    """A baseline is made from the other completions of a prompt."""
-    # Objectives without advantages need no baseline.
-    advantage, group_size = getattr(config.loss, "advantage", None), config.rollout.group_size
-    if group_size < 2 and advantage not in (None, "no_baseline"):
+    """A baseline is made from the other completions of a prompt, for the loss as for the curriculum."""
+    if config.rollout.group_size > 1:
+        return
+    advantages = {}
+    if isinstance(config.loss, PolicyGradientConfig):
+        advantages["loss.advantage"] = config.loss.advantage
+    # The other curricula learn from no advantage.
+    if config.curriculum.kind == "dump":
+        advantages["curriculum.advantage"] = config.curriculum.advantage
+    for name, advantage in advantages.items():
+        if advantage != "no_baseline":
+            raise ValueError(
+                f"{name} is '{advantage}' and rollout.group_size 1: a baseline from the other completions needs 2 or"
+                " more. Raise the group size or use advantage 'no_baseline'"
+            )
+
+
+def dynamic_sampling_needs_a_group(config: Config) -> None:
+    """A group of one completion is never mixed."""
+    if config.dynamic_sampling.filters_groups and config.rollout.group_size < 2:
         raise ValueError(
-            f"loss.advantage is '{advantage}' and rollout.group_size {group_size}: a baseline from the other"
-            " completions needs 2 or more. Raise the group size or use advantage 'no_baseline'"
+            f"dynamic_sampling.max_generation_batches is {config.dynamic_sampling.max_generation_batches} and"
+            " rollout.group_size 1: no group of one has right and wrong completions. Raise the group size, or set"
+            " max_generation_batches 1"
         )
 
 
-def unbiased_weights_need_full_support(config: Config) -> None:
-    """Truncated sampling takes completions away that the target may produce."""
-    sampling, loss = config.rollout.sampling, config.loss
-    truncates = sampling.top_k > 0 or sampling.top_p < 1
-    # Only a configuration that claims to be unbiased is refused; a biased one makes no promise that truncation could
-    # break.
-    if truncates and isinstance(loss, PolicyGradientConfig) and claims_unbiased(loss):
+def ratios_need_full_support(config: Config) -> None:
+    """Truncated sampling draws from a renormalised distribution, and the update knows only the whole one."""
+    sampling, loss, hold = config.rollout.sampling, config.loss, config.nesting_control.hold
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return
+    how = f"rollout.sampling truncates (top_k {sampling.top_k}, top_p {sampling.top_p:g})"
+    # `practical` compares two full distributions, and `one` none, so truncation does not distort their weights.
+    if isinstance(loss, PolicyGradientConfig) and loss.bias_mitigation not in ("one", "practical"):
         raise ValueError(
-            f"rollout.sampling truncates (top_k or top_p), but loss.bias_mitigation '{loss.bias_mitigation}' at"
-            " 'sequence' level is unbiased only where the behavior policy can draw every completion. Set top_k 0"
-            " and top_p 1, or choose a biased weight knowingly: level 'token', or bias_mitigation 'retrace'"
+            f"{how}, but loss.bias_mitigation '{loss.bias_mitigation}' compares with the distribution that was drawn"
+            " from: on-policy, its ratio would be the mass that is kept and not 1. Set top_k 0 and top_p 1, or use"
+            " bias_mitigation 'practical' or 'one'"
+        )
+    if hold is not None:
+        raise ValueError(
+            f"{how}, but nesting_control.hold is '{hold}': the mass that truncation cuts off would count as divergence"
+            " of the nested policy. Set top_k 0 and top_p 1, or use no nesting_control"
         )
 
 
 def static_weights_name_every_source(config: Config) -> None:
-    """One weight per source, which must be known beforehand."""
+    """One weight for each source of the configuration."""
     config.curriculum.validate_for([source.name for source in config.data.sources])
+
+
+def static_weights_need_undivided_sources(config: Config) -> None:
+    """A weight is given to a source that is known beforehand."""
     if config.curriculum.kind == "static" and config.data.split.kind != "none":
         raise ValueError(
             f"curriculum.kind is 'static' and data.split.kind '{config.data.split.kind}'; how many parts need a"
@@ -144,8 +171,10 @@ RULES: tuple[Callable[[Config], None], ...] = (
     exact_rollouts_need_no_control,
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
-    unbiased_weights_need_full_support,
+    dynamic_sampling_needs_a_group,
+    ratios_need_full_support,
     static_weights_name_every_source,
+    static_weights_need_undivided_sources,
     bfloat16_weights_need_adapters,
 )
 """Every rule; `Config` asks all of them when it is made."""

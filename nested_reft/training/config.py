@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nested_reft.config_files import CONFIG_DIRECTORIES, shipped_configs
+from nested_reft.config_files import CONFIG_DIRECTORIES, load_module, shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
@@ -31,7 +31,6 @@ from nested_reft.training.compatibility import RULES
 from nested_reft.training.optimizer import OptimizerConfig
 from nested_reft.training.warm_start import WarmStartConfig
 from nested_reft.untrusted import MAX_WHOLE, shown
-from nested_reft.user_files import load_module
 
 MAX_STEPS = 10**8  # a second each, these are three years
 
@@ -253,10 +252,11 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     Raises:
         ValueError: a field holds what JSON cannot keep, or a value of the wrong type.
     """
-    value = config.to_json()
+    # The way there and back checks the types, which a user's own file may have wrong.
+    value = Config.from_json(config.to_json()).to_json()
 
     def absolute(name: Any) -> str:
-        path = directory.absolute() / Path(name).expanduser()
+        path = directory.absolute() / os.path.expanduser(name)  # which leaves `~nobody` as it is
         # Shipped files are looked for last, so a file of the user's own takes their place.
         places = [path, *(shipped / name for shipped in CONFIG_DIRECTORIES)]
         return os.path.normpath(next((place for place in places if place.exists()), path))
@@ -271,7 +271,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
         value["reward"]["function"] = f"{absolute(file)}:{function}"
     model = value["model"]["name"]
     # Known names come before files, so that a configuration means the same model in every directory.
-    if model and model not in ("scratch", *known_models()) and (directory / Path(model).expanduser()).exists():
+    if model and model not in ("scratch", *known_models()) and (directory / os.path.expanduser(model)).exists():
         value["model"]["name"] = absolute(model)
     return Config.from_json(value)
 

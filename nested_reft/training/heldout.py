@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ def heldout_results(
     policy: Policy,
     data: RunData,
     config: Config,
-    key: jax.Array,
+    key_of: Callable[[int], jax.Array],
     plan: LayerPlan | None = None,
     samples: bool = True,
     sources: Sequence[int] | None = None,
@@ -30,7 +30,7 @@ def heldout_results(
         policy: what answers.
         data: holds the prompts.
         config: its sources, reward and evaluation.
-        key: PRNG key of the samples.
+        key_of: the PRNG key of the samples of a source, by its index.
         plan: the layers that act; None is the full model.
         samples: also measure pass@k.
         sources: indices among the configuration's sources; None takes all of them.
@@ -44,7 +44,7 @@ def heldout_results(
     for index in sources:
         name, lines = config.data.sources[index].name, list[dict[str, Any]]()
         found[name] = evaluate_examples(
-            policy, data.heldout_examples[index], config.reward, config.evaluation, key, samples, plan, lines
+            policy, data.heldout_examples[index], config.reward, config.evaluation, key_of(index), samples, plan, lines
         )
         if completions is not None:
             completions += [{"source": name} | line for line in lines]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import jax
 
-# These numbers decide what a seed means: changing one changes every run.
-_CURRICULUM, _PLAN, _ROLLOUT, _EVALUATION, _WARM_START, _THROUGHPUT, _SPLIT = range(7)
+# These numbers decide what a seed means: changing one changes every run. `models.source` folds two others into the key
+# of the seed, for parameters and adapters.
+_CURRICULUM, _PLAN, _ROLLOUT, _EVALUATION, _WARM_START, _THROUGHPUT, _SPLIT, _THROUGHPUT_PLAN, _MEASUREMENT = range(9)
 _FIRST_GENERATION = 100  # and up: the generation batches of a step
 _FIRST_STEP = 1000  # and up: the steps of a run
 
@@ -25,7 +26,14 @@ class BatchKeys:
 
 
 class RunKeys:
-    """The keys of a run."""
+    """The keys of a run, and of what is measured on its configuration.
+
+    Attributes:
+        warm_start: of its steps.
+        split: of the samples that pass rates are measured on.
+        throughput, throughput_plan: of the completions that the speed is measured on, and of their layers.
+        measurement: of the completions that the layers' divergence is measured on.
+    """
 
     def __init__(self, key: jax.Array):
         """Args:
@@ -35,6 +43,16 @@ class RunKeys:
         self.warm_start = jax.random.fold_in(key, _WARM_START)
         self.split = jax.random.fold_in(key, _SPLIT)
         self.throughput = jax.random.fold_in(key, _THROUGHPUT)
+        self.throughput_plan = jax.random.fold_in(key, _THROUGHPUT_PLAN)
+        self.measurement = jax.random.fold_in(key, _MEASUREMENT)
+
+    def evaluation(self, source: int) -> jax.Array:
+        """The key of a held-out evaluation that belongs to no step.
+
+        Args:
+            source: index among the configuration's sources.
+        """
+        return jax.random.fold_in(jax.random.fold_in(self._key, _EVALUATION), source)
 
     def step(self, number: int) -> StepKeys:
         """The keys of step `number`, counted from 0."""
@@ -50,7 +68,14 @@ class StepKeys:
         """
         self._key = key
         self.plan = jax.random.fold_in(key, _PLAN)
-        self.evaluation = jax.random.fold_in(key, _EVALUATION)
+
+    def evaluation(self, source: int) -> jax.Array:
+        """The key of a held-out evaluation before the step.
+
+        Args:
+            source: index among the configuration's sources.
+        """
+        return jax.random.fold_in(jax.random.fold_in(self._key, _EVALUATION), source)
 
     def batch(self, number: int) -> BatchKeys:
         """The keys of the step's generation batch `number`, counted from 0."""

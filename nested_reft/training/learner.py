@@ -171,12 +171,13 @@ class Learner:
         """What samples: the trained policy, or its copy in fewer bits, made once per update."""
         if self._weights == "target":
             return self.policy()
-        # The copy has buffers of its own, so an update need not wait for whoever holds it.
-        rounded = self._rounded
-        if rounded is None:
-            rounded = low_precision(self.base.with_parameters(self.state.trainable), self._weights)
-            self._rounded = rounded
-        return self._as_policy(rounded, version=self.version)
+        # The copy has buffers of its own, so an update need not spare them; it must only wait until they are made.
+        with self._taking_turns:
+            rounded = self._rounded
+            if rounded is None:
+                rounded = low_precision(self.base.with_parameters(self.state.trainable), self._weights)
+                self._rounded = rounded
+            return self._as_policy(rounded, version=self.version)
 
     def batch(self, groups: Scored) -> LearnerBatch:
         """The signal of each completion, and only the log-probabilities that the objective needs.
@@ -188,7 +189,7 @@ class Learner:
             What `update` takes, on the mesh.
 
         Raises:
-            ValueError: a group is of an earlier version, and the objective needs the policy that drew it.
+            ValueError: a group is of an earlier version, and the objective needs the full model of that version.
         """
         rollouts, objective = groups.rollouts, self.task.objective
         stale_B = np.asarray(rollouts.version_B) != self.version

@@ -20,7 +20,8 @@ class OptimizerConfig:
     Attributes:
         learning_rate: the peak.
         schedule: `constant`, or `linear` or `cosine` decay to zero over the run's updates.
-        warmup_steps: updates over which the rate rises linearly from zero.
+        warmup_steps: updates over which the rate rises linearly: update u of them, counted from 1, has u / warmup_steps
+            of the peak.
         weight_decay: decoupled, on matrices and norms alike.
         beta1, beta2: decay of the first and second moment.
         max_gradient_norm: gradients of larger global norm are scaled down to it.
@@ -67,8 +68,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, decay_steps),
     }[config.schedule]()
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    # Without warm-up the boundary is at step 0, and the first schedule is never read.
+    # optax counts updates from 0. A first rate of zero would waste an update, so the rise begins one step up and ends
+    # with the last update of the warm-up. Without warm-up the boundary is at 0, and this schedule is never read.
+    first = config.learning_rate / max(config.warmup_steps, 1)
+    warmup = optax.linear_schedule(first, config.learning_rate, max(config.warmup_steps - 1, 1))
     schedule = optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
     return optax.chain(
         # The clip comes first, so that one huge gradient does not enter the moments.

@@ -302,7 +302,7 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
         "sources": np.bincount(found.prompts.source_B, minlength=num_sources).tolist(),
     }
     # Without dynamic sampling every group is trained on, mixed or not.
-    if config.dynamic_sampling.max_generation_batches > 1:
+    if config.dynamic_sampling.filters_groups:
         mixed, wanted = int(replay.mixed_groups(found).sum()), config.data.prompts_per_batch
         values["trained_groups"] = min(mixed, wanted)
         short = replay.shortfall(mixed, config.dynamic_sampling, wanted)

@@ -64,9 +64,9 @@ class Reinforcement:
 
     def start(self, state: RunState) -> None:
         """Held-out results before the first step."""
-        key = self._keys.step(0).evaluation
+        key_of = self._keys.step(0).evaluation
         with self._clock.stage("evaluation"):
-            found = heldout_results(state.learner.policy(), state.data, self._config, key)
+            found = heldout_results(state.learner.policy(), state.data, self._config, key_of)
         _say_heldout("before training", found)
         # They go into the state, because the summary compares with them, perhaps after a resume.
         state.before = {name: result.to_json() for name, result in found.items()}
@@ -104,10 +104,10 @@ class Reinforcement:
         # Several training sources may be parts of one source of the configuration, whose prompts are held out once.
         drawn = np.unique(found.all.prompts.source_B)
         sources = sorted({state.data.heldout_of_source[int(index)] for index in drawn})
-        key = self._keys.step(found.number).evaluation
+        key_of = self._keys.step(found.number).evaluation
         policy = state.learner.policy()
         with self._clock.stage("evaluation"):
-            results = heldout_results(policy, state.data, self._config, key, samples=False, sources=sources)
+            results = heldout_results(policy, state.data, self._config, key_of, samples=False, sources=sources)
         _say_heldout(f"step {found.number}", results)
         self._shown_accuracy = {f"heldout/{name}": result.greedy_accuracy for name, result in results.items()}
         return results

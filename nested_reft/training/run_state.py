@@ -83,24 +83,21 @@ class RunState:
         host = self._host() | {"config": self.config.to_json(), "marks": marks}
         checkpoints.save(number, self.learner.arrays(self.trained_before), host)
 
-    def load(
-        self, checkpoints: Checkpoints, numbers: list[int], prepare: Callable[[RunState], None]
-    ) -> tuple[int, Marks]:
+    def load(self, checkpoints: Checkpoints, prepare: Callable[[RunState], None]) -> Marks:
         """Takes over the newest checkpoint that is not damaged; a warning names those that are.
 
         Args:
-            checkpoints: of the run.
-            numbers: of the complete ones, the newest first.
+            checkpoints: of the run; newer ones than that which is taken are set aside, once all is read.
             prepare: begins the phase that the state is in, so that the arrays have a place to go.
 
         Raises:
             ValueError: every checkpoint is damaged, or the newest whole one is of another configuration or other data.
 
         Returns:
-            The number of the checkpoint, and where the logs ended when it was written.
+            Where the logs ended when the checkpoint was written.
         """
         damages = []
-        for number in numbers:
+        for number in checkpoints.numbers():
             try:
                 marks = self._load(checkpoints, number, prepare)
             except DamagedCheckpointError as error:
@@ -108,8 +105,9 @@ class RunState:
                 continue
             for damage in damages:
                 logger.warning("%s; the run continues from checkpoint %d, which is whole", damage, number)
-            return number, marks
-        raise ValueError("; ".join(damages) + "; there is no other to continue from")
+            checkpoints.set_aside_after(number)
+            return marks
+        raise ValueError("; ".join([*damages, "there is no other to continue from"]))
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number)

@@ -15,6 +15,7 @@ from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
+from nested_reft.layer_skip import check_share
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
@@ -97,13 +98,9 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     policy = initial_policy(config) if policy is None else policy
     tokenizer, num_layers = policy.tokenizer, policy.num_layers
     config.nesting.validate_for(num_layers)
-    # A small ratio of few layers rounds down to none, which no error would show.
-    if config.nesting.skip_ratio and config.nesting.num_skipped(num_layers) == 0:
-        logger.warning(
-            "nesting.skip_ratio is %g, which of %d layers is none: rollouts are the full model's",
-            config.nesting.skip_ratio,
-            num_layers,
-        )
+    if config.warm_start.steps:
+        check_share("warm_start.layer_dropout", config.warm_start.layer_dropout, num_layers)
+    _warn_of_warmup(config)
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
@@ -131,6 +128,20 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
     )
     return Setup(config, policy, data, divergence_L)
+
+
+def _warn_of_warmup(config: Config) -> None:
+    """Says so where the learning rate is still rising when the run ends."""
+    warmup, updates = config.optimizer.warmup_steps, config.train.steps * config.train.updates_per_batch
+    if warmup >= updates:
+        logger.warning(
+            "optimizer.warmup_steps is %d, and the run makes %d updates: the learning rate rises to its end, to %.3g"
+            " of %.3g",
+            warmup,
+            updates,
+            config.optimizer.learning_rate * updates / warmup,
+            config.optimizer.learning_rate,
+        )
 
 
 def check_positions(config: Config, model: ModelConfig) -> None:

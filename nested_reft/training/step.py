@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from nested_reft.estimators.health import Health, kish, off_policy_health
+from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.layer_skip import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
@@ -167,19 +170,19 @@ def make_update(task: LearnerTask) -> UpdateFunction:
         """One optimizer step on the batch, in micro-batches whose sums are divided once."""
 
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
-            """The sum to differentiate, and what is kept of the pass."""
+            """The sums to differentiate, and what is kept of the pass."""
             target = target_pass(base.with_parameters(trainable), micro, plans)
             output = task.objective.loss(target, micro)
-            # The sum is differentiated, and the division comes after all micro-batches have been added.
-            return output.total.sum, (output, *jax.lax.stop_gradient((target.logprob_BGC, target.entropy_BGC)))
+            # The sums are differentiated, and the division comes after all micro-batches have been added.
+            sums = tuple(part.sum for part in output.sums)
+            return sums, (output, *jax.lax.stop_gradient((target.logprob_BGC, target.entropy_BGC)))
 
-        (output, logprob_BGC, entropy_BGC), gradient = _accumulate(
+        (output, logprob_BGC, entropy_BGC), gradients = _accumulate(
             micro_loss, state.trainable, batch, task.micro_batches
         )
-        total = output.total
-        divisor = jnp.where(total.weight == 0, jnp.inf, total.weight)  # nothing to learn from: no gradient
-        # W has no gradient, so the gradient of the mean is that of the sum, divided by W.
-        gradient = jax.tree.map(lambda g: g / divisor, gradient)
+        # W has no gradient, so the gradient of a mean is that of its sum, divided by W.
+        means = [_divided(gradient, part.weight) for gradient, part in zip(gradients, output.sums, strict=True)]
+        gradient = functools.reduce(partial(jax.tree.map, jnp.add), means)
         updates, optimizer_state = task.optimizer.update(gradient, state.optimizer_state, state.trainable)
         mask_BGC = batch.mask_BGC
         health, entropy = None, None
@@ -189,10 +192,10 @@ def make_update(task: LearnerTask) -> UpdateFunction:
             health = off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
             entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
         result = UpdateResult(
-            loss=total.mean(),
+            loss=output.mean(),
             # The optimizer clips its own copy, so this norm still shows what would have been too large.
             gradient_norm=optax.global_norm(gradient),
-            parts=_means(output.parts),
+            parts=task.objective.metrics({name: part.mean() for name, part in output.parts.items()}),
             health=health,
             entropy=entropy,
             weight_BGC=output.weight_BGC,
@@ -205,27 +208,33 @@ def make_update(task: LearnerTask) -> UpdateFunction:
     return jax.jit(update, donate_argnums=0)
 
 
-def _means(parts: dict[str, Weighted]) -> dict[str, Array]:
-    """Each part's mean; the two moments of the weights become their effective sample size."""
-    means = {name: part.mean() for name, part in parts.items()}
-    if "weight_square_mean" in means:
-        # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
-        means["ess_weight"] = kish(means["weight_mean"], means.pop("weight_square_mean"))
-    return means
+def _divided(gradient: nnx.State, weight: Array) -> nnx.State:
+    """The gradient of a mean from that of its sum; zero where nothing was summed."""
+    divisor = jnp.where(weight == 0, jnp.inf, weight)
+    return jax.tree.map(lambda g: g / divisor, gradient)
 
 
-def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, micro_batches: int) -> tuple[Any, Any]:
-    """Sums `micro_loss`'s `Weighted` results and gradients over parts of the batch; joins its arrays."""
-    gradient_and_rest = jax.grad(micro_loss, has_aux=True)
+def _accumulate(
+    micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, micro_batches: int
+) -> tuple[Any, list[nnx.State]]:
+    """Sums `micro_loss`'s `Weighted` results and the gradient of each of its sums over parts of the batch; joins its
+    arrays."""
+
+    def gradients_and_rest(trainable: nnx.State, micro: TrainBatch) -> tuple[list[nnx.State], Any]:
+        sums, backward, rest = jax.vjp(lambda trainable: micro_loss(trainable, micro), trainable, has_aux=True)
+        # Each sum takes a backward pass of its own: what it is divided by is not known before the last part.
+        rows = np.eye(len(sums), dtype=np.float32)
+        return [backward(tuple(row))[0] for row in rows], rest
+
     # A scan over one part would only cost compile time.
     if micro_batches == 1:
-        gradient, aux = gradient_and_rest(trainable, batch)
-        return aux, gradient
+        gradients, aux = gradients_and_rest(trainable, batch)
+        return aux, gradients
 
     def sums_and_arrays(micro: TrainBatch) -> tuple[Any, Any]:
-        gradient, (output, *arrays) = gradient_and_rest(trainable, micro)
+        gradients, (output, *arrays) = gradients_and_rest(trainable, micro)
         # Sums are added up in the carry, while arrays of single tokens are stacked.
-        return (gradient, output.total, output.parts), (output.weight_BGC, *arrays)
+        return (gradients, output.total, output.parts, output.penalty), (output.weight_BGC, *arrays)
 
     def body(carry, micro):
         sums, arrays = sums_and_arrays(micro)
@@ -237,10 +246,10 @@ def _accumulate(micro_loss: Callable, trainable: nnx.State, batch: TrainBatch, m
     # The carry starts at zeros, whose shapes follow from one part without computing it.
     shapes = jax.eval_shape(lambda part: sums_and_arrays(part)[0], first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (gradient, total, parts), arrays = jax.lax.scan(body, zeros, split)
+    (gradients, total, parts, penalty), arrays = jax.lax.scan(body, zeros, split)
     # The inverse of the interleaving above puts the rows back into their order.
     weight_BGC, *joined = (jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for x in arrays)
-    return (LossOutput(total, parts, weight_BGC), *joined), gradient
+    return (LossOutput(total, parts, weight_BGC, penalty), *joined), gradients
 
 
 def initial_train_state(trainable: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:

@@ -36,13 +36,12 @@ def run_summary(
         after = heldout_results(state.learner.policy(), state.data, config, keys.step(config.train.steps).evaluation)
     # The last checkpoint has its position already, so these prompts move nothing that a resumed run reads.
     prompts = state.next_prompts(np.zeros(config.data.prompts_per_batch, np.int32))
-    key = keys.throughput
     with clock.stage("measuring speed"):
         throughput = compare_throughput(
             state.learner.behavior_policy(),
             prompts,
-            state.draw_plan(key, config.nesting),
-            key,
+            state.draw_plan(keys.throughput_plan, config.nesting),
+            keys.throughput,
             config.rollout.group_size,
             state.data.shared_prefix,
         )

@@ -19,7 +19,7 @@ import jax
 from tqdm.auto import tqdm
 
 from nested_reft import curriculum, nesting_control, replay
-from nested_reft.checkpoints import Checkpoints, checkpoint_numbers
+from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.run_directory import RunDirectory
@@ -161,7 +161,7 @@ class Trainer:
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
-            state.curriculum = curriculum.observe(state.curriculum, config.curriculum, scored)
+            state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
             state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
@@ -218,12 +218,8 @@ class Trainer:
     def _load(self) -> None:
         run = self.run_directory
         run.check_logs()
-        numbers = checkpoint_numbers(run.path / "checkpoints")
-        number, marks = self.state.load(
-            self.checkpoints, numbers, lambda state: self.phases[state.phase].prepare(state)
-        )
+        marks = self.state.load(self.checkpoints, prepare=lambda state: self.phases[state.phase].prepare(state))
         # Everything has been checked and read, so from here on files may change.
-        self.checkpoints.set_aside_after(number)
         is_last = self.state.phase == len(self.phases) - 1
         # Log lines belong to the last phase; a run that has not reached it has none to keep.
         run.continue_from(self.state.step if is_last else -1, marks)

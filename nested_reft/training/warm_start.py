@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan, layers_in
 from nested_reft.literals import check_whole
 from nested_reft.losses.supervised import Supervised
 from nested_reft.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> La
     """
     # Number and place are drawn independently.
     count_key, plan_key = jax.random.split(key)
-    num_skipped = int(jax.random.randint(count_key, (), 0, int(config.layer_dropout * num_layers) + 1))
+    num_skipped = int(jax.random.randint(count_key, (), 0, layers_in(config.layer_dropout, num_layers) + 1))
     # Every layer may be left out here, also those that rollouts always keep.
     return draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
 

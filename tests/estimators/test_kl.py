@@ -1,5 +1,7 @@
 """KL estimators on a categorical distribution, where every expectation is a sum."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,25 @@ def test_finite_far_away(estimator, target):
         jnp.array([target])
     )
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "log_ratio", "value", "gradient"),
+    [
+        # l^2 / 2 and l: k2 has nothing that could overflow.
+        ("k2", 25.0, 312.5, 25.0),
+        ("k2", -25.0, 312.5, -25.0),
+        # exp(-l) - 1 + l and 1 - exp(-l), which tends to 1 on this side.
+        ("k3", 25.0, 24.0, 1.0),
+        ("k3", -19.0, math.exp(19) - 20, 1 - math.exp(19)),
+        # The line through l = -20, with the slope that k3 has there.
+        ("k3", -25.0, 6 * math.exp(20) - 26, 1 - math.exp(20)),
+    ],
+)
+def test_penalties_pull_beyond_the_limit(estimator, log_ratio, value, gradient):
+    """A clamp of the log-ratio would leave no gradient just where the policies are furthest apart."""
+    found = jax.value_and_grad(lambda l: kl_estimate(l, jnp.zeros(()), estimator))(jnp.float32(log_ratio))
+    np.testing.assert_allclose(found, (value, gradient), rtol=1e-5)
 
 
 def test_exact_kl_against_numpy(key):

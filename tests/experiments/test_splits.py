@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import runs
-from experiments.runs import questions_of_parts, train
+from experiments.runs import measured_run, questions_of_parts
 from experiments.splits import (
     KINDS,
     experiment_config,
@@ -79,7 +79,7 @@ def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, mon
 
     monkeypatch.setattr("nested_reft.training.phases.divide", divide)
     before = [np.array(leaf) for leaf in jax.tree.leaves(setup.policy.model)]
-    found = train(setup, tmp_path)
+    found = measured_run(setup, tmp_path)
     assert found["config"] == setup.config.to_json()  # with its split, so that `finished` knows it again
     assert found["sources"] == [source.name for source in setup.config.data.sources]
     assert found["parts"] == ["pool.easy", "pool.hard"]
@@ -100,12 +100,12 @@ def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, mon
 def test_a_warm_start_is_made_once_for_a_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "load_config", lambda name: load_config(name, warm_start={"steps": 2}))
     config = experiment_config("source", 0, 10)
-    first, second = (runs.warm_started(config, tmp_path) for _ in range(2))
+    first, second = (runs.shared_start(config, tmp_path) for _ in range(2))
     assert capsys.readouterr().out.count("warm start, seed 0") == 1
     for a, b in zip(jax.tree.leaves(first.policy.model), jax.tree.leaves(second.policy.model), strict=True):
         np.testing.assert_array_equal(a, b)
     (tmp_path / "warm-seed0.json").write_text("of another warm start")  # its weights must not be taken for these
-    runs.warm_started(config, tmp_path)
+    runs.shared_start(config, tmp_path)
     assert "warm start, seed 0" in capsys.readouterr().out
 
 
@@ -116,7 +116,7 @@ def test_pass_rates_of_the_start_divide_a_pool(tmp_path):
     setup = pooled(prepare(config))
     (pool,) = setup.data.train_examples
     setup = dataclasses.replace(setup, data=dataclasses.replace(setup.data, train_examples=(pool[:32],)))
-    found = train(setup, tmp_path)
+    found = measured_run(setup, tmp_path)
     assert found["parts"] == ["pool.pass_0.00-0.00"] and found["questions"] == [[32, 0, 0, 0, 0, 0]]
 
 

@@ -8,7 +8,6 @@ from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.registry import make_objective
 from nested_reft.losses.supervised import Supervised, SupervisedConfig
-from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.training.config import load_config
 
 EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=8)
@@ -54,6 +53,11 @@ RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
         (TOKEN, {"truncate_at": 3.0, "drop_above": 2.0}, "dropped already; lower truncate_at or leave one out"),
         (TOKEN, {"truncate_at": 1.2, "clip_high": 0.28}, "clip_high acts on weights above 1.28"),
         (TOKEN, {"drop_above": 2.0, "dual_clip": 3.0}, "dual_clip acts on weights above 3"),
+        (TOKEN, {"drop_below": 0.8, "clip_low": 0.2}, "clip_low acts on weights below 0.8, but drop_below leaves none"),
+        # Limits that leave no gradient to any token of negative advantage.
+        (RETRACE, {"retrace_lambda": 0.75, "clip_low": 0.2}, "retrace_lambda 0.75 makes all weights (at most lambda)"),
+        (RETRACE, {"retrace_lambda": 0.8, "clip_low": 0.2}, "leave clip_low out or raise retrace_lambda"),
+        (RETRACE, {"level": "prefix", "retrace_lambda": 0.99, "clip_low": 0.2}, "(at most lambda^t at the t-th token)"),
     ],
 )
 def test_refusals(start, changes, message):
@@ -65,7 +69,10 @@ def test_refusals(start, changes, message):
 @pytest.mark.parametrize(
     ("start", "changes"),
     [
-        (RETRACE, {"level": "prefix", "retrace_lambda": 0.9, "clip_low": 0.2}),
+        (RETRACE, {"retrace_lambda": 0.81, "clip_low": 0.2}),
+        (RETRACE, {"level": "prefix", "retrace_lambda": 0.9}),
+        (RETRACE, {"level": "prefix", "clip_low": 0.2}),
+        (TOKEN, {"drop_below": 0.5, "clip_low": 0.2}),
         (TOKEN, {"truncate_at": 1.0}),
         (TOKEN, {"truncate_at": 5.0, "drop_above": 10.0, "clip_high": 0.28, "dual_clip": 3.0}),
         (MIXTURE, {"self_normalized": True}),
@@ -83,6 +90,7 @@ def test_what_means_something_is_allowed(start, changes):
         ({}, True),
         ({"advantage": "group_mean"}, True),
         ({"advantage": "no_baseline", "reference_kl": "k1_in_reward", "reference_kl_coefficient": 0.1}, True),
+        ({"advantage": "group_mean", "reference_kl": "k1_in_reward", "reference_kl_coefficient": 0.1}, False),
         ({"advantage": "group_std"}, False),
         ({"level": "token"}, False),
         ({"level": "prefix"}, False),
@@ -115,15 +123,6 @@ def test_groups_of_one_need_no_baseline():
     for advantage in ("leave_one_out", "group_mean", "group_std"):
         with pytest.raises(ValueError, match=r"group_size 1: .*needs 2 or more.*use advantage 'no_baseline'"):
             with_loss(dataclasses.replace(EXACT, advantage=advantage), group_size=1)
-
-
-@pytest.mark.parametrize("sampling", [SamplingConfig(top_k=5), SamplingConfig(top_p=0.9)])
-def test_truncated_sampling_forbids_the_claim(sampling):
-    for loss, rollout in ((EXACT, {}), (MIXTURE, {"mixture_alpha": 0.25})):
-        with_loss(loss, **rollout)
-        with pytest.raises(ValueError, match=r"rollout\.sampling truncates.*Set top_k 0 and top_p 1, or choose"):
-            with_loss(loss, sampling=sampling, **rollout)
-    with_loss(TOKEN, sampling=sampling)
 
 
 def test_the_mixture_weight_needs_rollouts_of_a_mixture():

@@ -31,6 +31,7 @@ LIMITS = [
     {"reference_kl": "k1_in_reward", "reference_kl_coefficient": 0.3},
     {"reference_kl": "k2_loss", "reference_kl_coefficient": 0.3},
     {"reference_kl": "k3_loss", "reference_kl_coefficient": 0.3},
+    {"reference_kl": "k3_loss", "reference_kl_coefficient": 0.3, "self_normalized": True},
 ]
 
 
@@ -66,22 +67,23 @@ def identity(config: PolicyGradientConfig) -> str:
 def gradient_and_parts(target_BGC, batch, config):
     """Gradient of the loss's mean with respect to the log-probabilities, as the update divides it."""
 
-    def loss_sum(target_BGC):
+    def mean_loss(target_BGC):
         output = policy_gradient_loss(target_BGC, batch, config)
-        return output.total.sum, output
+        return output.mean(), output
 
-    gradient_BGC, output = jax.grad(loss_sum, has_aux=True)(target_BGC)
-    return np.asarray(gradient_BGC / output.total.weight), output.total, output.parts
+    gradient_BGC, output = jax.grad(mean_loss, has_aux=True)(target_BGC)
+    return np.asarray(gradient_BGC), output.total, output.parts
 
 
 def slow_gradient(target_BGC, batch, config) -> np.ndarray:
-    """The documented gradient, token by token: -c_t h_t A_t / W where no clip acts, plus the penalty's."""
+    """The documented gradient, token by token: -c_t h_t A_t / W where no clip acts, plus the penalty's over its W."""
     arrays = [target_BGC, batch.behavior_logprob_BGC, batch.old_logprob_BGC, batch.nested_logprob_BGC]
     target, behavior, old, nested = (np.asarray(array, np.float64) for array in arrays)
     reference = np.asarray(batch.reference_logprob_BGC, np.float64)
     end = np.asarray(batch.length_BG)
     start = np.where(np.asarray(batch.counted_BG), np.asarray(batch.forced_BG), end)
-    gradient, weight_sum, tokens_of_group = np.zeros(target.shape), 0.0, np.maximum(end - start, 0).sum(axis=1)
+    surrogate, penalty = np.zeros(target.shape), np.zeros(target.shape)
+    weight_sum, count, tokens_of_group = 0.0, 0.0, np.maximum(end - start, 0).sum(axis=1)
     for b, g in itertools.product(*map(range, end.shape)):
         own = range(start[b, g], end[b, g])
         for t in own:
@@ -116,10 +118,7 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
             term = 0.0 if too_high or too_low or far_too_high else h * advantage
 
             log_ratio = target[b, g, t] - reference[b, g, t]
-            if config.reference_kl == "k2_loss":
-                term -= config.reference_kl_coefficient * log_ratio
-            if config.reference_kl == "k3_loss":
-                term -= config.reference_kl_coefficient * (1 - math.exp(-log_ratio))
+            pull = {"k2_loss": log_ratio, "k3_loss": 1 - math.exp(-log_ratio)}.get(config.reference_kl, 0.0)
 
             c, share = {
                 "token_mean": (1.0, 1.0),
@@ -127,9 +126,10 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
                 "sequence_mean": (1 / len(own), 1 / len(own)),
                 "fixed_length": (1 / (config.fixed_length_tokens or 1), 1 / len(own)),
             }[config.normalization]
-            weight_sum += share * (h if config.self_normalized else 1.0)
-            gradient[b, g, t] = -c * term
-    return gradient / weight_sum
+            weight_sum, count = weight_sum + share * (h if config.self_normalized else 1.0), count + share
+            surrogate[b, g, t] = -c * term
+            penalty[b, g, t] = c * config.reference_kl_coefficient * pull
+    return surrogate / weight_sum + penalty / count
 
 
 @pytest.mark.parametrize("config", every_combination(), ids=identity)
@@ -244,6 +244,30 @@ def test_self_normalisation_by_hand():
     assert float(total.mean()) == pytest.approx(-0.5)
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        {"reference_kl": "k2_loss", "reference_kl_coefficient": 0.3},
+        {"reference_kl": "k3_loss", "reference_kl_coefficient": 0.3},
+        {"entropy_coefficient": 0.3},
+        {"self_distillation_coefficient": 0.3},
+    ],
+)
+def test_self_normalisation_leaves_penalties_alone(penalty):
+    """Without any advantage the loss is the penalty, which no change of the behavior policy can grow."""
+    target_BGC, batch = random_batch(jax.random.key(4))
+    batch = dataclasses.replace(batch, signal_BG=jnp.zeros_like(batch.signal_BG))
+    config = dataclasses.replace(PLAIN, level="sequence", self_normalized=True, **penalty)
+
+    def loss(batch, config):
+        return float(policy_gradient_loss(target_BGC, batch, config, target_BGC**2, target_BGC**2).mean())
+
+    unlikely = dataclasses.replace(batch, behavior_logprob_BGC=batch.behavior_logprob_BGC + 2.0)
+    expected = loss(batch, dataclasses.replace(config, self_normalized=False))
+    assert abs(expected) > 0.01
+    assert loss(batch, config) == pytest.approx(expected) and loss(unlikely, config) == pytest.approx(expected)
+
+
 SPLIT = [
     config for config in every_combination() if config.normalization == "sequence_mean" or config.level == "sequence"
 ]
@@ -256,7 +280,7 @@ def test_micro_batches_add_up(config):
 
     def sums(target_BGC, batch):
         output = policy_gradient_loss(target_BGC, batch, config)
-        return output.total.sum, (output.total, output.parts)
+        return sum(part.sum for part in output.sums), (output.sums, output.parts)
 
     whole_gradient, whole = jax.grad(sums, has_aux=True)(target_BGC, batch)
     parts = []

@@ -1,5 +1,6 @@
 r"""Marked answers: what counts as the final one, and what is decided without algebra."""
 
+import random
 import time
 
 import pytest
@@ -190,3 +191,52 @@ def test_a_megabyte_takes_no_time(text):
         assert answer is None or not compare_quickly(answer, "7")
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
+
+
+def test_no_text_is_an_error_and_each_equals_itself():
+    """The comparison runs in the training process, on whatever a model writes."""
+    parts = [
+        *(
+            r"\text{",
+            r"\boxed{",
+            "{",
+            "}",
+            "$",
+            r"\(",
+            r"\frac",
+            "1/0",
+            "0:1:2",
+            "1e999",
+            "1e-999",
+            "9" * 70,
+            "1",
+            "23",
+        ),
+        *(
+            "456",
+            "{,}",
+            r"\,",
+            r"\!",
+            "~",
+            " ",
+            ".",
+            ",",
+            "%",
+            r"\%",
+            "cm",
+            "x",
+            "No",
+            "and",
+            "million",
+            "percent",
+            "_2",
+        ),
+        *("^2", r"\{", "(", "]", "=", "-", "\u2212", "\u0667", "\x00", "\ud800", "\\", r"\times", "####", "<answer>"),
+    ]
+    draw = random.Random(0)
+    for _ in range(400):
+        text, gold = ("".join(draw.choices(parts, k=draw.randint(1, 20))) for _ in range(2))
+        assert compare_quickly(text, gold) in (True, False, None)
+        assert compare_quickly(text, text) is bool(text.strip())
+        assert is_unevaluated(text, gold) in (True, False)
+        marked_answer(text)

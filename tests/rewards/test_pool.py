@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -107,11 +108,9 @@ def test_a_function_that_exits_fails_and_its_worker_goes_on(pool):
     assert len(one._alive) == 1
 
 
-@pytest.mark.parametrize("name", ["mine", "statistics"])  # the second is a module's name already
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+# The last is a module's name already: a process that is spawned would import that module.
+@pytest.mark.parametrize(("name", "start"), [("mine", "fork"), ("mine", "spawn"), ("statistics", "fork")])
 def test_a_file_with_a_dataclass_annotations_and_processes_of_its_own(pool_of, tmp_path, name, start):
-    if (name, start) == ("statistics", "spawn"):
-        pytest.skip("a process that is spawned imports the other module of that name")
     file = tmp_path / f"{name}.py"
     file.write_text(
         "from __future__ import annotations\n"
@@ -139,9 +138,15 @@ def test_a_file_with_a_dataclass_annotations_and_processes_of_its_own(pool_of, t
 def test_a_file_of_the_working_directory_takes_no_modules_place(pool_of, tmp_path, monkeypatch):
     for module in ("inspect", "json", "sympy", "math_verify", "numpy"):
         (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write('{module} ')\n")
+    # A script's directory comes before Python's own modules, too.
+    (tmp_path / "scripts").mkdir()
+    for module in ("enum", "inspect", "json", "typing"):
+        shutil.copy(tmp_path / "inspect.py", tmp_path / "scripts" / f"{module}.py")
     (tmp_path / "my_rewards.py").write_text("def reward(text, example):\n    return 0.25\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])  # as in a notebook, and under `python -m`
+    monkeypatch.setattr(
+        sys, "path", ["", str(tmp_path), str(tmp_path / "scripts"), *sys.path]
+    )  # as in a notebook, and under `python -m`
     assert [o.value for o in pool_of(f"{FUNCTIONS}:length").run([request("xx")])] == [0.2]
     # A module of the user's own that the configuration names is found there, and in a file as well.
     for function in ("my_rewards:reward", "my_rewards.py:reward"):

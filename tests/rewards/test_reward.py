@@ -327,6 +327,11 @@ def test_bad_configuration_is_refused(changes, message):
             "source 's' has metadata that JSON cannot keep",
         ),
         (
+            Example("q", "7", "s", NOT_JSON),
+            RewardConfig(function=f"{FUNCTIONS}:length"),
+            "source 's' has metadata that JSON cannot keep",
+        ),
+        (
             Example("q", "7", "s"),
             RewardConfig(function="no_such_package:f"),
             "reward.function is 'no_such_package:f', which",

@@ -239,6 +239,18 @@ def test_entropy_and_its_gradient_are_those_of_the_definition(shift, key):
     assert logprobs.entropy(jnp.zeros(31)) == pytest.approx(np.log(31), abs=1e-6)
 
 
+@pytest.mark.parametrize("kept", [1, 2, 30])
+def test_excluded_tokens_add_nothing_to_entropy_and_its_gradient(kept, key):
+    """0 log 0 is 0; with a product of 0 and -inf, loss and gradient would be NaN."""
+    logits = 5 * jax.random.normal(key, (31,))
+    excluded = jnp.where(jnp.arange(31) < kept, logits, -jnp.inf)
+    value, gradient = jax.value_and_grad(logprobs.entropy)(excluded)
+    expected, expected_gradient = jax.value_and_grad(logprobs.entropy)(logits[:kept])
+    assert float(value) == pytest.approx(float(expected), abs=1e-5)
+    np.testing.assert_allclose(gradient[:kept], expected_gradient, atol=1e-5)
+    assert not np.any(gradient[kept:])
+
+
 def test_completions_of_one_token_can_be_scored():
     """All of a batch may be a lone stop token; the update then cuts it to one position."""
     model, (prompt_BP, length_B) = tiny_model(), tiny_prompts()

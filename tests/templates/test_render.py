@@ -17,9 +17,9 @@ TWO_CALLS = "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (NESTED, "takes more than 1 seconds for one prompt"),
-        (TWO_CALLS, "takes more than 1 seconds for one prompt"),
-        ("{{ 10 ** (10 ** 8) }}", "takes more than 1 seconds for one prompt"),  # a single operation
+        (NESTED, "takes more than 0.5 seconds for one prompt"),
+        (TWO_CALLS, "takes more than 0.5 seconds for one prompt"),
+        ("{{ 10 ** (10 ** 8) }}", "takes more than 0.5 seconds for one prompt"),  # a single operation
         (DOUBLING, "it needs more than 512 MB"),
         ("{{ 'a' * 10 ** 10 }}", "it needs more than 512 MB"),
         ("{{ '%10000000000d' % 1 }}", "it needs more than 512 MB"),
@@ -39,7 +39,8 @@ TWO_CALLS = "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60
 )
 def test_what_a_template_does_wrong_is_one_line(template, message):
     with pytest.raises(BadFile, match=f"the chat template .*{message}") as refusal:
-        render(template, {}, time_limit_seconds=1.0)
+        # The others may take their time, because a machine that is short of memory takes long to give it.
+        render(template, {}, time_limit_seconds=0.5 if "0.5 seconds" in message else 30.0)
     assert len(str(refusal.value)) < 2000 and str(refusal.value).isprintable()
     # The next template works, whether or not the process that renders was ended.
     assert render("{{ a }}", {"a": "b"}) == "b"

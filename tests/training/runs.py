@@ -35,7 +35,7 @@ def nano(**changes: Any) -> Config:
     changes = {
         "warm_start__steps": 0,
         "train__steps": 4,
-        "optimizer__warmup_steps": 0,  # the first update of a warm-up is at rate zero
+        "optimizer__warmup_steps": 0,  # that of `tiny` is longer than this run
         "optimizer__schedule": "constant",
         "train__checkpoint_every": 2,
         "data__prompts_per_batch": 4,

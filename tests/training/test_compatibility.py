@@ -11,6 +11,7 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
@@ -20,6 +21,11 @@ from tests.training.runs import MOVING, nano
 
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
 UNBIASED = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", 8)
+BASE = dataclasses.replace(UNBIASED, level="token", clip_low=0.2)
+RETRACE = dataclasses.replace(UNBIASED, bias_mitigation="retrace", level="token")
+PRACTICAL = dataclasses.replace(BASE, bias_mitigation="practical")
+ONE = dataclasses.replace(UNBIASED, bias_mitigation="one", level="token")
+TRUNCATED = SamplingConfig(top_k=3), SamplingConfig(top_p=0.9)
 CONTROL = NestingControlConfig("ess_token", budget=0.5, max_skipped=2)
 MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
 EXACT = RolloutConfig(group_size=4, max_completion_tokens=8, mode="exact")
@@ -83,18 +89,40 @@ REFUSED = {
             r"loss.advantage is 'leave_one_out' and rollout.group_size 1: .* or use advantage 'no_baseline'",
         ),
     ],
-    "unbiased_weights_need_full_support": [
+    "dynamic_sampling_needs_a_group": [
         (
-            {"loss": UNBIASED, "rollout__sampling": sampling},
-            r"rollout.sampling truncates \(top_k or top_p\), but loss.bias_mitigation 'base' at 'sequence'",
+            {
+                "rollout__group_size": 1,
+                "loss": dataclasses.replace(MOVING, advantage="no_baseline"),
+                "dynamic_sampling": DynamicSamplingConfig(max_generation_batches=2),
+            },
+            r"dynamic_sampling.max_generation_batches is 2 and rollout.group_size 1: no group of one",
+        ),
+    ],
+    "ratios_need_full_support": [
+        (
+            {"loss": loss, "rollout__sampling": sampling, "rollout__mixture_alpha": 0.5},
+            r"rollout.sampling truncates \(top_k \d, top_p [\d.]+\), but loss.bias_mitigation '"
+            + loss.bias_mitigation
+            + "' compares .* Set top_k 0 and top_p 1, or use",
         )
-        for sampling in (SamplingConfig(1.0, top_k=3), SamplingConfig(1.0, top_p=0.9))
+        for loss in (UNBIASED, MIXTURE, BASE, RETRACE)
+        for sampling in TRUNCATED
+    ]
+    + [
+        (
+            {"loss": PRACTICAL, "rollout__sampling": sampling, "nesting_control": CONTROL},
+            r"rollout.sampling truncates .*, but nesting_control.hold is 'ess_token': .* use no nesting_control",
+        )
+        for sampling in TRUNCATED
     ],
     "static_weights_name_every_source": [
         (
             {"curriculum": CurriculumConfig("static", weights=(1.0, 2.0))},
             r"curriculum.weights has 2 weights; allowed is one for each of the 1 sources three_to_six_digits",
         ),
+    ],
+    "static_weights_need_undivided_sources": [
         (
             {"curriculum": STATIC, "data__split": SplitConfig("pass_rate")},
             r"curriculum.kind is 'static' and data.split.kind 'pass_rate'; .* use another kind, or 'none'",
@@ -134,7 +162,11 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         {"nesting": dataclasses.replace(MEASURED, remeasure_completions=4, remeasure_prompts=4)},
         {"rollout__group_size": 1, "loss": dataclasses.replace(MOVING, advantage="no_baseline")},
         {"rollout__group_size": 1, "loss": SupervisedConfig()},  # it has no baseline
-        {"loss": SupervisedConfig(), "rollout__sampling": SamplingConfig(1.0, top_k=3)},
+        *(
+            {"loss": loss, "rollout__sampling": sampling}
+            for loss in (SupervisedConfig(), PRACTICAL, ONE)  # no weight of theirs reads the behavior policy
+            for sampling in TRUNCATED
+        ),
         {"loss": UNBIASED},
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},

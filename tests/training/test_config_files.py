@@ -116,6 +116,14 @@ def get_config():
             "mine_config.py': train.steps is 2.5; allowed is a whole number",
         ),
         (
+            "def get_config():\n    return put(tiny, data=None)",
+            "mine_config.py': data is None; allowed is an object with its fields by name",
+        ),
+        (
+            "def get_config():\n    return put(tiny, data=put(tiny.data, sources=3))",
+            "mine_config.py': data.sources is 3",
+        ),
+        (
             "def get_config():\n    source = put(tiny.data.sources[0], parameters={'a': {1, 2}})\n"
             "    return put(tiny, data=put(tiny.data, sources=(source,)))",
             r"mine_config.py': data.sources.0.parameters.a is \{1, 2\}, of type set; JSON cannot keep",
@@ -149,6 +157,8 @@ def test_paths_of_overrides_lead_from_the_working_directory(load, tmp_path, monk
     assert field(config, "folder", source=1) == str(tmp_path / "there" / "gsm8k")
     config = load(PATHS, reward={"function": "~/here.py:reward"})
     assert config.reward.function == f"{Path.home() / 'here.py'}:reward"
+    config = load(PATHS, reward={"function": "~nobody_of_this_name/here.py:reward"})
+    assert config.reward.function == f"{tmp_path / '~nobody_of_this_name' / 'here.py'}:reward"
 
 
 @pytest.mark.parametrize(

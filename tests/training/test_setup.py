@@ -1,6 +1,7 @@
 """From a configuration to a start: everything that cannot work is refused before any compute."""
 
 import json
+import re
 
 import pytest
 
@@ -23,6 +24,11 @@ from tests.training.runs import nano
         ),
         ({"rollout__max_completion_tokens": 60}, "the model allows 64 positions"),
         ({"nesting__border": 3}, "nesting.border is 3"),
+        ({"nesting__skip_ratio": 0.16}, "nesting.skip_ratio is 0.16, which of 6 layers is none; .* at least 0.1667"),
+        (
+            {"warm_start__steps": 1, "warm_start__layer_dropout": 0.1},
+            "warm_start.layer_dropout is 0.1, which of 6 layers is none",
+        ),
         ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; 8 are here"),
         ({"mesh": MeshConfig(model=5)}, "mesh.model is 5, but 'embedding' has 16 along 'vocab'"),
         ({"data__prompt": PromptFormat("{expression} = ü", chat=False)}, "cannot encode"),
@@ -49,6 +55,21 @@ def test_a_template_that_cannot_be_filled_is_refused(template):
 def test_a_template_that_would_fill_the_memory_is_refused(template):
     with pytest.raises(ValueError, match=r"^data.prompt.template is .*has a width; allowed is a number up to 999"):
         prepare(nano(data__prompt=PromptFormat(template, chat=False)))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "updates", "warning"),
+    [
+        (3, 4, 1, None),
+        (4, 4, 1, "optimizer.warmup_steps is 4, and the run makes 4 updates: .* to 0.0005 of 0.0005"),
+        (7, 4, 2, None),
+        (10, 4, 1, "optimizer.warmup_steps is 10, and the run makes 4 updates: .* to 0.0002 of 0.0005"),
+    ],
+)
+def test_a_warmup_as_long_as_the_run_is_said(warmup, steps, updates, warning, caplog):
+    prepare(nano(optimizer__warmup_steps=warmup, train__steps=steps, train__updates_per_batch=updates))
+    assert bool(warning) == ("warmup_steps" in caplog.text)
+    assert re.search(warning or "", caplog.text)
 
 
 def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):

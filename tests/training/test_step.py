@@ -39,10 +39,11 @@ EVERYTHING = PolicyGradientConfig(
     "leave_one_out", "base", "token", "token_mean", clip_high=0.3, reference_kl="k3_loss", reference_kl_coefficient=0.3,
     entropy_coefficient=0.2, self_distillation_coefficient=0.5,
 )  # fmt: skip
-# Its divisor is a sum of weights, which differ between micro-batches: an average of averages would go wrong most.
+# Its divisor is a sum of weights, which differ between micro-batches: an average of averages would go wrong most. The
+# entropy bonus has another divisor.
 SELF_NORMALIZED = PolicyGradientConfig(
     "leave_one_out", "practical", "token", "group_token_mean", self_normalized=True, reference_kl="k1_in_reward",
-    reference_kl_coefficient=0.3,
+    reference_kl_coefficient=0.3, entropy_coefficient=0.2,
 )  # fmt: skip
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", fixed_length_tokens=C)
 OBJECTIVES: dict[str, Objective] = {
@@ -161,8 +162,7 @@ def expected_gradient(objective: str, lora: bool = False):
             teacher = jax.lax.stop_gradient((probability_BGCV, log_probability_BGCV))
             kl_BGC = (teacher[0] * (teacher[1] - nested_BGCV)).sum(axis=-1)
         logprob_BGC = jnp.take_along_axis(log_probability_BGCV, batch.tokens_BGC[..., None], axis=-1)[..., 0]
-        total = config.loss(TargetPass(logprob_BGC, entropy_BGC, kl_BGC), batch).total
-        return total.sum / total.weight
+        return config.loss(TargetPass(logprob_BGC, entropy_BGC, kl_BGC), batch).mean()
 
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(trainable))
 
@@ -182,9 +182,12 @@ def check_gradient(found, expected):
 
 SPLITS = [(1, 1), (2, 1), (4, 1), (1, 8), (2, 4)]
 CASES = [(name, *split) for name in ("everything", "mixture", "supervised") for split in SPLITS]
+CASES += [("self-normalized", *split) for split in SPLITS[:2]]
 
 
-@pytest.mark.parametrize(("objective", "micro_batches", "data"), [*CASES, ("self-normalized", 2, 1)])
+@pytest.mark.parametrize(
+    ("objective", "micro_batches", "data"), [*CASES, *(("self-normalized", *split) for split in SPLITS[:3])]
+)
 def test_gradient_is_that_of_the_whole_batch(objective, micro_batches, data):
     """A mean over micro-batches or devices of their means would weigh tokens by how few stand beside them."""
     gradient, result = updated(objective, micro_batches, data)

@@ -1,6 +1,7 @@
 """Steps and whole runs of a very small model: files, curricula, nesting, devices, kinds of rollouts."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -365,7 +366,7 @@ def test_expert_iteration_learns_nothing_where_nothing_is_right(tmp_path):
 def test_a_run_with_a_hanging_and_crashing_reward_completes_with_the_right_counts(tmp_path):
     functions = Path(__file__).parents[1] / "rewards" / "reward_functions.py"
     reward = RewardConfig(function=f"{functions}:by_first_character", workers=4, time_limit_seconds=1.0)
-    trainer(nano(train__steps=2, reward=reward, **NO_EVALUATION), tmp_path).run()
+    trainer(nano(train__steps=2, train__seed=1, reward=reward, **NO_EVALUATION), tmp_path).run()
     metrics, samples = read_log(tmp_path / "metrics.jsonl")[1:], read_log(tmp_path / "samples.jsonl")
     assert len(samples) == 2 * 4 * 4  # every completion of the run
     hung = crashed = 0
@@ -438,3 +439,11 @@ def test_rounded_rollouts_are_off_policy_and_corrected(weights, tmp_path):
     run.step(2)
     assert run.compilations.count == before
     run.close()
+
+
+def test_the_page_about_one_step_shows_the_step():
+    """Every line of the excerpt stands in `Trainer.step`, in this order."""
+    page = (Path(__file__).parents[2] / "docs" / "one_step.md").read_text(encoding="utf-8")
+    shown = [line.strip() for line in page.split("```python\n")[1].split("```")[0].splitlines()]
+    source = [line.strip() for line in inspect.getsource(Trainer.step).splitlines()]
+    assert len(shown) > 10 and [line for line in source if line in shown] == shown

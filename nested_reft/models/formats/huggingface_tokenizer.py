@@ -97,10 +97,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, fields: Fields, older: Mapping[st
                 f"{fields.prefix}added_tokens_decoder gives {shown(token.content)} the id {token_id}; after the tokens"
                 f" of tokenizer.json it would be {found}"
             )
-    named = [_added_token(fields, role, fields.get(role)) for role in SPECIAL_NAMES]
-    # A special token may stand in the vocabulary alone, where it would be found only as a word of its own.
-    known = [token for token in named if token is not None and backend.token_to_id(token.content) is not None]
-    for token in [*known, *_extra_tokens(fields)]:
+    for token in _extra_tokens(fields):
         backend.add_special_tokens([token])
 
 

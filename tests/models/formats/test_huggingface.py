@@ -16,13 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats import huggingface
-from nested_reft.models.formats.huggingface import (
-    check_huggingface,
-    config_from_huggingface,
-    config_to_huggingface,
-    load_huggingface,
-    save_huggingface,
-)
+from nested_reft.models.formats.huggingface import check_huggingface, load_huggingface, save_huggingface
+from nested_reft.models.formats.huggingface_config import config_from_huggingface, config_to_huggingface
 from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.parameters import initial_parameters

@@ -1,0 +1,48 @@
+"""The commands that ship and those that README gives: they do what they promise."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nested_reft.cli.arguments import override
+from nested_reft.config_files import shipped_configs
+from nested_reft.models.registry import HUB_SHAPES
+from nested_reft.training.config import Config, load_config
+
+# The depth of each model that a command names and that is no download of its shape.
+LAYERS = {"smollm2-135m": 30} | {name: shape.num_layers for name, shape in HUB_SHAPES.items()}
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def train_commands() -> list[str]:
+    """What follows `nested-reft train` in README's code blocks, where it names a configuration."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line.split("#")[0].removeprefix("nested-reft train ") for line in lines if "nested-reft train " in line]
+    return [command.strip() for command in commands if command.split()[0] in shipped_configs()]
+
+
+def check_nesting(config: Config) -> None:
+    """Raises where the rollouts would not be nested, or skip more layers than they may."""
+    shape = config.model.shape
+    num_layers = LAYERS[config.model.name] if shape is None else shape.num_layers
+    config.nesting.validate_for(num_layers)
+    # A budget chooses the number of layers itself, from none on. The two others compare curricula and losses alone.
+    may_start_full = config.nesting_control.hold is not None or config.name in ("tiny_dump", "tiny_dapo")
+    assert config.nesting.num_skipped(num_layers) > 0 or may_start_full
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_configuration_nests(name):
+    check_nesting(load_config(name))
+
+
+@pytest.mark.parametrize("command", train_commands())
+def test_every_training_command_of_the_readme_nests(command):
+    name, *overrides = command.split()
+    check_nesting(override(load_config(name), overrides))
+
+
+def test_the_readme_has_training_commands():
+    assert len(train_commands()) >= 3 and any("qwen" in command for command in train_commands())
