@@ -117,7 +117,7 @@ def get_config():
         ),
         (
             "def get_config():\n    return put(tiny, data=None)",
-            'mine_config.py\': .*field "data" - should be "DataConfig"',
+            "mine_config.py': data is None; allowed is an object with its fields by name",
         ),
         (
             "def get_config():\n    return put(tiny, data=put(tiny.data, sources=3))",
