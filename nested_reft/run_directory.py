@@ -161,15 +161,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not a run directory: it has no {path.name}")
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    # Bytes are decoded line by line, so that a line that is not UTF-8 can be named.
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            line = json.loads(text)
-        except ValueError as error:
+            line = json.loads(text.decode())
+        # Thousands of brackets are a RecursionError.
+        except (ValueError, RecursionError) as error:
             # Without its newline the line is still being written, or was when the run was killed.
-            if not text.endswith("\n"):
+            if not text.endswith(b"\n"):
                 break
             raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
             raise ValueError(f"line {number} of '{path}' has no step")
         lines.append(line)
     return lines

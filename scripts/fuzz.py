@@ -34,13 +34,17 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+from nested_reft.data.sources import JsonlSource, load_source
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats import gguf_model, huggingface
 from nested_reft.models.formats.huggingface_config import config_to_huggingface
 from nested_reft.models.formats.stacking import tensor_shapes
 from nested_reft.models.registry import load_model
+from nested_reft.run_directory import read_log
 from nested_reft.templates.render import render
 from nested_reft.tokenizer import Tokenizer
+from nested_reft.training.config import load_config
+from nested_reft.training.setup import run_config
 from nested_reft.untrusted import BadFile
 
 # What refuses an input: the one kind for content, and the system's own for files.
@@ -326,6 +330,51 @@ def chat_template(chance: random.Random, directory: Path) -> None:
 
 
 # Running.
+
+
+@target
+def configuration(chance: random.Random, directory: Path) -> None:
+    """`config.json` of a run."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(load_config("tiny_dump").to_json()))
+    write_damaged_json(chance, path)
+    with naming(path):
+        run_config(directory)
+
+
+@target
+def jsonl(chance: random.Random, directory: Path) -> None:
+    """Rows of a user's own questions."""
+    path = directory / "questions.jsonl"
+    rows = [{"question": f"{number} + 1?", "answer": number + 1, "level": [0.5, None]} for number in range(12)]
+    lines = [json.dumps(row) for row in rows]
+    for _ in range(chance.randint(1, 3)):
+        lines[chance.randrange(len(lines))] = json.dumps(damaged_json(chance, chance.choice(rows)))
+    content = "\n".join(lines).encode()
+    path.write_bytes(damaged_bytes(chance, content) if chance.random() < 0.5 else content)
+    with naming(path):
+        load_source(JsonlSource("questions", str(path), train_size=None, heldout_size=2, seed=0))
+
+
+@target
+def log_lines(chance: random.Random, directory: Path) -> None:
+    """`metrics.jsonl` of a run that is read for its figures."""
+    path = directory / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.5, "reward": None}) for step in range(20)]
+    path.write_bytes(damaged_bytes(chance, "\n".join(lines).encode()))
+    with naming(path):
+        read_log(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Takes a ValueError that names the file for a refusal of its content."""
+    try:
+        yield
+    except ValueError as error:
+        if path.name not in str(error):
+            raise
+        raise BadFile(str(error)) from error
 
 
 class Hang(BaseException):

@@ -160,13 +160,16 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         ('{"step": 1}\n{"st\n{"step": 2}\n', "line 2 of .*metrics.jsonl' is not JSON"),
         ('{"step": 1}\n[1]\n', "line 2 of .*metrics.jsonl' has no step"),
         ('{"reward": 1}\n', "line 1 of .*metrics.jsonl' has no step"),
+        ('{"step": true}\n', "line 1 of .*metrics.jsonl' has no step"),
+        ('{"step": 1}\n{"step": 2, "a": "\xff"}\n', "line 2 of .*metrics.jsonl' is not JSON"),  # no UTF-8
+        ('{"step": 1}\n' + "[" * 100_000 + "\n", "line 2 of .*metrics.jsonl' is not JSON"),
     ],
 )
 def test_what_is_no_log_is_refused_with_its_line(text, message, tmp_path):
     """Only a last line without its newline may be cut short."""
     with pytest.raises(ValueError, match=r"is not a run directory: it has no metrics.jsonl"):
         read_log(tmp_path / "metrics.jsonl")
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_log(tmp_path / "metrics.jsonl")
 
