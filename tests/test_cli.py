@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "4", "--warm-start.steps", "0"),
+    *("--train.keep-checkpoints", "1"),
 ]
 
 

@@ -47,7 +47,7 @@ class TrainConfig:
         remat: recompute activations in the backward pass, to save more.
         seed: decides everything random in the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
-        keep_checkpoints: newest ones kept.
+        keep_checkpoints: newest ones kept; with 2, a run goes on even if the newest one is damaged.
         ess_warning: effective sample size, as a share, under which a step logs a warning and a remedy.
     """
 
@@ -57,7 +57,7 @@ class TrainConfig:
     remat: bool = False
     seed: int = 0
     checkpoint_every: int = 20
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2
     ess_warning: float = 0.1
 
     def __post_init__(self):
