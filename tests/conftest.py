@@ -1,8 +1,11 @@
 """Every JAX setting of the tests, in one place; it must run before anything imports `nested_reft`."""
 
 import functools
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 # This module alone needs no hook: it holds no arrays.
 from nested_reft.program_cache import cache_directory, drop_old_programs
@@ -10,8 +13,6 @@ from nested_reft.program_cache import cache_directory, drop_old_programs
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # less is not worth a file
-# The devices of a test share few cores. One that waits longer than 40 seconds for the others would end the process.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 import beartype
 import flax.struct
@@ -65,3 +66,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Only the first process tidies up, before its workers start."""
     if not hasattr(session.config, "workerinput"):
         drop_old_programs(cache_directory())
+
+
+# Linux lets a process map 65,530 regions of memory, and each compiled program takes about eight.
+MOST_REGIONS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Drops the compiled programs of earlier modules before a process has too many; those on the disk stay.
+
+    A worker that went over the limit of the system would be ended in the middle of a test.
+    """
+    yield
+    regions = Path("/proc/self/maps")
+    if regions.exists() and regions.read_bytes().count(b"\n") > MOST_REGIONS:
+        jax.clear_caches()
+        gc.collect()

@@ -162,7 +162,10 @@ def test_a_warm_start_that_is_not_finite_ends_before_the_next_phase(tmp_path):
 
 def test_the_loss_of_a_warm_start_is_looked_at_in_every_step(tmp_path):
     config = nano(warm_start__steps=100, warm_start__batch_size=8, warm_start__learning_rate=1e30, **NO_EVALUATION)
-    with pytest.raises(FloatingPointError, match=r"warm start, step 2: loss is nan .* Lower warm_start.learning_rate"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 2: loss is .* and gradient_norm nan; .* Lower warm_start.learning_rate",
+    ):
         trainer(config, tmp_path).run()
 
 
