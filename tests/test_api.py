@@ -2,9 +2,11 @@
 
 import dataclasses
 import doctest
+import inspect
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,5 +214,6 @@ def test_the_metric_page_lists_what_the_code_declares():
 
 
 def test_a_callback_that_is_no_function_is_refused():
+    unchecked: Any = inspect.unwrap(nr.train)  # the tests' own check of types would come first
     with pytest.raises(ValueError, match="on_step is 'print'; allowed is a function that takes a StepRecord, or None"):
-        nr.train("tiny", on_step="print")
+        unchecked("tiny", on_step="print")

@@ -90,9 +90,10 @@ def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, mon
     assert found["probability"][0] == [0.5, 0.5]
     # The logs are those of a training run, whose accuracies are the ones that the result has.
     lines, samples = (read_log(Path(found["run_directory"]) / f"{name}.jsonl") for name in ("metrics", "samples"))
-    assert [line["step"] for line in lines] == list(range(1, 11)) == sorted({line["step"] for line in samples})
-    assert lines[-1]["heldout/copy_3_digits"] == found["greedy_accuracy"][1][0]
-    assert found["metrics"]["completion_tokens"] == [line["completion_tokens"] for line in lines]
+    assert [line["step"] for line in lines] == list(range(11))
+    assert sorted({line["step"] for line in samples}) == list(range(1, 11))
+    assert lines[0]["heldout/copy_3_digits"] == found["greedy_accuracy"][0][0]
+    assert found["metrics"]["completion_tokens"] == [line["completion_tokens"] for line in lines[1:]]
     # Several runs start from one setup, so its weights must outlive each of them.
     assert all((was == now).all() for was, now in zip(before, jax.tree.leaves(setup.policy.model), strict=True))
 

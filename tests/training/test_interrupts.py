@@ -13,9 +13,11 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def handlers_come_back():
-    before = [signal.getsignal(number) for number in SIGNALS]
+    # The tests may run under `nohup`, which has one of the signals ignored.
+    before = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]
     yield
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    after = [signal.signal(number, handler) for number, handler in zip(SIGNALS, before, strict=True)]
+    assert after == [signal.default_int_handler] * len(SIGNALS)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -8,6 +8,7 @@ from nested_reft.evaluation import Evaluation
 from nested_reft.models import source
 from nested_reft.models.lora import LoraConfig
 from nested_reft.sharding import MeshConfig, make_mesh
+from nested_reft.training import heldout
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import prepare
 from tests.training.runs import nano, two_sources
@@ -53,11 +54,11 @@ def test_no_two_purposes_of_a_seed_share_a_key(monkeypatch):
 def test_each_evaluated_source_draws_with_a_key_of_its_own(monkeypatch):
     keys = []
 
-    def evaluate(policy, examples, reward, config, key, samples, plan=None):
+    def evaluate(policy, examples, reward, config, key, samples, plan=None, completions=None):
         keys.append(np.asarray(jax.random.key_data(key)).tolist())
         return Evaluation(1, 0.5)
 
-    monkeypatch.setattr(api, "evaluate_examples", evaluate)
+    monkeypatch.setattr(heldout, "evaluate_examples", evaluate)
     api.evaluate_sources(prepare(two_sources()), None, samples=True)
     base = np.asarray(jax.random.key_data(jax.random.key(0))).tolist()
     assert len(keys) == 2 and keys[0] != keys[1] and base not in keys

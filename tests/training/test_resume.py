@@ -193,7 +193,7 @@ def test_an_interrupt_while_a_phase_starts_acts_after_that(tmp_path, monkeypatch
 def test_an_interrupt_before_the_first_phase_leaves_nothing_to_continue(tmp_path):
     run = trainer(nano(**NO_EVALUATION), tmp_path)
     with pytest.raises(KeyboardInterrupt), stop_requests():
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
         run.run()
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 

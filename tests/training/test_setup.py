@@ -29,7 +29,7 @@ from tests.training.runs import nano
             {"warm_start__steps": 1, "warm_start__layer_dropout": 0.1},
             "warm_start.layer_dropout is 0.1, which of 6 layers is none",
         ),
-        ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; 8 are here"),
+        ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; allowed are 1 to 8, which are here"),
         ({"mesh": MeshConfig(model=5)}, "mesh.model is 5, but 'embedding' has 16 along 'vocab'"),
         ({"data__prompt": PromptFormat("{expression} = ü", chat=False)}, "cannot encode"),
     ],

@@ -152,7 +152,8 @@ def test_no_claim_escapes():
     """Every field of a loss is varied in what the claims are taken from, and each claim is in the list."""
     varied = {name for part in enumeration.OPTIONAL_PARTS for name in part} | {"fixed_length_tokens"}
     required = {"advantage", "bias_mitigation", "level", "normalization"}
-    assert varied | required == {field.name for field in dataclasses.fields(PolicyGradientConfig)}
+    fields = {field.name for field in dataclasses.fields(PolicyGradientConfig)}
+    assert varied | required == fields - {"kind"}  # which has one value
     losses = [estimator.loss for estimator in named_estimators()]
     assert all(loss in losses for loss in enumeration.all_combinations() if claims_unbiased(loss))
 
@@ -285,7 +286,5 @@ def test_command_prints_and_writes_the_table(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("broken", [{"direction_bias": 2e-5}, {"scale": 0.99}, {"claimed_scale": 2 / 3}])
 def test_command_fails_on_a_broken_claim(monkeypatch, capsys, broken):
     monkeypatch.setattr(enumeration, "verify_estimators", lambda seed: [fake_report(**broken)])
-    with pytest.raises(SystemExit) as stop:
-        main(["verify-estimators"])
-    assert stop.value.code == 1
+    assert main(["verify-estimators"]) == 1
     assert "not as unbiased as claimed: exact (here)" in capsys.readouterr().err
