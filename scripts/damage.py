@@ -8,7 +8,7 @@ resumed in this process. The verdicts are:
 
     same       the resumed run is the undamaged one, bit for bit, logs included
     older      it continues from an older checkpoint, and a line says so
-    warned     it is the undamaged one, but a log has lost lines, and a line says so
+    warned     it is the undamaged one, but a log has lost lines or the steps are more, and a line says so
     refused    one line names the file and what is wrong
     silent     something differs without a word
     unclear    a traceback, several lines, or a line that names no file
@@ -122,6 +122,8 @@ def _word(result: dict[str, Any], expected: dict[str, Any], said: list[str]) -> 
         return "unclear"
     if _same(result, expected):
         return "same"
+    if any("the run is extended" in line for line in said):
+        return "warned"
     if result["step"] < expected["step"]:
         return "older" if f"continuing after step {result['step']} of" in " ".join(said) else "silent"
     logs_differ_only = all(_same(result[name], expected[name]) for name in expected if name not in LOGS)

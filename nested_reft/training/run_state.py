@@ -115,6 +115,9 @@ class RunState:
         if changed:
             listed = "; ".join(f"{name} is {now!r}, and was {was!r}" for name, was, now in changed)
             raise ValueError(f"the configuration is not that of checkpoint {number}: {listed}. Change config.json back")
+        steps = host["config"]["train"]["steps"]
+        if self.config.train.steps != steps:
+            logger.warning("train.steps is %d, and was %d: the run is extended", self.config.train.steps, steps)
         # What the phase begins with depends on these.
         self.phase, self.division, self.trained_before = host["phase"], host["division"], host["trained_before"]
         prepare(self)
