@@ -25,8 +25,12 @@ def check_writable(path: Path) -> None:
         # The rename at the end would fail on a directory, which the trial alone would not show.
         if path.is_dir():
             raise IsADirectoryError
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError
+            return
         # A file of a name that nobody has shows it, so nothing of the user's is touched.
-        with tempfile.NamedTemporaryFile(dir=path.parent):
+        with tempfile.NamedTemporaryFile(dir=path.resolve().parent):
             pass
     # A name with a NUL character raises ValueError.
     except (OSError, ValueError):
@@ -37,14 +41,46 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that `path` is never half written.
 
     Args:
-        path: replaced where it exists; its directory must be there.
+        path: replaced where it exists; its directory must be there. A link stays one, and a device or a pipe is
+            written to.
         value: JSON-able; a float that is not finite becomes null.
     """
+    text = json_text(value, indent=2) + "\n"
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
     # The number keeps a user's own `.partial` file as it is.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     # A rename within one directory happens whole or not at all.
     os.replace(partial, path)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, which a rename would replace by a file."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """`(field, value in a, value in b)` wherever two configurations as JSON differ.
+
+    Args:
+        a, b: two `to_json` values, or the same part of both.
+        prefix: where that part stands, with its dot; empty for whole configurations.
+
+    Returns:
+        The differences in the order of their fields; None stands for a field that one of them lacks.
+    """
+    found = []
+    # The union of keys has no order of its own, so the result is sorted at the end.
+    for name in a.keys() | b.keys():
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found.append((prefix + name, left, right))
+    return sorted(found, key=lambda difference: difference[0])
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -84,8 +84,25 @@ class RunDirectory:
         return run
 
     def marks(self) -> dict[str, list[int]]:
-        """Where the logs end: size and CRC-32 of each, by the name of its file. A checkpoint holds them."""
+        """Where the logs end: size and CRC-32 of each, by the name of its file. A checkpoint holds them.
+
+        Raises:
+            FileNotFoundError: the directory was moved or removed.
+        """
+        self.check_in_place()
         return {log.path.name: log.mark() for log in (self._metrics, self._samples)}
+
+    def check_in_place(self) -> None:
+        """Stops a run whose directory was moved or removed: what it goes on to write would lie in two places.
+
+        Raises:
+            FileNotFoundError: it was.
+        """
+        if self._lock is None:
+            return
+        held = os.fstat(self._lock)
+        if not self.path.is_dir() or not os.path.samestat(held, self.path.stat()):
+            raise FileNotFoundError(f"the run directory '{self.path}' was moved or removed while the run went on")
 
     def check_logs(self) -> None:
         """Refuses logs that could not be continued, before anything is changed.
@@ -121,7 +138,11 @@ class RunDirectory:
         Args:
             step: counted from 1; 0 is before the first.
             metrics: JSON-able values by name; a number that is not finite becomes null.
+
+        Raises:
+            FileNotFoundError: the directory was moved or removed.
         """
+        self.check_in_place()
         self._metrics.write([{"step": step} | metrics])
         self._events.write(step, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
 

@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import inspect
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,14 @@ def test_a_callback_that_is_no_function_is_refused():
     unchecked: Any = inspect.unwrap(nr.train)  # the tests' own check of types would come first
     with pytest.raises(ValueError, match="on_step is 'print'; allowed is a function that takes a StepRecord, or None"):
         unchecked("tiny", on_step="print")
+
+
+def test_a_policy_of_an_edited_configuration_is_refused(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "copy")
+    file = tmp_path / "copy" / "config.json"
+    value = json.loads(file.read_text())
+    value["model"]["shape"]["rope_theta"] = 10.0
+    file.write_text(json.dumps(value))
+    message = r"config.json' is not that of checkpoint \d+: model.shape.rope_theta is 10.0, and was 10000.0"
+    with pytest.raises(ValueError, match=message):
+        nr.Policy.load(tmp_path / "copy")

@@ -1,6 +1,8 @@
 """What commands print is text, and never what a terminal obeys."""
 
 import ast
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,17 @@ def test_a_users_own_partial_file_stays(tmp_path):
     check_writable(tmp_path / "r.json")
     write_json(tmp_path / "r.json", {"a": 1})
     assert own.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["r.json", own.name]
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    check_writable(tmp_path / "link.json")
+    write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1} and not pipe.is_file()
+    os.close(reader)

@@ -181,3 +181,16 @@ def test_two_runs_of_one_second_have_directories_of_their_own(tmp_path, monkeypa
     for seed, run in enumerate(runs):
         assert json.loads((run.path / "config.json").read_text()) == {"seed": seed}
         assert {"python", "commit", "jax", "devices"} <= set(json.loads((run.path / "versions.json").read_text()))
+
+
+def test_a_directory_that_was_moved_stops_the_run(tmp_path):
+    run = RunDirectory.create(tmp_path, "x", {})
+    run.log_metrics(1, {"reward": 0.5})
+    run.path.rename(tmp_path / "elsewhere")
+    for act in (run.marks, lambda: run.log_metrics(2, {"reward": 0.5})):
+        with pytest.raises(
+            FileNotFoundError, match=r"the run directory '.*' was moved or removed while the run went on"
+        ):
+            act()
+    assert [line["step"] for line in read_log(tmp_path / "elsewhere" / "metrics.jsonl")] == [1]
+    run.close()

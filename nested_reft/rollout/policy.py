@@ -21,8 +21,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_checkpoint
 from nested_reft.fields import read
+from nested_reft.json_files import differences
 from nested_reft.layer_skip import LayerPlan, NestingConfig
 from nested_reft.models.lora import LoraConfig, split_trainable
 from nested_reft.models.registry import load_model
@@ -425,16 +426,39 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
-    number = newest_checkpoint(run / "checkpoints")
-    if number is None:
+    if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
     # The run may have had more devices than this machine has, so its own mesh is not read.
     mesh = make_mesh(mesh_config)
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, seed, mesh)
     graph, trainable, frozen = split_trainable(model)
+    # Optimizer moments are not read: sampling does not need them.
+    like = {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)}
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
-        # Optimizer moments are not read: sampling does not need them.
-        arrays = checkpoints.restore_some(number, {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)})
+        arrays = _newest(checkpoints, run / "config.json", stored, like)
     model = nnx.merge(graph, arrays["trainable"], frozen)
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)
+
+
+def _newest(checkpoints: Checkpoints, config: Path, stored: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of the newest checkpoint, of a run that may be going on.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another configuration.
+    """
+    while True:
+        (number, *_) = checkpoints.numbers()
+        try:
+            written = checkpoints.restore_host(number)["config"]
+            for name in ("model", "lora", "rollout", "nesting"):
+                for field, was, now in differences(written[name], stored[name], f"{name}."):
+                    raise ValueError(
+                        f"'{config}' is not that of checkpoint {number}: {field} is {now!r}, and was {was!r}; change it"
+                        " back"
+                    )
+            return checkpoints.restore_some(number, like)
+        except DamagedCheckpointError:
+            # A run that goes on removes old checkpoints, perhaps while this one was read.
+            if checkpoints.numbers()[:1] in ([], [number]):
+                raise

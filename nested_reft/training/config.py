@@ -16,6 +16,7 @@ from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.fields import UnknownField, read
+from nested_reft.json_files import differences
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.literals import check_whole
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
@@ -274,27 +275,6 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     if model and model not in ("scratch", *known_models()) and (directory / os.path.expanduser(model)).exists():
         value["model"]["name"] = absolute(model)
     return Config.from_json(value)
-
-
-def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """`(field, value in a, value in b)` wherever two `to_json` values differ.
-
-    Args:
-        a, b: two `to_json` values, or the same part of both.
-        prefix: where that part stands, with its dot; empty for whole configurations.
-
-    Returns:
-        The differences in the order of their fields; None stands for a field that one of them lacks.
-    """
-    found = []
-    # The union of keys has no order of its own, so the result is sorted at the end.
-    for name in a.keys() | b.keys():
-        left, right = a.get(name), b.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{name}.")
-        elif left != right:
-            found.append((prefix + name, left, right))
-    return sorted(found, key=lambda difference: difference[0])
 
 
 def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:

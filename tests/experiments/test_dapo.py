@@ -3,8 +3,9 @@
 import itertools
 
 from experiments.dapo import VARIANTS, variant_config
+from nested_reft.json_files import differences
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.training.config import differences, load_config
+from nested_reft.training.config import load_config
 
 
 def test_variants_differ_by_one_part_and_end_at_the_preset():
