@@ -503,3 +503,17 @@ def test_only_the_command_itself_restarts(program, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert restarts == ["nested-reft"] * (program == "nested-reft")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "nested_reft.command", "--help"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert ended.returncode == 1 and ended.stderr == "error: [Errno 28] No space left on device\n"

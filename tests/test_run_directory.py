@@ -188,9 +188,7 @@ def test_a_directory_that_was_moved_stops_the_run(tmp_path):
     run.log_metrics(1, {"reward": 0.5})
     run.path.rename(tmp_path / "elsewhere")
     for act in (run.marks, lambda: run.log_metrics(2, {"reward": 0.5})):
-        with pytest.raises(
-            FileNotFoundError, match=r"the run directory '.*' was moved or removed while the run went on"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"the run directory '.*' was moved or removed"):
             act()
     assert [line["step"] for line in read_log(tmp_path / "elsewhere" / "metrics.jsonl")] == [1]
     run.close()

@@ -17,6 +17,7 @@ Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before t
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -51,10 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
         # What is still buffered would otherwise be written, and fail, after the last line of Python.
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read the output went away, as `| head` does
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What is still buffered has nowhere to go, and would fail again when Python ends.
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 141  # as a shell reports a program that SIGPIPE ended
+        if error.errno == errno.EPIPE:  # whoever read the output went away, as `| head` does
+            return 141  # as a shell reports a program that SIGPIPE ended
+        return _refusal(error, 1)
 
 
 def _exit_code(arguments: list[str]) -> int:
