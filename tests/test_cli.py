@@ -310,6 +310,8 @@ def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
 
     options = ["--prompts", "3", "--evaluation.batch-size", "2", "--evaluation.samples-per-prompt", "2"]
     words = [*options, "--evaluation.pass-k", "2", "--completions", "texts.jsonl", "--json", "eval.json"]
+    message = refused(["eval", str(run), "--model.shape.rope-theta", "10"], capsys)
+    assert "allowed is the model that was trained" in message
     assert main(["eval", str(run), *words, "--rollout.max-completion-tokens", "3", "--mesh.data", "2"]) == 0
     assert json.loads(Path("eval.json").read_text())["three_to_six_digits"]["prompts"] == 3
     lines = [json.loads(line) for line in Path("texts.jsonl").read_text().splitlines()]

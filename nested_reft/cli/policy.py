@@ -35,8 +35,11 @@ def setup_of(policy: str, config_name: str | None, overrides: Sequence[str] = ()
     Raises:
         ValueError: the policy and the configuration do not go together, or one of them cannot be loaded.
     """
-    config = override(without_plans(_config_of(policy, config_name)), overrides)
+    given = without_plans(_config_of(policy, config_name))
+    config = override(given, overrides)
     if is_run(policy):
+        if config.model != given.model:
+            raise ValueError(f"--model changes the model of the run '{policy}'; allowed is the model that was trained")
         loaded = Policy.load(policy, config.mesh)
         how = {"sampling": config.rollout.sampling, "max_completion_tokens": config.rollout.max_completion_tokens}
         setup = prepare(config, dataclasses.replace(loaded, prompt=config.data.prompt, **how))
