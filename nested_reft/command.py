@@ -7,6 +7,7 @@ page by page; in pages of 2 MB instead of 4 kB that is cheap. glibc asks for suc
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def keep_compiled_programs(arguments: list[str]) -> None:
     drop_old_programs(directory)
 
 
+def ignore_interrupts() -> None:
+    """Nothing is left to stop once a command has ended: another Ctrl-C would only break off how Python closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main() -> None:
     """The entry point."""
     if Path(sys.argv[0]).name == "nested-reft":  # a program that calls this one must not start over
@@ -46,7 +52,9 @@ def main() -> None:
     try:
         from nested_reft.cli.main import main as command_line  # after the restart, so that nothing is imported twice
 
-        sys.exit(command_line())
+        code = command_line()
+        ignore_interrupts()
+        sys.exit(code)
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
         sys.exit(130)

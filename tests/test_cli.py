@@ -501,6 +501,7 @@ def test_commands_that_compile_take_the_option(name, capsys):
 def test_only_the_command_itself_restarts(program, monkeypatch):
     restarts = []
     monkeypatch.setattr(command, "restart_with_huge_pages", lambda: restarts.append(program))
+    monkeypatch.setattr(command, "ignore_interrupts", lambda: None)  # the tests themselves may be interrupted
     monkeypatch.setattr(sys, "argv", [f"/some/bin/{program}", "train", "nosuch"])
     with pytest.raises(SystemExit, match="2"):
         command.main()
