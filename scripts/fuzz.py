@@ -224,13 +224,14 @@ def _gguf_file() -> bytes:
         return path.read_bytes()
 
 
-def use_model(location: Path) -> None:
-    """Loads a model and does with its tokenizer what a run does."""
-    _, tokenizer = load_model(str(location))
+def use_model(location: Path) -> ModelConfig:
+    """Loads a model and does with its tokenizer what a run does; returns what the file says of the model."""
+    model, tokenizer = load_model(str(location))
     for special in (False, True):
         tokenizer.decode(tokenizer.encode("ab a", add_special_tokens=special))
     if tokenizer.chat_template is not None:
         tokenizer.chat("ab")
+    return model.config
 
 
 # Targets: model files.

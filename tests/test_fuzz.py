@@ -23,8 +23,13 @@ def test_a_few_damaged_inputs_of_each_kind(name, capsys):
 
 def test_the_inputs_without_damage_are_read(tmp_path):
     fuzz.write_gguf(tmp_path / "model.gguf", fuzz.gguf_metadata())
-    fuzz.use_model(tmp_path / "model.gguf")
-    fuzz.use_model(fuzz.model_directory(tmp_path / "model"))
+    for location in (tmp_path / "model.gguf", fuzz.model_directory(tmp_path / "model")):
+        found = fuzz.use_model(location)
+        assert (found.num_layers, found.width, found.num_heads) == (
+            fuzz.SHAPE.num_layers,
+            fuzz.SHAPE.width,
+            fuzz.SHAPE.num_heads,
+        )
 
 
 def fail(error):

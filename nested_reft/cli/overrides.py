@@ -27,16 +27,16 @@ def override(config: Config, words: Sequence[str]) -> Config:
         SystemExit: help was asked for and printed (code 0).
         ValueError: a field that is not there, or a value that cannot be; names both and what is allowed.
     """
-    from nested_reft.training.config import Config, with_objective
+    from nested_reft.training.config import Config
 
     if not set(HELP).isdisjoint(words):
         print_fields(config)
         raise SystemExit(0)
     given = list(_given(words))
     for option, values in given:
-        if option == "loss.kind" and values:
-            # The kind decides which other fields `loss` has, so it comes first.
-            config = with_objective(config, values[-1])
+        if option == "loss.kind" and values and values[-1] != config.loss.kind:
+            # The kind decides which other fields `loss` has, so it comes first; they begin at their defaults.
+            config = Config.from_json(config.to_json() | {"loss": {"kind": values[-1]}})
     plain = config.to_json()
     for option, values in given:
         keys, value = _replacement(config, option, values)

@@ -289,6 +289,7 @@ def _without_compiling(lines: Sequence[Line]) -> list[Line]:
 
 def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str]) -> Callable[[Any], None]:
     def draw(figure: Any) -> None:
+        """Draws each metric over the steps."""
         axis = figure.subplots()
         for metric in metrics:
             # Evaluations may be many steps apart, so their points are marked.

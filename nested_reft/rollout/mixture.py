@@ -63,6 +63,7 @@ def mixture_rollouts(
     index_BG = np.where(from_full_BG, from_full_BG.cumsum(axis=1), (~from_full_BG).cumsum(axis=1)) - 1
 
     def choose(from_full: Array, from_nested: Array) -> Array:
+        """A field of the mixture: at each slot, the value of the component that drew it."""
         shape = (num_prompts, group_size) + (1,) * (from_full.ndim - 2)
         index, chosen = jnp.asarray(index_BG).reshape(shape), jnp.asarray(from_full_BG).reshape(shape)
         take = [

@@ -215,31 +215,6 @@ def _named_config(name: str) -> Config:
         raise ValueError(f"configuration file '{path}': {error}") from None
 
 
-def with_objective(config: Config, kind: str) -> Config:
-    """The configuration with an objective of another kind, all of whose fields are at their defaults.
-
-    Args:
-        config: it comes back as it is where it has that kind already.
-        kind: one of `losses.registry.OBJECTIVE_CONFIGS`.
-
-    Raises:
-        ValueError: there is no such kind, or it has fields without a default.
-    """
-    if kind == config.loss.kind:
-        return config
-    if kind not in OBJECTIVE_CONFIGS:
-        raise ValueError(f"loss.kind is {kind!r}; allowed are {', '.join(OBJECTIVE_CONFIGS)}")
-    chosen: Any = OBJECTIVE_CONFIGS[kind]
-    fields = dataclasses.fields(chosen)
-    without = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if without:
-        raise ValueError(
-            f"loss.kind is {kind!r}, and '{config.name}' has {config.loss.kind!r}; {', '.join(without)} have no"
-            f" defaults: start from a configuration whose loss.kind is {kind!r}"
-        )
-    return dataclasses.replace(config, loss=chosen())
-
-
 def with_absolute_paths(config: Config, directory: Path) -> Config:
     """The configuration with every path in it absolute, so that it means the same wherever a run is continued.
 
