@@ -111,7 +111,7 @@ def damaged_json(chance: random.Random, value: Any) -> Any:
             holder[str(chance.choice(STRANGE))[:99]] = holder[key]
         elif change == 3:
             nested: Any = "deep"
-            for _ in range(chance.choice((3, 400))):
+            for _ in range(chance.choice((3, 250))):  # three of these stay within what Python itself can walk through
                 nested = [nested]
             holder[key] = nested
         else:
