@@ -26,7 +26,7 @@ from experiments.plan_divergence import full_completions
 from nested_reft.divergence import measure_plan_divergence, texts_of
 from nested_reft.evaluation import EvaluationConfig, evaluate_examples
 from nested_reft.json_files import write_json
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions

@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Completion": "nested_reft.rollout.policy",
     "Config": "nested_reft.training.config",
-    "LayerPlan": "nested_reft.layer_skip",
+    "LayerPlan": "nested_reft.layer_plan",
     "Policy": "nested_reft.rollout.policy",
     "Run": "nested_reft.api",
     "StepRecord": "nested_reft.training.record",
@@ -49,7 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from nested_reft.api import Run, evaluate, train
     from nested_reft.config_files import config_names
-    from nested_reft.layer_skip import LayerPlan
+    from nested_reft.layer_plan import LayerPlan
     from nested_reft.rollout.policy import Completion, Policy
     from nested_reft.training.config import Config, load_config
     from nested_reft.training.record import StepRecord

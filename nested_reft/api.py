@@ -14,7 +14,8 @@ import jax
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.evaluation import Evaluation
 from nested_reft.json_files import write_json
-from nested_reft.layer_skip import LayerPlan, NestingConfig
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.estimators.kl import exact_kl
 from nested_reft.json_files import write_json
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import over_position_blocks
 from nested_reft.rollout.sampling import tempered

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.data.pipeline import batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig

@@ -1,97 +1,17 @@
-"""Layer plans: which layers a nested policy keeps, as data.
-
-A plan is an array of kept-layer indices. Its length is static, so the nested model really is
-shorter; its values are dynamic, so a new plan of the same length runs the same compiled program.
-"""
+"""Which layers the behavior policy leaves out: how the plan of a batch is drawn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float
 
+from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.literals import check_choice
-
-
-@struct.dataclass
-class LayerPlan:
-    """The layers of one policy.
-
-    Attributes:
-        kept_S: indices of the kept layers, ascending. The plan of all layers is the full model.
-    """
-
-    kept_S: Int[Array, " S"]
-
-    @property
-    def num_kept(self) -> int:
-        """Kept layers: the static size that a compiled program depends on."""
-        return self.kept_S.shape[0]
-
-    @classmethod
-    def full(cls, num_layers: int) -> LayerPlan:
-        """The empty skip set: every layer, in order.
-
-        Args:
-            num_layers: L of the model.
-        """
-        return cls(jnp.arange(num_layers, dtype=jnp.int32))
-
-    @classmethod
-    def from_mask(cls, kept_mask_L: Bool[np.ndarray, " L"]) -> LayerPlan:
-        """The plan that keeps the layers where `kept_mask_L` is True (host values only).
-
-        Args:
-            kept_mask_L: one value per layer, on the host.
-        """
-        # The number of kept layers depends on the mask's values, so this cannot run inside a compiled function.
-        return cls(jnp.asarray(np.flatnonzero(kept_mask_L), dtype=jnp.int32))
-
-    @classmethod
-    def skipping(cls, num_layers: int, skipped: Sequence[int]) -> LayerPlan:
-        """The plan that keeps every layer not named in `skipped`.
-
-        Args:
-            num_layers: L of the model.
-            skipped: layer indices from 0 to L - 1, in any order; empty gives the full model.
-
-        Raises:
-            ValueError: a layer that the model does not have, or no layer that remains.
-        """
-        unknown = [layer for layer in skipped if not 0 <= layer < num_layers]
-        if unknown:
-            raise ValueError(f"the plan skips {unknown}; the model has layers 0 to {num_layers - 1}")
-        if len(set(skipped)) == num_layers:
-            raise ValueError(f"the plan skips all {num_layers} layers; at least one must remain")
-        kept_mask_L = np.ones(num_layers, dtype=bool)
-        kept_mask_L[list(skipped)] = False
-        return cls.from_mask(kept_mask_L)
-
-    def to_mask(self, num_layers: int) -> Bool[Array, " L"]:
-        """`mask[l]` is True where layer `l` is kept.
-
-        Args:
-            num_layers: L of the model.
-        """
-        # A scatter works with traced indices, where a Python loop over layers would not.
-        return jnp.zeros(num_layers, dtype=bool).at[self.kept_S].set(True)
-
-    def skipped(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the skipped layers, on the host, for logs.
-
-        Args:
-            num_layers: L of the model.
-        """
-        # NumPy, because a log line must not compile programs for each new number of layers.
-        return tuple(np.setdiff1d(np.arange(num_layers), np.asarray(self.kept_S)).tolist())
-
 
 Choice = Literal["uniform", "per_layer", "fixed", "measured"]
 
@@ -312,3 +232,13 @@ def _log_weights(
         return -np.asarray(divergence_L, dtype=np.float64) / (config.divergence_temperature or 1.0)
     # Equal weights: the noise alone decides.
     return np.zeros(num_layers)
+
+
+def nested_shape(config: NestingConfig, num_layers: int) -> PlanShape:
+    """The shape of the plans that a configuration draws: what a compiled rollout depends on.
+
+    Args:
+        config: validated for `num_layers`.
+        num_layers: L of the model.
+    """
+    return PlanShape(num_layers - config.num_skipped(num_layers))

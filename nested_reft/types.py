@@ -6,7 +6,7 @@ Dimension key (used as suffixes of array names and as jaxtyping axes):
     P  prompt tokens         C  completion tokens          T  sequence tokens
     V  vocabulary            D  width                      F  hidden width
     H  query heads           J  key/value heads            K  head size
-    L  layers                S  layers kept by a plan      E  measured examples
+    L  layers                S  steps of a plan            E  measured examples
 
 Host values (text, answers) are plain dataclasses; what enters a compiled function is a
 `flax.struct` dataclass of arrays. Masks are built from lengths, never from token values:
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 _OF_THE_BATCH = {"of_the_batch": True}  # marks the one field that has no entry per group
 
@@ -100,7 +100,7 @@ class Rollouts:
             (defensive mixture, exact rollouts).
         full_share_B: probability with which a completion of the group was drawn from the full model:
             0 for nested rollouts, alpha for a defensive mixture, 1 for exact rollouts.
-        kept_mask_BL: layers that the group's nested policy kept; with exact rollouts, those that drafted.
+        part_BL: what the group's nested policy runs of each layer, as a `Part`; with exact rollouts, what drafted.
         version_B: number of updates that the sampled weights had seen in their phase.
     """
 
@@ -114,7 +114,7 @@ class Rollouts:
     behavior_logprob_BGC: Float[Array, "B G C"]
     nested_BG: Bool[Array, "B G"]
     full_share_B: Float[Array, " B"]
-    kept_mask_BL: Bool[Array, "B L"]
+    part_BL: Int8[Array, "B L"]
     version_B: Int[Array, " B"]
 
 

@@ -23,7 +23,7 @@ def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None, counted_BG=None
         behavior_logprob_BGC=np.broadcast_to(np.float32(-0.1) * number_B[:, None, None], (*shape, TOKENS)),
         nested_BG=np.ones(shape, bool),
         full_share_B=np.zeros(shape[0], np.float32),
-        kept_mask_BL=np.ones((shape[0], 2), bool),
+        part_BL=np.ones((shape[0], 2), np.int8),
         version_B=number_B,
     )
     names = tuple(str(number) for number in number_B)

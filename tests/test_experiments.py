@@ -28,4 +28,4 @@ def test_every_rule_of_the_plan_comparison_can_be_drawn(key):
     measured = NestingConfig(choice="measured", divergence_file="-")
     for nesting, num_skipped in plan_divergence.rules(measured).values():
         plan = draw_plan(key, nesting, 30, np.linspace(0, 1, 30), num_skipped)
-        assert plan.num_kept == 30 - num_skipped
+        assert plan.shape.kept == 30 - num_skipped

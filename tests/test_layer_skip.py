@@ -1,4 +1,4 @@
-"""Layer plans: conversions, the distribution they are drawn from, and what is refused."""
+"""How plans are drawn: their distribution, and what is refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,17 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
-
-
-def test_mask_and_indices_convert_both_ways():
-    mask_L = np.array([True, False, True, True, False])
-    plan = LayerPlan.from_mask(mask_L)
-    assert plan.kept_S.tolist() == [0, 2, 3]
-    assert plan.to_mask(5).tolist() == mask_L.tolist()
-    assert plan.skipped(5) == (1, 4)
-    assert LayerPlan.full(5).kept_S.tolist() == [0, 1, 2, 3, 4]
-    assert LayerPlan.skipping(5, [1, 4]).kept_S.tolist() == plan.kept_S.tolist()
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig, draw_plan
 
 
 @pytest.mark.parametrize(("ratio", "layers", "skipped"), [(0.0, 30, 0), (0.1, 30, 3), (0.15, 28, 4), (0.05, 12, 0)])
@@ -33,7 +24,7 @@ def test_uniform_plans_skip_every_inner_layer_equally_often(key):
     counts_L = np.zeros(12)
     for draw in range(400):
         plan = draw_plan(jax.random.fold_in(key, draw), config, 12)
-        assert plan.num_kept == 9
+        assert plan.shape.kept == 9
         counts_L[list(plan.skipped(12))] += 1
     assert counts_L[:2].sum() == counts_L[-2:].sum() == 0
     # 3 of 8 layers in each draw: 150 expected, standard deviation 9.7.
@@ -100,7 +91,7 @@ def test_the_number_of_skipped_layers_can_be_given(choice, key):
     config = NestingConfig(skip_ratio=0.1, choice=choice, divergence_file="-" if choice == "measured" else None)
     for num_skipped in (0, 1, 5, 8):
         plan = draw_plan(key, config, 10, np.linspace(0, 1, 10), num_skipped)
-        assert plan.num_kept == 10 - num_skipped and not {0, 9} & set(plan.skipped(10))
+        assert plan.shape.kept == 10 - num_skipped and not {0, 9} & set(plan.skipped(10))
     assert config.most_skipped(10) == 8
     with pytest.raises(ValueError, match="num_skipped is 9; allowed is 0 to 8"):
         draw_plan(key, config, 10, np.zeros(10), 9)
@@ -116,7 +107,7 @@ def test_fixed_plan_is_what_was_asked_for(key):
 
 
 def test_no_skipped_layer_is_the_full_model(key):
-    assert jnp.array_equal(draw_plan(key, NestingConfig(), 4).kept_S, LayerPlan.full(4).kept_S)
+    assert jnp.array_equal(draw_plan(key, NestingConfig(), 4).layer_S, LayerPlan.full(4).layer_S)
 
 
 @pytest.mark.parametrize(

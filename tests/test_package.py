@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.types import valid_mask
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,7 @@ LAYERS = [
         "prompt_format",
         "user_files",
     },
+    {"layer_plan"},
     {"layer_skip"},
     {"types"},
     RULES,
@@ -45,6 +46,7 @@ LAYERS = [
     {"checkpoints"},
     {"rollout"},
     {"evaluation", "divergence", "run_logs"},
+    {"bridge_fitting"},
     {"run_directory"},
     {"reports"},
     {"training"},
@@ -188,13 +190,13 @@ def test_every_imported_package_is_declared():
 
 def test_signatures_are_checked_here():
     """conftest.py's hook: wrong arrays are refused where our code makes them, JAX's rebuilding is let through."""
-    with pytest.raises(jaxtyping.TypeCheckError, match="kept_S"):
-        LayerPlan(jnp.ones(3))
+    with pytest.raises(jaxtyping.TypeCheckError, match="layer_S"):
+        LayerPlan(jnp.ones(3), jnp.ones(3, int), PlanShape(3))
     with pytest.raises(jaxtyping.TypeCheckError, match="length"):
         valid_mask(jnp.ones(2), 3)
     plan = LayerPlan.full(3)
-    assert jax.device_get(plan).kept_S.tolist() == [0, 1, 2]
-    assert jax.eval_shape(lambda p: p, plan).kept_S.shape == (3,)
+    assert jax.device_get(plan).layer_S.tolist() == [0, 1, 2]
+    assert jax.eval_shape(lambda p: p, plan).layer_S.shape == (3,)
     assert jax.device_count() == 8 or jax.default_backend() != "cpu"
 
 
@@ -247,7 +249,7 @@ def test_right_dependency_is_allowed(tmp_path):
         "nested_reft/__init__.py": "__version__ = '1'",
         "nested_reft/cli/train.py": "from nested_reft import __version__\nfrom nested_reft.training import step",
         "nested_reft/training/step.py": "from . import other\nfrom ..losses import policy\nimport nested_reft.models",
-        "nested_reft/types.py": "from nested_reft.layer_skip import LayerPlan",
+        "nested_reft/types.py": "from nested_reft.layer_plan import LayerPlan",
         "experiments/configs/a.py": "from nested_reft.training.config import Config",
     }
     assert dependency_violations(write_tree(tmp_path, files)) == []

@@ -72,7 +72,7 @@ def rollouts(numbers: Numbers) -> Rollouts:
         behavior_logprob_BGC=numbers.array(B, G, C, dtype=np.float32),
         nested_BG=numbers.coin(B, G),
         full_share_B=numbers.array(B, dtype=np.float32),
-        kept_mask_BL=numbers.coin(B, L),
+        part_BL=numbers.coin(B, L).astype(np.int8),
         version_B=numbers.array(B),
     )
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer

@@ -27,7 +27,7 @@ from experiments.benchmarks.our_updates import grpo_task, initial, train_batch
 from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.stages import Best, Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs

@@ -40,7 +40,7 @@ def main() -> None:
         # Acceptance is a matter of the samples and not of time, so one more call outside the clock tells it.
         result = call()
         named = {"system": "ours", "variant": f"exact, {k} drafts", "case": case, "drafts": k}
-        kept = plan_of(case.skip_ratio, policy.num_layers).num_kept
+        kept = plan_of(case.skip_ratio, policy.num_layers).shape.kept
         rows.append(named | {"kept": kept, "accepted": float(result.accepted / result.tested)} | row)
     print(f"\n{exact_table(rows)}\n{disturbance(rows)}")
     write_results(known.json, {"threads": known.threads, "rows": plain(rows)})

@@ -12,7 +12,8 @@ import numpy as np
 
 from experiments.benchmarks.worker import Case, Spec, serve
 from nested_reft.compilation import CompileCounter
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.registry import load_model
 from nested_reft.rollout.policy import Policy

@@ -217,7 +217,7 @@ def nested_rows(
     full = mine.pop(0.0, None)
     found = []
     for skipped, rate in mine.items():
-        kept = plan_of(skipped, shape.num_layers).num_kept
+        kept = plan_of(skipped, shape.num_layers).shape.kept
         speedup, predicted = ratio(rate, full), predicted_speedup(shape, case, kept, ceilings, drawing_seconds)
         found.append(
             {

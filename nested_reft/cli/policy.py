@@ -8,7 +8,8 @@ from pathlib import Path
 
 from nested_reft.api import without_plans
 from nested_reft.cli.overrides import override
-from nested_reft.layer_skip import LayerPlan, NestingConfig
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.setup import Setup, prepare, run_config

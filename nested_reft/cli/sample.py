@@ -14,7 +14,8 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without
 from nested_reft.divergence import load_divergence
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
 from nested_reft.rollout.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
 from nested_reft.training.memory import mesh_bytes
@@ -32,7 +33,7 @@ def run(arguments: list[str]) -> None:
             raise ValueError(f"'{known.policy}' has no chat template, as base models have none; give --no-chat")
         plans = {"full": LayerPlan.full(policy.num_layers)}
         nested = _nested_plan(known, policy)
-        if nested.num_kept < policy.num_layers:
+        if nested.shape.kept < policy.num_layers:
             plans["nested"] = nested
         max_tokens = _max_tokens(known.max_tokens, policy, known.prompt)
         _check_samples(known.samples, max_tokens, policy, known.prompt)
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> None:
     for label, plan in plans.items():
         (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
         skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
-        say(f"{label} ({plan.num_kept} of {policy.num_layers} layers{skipped})")
+        say(f"{label} ({plan.shape.kept} of {policy.num_layers} layers{skipped})")
         for completion in completions:
             # A completion stays one line, whatever the model wrote.
             say(f"  {printable(completion.text)}")

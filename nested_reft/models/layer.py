@@ -138,21 +138,17 @@ def _batched_product(x: Array, y: Array, axes: tuple[int, int], batch: int) -> F
     return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), dimensions, preferred_element_type=jnp.float32)
 
 
-def finish_layer(
-    config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"], attended: Float[Array, "B G T I"]
+def add_attention(
+    layer: Parameters, x: Float[Array, "B G T D"], attended: Float[Array, "B G T I"]
 ) -> Float[Array, "B G T D"]:
-    """Output projection and SwiGLU block, each added to the residual stream.
+    """The residual stream with attention's output, projected, added.
 
     Args:
-        config: the model.
         layer: parameters of this layer, by name.
         x: residual stream before the layer.
         attended: what `attend` returned for it.
-
-    Returns:
-        The residual stream after the layer.
     """
-    return add_mlp(config, layer, x + linear(layer, "output", attended))
+    return x + linear(layer, "output", attended)
 
 
 def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) -> Float[Array, "B G T D"]:

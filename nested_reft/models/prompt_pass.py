@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.layer import KeyValues, attend, finish_layer, project_qkv, rope
+from nested_reft.models.layer import KeyValues, add_attention, attend, project_qkv, rope
 from nested_reft.models.parameters import Parameters
 
 
@@ -47,8 +47,8 @@ class PromptPass:
         own, *shared = (stream[:, 0] for stream in streams)
         return jnp.concatenate([self._repeat(shared[0]), own], axis=1) if shared else own
 
-    def layer(self, layer: Parameters, streams: tuple[Array, ...]) -> tuple[tuple[Array, ...], KeyValues]:
-        """One layer: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts.
+    def attention(self, layer: Parameters, streams: tuple[Array, ...]) -> tuple[tuple[Array, ...], KeyValues]:
+        """One layer's attention: the streams after it, and the keys and values `[B, J, P, K]` of whole prompts.
 
         Args:
             layer: parameters of this layer, by name.
@@ -71,7 +71,7 @@ class PromptPass:
         # Every own token comes after the whole prefix and sees all of it.
         prefix = [] if shared is None else [(shared, jnp.ones((), bool))]
         attended = attend(query, (keys_values, mask), *prefix)
-        return finish_layer(self._config, layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
+        return add_attention(layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
 
     def _repeat(self, x: Array) -> Array:
         return jnp.broadcast_to(x, (self._batch, *x.shape[1:]))

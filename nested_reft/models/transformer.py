@@ -22,15 +22,15 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan, Part, cache_slots, cached_steps
+from nested_reft.models.bridges import Bridges, add_bridge
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import (
     KeyValues,
+    add_attention,
     add_mlp,
     as_operand,
     attend,
-    finish_layer,
-    linear,
     project_qkv,
     rms_norm,
     rope,
@@ -38,6 +38,8 @@ from nested_reft.models.layer import (
 )
 from nested_reft.models.parameters import Parameters, parameter_axes, parameter_shapes
 from nested_reft.models.prompt_pass import PromptPass
+
+Attention = Callable[..., tuple[Any, Any, Any]]  # see `Transformer._run`
 
 
 class LayerStack(nnx.Module):
@@ -95,6 +97,7 @@ class Transformer(nnx.Module):
         self.head = None if config.tied_embeddings else nnx.Param(parameters["head"])
         self.embedding_scale: nnx.Param | None = nnx.data(None)  # of int8 copies; see `models.low_precision`
         self.head_scale: nnx.Param | None = nnx.data(None)
+        self.bridges: Bridges | None = nnx.data(None)
         self.layers = LayerStack(
             {name.removeprefix("layers/"): value for name, value in parameters.items() if name.startswith("layers/")}
         )
@@ -106,6 +109,16 @@ class Transformer(nnx.Module):
         own = {name: getattr(self, name)[...] for name in names if "/" not in name}
         stack = {name: getattr(self.layers, name.removeprefix("layers/"))[...] for name in names if "/" in name}
         return own | stack
+
+    def stacked_bridges(self) -> Parameters:
+        """The bridges of all layers by name, as `Bridges.stack` has them.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if self.bridges is None:
+            raise ValueError("the plan bridges layers, and the model has no bridges; set nesting.bridge.kind")
+        return self.bridges.stack()
 
     def __call__(
         self,
@@ -160,7 +173,7 @@ class Transformer(nnx.Module):
         return PromptCache(layers, valid_BP, _last_valid(hidden_BPD, valid_BP))
 
     def empty_cache(self, batch: int, group: int, size: int, plan: LayerPlan | None) -> KeyValues:
-        """Zeroed completion caches `[S, B, G, J, size, K]` for `decode`.
+        """Zeroed completion caches `[A, B, G, J, size, K]` for `decode`, one for each of the A steps with attention.
 
         Args:
             batch: B prompts.
@@ -168,8 +181,8 @@ class Transformer(nnx.Module):
             size: completion tokens that the caches have room for.
             plan: layers that get a cache; None is all of them.
         """
-        num_kept = self.config.num_layers if plan is None else plan.num_kept
-        shape = (num_kept, batch, group, self.config.num_kv_heads, size, self.config.head_size)
+        num_cached = self.config.num_layers if plan is None else plan.shape.cached
+        shape = (num_cached, batch, group, self.config.num_kv_heads, size, self.config.head_size)
         zeros = jnp.zeros(shape, self.cache_dtype)
         return KeyValues(zeros, zeros)
 
@@ -209,22 +222,18 @@ class Transformer(nnx.Module):
         here = jnp.ones((), bool)
         shared_mask = prompt.valid_BP[:, None, None]
 
-        def layer_step(x, layer, inputs):
-            slot, index = inputs
+        def attention(x, cache, layer, slot):
             query, new = project_qkv(config, layer, x, rotation)
-            mlp = self._layer(_known_after(new.value, index))  # the same layer, read when attention begins
             shared, earlier = _entry((prompt.layers, cache), slot)
             # The token reads its own key and value as rounded as later tokens will read them from the cache.
             new = jax.tree.map(lambda row, whole: stored_as(row, whole.dtype), new, earlier)
             attended = attend(query, (earlier, earlier_mask), (new, here), (shared, shared_mask))
-            return add_mlp(config, mlp, x + linear(layer, "output", attended)), new
+            return add_attention(layer, x, attended), cache, new
 
-        # Caches are counted by place in the plan, parameters by layer.
-        slots = jnp.arange(plan.num_kept)
-        # The layers only read the caches and one write adds all layers' rows: a TPU's compiler would move caches
+        x, cache, new = self._run(attention, self._embed(token_BG[..., None]), cache, plan, mlp_waits=True)
+        # The steps only read the caches and one write adds all steps' rows: a TPU's compiler would move caches
         # that every layer writes to on-chip memory, and back out whole.
-        x, new = self._scan_layers(layer_step, self._embed(token_BG[..., None]), (slots, plan.kept_S), plan)
-        # The scan stacked the new rows along S; the token axis of the caches is the fifth.
+        # The scan stacked the new rows along A; the token axis of the caches is the fifth.
         cache = jax.tree.map(
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
@@ -258,15 +267,14 @@ class Transformer(nnx.Module):
         own_mask = (slot_F <= slot_F[:, None]) & (slot_F >= start_BG[..., None, None])
         shared_mask = prompt.valid_BP[:, None, None]
 
-        def layer_step(x, layer, slot):
+        def attention(x, _, layer, slot):
             query, own = project_qkv(config, layer, x, rotation)
             shared = _entry(prompt.layers, slot)
             attended = attend(query, (own, own_mask), (shared, shared_mask))
             # Attention above reads the unrounded keys, as a prompt's own pass does; only later tokens read the caches.
-            kept = jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
-            return finish_layer(config, layer, x, attended), kept
+            return add_attention(layer, x, attended), _, jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
 
-        x, cache = self._scan_layers(layer_step, self._embed(tokens_BGF), jnp.arange(plan.num_kept), plan)
+        x, _, cache = self._run(attention, self._embed(tokens_BGF), None, plan)
         # Rows end at the same slot, so the last column predicts the next token of every row that has any.
         has_own_BG1 = (start_BG < size)[..., None]
         return jnp.where(has_own_BG1, self._final_norm(x[:, :, -1]), prompt.last_hidden_BD[:, None]), cache
@@ -305,8 +313,7 @@ class Transformer(nnx.Module):
         # would be moved without a word, hence the bound on `offset_BG`.
         write_rows = jax.vmap(jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))))
 
-        def layer_step(carry, layer, slot):
-            x, cache = carry
+        def attention(x, cache, layer, slot):
             query, new = project_qkv(config, layer, x, rotation)
             shared, own = _entry((prompt.layers, cache), slot)
             # New keys are written before attention, so that the new tokens see one another through the cache.
@@ -317,10 +324,9 @@ class Transformer(nnx.Module):
                 lambda whole, rows: jax.lax.dynamic_update_index_in_dim(whole, rows, slot, 0), cache, own
             )
             attended = attend(query, (own, own_mask), (shared, shared_mask))
-            return (finish_layer(config, layer, x, attended), cache), None
+            return add_attention(layer, x, attended), cache, None
 
-        slots = jnp.arange(config.num_layers) if plan is None else plan.kept_S
-        (x, cache), _ = self._scan_layers(layer_step, (self._embed(tokens_BGT), cache), slots, plan)
+        x, cache, _ = self._run(attention, self._embed(tokens_BGT), cache, plan, slots_by_layer=True)
         return self._final_norm(x), cache
 
     def completion_hidden(
@@ -347,72 +353,168 @@ class Transformer(nnx.Module):
         Returns:
             Final hidden states after the norm; `logits` turns them into logits.
         """
-        config = self.config
-        # The last token predicts nothing, so it is not run.
-        completion_size = tokens_BGC.shape[-1] - 1
-        length_B = valid_BP.sum(axis=-1)
+        streams = self.text_streams(prompt_BP, tokens_BGC, shared_prefix)
+        *prompts, completion = self.run_texts(streams, valid_BP, plan, remat, shared_prefix)
+        # The first completion token is predicted at the prompt's last token, the others by the completion itself.
+        prompt_BPD = PromptPass(self.config, valid_BP, shared_prefix).join(tuple(prompts))
+        first_BD = _last_valid(self._final_norm(prompt_BPD), valid_BP)
+        first = jnp.broadcast_to(first_BD[:, None, None], (*completion.shape[:2], 1, self.config.width))
+        return jnp.concatenate([first, self._final_norm(completion)], axis=2)
+
+    def text_streams(
+        self, prompt_BP: Int[Array, "B P"], tokens_BGC: Int[Array, "B G C"], shared_prefix: int = 0
+    ) -> tuple[Array, ...]:
+        """The residual streams of prompts and their completions before the first layer.
+
+        Args:
+            prompt_BP, tokens_BGC, shared_prefix: as in `completion_hidden`.
+
+        Returns:
+            The prompts' streams, as `PromptPass.split` has them, and that of the completions, `[B, G, C - 1, D]`: the
+            last token predicts nothing, so it is not run.
+        """
+        own, shared = prompt_BP[:, None, shared_prefix:], prompt_BP[:1, None, :shared_prefix]
+        prompts = (self._embed(own), self._embed(shared)) if shared_prefix else (self._embed(own),)
+        return (*prompts, self._embed(tokens_BGC[:, :, :-1]))
+
+    def run_texts(
+        self,
+        streams: tuple[Array, ...],
+        valid_BP: Bool[Array, "B P"],
+        plan: LayerPlan | None = None,
+        remat: bool = False,
+        shared_prefix: int = 0,
+    ) -> tuple[Array, ...]:
+        """The streams of `text_streams` after the steps of a plan, which may begin at any layer.
+
+        Args:
+            streams: before the plan's first layer.
+            valid_BP, plan, remat, shared_prefix: as in `completion_hidden`.
+        """
+        config, completion_size = self.config, streams[-1].shape[2]
         prompts = PromptPass(config, valid_BP, shared_prefix)
         # A completion goes on where its own prompt ends; the padding between takes no position.
-        rotation = rope(config, length_B[:, None, None] + jnp.arange(completion_size))
+        rotation = rope(config, valid_BP.sum(axis=-1)[:, None, None] + jnp.arange(completion_size))
         own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
         shared_mask = valid_BP[:, None, None]
 
-        def layer_step(carry, layer, _):
-            streams, completion = carry
+        def attention(streams, _, layer, slot):
+            *prompt, completion = streams
             # Prompt and completions pass a layer together, so its prompt keys need not be kept for later.
-            streams, shared = prompts.layer(layer, streams)
+            prompt, shared = prompts.attention(layer, tuple(prompt))
             query, own = project_qkv(config, layer, completion, rotation)
             attended = attend(query, (own, own_mask), (shared, shared_mask))
-            return (streams, finish_layer(config, layer, completion, attended)), None
+            return (*prompt, add_attention(layer, completion, attended)), _, None
 
-        carry = (prompts.split(self._embed(prompt_BP[:, None])), self._embed(tokens_BGC[:, :, :-1]))
-        (streams, completion), _ = self._scan_layers(layer_step, carry, None, plan, remat)
-        # The first completion token is predicted at the prompt's last token, the others by the completion itself.
-        first_BD = _last_valid(self._final_norm(prompts.join(streams)), valid_BP)
-        first = jnp.broadcast_to(first_BD[:, None, None], (*completion.shape[:2], 1, config.width))
-        return jnp.concatenate([first, self._final_norm(completion)], axis=2)
+        return self._run(attention, streams, None, plan, remat)[0]
 
     def _run_prompt(
         self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32, shared_prefix=0
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         prompts = PromptPass(self.config, valid_BT, shared_prefix)
 
-        def layer_step(streams, layer, _):
-            streams, keys_values = prompts.layer(layer, streams)
-            return streams, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
+        def attention(streams, _, layer, slot):
+            streams, keys_values = prompts.attention(layer, streams)
+            return streams, _, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
 
-        streams, layers = self._scan_layers(layer_step, prompts.split(self._embed(tokens_BT[:, None])), None, plan)
+        streams, _, layers = self._run(attention, prompts.split(self._embed(tokens_BT[:, None])), None, plan)
         return self._final_norm(prompts.join(streams)), layers
 
-    def _scan_layers(
+    def _run(
         self,
-        layer_step: Callable[[Any, Parameters, Any], tuple[Any, Any]],
-        carry: Any,
-        inputs: Any,
+        attention: Attention,
+        streams: Any,
+        state: Any,
         plan: LayerPlan | None,
         remat: bool = False,
-    ) -> tuple[Any, Any]:
-        """`carry, output = layer_step(carry, layer parameters, inputs[slot])` over the kept layers.
+        mlp_waits: bool = False,
+        slots_by_layer: bool = False,
+    ) -> tuple[Any, Any, Any]:
+        """Residual streams through the steps of a plan: the one loop over layers.
 
-        Without a plan the stack itself is scanned, so that its gradient comes out layer by layer.
-        With one, each layer is read at its index; both run the same arithmetic.
+        Without a plan the stack itself is scanned, so that its gradient comes out layer by layer. With one, each step
+        reads its layer at its index. Both run the same arithmetic.
+
+        Args:
+            attention: `(streams, state, layer parameters, slot) -> (streams, state, keys and values or None)`.
+            streams: a tree of residual streams.
+            state: what attention carries from layer to layer beside them.
+            plan: None is the full model.
+            remat: recompute each step in the backward pass.
+            mlp_waits: read a layer's MLP only when attention begins; see `_known_after`.
+            slots_by_layer: number slots by layer, as full-model caches are, and not by place among the cached steps.
+
+        Returns:
+            The streams and the state after the last step, and what attention returned, stacked over its steps.
         """
+
+        def mlp(streams: Any, layer: Parameters) -> Any:
+            return jax.tree.map(lambda x: add_mlp(self.config, layer, x), streams)
+
         if plan is None:
 
-            def body(carry, xs):
-                layer, layer_inputs = xs
+            def layer_step(carry, xs):
+                layer, slot = xs
                 # The LoRA scale is one number for all layers, so it is not part of what the scan slices.
-                return layer_step(carry, layer | {"lora_scale": self.lora_scale}, layer_inputs)
+                layer = layer | {"lora_scale": self.lora_scale}
+                streams, state, new = attention(*carry, layer, slot)
+                return (mlp(streams, layer), state), new
 
-            xs = (self._stack(), inputs)
-        else:
+            return self._scan(layer_step, (streams, state), (self._stack(), jnp.arange(self.config.num_layers)), remat)
 
-            def body(carry, xs):
-                index, layer_inputs = xs
-                return layer_step(carry, self._layer(index), layer_inputs)
+        def keep(carry, index, slot):
+            layer = self._layer(index)
+            streams, state, new = attention(*carry, layer, slot)
+            if mlp_waits:
+                layer = self._layer(_known_after(as_operand(new.value), index))
+            return (mlp(streams, layer), state), new
 
-            xs = (plan.kept_S, inputs)
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, xs, unroll=self.layers_unrolled)
+        def no_mlp(carry, index, slot):
+            streams, state, new = attention(*carry, self._layer(index), slot)
+            return (streams, state), new
+
+        def no_attention(carry, index, slot):
+            streams, state = carry
+            return (mlp(streams, self._layer(index)), state), nothing_new()
+
+        def bridge(carry, index, slot):
+            streams, state = carry
+            bridge = _entry(self.stacked_bridges(), index)
+            return (jax.tree.map(lambda x: add_bridge(bridge, x), streams), state), nothing_new()
+
+        def nothing_new() -> Any:
+            # All kinds of steps must return the same shapes. A row of zeros costs little beside a layer.
+            like = jax.eval_shape(lambda: keep((streams, state), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))[1])
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+
+        kinds = {Part.KEEP: keep, Part.BRIDGE: bridge, Part.NO_ATTENTION: no_attention, Part.NO_MLP: no_mlp}
+        # Only kinds that occur are compiled, so a plan of whole layers has no choice to make.
+        branches = [kinds[part] for part in plan.shape.parts]
+        branch_of_part = jnp.zeros(len(Part), jnp.int32)
+        for number, part in enumerate(plan.shape.parts):
+            branch_of_part = branch_of_part.at[part].set(number)
+
+        def step(carry, xs):
+            index, branch, slot = xs
+            return (
+                branches[0](carry, index, slot)
+                if len(branches) == 1
+                else jax.lax.switch(branch, branches, carry, index, slot)
+            )
+
+        slots = plan.layer_S if slots_by_layer else cache_slots(plan)
+        xs = (plan.layer_S, branch_of_part[plan.part_S], slots)
+        streams, state, new = self._scan(step, (streams, state), xs, remat)
+        if plan.shape.cached < plan.shape.steps:
+            cached_A = cached_steps(plan)
+            new = jax.tree.map(lambda rows: rows[cached_A], new)
+        return streams, state, new
+
+    def _scan(self, step: Callable, carry: tuple[Any, Any], xs: Any, remat: bool) -> tuple[Any, Any, Any]:
+        (streams, state), new = jax.lax.scan(
+            jax.checkpoint(step) if remat else step, carry, xs, unroll=self.layers_unrolled
+        )
+        return streams, state, new
 
     def _stack(self) -> Parameters:
         return {name: value[...] for name, value in nnx.state(self.layers).items()}

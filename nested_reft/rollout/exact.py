@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
@@ -138,7 +138,7 @@ def generate_exact(
         # The nested policy only drafted; what came out is the full model's.
         nested_BG=jnp.zeros(rows, bool),
         full_share_B=jnp.ones(rows[0]),
-        kept_mask_BL=jnp.broadcast_to(plan.to_mask(num_layers), (rows[0], num_layers)),
+        part_BL=jnp.broadcast_to(plan.to_parts(num_layers), (rows[0], num_layers)),
         version_B=jnp.full(rows[0], policy_version, jnp.int32),
     )
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
@@ -99,7 +99,7 @@ def generate(
         behavior_logprob_BGC=logprob_BGC,
         nested_BG=jnp.ones(shape, bool),
         full_share_B=jnp.zeros(shape[0]),
-        kept_mask_BL=jnp.broadcast_to(plan.to_mask(model.config.num_layers), (shape[0], model.config.num_layers)),
+        part_BL=jnp.broadcast_to(plan.to_parts(model.config.num_layers), (shape[0], model.config.num_layers)),
         version_B=jnp.full(shape[0], policy_version, jnp.int32),
     )
 

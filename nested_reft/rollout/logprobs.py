@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.sampling import tempered, token_logprob
 from nested_reft.types import valid_mask

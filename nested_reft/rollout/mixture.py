@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.types import ForcedPrefixes, Rollouts, completion_fields
 
 Sample = Callable[[LayerPlan, jax.Array, int, ForcedPrefixes | None], Rollouts]
@@ -45,7 +45,7 @@ def mixture_rollouts(
 
     Returns:
         Rollouts whose `behavior_logprob_BGC` is that of the component that drew each completion,
-        and whose `kept_mask_BL` is the nested plan.
+        and whose `part_BL` is the nested plan.
     """
     component_key, full_key, nested_key = jax.random.split(key, 3)
     from_full_BG = np.asarray(jax.random.bernoulli(component_key, alpha, (num_prompts, group_size)))
@@ -82,7 +82,7 @@ def mixture_rollouts(
     return dataclasses.replace(
         either,
         full_share_B=jnp.full(num_prompts, alpha, jnp.float32),
-        kept_mask_BL=jnp.broadcast_to(plan.to_mask(num_layers), (num_prompts, num_layers)),
+        part_BL=jnp.broadcast_to(plan.to_parts(num_layers), (num_prompts, num_layers)),
         **(per_completion | {"nested_BG": ~jnp.asarray(from_full_BG)}),
     )
 

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_checkpoint
 from nested_reft.fields import read
 from nested_reft.json_files import differences
-from nested_reft.layer_skip import LayerPlan, NestingConfig
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.models.lora import LoraConfig, split_trainable
 from nested_reft.models.registry import load_model
 from nested_reft.models.source import ModelSource, starting_model
@@ -352,9 +353,9 @@ class Policy:
 
     def _check_plan(self, plan: LayerPlan | None) -> None:
         """Refuses a plan that was made for a deeper model: its layers would silently be others here."""
-        if plan is not None and int(np.max(np.asarray(plan.kept_S))) >= self.num_layers:
+        if plan is not None and int(np.max(np.asarray(plan.layer_S))) >= self.num_layers:
             raise ValueError(
-                f"the plan keeps layer {int(np.max(np.asarray(plan.kept_S)))}; the model has layers 0 to"
+                f"the plan runs layer {int(np.max(np.asarray(plan.layer_S)))}; the model has layers 0 to"
                 f" {self.num_layers - 1}"
             )
 

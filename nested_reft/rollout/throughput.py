@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.policy import Policy
 from nested_reft.types import Prompts
 
@@ -76,4 +76,4 @@ def compare_throughput(
         seconds[row, column] = time.monotonic() - started
     # The fastest call is the one that other work on the machine disturbed least.
     full, nested = (float(x) for x in np.array(counts) / seconds.min(axis=0))
-    return Throughput(full, nested, nested / full, plan.num_kept, policy.num_layers)
+    return Throughput(full, nested, nested / full, plan.shape.kept, policy.num_layers)

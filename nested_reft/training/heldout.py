@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from nested_reft.evaluation import Evaluation, evaluate_examples
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config
 from nested_reft.training.setup import RunData

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.health import Health
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.lora import split_trainable
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.transformer import Transformer
@@ -216,14 +216,14 @@ class Learner:
         # Each score costs a forward pass of the whole batch, so only those that the objective names are made.
         score = {
             "old_logprob_BGC": lambda: self._score(self.state.trainable, arrays, None),
-            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.kept_mask_BL),
+            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.part_BL),
             "reference_logprob_BGC": lambda: self._score(self._reference(), arrays, None),
         }
         arrays = dataclasses.replace(arrays, **{name: score[name]() for name in self.needs.logprobs})
         nested = None
         if self.needs.self_distillation:
             # One plan serves the whole batch: it only says which sub-network is taught next.
-            nested = replicate(LayerPlan.from_mask(np.asarray(rollouts.kept_mask_BL[0])), self.mesh)
+            nested = replicate(LayerPlan.of_parts(np.asarray(rollouts.part_BL[0])), self.mesh)
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
@@ -278,16 +278,16 @@ class Learner:
             arrays.prompt_BP, arrays.prompt_length_B, arrays.tokens_BGC, plan, self.task.shared_prefix
         )
 
-    def _score_under_own_plans(self, arrays: TrainBatch, kept_mask_BL: Any) -> Float[Array, "B G C"]:
+    def _score_under_own_plans(self, arrays: TrainBatch, part_BL: Any) -> Float[Array, "B G C"]:
         """log pi of every completion token under the nested policy of its own group.
 
         The whole batch runs once under each plan that occurs in it, because its shape is compiled.
         """
         # Groups of one step share a plan, so a batch of one step takes one pass.
-        masks_ML, plan_of_group_B = np.unique(np.asarray(kept_mask_BL), axis=0, return_inverse=True)
+        parts_ML, plan_of_group_B = np.unique(np.asarray(part_BL), axis=0, return_inverse=True)
         found = None
-        for index, kept_mask_L in enumerate(masks_ML):
-            plan = replicate(LayerPlan.from_mask(kept_mask_L), self.mesh)
+        for index, part_L in enumerate(parts_ML):
+            plan = replicate(LayerPlan.of_parts(part_L), self.mesh)
             logprob_BGC = self._score(self.state.trainable, arrays, plan)
             is_its_B11 = jnp.asarray(plan_of_group_B.reshape(-1) == index)[:, None, None]
             found = logprob_BGC if found is None else jnp.where(is_its_B11, logprob_BGC, found)

@@ -18,7 +18,7 @@ from nested_reft import curriculum, replay
 from nested_reft.curriculum import CurriculumState
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import Evaluation
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.nesting_control import NestingControlState
 from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
@@ -68,7 +68,10 @@ METRICS = (
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
     Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
-    Metric("skipped_layers", "", "indices of the layers that the nested policy skipped"),
+    Metric("skipped_layers", "", "indices of the layers that the nested policy does not run whole"),
+    Metric("bridged_layers", "", "those of them that a bridge stands in for"),
+    Metric("layers_without_attention", "", "those of them whose MLP alone runs"),
+    Metric("layers_without_mlp", "", "those of them whose attention alone runs"),
     Metric("draft_length", "tokens", "tokens drafted before each verification (exact rollouts)"),
     Metric("draft_acceptance", "share", "share of tested draft tokens that the full model kept"),
     Metric("empty", "", "true where no token counted, so that nothing changed"),
@@ -223,7 +226,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
     mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
     lines = []
     for b in range(min(LOGGED_PROMPTS, len(groups))):
-        skipped = np.flatnonzero(~rollouts.kept_mask_BL[b]).tolist()
+        skipped = left_out(rollouts.part_BL[b])
         lines += [
             {
                 "prompt": groups.prompts.texts[b],
@@ -276,7 +279,8 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
 
 
 def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
-    found: dict[str, Any] = {"skipped_layers": list(record.plan.skipped(record.groups.rollouts.kept_mask_BL.shape[1]))}
+    part_L = record.plan.host_parts(record.groups.rollouts.part_BL.shape[1])
+    found: dict[str, Any] = {"skipped_layers": left_out(part_L)} | replaced_layers(part_L)
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
 from nested_reft.training.config import Config, forbidden_changes

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rewards.limits import RewardError
 from nested_reft.rewards.reward import FAILURES, RewardConfig, score
 from nested_reft.rollout.config import RolloutConfig

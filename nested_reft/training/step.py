@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.estimators.kl import self_distillation_kl
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs, over_position_blocks

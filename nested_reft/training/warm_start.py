@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from nested_reft.layer_skip import LayerPlan, NestingConfig, draw_plan, layers_in
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_skip import NestingConfig, draw_plan, layers_in
 from nested_reft.literals import check_whole
 from nested_reft.losses.supervised import Supervised
 from nested_reft.tokenizer import Tokenizer

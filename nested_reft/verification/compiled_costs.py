@@ -21,7 +21,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, tree_map_with_path
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan, PlanShape
+from nested_reft.layer_skip import nested_shape
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora, split_trainable
@@ -178,13 +179,13 @@ def configured_costs(training: Config, config: ModelConfig, devices: Sequence[An
         prompt_tokens=training.data.max_prompt_tokens,
         completion_tokens=training.rollout.max_completion_tokens,
     )
-    num_kept = config.num_layers - training.nesting.num_skipped(config.num_layers)
-    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, num_kept)]
+    nested = nested_shape(training.nesting, config.num_layers)
+    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, nested)]
     return [*costs, update_cost(config, workload, mesh, training)] if with_update else costs
 
 
 def decode_cost(
-    config: ModelConfig, workload: Workload, mesh: Mesh, num_kept: int | None = None, dtype: Any = jnp.bfloat16
+    config: ModelConfig, workload: Workload, mesh: Mesh, shape: PlanShape | None = None, dtype: Any = jnp.bfloat16
 ) -> Cost:
     """One decode step: a token of every row through the layers that a plan keeps, the head, and sampling.
 
@@ -192,14 +193,15 @@ def decode_cost(
         config: the model.
         workload: sizes.
         mesh: of the topology.
-        num_kept: S of a nested plan; None is the full model.
+        shape: how many layers the plan keeps and bridges; None is the full model.
         dtype: of weights and caches.
 
     Returns:
         Figures per device, with the floor of what must be read.
     """
-    # A plan is known by its size alone; which layers it keeps is data.
-    layers = config.num_layers if num_kept is None else num_kept
+    # A plan is known by its shape alone; which layers it keeps is data.
+    shape = PlanShape(config.num_layers) if shape is None else shape
+    layers = shape.cached
     sharded = _Shapes(mesh)
     rows = (workload.prompts, workload.group_size)
     heads, size = config.num_kv_heads, config.head_size
@@ -210,7 +212,7 @@ def decode_cost(
         sharded((rows[0], workload.prompt_tokens), bool, "batch"),
         sharded((rows[0], config.width), jnp.float32, "batch"),
     )
-    plan = LayerPlan(sharded((layers,), jnp.int32))
+    plan = _plan(shape, sharded)
 
     def step(parameters, token_BG, at, cache, prompt, plan, key_data):
         model = _model(config, parameters, dtype)
@@ -307,8 +309,13 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
 
 def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> LayerPlan:
     """The plan that an update reads where it teaches the nested policy."""
-    kept = config.num_layers - training.nesting.num_skipped(config.num_layers)
-    return LayerPlan(sharded((kept,), jnp.int32))
+    return _plan(nested_shape(training.nesting, config.num_layers), sharded)
+
+
+def _plan(shape: PlanShape, sharded: _Shapes) -> LayerPlan:
+    """A plan that exists by its shape alone."""
+    steps = sharded((shape.steps,), jnp.int32)
+    return LayerPlan(steps, steps, shape)
 
 
 def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Transformer:

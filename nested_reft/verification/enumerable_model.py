@@ -12,7 +12,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nested_reft.estimators.kl import self_distillation_kl
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import PolicyGradient, normalization_shares, policy_gradient_loss
 from nested_reft.losses.presets import dapo

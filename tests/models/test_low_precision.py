@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.low_precision import _int8, low_precision
 from nested_reft.models.transformer import Transformer

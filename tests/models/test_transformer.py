@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig, add_lora, merge_lora
 from nested_reft.models.parameters import initial_parameters, parameter_shapes
@@ -39,7 +39,7 @@ def test_plan_equals_a_model_built_without_the_skipped_layers():
     model, (tokens_BP, _) = tiny_model(), tiny_prompts()
     plan = LayerPlan.skipping(5, [0, 3])
     shorter = {
-        name: value[plan.kept_S] if name.startswith("layers/") else value for name, value in model.parameters().items()
+        name: value[plan.layer_S] if name.startswith("layers/") else value for name, value in model.parameters().items()
     }
     config = ModelConfig(**{**vars(TINY), "num_layers": 3})
     np.testing.assert_allclose(

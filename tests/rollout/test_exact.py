@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nested_reft.compilation import CompileCounter
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.exact import accept, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
@@ -148,5 +148,5 @@ def test_rollouts_say_that_the_full_model_drew_them(key):
     """Their share of the full model is 1 and no completion is nested, though the plan that drafted is kept."""
     rollouts = exact(tiny_model(), key, plan=LayerPlan.skipping(5, [1, 3])).rollouts
     assert rollouts.full_share_B.tolist() == [1, 1, 1] and not rollouts.nested_BG.any()
-    assert rollouts.kept_mask_BL.tolist() == [[True, False, True, False, True]] * 3
+    assert rollouts.part_BL.tolist() == [[1, 0, 1, 0, 1]] * 3
     assert rollouts.counted_BG.all() and not rollouts.forced_BG.any() and rollouts.version_B.tolist() == [0, 0, 0]

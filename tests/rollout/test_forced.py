@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nested_reft.compilation import CompileCounter
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout import generate as generate_module
 from nested_reft.rollout.exact import generate_exact
 from nested_reft.rollout.generate import generate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nested_reft.compilation import CompileCounter
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout import generate as generate_module

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.mixture import mixture_rollouts
@@ -50,7 +50,7 @@ def labelled_rollouts(shape, full, plan):
         behavior_logprob_BGC=jnp.zeros((*shape, 1)),
         nested_BG=zeros == 0,
         full_share_B=jnp.zeros(shape[0]),
-        kept_mask_BL=jnp.broadcast_to(plan.to_mask(5), (shape[0], 5)),
+        part_BL=jnp.broadcast_to(plan.to_parts(5), (shape[0], 5)),
         version_B=jnp.zeros(shape[0], jnp.int32),
     )
 
@@ -72,7 +72,7 @@ def test_each_completion_has_the_probability_of_one_component(alpha, key):
     assert np.array_equal(is_full, np.asarray(drawn))
     assert np.array_equal(result.nested_BG, ~is_full)
     assert result.full_share_B.tolist() == pytest.approx([alpha] * 3)
-    assert result.kept_mask_BL.tolist() == [PLAN.to_mask(5).tolist()] * 3  # also where the full model drew all
+    assert result.part_BL.tolist() == [PLAN.to_parts(5).tolist()] * 3  # also where the full model drew all
     # No completion is used twice.
     assert len({tuple(row) for row in np.asarray(result.tokens_BGC).reshape(24, 5)}) > 20
 
@@ -81,7 +81,7 @@ def test_components_are_drawn_independently_at_the_rate_alpha():
     """The number from the full model varies by prompt as a binomial does; a fixed count would not."""
 
     def labelled(plan, key, count, forced):
-        return labelled_rollouts((400, count), plan.num_kept == 5, plan)
+        return labelled_rollouts((400, count), plan.shape.kept == 5, plan)
 
     result = mixture_rollouts(labelled, jax.random.key(3), PLAN, 5, 400, 8, 0.25)
     counts_B = np.asarray(result.tokens_BGC)[..., 0].sum(axis=1)

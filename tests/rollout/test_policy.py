@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout import policy as rollout_policy
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import SamplingConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.replay import DynamicSamplingConfig

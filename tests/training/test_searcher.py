@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.rewards.limits import RewardError
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import prepare
@@ -48,7 +48,7 @@ def test_the_same_key_finds_the_same_and_another_does_not(setup, prompts, key):
 def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
     found = searcher(setup).search(setup.policy, prompts, PLAN, key)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))
-    assert found.rollouts.kept_mask_BL.tolist() == [[True, True, False, True, True, True]] * 4
+    assert found.rollouts.part_BL.tolist() == [[1, 1, 0, 1, 1, 1]] * 4
     assert found.rollouts.nested_BG.all() and not found.rollouts.full_share_B.any()
     assert found.prompts is prompts and len(found) == 4
     assert (

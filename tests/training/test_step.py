@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from nested_reft.compilation import CompileCounter
-from nested_reft.layer_skip import LayerPlan
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.objective import Objective, TargetPass
 from nested_reft.losses.policy_gradient import PolicyGradient

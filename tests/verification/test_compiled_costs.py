@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from nested_reft.cli.main import main
+from nested_reft.layer_plan import PlanShape
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import QWEN2_5_SHAPE
 from nested_reft.sharding import MeshConfig, make_mesh
@@ -44,7 +45,7 @@ def decode_floor(layers: int) -> int:
 def test_the_floor_of_a_decode_step_by_hand():
     mesh = make_mesh(MeshConfig())
     full = decode_cost(TINY, WORKLOAD, mesh, dtype=jnp.float32)
-    nested = decode_cost(TINY, WORKLOAD, mesh, num_kept=3, dtype=jnp.float32)
+    nested = decode_cost(TINY, WORKLOAD, mesh, shape=PlanShape(3), dtype=jnp.float32)
     assert full.layers == TINY.num_layers and nested.layers == 3
     assert full.floor_bytes == decode_floor(TINY.num_layers)
     assert nested.floor_bytes == decode_floor(3)
@@ -157,7 +158,7 @@ def test_topologies_have_as_many_chips_as_their_shape_says(topology):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
 def test_compiles_for_a_tpu_that_is_not_here():
-    decode_cost(TINY, WORKLOAD, topology_mesh(topology_devices("v5e:2x2"), MeshConfig(data=2)), num_kept=3)
+    decode_cost(TINY, WORKLOAD, topology_mesh(topology_devices("v5e:2x2"), MeshConfig(data=2)), shape=PlanShape(3))
     assert jax.devices()[0].platform == "cpu"
 
 
@@ -170,13 +171,13 @@ def test_a_program_that_does_not_fit_is_refused(capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
-@pytest.mark.parametrize("num_kept", [None, 6])
-def test_a_tpu_moves_little_more_than_the_floor(num_kept):
+@pytest.mark.parametrize("shape", [None, PlanShape(6), PlanShape(5, bridged=3)])
+def test_a_tpu_moves_little_more_than_the_floor(shape):
     """With q, k and v transposed every step and caches written by every layer it was 1.086 and 1.071; the
     bound leaves room for small stacks, which are prefetched whole."""
     config = dataclasses.replace(QWEN2_5_SHAPE, num_layers=8, vocab_size=16_384)
     workload = Workload(prompts=8, group_size=8, prompt_tokens=192, completion_tokens=64)
-    cost = decode_cost(config, workload, topology_mesh(topology_devices("v5e:2x2"), MeshConfig()), num_kept)
+    cost = decode_cost(config, workload, topology_mesh(topology_devices("v5e:2x2"), MeshConfig()), shape)
     assert cost.floor_bytes is not None
     assert cost.hbm_bytes < 1.06 * cost.floor_bytes
 
