@@ -475,6 +475,8 @@ class Transformer(nnx.Module):
 
         def no_attention(carry, index, slot):
             streams, state = carry
+            if mlp_waits:
+                index = _known_after(jax.tree.leaves(streams)[0], index)
             return (mlp(streams, self._layer(index)), state), nothing_new()
 
         def bridge(carry, index, slot):

@@ -226,7 +226,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
     mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
     lines = []
     for b in range(min(LOGGED_PROMPTS, len(groups))):
-        skipped = left_out(rollouts.part_BL[b])
+        skipped = left_out(np.asarray(rollouts.part_BL[b]))
         lines += [
             {
                 "prompt": groups.prompts.texts[b],
