@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.estimators.kl import exact_kl
 from nested_reft.json_files import write_json
-from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import over_position_blocks
 from nested_reft.rollout.sampling import tempered
@@ -106,8 +106,10 @@ def measure_plan_divergence(
     return np.array([float(mean_divergence(model, full_BGCD, texts, temperature, plan)) for plan in progress])
 
 
-def measure_layer_divergence(model: Transformer, texts: Texts, temperature: float) -> Float[np.ndarray, " L"]:
-    """KL(full || full without layer l) per token, in nats, for each layer l.
+def measure_layer_divergence(
+    model: Transformer, texts: Texts, temperature: float, part: Part = Part.SKIP
+) -> Float[np.ndarray, " L"]:
+    """KL(full || full with only a part of layer l) per token, in nats, for each layer l.
 
     Divergence adds up roughly over layers, so the ranking of single layers says which sets of
     layers are cheap to skip. On completions of the full model this is the divergence where the
@@ -117,12 +119,13 @@ def measure_layer_divergence(model: Transformer, texts: Texts, temperature: floa
         model: the full model.
         texts: the prompts and completions whose tokens the mean is over.
         temperature: the sampling temperature of both policies.
+        part: what is left of the layer.
 
     Returns:
         One value per layer, as `draw_plan` reads them.
     """
     num_layers = model.config.num_layers
-    plans = [LayerPlan.skipping(num_layers, [layer]) for layer in range(num_layers)]
+    plans = [LayerPlan.skipping(num_layers, [layer], part) for layer in range(num_layers)]
     return measure_plan_divergence(model, texts, temperature, plans, "measuring layers")
 
 

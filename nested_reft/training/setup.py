@@ -215,7 +215,7 @@ def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer
 def initial_policy(config: Config) -> Policy:
     """The policy that a configuration starts from, placed on its mesh, with adapters if it has any."""
     mesh = make_mesh(config.mesh)
-    model, tokenizer = starting_model(config.model, config.lora, config.train.seed, mesh)
+    model, tokenizer = starting_model(config.model, config.lora, config.nesting.bridge, config.train.seed, mesh)
     return Policy(
         model,
         tokenizer,
