@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.bridge_fitting import NormalEquations, fit_bridges, solve
+from nested_reft.bridge_fitting import NormalEquations, distil_bridges, fit_bridges, solve
 from nested_reft.divergence import measure_plan_divergence
 from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.bridges import Bridges
@@ -114,6 +114,16 @@ def test_in_sequence_makes_up_for_earlier_bridges():
     # The first bridge of a plan reads the full model's stream, as it does alone.
     np.testing.assert_allclose(in_sequence["map"][1], alone["map"][1], atol=1e-4)
     assert not np.any(in_sequence["map"][4])  # not of the plan
+
+
+def test_distillation_lowers_the_divergence_on_other_texts():
+    model, plan = model_with_bridges(), LayerPlan.skipping(5, [1, 2, 3], Part.BRIDGE)
+    model.bridges.load(fit_bridges(model, [texts()], 1e-3, plan))
+    before, weights = divergence(model, model.stacked_bridges(), plan), model.parameters()
+    distilled = distil_bridges(model, [texts(2), texts(3)], 1.0, [plan] * 40, 3e-3)
+    assert divergence(model, distilled, plan) < 0.9 * before
+    assert np.array_equal(distilled["map"][4], model.stacked_bridges()["map"][4])  # not of the plan
+    assert all(np.array_equal(weights[name], value) for name, value in model.parameters().items())
 
 
 def test_a_bridge_spans_the_skipped_layers_after_it():

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nested_reft.bridge_fitting import fit_bridges
+from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig, TextBatch
 from nested_reft.estimators.health import Health
 from nested_reft.layer_plan import LayerPlan
@@ -158,6 +158,19 @@ class Learner:
         model = self.base.with_parameters(self.state.trainable)
         batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
         self._take_bridges(fit_bridges(model, batches, config.ridge, plan))
+
+    def distil_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plans: Sequence[LayerPlan]) -> None:
+        """Improves the bridges by steps of distillation, one for each plan.
+
+        Args:
+            texts: as in `fit_bridges`.
+            config: how.
+            plans: what the nested policy will run.
+        """
+        policy = self.policy()
+        batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
+        temperature, rate = policy.sampling.temperature, config.distil_learning_rate
+        self._take_bridges(distil_bridges(policy.model, batches, temperature, replicate(plans, self.mesh), rate))
 
     def _take_bridges(self, stack: Parameters) -> None:
         """Makes these the bridges of every policy that is asked for from now on."""

@@ -63,6 +63,10 @@ def renew(state: RunState, config: NestingConfig, number: int, found: Sequence[S
     measured = time.monotonic()
     if fits and config.is_deterministic:
         state.learner.fit_bridges(texts, config.bridge, state.draw_plan(plan_key, config))
+    if fits and config.bridge.distil_steps:
+        # Plans that change are taught as they are drawn.
+        draws = [jax.random.fold_in(plan_key, step) for step in range(config.bridge.distil_steps)]
+        state.learner.distil_bridges(texts, config.bridge, [state.draw_plan(key, config) for key in draws])
     return Renewed(
         bridge_tokens=tokens if fits else None,
         bridge_seconds=fitted - started + time.monotonic() - measured,

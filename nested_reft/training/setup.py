@@ -105,7 +105,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
-        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers)
+        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
     check_positions(config, policy.model.config)
     train, heldout = (
         [
