@@ -88,6 +88,11 @@ def _measured(setup: Setup, texts: Texts, part: str) -> Float[np.ndarray, " L"]:
             model.bridges = Bridges(model.config.num_layers, model.config.width)
         # Texts that were fitted on would make the bridges look better than they are.
         half = len(texts[1]) // 2
-        fitted_on, texts = (tuple(array[rows] for array in texts) for rows in (slice(half), slice(half, None)))
-        model.bridges.load(fit_bridges(model, [fitted_on], BridgeConfig().ridge))
+        model.bridges.load(fit_bridges(model, [_rows(texts, slice(half))], BridgeConfig().ridge))
+        texts = _rows(texts, slice(half, None))
     return measure_layer_divergence(model, texts, temperature, PARTS[part])
+
+
+def _rows(texts: Texts, rows: slice) -> Texts:
+    prompt_BP, prompt_length_B, tokens_BGC, length_BG = texts
+    return prompt_BP[rows], prompt_length_B[rows], tokens_BGC[rows], length_BG[rows]
