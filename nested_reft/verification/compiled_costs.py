@@ -29,6 +29,7 @@ from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora, split_trainable
 from nested_reft.models.parameters import MLP_PARAMETERS, parameter_axes, parameter_shapes
 from nested_reft.models.transformer import PromptCache, Transformer
+from nested_reft.plan_price import Workload
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
 from nested_reft.training.config import Config
@@ -45,20 +46,6 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so nothing is contended
 }
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The shapes of a rollout and an update.
-
-    Attributes:
-        prompts, group_size, prompt_tokens, completion_tokens: B, G, P and C, of the whole mesh.
-    """
-
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    completion_tokens: int
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from nested_reft.cli.main import main
 from nested_reft.layer_plan import PlanShape
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import QWEN2_5_SHAPE
+from nested_reft.plan_price import Workload
 from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.training.config import load_config
 from nested_reft.training.optimizer import make_optimizer
 from nested_reft.training.warm_start import WarmStartConfig
 from nested_reft.verification import compiled_costs
 from nested_reft.verification.compiled_costs import (
-    Workload,
     decode_cost,
     device_unit,
     state_shapes,
