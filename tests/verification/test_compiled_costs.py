@@ -190,7 +190,7 @@ def test_compiles_for_a_tpu_that_is_not_here():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
 def test_a_program_that_does_not_fit_is_refused(capsys):
     sizes = ["--data.prompts-per-batch", "10000000", "--data.max-prompt-tokens", "16"]
-    assert main(["compile", "tiny", "--no-update", "--topology", "v5e:1x1", *sizes]) == 2
+    assert main(["compile", "tiny", "--no-update", "--topology", "v5e:2x2", *sizes]) == 2
     message = capsys.readouterr().err
     assert "the decode step of 6 layers does not fit: " in message and "lower data.prompts_per_batch" in message
 
