@@ -65,9 +65,19 @@ class PlanShape(NamedTuple):
         return self.kept + self.without_mlp
 
     @property
+    def with_mlp(self) -> int:
+        """Steps that read the weights of their layer's MLP."""
+        return self.kept + self.without_attention
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """The kinds that occur, in the order of `Part`."""
         return tuple(part for part, count in zip(_STEPS, self, strict=True) if count)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many steps there are of each of `parts`."""
+        return tuple(count for count in self if count)
 
 
 @struct.dataclass

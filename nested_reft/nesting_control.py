@@ -5,6 +5,7 @@ grows as the behavior policy moves away from the target, roughly by as much for 
 
     hold                u                 limit U
     kl_behavior_target  the metric        budget
+    ratio_tail          the metric        budget
     ess_token           -log(metric)      -log(budget)
     ess_sequence        -log(metric)      -log(budget)
 
@@ -33,7 +34,7 @@ from typing import Any, Literal
 from nested_reft.estimators.health import Health
 from nested_reft.literals import check_choice
 
-Held = Literal["ess_token", "ess_sequence", "kl_behavior_target"]
+Held = Literal["ess_token", "ess_sequence", "kl_behavior_target", "ratio_tail"]
 
 HIGHEST_EXCESS = 1e6  # stands for metrics that are not finite: the state must stay JSON
 
@@ -46,7 +47,7 @@ class NestingControlConfig:
         hold: the metric that the budget is on, as `estimators.health` defines it; None leaves the number
             of skipped layers as `nesting` has it.
         budget: for an effective sample size the smallest that is fine, in (0, 1); for the KL the
-            largest, in nats per token.
+            largest, in nats per token; for `ratio_tail` the largest share of tokens, in (0, 1).
         min_skipped, max_skipped: the sizes to move between, both included.
         patience: steps within budget before one more layer is skipped.
         margin: in [0, 1): the share of the budget that must be unused for that.
@@ -181,12 +182,12 @@ def excess(config: NestingControlConfig, value: float) -> float:
 
     Args:
         config: says which metric is held.
-        value: an effective sample size in (0, 1], or a KL in nats per token.
+        value: an effective sample size in (0, 1], a KL in nats per token, or a share of tokens.
 
     Returns:
         u, 0 on-policy and always finite.
     """
-    if config.hold != "kl_behavior_target":
+    if _is_sample_size(config):
         # Each skipped layer multiplies an effective sample size by about the same factor, so its log is nearly linear
         # in layers. NaN fails the comparison and counts as infinitely far off.
         value = -math.log(value) if value > 0 else math.inf
@@ -245,8 +246,29 @@ def update(state: NestingControlState, config: NestingControlConfig, health: Hea
     )
 
 
+def unmet_budget(state: NestingControlState, config: NestingControlConfig) -> str | None:
+    """In words, that even the fewest skipped layers are over budget, with a remedy; None where they are not.
+
+    Args:
+        state: after a step.
+        config: the rule.
+    """
+    recent = state.recent_excess
+    if config.budget is None or len(recent) < config.trial or state.num_skipped > config.min_skipped:
+        return None
+    if sum(recent) / len(recent) <= excess(config, config.budget):
+        return None
+    fewer = f", or lower nesting_control.min_skipped, which is {config.min_skipped}" if config.min_skipped else ""
+    return f"no plan meets nesting_control.budget: {state.reason}. Loosen the budget{fewer}"
+
+
+def _is_sample_size(config: NestingControlConfig) -> bool:
+    """Whether the held metric falls, and not rises, as the policies move apart."""
+    return config.hold in ("ess_token", "ess_sequence")
+
+
 def _found(config: NestingControlConfig, mean: float, count: int) -> str:
     """The held metric as its excesses' mean has it, beside its budget."""
     # The exponential of a mean log is the geometric mean of the readings.
-    value = mean if config.hold == "kl_behavior_target" else math.exp(-mean)
+    value = math.exp(-mean) if _is_sample_size(config) else mean
     return f"{config.hold} {value:.3f} (mean of {count}; budget {config.budget:g})"

@@ -14,10 +14,12 @@ from nested_reft.nesting_control import (
     NestingControlState,
     excess,
     initial_state,
+    unmet_budget,
     update,
 )
 
 ESS = NestingControlConfig("ess_token", budget=0.5, max_skipped=6, patience=3, margin=0.2, window=2)
+TAIL = NestingControlConfig("ratio_tail", budget=0.1, max_skipped=6, patience=2, margin=0.2, window=2)
 KL = NestingControlConfig("kl_behavior_target", budget=1.0, max_skipped=6, patience=2, margin=0.2, window=2)
 
 
@@ -70,6 +72,15 @@ def test_ess_is_over_budget_when_it_is_small():
     assert after(ESS, [0.58] * 4, start=2)[1][-1] == 3
 
 
+def test_the_tail_is_over_budget_when_it_is_large():
+    state = after(TAIL, [0.11], start=2)[0]
+    assert state.num_skipped == 1
+    assert state.reason == "ratio_tail 0.110 (mean of 1; budget 0.1), over budget: from 2 to 1 skipped layers"
+    assert after(TAIL, [0.09] * 20, start=2)[1][-1] == 2  # more than 0.8 * 0.1: inside the margin
+    assert after(TAIL, [0.07] * 2, start=2)[0].num_skipped == 3
+    assert after(TAIL, [0.0] * 2, start=2)[0].num_skipped == 3  # an excess of -log 0 would be infinite
+
+
 def test_the_mean_is_over_the_window_at_this_size():
     # 1.2 alone is over; after 0.6 the mean of two is 0.9: within.
     assert after(KL, [0.6, 1.2], start=3)[0].num_skipped == 3
@@ -110,8 +121,23 @@ def test_bounds():
     assert state.failures[1] == 0
 
 
+def test_a_budget_that_no_plan_meets_is_said():
+    bounded = NestingControlConfig("ess_token", budget=0.5, min_skipped=1, max_skipped=3, patience=1, trial=2)
+    assert unmet_budget(after(bounded, [0.1], start=1)[0], bounded) is None  # judged after two steps
+    assert unmet_budget(after(bounded, [0.1] * 2, start=2)[0], bounded) is None  # fewer are to be tried yet
+    assert unmet_budget(after(bounded, [0.9], start=1)[0], bounded) is None
+    state = after(bounded, [0.1] * 2, start=1)[0]
+    assert unmet_budget(state, bounded) == (
+        "no plan meets nesting_control.budget: ess_token 0.100 (mean of 2; budget 0.5), over budget: stay at 1, the"
+        " fewest allowed. Loosen the budget, or lower nesting_control.min_skipped, which is 1"
+    )
+    none_fewer = dataclasses.replace(bounded, min_skipped=0)
+    assert str(unmet_budget(after(none_fewer, [0.1] * 2)[0], none_fewer)).endswith("Loosen the budget")
+
+
 def test_without_a_budget_nothing_changes():
     off = NestingControlConfig()
+    assert unmet_budget(initial_state(off, 0), off) is None
     state = initial_state(off, 3)
     assert update(state, off, health()) is state and state.num_skipped == 3 and state.reason == ""
 
@@ -182,6 +208,7 @@ def test_follows_a_plant_that_drifts(seed):
         ({"hold": "ess_token", "budget": 0.5}, "nesting_control.max_skipped is None and .*hold ess_token"),
         ({"hold": "ess_token", "budget": 1.5, "max_skipped": 2}, "budget is 1.5; allowed is 0 < budget < 1"),
         ({"hold": "kl_behavior_target", "budget": 0.0, "max_skipped": 2}, "budget is 0.0; allowed is more than 0"),
+        ({"hold": "ratio_tail", "budget": 1.0, "max_skipped": 2}, "budget is 1.0; allowed is 0 < budget < 1"),
         ({"hold": "ess_token", "budget": math.nan, "max_skipped": 2}, "budget is nan"),
         ({"min_skipped": -1}, "nesting_control.min_skipped is -1"),
         ({"hold": "ess_token", "budget": 0.5, "min_skipped": 3, "max_skipped": 2}, "max_skipped is 2; allowed is .* 3"),

@@ -44,6 +44,7 @@ LAYERS = [
     RULES,
     {"sharding"},
     {"models", "tokenizer"},
+    {"plan_price"},
     {"checkpoints"},
     {"rollout"},
     {"evaluation", "divergence", "run_logs"},

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.benchmarks.worker import Case
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.parameters import parameter_shapes
+from nested_reft.plan_price import half_parameters, head_parameters
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,7 @@ CeilingsAt = Callable[[int], Ceilings]
 
 def layer_parameters(config: ModelConfig) -> int:
     """Weights of one layer's matrices."""
-    shapes = parameter_shapes(config)
-    return sum(math.prod(shape[1:]) for name, shape in shapes.items() if name.startswith("layers/") and len(shape) == 3)
-
-
-def head_parameters(config: ModelConfig) -> int:
-    """Weights of the output head."""
-    return config.vocab_size * config.width
+    return sum(half_parameters(config))
 
 
 def rollout_floor(

@@ -13,6 +13,7 @@ from nested_reft.estimators.importance import LOG_RATIO_LIMIT, token_log_ratio
 
 # The median and both tails are logged, because a mean hides the few large ratios that matter.
 RATIO_QUANTILES = (0.05, 0.5, 0.95)
+RATIO_BOUND = 2.0  # `ratio_tail` is the share of tokens whose ratio lies outside [1/2, 2]
 
 
 Number = Float[Array, ""] | Float[np.ndarray, ""] | float  # on the devices within an update, on the host after it
@@ -32,6 +33,8 @@ class Health:
         kl_behavior_target: mean of log pi_b - log pi over the sampled tokens, in nats: an unbiased
             estimate of KL(pi_b || pi) per token.
         ratio_quantile_05, ratio_quantile_50, ratio_quantile_95: of rho.
+        ratio_tail: share of the tokens with rho outside [1/2, 2]. A mean or an effective sample size over few
+            tokens does not see how many are far off; this does.
     """
 
     ess_token: Number
@@ -42,6 +45,7 @@ class Health:
     ratio_quantile_05: Number
     ratio_quantile_50: Number
     ratio_quantile_95: Number
+    ratio_tail: Number
 
 
 def off_policy_health(
@@ -70,6 +74,8 @@ def off_policy_health(
     # NaN marks the tokens that do not count: a selection of the others would have a shape that depends on values.
     # A batch without any token has NaN for every quantile, which becomes 0.
     quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
+    # The comparison is turned around, so that a NaN lies outside.
+    outside_BGC = mask_BGC & ~(jnp.abs(log_ratio_BGC) <= math.log(RATIO_BOUND))
     low, middle, high = (jnp.where(mask_BGC.any(), value, 0.0) for value in quantiles)
     return Health(
         ess_token=effective_sample_size(jnp.where(mask_BGC, log_ratio_BGC, -jnp.inf)),
@@ -80,6 +86,7 @@ def off_policy_health(
         ratio_quantile_05=low,
         ratio_quantile_50=middle,
         ratio_quantile_95=high,
+        ratio_tail=outside_BGC.sum() / count,
     )
 
 

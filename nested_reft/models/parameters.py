@@ -12,6 +12,9 @@ from nested_reft.models.config import ModelConfig
 
 Parameters = dict[str, Any]
 
+MLP_PARAMETERS = ("mlp_norm", "gate", "up", "down")
+"""Those of a layer that its MLP reads; attention reads all others."""
+
 
 def parameter_axes(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Names of the model's parameters and the logical axes of each.

@@ -145,10 +145,10 @@ def cost_table(costs: list[dict[str, Any]], unit: str = "chip") -> str:
 
     rows = []
     for cost in costs:
-        floor = cost["floor_bytes"]
+        floor, bridged = cost["floor_bytes"], cost.get("bridged", 0)
         rows.append(
             [
-                f"{cost['program']}, {cost['layers']} layers",
+                f"{cost['program']}, {cost['layers']} layers" + (f", {bridged} bridges" if bridged else ""),
                 f"{cost['argument_bytes'] / 1e9:.3f}",
                 f"{cost['temporary_bytes'] / 1e9:.3f}",
                 f"{cost['flops'] / 1e9:.1f}",

@@ -19,7 +19,8 @@ from nested_reft.curriculum import CurriculumState
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import Evaluation
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
-from nested_reft.nesting_control import NestingControlState
+from nested_reft.nesting_control import NestingControlState, unmet_budget
+from nested_reft.plan_price import Price
 from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
@@ -73,6 +74,7 @@ METRICS = (
     Metric("bridged_layers", "", "those of them that a bridge stands in for"),
     Metric("layers_without_attention", "", "those of them whose MLP alone runs"),
     Metric("layers_without_mlp", "", "those of them whose attention alone runs"),
+    Metric("plan_price", "share", "least time of the plan's decode step over the full model's, by published rates"),
     Metric("draft_length", "tokens", "tokens drafted before each verification (exact rollouts)"),
     Metric("draft_acceptance", "share", "share of tested draft tokens that the full model kept"),
     Metric("empty", "", "true where no token counted, so that nothing changed"),
@@ -91,11 +93,12 @@ METRICS = (
     Metric("ratio_quantile_05", "", "5 % quantile of pi / pi_b"),
     Metric("ratio_quantile_50", "", "median of pi / pi_b"),
     Metric("ratio_quantile_95", "", "95 % quantile of pi / pi_b"),
+    Metric("ratio_tail", "share", "tokens whose pi / pi_b lies outside [1/2, 2]"),
     Metric("kl_behavior_target", "nats/token", "estimate of KL(pi_b || pi) per sampled token"),
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
-    Metric("warning", "", "in words, that the step was too far off-policy, with a remedy"),
+    Metric("warning", "", "in words, that the step was too far off-policy or no plan meets the budget, with a remedy"),
     Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
@@ -121,6 +124,7 @@ class StepRecord:
     Attributes:
         number: of the step, counted from 1.
         plan: the layers of its nested policy.
+        price: what the plan costs, at the least.
         found: everything that was generated, trained on or not.
         groups: what the update trained on.
         update: what the update did.
@@ -134,6 +138,7 @@ class StepRecord:
 
     number: int
     plan: LayerPlan
+    price: Price
     found: tuple[Scored, ...]
     groups: Scored
     update: Update
@@ -177,11 +182,21 @@ class StepRecord:
         # Forced tokens were given, so they are no work of the sampler.
         return float((rollouts.length_BG - rollouts.forced_BG).sum() / self.rollout_seconds)
 
-    def warning(self, threshold: float) -> str | None:
-        """In words, that the step was too far off-policy; None where it was not."""
+    def warnings(self, config: Config) -> dict[str, str]:
+        """What the user should know, in words, by kind: that the step was too far off-policy, or no plan near enough.
+
+        Args:
+            config: of the run.
+        """
         if self.update.health is None:
-            return None
-        return health_warning(self.update.health, self.update.parts.get("ess_weight"), threshold)
+            return {}
+        found = {
+            "off_policy": health_warning(
+                self.update.health, self.update.parts.get("ess_weight"), config.train.ess_warning
+            ),
+            "budget": unmet_budget(self.nesting, config.nesting_control),
+        }
+        return {kind: warning for kind, warning in found.items() if warning is not None}
 
 
 def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:
@@ -269,13 +284,14 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
         # The fields of `Health` are named as their metrics are.
         found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
         found["entropy"] = update.entropy
-    warning = record.warning(config.train.ess_warning)
-    return found if warning is None else found | {"warning": warning}
+    warnings = record.warnings(config)
+    return found | {"warning": "; ".join(warnings.values())} if warnings else found
 
 
 def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     part_L = record.plan.host_parts(record.groups.rollouts.part_BL.shape[1])
     found: dict[str, Any] = {"skipped_layers": left_out(part_L)} | replaced_layers(part_L)
+    found["plan_price"] = record.price.share_of_full
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}

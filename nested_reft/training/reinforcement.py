@@ -76,7 +76,7 @@ class Reinforcement:
         self._config, self._data, self._keys, self._run = config, data, keys, run
         self._clock, self._train_step, self._on_step = clock, train_step, on_step
         self.name, self.steps = config.name, config.train.steps
-        self._shown_accuracy, self._warned = dict[str, float](), False
+        self._shown_accuracy, self._warned = dict[str, float](), set[str]()
 
     def prepare(self, state: RunState) -> None:
         """A fresh optimizer, the divided sources, and the reference where the objective has one."""
@@ -117,11 +117,11 @@ class Reinforcement:
         self._run.log_metrics(found.number, record.metrics(found, self._config, state.data.source_names))
         if self._on_step is not None:
             self._on_step(found)
-        warning = found.warning(self._config.train.ess_warning)
-        # A run that is off-policy warns at every step, and one line above the bar is enough.
-        if warning is not None and not self._warned:
-            tqdm.write(f"step {found.number}: {warning} (later ones: metrics.jsonl)")
-            self._warned = True
+        # A run that is off-policy warns at every step, and one line of each kind above the bar is enough.
+        for kind, warning in found.warnings(self._config).items():
+            if kind not in self._warned:
+                tqdm.write(f"step {found.number}: {warning} (later ones: metrics.jsonl)")
+                self._warned.add(kind)
         return record.progress(found, self._shown_accuracy)
 
     def _evaluate_trained_sources(self, state: RunState, found: StepRecord) -> dict[str, Evaluation]:

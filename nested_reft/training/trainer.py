@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from nested_reft import curriculum, nesting_control, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
+from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
 from nested_reft.training.clock import Clock, advance
@@ -28,6 +29,7 @@ from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
 from nested_reft.training.phases import Phase, check_finite_state, earlier_phases, first_checkpoint
+from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
@@ -174,6 +176,7 @@ class Trainer:
             # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,
             plan=plan,
+            price=plan_price(plan.shape, self.decode_step),
             found=tuple(found),
             groups=groups,
             update=update,
@@ -210,6 +213,7 @@ class Trainer:
         opened.callback(lambda: jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()]))
         self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
+        self.decode_step = decode_step(setup)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
         last = Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)

@@ -23,11 +23,13 @@ from jax.tree_util import DictKey, tree_map_with_path
 
 from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.layer_skip import nested_shape
+from nested_reft.models.bridges import MATRICES, Bridges, BridgeVariable
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora, split_trainable
-from nested_reft.models.parameters import parameter_axes, parameter_shapes
+from nested_reft.models.parameters import MLP_PARAMETERS, parameter_axes, parameter_shapes
 from nested_reft.models.transformer import PromptCache, Transformer
+from nested_reft.plan_price import Workload
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
 from nested_reft.training.config import Config
@@ -47,30 +49,18 @@ TPU_ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The shapes of a rollout and an update.
-
-    Attributes:
-        prompts, group_size, prompt_tokens, completion_tokens: B, G, P and C, of the whole mesh.
-    """
-
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
 class Cost:
     """What the compiler says about one program, per device; see `device_unit`.
 
     Attributes:
         program: what was compiled.
-        layers: layers that run.
+        layers: layers that run, or a part of which does.
+        bridged: layers that a bridge stands in for.
         dtype: of the weights.
         argument_bytes: weights, caches and other inputs held.
         temporary_bytes: peak of what it allocates besides.
-        flops: floating-point operations.
+        flops: floating-point operations, where each step that may take several parts counts as the dearest:
+            XLA's figure, as is the next.
         bytes_accessed: bytes read and written, on-chip memory included and asynchronous copies counted
             several times over: XLA's figure.
         hbm_bytes: bytes that cross main memory, counted in the optimised program: what the floor
@@ -88,6 +78,7 @@ class Cost:
     bytes_accessed: float
     hbm_bytes: int
     floor_bytes: float | None = None
+    bridged: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -185,37 +176,43 @@ def configured_costs(training: Config, config: ModelConfig, devices: Sequence[An
 
 
 def decode_cost(
-    config: ModelConfig, workload: Workload, mesh: Mesh, shape: PlanShape | None = None, dtype: Any = jnp.bfloat16
+    config: ModelConfig,
+    workload: Workload,
+    mesh: Mesh,
+    shape: PlanShape | None = None,
+    dtype: Any = jnp.bfloat16,
+    bridge_rank: int | None = None,
 ) -> Cost:
-    """One decode step: a token of every row through the layers that a plan keeps, the head, and sampling.
+    """One decode step: a token of every row through the steps of a plan, the head, and sampling.
 
     Args:
         config: the model.
         workload: sizes.
         mesh: of the topology.
-        shape: how many layers the plan keeps and bridges; None is the full model.
+        shape: how many layers the plan keeps, bridges or runs in part; None is the full model.
         dtype: of weights and caches.
+        bridge_rank: of the bridges' matrices; None is full rank.
 
     Returns:
         Figures per device, with the floor of what must be read.
     """
     # A plan is known by its shape alone; which layers it keeps is data.
     shape = PlanShape(config.num_layers) if shape is None else shape
-    layers = shape.cached
     sharded = _Shapes(mesh)
     rows = (workload.prompts, workload.group_size)
     heads, size = config.num_kv_heads, config.head_size
-    own = sharded((layers, *rows, heads, workload.completion_tokens, size), dtype, None, "batch")
-    shared = sharded((layers, rows[0], heads, workload.prompt_tokens, size), dtype, None, "batch")
+    own = sharded((shape.cached, *rows, heads, workload.completion_tokens, size), dtype, None, "batch")
+    shared = sharded((shape.cached, rows[0], heads, workload.prompt_tokens, size), dtype, None, "batch")
     prompt = PromptCache(
         KeyValues(shared, shared),
         sharded((rows[0], workload.prompt_tokens), bool, "batch"),
         sharded((rows[0], config.width), jnp.float32, "batch"),
     )
     plan = _plan(shape, sharded)
+    bridges = sharded.bridges(config, dtype, bridge_rank) if shape.bridged else None
 
-    def step(parameters, token_BG, at, cache, prompt, plan, key_data):
-        model = _model(config, parameters, dtype)
+    def step(parameters, bridges, token_BG, at, cache, prompt, plan, key_data):
+        model = _model(config, parameters, dtype, bridges)
         hidden, cache = model.decode(token_BG, at, cache, prompt, plan)
         # The key comes as its two raw words, which a shape and a dtype describe.
         uniform = row_uniforms(jax.random.wrap_key_data(key_data), token_BG.shape)
@@ -223,6 +220,7 @@ def decode_cost(
 
     arguments = (
         sharded.parameters(config, dtype),
+        bridges,
         sharded(rows, jnp.int32, "batch"),
         sharded((), jnp.int32),
         KeyValues(own, own),
@@ -230,9 +228,9 @@ def decode_cost(
         plan,
         sharded((2,), jnp.uint32),
     )
-    floor_bytes = _decode_floor(config, layers, arguments)
+    floor_bytes = _decode_floor(config, shape, arguments)
     # The caches are donated, as in a decode loop. Otherwise the step would copy them whole.
-    return _cost("decode step", layers, dtype, jax.jit(step, donate_argnums=3), arguments, floor_bytes)
+    return _cost("decode step", shape, dtype, jax.jit(step, donate_argnums=4), arguments, floor_bytes)
 
 
 def state_shapes(
@@ -302,9 +300,8 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
     )
     # This is the trainer's own update, so the figures are those of a real run.
     plans = UpdatePlans(nested=_plan_shape(training, config, sharded) if task.needs.self_distillation else None)
-    return _cost(
-        "update", config.num_layers, training.model.dtype, make_update(task), (state, base, batch, plans), None
-    )
+    full, arguments = PlanShape(config.num_layers), (state, base, batch, plans)
+    return _cost("update", full, training.model.dtype, make_update(task), arguments, None)
 
 
 def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> LayerPlan:
@@ -318,14 +315,24 @@ def _plan(shape: PlanShape, sharded: _Shapes) -> LayerPlan:
     return LayerPlan(steps, steps, shape)
 
 
-def _model(config: ModelConfig, parameters: dict[str, Any], dtype: Any) -> Transformer:
+def _model(
+    config: ModelConfig, parameters: dict[str, Any], dtype: Any, bridges: dict[str, Any] | None = None
+) -> Transformer:
     model = Transformer(config, parameters)
+    if bridges is not None:
+        rank = bridges["narrow"].shape[1] if "narrow" in bridges else None
+        model.bridges = Bridges(config.num_layers, config.width, rank)
+        # Each value takes the place of its zeros.
+        for name, value in bridges.items():
+            setattr(model.bridges, name, BridgeVariable(value))
     # XLA's cost analysis counts a loop's body once, so the layers are unrolled.
     model.cache_dtype, model.layers_unrolled = dtype, config.num_layers
     return model
 
 
-def _cost(program: str, layers: int, dtype: Any, function: Any, arguments: tuple, floor_bytes: float | None) -> Cost:
+def _cost(
+    program: str, shape: PlanShape, dtype: Any, function: Any, arguments: tuple, floor_bytes: float | None
+) -> Cost:
     try:
         compiled = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -333,36 +340,38 @@ def _cost(program: str, layers: int, dtype: Any, function: Any, arguments: tuple
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
-            f"the {program} of {layers} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
+            f"the {program} of {shape.steps} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
             " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.model"
         ) from None
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Cost(
         program=program,
-        layers=layers,
+        layers=shape.steps - shape.bridged,
+        bridged=shape.bridged,
         dtype=jnp.dtype(dtype).name,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         flops=analysis["flops"],
         bytes_accessed=analysis["bytes accessed"],
-        hbm_bytes=hbm_bytes(compiled.as_text()),
+        hbm_bytes=hbm_bytes(compiled.as_text(), shape.counts),
         floor_bytes=floor_bytes,
     )
 
 
-def _decode_floor(config: ModelConfig, layers: int, arguments: tuple) -> float:
-    """Bytes per device that a decode step cannot avoid reading: the kept layers' weights, the head, all caches."""
-    parameters, _, _, cache, prompt, *_ = arguments
+def _decode_floor(config: ModelConfig, shape: PlanShape, arguments: tuple) -> float:
+    """Bytes per device that a decode step cannot avoid reading: the weights of the plan's steps, the head, caches."""
+    parameters, bridges, _, _, cache, prompt, *_ = arguments
 
     def local_bytes(leaf: jax.ShapeDtypeStruct) -> float:
         assert leaf.sharding is not None
         return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * jnp.dtype(leaf.dtype).itemsize
 
-    weights = 0.0
+    # The stacks hold all layers, and a plan reads its share of them.
+    weights = 0.0 + sum(local_bytes(leaf) * shape.bridged / config.num_layers for leaf in jax.tree.leaves(bridges))
     for name, leaf in parameters.items():
         if name.startswith("layers/"):
-            # The stack holds all layers, and a plan reads its share of it.
-            weights += local_bytes(leaf) * layers / config.num_layers
+            readers = shape.with_mlp if name.removeprefix("layers/") in MLP_PARAMETERS else shape.cached
+            weights += local_bytes(leaf) * readers / config.num_layers
         elif name == "head" or (name == "embedding" and config.tied_embeddings):
             weights += local_bytes(leaf)  # an untied embedding is only looked up
     return weights + sum(local_bytes(leaf) for leaf in jax.tree.leaves((cache, prompt.layers)))
@@ -382,3 +391,8 @@ class _Shapes:
     def parameters(self, config: ModelConfig, dtype: Any) -> dict[str, Any]:
         axes = parameter_axes(config)
         return {name: self(shape, dtype, *axes[name]) for name, shape in parameter_shapes(config).items()}
+
+    def bridges(self, config: ModelConfig, dtype: Any, rank: int | None) -> dict[str, Any]:
+        stack = jax.eval_shape(lambda: Bridges(config.num_layers, config.width, rank).stack())
+        # Biases stay in float32, as in low-precision copies.
+        return {name: self(leaf.shape, dtype if name in MATRICES else jnp.float32) for name, leaf in stack.items()}

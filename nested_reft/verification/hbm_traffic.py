@@ -11,14 +11,15 @@ again. The floor of a decode step is about HBM, so this counts what crosses HBM 
 - `dynamic-update-slice` writes the update, for XLA has made it in-place by then;
 - an asynchronous copy reads its source and writes its destination once.
 
-Everything else counts whole. Loop bodies count once and a conditional as its largest branch, as in XLA's
-cost analysis.
+Everything else counts whole. Loop bodies count once, as in XLA's cost analysis. A conditional counts as the
+mean of its branches where it is told how often each runs, and else as its largest.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # A type such as `bf16[12,64]{1,0:T(8,128)}`: dtype, dimensions, and the layout where it is given.
@@ -59,11 +60,14 @@ class _Instruction:
 _Computation = dict[str, _Instruction]
 
 
-def hbm_bytes(hlo: str) -> int:
+def hbm_bytes(hlo: str, branch_counts: Sequence[int] = ()) -> int:
     """Bytes read from and written to HBM by a program, given as `compiled.as_text()`.
 
     Args:
         hlo: text of the optimised program, which names layouts.
+        branch_counts: how often each branch runs of the conditionals that have as many branches. A program whose
+            layers are unrolled has one conditional per step of its plan, all alike, and the plan says how many
+            steps take each branch.
 
     Returns:
         Bytes per device of one run of the program.
@@ -72,22 +76,28 @@ def hbm_bytes(hlo: str) -> int:
         ValueError: the text is not that of a compiled program.
     """
     computations, entry = _parse(hlo)
-    return _computation_bytes(computations, entry)
+    return _computation_bytes(computations, entry, branch_counts)
 
 
-def _computation_bytes(computations: dict[str, _Computation], name: str) -> int:
+def _computation_bytes(computations: dict[str, _Computation], name: str, counts: Sequence[int]) -> int:
     computation = computations[name]
-    return sum(_instruction_bytes(computations, computation, i) for i in computation.values())
+    return sum(_instruction_bytes(computations, computation, i, counts) for i in computation.values())
 
 
-def _instruction_bytes(computations: dict[str, _Computation], computation: _Computation, i: _Instruction) -> int:
+def _instruction_bytes(
+    computations: dict[str, _Computation], computation: _Computation, i: _Instruction, counts: Sequence[int]
+) -> int:
     # The end of an asynchronous copy moves nothing; its start has been counted.
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0
     # A loop's condition and body add up, while only one branch of a conditional runs.
     if i.opcode in ("while", "call", "conditional"):
-        called = [_computation_bytes(computations, name) for name in i.called]
-        return max(called) if i.opcode == "conditional" else sum(called)
+        called = [_computation_bytes(computations, name, counts) for name in i.called]
+        if i.opcode != "conditional":
+            return sum(called)
+        if len(counts) != len(called):
+            return max(called)
+        return round(sum(moved * count for moved, count in zip(called, counts, strict=True)) / sum(counts))
     operands = [computation[name].results for name in i.operands]
     if i.opcode in ("copy-start", "slice-start"):
         # A copy's start lists its destination first, a slice's start after its operands. The slice reads only as many

@@ -41,15 +41,27 @@ def test_health_by_hand():
         ratio_quantile_05=0.65,
         ratio_quantile_50=2.0,
         ratio_quantile_95=2.9,
+        ratio_tail=1 / 3,
     )
     for name, value in dataclasses.asdict(expected).items():
         assert float(getattr(health, name)) == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("ratios", "tail"),
+    [([1.9, 0.55, 1.0, 1.0], 0), ([2.1, 0.45, 1.0, 1.0], 0.5), ([0.1, 1.0, 1.0, 1.0], 0.25), ([np.nan, 1, 1, 1], 0.25)],
+)
+def test_the_tail_is_the_share_of_tokens_beyond_a_factor_of_two(ratios, tail):
+    """Either way, and what is not a number is as far off as can be."""
+    log_ratio_BGC = jnp.log(jnp.array([[ratios]]))
+    health = off_policy_health(log_ratio_BGC, jnp.zeros((1, 1, 4)), jnp.ones((1, 1, 4), bool))
+    assert float(health.ratio_tail) == tail
+
+
 def test_no_token_at_all_gives_zero_everywhere():
     shape = (1, 2, 3)
     health = off_policy_health(-jnp.ones(shape), -2 * jnp.ones(shape), jnp.zeros(shape, bool))
-    assert [float(value) for value in jax.tree.leaves(health)] == [0.0] * 8
+    assert [float(value) for value in jax.tree.leaves(health)] == [0.0] * 9
 
 
 def test_equals_slow_loops(key):
@@ -74,8 +86,10 @@ def test_equals_slow_loops(key):
         "ratio_quantile_05": np.quantile(ratios, 0.05),
         "ratio_quantile_50": np.quantile(ratios, 0.5),
         "ratio_quantile_95": np.quantile(ratios, 0.95),
+        "ratio_tail": np.mean((ratios > 2) | (ratios < 0.5)),
         "kl_behavior_target": -np.mean(log_ratios),
     }
+    assert 0 < expected["ratio_tail"] < 1
     assert dataclasses.asdict(health).keys() == expected.keys()
     for name, value in expected.items():
         assert float(getattr(health, name)) == pytest.approx(value, rel=1e-5), name
@@ -87,6 +101,7 @@ def test_on_policy_is_one():
     assert {name: float(value) for name, value in dataclasses.asdict(health).items()} == {
         "ess_token": 1, "ess_sequence": 1, "ratio_mean": 1, "ratio_max": 1, "kl_behavior_target": 0,
         "ratio_quantile_05": 1, "ratio_quantile_50": 1, "ratio_quantile_95": 1,
+        "ratio_tail": 0,
     }  # fmt: skip
 
 
@@ -107,6 +122,7 @@ HEALTHY = Health(
     ratio_quantile_05=0.5,
     ratio_quantile_50=1.0,
     ratio_quantile_95=1.5,
+    ratio_tail=0.1,
 )
 
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.layer_plan import Part
+from nested_reft.nesting_control import NestingControlConfig, NestingControlState
+from nested_reft.plan_price import head_parameters, part_price
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.training import record
 from nested_reft.training.record import METRICS
@@ -13,6 +16,9 @@ from tests.training.runs import WITH_KL, comparable, lines_of, metrics_of, train
 
 # What a run logs only with the part of the configuration that it is about, or when something happened.
 ONLY_SOMETIMES = {
+    "bridged_layers",
+    "layers_without_attention",
+    "layers_without_mlp",
     "trained_groups",
     "shortfall",
     "draft_length",
@@ -129,12 +135,42 @@ def test_a_completion_of_the_full_model_skips_no_layer(run):
 
 def test_a_step_that_is_too_far_off_policy_warns_with_a_remedy(run):
     _, finished, (found, _) = run
-    assert found.warning(threshold=1e-9) is None and "warning" not in metrics_of(finished, found)
-    assert "nesting.skip_ratio" in found.warning(threshold=1 - 1e-9)
-    config = dataclasses.replace(
-        finished.config, train=dataclasses.replace(finished.config.train, ess_warning=1 - 1e-9)
+    calm, strict = (
+        dataclasses.replace(finished.config, train=dataclasses.replace(finished.config.train, ess_warning=threshold))
+        for threshold in (1e-9, 1 - 1e-9)
     )
-    assert record.metrics(found, config, finished.state.data.source_names)["warning"] == found.warning(1 - 1e-9)
+    names = finished.state.data.source_names
+    assert found.warnings(calm) == {} and "warning" not in record.metrics(found, calm, names)
+    warning = found.warnings(strict)["off_policy"]
+    assert "nesting.skip_ratio" in warning and record.metrics(found, strict, names)["warning"] == warning
+
+
+def test_a_step_whose_budget_no_plan_meets_warns_too(run):
+    _, finished, (found, _) = run
+    control = NestingControlConfig("ratio_tail", budget=0.1, max_skipped=2)
+    nesting = NestingControlState(0, recent_excess=(0.3,), failures=(0, 0, 0), reason="ratio_tail 0.300, over budget")
+    config = dataclasses.replace(
+        finished.config,
+        nesting_control=control,
+        train=dataclasses.replace(finished.config.train, ess_warning=1 - 1e-9),
+    )
+    changed = dataclasses.replace(found, nesting=nesting)
+    both = changed.warnings(config)
+    assert list(both) == ["off_policy", "budget"] and "no plan meets nesting_control.budget" in both["budget"]
+    logged = record.metrics(changed, config, finished.state.data.source_names)["warning"]
+    assert logged == f"{both['off_policy']}; {both['budget']}"
+
+
+def test_the_price_is_that_of_the_runs_rows_and_caches(run):
+    """One of 6 layers is skipped: the other five and the head, of 16 rows."""
+    _, finished, (found, _) = run
+    step = finished.decode_step
+    assert (step.workload.prompts, step.workload.group_size, step.weight_bytes) == (4, 4, 4)
+    assert step.workload.completion_tokens == finished.config.rollout.max_completion_tokens
+    head = step.product_seconds(head_parameters(step.model))
+    layer = part_price(step)[Part.KEEP]
+    expected = (head + 5 * layer) / (head + 6 * layer)
+    assert metrics_of(finished, found)["plan_price"] == pytest.approx(expected) and 0.83 < expected < 0.9
 
 
 def test_progress_shows_the_latest_accuracies(run):

@@ -94,6 +94,19 @@ def test_a_conditional_counts_as_its_largest_branch(branches):
     assert hbm_bytes(BRANCHES.replace("BRANCHES_OF_IT", branches)) == 4 * 8 * 128 * 4
 
 
+@pytest.mark.parametrize(
+    ("counts", "arrays"),
+    [
+        ((1, 2, 3), (1 * 2 + 2 * 4 + 3 * 0) / 6),
+        ((0, 0, 1), 0),
+        ((5, 3), 4),  # of another choice
+    ],
+)
+def test_a_conditional_counts_each_branch_as_often_as_it_runs(counts, arrays):
+    text = BRANCHES.replace("BRANCHES_OF_IT", "branch_computations={%once, %twice, %never}")
+    assert hbm_bytes(text, counts) == round(arrays * 8 * 128 * 4)
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hbm_bytes("HloModule nothing")
