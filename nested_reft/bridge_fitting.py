@@ -6,7 +6,8 @@ input `(rms(x), 1)` of a token, d the target minus x, and w the token's weight, 
     min_W  sum w |W z - d|^2 + lambda |W - W_0|^2
 
 is `W (A + lambda I) = B + lambda W_0` with `A = sum w z z^T` and `B = sum w d z^T`, lambda a share of A's mean
-diagonal and W_0 the bridge so far, zero at first. Sums are float32; the system is solved in float64 on the host.
+diagonal and W_0 the bridge so far, zero at first. The bias, z's last entry, is not penalised. Sums are float32; the
+system is solved in float64 on the host. First positions are left out of both sums: their constant is the mean of d there.
 
 Fitted *in sequence*, a bridge reads the stream that the bridges before it leave, and so makes up for part of their
 error; it then belongs to its plan. Fitted *alone*, each reads the full model's stream, and any plan may use it.
@@ -45,13 +46,17 @@ class NormalEquations:
     Attributes:
         a_ZZ: sum of w z z^T over tokens, Z = D + 1.
         b_DZ: sum of w d z^T.
+        first_D: sum of d over first positions.
+        prompts: number of first positions.
     """
 
     a_ZZ: Float[Array, "Z Z"]
     b_DZ: Float[Array, "D Z"]
+    first_D: Float[Array, " D"]
+    prompts: Int[Array, ""]
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
-        return NormalEquations(self.a_ZZ + other.a_ZZ, self.b_DZ + other.b_DZ)
+        return jax.tree.map(operator.add, self, other)
 
 
 def solve(
@@ -73,10 +78,11 @@ def solve(
         `U (U^T W)`.
     """
     a_ZZ, b_DZ = (np.asarray(x, np.float64) for x in (equations.a_ZZ, equations.b_DZ))
-    # Ridge keeps directions finite in which the tokens do not vary at all.
-    strength = ridge * np.trace(a_ZZ) / len(a_ZZ)
-    regular_ZZ = a_ZZ + strength * np.eye(len(a_ZZ))
-    w_DZ = np.linalg.solve(regular_ZZ, (b_DZ + strength * start_DZ.astype(np.float64)).T).T
+    # Ridge keeps directions finite in which the tokens do not vary at all. The bias, which they all share, needs none.
+    strength_Z = np.full(len(a_ZZ), ridge * np.trace(a_ZZ[:-1, :-1]) / (len(a_ZZ) - 1))
+    strength_Z[-1] = 0.0
+    right_DZ = b_DZ + strength_Z * start_DZ.astype(np.float64)
+    w_DZ = np.linalg.solve(a_ZZ + np.diag(strength_Z), right_DZ.T).T
     if rank is None:
         return w_DZ, None
     # The last row and column of A hold the sums of z and of w: without them, what is left is the covariance of rms(x).
@@ -95,6 +101,7 @@ def _equations(x: tuple[Array, ...], target: tuple[Array, ...], texts: Texts) ->
     """The sums of one batch from the streams before a bridge and those that it is to reach."""
     prompt_BP, prompt_length_B, tokens_BGC, length_BG = texts
     # The first position's stream is a hundred times as large as the others in most models: it would count alone.
+    # Texts are padded on the right, so it is the first column.
     prompt_weight = valid_mask(prompt_length_B, prompt_BP.shape[1]).at[:, 0].set(False) * PROMPT_WEIGHT
     own_weight = valid_mask(length_BG, tokens_BGC.shape[-1])[..., :-1] * 1.0
     weight_N = jnp.concatenate([prompt_weight.ravel(), own_weight.ravel()])
@@ -102,7 +109,12 @@ def _equations(x: tuple[Array, ...], target: tuple[Array, ...], texts: Texts) ->
     z_NZ = jnp.concatenate([stream_rms(x_ND), jnp.ones((len(x_ND), 1))], axis=1)
     weighted_NZ = z_NZ * weight_N[:, None]
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return NormalEquations(product("nz,ny->zy", weighted_NZ, z_NZ), product("nd,nz->dz", target_ND - x_ND, weighted_NZ))
+    return NormalEquations(
+        a_ZZ=product("nz,ny->zy", weighted_NZ, z_NZ),
+        b_DZ=product("nd,nz->dz", target_ND - x_ND, weighted_NZ),
+        first_D=(target[0] - x[0])[:, 0, 0].sum(axis=0),
+        prompts=jnp.asarray(len(prompt_BP)),
+    )
 
 
 def fit_bridges(
@@ -139,7 +151,7 @@ def fit_bridges(
             start = {name: np.asarray(value[first]) for name, value in stack.items()}
             bridge = _solved(functools.reduce(operator.add, sums), ridge, start)
             stack = {name: value.at[first].set(bridge[name]) for name, value in stack.items()}
-            nested = ahead if plan is None else [_bridged(bridge, streams) for streams in nested]
+            nested = ahead if plan is None else [_bridged(bridge, x) for x in nested]
         elif part != Part.SKIP:
             # As long as nothing was replaced, the two streams are one.
             nested = ahead if nested is full and part == Part.KEEP else advanced(nested, first, part)
@@ -162,12 +174,14 @@ def _spans(plan: LayerPlan | None, num_layers: int) -> list[tuple[int, int, Part
 
 def _solved(equations: NormalEquations, ridge: float, start: dict[str, np.ndarray]) -> Parameters:
     """One layer's bridge by name, of the rank that `start` has."""
+    found = {"first": np.asarray(equations.first_D) / np.asarray(equations.prompts)}
     if "map" in start:
         w_DZ, _ = solve(equations, ridge, np.column_stack([start["map"], start["map_bias"]]))
-        return {"map": jnp.asarray(w_DZ[:, :-1], jnp.float32), "map_bias": jnp.asarray(w_DZ[:, -1], jnp.float32)}
-    start_DZ = np.column_stack([start["widen"] @ start["narrow"], start["widen_bias"]])
-    w_DZ, u_Dr = solve(equations, ridge, start_DZ, len(start["narrow"]))
-    found = {"narrow": u_Dr.T @ w_DZ[:, :-1], "widen": u_Dr, "widen_bias": w_DZ[:, -1]}
+        found |= {"map": w_DZ[:, :-1], "map_bias": w_DZ[:, -1]}
+    else:
+        start_DZ = np.column_stack([start["widen"] @ start["narrow"], start["widen_bias"]])
+        w_DZ, u_Dr = solve(equations, ridge, start_DZ, len(start["narrow"]))
+        found |= {"narrow": u_Dr.T @ w_DZ[:, :-1], "widen": u_Dr, "widen_bias": w_DZ[:, -1]}
     return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
 
@@ -187,7 +201,9 @@ def _one_step(model: Transformer, streams: Streams, texts: Texts, layer: Int[Arr
 
 @jax.jit
 def _bridged(bridge: Parameters, streams: Streams) -> Streams:
-    return jax.tree.map(lambda x: add_bridge(bridge, x), streams)
+    prompts, completions = streams
+    is_first = jnp.broadcast_to(jnp.arange(prompts.shape[2]) == 0, prompts.shape[:-1])
+    return add_bridge(bridge, prompts, is_first), add_bridge(bridge, completions)
 
 
 def distil_bridges(
@@ -200,14 +216,15 @@ def distil_bridges(
     """Bridges after one step of distillation for each plan: the full model teaches, and only bridges learn.
 
     A step lowers KL(full || nested) per completion token, exact over the vocabulary, on one batch of texts under one
-    plan. The optimizer is Adam, its rate falling to 0 along a cosine. A step costs about as much as an update.
+    plan. The optimizer is Adam; its rate rises for 5 steps and falls to 0 along a cosine. A step costs about as much as
+    an update.
 
     Args:
         model: the full model, with bridges that were fitted.
         batches: texts, which take turns.
         temperature: the sampling temperature of both policies.
         plans: one for each step, all of one shape.
-        learning_rate: of the first step.
+        learning_rate: the highest.
 
     Returns:
         All bridges by name.
@@ -225,7 +242,9 @@ def distil_bridges(
 @functools.cache
 def _distillation(learning_rate: float, steps: int, temperature: float) -> tuple[optax.GradientTransformation, Any]:
     """The optimizer and its compiled step; the same ones for the same settings, so that a refit compiles nothing."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(5, steps // 2), steps)
+    # Few steps are taken, so the second moment must not remember the first of them for long.
+    optimizer = optax.adam(rate, b2=0.98)
 
     @partial(jax.jit, static_argnums=0)
     def step(graph, bridges, rest, state, full_BGCD, texts, plan):

@@ -22,11 +22,18 @@ class PromptPass:
         self._config, self._batch, self._size = config, valid_BP.shape[0], shared_prefix
         # Positions are counted along whole prompts and split afterwards: each prompt's own tokens go on after the
         # shared ones.
-        rotation = rope(config, _positions(valid_BP)[:, None])
+        self._position_BP = _positions(valid_BP)
+        rotation = rope(config, self._position_BP[:, None])
         self._rotations = self.split(rotation[0]), self.split(rotation[1])
         # Shared tokens are valid in every row, because prompts are padded on the right.
         masks = _causal_mask(valid_BP[:, shared_prefix:]), _causal_mask(jnp.ones((1, shared_prefix), bool))
         self._masks = masks if shared_prefix else masks[:1]
+
+    def first_positions(self) -> tuple[Bool[Array, "..."], ...]:
+        """For each stream, True at the first positions of prompts."""
+        is_first_B1P = (self._position_BP == 0)[:, None]
+        own, shared = is_first_B1P[:, :, self._size :], is_first_B1P[:1, :, : self._size]
+        return (own, shared) if self._size else (own,)
 
     def split(self, x_B1PD: Float[Array, "B 1 P D"]) -> tuple[Array, ...]:
         """The stream of each prompt's own tokens and, if they share any, that of the shared ones.

@@ -406,7 +406,9 @@ class Transformer(nnx.Module):
             attended = attend(query, (own, own_mask), (shared, shared_mask))
             return (*prompt, add_attention(layer, completion, attended)), _, None
 
-        return self._run(attention, streams, None, plan, remat)[0]
+        # Completions come after their prompts, so they have no first position.
+        is_first = (*prompts.first_positions(), None)
+        return self._run(attention, streams, None, plan, remat, is_first=is_first)[0]
 
     def _run_prompt(
         self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32, shared_prefix=0
@@ -417,7 +419,8 @@ class Transformer(nnx.Module):
             streams, keys_values = prompts.attention(layer, streams)
             return streams, _, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
 
-        streams, _, layers = self._run(attention, prompts.split(self._embed(tokens_BT[:, None])), None, plan)
+        start = prompts.split(self._embed(tokens_BT[:, None]))
+        streams, _, layers = self._run(attention, start, None, plan, is_first=prompts.first_positions())
         return self._final_norm(prompts.join(streams)), layers
 
     def _run(
@@ -429,6 +432,7 @@ class Transformer(nnx.Module):
         remat: bool = False,
         mlp_waits: bool = False,
         slots_by_layer: bool = False,
+        is_first: tuple[Array | None, ...] = (),
     ) -> tuple[Any, Any, Any]:
         """Residual streams through the steps of a plan: the one loop over layers.
 
@@ -442,6 +446,7 @@ class Transformer(nnx.Module):
             plan: None is the full model.
             remat: recompute each step in the backward pass.
             mlp_waits: read a layer's MLP only when attention begins; see `_known_after`.
+            is_first: for each stream of a tuple, True at the first positions of sequences, if any.
             slots_by_layer: number slots by layer, as full-model caches are, and not by place among the cached steps.
 
         Returns:
@@ -482,7 +487,10 @@ class Transformer(nnx.Module):
         def bridge(carry, index, slot):
             streams, state = carry
             bridge = _entry(self.stacked_bridges(), index)
-            return (jax.tree.map(lambda x: add_bridge(bridge, x), streams), state), nothing_new()
+            if not isinstance(streams, tuple):
+                return (add_bridge(bridge, streams), state), nothing_new()
+            streams = tuple(add_bridge(bridge, x, first) for x, first in zip(streams, is_first, strict=True))
+            return (streams, state), nothing_new()
 
         def nothing_new() -> Any:
             # All kinds of steps must return the same shapes. A row of zeros costs little beside a layer.

@@ -67,7 +67,10 @@ def test_a_bridge_adds_its_map_of_the_normed_stream(rank):
     for x, found in zip(before, after, strict=True):
         x = np.asarray(x, np.float64)
         normed = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5)
-        np.testing.assert_allclose(found, x + normed @ map_DD.T + bias_D, atol=1e-4)
+        expected = x + normed @ map_DD.T + bias_D
+        if found is after[0]:  # prompts have first positions, completions have none
+            expected[:, :, 0] = x[:, :, 0] + bridge["first"]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -101,6 +104,19 @@ def test_sampled_logprobs_are_those_of_an_uncached_pass(forced, key):
         model, prompt_BP, length_B, rollouts.tokens_BGC, temperature=0.9, plan=LayerPlan.skipping(5, [1])
     )
     assert jnp.abs(jnp.where(sampled, other - expected, 0.0)).max() > 0.1
+
+
+@pytest.mark.parametrize("shared_prefix", [0, 1, 3])
+def test_first_positions_are_those_of_prompts_however_they_run(shared_prefix):
+    """A shared prefix holds them; padding on the left moves them."""
+    model, plan = bridged_model(), LayerPlan.of_parts(np.array(PARTS))
+    tokens_BP = jnp.concatenate([jnp.tile(jnp.array([[5, 6, 7]]), (2, 1)), tiny_prompts()[0][:2, :4]], axis=1)
+    expected = forward(model, tokens_BP, plan)
+    found = model.prefill(tokens_BP, jnp.ones((2, 7), bool), plan, shared_prefix)
+    np.testing.assert_allclose(model.logits(found.last_hidden_BD), expected[:, -1], atol=1e-4)
+    padded = jnp.concatenate([jnp.full((2, 2), 9), tokens_BP], axis=1)
+    valid = jnp.tile(jnp.arange(9) >= 2, (2, 1))
+    np.testing.assert_allclose(forward(model, padded, plan, valid)[:, 2:], expected, atol=1e-4)
 
 
 def test_exact_rollouts_may_be_drafted_by_any_part(key):

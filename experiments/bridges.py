@@ -1,0 +1,232 @@
+"""How cheap can a nested policy be? Plain skips, bridges, and distilled bridges on SmolLM2-135M.
+
+KL(full || nested) per completion token, exact over the vocabulary, on held-out prompts that the full model answered.
+Bridges are fitted on its answers to training prompts. Layers are chosen by the divergence of each alone, on training
+prompts that nothing was fitted on.
+
+    python -m experiments.bridges sums [--json FILE]
+    python -m experiments.bridges gsm8k --folder FOLDER [--json FILE]      (the folder of GSM8K's files)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from nested_reft.bridge_fitting import distil_bridges, fit_bridges
+from nested_reft.bridging import BridgeConfig
+from nested_reft.data.config import DataConfig
+from nested_reft.data.pipeline import batch_prompts
+from nested_reft.data.prompts import EncodedExample
+from nested_reft.data.sources import DatasetSource
+from nested_reft.divergence import Texts, measure_layer_divergence, measure_plan_divergence, texts_of
+from nested_reft.json_files import write_json
+from nested_reft.layer_plan import LayerPlan, Part
+from nested_reft.layer_skip import NestingConfig, draw_plan
+from nested_reft.models.parameters import Parameters
+from nested_reft.prompt_format import PromptFormat
+from nested_reft.reports.tables import table
+from nested_reft.run_directory import versions
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.setup import Setup, prepare
+
+COUNTS = (1, 3, 6, 10, 15)
+BRIDGES = BridgeConfig("per_layer", ridge=0.02)
+ROWS = 32  # completions that are sampled, fitted on or measured at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the full model answers.
+
+    Attributes:
+        config: gives model, prompts and sampling.
+        fitted, chosen, measured: prompts to fit bridges on, to choose layers on, and held-out ones to measure on.
+        group_size: completions of each prompt.
+        distil_steps, distil_rate: of the distillation of each plan.
+    """
+
+    config: Config
+    fitted: int
+    chosen: int
+    measured: int
+    group_size: int
+    distil_steps: int
+    distil_rate: float
+
+
+def sums() -> Task:
+    """The main job's first source: sums and differences of two one-digit numbers after a demonstration."""
+    config = load_config("smollm2_chain_sum")
+    data = dataclasses.replace(config.data, sources=config.data.sources[:1])
+    config = dataclasses.replace(config, data=data)
+    return Task(config, fitted=126, chosen=24, measured=50, group_size=8, distil_steps=40, distil_rate=1e-4)
+
+
+def gsm8k(folder: Path) -> Task:
+    """GSM8K's questions as plain chat prompts, answered with 64 tokens."""
+    base = load_config("smollm2_chain_sum")
+    source = DatasetSource("gsm8k", "gsm8k", train_size=400, heldout_size=64, seed=1, folder=str(folder))
+    data = DataConfig(sources=(source,), prompts_per_batch=8, max_prompt_tokens=256, prompt=PromptFormat("{question}"))
+    rollout = dataclasses.replace(base.rollout, max_completion_tokens=64)
+    config = dataclasses.replace(base, data=data, rollout=rollout)
+    return Task(config, fitted=320, chosen=32, measured=64, group_size=1, distil_steps=60, distil_rate=3e-4)
+
+
+def answers(setup: Setup, examples: Sequence[EncodedExample], group_size: int, salt: int) -> list[Texts]:
+    """Completions of the full model, in batches of one shape.
+
+    Args:
+        setup: its policy answers.
+        examples: the prompts; what is left over of the last batch is dropped.
+        group_size: completions of each.
+        salt: tells the calls of this function apart.
+    """
+    size, found = max(ROWS // group_size, 1), []
+    for start in tqdm(range(0, len(examples) - size + 1, size), desc="sampling", leave=False):
+        prompts = batch_prompts(examples[start : start + size], [0] * size, setup.data.prompt_size)
+        key = jax.random.fold_in(jax.random.key(salt), start)
+        found.append(texts_of(setup.policy.generate(prompts, None, key, group_size=group_size)))
+    return found
+
+
+def tokens_of(batches: Sequence[Texts]) -> int:
+    """Completion tokens."""
+    return sum(int(np.asarray(texts[3]).sum()) for texts in batches)
+
+
+def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
+    """The divergences of every kind of plan, by how many layers it leaves out.
+
+    Args:
+        task: what is answered.
+        counts: layers to leave out.
+    """
+    setup = prepare(dataclasses.replace(task.config, nesting=NestingConfig(bridge=BRIDGES)))
+    model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
+    train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
+    fitted_on = answers(setup, train[: task.fitted], task.group_size, salt=1)
+    chosen_on = answers(setup, train[task.fitted : task.fitted + task.chosen], task.group_size, salt=2)
+    measured_on = answers(setup, heldout[: task.measured], task.group_size, salt=3)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        result = function()
+        seconds[name] = time.monotonic() - started
+        return result
+
+    def mean(batches: Sequence[Texts], values: Sequence[float]) -> float:
+        weights = [tokens_of([texts]) for texts in batches]
+        return float(np.average(values, weights=weights))
+
+    def single(part: Part) -> np.ndarray:
+        per_batch = [measure_layer_divergence(model, texts, temperature, part) for texts in chosen_on]
+        return np.average(per_batch, axis=0, weights=[tokens_of([texts]) for texts in chosen_on])
+
+    def divergence(plan: LayerPlan, bridges: Parameters) -> list[float]:
+        model.bridges.load(bridges)
+        return [
+            float(measure_plan_divergence(model, texts, temperature, [plan], "measuring")[0]) for texts in measured_on
+        ]
+
+    nothing = model.stacked_bridges()
+    alone = timed("fit of all layers alone", lambda: fit_bridges(model, fitted_on, BRIDGES.ridge))
+    model.bridges.load(alone)
+    layer_L = {part: timed(f"measuring {part.name.lower()}", lambda part=part: single(part)) for part in PARTS}
+    results = []
+    for count in counts:
+        row: dict[str, Any] = {"layers": count}
+        for part, name in PARTS.items():
+            plan = best_plan(layer_L[part], count, part)
+            row[name] = mean(measured_on, divergence(plan, alone))
+            row[f"{name}, layers"] = plan.skipped(model.config.num_layers)
+        plan = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE)
+        runs = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE, per_run=True)
+        model.bridges.load(nothing)
+        in_sequence = timed(f"fit in sequence, {count}", lambda: fit_bridges(model, fitted_on, BRIDGES.ridge, plan))
+        row["in sequence"] = mean(measured_on, divergence(plan, in_sequence))
+        model.bridges.load(nothing)
+        of_runs = fit_bridges(model, fitted_on, BRIDGES.ridge, runs)
+        row["per run"], row["runs"] = mean(measured_on, divergence(runs, of_runs)), runs.shape.bridged
+        model.bridges.load(in_sequence)
+        plans = [plan] * task.distil_steps
+        distilled = timed(
+            f"distillation, {count}", lambda: distil_bridges(model, fitted_on, temperature, plans, task.distil_rate)
+        )
+        values = divergence(plan, distilled)
+        row["distilled"] = mean(measured_on, values)
+        row["standard error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        print({name: value for name, value in row.items() if "layers" not in name or name == "layers"}, flush=True)
+        results.append(row)
+    return {
+        "tokens": {"fitted": tokens_of(fitted_on), "chosen": tokens_of(chosen_on), "measured": tokens_of(measured_on)},
+        "layer": {PARTS[part]: [round(float(value), 4) for value in values] for part, values in layer_L.items()},
+        "rows": results,
+        "seconds": seconds,
+        "versions": versions(),
+    }
+
+
+PARTS = {Part.SKIP: "skip", Part.BRIDGE: "bridge", Part.NO_ATTENTION: "no attention", Part.NO_MLP: "no mlp"}
+
+
+def best_plan(divergence_L: np.ndarray, count: int, part: Part, per_run: bool = False) -> LayerPlan:
+    """The plan that leaves out the layers of least divergence.
+
+    Args:
+        divergence_L: of each layer alone.
+        count: layers to leave out.
+        part: what is left of them.
+        per_run: one bridge for each run of neighbours.
+    """
+    measured = NestingConfig(choice="measured", divergence_temperature=0.0, remeasure_every=1)
+    plan = draw_plan(jax.random.key(0), measured, len(divergence_L), divergence_L, count)
+    layers = plan.skipped(len(divergence_L))
+    if per_run:
+        fixed = NestingConfig(choice="fixed", layers=layers, bridge=BridgeConfig("per_run"))
+        return draw_plan(jax.random.key(0), fixed, len(divergence_L))
+    return LayerPlan.skipping(len(divergence_L), layers, part)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["sums", "gsm8k"])
+    parser.add_argument("--folder", type=Path, help="where GSM8K's files lie; None downloads them")
+    parser.add_argument("--layers", type=int, nargs="+", default=COUNTS, help="how many to leave out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    known = parser.parse_args()
+    found = measure(sums() if known.task == "sums" else gsm8k(known.folder), known.layers)
+    names = [
+        "skip",
+        "no attention",
+        "no mlp",
+        "bridge",
+        "in sequence",
+        "per run",
+        "runs",
+        "distilled",
+        "standard error",
+    ]
+    rows = [[row["layers"], *(f"{row[n]:.3f}" if n != "runs" else row[n] for n in names)] for row in found["rows"]]
+    print(table(["layers", *names], rows))
+    single = found["layer"]
+    print(
+        table(["layer", *single], [[i, *(f"{v[i]:.3f}" for v in single.values())] for i in range(len(single["skip"]))])
+    )
+    print(found["tokens"], {name: round(value, 1) for name, value in found["seconds"].items()})
+    if known.json is not None:
+        write_json(known.json, found)
+
+
+if __name__ == "__main__":
+    main()
