@@ -49,7 +49,7 @@ def get_config() -> Config:
         model=ModelSource("smollm2-135m"),
         data=DataConfig(
             sources=(step_sum("four_terms", terms=4, heldout_size=128),),
-            prompts_per_batch=8,
+            prompts_per_batch=4,
             max_prompt_tokens=280,
             prompt=PromptFormat(
                 "What is {expression}?",
@@ -75,9 +75,9 @@ def get_config() -> Config:
         loss=PolicyGradientConfig(
             advantage="group_std", bias_mitigation="base", level="token", truncate_at=2.0, normalization="token_mean"
         ),
-        dynamic_sampling=DynamicSamplingConfig(max_generation_batches=2),
+        dynamic_sampling=DynamicSamplingConfig(max_generation_batches=4),
         optimizer=OptimizerConfig(learning_rate=2e-5, schedule="linear", warmup_steps=3),
-        train=TrainConfig(steps=24, checkpoint_every=12),
-        evaluation=EvaluationConfig(every_steps=4, samples_per_prompt=4),
+        train=TrainConfig(steps=32, checkpoint_every=16),
+        evaluation=EvaluationConfig(every_steps=8, samples_per_prompt=2, pass_k=2),
         curriculum=CurriculumConfig("uniform"),
     )
