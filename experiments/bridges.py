@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,14 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
         return np.average(per_batch, axis=0, weights=[tokens_of([texts]) for texts in chosen_on])
 
     def divergence(plan: LayerPlan, bridges: Parameters) -> list[float]:
-        model.bridges.load(bridges)
+        model.load_bridges(bridges)
         return [
             float(measure_plan_divergence(model, texts, temperature, [plan], "measuring")[0]) for texts in measured_on
         ]
 
     nothing = model.stacked_bridges()
     alone = timed("fit of all layers alone", lambda: fit_bridges(model, fitted_on, BRIDGES.ridge))
-    model.bridges.load(alone)
+    model.load_bridges(alone)
     layer_L = {part: timed(f"measuring {part.name.lower()}", lambda part=part: single(part)) for part in PARTS}
     results = []
     for count in counts:
@@ -151,17 +152,17 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
             row[f"{name}, layers"] = plan.skipped(model.config.num_layers)
         plan = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE)
         runs = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE, per_run=True)
-        model.bridges.load(nothing)
-        in_sequence = timed(f"fit in sequence, {count}", lambda: fit_bridges(model, fitted_on, BRIDGES.ridge, plan))
+        model.load_bridges(nothing)
+        fit = partial(fit_bridges, model, fitted_on, BRIDGES.ridge, plan)
+        in_sequence = timed(f"fit in sequence, {count}", fit)
         row["in sequence"] = mean(measured_on, divergence(plan, in_sequence))
-        model.bridges.load(nothing)
+        model.load_bridges(nothing)
         of_runs = fit_bridges(model, fitted_on, BRIDGES.ridge, runs)
         row["per run"], row["runs"] = mean(measured_on, divergence(runs, of_runs)), runs.shape.bridged
-        model.bridges.load(in_sequence)
+        model.load_bridges(in_sequence)
         plans = [plan] * task.distil_steps
-        distilled = timed(
-            f"distillation, {count}", lambda: distil_bridges(model, fitted_on, temperature, plans, task.distil_rate)
-        )
+        distil = partial(distil_bridges, model, fitted_on, temperature, plans, task.distil_rate)
+        distilled = timed(f"distillation, {count}", distil)
         values = divergence(plan, distilled)
         row["distilled"] = mean(measured_on, values)
         row["standard error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -7,7 +7,8 @@ input `(rms(x), 1)` of a token, d the target minus x, and w the token's weight, 
 
 is `W (A + lambda I) = B + lambda W_0` with `A = sum w z z^T` and `B = sum w d z^T`, lambda a share of A's mean
 diagonal and W_0 the bridge so far, zero at first. The bias, z's last entry, is not penalised. Sums are float32; the
-system is solved in float64 on the host. First positions are left out of both sums: their constant is the mean of d there.
+system is solved in float64 on the host. First positions are left out of both sums, and their constant is the mean of d
+there.
 
 Fitted *in sequence*, a bridge reads the stream that the bridges before it leave, and so makes up for part of their
 error; it then belongs to its plan. Fitted *alone*, each reads the full model's stream, and any plan may use it.

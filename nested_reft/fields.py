@@ -55,7 +55,7 @@ def read(kind: Any, value: Any, field: str = "", choosers: Mapping[Any, Chooser]
             return _read_object(option, _object(value, field), field, choosers)
         if typing.get_origin(option) is tuple:
             return _read_tuple(option, value, field, choosers)
-        if typing.get_origin(option) is dict:
+        if typing.get_origin(option) in (dict, Mapping):
             return {
                 name: read(get_args(option)[1], entry, f"{field}.{name}", choosers)
                 for name, entry in _object(value, field).items()
@@ -109,7 +109,7 @@ def _allowed_word(option: Any, value: Any) -> str:
         return "a whole number" + (f" from {-MAX_WHOLE} to {MAX_WHOLE}" if is_whole else "")
     if option is float:
         return "a finite number" if is_whole or type(value) is float else "a number"
-    if dataclasses.is_dataclass(option) or dict in (option, typing.get_origin(option)):
+    if dataclasses.is_dataclass(option) or option is dict or typing.get_origin(option) in (dict, Mapping):
         return "an object with its fields by name"
     if typing.get_origin(option) is tuple:
         return "a list"

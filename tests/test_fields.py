@@ -1,5 +1,6 @@
 """Reading plain values into dataclasses: what is converted, what is refused, and with which words."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,7 @@ class Outer:
     limit: int | None = None
     pairs: tuple[tuple[str, str], ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
+    named: Mapping[str, int | str] = field(default_factory=dict)
     mixed: tuple[bool | int | str, ...] = ()
 
 
@@ -45,11 +47,20 @@ def test_everything_is_read():
         "flag": True,
         "pairs": [["a", "b"]],
         "sizes": {"x": 2},
+        "named": {"x": 2, "y": "+"},
         "mixed": [True, 1, "1"],
     }
     found = read(Outer, value, choosers=CHOOSERS)
     assert found == Outer(
-        Inner(3, 1.0), (Inner(1),), Other("x"), "pear", None, True, None, (("a", "b"),), {"x": 2}, (True, 1, "1")
+        inner=Inner(3, 1.0),
+        many=(Inner(1),),
+        either=Other("x"),
+        fruit="pear",
+        flag=True,
+        pairs=(("a", "b"),),
+        sizes={"x": 2},
+        named={"x": 2, "y": "+"},
+        mixed=(True, 1, "1"),
     )
     # A whole number stands for a number, and True does not become 1.
     assert type(found.inner.share) is float and found.mixed[0] is True
@@ -85,6 +96,7 @@ def test_everything_is_read():
         ({"many": [1]}, "many.0 is 1; allowed is an object with its fields by name"),
         ({"pairs": [["a"]]}, "pairs.0 is ['a']; allowed is a list of 2 entries"),
         ({"sizes": {"x": None}}, "sizes.x is None; allowed is a whole number"),
+        ({"named": {"x": None}}, "named.x is None; allowed is a whole number or a text"),
         ({"mixed": [None]}, "mixed.0 is None; allowed is True or False or a whole number or a text"),
     ],
 )

@@ -88,7 +88,7 @@ def _measured(setup: Setup, texts: Texts, part: str) -> Float[np.ndarray, " L"]:
             model.bridges = Bridges(model.config.num_layers, model.config.width)
         # Texts that were fitted on would make the bridges look better than they are.
         half = len(texts[1]) // 2
-        model.bridges.load(fit_bridges(model, [_rows(texts, slice(half))], BridgeConfig().ridge))
+        model.load_bridges(fit_bridges(model, [_rows(texts, slice(half))], BridgeConfig().ridge))
         texts = _rows(texts, slice(half, None))
     return measure_layer_divergence(model, texts, temperature, PARTS[part])
 

@@ -42,7 +42,8 @@ class TaskSource:
     Attributes:
         name: label of the source in logs and reports, e.g. `one_digit`.
         task: a reasoning-gym dataset name, e.g. `chain_sum`.
-        parameters: fields of that task's configuration, e.g. `{"min_terms": 2, "max_terms": 2}`.
+        parameters: fields of that task's configuration, e.g. `{"min_terms": 2, "max_terms": 2}`. A text stands for a
+            list of single characters too, such as `{"operators": "+-"}` of `basic_arithmetic`.
         train_size: distinct training questions asked for.
         heldout_size: distinct held-out questions asked for.
         seed: decides every question; 0 or more.
@@ -53,7 +54,7 @@ class TaskSource:
 
     name: str
     task: str
-    parameters: dict[str, int]
+    parameters: Mapping[str, int | str]
     train_size: int
     heldout_size: int
     seed: int

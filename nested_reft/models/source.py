@@ -87,5 +87,5 @@ def starting_model(
     if bridge.is_on:
         bridge.validate_for(model.config.width)
         model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank)
-        model.bridges.load(replicate(model.bridges.stack(), mesh))
+        model.load_bridges(replicate(model.bridges.stack(), mesh))
     return model, tokenizer

@@ -120,6 +120,15 @@ class Transformer(nnx.Module):
             raise ValueError("the plan bridges layers, and the model has no bridges; set nesting.bridge.kind")
         return self.bridges.stack()
 
+    def load_bridges(self, stack: Parameters) -> None:
+        """Takes over bridges that `stacked_bridges` returned, with other values.
+
+        Args:
+            stack: arrays by name.
+        """
+        assert self.bridges is not None, "a model gets its bridges before their values"
+        self.bridges.load(stack)
+
     def __call__(
         self,
         tokens_BT: Int[Array, "B T"],

@@ -442,7 +442,7 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
         arrays = _newest(checkpoints, run / "config.json", stored, like)
     model = nnx.merge(graph, arrays["trainable"], frozen)
     if model.bridges is not None:
-        model.bridges.load(arrays["bridges"])
+        model.load_bridges(arrays["bridges"])
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)
 
 

@@ -178,7 +178,7 @@ class Learner:
             # Parameters are looked up and not changed: the model shares them with the state.
             model = self.base.with_parameters(self.state.trainable)
             assert model.bridges is not None
-            model.bridges.load(replicate(stack, self.mesh))
+            model.load_bridges(replicate(stack, self.mesh))
             graph, _, frozen = split_trainable(model)
             self.base, self._rounded = BaseModel(frozen, graph), None
 

@@ -37,6 +37,14 @@ def test_examples_are_labelled_and_their_answers_are_right():
         assert int(example.answer) == int(left) + (int(right) if sign == "+" else -int(right))
 
 
+def test_a_text_stands_for_a_list_of_characters():
+    parameters = ONE_DIGIT | {"operators": "+", "allow_parentheses": 0}
+    train, _ = load_source(one_digit(task="basic_arithmetic", parameters=parameters))
+    for example in train:
+        left, sign, right = example.metadata["expression"].split()
+        assert sign == "+" and int(example.answer) == int(left) + int(right)
+
+
 def test_train_and_heldout_are_disjoint_and_distinct_even_when_they_use_the_task_up(caplog):
     # 60 + 140 are all 200 questions: independent draws of these sizes would share about 42.
     with caplog.at_level(logging.WARNING):
