@@ -58,7 +58,6 @@ def test_the_floor_of_a_decode_step_by_hand():
 @pytest.mark.parametrize(
     ("shape", "rank", "bridges"),
     [
-        (PlanShape(3, bridged=2), None, 2 * (TINY.width**2 + TINY.width)),
         (PlanShape(3, bridged=2), 4, 2 * (2 * 4 * TINY.width + TINY.width)),
         (PlanShape(2, 1, without_attention=3, without_mlp=1), None, TINY.width**2 + TINY.width),
     ],
