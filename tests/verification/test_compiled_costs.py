@@ -197,12 +197,13 @@ def test_a_program_that_does_not_fit_is_refused(capsys):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
 @pytest.mark.parametrize("shape", [None, PlanShape(6), PlanShape(5, bridged=3)])
 def test_a_tpu_moves_little_more_than_the_floor(shape):
-    """With q, k and v transposed every step and caches written by every layer it was 1.086 and 1.071."""
+    """With q, k and v transposed every step and caches written by every layer it was 1.086 and 1.071. A choice between
+    parts must copy neither caches nor weights."""
     config = dataclasses.replace(QWEN2_5_SHAPE, num_layers=8, vocab_size=16_384)
     workload = Workload(prompts=8, group_size=8, prompt_tokens=192, completion_tokens=64)
     cost = decode_cost(config, workload, topology_mesh(topology_devices("v5e:2x2"), MeshConfig()), shape)
     assert cost.floor_bytes is not None
-    assert cost.floor_bytes < cost.hbm_bytes < 1.05 * cost.floor_bytes
+    assert cost.floor_bytes < cost.hbm_bytes < 1.01 * cost.floor_bytes
 
 
 def test_an_update_never_holds_the_logits_of_all_tokens():
