@@ -23,12 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+import optax
+from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from nested_reft.divergence import Texts
+from nested_reft.divergence import Texts, completion_hidden, mean_divergence
 from nested_reft.layer_plan import LayerPlan, Part, PlanShape
-from nested_reft.models.bridges import add_bridge, stream_rms
+from nested_reft.models.bridges import BridgeVariable, add_bridge, stream_rms
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.types import valid_mask
@@ -187,3 +188,51 @@ def _one_step(model: Transformer, streams: Streams, texts: Texts, layer: Int[Arr
 @jax.jit
 def _bridged(bridge: Parameters, streams: Streams) -> Streams:
     return jax.tree.map(lambda x: add_bridge(bridge, x), streams)
+
+
+def distil_bridges(
+    model: Transformer,
+    batches: Sequence[Texts],
+    temperature: float,
+    plans: Sequence[LayerPlan],
+    learning_rate: float,
+) -> Parameters:
+    """Bridges after one step of distillation for each plan: the full model teaches, and only bridges learn.
+
+    A step lowers KL(full || nested) per completion token, exact over the vocabulary, on one batch of texts under one
+    plan. The optimizer is Adam, its rate falling to 0 along a cosine. A step costs about as much as an update.
+
+    Args:
+        model: the full model, with bridges that were fitted.
+        batches: texts, which take turns.
+        temperature: the sampling temperature of both policies.
+        plans: one for each step, all of one shape.
+        learning_rate: of the first step.
+
+    Returns:
+        All bridges by name.
+    """
+    full = [completion_hidden(model, texts) for texts in batches]
+    graph, bridges, rest = nnx.split(model, BridgeVariable, ...)
+    optimizer, step = _distillation(learning_rate, len(plans), temperature)
+    state = optimizer.init(bridges)
+    for number, plan in enumerate(plans):
+        turn = number % len(batches)
+        bridges, state = step(graph, bridges, rest, state, full[turn], batches[turn], plan)
+    return nnx.merge(graph, bridges, rest).stacked_bridges()
+
+
+@functools.cache
+def _distillation(learning_rate: float, steps: int, temperature: float) -> tuple[optax.GradientTransformation, Any]:
+    """The optimizer and its compiled step; the same ones for the same settings, so that a refit compiles nothing."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+    @partial(jax.jit, static_argnums=0)
+    def step(graph, bridges, rest, state, full_BGCD, texts, plan):
+        def divergence(bridges):
+            return mean_divergence(nnx.merge(graph, bridges, rest), full_BGCD, texts, temperature, plan)
+
+        updates, state = optimizer.update(jax.grad(divergence)(bridges), state, bridges)
+        return optax.apply_updates(bridges, updates), state
+
+    return optimizer, step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.estimators.kl import exact_kl
 from nested_reft.json_files import write_json
-from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import over_position_blocks
 from nested_reft.rollout.sampling import tempered
@@ -106,8 +106,10 @@ def measure_plan_divergence(
     return np.array([float(mean_divergence(model, full_BGCD, texts, temperature, plan)) for plan in progress])
 
 
-def measure_layer_divergence(model: Transformer, texts: Texts, temperature: float) -> Float[np.ndarray, " L"]:
-    """KL(full || full without layer l) per token, in nats, for each layer l.
+def measure_layer_divergence(
+    model: Transformer, texts: Texts, temperature: float, part: Part = Part.SKIP
+) -> Float[np.ndarray, " L"]:
+    """KL(full || full with only a part of layer l) per token, in nats, for each layer l.
 
     Divergence adds up roughly over layers, so the ranking of single layers says which sets of
     layers are cheap to skip. On completions of the full model this is the divergence where the
@@ -117,40 +119,47 @@ def measure_layer_divergence(model: Transformer, texts: Texts, temperature: floa
         model: the full model.
         texts: the prompts and completions whose tokens the mean is over.
         temperature: the sampling temperature of both policies.
+        part: what is left of the layer.
 
     Returns:
         One value per layer, as `draw_plan` reads them.
     """
     num_layers = model.config.num_layers
-    plans = [LayerPlan.skipping(num_layers, [layer]) for layer in range(num_layers)]
+    plans = [LayerPlan.skipping(num_layers, [layer], part) for layer in range(num_layers)]
     return measure_plan_divergence(model, texts, temperature, plans, "measuring layers")
 
 
-def save_divergence(path: Path, divergence_L: Float[np.ndarray, " L"], about: dict[str, object]) -> None:
-    """Writes the measurement as JSON, with `about` saying what it was measured on.
+def save_divergence(path: Path, measured: Mapping[str, Float[np.ndarray, " L"]], about: dict[str, object]) -> None:
+    """Writes measurements as JSON, with `about` saying what they were measured on.
 
     Args:
         path: the JSON file to write; it is replaced where it exists.
-        divergence_L: nats per token, one value per layer.
+        measured: nats per token, one value per layer, by what is left out: "layer", "attention", "mlp", or "bridge"
+            for a layer that its bridge stands in for.
         about: further entries, such as the model's name.
     """
     # Five decimals are far below what another set of texts would change.
-    content = about | {"num_layers": len(divergence_L), "divergence": [round(float(d), 5) for d in divergence_L]}
-    write_json(path, content)
+    rounded = {name: [round(float(d), 5) for d in values] for name, values in measured.items()}
+    num_layers = len(next(iter(rounded.values())))
+    # Whole layers have the name that files had before there were parts.
+    whole = {"divergence": rounded.pop("layer")} if "layer" in rounded else {}
+    parts = {"parts": rounded} if rounded else {}
+    write_json(path, about | {"num_layers": num_layers} | whole | parts)
 
 
-def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
+def load_divergence(path: Path, num_layers: int, left_out: str = "layer") -> Float[np.ndarray, " L"]:
     """Reads what `save_divergence` wrote.
 
     Args:
         path: a JSON file that `save_divergence` wrote.
         num_layers: L of the model that is to use it.
+        left_out: of which measurement, as `nesting.leave_out` names it.
 
     Returns:
         Nats per token, one value per layer.
 
     Raises:
-        ValueError: the file is missing, is not such a file, or is of a model of another depth.
+        ValueError: the file is missing, is not such a file, lacks this measurement, or is of a model of another depth.
     """
     # A device has no end, and a measurement of many layers is small.
     if path.exists() and (not path.is_file() or path.stat().st_size > MAX_FILE_BYTES):
@@ -159,17 +168,20 @@ def load_divergence(path: Path, num_layers: int) -> Float[np.ndarray, " L"]:
             f" {MAX_FILE_BYTES} bytes"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["divergence"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = content["divergence"] if left_out == "layer" else content.get("parts", {}).get(left_out)
+        if values is None:
+            raise ValueError(f"it has none for '{left_out}'")
         divergence_L = np.array(values, dtype=np.float64)
     # FileNotFoundError is an OSError, so it has to be caught first.
     except FileNotFoundError:
         raise ValueError(
             f"nesting.divergence_file is '{path}', which does not exist; write it with 'nested-reft measure-layers'"
         ) from None
-    except (KeyError, TypeError, OSError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"nesting.divergence_file is '{path}', which holds no layer divergences ({error!r}); allowed is what"
-            " 'nested-reft measure-layers' writes"
+            f" 'nested-reft measure-layers --parts {left_out}' writes"
         ) from None
     if divergence_L.shape != (num_layers,):
         raise ValueError(f"nesting.divergence_file '{path}' has {divergence_L.size} layers; the model has {num_layers}")

@@ -150,7 +150,7 @@ class LayerPlan:
         unknown = [layer for layer in layers if not 0 <= layer < num_layers]
         if unknown:
             raise ValueError(f"the plan skips {unknown}; the model has layers 0 to {num_layers - 1}")
-        if len(set(layers)) == num_layers and part != Part.NO_MLP:
+        if len(set(layers)) == num_layers and part not in (Part.KEEP, Part.NO_MLP):
             raise ValueError(f"the plan skips all {num_layers} layers; at least one must remain")
         part_L = np.full(num_layers, Part.KEEP, np.int32)
         part_L[list(layers)] = part

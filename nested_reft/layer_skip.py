@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft.layer_plan import LayerPlan, PlanShape
+from nested_reft.bridging import BridgeConfig
+from nested_reft.layer_plan import LayerPlan, Part, PlanShape
 from nested_reft.literals import check_choice
 
 Choice = Literal["uniform", "per_layer", "fixed", "measured"]
+LeftOut = Literal["layer", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class NestingConfig:
             `measured`: with probability proportional to exp(-divergence / divergence_temperature),
             so that cheap layers go more often. `fixed`: always `layers`.
         layers: the skipped layers of `fixed`.
+        leave_out: what is left out of the layers that are chosen: all of each, or its attention or MLP alone.
+        bridge: what stands in for whole layers that are left out. With bridges `measured` needs no file: layers are
+            measured with their bridges after each fit.
         divergence_file: for `measured`, a JSON file written by `nested-reft measure-layers`; one that
             ships is found by its name. None with `remeasure_every` starts from equal divergences, which is
             `uniform`.
@@ -43,6 +49,8 @@ class NestingConfig:
     border: int = 1
     choice: Choice = "uniform"
     layers: tuple[int, ...] = ()
+    leave_out: LeftOut = "layer"
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
     divergence_file: str | None = None
     divergence_temperature: float = 0.05
     remeasure_every: int = 0
@@ -51,6 +59,7 @@ class NestingConfig:
 
     def __post_init__(self):
         check_choice("nesting.choice", self.choice, Choice)
+        check_choice("nesting.leave_out", self.leave_out, LeftOut)
         if not (math.isfinite(self.skip_ratio) and 0 <= self.skip_ratio < 1):
             raise ValueError(f"nesting.skip_ratio is {self.skip_ratio}; allowed is 0 <= skip_ratio < 1")
         if self.border < 0:
@@ -66,7 +75,8 @@ class NestingConfig:
         # A setting that nothing reads is refused: the user would believe that it works.
         if self.choice != "fixed" and self.layers:
             raise ValueError(f"nesting.layers is {self.layers}, but choice is '{self.choice}'; set choice to 'fixed'")
-        if self.choice == "measured" and self.divergence_file is None and not self.remeasure_every:
+        self._check_bridge()
+        if self.choice == "measured" and not (self.divergence_file or self.remeasure_every or self.bridge.is_on):
             raise ValueError(
                 "nesting.divergence_file is not set; choice 'measured' needs the file that"
                 " 'nested-reft measure-layers' writes, or nesting.remeasure_every"
@@ -81,6 +91,40 @@ class NestingConfig:
         for name in ("remeasure_prompts", "remeasure_completions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"nesting.{name} is {getattr(self, name)}; allowed is 1 or more")
+
+    def _check_bridge(self) -> None:
+        """Refuses settings that bridges would not read, or that could not use them."""
+        bridge = self.bridge
+        if not bridge.is_on:
+            return
+        if self.leave_out != "layer":
+            raise ValueError(
+                f"nesting.leave_out is '{self.leave_out}' and nesting.bridge.kind '{bridge.kind}': a bridge stands in"
+                " for a whole layer; set leave_out to 'layer', or bridge.kind to 'off'"
+            )
+        if self.divergence_file is not None or self.remeasure_every:
+            raise ValueError(
+                f"nesting.bridge.kind is '{bridge.kind}': layers are measured with their bridges after each fit, so"
+                " nesting.divergence_file and nesting.remeasure_every are not read; leave both out"
+            )
+        # How many bridges a plan has must not depend on which layers were drawn, because each number compiles.
+        if bridge.kind == "per_run" and self.choice != "fixed":
+            raise ValueError(
+                f"nesting.bridge.kind is 'per_run' and nesting.choice '{self.choice}'; the runs must be known"
+                " beforehand: set choice to 'fixed', or bridge.kind to 'per_layer'"
+            )
+
+    @property
+    def part(self) -> Part:
+        """What a plan does with the layers that are chosen."""
+        if self.bridge.is_on:
+            return Part.BRIDGE
+        return {"layer": Part.SKIP, "attention": Part.NO_ATTENTION, "mlp": Part.NO_MLP}[self.leave_out]
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether every plan of one size is the same until layers are measured anew."""
+        return self.choice == "fixed" or (self.choice == "measured" and self.divergence_temperature == 0)
 
     def num_skipped(self, num_layers: int) -> int:
         """floor(skip_ratio * L), or the number of fixed layers.
@@ -197,7 +241,7 @@ def draw_plan(
         ValueError: `measured` without divergences, or more layers to skip than may be.
     """
     if config.choice == "fixed":
-        return LayerPlan.skipping(num_layers, config.layers)
+        return _plan_without(config, num_layers, config.layers)
     num_skipped = config.num_skipped(num_layers) if num_skipped is None else num_skipped
     if not 0 <= num_skipped <= config.most_skipped(num_layers):
         raise ValueError(f"draw_plan: num_skipped is {num_skipped}; allowed is 0 to {config.most_skipped(num_layers)}")
@@ -214,7 +258,19 @@ def draw_plan(
     score_L = np.where(allowed_L, score_L, -np.inf)
     # A stable sort lets ties, which temperature 0 can have, always fall to the lower layer.
     skipped = np.argsort(-score_L, kind="stable")[:num_skipped]
-    return LayerPlan.skipping(num_layers, skipped.tolist())
+    return _plan_without(config, num_layers, skipped.tolist())
+
+
+def _plan_without(config: NestingConfig, num_layers: int, layers: Sequence[int]) -> LayerPlan:
+    """The plan that leaves out of these layers what the configuration says."""
+    plan = LayerPlan.skipping(num_layers, layers, config.part)
+    if config.bridge.kind != "per_run":
+        return plan
+    part_L = plan.host_parts(num_layers)
+    # The bridge of a run's first layer spans the others, which have no step.
+    inner = (part_L[1:] == Part.BRIDGE) & (part_L[:-1] == Part.BRIDGE)
+    part_L[1:][inner] = Part.SKIP
+    return LayerPlan.of_parts(part_L)
 
 
 def _log_weights(
@@ -241,4 +297,6 @@ def nested_shape(config: NestingConfig, num_layers: int) -> PlanShape:
         config: validated for `num_layers`.
         num_layers: L of the model.
     """
-    return PlanShape(num_layers - config.num_skipped(num_layers))
+    # All plans of a configuration have one shape, so any of them tells it.
+    divergence_L = np.zeros(num_layers)
+    return draw_plan(jax.random.key(0), config, num_layers, divergence_L).shape

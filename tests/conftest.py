@@ -44,7 +44,8 @@ def _checked_dataclass(cls=None, **options):
     @functools.wraps(plain)
     def __init__(self, *args, **kwargs):
         caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        arrays = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((args, kwargs)))
+        # Static fields, such as a plan's shape, hold whole numbers.
+        arrays = all(isinstance(leaf, jax.Array | int) for leaf in jax.tree.leaves((args, kwargs)))
         (checked if arrays and caller not in ("jax", "flax") else plain)(self, *args, **kwargs)
 
     cls.__init__ = __init__

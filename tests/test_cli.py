@@ -357,7 +357,7 @@ def test_sample_of_a_base_model_asks_for_no_chat(capsys, monkeypatch):
 def test_measured_layers_can_be_trained_with(capsys):
     assert main(["measure-layers", "scratch", "--config", "tiny", "--prompts", "4", "--out", "layers.json"]) == 0
     measured = json.loads(Path("layers.json").read_text())
-    assert measured["num_layers"] == 6 and all(d >= 0 for d in measured["divergence"])
+    assert measured["num_layers"] == 6 and all(d >= 0 for d in measured["divergence"]) and "parts" not in measured
     arguments = ["--nesting.choice", "measured", "--nesting.divergence-file", "layers.json", "--train.steps", "1"]
     assert main(["train", "tiny", *SMALL, *arguments]) == 0
     wrong = Path("wrong.json")
@@ -369,6 +369,21 @@ def test_measured_layers_can_be_trained_with(capsys):
     assert message in refused(["train", "tiny", *SMALL, *arguments], capsys)
     arguments[3] = "absent.json"
     assert "does not exist" in refused(["train", "tiny", *SMALL, *arguments], capsys)
+
+
+def test_parts_of_layers_are_measured_and_trained_with(capsys):
+    measuring = ["measure-layers", "scratch", "--config", "tiny", "--prompts", "16", "--out", "layers.json"]
+    assert main([*measuring, "--parts", "layer", "attention", "bridge"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["layer", "layer", "attention", "bridge"]
+    measured = json.loads(Path("layers.json").read_text())
+    assert sorted(measured["parts"]) == ["attention", "bridge"] and len(measured["parts"]["bridge"]) == 6
+    assert measured["parts"]["attention"] != measured["divergence"]
+    arguments = ["--nesting.choice", "measured", "--nesting.divergence-file", "layers.json", "--train.steps", "1"]
+    assert main(["train", "tiny", *SMALL, *arguments, "--nesting.leave-out", "attention"]) == 0
+    message = refused(["train", "tiny", *SMALL, *arguments, "--nesting.leave-out", "mlp"], capsys)
+    assert "it has none for 'mlp'" in message and "measure-layers --parts mlp" in message
+    message = refused([*measuring[:5], "1", *measuring[6:], "--parts", "bridge"], capsys)
+    assert "--prompts is 1; bridges are fitted on one half" in message
 
 
 def test_a_users_own_configuration_file(capsys):

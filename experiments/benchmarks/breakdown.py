@@ -27,7 +27,7 @@ from experiments.benchmarks.our_updates import grpo_task, initial, train_batch
 from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.stages import Best, Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
-from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs
@@ -92,7 +92,10 @@ def rollout_breakdown(policy: Policy, ceilings: CeilingsAt, best: Best) -> Break
     logits = jax.jit(lambda m, hidden: m.logits(hidden))
     draw = jax.jit(lambda key, logits: sample_token(row_uniforms(key, shape), logits, policy.sampling))
     logits_BGV = logits(model, hidden_BGD)
-    bandwidth, floor = ceilings(case.rows).bandwidth, rollout_floor(config, case, config.num_layers, ceilings)
+    bandwidth, floor = (
+        ceilings(case.rows).bandwidth,
+        rollout_floor(config, case, PlanShape(config.num_layers), ceilings),
+    )
     return with_rest(
         "rollout call",
         whole,

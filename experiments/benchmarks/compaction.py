@@ -84,7 +84,7 @@ def raw_call(model: Transformer, case: Case, stops: Sequence[int], compactions: 
     """
     prompts, generate = prompts_of(case, model.config.vocab_size), generate_with(compactions)
     prompt_BP, length_B = jnp.asarray(prompts.tokens_BP), jnp.asarray(prompts.length_B)
-    plan, stop_tokens = plan_of(case.skip_ratio, model.config.num_layers), jnp.asarray(stops, jnp.int32)
+    plan, stop_tokens = plan_of(case, model.config.num_layers), jnp.asarray(stops, jnp.int32)
 
     def call() -> Rollouts:
         return generate(

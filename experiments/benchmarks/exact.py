@@ -40,7 +40,7 @@ def main() -> None:
         # Acceptance is a matter of the samples and not of time, so one more call outside the clock tells it.
         result = call()
         named = {"system": "ours", "variant": f"exact, {k} drafts", "case": case, "drafts": k}
-        kept = plan_of(case.skip_ratio, policy.num_layers).shape.kept
+        kept = plan_of(case, policy.num_layers).shape.kept
         rows.append(named | {"kept": kept, "accepted": float(result.accepted / result.tested)} | row)
     print(f"\n{exact_table(rows)}\n{disturbance(rows)}")
     write_results(known.json, {"threads": known.threads, "rows": plain(rows)})
@@ -56,7 +56,7 @@ def exact_call(policy: Policy, case: Case, draft_length: int) -> Callable[[], Ex
     """
     policy = dataclasses.replace(policy, max_completion_tokens=case.new_tokens)
     prompts = prompts_of(case, policy.model.config.vocab_size)
-    plan = plan_of(case.skip_ratio, policy.num_layers)
+    plan = plan_of(case, policy.num_layers)
 
     def call() -> ExactRollouts:
         return policy.generate_exact(

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.benchmarks.worker import Case
+from nested_reft.layer_plan import Part, PlanShape
 from nested_reft.models.config import ModelConfig
-from nested_reft.plan_price import half_parameters, head_parameters
+from nested_reft.plan_price import bridge_parameters, half_parameters, head_parameters
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def layer_parameters(config: ModelConfig) -> int:
 
 
 def rollout_floor(
-    config: ModelConfig, case: Case, kept: int, ceilings: CeilingsAt, sampling_seconds: float = 0.0
+    config: ModelConfig, case: Case, shape: PlanShape, ceilings: CeilingsAt, sampling_seconds: float = 0.0
 ) -> dict[str, float]:
-    """Least seconds of a rollout call with `kept` layers, by stage.
+    """Least seconds of a rollout call under plans of one shape, by stage.
 
     Each prompt runs once per group, without the output head; then C tokens of B * G rows are drawn,
     of which the first C - 1 run through the layers. Attention is left out.
@@ -49,27 +50,35 @@ def rollout_floor(
     Args:
         config: the model's shape.
         case: the workload.
-        kept: layers that run.
+        shape: how many layers run, whole or in part, and how many bridges of full rank.
         ceilings: of the machine, by rows.
         sampling_seconds: of one draw for all rows: it does not shrink with the plan.
     """
-    layer, head, steps = layer_parameters(config), head_parameters(config), case.new_tokens - 1
+    head, steps = head_parameters(config), case.new_tokens - 1
+    attention, mlp = half_parameters(config)
+    sizes = {
+        Part.KEEP: attention + mlp,
+        Part.BRIDGE: bridge_parameters(config, None),
+        Part.NO_ATTENTION: mlp,
+        Part.NO_MLP: attention,
+    }
+    layers = sum(sizes[part] * count for part, count in zip(shape.parts, shape.counts, strict=True))
     prompt_rows, decode = case.prompts * case.prompt_tokens, ceilings(case.rows)
     return {
-        "prefill": kept * ceilings(prompt_rows).product_seconds(layer, prompt_rows),
-        "layers": kept * steps * decode.product_seconds(layer, case.rows),
+        "prefill": ceilings(prompt_rows).product_seconds(layers, prompt_rows),
+        "layers": steps * decode.product_seconds(layers, case.rows),
         "head": case.new_tokens * decode.product_seconds(head, case.rows),
         "sampling": case.new_tokens * sampling_seconds,
     }
 
 
 def predicted_speedup(
-    config: ModelConfig, case: Case, kept: int, ceilings: CeilingsAt, sampling_seconds: float = 0.0
+    config: ModelConfig, case: Case, shape: PlanShape, ceilings: CeilingsAt, sampling_seconds: float = 0.0
 ) -> float:
-    """What the floors say that a plan of `kept` layers gains over the full model."""
+    """What the floors say that a plan of this shape gains over the full model."""
     full, nested = (
-        sum(rollout_floor(config, case, layers, ceilings, sampling_seconds).values())
-        for layers in (config.num_layers, kept)
+        sum(rollout_floor(config, case, each, ceilings, sampling_seconds).values())
+        for each in (PlanShape(config.num_layers), shape)
     )
     return full / nested
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.worker import Case, Spec, serve
+from nested_reft.bridging import BridgeConfig
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
+from nested_reft.models.bridges import Bridges
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.registry import load_model
 from nested_reft.rollout.policy import Policy
@@ -34,6 +36,8 @@ def policy_of(directory: str) -> Policy:
         directory: weights in Hugging Face layout.
     """
     model, tokenizer = load_model(directory, jnp.float32)
+    # Bridges of zeros cost what others do; plans of whole layers do not read them.
+    model.bridges = Bridges(model.config.num_layers, model.config.width)
     return Policy(model, tokenizer)
 
 
@@ -42,9 +46,10 @@ def rounded(policy: Policy, precision: Literal["bfloat16", "int8"]) -> Policy:
     return dataclasses.replace(policy, model=low_precision(policy.model, precision))
 
 
-def plan_of(skip_ratio: float, num_layers: int) -> LayerPlan:
-    """A plan that skips this share of the layers, always the same."""
-    return draw_plan(jax.random.key(0), NestingConfig(skip_ratio=skip_ratio), num_layers)
+def plan_of(case: Case, num_layers: int) -> LayerPlan:
+    """The plan of a case, always the same: it skips or bridges a share of the layers."""
+    bridge = BridgeConfig("per_layer") if case.bridged else BridgeConfig()
+    return draw_plan(jax.random.key(0), NestingConfig(skip_ratio=case.skip_ratio, bridge=bridge), num_layers)
 
 
 def prompts_of(case: Case, vocab_size: int) -> Prompts:
@@ -74,7 +79,7 @@ def rollout_call(policy: Policy, case: Case) -> Callable[[], Rollouts]:
         case: the workload, with the share of layers to skip.
     """
     prompts = prompts_of(case, policy.model.config.vocab_size)
-    plan = plan_of(case.skip_ratio, policy.num_layers)
+    plan = plan_of(case, policy.num_layers)
 
     def call() -> Rollouts:
         return policy.generate(

@@ -32,6 +32,7 @@ from experiments.benchmarks.floors import CeilingsAt, decode_rate, predicted_spe
 from experiments.benchmarks.ours import VARIANTS, plan_of
 from experiments.benchmarks.peers import TORCH, System
 from experiments.benchmarks.worker import Case
+from nested_reft.layer_plan import PlanShape
 from nested_reft.models.config import ModelConfig
 from nested_reft.reports.tables import table
 
@@ -44,7 +45,6 @@ PEERS = {
     "transformers": (TRANSFORMERS, ("float32", "bfloat16")),
     "llama.cpp": (LLAMA_CPP, ("Q4_1",)),
 }
-NESTED = "float32"  # our variant that runs nested plans
 SKIP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.5)
 WORKLOADS = {"1": (1, 1), "16": (16, 1), "64": (64, 1), "8x8": (8, 8)}
 """Name -> prompts, completions of each."""
@@ -58,6 +58,10 @@ def main() -> None:
     options.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     options.add_argument("--ours", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="our precisions")
     options.add_argument("--skip-ratios", nargs="*", type=float, default=SKIP_RATIOS)
+    options.add_argument(
+        "--nested", nargs="+", choices=VARIANTS, default=["float32"], help="precisions of nested plans"
+    )
+    options.add_argument("--bridged", action="store_true", help="bridges stand in for the layers that plans skip")
     known = options.parse_args()
     if known.new_tokens < 2 or known.prompt_tokens < 1:
         options.error("--new-tokens must be 2 or more and --prompt-tokens 1 or more")
@@ -68,14 +72,14 @@ def main() -> None:
     # What cannot work is refused here: the systems before our nested rows take minutes.
     for skip_ratio in known.skip_ratios:
         try:
-            plan_of(skip_ratio, shape.num_layers)
+            plan_of(dataclasses.replace(cases[0], skip_ratio=skip_ratio), shape.num_layers)
         except ValueError as error:
             options.error(f"--skip-ratios: {error}")
     ceilings = {dtype: ceilings_of(shape, jnp.dtype(dtype)) for dtype in ("float32", "bfloat16")}
     rows = []
     for variant in known.ours:
-        skip_ratios = known.skip_ratios if variant == NESTED else ()
-        rows += measured(OURS, spec(variant, our_cases(cases, skip_ratios)))
+        skip_ratios = known.skip_ratios if variant in known.nested else ()
+        rows += measured(OURS, spec(variant, our_cases(cases, skip_ratios, known.bridged)))
     for name in known.peers:
         system, variants = PEERS[name]
         for variant in variants:
@@ -84,7 +88,12 @@ def main() -> None:
     add_floors(rows, shape, ceilings)
     print(f"\n{speed_table(cases, rows)}\n{disturbance(rows)}\n")
     drawing = {case.rows: sampling_seconds(case.rows, shape.vocab_size) for case in cases}
-    nested = [row for case in cases for row in nested_rows(shape, case, ceilings[NESTED], drawing[case.rows], rows)]
+    nested = [
+        row
+        for case in cases
+        for variant in known.nested
+        for row in nested_rows(shape, case, variant, ceilings.get(variant), drawing[case.rows], rows)
+    ]
     if nested:
         print(nested_table(nested))
     write_results(
@@ -93,10 +102,12 @@ def main() -> None:
     )
 
 
-def our_cases(cases: Sequence[Case], skip_ratios: Sequence[float]) -> list[Case]:
+def our_cases(cases: Sequence[Case], skip_ratios: Sequence[float], bridged: bool = False) -> list[Case]:
     """Each workload with all layers, with one token (to take from it), and with each share skipped."""
     shorter = [dataclasses.replace(case, new_tokens=1) for case in cases]
-    nested = [dataclasses.replace(case, skip_ratio=skipped) for case in cases for skipped in skip_ratios]
+    nested = [
+        dataclasses.replace(case, skip_ratio=skipped, bridged=bridged) for case in cases for skipped in skip_ratios
+    ]
     return [*shorter, *cases, *nested]
 
 
@@ -125,7 +136,9 @@ def add_floors(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: dic
     """Adds to our full-model rows the share of the floor that they reach, where their ceilings are measured."""
     for row in rows:
         if row["system"] == OURS.title and row["variant"] in ceilings and "seconds" in row:
-            floor = sum(rollout_floor(shape, row["case"], shape.num_layers, ceilings[row["variant"]]).values())
+            floor = sum(
+                rollout_floor(shape, row["case"], PlanShape(shape.num_layers), ceilings[row["variant"]]).values()
+            )
             row["share_of_floor"] = None if row["case"].skip_ratio else floor / row["seconds"]
 
 
@@ -195,35 +208,43 @@ def speed_table(cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def nested_rows(
-    shape: ModelConfig, case: Case, ceilings: CeilingsAt, drawing_seconds: float, rows: Sequence[dict[str, Any]]
+    shape: ModelConfig,
+    case: Case,
+    variant: str,
+    ceilings: CeilingsAt | None,
+    drawing_seconds: float,
+    rows: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """For each share of skipped layers: the speed-up, and how much of the predicted one it is.
 
     Args:
         shape: of the model.
         case: the workload, with all layers.
-        ceilings: of the machine, by rows.
+        variant: the precision.
+        ceilings: of the machine at this precision, by rows; None where they are not measured.
         drawing_seconds: of one draw for all rows, which skipping layers does not shorten.
         rows: of all systems, with their rates.
     """
     mine = {
-        row["case"].skip_ratio: row["tokens_per_second"]
+        row["case"]: row["tokens_per_second"]
         for row in rows
         if row["system"] == OURS.title
-        and row["variant"] == NESTED
+        and row["variant"] == variant
         and "tokens_per_second" in row
-        and dataclasses.replace(row["case"], skip_ratio=0.0) == case
+        and dataclasses.replace(row["case"], skip_ratio=0.0, bridged=False) == case
     }
-    full = mine.pop(0.0, None)
+    full = mine.pop(case, None)
     found = []
-    for skipped, rate in mine.items():
-        kept = plan_of(skipped, shape.num_layers).shape.kept
-        speedup, predicted = ratio(rate, full), predicted_speedup(shape, case, kept, ceilings, drawing_seconds)
+    for nested, rate in mine.items():
+        plan_shape, speedup = plan_of(nested, shape.num_layers).shape, ratio(rate, full)
+        predicted = ceilings and predicted_speedup(shape, case, plan_shape, ceilings, drawing_seconds)
         found.append(
             {
                 "case": case,
-                "skip_ratio": skipped,
-                "kept": kept,
+                "variant": variant,
+                "skip_ratio": nested.skip_ratio,
+                "kept": plan_shape.kept,
+                "bridged": plan_shape.bridged,
                 "tokens_per_second": rate,
                 "speedup": speedup,
                 "predicted": predicted,
@@ -235,12 +256,24 @@ def nested_rows(
 
 def nested_table(nested: Sequence[dict[str, Any]]) -> str:
     """Our rollouts by the share of skipped layers."""
-    header = [f"nested, {NESTED}", "skip ratio", "layers", "tokens/s", "speed-up", "floor's speed-up", "share reached"]
+    header = [
+        "nested",
+        "precision",
+        "skip ratio",
+        "layers",
+        "bridges",
+        "tokens/s",
+        "speed-up",
+        "floor's speed-up",
+        "share reached",
+    ]
     cells = [
         [
             f"{row['case'].prompts} x {row['case'].group}",
+            row["variant"],
             f"{row['skip_ratio']:g}",
             row["kept"],
+            row["bridged"],
             shown(row["tokens_per_second"], ".0f"),
             shown(row["speedup"]),
             shown(row["predicted"]),

@@ -28,6 +28,7 @@ class Case:
         prompt_tokens: P, of every prompt.
         new_tokens: C, of every completion; nothing stops earlier.
         skip_ratio: share of the layers that the rollout skips; ours alone.
+        bridged: whether bridges stand in for them.
     """
 
     prompts: int
@@ -35,6 +36,7 @@ class Case:
     prompt_tokens: int
     new_tokens: int
     skip_ratio: float = 0.0
+    bridged: bool = False
 
     @property
     def rows(self) -> int:

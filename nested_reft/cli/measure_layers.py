@@ -1,4 +1,4 @@
-"""`nested-reft measure-layers`: how much skipping each layer alone changes the policy, for measured plans."""
+"""`nested-reft measure-layers`: how much leaving out each layer alone, or a part of it, changes the policy."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
+from nested_reft.bridge_fitting import fit_bridges
+from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import command_parser, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
+from nested_reft.divergence import Texts, measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
+from nested_reft.layer_plan import Part
+from nested_reft.models.bridges import Bridges
 from nested_reft.reports.tables import table
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import Setup
 from nested_reft.types import Rollouts
+
+PARTS = {"layer": Part.SKIP, "bridge": Part.BRIDGE, "attention": Part.NO_ATTENTION, "mlp": Part.NO_MLP}
 
 
 def run(arguments: list[str]) -> None:
@@ -26,23 +33,25 @@ def run(arguments: list[str]) -> None:
     known = _parser().parse_args(arguments)
     with checking_input():
         check_writable(known.out)
+        if "bridge" in known.parts and known.prompts < 2:
+            raise ValueError("--prompts is 1; bridges are fitted on one half of the prompts, so they need 2 or more")
         # Loading the model comes last, after all that can be refused without it.
         setup = setup_of(known.policy, known.config)
     config = setup.config
-    temperature = config.rollout.sampling.temperature
     rollouts = _full_rollouts(setup, known.prompts)
-    divergence_L = measure_layer_divergence(setup.policy.model, texts_of(rollouts), temperature)
+    measured = {part: _measured(setup, texts_of(rollouts), part) for part in dict.fromkeys(known.parts)}
     about = {
         "policy": known.policy,
         "config": config.name,
         "prompts": rollouts.length_BG.shape[0],  # a source may have fewer than were asked for
         "tokens": int(rollouts.length_BG.sum()),
-        "temperature": temperature,
-        "unit": "nats per completion token, KL(full || full without the layer)",
+        "temperature": config.rollout.sampling.temperature,
+        "unit": "nats per completion token, KL(full || full without the layer or part)",
     }
-    save_divergence(known.out, divergence_L, about)
-    # The cheapest layer to skip comes first.
-    say(table(["layer", "divergence"], [[int(i), f"{divergence_L[i]:.3f}"] for i in np.argsort(divergence_L)]))
+    save_divergence(known.out, measured, about)
+    # The cheapest layer of the first measurement comes first.
+    order = np.argsort(next(iter(measured.values())))
+    say(table(["layer", *measured], [[int(i), *(f"{values[i]:.3f}" for values in measured.values())] for i in order]))
     say(f"written: {known.out}")
 
 
@@ -53,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("policy", help="a run directory, or a model as in model.name")
     parser.add_argument("--config", help="the configuration whose prompts to use; a run has its own")
     parser.add_argument("--prompts", type=whole(1, 10**6), default=16, help="training prompts of the first source")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=["layer"],
+        help="what to leave out: whole layers, attention or MLP alone; 'bridge' fits a bridge to each layer on one half"
+        " of the prompts and measures on the other",
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for nesting.divergence_file")
     return parser
 
@@ -62,3 +79,20 @@ def _full_rollouts(setup: Setup, num_prompts: int) -> Rollouts:
     examples = setup.data.train_examples[0][:num_prompts]
     prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
     return setup.policy.generate(prompts, None, RunKeys(jax.random.key(setup.config.train.seed)).measurement)
+
+
+def _measured(setup: Setup, texts: Texts, part: str) -> Float[np.ndarray, " L"]:
+    model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
+    if part == "bridge":
+        if model.bridges is None:
+            model.bridges = Bridges(model.config.num_layers, model.config.width)
+        # Texts that were fitted on would make the bridges look better than they are.
+        half = len(texts[1]) // 2
+        model.bridges.load(fit_bridges(model, [_rows(texts, slice(half))], BridgeConfig().ridge))
+        texts = _rows(texts, slice(half, None))
+    return measure_layer_divergence(model, texts, temperature, PARTS[part])
+
+
+def _rows(texts: Texts, rows: slice) -> Texts:
+    prompt_BP, prompt_length_B, tokens_BGC, length_BG = texts
+    return prompt_BP[rows], prompt_length_B[rows], tokens_BGC[rows], length_BG[rows]

@@ -102,7 +102,7 @@ def _divergence(nesting: NestingConfig, num_layers: int) -> np.ndarray:
     """What `measured` plans are drawn by. What a run measures while it trains is not read; layers are alike then."""
     if nesting.divergence_file is None:
         return np.zeros(num_layers)
-    return load_divergence(Path(nesting.divergence_file), num_layers)
+    return load_divergence(Path(nesting.divergence_file), num_layers, nesting.leave_out)
 
 
 def _max_tokens(asked: int | None, policy: Policy, prompt: str) -> int:

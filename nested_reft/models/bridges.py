@@ -58,6 +58,15 @@ class Bridges(nnx.Module):
         """r, or None of full rank."""
         return self.narrow[...].shape[1] if hasattr(self, "narrow") else None
 
+    def load(self, stack: Parameters) -> None:
+        """Takes over what `stack` returned, with other values.
+
+        Args:
+            stack: arrays by name.
+        """
+        for name, value in stack.items():
+            setattr(self, name, BridgeVariable(value))
+
     def stack(self) -> Parameters:
         """All bridges by name, each array with its leading axis `L`."""
         return {name: value[...] for name, value in nnx.state(self).items()}

@@ -7,13 +7,14 @@ of being off-policy and the importance weight corrects it like layer skipping.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from nested_reft.models.bridges import MATRICES as BRIDGE_MATRICES
 from nested_reft.models.layer import stored_as
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
@@ -49,14 +50,21 @@ def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) ->
         if len([axis for axis in axes if axis != "layer"]) < 2:
             continue
         owner, leaf = (copy.layers, name.removeprefix("layers/")) if axes[0] == "layer" else (copy, name)
-        weight = getattr(owner, leaf)[...]
-        if precision == "bfloat16":
-            setattr(owner, leaf, nnx.Param(stored_as(weight, bfloat16)))
-        else:
-            integers, scale = _int8(weight)
-            setattr(owner, leaf, nnx.Param(integers))
-            setattr(owner, f"{leaf}_scale", nnx.Param(scale))
+        for stored, value in _rounded(leaf, getattr(owner, leaf)[...], precision, bfloat16).items():
+            setattr(owner, stored, nnx.Param(value))
+    if copy.bridges is not None:
+        for name, weight in model.stacked_bridges().items():
+            if name in BRIDGE_MATRICES:
+                copy.bridges.load(_rounded(name, weight, precision, bfloat16))
     return copy
+
+
+def _rounded(name: str, weight: Array, precision: str, bfloat16: Any) -> dict[str, Array]:
+    """A matrix in its new form, and the scale of int8 beside it, by name."""
+    if precision == "bfloat16":
+        return {name: stored_as(weight, bfloat16)}
+    integers, scale = _int8(weight)
+    return {name: integers, f"{name}_scale": scale}
 
 
 def _int8(weight: Float[Array, "*stack O I"]) -> tuple[Int8[Array, "*stack O I"], Float[Array, "*stack O"]]:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from nested_reft.bridging import BridgeConfig
 from nested_reft.literals import check_choice
+from nested_reft.models.bridges import Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.parameters import initial_parameters, parameter_axes
@@ -50,12 +52,15 @@ class ModelSource:
             )
 
 
-def starting_model(source: ModelSource, lora: LoraConfig, seed: int, mesh: Mesh) -> tuple[Transformer, Tokenizer]:
+def starting_model(
+    source: ModelSource, lora: LoraConfig, bridge: BridgeConfig, seed: int, mesh: Mesh
+) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer that a configuration starts from.
 
     Args:
         source: which model.
         lora: its adapters; rank 0 for none.
+        bridge: its bridges, which are zero until they are fitted.
         seed: of the parameters of a model from scratch, and of the adapters.
         mesh: where the parameters are placed.
 
@@ -79,4 +84,8 @@ def starting_model(source: ModelSource, lora: LoraConfig, seed: int, mesh: Mesh)
     if lora.rank:
         add_lora(model, lora, jax.random.fold_in(key, _ADAPTERS))
         nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
+    if bridge.is_on:
+        bridge.validate_for(model.config.width)
+        model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank)
+        model.bridges.load(replicate(model.bridges.stack(), mesh))
     return model, tokenizer

@@ -432,13 +432,17 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     # The run may have had more devices than this machine has, so its own mesh is not read.
     mesh = make_mesh(mesh_config)
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
-    model, tokenizer = starting_model(source, lora, seed, mesh)
+    model, tokenizer = starting_model(source, lora, nesting.bridge, seed, mesh)
     graph, trainable, frozen = split_trainable(model)
     # Optimizer moments are not read: sampling does not need them.
     like = {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)}
+    if model.bridges is not None:
+        like["bridges"] = model.bridges.stack()
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
         arrays = _newest(checkpoints, run / "config.json", stored, like)
     model = nnx.merge(graph, arrays["trainable"], frozen)
+    if model.bridges is not None:
+        model.bridges.load(arrays["bridges"])
     return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)
 
 

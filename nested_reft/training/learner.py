@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +17,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nested_reft.bridge_fitting import distil_bridges, fit_bridges
+from nested_reft.bridging import BridgeConfig, TextBatch
 from nested_reft.estimators.health import Health
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.lora import split_trainable
 from nested_reft.models.low_precision import low_precision
+from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.config import Weights
 from nested_reft.rollout.policy import Policy
@@ -125,6 +129,9 @@ class Learner:
         arrays = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
         if with_reference and self.reference is not None:
             arrays["reference"] = self.reference
+        bridges = self.base.with_parameters(self.state.trainable).bridges
+        if bridges is not None:
+            arrays["bridges"] = bridges.stack()
         return arrays
 
     def load(self, arrays: dict[str, Any]) -> None:
@@ -136,7 +143,44 @@ class Learner:
         self.reference = arrays.get("reference", self.reference)
         names = [f.name for f in dataclasses.fields(self.state)]
         self.state = TrainState(**{name: arrays[name] for name in names})
+        if "bridges" in arrays:
+            self._take_bridges(arrays["bridges"])
         self._rounded, self._lent = None, []
+
+    def fit_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plan: LayerPlan | None) -> None:
+        """Fits the bridges of the policy as it is now.
+
+        Args:
+            texts: what the policy, or the one that it was a moment ago, has sampled.
+            config: how.
+            plan: the bridges to fit in sequence; None fits those of all layers alone.
+        """
+        model = self.base.with_parameters(self.state.trainable)
+        batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
+        self._take_bridges(fit_bridges(model, batches, config.ridge, plan))
+
+    def distil_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plans: Sequence[LayerPlan]) -> None:
+        """Improves the bridges by steps of distillation, one for each plan.
+
+        Args:
+            texts: as in `fit_bridges`.
+            config: how.
+            plans: what the nested policy will run.
+        """
+        policy = self.policy()
+        batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
+        temperature, rate = policy.sampling.temperature, config.distil_learning_rate
+        self._take_bridges(distil_bridges(policy.model, batches, temperature, replicate(plans, self.mesh), rate))
+
+    def _take_bridges(self, stack: Parameters) -> None:
+        """Makes these the bridges of every policy that is asked for from now on."""
+        with self._taking_turns:
+            # Parameters are looked up and not changed: the model shares them with the state.
+            model = self.base.with_parameters(self.state.trainable)
+            assert model.bridges is not None
+            model.bridges.load(replicate(stack, self.mesh))
+            graph, _, frozen = split_trainable(model)
+            self.base, self._rounded = BaseModel(frozen, graph), None
 
     def not_finite(self) -> str | None:
         """The first array of parameters, or of the optimizer's memory, with a value that is not finite; None without.

@@ -24,6 +24,7 @@ from nested_reft.plan_price import Price
 from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
+from nested_reft.training.nested_policy import Renewed
 from nested_reft.types import Scored, concat
 from nested_reft.untrusted import printable
 
@@ -102,6 +103,8 @@ METRICS = (
     Metric("nesting_reason", "", "in words, why"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
     Metric("remeasure_seconds", "seconds", "time that it took"),
+    Metric("bridge_tokens", "tokens", "completion tokens that the bridges were fitted on, in steps that fit them"),
+    Metric("bridge_seconds", "seconds", "time of the fit"),
     Metric("curriculum/{source}/probability", "share", "with which the step drew the source"),
     Metric("curriculum/{source}/learnability", "", "mean |advantage| of the source's latest responses"),
     Metric("curriculum/{source}/bonus", "", "its exploration bonus"),
@@ -112,14 +115,6 @@ METRICS = (
     Metric("heldout/{source}", "share", "greedy accuracy on the held-out prompts of a source"),
 )
 """Every metric of a step."""
-
-
-@dataclass(frozen=True)
-class Remeasured:
-    """New divergences of the layers, in nats per token, and the seconds that they took."""
-
-    divergence_L: Float[np.ndarray, " L"]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ class StepRecord:
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
-        remeasured: new divergences, in steps that measure them.
+        renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
         compilations: programs compiled since the run started.
@@ -150,7 +145,7 @@ class StepRecord:
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
     nesting: NestingControlState
-    remeasured: Remeasured | None
+    renewed: Renewed
     seconds: float
     compilations: int
     heldout: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
@@ -300,9 +295,12 @@ def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
-    if record.remeasured is not None:
-        found["layer_divergence"] = [round(float(value), 5) for value in record.remeasured.divergence_L]
-        found["remeasure_seconds"] = record.remeasured.seconds
+    renewed = record.renewed
+    if renewed.bridge_tokens is not None:
+        found |= {"bridge_tokens": renewed.bridge_tokens, "bridge_seconds": renewed.bridge_seconds}
+    if renewed.divergence_L is not None:
+        found["layer_divergence"] = [round(float(value), 5) for value in renewed.divergence_L]
+        found["remeasure_seconds"] = renewed.measuring_seconds
     return found
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from nested_reft.bridging import BridgeState
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
@@ -43,6 +44,7 @@ class RunState:
         buffer: groups that were found and not yet trained on.
         nesting: how deep the next batch nests.
         divergence_L: measured divergence of each layer, for `measured` plans.
+        bridging: the texts that the bridges are fitted on, and when they were.
         data: the prompts; the phase decides how they are divided, so they are not stored.
         division: the parts that the sources were divided into; None before, or where there is no split.
         phase: index of the phase that the run is in.
@@ -62,6 +64,7 @@ class RunState:
     nesting: NestingControlState
     divergence_L: Float[np.ndarray, " L"]
     buffer: Buffer = field(default_factory=Buffer)
+    bridging: BridgeState = field(default_factory=BridgeState)
     division: Division | None = None
     phase: int = 0
     started: bool = False
@@ -128,6 +131,7 @@ class RunState:
         self.buffer = Buffer.from_plain(host["buffer"])
         self.nesting = NestingControlState.from_json(host["nesting"])
         self.divergence_L = host["divergence"]
+        self.bridging = BridgeState.from_plain(host["bridging"])
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
         return host["marks"]
@@ -141,13 +145,20 @@ class RunState:
         encoded = [self.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.data.prompt_size)
 
+    @property
+    def nests(self) -> bool:
+        """Whether rollouts are nested by now."""
+        return self.bridging.fits > 0 or not self.config.nesting.bridge.is_on
+
     def draw_plan(self, key: jax.Array, config: NestingConfig) -> LayerPlan:
-        """The layers of the next batch's nested policy.
+        """The layers of the next batch's nested policy: all of them until its bridges are fitted.
 
         Args:
             key: PRNG key of the plan.
             config: how layers are chosen.
         """
+        if not self.nests:
+            return LayerPlan.full(self.learner.num_layers)
         return draw_plan(key, config, self.learner.num_layers, self.divergence_L, self.nesting.num_skipped)
 
     def _host(self) -> dict[str, Any]:
@@ -164,6 +175,7 @@ class RunState:
             "nesting": self.nesting.to_json(),
             # It may have been measured anew in the run, so the file that it began with does not replace it.
             "divergence": np.asarray(self.divergence_L),
+            "bridging": self.bridging.to_plain(),
             "division": self.division,
             "stream": self.stream.get_state(),
         }

@@ -105,7 +105,7 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
-        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers)
+        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
     check_positions(config, policy.model.config)
     train, heldout = (
         [
@@ -215,7 +215,7 @@ def check_answer_lengths(train: list[list[EncodedExample]], tokenizer: Tokenizer
 def initial_policy(config: Config) -> Policy:
     """The policy that a configuration starts from, placed on its mesh, with adapters if it has any."""
     mesh = make_mesh(config.mesh)
-    model, tokenizer = starting_model(config.model, config.lora, config.train.seed, mesh)
+    model, tokenizer = starting_model(config.model, config.lora, config.nesting.bridge, config.train.seed, mesh)
     return Policy(
         model,
         tokenizer,

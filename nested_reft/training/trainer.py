@@ -21,16 +21,16 @@ from tqdm.auto import tqdm
 from nested_reft import curriculum, nesting_control, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
-from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
+from nested_reft.training.nested_policy import renew
 from nested_reft.training.phases import Phase, check_finite_state, earlier_phases, first_checkpoint
 from nested_reft.training.pricing import decode_step
-from nested_reft.training.record import Remeasured, StepRecord
+from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
 from nested_reft.training.searcher import Searcher
@@ -169,9 +169,9 @@ class Trainer:
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
         update = state.learner.update(state.learner.batch(groups))
         # The plan of the next step is drawn after this, so a budget that was broken changes it at once.
-        state.nesting = nesting_control.update(state.nesting, config.nesting_control, update.health)
-        # The first batch is measured, because every step has one.
-        remeasured = self._remeasure(number, found[0])
+        nested_health = update.health if state.nests else None
+        state.nesting = nesting_control.update(state.nesting, config.nesting_control, nested_health)
+        renewed = renew(state, config.nesting, number, found, self.keys.step(number + 1).plan)
         return StepRecord(
             # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,
@@ -183,7 +183,7 @@ class Trainer:
             curriculum_before=before,
             curriculum_after=state.curriculum,
             nesting=state.nesting,
-            remeasured=remeasured,
+            renewed=renewed,
             seconds=time.monotonic() - started,
             compilations=self.compilations.count,
         )
@@ -253,17 +253,6 @@ class Trainer:
                     self.save()
                 _stop_if(stop)
                 self.checkpoints.check()
-
-    def _remeasure(self, number: int, scored: Scored) -> Remeasured | None:
-        """Measures every layer anew where it is time; the next step draws by the new divergences."""
-        nesting = self.config.nesting
-        if not nesting.remeasure_every or number % nesting.remeasure_every:
-            return None
-        started = time.monotonic()
-        texts = texts_of(scored.rollouts, nesting.remeasure_prompts, nesting.remeasure_completions)
-        policy = self.state.learner.policy()
-        self.state.divergence_L = measure_layer_divergence(policy.model, texts, policy.sampling.temperature)
-        return Remeasured(self.state.divergence_L, time.monotonic() - started)
 
 
 def _stop_if(requested: bool) -> None:

@@ -26,6 +26,7 @@ from experiments.benchmarks.floors import (
 from experiments.benchmarks.peers import Skipped, System
 from experiments.benchmarks.stages import Stage, breakdown_table, with_rest
 from experiments.benchmarks.worker import Case, Spec
+from nested_reft.layer_plan import PlanShape
 from tests.tiny_models import TINY
 
 CASE = Case(prompts=2, group=3, prompt_tokens=4, new_tokens=5)
@@ -45,7 +46,7 @@ def test_parameters_of_layers_and_head():
 
 def test_rollout_floor_runs_prompts_once_and_one_step_fewer_than_tokens():
     """At 2 operations a second, a vector through a matrix takes as many seconds as it has weights."""
-    found = rollout_floor(TINY, CASE, 4, compute_bound, sampling_seconds=10.0)
+    found = rollout_floor(TINY, CASE, PlanShape(4), compute_bound, sampling_seconds=10.0)
     assert found == {
         "prefill": 4 * 2688 * (2 * 4),  # not 6 rows x 4 tokens
         "layers": 4 * 2688 * 6 * (5 - 1),
@@ -55,7 +56,7 @@ def test_rollout_floor_runs_prompts_once_and_one_step_fewer_than_tokens():
 
 
 def test_prefill_and_decode_each_run_at_the_rate_of_their_rows():
-    found = rollout_floor(TINY, CASE, 1, lambda rows: Ceilings({8: 4.0, 6: 2.0}[rows], math.inf))
+    found = rollout_floor(TINY, CASE, PlanShape(1), lambda rows: Ceilings({8: 4.0, 6: 2.0}[rows], math.inf))
     assert found["prefill"] == 2688 * 8 / 2 and found["layers"] == 2688 * 6 * 4
 
 
@@ -65,10 +66,18 @@ def test_few_rows_cost_the_reading_of_the_weights():
 
 
 def test_predicted_speedup_is_below_the_ratio_of_layers_because_head_and_sampling_stay():
-    assert predicted_speedup(TINY, CASE, TINY.num_layers, compute_bound, 1.0) == 1
+    assert predicted_speedup(TINY, CASE, PlanShape(TINY.num_layers), compute_bound, 1.0) == 1
     layer, head = 2688 * (8 + 24), 496 * 30
-    assert predicted_speedup(TINY, CASE, 2, compute_bound) == pytest.approx((5 * layer + head) / (2 * layer + head))
-    assert predicted_speedup(TINY, CASE, 2, compute_bound, 1e9) == pytest.approx(1, abs=1e-3)
+    assert predicted_speedup(TINY, CASE, PlanShape(2), compute_bound) == pytest.approx(
+        (5 * layer + head) / (2 * layer + head)
+    )
+    assert predicted_speedup(TINY, CASE, PlanShape(2), compute_bound, 1e9) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_bridge_costs_its_matrix():
+    """3 whole layers, 2 bridges of 16 x 16 weights."""
+    found = rollout_floor(TINY, CASE, PlanShape(3, bridged=2), compute_bound)
+    assert found["layers"] == (3 * 2688 + 2 * 256) * 6 * 4
 
 
 def test_update_tokens_and_floor():
@@ -127,7 +136,7 @@ def test_nested_share_is_the_speedup_over_the_floors():
         row(rollouts.OURS, "float32", seconds=4.0, tokens_per_second=10.0),
         row(rollouts.OURS, "float32", Case(2, 3, 4, 5, 0.4), seconds=2.0, tokens_per_second=20.0),
     ]
-    (found,) = rollouts.nested_rows(TINY, CASE, compute_bound, 83_040, rows)
+    (found,) = rollouts.nested_rows(TINY, CASE, "float32", compute_bound, 83_040, rows)
     assert (found["kept"], found["speedup"]) == (3, 2.0)
     assert found["predicted"] == pytest.approx(1.25) and found["share"] == pytest.approx(1.6)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_plan import LayerPlan, Part
+from nested_reft.models.bridges import Bridges
 from nested_reft.models.lora import LoraConfig, add_lora
 from nested_reft.models.low_precision import _int8, low_precision
 from nested_reft.models.transformer import Transformer
@@ -81,6 +82,23 @@ def test_a_copys_stacks_are_never_widened(precision):
     assert "ENTRY" in text
     for stack in (copy.layers.gate[...], cache.key, prompt.layers.key):
         assert f"f32[{','.join(map(str, stack.shape))}]" not in text
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_bridges_are_rounded_like_the_layers(rank):
+    model = tiny_model()
+    model.bridges = Bridges(TINY.num_layers, TINY.width, rank)
+    model.bridges.load({n: jax.random.normal(jax.random.key(3), v.shape) for n, v in model.stacked_bridges().items()})
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 7), 0, TINY.vocab_size)
+    plan = LayerPlan.skipping(5, [1, 3], Part.BRIDGE)
+    expected = forward(model, tokens_BT, plan)
+    for precision, tolerance in (("bfloat16", 0.05), ("int8", 0.1)):
+        copy = low_precision(model, precision)
+        for name in ("map",) if rank is None else ("narrow", "widen"):
+            assert copy.stacked_bridges()[name].dtype.itemsize == (2 if precision == "bfloat16" else 1)
+        error = jnp.abs(forward(copy, tokens_BT, plan) - expected)
+        assert 0 < error.max() < tolerance * jnp.abs(expected).max()
+    assert model.stacked_bridges()["map" if rank is None else "widen"].dtype == jnp.float32  # the model's own stay
 
 
 def test_adapters_stay_in_float32():

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from nested_reft import api
+from nested_reft.bridging import BridgeConfig
 from nested_reft.evaluation import Evaluation
 from nested_reft.models import source
 from nested_reft.models.lora import LoraConfig
@@ -31,7 +32,7 @@ def test_no_two_purposes_of_a_seed_share_a_key(monkeypatch):
     original = source.initial_parameters
     monkeypatch.setattr(source, "initial_parameters", parameters)
     monkeypatch.setattr(source, "add_lora", lambda model, lora, key: used.update(adapters=key))
-    source.starting_model(nano().model, LoraConfig(rank=1), 3, make_mesh(MeshConfig()))
+    source.starting_model(nano().model, LoraConfig(rank=1), BridgeConfig(), 3, make_mesh(MeshConfig()))
     keys = RunKeys(jax.random.key(3))
     for name in ("warm_start", "split", "throughput", "throughput_plan", "measurement"):
         used[name] = getattr(keys, name)

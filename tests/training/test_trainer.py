@@ -307,12 +307,12 @@ def test_layers_are_measured_anew_on_a_schedule(tmp_path):
     run = trainer(nano(nesting=MEASURED, optimizer__learning_rate=0.01, loss=MOVING), tmp_path)
     first, second = run.step(0), run.step(1)
     assert first.plan.skipped(6) == (1,)  # nothing measured yet: all alike
-    assert first.remeasured is not None and second.remeasured is None
-    cheapest = 1 + int(np.argmin(first.remeasured.divergence_L[1:-1]))
+    assert first.renewed.divergence_L is not None and second.renewed.divergence_L is None
+    cheapest = 1 + int(np.argmin(first.renewed.divergence_L[1:-1]))
     assert second.plan.skipped(6) == (cheapest,)
     third = run.step(2)
-    assert third.remeasured is not None
-    assert not np.array_equal(third.remeasured.divergence_L, first.remeasured.divergence_L)
+    assert third.renewed.divergence_L is not None
+    assert not np.array_equal(third.renewed.divergence_L, first.renewed.divergence_L)
     before = run.compilations.count
     run.step(3)
     run.step(4)
@@ -320,8 +320,8 @@ def test_layers_are_measured_anew_on_a_schedule(tmp_path):
 
 
 def test_re_measuring_works_on_a_mesh(tmp_path):
-    one = trainer(nano(nesting=MEASURED), tmp_path / "one").step(0).remeasured
-    many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, model=2)), tmp_path / "many").step(0).remeasured
+    one = trainer(nano(nesting=MEASURED), tmp_path / "one").step(0).renewed
+    many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, model=2)), tmp_path / "many").step(0).renewed
     np.testing.assert_allclose(many.divergence_L, one.divergence_L, rtol=1e-3, atol=1e-4)
 
 

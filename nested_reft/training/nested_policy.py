@@ -1,0 +1,75 @@
+"""Keeping the nested policy up to date: its bridges, and what is known of its layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from nested_reft import bridging
+from nested_reft.divergence import measure_layer_divergence, texts_of
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.training.run_state import RunState
+from nested_reft.types import Scored
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """What a step renewed.
+
+    Attributes:
+        bridge_tokens: completion tokens that bridges were fitted on; None where they were not.
+        bridge_seconds: time of the fit.
+        divergence_L: new divergences of the layers, in nats per token; None where they were not measured.
+        measuring_seconds: time of the measurement.
+    """
+
+    bridge_tokens: int | None
+    bridge_seconds: float
+    divergence_L: Float[np.ndarray, " L"] | None
+    measuring_seconds: float
+
+
+def renew(state: RunState, config: NestingConfig, number: int, found: Sequence[Scored], plan_key: jax.Array) -> Renewed:
+    """Fits the bridges and measures the layers where it is time; the next step draws its plan by what was found.
+
+    Args:
+        state: of the run; its bridges, texts and divergences change.
+        config: says when.
+        number: of the step, counted from 0.
+        found: everything that the step generated.
+        plan_key: of the next step's plan.
+    """
+    state.bridging = bridging.add(state.bridging, config.bridge, found)
+    fits = bridging.is_due(state.bridging, config.bridge, number)
+    texts, tokens = state.bridging.texts, state.bridging.tokens
+    started = time.monotonic()
+    if fits:
+        state.bridging = bridging.fitted(state.bridging, config.bridge, number)
+        # Each layer's alone: whatever plan is drawn has bridges, and layers can be measured one by one.
+        state.learner.fit_bridges(texts, config.bridge, None)
+    fitted = time.monotonic()
+    measures = fits and config.choice == "measured"
+    measures |= bool(config.remeasure_every) and number % config.remeasure_every == 0
+    if measures:
+        # The first batch is measured, because every step has one.
+        sample = texts_of(found[0].rollouts, config.remeasure_prompts, config.remeasure_completions)
+        policy = state.learner.policy()
+        state.divergence_L = measure_layer_divergence(policy.model, sample, policy.sampling.temperature, config.part)
+    measured = time.monotonic()
+    if fits and config.is_deterministic:
+        state.learner.fit_bridges(texts, config.bridge, state.draw_plan(plan_key, config))
+    if fits and config.bridge.distil_steps:
+        # Plans that change are taught as they are drawn.
+        draws = [jax.random.fold_in(plan_key, step) for step in range(config.bridge.distil_steps)]
+        state.learner.distil_bridges(texts, config.bridge, [state.draw_plan(key, config) for key in draws])
+    return Renewed(
+        bridge_tokens=tokens if fits else None,
+        bridge_seconds=fitted - started + time.monotonic() - measured,
+        divergence_L=state.divergence_L if measures else None,
+        measuring_seconds=measured - fitted,
+    )
