@@ -25,7 +25,7 @@ from jax.tree_util import DictKey, tree_map_with_path
 
 from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.layer_skip import nested_shape
-from nested_reft.models.bridges import MATRICES, Bridges, BridgeVariable
+from nested_reft.models.bridges import MATRICES, Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora, split_trainable
@@ -173,7 +173,8 @@ def configured_costs(training: Config, config: ModelConfig, devices: Sequence[An
         completion_tokens=training.rollout.max_completion_tokens,
     )
     nested = nested_shape(training.nesting, config.num_layers)
-    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, nested)]
+    rank = training.nesting.bridge.rank
+    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, nested, bridge_rank=rank)]
     return [*costs, update_cost(config, workload, mesh, training)] if with_update else costs
 
 
@@ -260,12 +261,14 @@ def state_shapes(
     Returns:
         State and frozen parameters, with a shape, a dtype and a placement in the place of each array.
     """
-    dtype = jnp.dtype(training.model.dtype)
+    dtype, bridge = jnp.dtype(training.model.dtype), training.nesting.bridge
     parameters = _Shapes(mesh).parameters(config, dtype)
+    # The model that trains has its bridges in float32, as they were fitted.
+    bridges = _Shapes(mesh).bridges(config, jnp.float32, bridge.rank) if bridge.is_on else None
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def initial_state(parameters: dict[str, Any]) -> tuple[TrainState, BaseModel]:
-        model = _model(config, parameters, dtype)
+    def initial_state(parameters: dict[str, Any], bridges: dict[str, Any] | None) -> tuple[TrainState, BaseModel]:
+        model = _model(config, parameters, dtype, bridges)
         # Adapters are part of what trains, and so of the state.
         if training.lora.rank:
             add_lora(model, training.lora, jax.random.key(0))
@@ -279,7 +282,7 @@ def state_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     # Shapes are found without computing a value, so a model of any size takes no memory here.
-    return tree_map_with_path(place, jax.eval_shape(initial_state, parameters))
+    return tree_map_with_path(place, jax.eval_shape(initial_state, parameters, bridges))
 
 
 def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: Config) -> Cost:
@@ -333,9 +336,7 @@ def _model(
     if bridges is not None:
         rank = bridges["narrow"].shape[1] if "narrow" in bridges else None
         model.bridges = Bridges(config.num_layers, config.width, rank)
-        # Each value takes the place of its zeros.
-        for name, value in bridges.items():
-            setattr(model.bridges, name, BridgeVariable(value))
+        model.bridges.load(bridges)
     # XLA's cost analysis counts a loop's body once.
     model.cache_dtype, model.layers_unrolled = dtype, config.num_layers
     return model
