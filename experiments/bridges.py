@@ -51,7 +51,7 @@ class Task:
     Attributes:
         config: gives model, prompts and sampling.
         fitted, chosen, measured: prompts to fit bridges on, to choose layers on, and held-out ones to measure on.
-        group_size: completions of each prompt.
+        group_size: completions of each prompt to fit on; layers are chosen on one, plans measured on two.
         distil_steps, distil_rate: of the distillation of each plan.
     """
 
@@ -69,7 +69,7 @@ def sums() -> Task:
     config = load_config("smollm2_chain_sum")
     data = dataclasses.replace(config.data, sources=config.data.sources[:1])
     config = dataclasses.replace(config, data=data)
-    return Task(config, fitted=126, chosen=24, measured=50, group_size=8, distil_steps=40, distil_rate=1e-4)
+    return Task(config, fitted=116, chosen=32, measured=48, group_size=8, distil_steps=40, distil_rate=1e-4)
 
 
 def gsm8k(folder: Path) -> Task:
@@ -115,8 +115,8 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
     model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
     train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
     fitted_on = answers(setup, train[: task.fitted], task.group_size, salt=1)
-    chosen_on = answers(setup, train[task.fitted : task.fitted + task.chosen], task.group_size, salt=2)
-    measured_on = answers(setup, heldout[: task.measured], task.group_size, salt=3)
+    chosen_on = answers(setup, train[task.fitted : task.fitted + task.chosen], 1, salt=2)
+    measured_on = answers(setup, heldout[: task.measured], 2, salt=3)
     seconds: dict[str, float] = {}
 
     def timed(name: str, function: Callable[[], Any]) -> Any:

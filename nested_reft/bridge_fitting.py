@@ -149,9 +149,9 @@ def fit_bridges(
             ahead = advanced(ahead, layer)
         if part == Part.BRIDGE:
             sums = [_equations(*each) for each in zip(nested, ahead, batches, strict=True)]
-            start = {name: np.asarray(value[first]) for name, value in stack.items()}
+            start = {name: np.asarray(value[first], np.float32) for name, value in stack.items()}
             bridge = _solved(functools.reduce(operator.add, sums), ridge, start)
-            stack = {name: value.at[first].set(bridge[name]) for name, value in stack.items()}
+            stack = {name: value.at[first].set(bridge[name].astype(value.dtype)) for name, value in stack.items()}
             nested = ahead if plan is None else [_bridged(bridge, x) for x in nested]
         elif part != Part.SKIP:
             # As long as nothing was replaced, the two streams are one.
@@ -231,12 +231,15 @@ def distil_bridges(
         All bridges by name.
     """
     full = [completion_hidden(model, texts) for texts in batches]
-    graph, bridges, rest = nnx.split(model, BridgeVariable, ...)
+    graph, start, rest = nnx.split(model, BridgeVariable, ...)
+    # Small steps would round away in bfloat16.
+    bridges = jax.tree.map(lambda array: array.astype(jnp.float32), start)
     optimizer, step = _distillation(learning_rate, len(plans), temperature)
     state = optimizer.init(bridges)
     for number, plan in enumerate(plans):
         turn = number % len(batches)
         bridges, state = step(graph, bridges, rest, state, full[turn], batches[turn], plan)
+    bridges = jax.tree.map(lambda array, like: array.astype(like.dtype), bridges, start)
     return nnx.merge(graph, bridges, rest).stacked_bridges()
 
 

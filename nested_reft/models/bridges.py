@@ -18,6 +18,8 @@ arXiv 2505.02819). There they replace layers for good.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -42,21 +44,22 @@ class Bridges(nnx.Module):
         narrow, widen, widen_bias: of rank r, W = widen narrow; `[L, r, D]`, `[L, D, r]` and `[L, D]`.
     """
 
-    def __init__(self, num_layers: int, width: int, rank: int | None = None):
+    def __init__(self, num_layers: int, width: int, rank: int | None = None, dtype: Any = jnp.float32):
         """Bridges of zeros, which change nothing.
 
         Args:
             num_layers: L.
             width: D.
             rank: r; None is full rank.
+            dtype: of the matrices, as the layers' own; biases and constants are float32.
         """
         self.first = BridgeVariable(jnp.zeros((num_layers, width)))
         if rank is None:
-            self.map = BridgeVariable(jnp.zeros((num_layers, width, width)))
+            self.map = BridgeVariable(jnp.zeros((num_layers, width, width), dtype))
             self.map_bias = BridgeVariable(jnp.zeros((num_layers, width)))
         else:
-            self.narrow = BridgeVariable(jnp.zeros((num_layers, rank, width)))
-            self.widen = BridgeVariable(jnp.zeros((num_layers, width, rank)))
+            self.narrow = BridgeVariable(jnp.zeros((num_layers, rank, width), dtype))
+            self.widen = BridgeVariable(jnp.zeros((num_layers, width, rank), dtype))
             self.widen_bias = BridgeVariable(jnp.zeros((num_layers, width)))
 
     @property

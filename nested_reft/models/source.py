@@ -86,6 +86,6 @@ def starting_model(
         nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
     if bridge.is_on:
         bridge.validate_for(model.config.width)
-        model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank)
+        model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank, dtype)
         model.load_bridges(replicate(model.bridges.stack(), mesh))
     return model, tokenizer

@@ -1,8 +1,9 @@
 """Compilation for accelerators that are not here: what one decode step and one update cost on a named topology.
 
 XLA compiles for a TPU pod on any machine that has `libtpu` (the `tpu` extra). Its cost analysis
-counts a loop body once, so the layers are unrolled here; its figures do not drift, which makes them
-the ones to drive down. Its bytes accessed include on-chip memory; `hbm_traffic` counts the rest.
+counts a loop body once, so its figures are those of a program with unrolled layers. Its bytes accessed
+include on-chip memory. Bytes through HBM are counted by `hbm_traffic`, and for a decode step in the program
+that runs, whose layers are a loop: unrolled, the compiler moves caches that fit to on-chip memory and back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,7 +25,7 @@ from jax.tree_util import DictKey, tree_map_with_path
 
 from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.layer_skip import nested_shape
-from nested_reft.models.bridges import MATRICES, Bridges, BridgeVariable
+from nested_reft.models.bridges import MATRICES, Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora, split_trainable
@@ -171,7 +173,8 @@ def configured_costs(training: Config, config: ModelConfig, devices: Sequence[An
         completion_tokens=training.rollout.max_completion_tokens,
     )
     nested = nested_shape(training.nesting, config.num_layers)
-    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, nested)]
+    rank = training.nesting.bridge.rank
+    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, nested, bridge_rank=rank)]
     return [*costs, update_cost(config, workload, mesh, training)] if with_update else costs
 
 
@@ -211,8 +214,9 @@ def decode_cost(
     plan = _plan(shape, sharded)
     bridges = sharded.bridges(config, dtype, bridge_rank) if shape.bridged else None
 
-    def step(parameters, bridges, token_BG, at, cache, prompt, plan, key_data):
+    def step(unrolled, parameters, bridges, token_BG, at, cache, prompt, plan, key_data):
         model = _model(config, parameters, dtype, bridges)
+        model.layers_unrolled = unrolled
         hidden, cache = model.decode(token_BG, at, cache, prompt, plan)
         # The key comes as its two raw words, which a shape and a dtype describe.
         uniform = row_uniforms(jax.random.wrap_key_data(key_data), token_BG.shape)
@@ -228,9 +232,17 @@ def decode_cost(
         plan,
         sharded((2,), jnp.uint32),
     )
-    floor_bytes = _decode_floor(config, shape, arguments)
     # The caches are donated, as in a decode loop. Otherwise the step would copy them whole.
-    return _cost("decode step", shape, dtype, jax.jit(step, donate_argnums=4), arguments, floor_bytes)
+    looped, unrolled = (
+        _compiled("decode step", shape, jax.jit(partial(step, layers), donate_argnums=4), arguments)
+        for layers in (1, config.num_layers)
+    )
+    return dataclasses.replace(
+        _cost("decode step", shape, dtype, unrolled),
+        temporary_bytes=looped.memory_analysis().temp_size_in_bytes,
+        hbm_bytes=hbm_bytes(looped.as_text(), shape.counts, shape.steps),
+        floor_bytes=_decode_floor(config, shape, arguments),
+    )
 
 
 def state_shapes(
@@ -249,12 +261,14 @@ def state_shapes(
     Returns:
         State and frozen parameters, with a shape, a dtype and a placement in the place of each array.
     """
-    dtype = jnp.dtype(training.model.dtype)
+    dtype, bridge = jnp.dtype(training.model.dtype), training.nesting.bridge
     parameters = _Shapes(mesh).parameters(config, dtype)
+    # The model that trains has its bridges in float32, as they were fitted.
+    bridges = _Shapes(mesh).bridges(config, jnp.float32, bridge.rank) if bridge.is_on else None
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def initial_state(parameters: dict[str, Any]) -> tuple[TrainState, BaseModel]:
-        model = _model(config, parameters, dtype)
+    def initial_state(parameters: dict[str, Any], bridges: dict[str, Any] | None) -> tuple[TrainState, BaseModel]:
+        model = _model(config, parameters, dtype, bridges)
         # Adapters are part of what trains, and so of the state.
         if training.lora.rank:
             add_lora(model, training.lora, jax.random.key(0))
@@ -268,7 +282,7 @@ def state_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     # Shapes are found without computing a value, so a model of any size takes no memory here.
-    return tree_map_with_path(place, jax.eval_shape(initial_state, parameters))
+    return tree_map_with_path(place, jax.eval_shape(initial_state, parameters, bridges))
 
 
 def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: Config) -> Cost:
@@ -301,7 +315,7 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
     # This is the trainer's own update, so the figures are those of a real run.
     plans = UpdatePlans(nested=_plan_shape(training, config, sharded) if task.needs.self_distillation else None)
     full, arguments = PlanShape(config.num_layers), (state, base, batch, plans)
-    return _cost("update", full, training.model.dtype, make_update(task), arguments, None)
+    return _cost("update", full, training.model.dtype, _compiled("update", full, make_update(task), arguments))
 
 
 def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> LayerPlan:
@@ -322,19 +336,15 @@ def _model(
     if bridges is not None:
         rank = bridges["narrow"].shape[1] if "narrow" in bridges else None
         model.bridges = Bridges(config.num_layers, config.width, rank)
-        # Each value takes the place of its zeros.
-        for name, value in bridges.items():
-            setattr(model.bridges, name, BridgeVariable(value))
-    # XLA's cost analysis counts a loop's body once, so the layers are unrolled.
+        model.bridges.load(bridges)
+    # XLA's cost analysis counts a loop's body once.
     model.cache_dtype, model.layers_unrolled = dtype, config.num_layers
     return model
 
 
-def _cost(
-    program: str, shape: PlanShape, dtype: Any, function: Any, arguments: tuple, floor_bytes: float | None
-) -> Cost:
+def _compiled(program: str, shape: PlanShape, function: Any, arguments: tuple) -> Any:
     try:
-        compiled = function.lower(*arguments).compile()
+        return function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         # Any other failure of the compiler is a fault, and should be seen as one.
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -343,6 +353,9 @@ def _cost(
             f"the {program} of {shape.steps} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
             " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.model"
         ) from None
+
+
+def _cost(program: str, shape: PlanShape, dtype: Any, compiled: Any) -> Cost:
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     return Cost(
         program=program,
@@ -353,8 +366,7 @@ def _cost(
         temporary_bytes=memory.temp_size_in_bytes,
         flops=analysis["flops"],
         bytes_accessed=analysis["bytes accessed"],
-        hbm_bytes=hbm_bytes(compiled.as_text(), shape.counts),
-        floor_bytes=floor_bytes,
+        hbm_bytes=hbm_bytes(compiled.as_text()),
     )
 
 

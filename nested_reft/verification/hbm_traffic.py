@@ -11,8 +11,9 @@ again. The floor of a decode step is about HBM, so this counts what crosses HBM 
 - `dynamic-update-slice` writes the update, for XLA has made it in-place by then;
 - an asynchronous copy reads its source and writes its destination once.
 
-Everything else counts whole. Loop bodies count once, as in XLA's cost analysis. A conditional counts as the
-mean of its branches where it is told how often each runs, and else as its largest.
+Everything else counts whole. Loops of the program itself count as often as we are told, and loops within loops
+once, as in XLA's cost analysis. A conditional counts as the mean of its branches where we are told how often each
+runs, and else as its largest.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class _Instruction:
 _Computation = dict[str, _Instruction]
 
 
-def hbm_bytes(hlo: str, branch_counts: Sequence[int] = ()) -> int:
+def hbm_bytes(hlo: str, branch_counts: Sequence[int] = (), loop_steps: int = 1) -> int:
     """Bytes read from and written to HBM by a program, given as `compiled.as_text()`.
 
     Args:
         hlo: text of the optimised program, which names layouts.
-        branch_counts: how often each branch runs of the conditionals that have as many branches. A program whose
-            layers are unrolled has one conditional per step of its plan, all alike, and the plan says how many
-            steps take each branch.
+        branch_counts: how often each branch runs of the conditionals that have as many branches. A step of a plan
+            with several parts is a conditional, and the plan says how many steps take each branch.
+        loop_steps: how often the bodies of the program's own loops run: the steps of a plan.
 
     Returns:
         Bytes per device of one run of the program.
@@ -76,7 +77,11 @@ def hbm_bytes(hlo: str, branch_counts: Sequence[int] = ()) -> int:
         ValueError: the text is not that of a compiled program.
     """
     computations, entry = _parse(hlo)
-    return _computation_bytes(computations, entry, branch_counts)
+    moved = 0
+    for i in computations[entry].values():
+        runs = loop_steps if i.opcode == "while" else 1
+        moved += runs * _instruction_bytes(computations, computations[entry], i, branch_counts)
+    return moved
 
 
 def _computation_bytes(computations: dict[str, _Computation], name: str, counts: Sequence[int]) -> int:

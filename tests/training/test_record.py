@@ -29,6 +29,8 @@ ONLY_SOMETIMES = {
     "warning",
     "next_num_skipped",
     "nesting_reason",
+    "bridge_tokens",
+    "bridge_seconds",
     "layer_divergence",
     "remeasure_seconds",
 }

@@ -107,6 +107,31 @@ def test_a_conditional_counts_each_branch_as_often_as_it_runs(counts, arrays):
     assert hbm_bytes(text, counts) == round(arrays * 8 * 128 * 4)
 
 
+def test_a_loop_counts_as_often_as_it_runs():
+    """A copy in its body, read and written; its condition reads a number from the chip."""
+    text = """HloModule loop, is_scheduled=true
+
+%body (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %copy.a = f32[8,128]{1,0:T(8,128)} copy(%a)
+}
+
+%condition (b: f32[8,128]) -> pred[] {
+  %b = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %no = pred[]{:T(128)S(6)} constant(false)
+}
+
+ENTRY %main (X: f32[8,128]) -> f32[8,128] {
+  %X = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %copy.x = f32[8,128]{1,0:T(8,128)} copy(%X)
+  ROOT %loop = f32[8,128]{1,0:T(8,128)} while(%copy.x), condition=%condition, body=%body
+}
+"""
+    once = 2 * 8 * 128 * 4
+    assert hbm_bytes(text) == once + once
+    assert hbm_bytes(text, loop_steps=5) == once + 5 * once
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hbm_bytes("HloModule nothing")
