@@ -29,14 +29,14 @@ OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.t
 .NOTPARALLEL:
 
 help:
-	@echo "make run     set up, train SmolLM2-135M on chain_sum, show where its report is"
+	@echo "make run     set up, train SmolLM2-135M to add step by step, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
 	@echo "make lint    check format and style       make types   check types"
 	@echo "make format  apply both                   make clean   remove .venv*, caches, builds; runs/ stays"
 
 run: $(RUN_READY)
-	@$(VENV)/bin/nested-reft train smollm2_chain_sum
+	@$(VENV)/bin/nested-reft train smollm2_step_sum
 
 test: $(TEST_READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -66,7 +66,7 @@ def test_make_runs_the_placeholder_script():
     lines = shown.splitlines()
     placed = lines.index(".venv-absent/bin/python scripts/pycosat_placeholder.py")
     assert "install -c constraints.txt -e" in lines[placed + 1]  # before reasoning-gym asks for pycosat
-    assert lines[-1] == ".venv-absent/bin/nested-reft train smollm2_chain_sum"
+    assert lines[-1] == ".venv-absent/bin/nested-reft train smollm2_step_sum"
 
 
 def test_the_placeholder_counts_as_pycosat_and_says_what_is_missing(tmp_path):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns sums from its own layer-skipped rollouts: the main job.
+"""SmolLM2-135M-Instruct learns sums of two numbers from its own layer-skipped rollouts.
 
 Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_chain_sum
 Time: about ten minutes on two cores.

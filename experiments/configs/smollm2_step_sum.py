@@ -4,6 +4,7 @@ Method: Nested-ReFT (arXiv 2508.10123). Command: nested-reft train smollm2_step_
 Time: about ten minutes on two cores.
 """
 
+from nested_reft.bridging import BridgeConfig
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import TaskSource
@@ -65,11 +66,11 @@ def get_config() -> Config:
         rollout=RolloutConfig(
             group_size=8, max_completion_tokens=44, sampling=SamplingConfig(temperature=1.0), weights="bfloat16"
         ),
+        # The cheapest layers to bridge by `experiments.bridges`, in four runs of neighbours.
         nesting=NestingConfig(
-            skip_ratio=0.034,
-            choice="measured",
-            divergence_file="smollm2_chain_sum_layers.json",
-            divergence_temperature=0.03,
+            choice="fixed",
+            layers=(3, 4, 5, 6, 7, 12, 15, 27, 28),
+            bridge=BridgeConfig("per_run", ridge=0.03, tokens=4000, refit_every=12),
         ),
         reward=RewardConfig(),
         loss=PolicyGradientConfig(

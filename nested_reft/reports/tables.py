@@ -72,13 +72,15 @@ def summary_table(summary: dict[str, Any]) -> str:
     Args:
         summary: the contents of a run's `summary.json`.
     """
-    skipped = summary["layers"] - summary["kept_layers"]
+    left_out = f"{summary['layers'] - summary['kept_layers']} of {summary['layers']} layers"
+    bridges = f"{summary['bridges']} bridges"
     facts = [
         ["full model, generated tokens/second", f"{summary['full_tokens_per_second']:.0f}"],
         [
-            f"nested ({skipped} of {summary['layers']} layers skipped), tokens/second",
+            f"nested ({left_out} {'left out, ' + bridges if summary['bridges'] else 'skipped'}), tokens/second",
             f"{summary['nested_tokens_per_second']:.0f} ({summary['nested_speedup']:.2f}x)",
         ],
+        *_step_facts(summary),
         ["effective sample size, per token (mean of steps)", share(summary["ess_token"])],
         ["effective sample size, per completion", share(summary["ess_sequence"])],
         ["KL(behavior || target), nats per token", share(summary["kl_behavior_target"])],
@@ -88,6 +90,18 @@ def summary_table(summary: dict[str, Any]) -> str:
     ]
     accuracy = evaluation_table(summary["before"], summary["after"])
     return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"
+
+
+def _step_facts(summary: dict[str, Any]) -> list[list[str]]:
+    """The mean time of a step, and what it would be if the full model sampled."""
+    step, rollouts = summary["step_seconds"], summary["rollout_seconds"]
+    if step is None or rollouts is None:
+        return []
+    full = step + rollouts * (summary["nested_speedup"] - 1)
+    return [
+        ["seconds of a step (mean)", f"{step:.1f}, of which rollouts {rollouts:.1f}"],
+        ["seconds of a step if the full model sampled, at these speeds", f"{full:.1f} ({full / step:.2f}x)"],
+    ]
 
 
 def estimator_table(results: Sequence[dict[str, Any]]) -> str:

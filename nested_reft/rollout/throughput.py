@@ -22,7 +22,8 @@ class Throughput:
         full_tokens_per_second: of the full model.
         nested_tokens_per_second: under the plan.
         nested_speedup: the second over the first.
-        kept_layers: layers that the plan keeps.
+        kept_layers: layers that the plan runs whole.
+        bridges: bridges that stand in for others.
         layers: L.
     """
 
@@ -30,6 +31,7 @@ class Throughput:
     nested_tokens_per_second: float
     nested_speedup: float
     kept_layers: int
+    bridges: int
     layers: int
 
     def to_json(self) -> dict[str, Any]:
@@ -76,4 +78,4 @@ def compare_throughput(
         seconds[row, column] = time.monotonic() - started
     # The fastest call is the one that other work on the machine disturbed least.
     full, nested = (float(x) for x in np.array(counts) / seconds.min(axis=0))
-    return Throughput(full, nested, nested / full, plan.shape.kept, policy.num_layers)
+    return Throughput(full, nested, nested / full, plan.shape.kept, plan.shape.bridged, policy.num_layers)

@@ -16,7 +16,8 @@ from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.run_state import RunState
 
-MEANS = ("ess_token", "ess_sequence", "kl_behavior_target")  # metrics of which the mean over steps is given
+# Metrics of which the mean over steps is given.
+MEANS = ("ess_token", "ess_sequence", "kl_behavior_target", "step_seconds", "rollout_seconds")
 
 
 def run_summary(
