@@ -1,9 +1,11 @@
 """What exact nested rollouts cost beside plain ones of the full model: SmolLM2-135M on the CPU.
 
-    python -m experiments.benchmarks.exact [--json FILE]
+    python -m experiments.benchmarks.exact [--rows 1 2 4 8 64] [--skip-ratios 0.3 --bridged] [--json FILE]
 
-Whole calls in float32, 8 random prompts x 8 completions of 64 + 32 tokens, all in turn. Each round drafts some
-tokens with layers skipped and verifies them with the full model; "accepted" is the share of the tested drafts.
+Whole calls in float32, random prompts of 64 tokens and completions of 32, all in turn; 64 rows are 8 prompts x 8
+completions, fewer are completions of one prompt. Each round drafts some tokens with layers left out and verifies them
+with the full model; "accepted" is the share of the tested drafts. A round costs as much as so many plain steps, and
+pays from the acceptance on at which it yields as many tokens; bridges of zeros show the cost of real ones.
 """
 
 from __future__ import annotations
@@ -28,22 +30,77 @@ DRAFT_LENGTHS = (1, 2, 4)
 
 def main() -> None:
     """Prints the table."""
-    known = parser(__doc__ or "", ()).parse_args()
+    options = parser(__doc__ or "", ())
+    options.add_argument("--rows", nargs="+", type=int, choices=(1, 2, 4, 8, 64), default=[64])
+    options.add_argument("--skip-ratios", nargs="+", type=float, default=SKIP_RATIOS)
+    options.add_argument("--bridged", action="store_true", help="bridges stand in for the layers that drafts leave out")
+    known = options.parse_args()
     prepare_process(known.threads)
     policy = VARIANTS["float32"](exported_model()[1])
-    cases = [(dataclasses.replace(CASE, skip_ratio=skipped), k) for skipped in SKIP_RATIOS for k in DRAFT_LENGTHS]
-    drafted = [exact_call(policy, case, k) for case, k in cases]
-    calls = [rollout_call(policy, CASE), *drafted]
-    found = measure_all([lambda call=call: jax.block_until_ready(call()) for call in calls], known.repeats)
-    rows = [{"system": "ours", "variant": "plain", "case": CASE} | found[0]]
-    for (case, k), call, row in zip(cases, drafted, found[1:], strict=True):
-        # Acceptance is a matter of the samples and not of time, so one more call outside the clock tells it.
-        result = call()
-        named = {"system": "ours", "variant": f"exact, {k} drafts", "case": case, "drafts": k}
-        kept = plan_of(case, policy.num_layers).shape.kept
-        rows.append(named | {"kept": kept, "accepted": float(result.accepted / result.tested)} | row)
+    rows = []
+    for count in known.rows:
+        case = CASE if count == CASE.rows else dataclasses.replace(CASE, prompts=1, group=count)
+        nested = [dataclasses.replace(case, skip_ratio=r, bridged=known.bridged) for r in known.skip_ratios]
+        rows += exact_rows(policy, case, nested, known.repeats)
     print(f"\n{exact_table(rows)}\n{disturbance(rows)}")
     write_results(known.json, {"threads": known.threads, "rows": plain(rows)})
+
+
+def exact_rows(policy: Policy, case: Case, nested: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
+    """A row for plain rollouts and one for each plan and number of drafts.
+
+    Args:
+        policy: what samples.
+        case: the workload.
+        nested: the same with the plans that draft.
+        repeats: timed calls of each.
+    """
+    cases = [(each, k) for each in nested for k in DRAFT_LENGTHS]
+    drafted = [exact_call(policy, each, k) for each, k in cases]
+    calls = [rollout_call(policy, case), *drafted]
+    found = measure_all([lambda call=call: jax.block_until_ready(call()) for call in calls], repeats)
+    rows = [{"system": "ours", "variant": "plain", "case": case, "plain_seconds": found[0]["seconds"]} | found[0]]
+    step_seconds = found[0]["seconds"] / case.new_tokens
+    for (each, k), call, row in zip(cases, drafted, found[1:], strict=True):
+        # Acceptance is a matter of the samples and not of time, so one more call outside the clock tells it.
+        result, plan = call(), plan_of(each, policy.num_layers)
+        cost = row["seconds"] / int(result.rounds) / step_seconds
+        rows.append(
+            {
+                "system": "ours",
+                "variant": f"exact, {k} drafts",
+                "case": each,
+                "drafts": k,
+                "kept": plan.shape.kept,
+                "bridged": plan.shape.bridged,
+                "accepted": float(result.accepted / result.tested),
+                "round_cost": cost,
+                "pays_from": acceptance_of(cost, k),
+                "plain_seconds": found[0]["seconds"],
+            }
+            | row
+        )
+    return rows
+
+
+def acceptance_of(tokens: float, drafts: int) -> float | None:
+    """The acceptance a at which a round of k drafts yields so many tokens: (1 - a^(k + 1)) / (1 - a) of them.
+
+    Args:
+        tokens: of a round.
+        drafts: k.
+
+    Returns:
+        a in [0, 1]; None where even accepting all yields fewer.
+    """
+    if tokens > drafts + 1:
+        return None
+    low, high = 0.0, 1.0
+    # The yield rises with a: halving finds it.
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**n for n in range(drafts + 1)) < tokens else (low, middle)
+    return low
 
 
 def exact_call(policy: Policy, case: Case, draft_length: int) -> Callable[[], ExactRollouts]:
@@ -67,18 +124,25 @@ def exact_call(policy: Policy, case: Case, draft_length: int) -> Callable[[], Ex
 
 
 def exact_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for plain rollouts, the first row, and one for each kind of exact ones."""
-    header = ["rollouts", "layers of drafts", "accepted", "tokens/s", "of plain"]
-    cells = [
-        [
-            row["variant"],
-            row.get("kept", "-"),
-            f"{row['accepted']:.2f}" if "accepted" in row else "-",
-            f"{row['case'].sampled_tokens / row['seconds']:.0f}",
-            f"{rows[0]['seconds'] / row['seconds']:.2f}x",
-        ]
-        for row in rows
-    ]
+    """A line for plain rollouts of each number of rows, and one for each kind of exact ones."""
+    header = ["rows", "rollouts", "layers", "bridges", "accepted", "tokens/s", "of plain", "round costs", "pays from"]
+    cells = []
+    for row in rows:
+        drafted = "accepted" in row
+        pays = row.get("pays_from")
+        cells.append(
+            [
+                row["case"].rows,
+                row["variant"],
+                row.get("kept", "-"),
+                row.get("bridged", "-"),
+                f"{row['accepted']:.2f}" if drafted else "-",
+                f"{row['case'].sampled_tokens / row['seconds']:.0f}",
+                f"{row['plain_seconds'] / row['seconds']:.2f}x",
+                f"{row['round_cost']:.2f} steps" if drafted else "-",
+                ("never" if pays is None else f"{pays:.2f}") if drafted else "-",
+            ]
+        )
     return table(header, cells)
 
 

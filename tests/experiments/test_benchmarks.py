@@ -182,12 +182,16 @@ def test_compaction_table_pairs_rows_without_and_with():
     assert line.split() == ["5", "0.062", "3.2", "5", "3.00", "2.00", "1.50x", "9.0", "14.0"]
 
 
-def test_exact_table_compares_with_the_first_row():
-    plain = {"variant": "plain", "case": Case(2, 3, 4, 5), "seconds": 2.0}
-    drafted = plain | {"variant": "exact, 1 drafts", "kept": 4, "accepted": 0.875, "seconds": 3.0}
-    first, second = exact.exact_table([plain, drafted]).splitlines()[2:]
-    assert first.split() == ["plain", "-", "-", "15", "1.00x"]
-    assert second.split() == ["exact,", "1", "drafts", "4", "0.88", "10", "0.67x"]
+def test_exact_table_says_from_which_acceptance_a_round_pays():
+    plain = row(rollouts.OURS, "plain", seconds=2.0, plain_seconds=2.0)
+    drafted = row(rollouts.OURS, "exact, 1 drafts", seconds=4.0, plain_seconds=2.0)
+    drafted |= {"accepted": 0.5, "kept": 3, "bridged": 0, "round_cost": 1.75, "pays_from": 0.75}
+    first, second, third = exact.exact_table([plain, drafted, drafted | {"pays_from": None}]).splitlines()[2:]
+    assert "1.00x" in first and first.split()[-2:] == ["-", "-"]
+    assert "0.50x" in second and second.endswith("0.75") and third.endswith("never")
+    assert exact.acceptance_of(1.75, 1) == pytest.approx(0.75)  # 1 + a tokens
+    assert exact.acceptance_of(1.75, 2) == pytest.approx(0.5)  # 1 + a + a^2 tokens
+    assert exact.acceptance_of(3.5, 2) is None  # even three tokens are fewer
 
 
 @pytest.mark.parametrize(
