@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nested_reft.literals import check_choice
-from nested_reft.types import Rollouts, Scored
+from nested_reft.types import Rollouts
 
 BridgeKind = Literal["off", "per_layer", "per_run"]
 
@@ -33,6 +33,7 @@ class BridgeConfig:
         refit_every: steps between fits after the first; 0 fits once.
         distil_steps: steps of distillation after each fit, which lower KL(full || nested) of the step's plan.
         distil_learning_rate: of its optimizer, Adam.
+        file: bridges to begin with, which `nested-reft fit-bridges` wrote; None fits them in the run's first steps.
     """
 
     kind: BridgeKind = "off"
@@ -42,6 +43,7 @@ class BridgeConfig:
     refit_every: int = 0
     distil_steps: int = 0
     distil_learning_rate: float = 3e-4
+    file: str | None = None
 
     def __post_init__(self):
         check_choice("nesting.bridge.kind", self.kind, BridgeKind)
@@ -50,6 +52,8 @@ class BridgeConfig:
         for name in ("ridge", "distil_learning_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"nesting.bridge.{name} is {getattr(self, name)}; allowed is more than 0")
+        if self.file is not None and self.kind == "off":
+            raise ValueError(f"nesting.bridge.file is '{self.file}' and nesting.bridge.kind 'off'; set kind or no file")
         if self.tokens < 1:
             raise ValueError(f"nesting.bridge.tokens is {self.tokens}; allowed is 1 or more")
         for name in ("refit_every", "distil_steps"):
@@ -134,7 +138,7 @@ class BridgeState:
         return cls(tuple(TextBatch(*batch) for batch in value["texts"]), value["fits"], value["fitted_at"])
 
 
-def add(state: BridgeState, config: BridgeConfig, found: Sequence[Scored]) -> BridgeState:
+def add(state: BridgeState, config: BridgeConfig, found: Sequence[Rollouts]) -> BridgeState:
     """Takes in the texts of a step, and drops the oldest batches that a fit does not need.
 
     Args:
@@ -144,7 +148,7 @@ def add(state: BridgeState, config: BridgeConfig, found: Sequence[Scored]) -> Br
     """
     if not config.is_on or (state.fits and not config.refit_every):
         return state
-    texts = [*state.texts, *(_texts_of(scored.rollouts) for scored in found)]
+    texts = [*state.texts, *(_texts_of(rollouts) for rollouts in found)]
     while sum(batch.tokens for batch in texts[1:]) >= config.tokens:
         texts = texts[1:]
     return BridgeState(tuple(texts), state.fits, state.fitted_at)

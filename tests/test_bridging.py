@@ -10,7 +10,7 @@ from nested_reft.layer_skip import NestingConfig, draw_plan, nested_shape
 from tests.scored_groups import scored
 
 # A batch of two groups of two holds 2 * 2 * 4 = 16 tokens.
-BATCH = scored([[0, 1], [1, 1]])
+BATCH = scored([[0, 1], [1, 1]]).rollouts
 
 
 def test_the_first_fit_waits_for_its_tokens():
@@ -29,7 +29,7 @@ def test_the_latest_texts_are_kept_for_refits():
     config, state = BridgeConfig("per_layer", tokens=30, refit_every=2), BridgeState()
     due = []
     for step in range(7):
-        state = bridging.add(state, config, [scored([[0, 1], [1, 1]], first=step)])
+        state = bridging.add(state, config, [scored([[0, 1], [1, 1]], first=step).rollouts])
         due.append(bridging.is_due(state, config, step))
         if due[-1]:
             state = bridging.fitted(state, config, step)
@@ -78,6 +78,7 @@ def test_a_configuration_has_plans_of_one_shape(nesting, shape, key):
         ({"ridge": 0.0}, "nesting.bridge.ridge is 0.0; allowed is more than 0"),
         ({"tokens": 0}, "nesting.bridge.tokens is 0; allowed is 1 or more"),
         ({"refit_every": -1}, r"nesting.bridge.refit_every is -1; allowed is 0 \(never\) or more"),
+        ({"file": "x"}, "nesting.bridge.file is 'x' and nesting.bridge.kind 'off'"),
         ({"distil_learning_rate": float("nan")}, "nesting.bridge.distil_learning_rate is nan"),
     ],
 )

@@ -48,7 +48,7 @@ LAYERS = [
     {"checkpoints"},
     {"rollout"},
     {"evaluation", "divergence", "run_logs"},
-    {"bridge_fitting"},
+    {"bridge_fitting", "bridge_file"},
     {"run_directory"},
     {"reports"},
     {"training"},

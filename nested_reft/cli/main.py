@@ -7,6 +7,7 @@
     sample POLICY PROMPT               full and nested completions side by side
     report RUN                         figures and tables of a run, written into RUN/report
     measure-layers POLICY              each layer's divergence, for measured plans
+    fit-bridges POLICY --out FILE      bridges for the layers that a configuration leaves out
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
     compile CONFIG --topology NAME     what a decode step and an update cost on a TPU that is not here
     verify-estimators                  exact bias and variance of every estimator, by enumeration
@@ -39,6 +40,7 @@ COMMANDS = {
     "sample": "sample",
     "report": "report",
     "measure-layers": "measure_layers",
+    "fit-bridges": "fit_bridges",
     "export": "export",
     "compile": "compile",
     "verify-estimators": "verify_estimators",

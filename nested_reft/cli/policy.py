@@ -24,7 +24,13 @@ def is_run(policy: str) -> bool:
     return (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir()
 
 
-def setup_of(policy: str, config_name: str | None, overrides: Sequence[str] = (), prompts: int | None = None) -> Setup:
+def setup_of(
+    policy: str,
+    config_name: str | None,
+    overrides: Sequence[str] = (),
+    prompts: int | None = None,
+    plans: bool = False,
+) -> Setup:
     """The setup of a run directory, or of a model on a configuration's prompts.
 
     Args:
@@ -32,11 +38,13 @@ def setup_of(policy: str, config_name: str | None, overrides: Sequence[str] = ()
         config_name: the configuration whose prompts to use; None for a run, which has its own.
         overrides: words of the command line that replace fields.
         prompts: the most held-out prompts of each source; None leaves them as they are.
+        plans: keep how the configuration nests; commands that run the full model alone need nothing of it.
 
     Raises:
         ValueError: the policy and the configuration do not go together, or one of them cannot be loaded.
     """
-    given = without_plans(_config_of(policy, config_name))
+    given = _config_of(policy, config_name)
+    given = given if plans else without_plans(given)
     config = override(given, overrides)
     if is_run(policy):
         if config.model != given.model:

@@ -238,7 +238,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
         return os.path.normpath(next((place for place in places if place.exists()), path))
 
     fields = [(source, name) for source in value["data"]["sources"] for name in ("file", "heldout_file", "folder")]
-    for part, name in [*fields, (value["nesting"], "divergence_file")]:
+    for part, name in [*fields, (value["nesting"], "divergence_file"), (value["nesting"]["bridge"], "file")]:
         # Sources of the other kinds lack the field, and None names no file.
         if isinstance(part.get(name), str):
             part[name] = absolute(part[name])

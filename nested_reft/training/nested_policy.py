@@ -14,7 +14,7 @@ from nested_reft import bridging
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.training.run_state import RunState
-from nested_reft.types import Scored
+from nested_reft.types import Rollouts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Renewed:
     measuring_seconds: float
 
 
-def renew(state: RunState, config: NestingConfig, number: int, found: Sequence[Scored], plan_key: jax.Array) -> Renewed:
+def renew(
+    state: RunState, config: NestingConfig, number: int, found: Sequence[Rollouts], plan_key: jax.Array
+) -> Renewed:
     """Fits the bridges and measures the layers where it is time; the next step draws its plan by what was found.
 
     Args:
@@ -57,7 +59,7 @@ def renew(state: RunState, config: NestingConfig, number: int, found: Sequence[S
     measures |= bool(config.remeasure_every) and number % config.remeasure_every == 0
     if measures:
         # The first batch is measured, because every step has one.
-        sample = texts_of(found[0].rollouts, config.remeasure_prompts, config.remeasure_completions)
+        sample = texts_of(found[0], config.remeasure_prompts, config.remeasure_completions)
         policy = state.learner.policy()
         state.divergence_L = measure_layer_divergence(policy.model, sample, policy.sampling.temperature, config.part)
     measured = time.monotonic()

@@ -196,4 +196,5 @@ def initial_run_state(setup: Setup) -> RunState:
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
         divergence_L=setup.divergence_L,
+        bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),
     )

@@ -7,22 +7,24 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
+from nested_reft.bridge_file import load_bridges
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
 from nested_reft.divergence import load_divergence
-from nested_reft.layer_skip import check_share
+from nested_reft.layer_skip import check_share, draw_plan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import make_mesh
+from nested_reft.sharding import make_mesh, replicate
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config, with_absolute_paths
 
@@ -106,6 +108,8 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
         divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
+    if config.nesting.bridge.file is not None:
+        divergence_L = _with_bridges(config, policy)
     check_positions(config, policy.model.config)
     train, heldout = (
         [
@@ -128,6 +132,17 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
         shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
     )
     return Setup(config, policy, data, divergence_L)
+
+
+def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
+    """Gives the policy the bridges of the configuration's file; their layers' divergences."""
+    nesting, num_layers = config.nesting, policy.num_layers
+    assert nesting.bridge.file is not None
+    # One bridge of a run of layers belongs to that run; others may serve any plan.
+    plan = draw_plan(jax.random.key(0), nesting, num_layers) if nesting.bridge.kind == "per_run" else None
+    fitted = load_bridges(Path(nesting.bridge.file), policy.model, config.model.name, plan)
+    policy.model.load_bridges(replicate(fitted.stack, policy.mesh))
+    return fitted.divergence_L
 
 
 def _warn_of_warmup(config: Config) -> None:

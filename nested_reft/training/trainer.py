@@ -171,7 +171,9 @@ class Trainer:
         # The plan of the next step is drawn after this, so a budget that was broken changes it at once.
         nested_health = update.health if state.nests else None
         state.nesting = nesting_control.update(state.nesting, config.nesting_control, nested_health)
-        renewed = renew(state, config.nesting, number, found, self.keys.step(number + 1).plan)
+        renewed = renew(
+            state, config.nesting, number, [scored.rollouts for scored in found], self.keys.step(number + 1).plan
+        )
         return StepRecord(
             # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,

@@ -1,0 +1,85 @@
+"""Bridges in a file: fitted by a command, trained with, and refused where they are of something else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nested_reft.bridge_file import FittedBridges, load_bridges, save_bridges
+from nested_reft.cli.main import main
+from nested_reft.layer_plan import LayerPlan, Part
+from nested_reft.models.bridges import Bridges
+from nested_reft.models.transformer import Transformer
+from nested_reft.run_directory import read_log
+from nested_reft.untrusted import BadFile
+from tests.tiny_models import TINY, tiny_model
+
+PLAN = LayerPlan.skipping(5, [1, 2], Part.BRIDGE)
+
+
+def model_with_bridges() -> Transformer:
+    model = tiny_model()
+    model.bridges = Bridges(TINY.num_layers, TINY.width)
+    return model
+
+
+def written(path: Path, model: str = "tiny", rank: int | None = None) -> FittedBridges:
+    stack = {name: value + 1.5 for name, value in Bridges(TINY.num_layers, TINY.width, rank).stack().items()}
+    fitted = FittedBridges(stack, np.arange(5.0), model, tuple(PLAN.host_parts(5).tolist()))
+    save_bridges(path, fitted)
+    return fitted
+
+
+def test_a_file_comes_back_as_it_was(tmp_path):
+    fitted = written(tmp_path / "b.safetensors")
+    found = load_bridges(tmp_path / "b.safetensors", model_with_bridges(), "tiny", PLAN)
+    assert found.parts == fitted.parts and found.divergence_L.tolist() == [0, 1, 2, 3, 4]
+    assert all(np.array_equal(found.stack[name], value) for name, value in fitted.stack.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "which is no file; write it with 'nested-reft fit-bridges'"),
+        (lambda path: path.mkdir(), "which is no file"),
+        (lambda path: path.write_bytes(b"\x08"), "b.safetensors"),
+        (lambda path: written(path, model="other"), "whose bridges are of the model 'other'; this one is 'tiny'"),
+        (lambda path: written(path, rank=3), "whose bridges have the shapes"),
+        (lambda path: save_file({"first": np.zeros((5, 16))}, path), "of the model 'None'"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, make, message):
+    path = tmp_path / "b.safetensors"
+    make(path)
+    with pytest.raises(BadFile, match=message):
+        load_bridges(path, model_with_bridges(), "tiny", None)
+
+
+def test_bridges_of_another_plan_or_not_finite_are_refused(tmp_path):
+    path = tmp_path / "b.safetensors"
+    fitted = written(path)
+    with pytest.raises(BadFile, match=r"fitted for another plan, \[1, 2, 2, 1, 1\]; this configuration's is \[1, 1, 2"):
+        load_bridges(path, model_with_bridges(), "tiny", LayerPlan.skipping(5, [2], Part.BRIDGE))
+    fitted.stack["first"] = fitted.stack["first"] * np.inf
+    save_bridges(path, fitted)
+    with pytest.raises(BadFile, match="holds a value that is not finite"):
+        load_bridges(path, model_with_bridges(), "tiny", None)
+
+
+def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--warm-start.steps", "0", "--evaluation.samples-per-prompt", "0", "--train.steps", "1"]
+    nesting = ["--nesting.skip-ratio", "0.34", "--nesting.bridge.kind", "per_layer", "--nesting.bridge.tokens", "200"]
+    command = ["fit-bridges", "scratch", "--config", "tiny", "--out", "b.safetensors"]
+    assert main([*command, *nesting]) == 0
+    assert "bridges of all layers, fitted on " in capsys.readouterr().out
+    assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "b.safetensors"]) == 0
+    (run,) = Path("runs").iterdir()
+    (_, first) = read_log(run / "metrics.jsonl")
+    assert len(first["bridged_layers"]) == 2  # from the first step on
+    assert main([*command, "--nesting.skip-ratio", "0.34"]) == 2
+    assert "nesting.bridge.kind of 'tiny' is 'off'; give" in capsys.readouterr().err
+    assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "absent"]) == 2
+    assert "absent', which is no file" in capsys.readouterr().err
