@@ -18,7 +18,7 @@ from nested_reft.cli.policy import setup_of
 from nested_reft.json_files import check_writable
 from nested_reft.layer_plan import left_out
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.nested_policy import renew
+from nested_reft.training.nested_policy import fit_and_measure
 from nested_reft.training.run_state import RunState, initial_run_state
 from nested_reft.training.setup import Setup
 from nested_reft.types import Rollouts
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
     state.bridging = BridgeState()  # also where the configuration has bridges to begin with
     keys = RunKeys(jax.random.key(setup.config.train.seed))
     rollouts = _rollouts(setup, state, keys)
-    renewed = renew(state, nesting, 0, rollouts, keys.step(1).plan)
+    renewed = fit_and_measure(state, 0, rollouts, keys.step(1).plan)
     num_layers = setup.policy.num_layers
     plan = state.draw_plan(keys.step(1).plan, nesting) if nesting.is_deterministic else None
     fitted = FittedBridges(

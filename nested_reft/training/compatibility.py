@@ -78,8 +78,9 @@ def exact_rollouts_need_no_control(config: Config) -> None:
 
 def remeasuring_fits_the_batch(config: Config) -> None:
     """Layers are measured on the step's own rollouts."""
+    nesting = config.nesting
     # The sizes have defaults, and nothing reads them where layers are not measured again.
-    if not config.nesting.remeasure_every:
+    if not nesting.remeasure_every and not (nesting.bridge.is_on and nesting.choice == "measured"):
         return
     for name, most, of in (
         ("remeasure_prompts", config.data.prompts_per_batch, "data.prompts_per_batch"),

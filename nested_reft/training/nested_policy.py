@@ -1,4 +1,4 @@
-"""Keeping the nested policy up to date: its bridges, and what is known of its layers."""
+"""Keeping the nested policy up to date: how deep it nests, its bridges, and what is known of its layers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft import bridging
+from nested_reft import bridging, nesting_control
 from nested_reft.divergence import measure_layer_divergence, texts_of
-from nested_reft.layer_skip import NestingConfig
+from nested_reft.estimators.health import Health
 from nested_reft.training.run_state import RunState
-from nested_reft.types import Rollouts
+from nested_reft.types import Rollouts, Scored
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,33 @@ class Renewed:
 
 
 def renew(
-    state: RunState, config: NestingConfig, number: int, found: Sequence[Rollouts], plan_key: jax.Array
+    state: RunState, number: int, found: Sequence[Scored], health: Health | None, next_plan: jax.Array
 ) -> Renewed:
-    """Fits the bridges and measures the layers where it is time; the next step draws its plan by what was found.
+    """What follows a step for the nested policy. The plan of the next step is drawn by it.
+
+    Args:
+        state: of the run; its nesting control, bridges, texts and divergences change.
+        number: of the step, counted from 0.
+        found: everything that the step generated.
+        health: how far off-policy the step's rollouts were.
+        next_plan: key of the next step's plan.
+    """
+    # Until there are bridges the full model samples, which says nothing about how deep to nest.
+    if state.nests:
+        state.nesting = nesting_control.update(state.nesting, state.config.nesting_control, health)
+    return fit_and_measure(state, number, [scored.rollouts for scored in found], next_plan)
+
+
+def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], next_plan: jax.Array) -> Renewed:
+    """Fits the bridges and measures the layers where it is time.
 
     Args:
         state: of the run; its bridges, texts and divergences change.
-        config: says when.
         number: of the step, counted from 0.
-        found: everything that the step generated.
-        plan_key: of the next step's plan.
+        found: what was sampled, at least one batch.
+        next_plan: key of the next step's plan.
     """
+    config = state.config.nesting
     state.bridging = bridging.add(state.bridging, config.bridge, found)
     fits = bridging.is_due(state.bridging, config.bridge, number)
     texts, tokens = state.bridging.texts, state.bridging.tokens
@@ -64,10 +80,10 @@ def renew(
         state.divergence_L = measure_layer_divergence(policy.model, sample, policy.sampling.temperature, config.part)
     measured = time.monotonic()
     if fits and config.is_deterministic:
-        state.learner.fit_bridges(texts, config.bridge, state.draw_plan(plan_key, config))
+        state.learner.fit_bridges(texts, config.bridge, state.draw_plan(next_plan, config))
     if fits and config.bridge.distil_steps:
         # Plans that change are taught as they are drawn.
-        draws = [jax.random.fold_in(plan_key, step) for step in range(config.bridge.distil_steps)]
+        draws = [jax.random.fold_in(next_plan, step) for step in range(config.bridge.distil_steps)]
         state.learner.distil_bridges(texts, config.bridge, [state.draw_plan(key, config) for key in draws])
     return Renewed(
         bridge_tokens=tokens if fits else None,

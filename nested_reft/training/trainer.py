@@ -2,7 +2,7 @@
 
     curriculum -> search: rollout(plan), rewards -> replay -> learn: signal, batch, loss, update
         ^                     ^                                                      |
-        |                     +------------ nesting control (ESS / KL budget) <------+
+        |                     +----- renew: nesting control, bridges, divergences <--+
         +------ |advantage| --+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from nested_reft import curriculum, nesting_control, replay
+from nested_reft import curriculum, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.plan_price import plan_price
@@ -168,12 +168,8 @@ class Trainer:
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
         update = state.learner.update(state.learner.batch(groups))
-        # The plan of the next step is drawn after this, so a budget that was broken changes it at once.
-        nested_health = update.health if state.nests else None
-        state.nesting = nesting_control.update(state.nesting, config.nesting_control, nested_health)
-        renewed = renew(
-            state, config.nesting, number, [scored.rollouts for scored in found], self.keys.step(number + 1).plan
-        )
+        # The next plan is drawn after this, so a budget that was broken changes it at once.
+        renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         return StepRecord(
             # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,
