@@ -1,8 +1,8 @@
 """One decoder-only transformer with stacked layers, run under a layer plan.
 
-All layers' parameters are stacked along a leading axis `L`. The layer loop visits the layers
-that the plan keeps and reads each one out of the stack where it stands: a shorter plan does
-fewer matrix products and keeps fewer caches, and needs no second copy of the weights.
+All layers' parameters are stacked along a leading axis `L`. The layer loop takes the steps of the
+plan and reads each one's layer out of the stack where it stands: a shorter plan does fewer matrix
+products and keeps fewer caches, and needs no second copy of the weights.
 
 A prompt is shared by the `G` completions sampled from it. So every forward pass has up to two
 streams: the prompt `[B, P]`, run once, and the completions `[B, G, C]`, whose queries attend to
@@ -14,7 +14,6 @@ norms and softmax are float32. Caches hold keys and values in `cache_dtype`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,13 +21,12 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from nested_reft.layer_plan import LayerPlan, Part, cache_slots, cached_steps
-from nested_reft.models.bridges import Bridges, add_bridge
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.models.bridges import Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import (
     KeyValues,
     add_attention,
-    add_mlp,
     as_operand,
     attend,
     project_qkv,
@@ -36,10 +34,9 @@ from nested_reft.models.layer import (
     rope,
     stored_as,
 )
+from nested_reft.models.layer_loop import Attention, LayerLoop, Layers, entry
 from nested_reft.models.parameters import Parameters, parameter_axes, parameter_shapes
 from nested_reft.models.prompt_pass import PromptPass
-
-Attention = Callable[..., tuple[Any, Any, Any]]  # see `Transformer._run`
 
 
 class LayerStack(nnx.Module):
@@ -55,7 +52,7 @@ class PromptCache:
     """A prompt after its forward pass under one plan.
 
     Attributes:
-        layers: keys and values `[S, B, J, P, K]`.
+        layers: keys and values `[A, B, J, P, K]`, of the A steps with attention.
         valid_BP: True at prompt tokens.
         last_hidden_BD: final hidden state at each prompt's last token: it predicts the first
             completion token.
@@ -231,15 +228,17 @@ class Transformer(nnx.Module):
         here = jnp.ones((), bool)
         shared_mask = prompt.valid_BP[:, None, None]
 
-        def attention(x, cache, layer, slot):
+        def attention(streams, cache, layer, slot):
+            (x,) = streams
             query, new = project_qkv(config, layer, x, rotation)
-            shared, earlier = _entry((prompt.layers, cache), slot)
+            shared, earlier = entry((prompt.layers, cache), slot)
             # The token reads its own key and value as rounded as later tokens will read them from the cache.
             new = jax.tree.map(lambda row, whole: stored_as(row, whole.dtype), new, earlier)
             attended = attend(query, (earlier, earlier_mask), (new, here), (shared, shared_mask))
-            return add_attention(layer, x, attended), cache, new
+            return (add_attention(layer, x, attended),), cache, new
 
-        x, cache, new = self._run(attention, self._embed(token_BG[..., None]), cache, plan, mlp_waits=True)
+        loop = self._loop(attention, mlp_waits=True)
+        (x,), cache, new = loop.run((self._embed(token_BG[..., None]),), cache, plan)
         # The steps only read the caches and one write adds all steps' rows: a TPU's compiler would move caches
         # that every layer writes to on-chip memory, and back out whole.
         # The scan stacked the new rows along A; the token axis of the caches is the fifth.
@@ -276,14 +275,16 @@ class Transformer(nnx.Module):
         own_mask = (slot_F <= slot_F[:, None]) & (slot_F >= start_BG[..., None, None])
         shared_mask = prompt.valid_BP[:, None, None]
 
-        def attention(x, _, layer, slot):
+        def attention(streams, _, layer, slot):
+            (x,) = streams
             query, own = project_qkv(config, layer, x, rotation)
-            shared = _entry(prompt.layers, slot)
+            shared = entry(prompt.layers, slot)
             attended = attend(query, (own, own_mask), (shared, shared_mask))
             # Attention above reads the unrounded keys, as a prompt's own pass does; only later tokens read the caches.
-            return add_attention(layer, x, attended), _, jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
+            kept = jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
+            return (add_attention(layer, x, attended),), None, kept
 
-        x, _, cache = self._run(attention, self._embed(tokens_BGF), None, plan)
+        (x,), _, cache = self._loop(attention).run((self._embed(tokens_BGF),), None, plan)
         # Rows end at the same slot, so the last column predicts the next token of every row that has any.
         has_own_BG1 = (start_BG < size)[..., None]
         return jnp.where(has_own_BG1, self._final_norm(x[:, :, -1]), prompt.last_hidden_BD[:, None]), cache
@@ -322,9 +323,10 @@ class Transformer(nnx.Module):
         # would be moved without a word, hence the bound on `offset_BG`.
         write_rows = jax.vmap(jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0))))
 
-        def attention(x, cache, layer, slot):
+        def attention(streams, cache, layer, slot):
+            (x,) = streams
             query, new = project_qkv(config, layer, x, rotation)
-            shared, own = _entry((prompt.layers, cache), slot)
+            shared, own = entry((prompt.layers, cache), slot)
             # New keys are written before attention, so that the new tokens see one another through the cache.
             own = jax.tree.map(
                 lambda rows, values: write_rows(rows, stored_as(values, rows.dtype), offset_BG), own, new
@@ -333,9 +335,10 @@ class Transformer(nnx.Module):
                 lambda whole, rows: jax.lax.dynamic_update_index_in_dim(whole, rows, slot, 0), cache, own
             )
             attended = attend(query, (own, own_mask), (shared, shared_mask))
-            return add_attention(layer, x, attended), cache, None
+            return (add_attention(layer, x, attended),), cache, None
 
-        x, cache, _ = self._run(attention, self._embed(tokens_BGT), cache, plan, slots_by_layer=True)
+        loop = self._loop(attention, slots_by_layer=True)
+        (x,), cache, _ = loop.run((self._embed(tokens_BGT),), cache, plan)
         return self._final_norm(x), cache
 
     def completion_hidden(
@@ -413,11 +416,11 @@ class Transformer(nnx.Module):
             prompt, shared = prompts.attention(layer, tuple(prompt))
             query, own = project_qkv(config, layer, completion, rotation)
             attended = attend(query, (own, own_mask), (shared, shared_mask))
-            return (*prompt, add_attention(layer, completion, attended)), _, None
+            return (*prompt, add_attention(layer, completion, attended)), None, None
 
         # Completions come after their prompts, so they have no first position.
         is_first = (*prompts.first_positions(), None)
-        return self._run(attention, streams, None, plan, remat, is_first=is_first)[0]
+        return self._loop(attention, is_first=is_first, remat=remat).run(streams, None, plan)[0]
 
     def _run_prompt(
         self, tokens_BT, valid_BT, plan, cache_dtype=jnp.float32, shared_prefix=0
@@ -426,121 +429,21 @@ class Transformer(nnx.Module):
 
         def attention(streams, _, layer, slot):
             streams, keys_values = prompts.attention(layer, streams)
-            return streams, _, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
+            return streams, None, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
 
         start = prompts.split(self._embed(tokens_BT[:, None]))
-        streams, _, layers = self._run(attention, start, None, plan, is_first=prompts.first_positions())
+        loop = self._loop(attention, is_first=prompts.first_positions())
+        streams, _, layers = loop.run(start, None, plan)
         return self._final_norm(prompts.join(streams)), layers
 
-    def _run(
-        self,
-        attention: Attention,
-        streams: Any,
-        state: Any,
-        plan: LayerPlan | None,
-        remat: bool = False,
-        mlp_waits: bool = False,
-        slots_by_layer: bool = False,
-        is_first: tuple[Array | None, ...] = (),
-    ) -> tuple[Any, Any, Any]:
-        """Residual streams through the steps of a plan: the one loop over layers.
-
-        Without a plan the stack itself is scanned, so that its gradient comes out layer by layer. With one, each step
-        reads its layer at its index. Both run the same arithmetic.
-
-        Args:
-            attention: `(streams, state, layer parameters, slot) -> (streams, state, keys and values or None)`.
-            streams: a tree of residual streams.
-            state: what attention carries from layer to layer beside them.
-            plan: None is the full model.
-            remat: recompute each step in the backward pass.
-            mlp_waits: read a layer's MLP only when attention begins; see `_known_after`.
-            is_first: for each stream of a tuple, True at the first positions of sequences, if any.
-            slots_by_layer: number slots by layer, as full-model caches are, and not by place among the cached steps.
-
-        Returns:
-            The streams and the state after the last step, and what attention returned, stacked over its steps.
-        """
-
-        def mlp(streams: Any, layer: Parameters) -> Any:
-            return jax.tree.map(lambda x: add_mlp(self.config, layer, x), streams)
-
-        if plan is None:
-
-            def layer_step(carry, xs):
-                layer, slot = xs
-                # The LoRA scale is one number for all layers, so it is not part of what the scan slices.
-                layer = layer | {"lora_scale": self.lora_scale}
-                streams, state, new = attention(*carry, layer, slot)
-                return (mlp(streams, layer), state), new
-
-            return self._scan(layer_step, (streams, state), (self._stack(), jnp.arange(self.config.num_layers)), remat)
-
-        def keep(carry, index, slot):
-            layer = self._layer(index)
-            streams, state, new = attention(*carry, layer, slot)
-            if mlp_waits:
-                layer = self._layer(_known_after(as_operand(new.value), index))
-            return (mlp(streams, layer), state), new
-
-        def no_mlp(carry, index, slot):
-            streams, state, new = attention(*carry, self._layer(index), slot)
-            return (streams, state), new
-
-        def no_attention(carry, index, slot):
-            streams, state = carry
-            if mlp_waits:
-                index = _known_after(jax.tree.leaves(streams)[0], index)
-            return (mlp(streams, self._layer(index)), state), nothing_new()
-
-        def bridge(carry, index, slot):
-            streams, state = carry
-            bridge = _entry(self.stacked_bridges(), index)
-            if not isinstance(streams, tuple):
-                return (add_bridge(bridge, streams), state), nothing_new()
-            streams = tuple(add_bridge(bridge, x, first) for x, first in zip(streams, is_first, strict=True))
-            return (streams, state), nothing_new()
-
-        def nothing_new() -> Any:
-            # All kinds of steps must return the same shapes. A row of zeros costs little beside a layer.
-            like = jax.eval_shape(lambda: keep((streams, state), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))[1])
-            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-
-        kinds = {Part.KEEP: keep, Part.BRIDGE: bridge, Part.NO_ATTENTION: no_attention, Part.NO_MLP: no_mlp}
-        # Only kinds that occur are compiled, so a plan of whole layers has no choice to make.
-        branches = [kinds[part] for part in plan.shape.parts]
-        branch_of_part = jnp.zeros(len(Part), jnp.int32)
-        for number, part in enumerate(plan.shape.parts):
-            branch_of_part = branch_of_part.at[part].set(number)
-
-        def step(carry, xs):
-            index, branch, slot = xs
-            return (
-                branches[0](carry, index, slot)
-                if len(branches) == 1
-                else jax.lax.switch(branch, branches, carry, index, slot)
-            )
-
-        slots = plan.layer_S if slots_by_layer else cache_slots(plan)
-        xs = (plan.layer_S, branch_of_part[plan.part_S], slots)
-        streams, state, new = self._scan(step, (streams, state), xs, remat)
-        if plan.shape.cached < plan.shape.steps:
-            cached_A = cached_steps(plan)
-            new = jax.tree.map(lambda rows: rows[cached_A], new)
-        return streams, state, new
-
-    def _scan(self, step: Callable, carry: tuple[Any, Any], xs: Any, remat: bool) -> tuple[Any, Any, Any]:
-        (streams, state), new = jax.lax.scan(
-            jax.checkpoint(step) if remat else step, carry, xs, unroll=self.layers_unrolled
-        )
-        return streams, state, new
+    def _loop(self, attention: Attention, **how: Any) -> LayerLoop:
+        """A pass through the layers; `how` are the other fields of `LayerLoop`."""
+        bridges = None if self.bridges is None else self.bridges.stack()
+        layers = Layers(self.config, self._stack(), bridges, self.lora_scale, self.layers_unrolled)
+        return LayerLoop(layers, attention, **how)
 
     def _stack(self) -> Parameters:
         return {name: value[...] for name, value in nnx.state(self.layers).items()}
-
-    def _layer(self, index: Int[Array, ""]) -> Parameters:
-        """Layer `index` as the functions of `models.layer` take it."""
-        return _entry(self._stack(), index) | {"lora_scale": self.lora_scale}
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         # Rows are taken first and widened then, so the whole table is never widened.
@@ -549,26 +452,6 @@ class Transformer(nnx.Module):
 
     def _final_norm(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
-
-
-def _entry(stacks: Any, index: Int[Array, ""]) -> Any:
-    """Entry `index` of every stack in a pytree."""
-    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
-
-
-def _known_after(value: Float[Array, "..."], index: Int[Array, ""]) -> Int[Array, ""]:
-    """`index`, on a CPU known only once `value` is.
-
-    XLA's CPU backend copies a layer's weights out of the stack before it uses them, as soon as it knows the layer.
-    Those of the MLP would go first, on all cores, and then attention, on one. With an index that waits for the
-    values that attention reads, both run at once. Nothing exceeds infinity, which XLA does not know.
-    """
-    return jax.lax.platform_dependent(
-        value,
-        index,
-        cpu=lambda value, index: index + (value.ravel()[0] > jnp.inf),
-        default=lambda value, index: index,
-    )
 
 
 def _last_valid(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"]) -> Float[Array, "B D"]:
