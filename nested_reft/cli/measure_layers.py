@@ -16,14 +16,14 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.divergence import Texts, measure_layer_divergence, save_divergence, texts_of
+from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
 from nested_reft.layer_plan import Part
 from nested_reft.models.bridges import Bridges
 from nested_reft.reports.tables import table
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import Setup
-from nested_reft.types import Rollouts
+from nested_reft.types import Rollouts, take
 
 PARTS = {"layer": Part.SKIP, "bridge": Part.BRIDGE, "attention": Part.NO_ATTENTION, "mlp": Part.NO_MLP}
 
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
         setup = setup_of(known.policy, known.config)
     config = setup.config
     rollouts = _full_rollouts(setup, known.prompts)
-    measured = {part: _measured(setup, texts_of(rollouts), part) for part in dict.fromkeys(known.parts)}
+    measured = {part: _measured(setup, rollouts, part) for part in dict.fromkeys(known.parts)}
     about = {
         "policy": known.policy,
         "config": config.name,
@@ -81,18 +81,14 @@ def _full_rollouts(setup: Setup, num_prompts: int) -> Rollouts:
     return setup.policy.generate(prompts, None, RunKeys(jax.random.key(setup.config.train.seed)).measurement)
 
 
-def _measured(setup: Setup, texts: Texts, part: str) -> Float[np.ndarray, " L"]:
+def _measured(setup: Setup, rollouts: Rollouts, part: str) -> Float[np.ndarray, " L"]:
     model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
+    texts = texts_of(rollouts)
     if part == "bridge":
         if model.bridges is None:
             model.bridges = Bridges(model.config.num_layers, model.config.width)
         # Texts that were fitted on would make the bridges look better than they are.
-        half = len(texts[1]) // 2
-        model.load_bridges(fit_bridges(model, [_rows(texts, slice(half))], BridgeConfig().ridge))
-        texts = _rows(texts, slice(half, None))
+        half = rollouts.length_BG.shape[0] // 2
+        model.load_bridges(fit_bridges(model, [texts_of(rollouts, half)], BridgeConfig().ridge))
+        texts = texts_of(take(jax.device_get(rollouts), range(half, rollouts.length_BG.shape[0])))
     return measure_layer_divergence(model, texts, temperature, PARTS[part])
-
-
-def _rows(texts: Texts, rows: slice) -> Texts:
-    prompt_BP, prompt_length_B, tokens_BGC, length_BG = texts
-    return prompt_BP[rows], prompt_length_B[rows], tokens_BGC[rows], length_BG[rows]

@@ -355,7 +355,7 @@ class Policy:
         """Refuses a plan that was made for a deeper model: its layers would silently be others here."""
         if plan is not None and int(np.max(np.asarray(plan.layer_S))) >= self.num_layers:
             raise ValueError(
-                f"the plan runs layer {int(np.max(np.asarray(plan.layer_S)))}; the model has layers 0 to"
+                f"the plan keeps layer {int(np.max(np.asarray(plan.layer_S)))}; the model has layers 0 to"
                 f" {self.num_layers - 1}"
             )
 

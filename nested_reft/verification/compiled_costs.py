@@ -378,8 +378,9 @@ def _decode_floor(config: ModelConfig, shape: PlanShape, arguments: tuple) -> fl
         assert leaf.sharding is not None
         return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * jnp.dtype(leaf.dtype).itemsize
 
-    # The stacks hold all layers, and a plan reads its share of them.
-    weights = 0.0 + sum(local_bytes(leaf) * shape.bridged / config.num_layers for leaf in jax.tree.leaves(bridges))
+    # The stacks hold all layers, and a plan reads its share of them. Completions have no first position.
+    read = [leaf for name, leaf in (bridges or {}).items() if name != "first"]
+    weights = 0.0 + sum(local_bytes(leaf) * shape.bridged / config.num_layers for leaf in read)
     for name, leaf in parameters.items():
         if name.startswith("layers/"):
             readers = shape.with_mlp if name.removeprefix("layers/") in MLP_PARAMETERS else shape.cached

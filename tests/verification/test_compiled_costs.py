@@ -125,7 +125,9 @@ def test_a_state_is_placed_by_name():
     assert specs["state/updates"] == PartitionSpec()
 
 
-@pytest.mark.parametrize(("rank", "names"), [(None, ["map", "map_bias"]), (4, ["narrow", "widen", "widen_bias"])])
+@pytest.mark.parametrize(
+    ("rank", "names"), [(None, ["first", "map", "map_bias"]), (4, ["first", "narrow", "widen", "widen_bias"])]
+)
 def test_bridges_are_held_frozen(rank, names):
     run = load_config("tiny")
     bridge = BridgeConfig(kind="per_layer", rank=rank)
