@@ -68,6 +68,7 @@ def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], nex
     started = time.monotonic()
     if fits:
         state.bridging = bridging.fitted(state.bridging, config.bridge, number)
+    if fits and config.choice != "fixed":
         # Each layer's alone: whatever plan is drawn has bridges, and layers can be measured one by one.
         state.learner.fit_bridges(texts, config.bridge, None)
     fitted = time.monotonic()
