@@ -70,7 +70,7 @@ def get_config() -> Config:
         nesting=NestingConfig(
             choice="fixed",
             layers=(3, 4, 5, 6, 7, 12, 15, 27, 28),
-            bridge=BridgeConfig("per_run", ridge=0.03, tokens=2500, refit_every=6),
+            bridge=BridgeConfig("per_run", ridge=0.03, tokens=4000, refit_every=12),
         ),
         reward=RewardConfig(),
         loss=PolicyGradientConfig(
