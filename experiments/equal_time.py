@@ -69,7 +69,7 @@ class Task:
 def tiny() -> Task:
     """The shipped `tiny`: repeat a number of 3 to 6 digits, at most 8 tokens."""
     return Task(
-        base=_base("tiny", steps=150, every_steps=5, samples=4),
+        base=_base("tiny", steps=100, every_steps=5, samples=4),
         plain=NestingConfig(skip_ratio=0.2),
         bridged=_cheapest(0.34, tokens=2048),
         refit_every=20,
@@ -78,7 +78,7 @@ def tiny() -> Task:
 
 def tiny_long() -> Task:
     """The model of `tiny` with more positions: repeat a number of 128 digits, 129 tokens with its end."""
-    base = _base("tiny", steps=40, every_steps=2, samples=1)
+    base = _base("tiny", steps=60, every_steps=6, samples=1)
     source, shape = base.data.sources[0], base.model.shape
     assert isinstance(source, TaskSource) and shape is not None
     source = dataclasses.replace(source, name="many_digits", parameters=exactly(terms=1, digits=DIGITS))
@@ -86,7 +86,7 @@ def tiny_long() -> Task:
         base=dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, shape=dataclasses.replace(shape, max_positions=2 * DIGITS + 4)),
-            data=dataclasses.replace(base.data, sources=(source,), max_prompt_tokens=DIGITS + 2),
+            data=dataclasses.replace(base.data, sources=(source,), prompts_per_batch=4, max_prompt_tokens=DIGITS + 2),
             rollout=dataclasses.replace(base.rollout, max_completion_tokens=DIGITS + 2),
             # The checker `exact` reads numbers of at most 64 characters.
             reward=RewardConfig(checker="task"),
