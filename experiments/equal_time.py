@@ -78,10 +78,11 @@ def tiny() -> Task:
 
 def tiny_long() -> Task:
     """The model of `tiny` with more positions: repeat a number of 128 digits, 129 tokens with its end."""
-    base = _base("tiny", steps=60, every_steps=6, samples=1)
+    base = _base("tiny", steps=48, every_steps=6, samples=2)
     source, shape = base.data.sources[0], base.model.shape
     assert isinstance(source, TaskSource) and shape is not None
-    source = dataclasses.replace(source, name="many_digits", parameters=exactly(terms=1, digits=DIGITS))
+    parameters = exactly(terms=1, digits=DIGITS)
+    source = dataclasses.replace(source, name="many_digits", parameters=parameters, heldout_size=64)
     return Task(
         base=dataclasses.replace(
             base,
