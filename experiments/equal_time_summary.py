@@ -199,7 +199,7 @@ def tables(summary: dict[str, dict[str, Any]]) -> str:
             f"{np.mean(found['final']):.3f}",
             *_with_interval(found["gain"], found["gain_interval"], "+"),
             f"{found['greedy'][1]:.3f}",
-            found["verdict"],
+            "-" if variant == "full" else found["verdict"],
         ]
         for variant, found in summary.items()
     ]
@@ -250,6 +250,8 @@ def draw(runs: Sequence[Run], summary: dict[str, dict[str, Any]], path: Path, ti
         path: the PNG file.
         title: of the figure.
     """
+    from PIL import Image  # it comes with matplotlib, which is optional
+
     figure = figure_maker()(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, len(UNITS), sharey=True)
     for axis, unit in zip(panels, UNITS, strict=True):
@@ -262,7 +264,7 @@ def draw(runs: Sequence[Run], summary: dict[str, dict[str, Any]], path: Path, ti
             # The baseline is black and stands above the others.
             style = {"color": "black", "zorder": 3} if variant == "full" else {"color": f"C{index - 1}"}
             axis.plot(grid, mean_G, linewidth=2, label=variant, **style)
-            axis.fill_between(grid, mean_G - error_G, mean_G + error_G, alpha=0.12, linewidth=0, color=style["color"])
+            axis.fill_between(grid, mean_G - error_G, mean_G + error_G, alpha=0.1, linewidth=0, color=style["color"])
         axis.axhline(np.mean(next(iter(summary.values()))["levels"]), color="gray", linestyle="--", linewidth=1)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
@@ -270,3 +272,6 @@ def draw(runs: Sequence[Run], summary: dict[str, dict[str, Any]], path: Path, ti
     panels[-1].legend(fontsize="small", loc="lower right")
     figure.suptitle(f"{title}: mean of the seeds and its standard error; dashed: mean level")
     figure.savefig(path, dpi=80)
+    # Overlapping bands have thousands of shades; a palette of 64 keeps the file small.
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
