@@ -25,6 +25,7 @@ from nested_reft.training.heldout import heldout_results
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import RunData, Setup, prepare
 from nested_reft.training.trainer import Trainer
+from nested_reft.training.warm_start import WarmStartConfig
 
 EVERY = 10  # steps between evaluations
 KEPT_METRICS = ("entropy", "completion_tokens", "generation_batches", "ess_token")
@@ -49,15 +50,18 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
     return found
 
 
-def shared_start(config: Config, out: Path) -> Setup:
-    """Data and the policy that all runs of a seed begin with, warmed up as `tiny_dump` is; its weights are kept.
+def shared_start(config: Config, out: Path, warm_start: WarmStartConfig | None = None) -> Setup:
+    """Data and the policy that all runs of a seed begin with; the weights of a warm start are kept.
 
     Args:
         config: of any run of the seed; its own warm start is not read.
         out: where the weights are kept, beside what they were made from.
+        warm_start: what the runs share; None takes that of `tiny_dump`. Without steps the model is taken as it is.
     """
-    seed, steps = config.train.seed, load_config("tiny_dump").warm_start
-    setup = prepare(dataclasses.replace(config, warm_start=steps))
+    seed = config.train.seed
+    setup = prepare(dataclasses.replace(config, warm_start=warm_start or load_config("tiny_dump").warm_start))
+    if not setup.config.warm_start.steps:
+        return setup
     file = out / f"warm-seed{seed}.safetensors"
     # Weights of another model, other data or another warm start must not be taken for these.
     about = json.dumps({part: setup.config.to_json()[part] for part in ("model", "data", "warm_start")})
@@ -152,4 +156,7 @@ def _stored_model(file: Path, setup: Setup) -> Transformer:
     """The weights of a file, placed as those of the setup are."""
     config = setup.policy.model.config
     parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
-    return Transformer(config, shard_parameters(parameters, parameter_axes(config), setup.policy.mesh))
+    model = Transformer(config, shard_parameters(parameters, parameter_axes(config), setup.policy.mesh))
+    # Bridges belong to the run and not to its start: they are zero until the run fits them.
+    model.bridges = setup.policy.model.bridges
+    return model

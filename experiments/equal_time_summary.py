@@ -1,0 +1,277 @@
+"""What runs of `equal_time` say: time to a level, its share of the full model's, and where the time goes.
+
+All runs of a seed start at one accuracy. The level that they have to reach lies above it by `SHARE_OF_GAIN` of what the
+seed's full run gains. Accuracy is smoothed over evaluations. A run that never reaches the level counts with its whole
+time, so its ratio is a lower bound. Ratios are of sums over seeds. Their intervals are 95 % percentile bootstraps in
+which the runs of a seed stay together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nested_reft.reports.figures import figure_maker
+from nested_reft.reports.tables import table
+
+SMOOTH = 3  # evaluations that one point of a curve is the mean of
+SHARE_OF_GAIN = 0.9
+TARGET = 0.7  # the share of the full model's time that is aimed at
+DRAWS = 10_000  # of the bootstrap
+UNITS = ("seconds", "tokens")
+
+Run = dict[str, Any]  # what `equal_time.timed_run` returns, with its `variant` and `seed`
+
+
+def curve(run: Run, unit: str) -> tuple[Float[np.ndarray, " E"], Float[np.ndarray, " E"]]:
+    """Cost until each evaluation, and the mean of its accuracy and those of the evaluations before.
+
+    Args:
+        run: of one seed.
+        unit: of the cost, one of `UNITS`.
+    """
+    cost = np.concatenate([[0.0], np.cumsum(run["steps"][unit])])[run["evaluations"]["step"]]
+    accuracy = run["evaluations"]["accuracy"]
+    return cost, np.array([np.mean(accuracy[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(accuracy))])
+
+
+def level_of(full: Run) -> float:
+    """The accuracy that the runs of a seed have to reach.
+
+    Args:
+        full: the seed's run without nesting.
+    """
+    _, accuracy = curve(full, "seconds")
+    return float(accuracy[0] + SHARE_OF_GAIN * (accuracy[-1] - accuracy[0]))
+
+
+def cost_to_reach(run: Run, level: float, unit: str) -> tuple[float, bool]:
+    """What a run spent until its curve first reached a level, linear between evaluations.
+
+    Args:
+        run: of one seed.
+        level: accuracy, as a share.
+        unit: of the cost.
+
+    Returns:
+        The cost, and True; the cost of the whole run, and False, where it never did.
+    """
+    cost, accuracy = curve(run, unit)
+    above = np.flatnonzero(accuracy >= level)
+    if not above.size:
+        return float(cost[-1]), False
+    i = int(above[0])
+    if i == 0:
+        return 0.0, True
+    return float(np.interp(level, accuracy[i - 1 : i + 1], cost[i - 1 : i + 1])), True
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Each variant beside the full runs of the same seeds.
+
+    Args:
+        runs: with a `full` run of every seed.
+
+    Returns:
+        JSON-able results by variant, in the order of the runs.
+    """
+    full = {run["seed"]: run for run in runs if run["variant"] == "full"}
+    variants = dict.fromkeys(run["variant"] for run in runs)
+    return {variant: _compared([run for run in runs if run["variant"] == variant], full) for variant in variants}
+
+
+def _compared(runs: Sequence[Run], full: dict[int, Run]) -> dict[str, Any]:
+    baselines = [full[run["seed"]] for run in runs]
+    levels = [level_of(baseline) for baseline in baselines]
+    found: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "levels": levels}
+    # The same draws serve all intervals of a variant.
+    draw_RxS = np.random.default_rng(0).integers(0, len(runs), (DRAWS, len(runs)))
+    for unit in UNITS:
+        cost = [cost_to_reach(run, level, unit) for run, level in zip(runs, levels, strict=True)]
+        own_S = np.array([value for value, _ in cost])
+        full_S = np.array([cost_to_reach(r, level, unit)[0] for r, level in zip(baselines, levels, strict=True)])
+        # A run that starts at its level took no time to it; the bound prevents a division by zero.
+        ratio_R = own_S[draw_RxS].sum(axis=1) / np.maximum(full_S[draw_RxS].sum(axis=1), 1e-9)
+        found[unit] = {
+            "reached": sum(reached for _, reached in cost),
+            "to_level": own_S.tolist(),
+            "ratio": float(own_S.sum() / max(full_S.sum(), 1e-9)),
+            "interval": np.quantile(ratio_R, [0.025, 0.975]).tolist(),
+        }
+    final_S, full_final_S = (np.array([curve(run, "seconds")[1][-1] for run in each]) for each in (runs, baselines))
+    gain_S = final_S - full_final_S
+    return found | {
+        "start": float(np.mean([run["evaluations"]["accuracy"][0] for run in runs])),
+        "final": final_S.tolist(),
+        "greedy": [float(np.mean([run["evaluations"]["greedy"][i] for run in runs])) for i in (0, -1)],
+        "gain": float(gain_S.mean()),
+        "gain_interval": np.quantile(gain_S[draw_RxS].mean(axis=1), [0.025, 0.975]).tolist(),
+        "verdict": verdict(found["seconds"], len(runs)),
+        "steps": step_costs(runs),
+        "kl_by_quarter": kl_by_quarter(runs),
+        "load": float(np.max([run["load"] for run in runs])),
+    }
+
+
+def verdict(seconds: dict[str, Any], seeds: int) -> str:
+    """Whether a variant takes at most `TARGET` of the full model's time.
+
+    Args:
+        seconds: its `ratio`, the ratio's `interval`, and how many seeds `reached` the level.
+        seeds: how many there are.
+    """
+    low, high = seconds["interval"]
+    if low > TARGET:
+        return "missed"
+    # Where a seed does not arrive, the ratio is a lower bound and can show nothing but a miss.
+    return "met" if high <= TARGET and seconds["reached"] == seeds else "open"
+
+
+def step_costs(runs: Sequence[Run]) -> dict[str, float | None]:
+    """Where the time of a step goes, over the steps of all runs in which nothing compiled.
+
+    Args:
+        runs: of one variant.
+
+    Returns:
+        Seconds of a step, of its rollouts and of everything else; its tokens, and those of a second of rollouts; the
+        share of rollouts; means of the metrics; and the seconds of a run's fits.
+    """
+    steps = {name: [value for run in runs for value in run["steps"][name]] for name in runs[0]["steps"]}
+    # Rollouts and updates that compile cannot be told from those that do not, so such steps are left out here.
+    ran = np.array(steps["compiling_seconds"]) == 0
+    if not ran.any():
+        ran[:] = True
+    seconds, rollouts, tokens = (np.array(steps[name])[ran].mean() for name in ("seconds", "rollout_seconds", "tokens"))
+    fits = [value for value in steps["bridge_seconds"] if value is not None]
+    means = {name: _mean(steps[name]) for name in ("ess_token", "kl_behavior_target", "plan_price", "draft_acceptance")}
+    return means | {
+        "seconds": float(seconds),
+        "rollout_seconds": float(rollouts),
+        "other_seconds": float(seconds - rollouts),
+        "tokens": float(tokens),
+        "tokens_per_second": float(tokens / rollouts),
+        "rollout_share": float(rollouts / seconds),
+        # The first fit of a process compiles, so the mean would not be that of the others.
+        "bridge_seconds": float(np.median(fits) * len(fits) / len(runs)) if fits else 0.0,
+    }
+
+
+def kl_by_quarter(runs: Sequence[Run]) -> list[float | None]:
+    """Mean KL(behavior || target) in each quarter of the steps, over all runs: how the divergence drifts.
+
+    Args:
+        runs: of one variant.
+    """
+    # Steps before the first fit run the full model, whose divergence says nothing of the bridges.
+    found = [
+        [None if price == 1 else kl for kl, price in zip(steps["kl_behavior_target"], steps["plan_price"], strict=True)]
+        for steps in (run["steps"] for run in runs)
+    ]
+    quarters = [np.array_split(np.array(kls, dtype=float), 4) for kls in found]
+    return [_mean(np.concatenate([parts[q] for parts in quarters])) for q in range(4)]
+
+
+def _mean(values: Sequence[float | None] | np.ndarray) -> float | None:
+    """The mean of the values that there are; None without any."""
+    numbers = np.array(values, dtype=float)  # None becomes NaN
+    return float(np.nanmean(numbers)) if np.isfinite(numbers).any() else None
+
+
+def tables(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as text: time to the level, where the time goes, and the drift of the divergence.
+
+    Args:
+        summary: of `summarise`.
+    """
+    first = next(iter(summary.values()))
+    start, levels = first["start"], first["levels"]
+    outcome = [
+        [
+            variant,
+            f"{found['seconds']['reached']} of {len(found['seeds'])}",
+            f"{np.mean(found['seconds']['to_level']):.1f}",
+            *(cell for unit in UNITS for cell in _with_interval(found[unit]["ratio"], found[unit]["interval"], "")),
+            f"{np.mean(found['final']):.3f}",
+            *_with_interval(found["gain"], found["gain_interval"], "+"),
+            f"{found['greedy'][1]:.3f}",
+            "-" if variant == "full" else found["verdict"],
+        ]
+        for variant, found in summary.items()
+    ]
+    header = ["variant", "reached", "s to level", "of full's s", "95 %", "of its tokens", "95 %"]
+    header += ["final", "gain", "95 %", "greedy", f"{TARGET} is"]
+    names = {
+        "seconds": "s/step",
+        "rollout_seconds": "rollouts",
+        "other_seconds": "other",
+        "rollout_share": "share",
+        "tokens": "tokens",
+        "tokens_per_second": "tokens/s",
+        "plan_price": "price",
+        "ess_token": "ESS",
+        "kl_behavior_target": "KL",
+        "bridge_seconds": "s of fits",
+        "draft_acceptance": "accepted",
+    }
+    costs = [[v, *(_short(found["steps"][name]) for name in names)] for v, found in summary.items()]
+    drift = [[v, *(_short(kl) for kl in found["kl_by_quarter"])] for v, found in summary.items()]
+    return "\n".join(
+        [
+            f"Mean accuracy of the starts: {start:.3f}. Levels: {', '.join(f'{level:.3f}' for level in levels)}",
+            table(header, outcome),
+            "\nMeans of a step",
+            table(["variant", *names.values()], costs),
+            "\nKL(behavior || target) by quarter of the steps, once the policy is nested",
+            table(["variant", "first", "second", "third", "last"], drift),
+        ]
+    )
+
+
+def _with_interval(value: float, interval: Sequence[float], sign: str) -> tuple[str, str]:
+    low, high = interval
+    return f"{value:{sign}.3f}", f"{low:{sign}.2f}..{high:{sign}.2f}"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def draw(runs: Sequence[Run], summary: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Accuracy over seconds and over tokens: the mean of the seeds, and a band of one standard error.
+
+    Args:
+        runs: of all variants.
+        summary: of the same runs.
+        path: the PNG file.
+        title: of the figure.
+    """
+    from PIL import Image  # it comes with matplotlib, which is optional
+
+    figure = figure_maker()(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(UNITS), sharey=True)
+    for axis, unit in zip(panels, UNITS, strict=True):
+        for index, variant in enumerate(summary):
+            curves = [curve(run, unit) for run in runs if run["variant"] == variant]
+            # Where the first run has ended, the mean would be of other seeds.
+            grid = np.linspace(0, min(cost[-1] for cost, _ in curves), 200)
+            at_SxG = np.array([np.interp(grid, cost, accuracy) for cost, accuracy in curves])
+            mean_G, error_G = at_SxG.mean(axis=0), at_SxG.std(axis=0) / np.sqrt(max(len(curves) - 1, 1))
+            # The baseline is black and stands above the others.
+            style = {"color": "black", "zorder": 3} if variant == "full" else {"color": f"C{index - 1}"}
+            axis.plot(grid, mean_G, linewidth=2, label=variant, **style)
+            axis.fill_between(grid, mean_G - error_G, mean_G + error_G, alpha=0.1, linewidth=0, color=style["color"])
+        axis.axhline(np.mean(next(iter(summary.values()))["levels"]), color="gray", linestyle="--", linewidth=1)
+        axis.set_xlabel(unit)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out accuracy, smoothed")
+    panels[-1].legend(fontsize="small", loc="lower right")
+    figure.suptitle(f"{title}: mean of the seeds and its standard error; dashed: mean level")
+    figure.savefig(path, dpi=80)
+    # Overlapping bands have thousands of shades; a palette of 64 keeps the file small.
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
