@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nested_reft.models.layer import FEW_ROWS, _matmul, add_mlp, rms_norm
+from nested_reft.models.layer_loop import Layers, _known_after
 from nested_reft.models.lora import LoraConfig, add_lora
-from nested_reft.models.transformer import _known_after
 from tests.tiny_models import TINY, tiny_model
 
 
@@ -49,7 +50,8 @@ def test_the_mlp_of_few_rows_and_of_many_is_its_formula(dtype, adapters, key):
         for name in ("gate", "up", "down"):
             out = getattr(model.layers, f"{name}_lora_out")
             out[...] = 0.3 * jax.random.normal(key, out.shape)
-    layer = model._layer(jnp.array(2))
+    stack = {name: value[...] for name, value in nnx.state(model.layers).items()}
+    layer = Layers(TINY, stack, None, model.lora_scale, unrolled=1).at(jnp.array(2))
     layer = layer | {name: layer[name].astype(dtype) for name in ("gate", "up", "down")}
 
     def weight(name):
