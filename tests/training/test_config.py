@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import string
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,17 +27,21 @@ from tests.training.runs import nano, trainer
 def small(name: str) -> Config:
     """A configuration that ships, with everything that decides on its cost made small; what it does stays."""
     config = load_config(name)
-    shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=400)
+    shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=600)
     generated = [source for source in config.data.sources if isinstance(source, TaskSource)]
     sums = TaskSource("instead_of_a_dataset", "chain_sum", exactly(terms=2, digits=1), 8, 2, seed=0)
     sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in generated or [sums])
+    # Layers and divergences that a configuration names are those of its own model.
+    nesting: dict[str, Any] = {"choice": "uniform", "divergence_file": None, "skip_ratio": 0.1}
+    if config.nesting.choice == "fixed":
+        nesting = {"layers": (3, 4, 7), "bridge": dataclasses.replace(config.nesting.bridge, tokens=32)}
     return dataclasses.replace(
         config,
         model=ModelSource("scratch", shape=shape, alphabet=string.printable),
         data=dataclasses.replace(
-            config.data, sources=sources, prompts_per_batch=2, max_prompt_tokens=300, split=SplitConfig()
+            config.data, sources=sources, prompts_per_batch=2, max_prompt_tokens=550, split=SplitConfig()
         ),
-        nesting=dataclasses.replace(config.nesting, choice="uniform", divergence_file=None, skip_ratio=0.1),
+        nesting=dataclasses.replace(config.nesting, **nesting),
         rollout=dataclasses.replace(config.rollout, max_completion_tokens=16),
         reward=dataclasses.replace(config.reward, overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4)),
         warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
