@@ -34,7 +34,7 @@ def test_rollouts_are_full_until_the_bridges_are_fitted(tmp_path):
     records = [run.step(number) for number in range(6)]
     fits = [record.renewed.bridge_tokens is not None for record in records]
     first = fits.index(True)
-    assert first >= 0 and fits[first + 2]  # and again two steps later
+    assert fits[first + 1 : first + 3] == [False, True]  # and again two steps later
     for number, record in enumerate(records):
         parts_B = np.asarray(record.groups.rollouts.part_BL)
         assert ((parts_B == Part.BRIDGE).sum(axis=1) == (2 if number > first else 0)).all()
