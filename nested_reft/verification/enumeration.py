@@ -52,9 +52,14 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {},
     {"retrace_lambda": 0.9},
     {"truncate_at": 2.0},
-    {"drop_below": 0.5},
-    {"drop_above": 2.0},
+    {"reject_by": "token_ratio", "reject_below": 0.5},
+    {"reject_by": "sequence_ratio", "reject_above": 2.0},
+    {"reject_by": "geometric_mean", "reject_above": 1.2},
+    {"reject_by": "sequence_k3", "reject_above": 0.1},
     {"self_normalized": True},
+    {"clip_policies": "three"},
+    {"clip_policies": "three", "clip_level": "sequence"},
+    {"clip_policies": "three", "clip_level": "sequence", "clip_high": 0.2},
     {"clip_low": 0.2},
     {"clip_high": 0.2},
     {"dual_clip": 3.0},
@@ -192,7 +197,7 @@ def named_estimators() -> list[Estimator]:
         vary("mixture, fixed counts, leave-one-out", mixture, "mixture with fixed counts"),
         vary("mixture, fixed counts, no baseline", mixture, "mixture with fixed counts", advantage="no_baseline"),
         vary("base, sequence, truncated at 2", truncate_at=2.0),
-        vary("base, sequence, dropped outside [0.5, 2]", drop_below=0.5, drop_above=2.0),
+        vary("base, sequence, clipped 0.2, three policies", clip_policies="three", clip_low=0.2, clip_high=0.2),
         vary("base, sequence, self-normalised", self_normalized=True),
         vary("base, sequence, clipped 0.2", clip_low=0.2, clip_high=0.2),
         vary("base, sequence, token mean", normalization="token_mean", fixed_length_tokens=None),
@@ -205,6 +210,7 @@ def named_estimators() -> list[Estimator]:
         Estimator("DAPO", presets.dapo("base")),
         Estimator("GSPO", presets.gspo("base")),
         Estimator("CISPO, 1 + epsilon 2", presets.cispo("base", truncate_at=2.0)),
+        *(Estimator(name, correction(exact)) for name, correction in presets.CORRECTIONS.items()),
     ]
     listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
     return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]
