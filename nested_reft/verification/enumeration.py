@@ -255,7 +255,7 @@ def _name(loss: PolicyGradientConfig) -> str:
     changed = {f.name: getattr(loss, f.name) for f in optional if getattr(loss, f.name) != f.default}
     # A length and a coefficient are numbers of a part that has its own name here.
     parts = [
-        str(value) if isinstance(value, str) else f"{name} {value}"
+        str(value) if name == "reference_kl" else f"{name} {value}"
         for name, value in changed.items()
         if not name.endswith(("_tokens", "kl_coefficient"))
     ]
