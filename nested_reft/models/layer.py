@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from nested_reft.models.config import ModelConfig
@@ -185,7 +187,7 @@ def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Ar
     Returns:
         Output rows in float32.
     """
-    y = _matmul(x, as_operand(layer[name]))
+    y = matmul(x, as_operand(layer[name]), layer.get("compute_dtype"))
     # One scale per output channel is a factor of the whole sum, so it may follow the product. The bias is not
     # quantized and comes after it.
     if f"{name}_scale" in layer:
@@ -193,8 +195,8 @@ def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Ar
     if f"{name}_bias" in layer:
         y = y + layer[f"{name}_bias"].astype(jnp.float32)
     if f"{name}_lora_in" in layer:
-        low_rank = _matmul(x, layer[f"{name}_lora_in"])
-        y = y + layer["lora_scale"] * _matmul(low_rank, layer[f"{name}_lora_out"])
+        low_rank = matmul(x, layer[f"{name}_lora_in"])
+        y = y + layer["lora_scale"] * matmul(low_rank, layer[f"{name}_lora_out"])
     return y
 
 
@@ -206,34 +208,57 @@ def _linear_features_first(layer: Parameters, name: str, x_IN: Float[Array, "I N
     return y_ON
 
 
-@jax.custom_vjp
-def _matmul(x: Float[Array, "*rows I"], weight_OI: Float[Array, "O I"]) -> Float[Array, "*rows O"]:
-    """`x @ W^T`, inputs in the dtype of `W`, accumulated in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Float[Array, "*rows I"], weight_OI: Float[Array, "O I"], dtype: Any = None) -> Float[Array, "*rows O"]:
+    """`x @ W^T`, inputs rounded to a dtype, accumulated in float32.
 
-    Its gradient is written out for two reasons. Cotangents take the dtype of `W` too, where autodiff would widen
-    bfloat16 matrices to float32. And rows are flattened first: for `[B, G, T]` rows XLA lets the products read
+    Its gradient is written out for two reasons. Cotangents are rounded too, where autodiff would widen bfloat16
+    matrices to float32. And rows are flattened first: for `[B, G, T]` rows XLA lets the products read
     transposed copies, into which it fuses whatever made the rows; on a CPU that took a third of an update.
+
+    Args:
+        x: rows, in float32.
+        weight_OI: W, in the dtype that it is stored in.
+        dtype: of both inputs; None is that of W.
     """
+    weight_OI = weight_OI.astype(dtype or weight_OI.dtype)
     contracted = ((x.ndim - 1,), (1,)), ((), ())
     return jax.lax.dot_general(x.astype(weight_OI.dtype), weight_OI, contracted, preferred_element_type=jnp.float32)
 
 
-def _matmul_forward(x: Array, weight_OI: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, weight_OI), (x.astype(weight_OI.dtype), weight_OI)
+def _matmul_forward(x: Array, weight_OI: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    # What is kept is not rounded: a CPU cannot slice stacks of bfloat16, and XLA would widen them whole.
+    return matmul(x, weight_OI, dtype), (x, weight_OI)
 
 
-def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def _matmul_backward(dtype: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, weight_OI = residuals
-    x_NI = x.reshape(-1, x.shape[-1])
-    cotangent_NO = cotangent.reshape(-1, cotangent.shape[-1]).astype(x.dtype)
-    float32 = {"preferred_element_type": jnp.float32}
-    dx_NI = jnp.einsum("no,oi->ni", cotangent_NO, weight_OI, **float32)
-    dweight_OI = jnp.einsum("no,ni->oi", cotangent_NO, x_NI, **float32)
+    dtype = dtype or weight_OI.dtype
+    x_NI = x.reshape(-1, x.shape[-1]).astype(dtype)
+    cotangent_NO = cotangent.reshape(-1, cotangent.shape[-1]).astype(dtype)
+    dx_NI = jnp.einsum("no,oi->ni", cotangent_NO, weight_OI.astype(dtype), preferred_element_type=jnp.float32)
+    dweight_OI = _sum_of_outer_products(cotangent_NO, x_NI)
     # JAX asks for a cotangent of the argument's own dtype.
     return dx_NI.reshape(x.shape), dweight_OI.astype(weight_OI.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+def _sum_of_outer_products(y_NO: Float[Array, "N O"], x_NI: Float[Array, "N I"]) -> Float[Array, "O I"]:
+    """`sum_n y_n x_n^T` in float32."""
+
+    def product(y: Array, x: Array, axis: int) -> Array:
+        return jax.lax.dot_general(y, x, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def row_by_row(y_NO: Array, x_NI: Array) -> Array:
+        return product(with_layout_constraint(y_NO.T, Layout((0, 1))), x_NI, 1)
+
+    if x_NI.dtype != jnp.bfloat16:
+        return product(y_NO, x_NI, 0)
+    # A CPU multiplies bfloat16 in hardware only where the sum runs along rows. Left alone, XLA turns the transpose back
+    # into a sum along columns, which takes three times as long.
+    return jax.lax.platform_dependent(y_NO, x_NI, cpu=row_by_row, default=lambda y_NO, x_NI: product(y_NO, x_NI, 0))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def stored_as(x: Float[Array, "..."], dtype: Any) -> Num[Array, "..."]:

@@ -31,6 +31,7 @@ class Layers:
         bridges: the same of their bridges; None without.
         lora_scale: one number for all layers.
         unrolled: layers per iteration of the compiled loop.
+        compute_dtype: of the inputs of matrix products; None takes that of the matrices.
     """
 
     config: ModelConfig
@@ -38,10 +39,16 @@ class Layers:
     bridges: Parameters | None
     lora_scale: float
     unrolled: int
+    compute_dtype: Any
 
     def at(self, index: Int[Array, ""]) -> Parameters:
         """One layer as the functions of `models.layer` take it."""
-        return entry(self.stack, index) | {"lora_scale": self.lora_scale}
+        return self.ready(entry(self.stack, index))
+
+    def ready(self, layer: Parameters) -> Parameters:
+        """One layer's entry of the stack as the functions of `models.layer` take it."""
+        # These are the same for all layers, so they are no part of what is sliced.
+        return layer | {"lora_scale": self.lora_scale, "compute_dtype": self.compute_dtype}
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,7 @@ class LayerLoop:
 
         def step(carry: Carry, xs: Any) -> tuple[Carry, Any]:
             layer, slot = xs
-            # The LoRA scale is one number for all layers, so it is not part of what the scan slices.
-            layer = layer | {"lora_scale": layers.lora_scale}
+            layer = layers.ready(layer)
             streams, state, new = self.attention(*carry, layer, slot)
             return (self._mlp(streams, layer), state), new
 

@@ -29,6 +29,7 @@ from nested_reft.models.layer import (
     add_attention,
     as_operand,
     attend,
+    matmul,
     project_qkv,
     rms_norm,
     rope,
@@ -87,6 +88,7 @@ class Transformer(nnx.Module):
                 raise ValueError(f"model parameter '{name}' has shape {found}; the configuration says {shape}")
         self.config = config
         self.cache_dtype: Any = jnp.float32  # of keys and values between decoding steps; see `stored_as`
+        self.compute_dtype: Any = None  # of the inputs of matrix products; None takes that of the matrices
         self.layers_unrolled = 1  # layers per iteration of the compiled layer loop
         self.lora_scale = 1.0  # alpha / rank, once `add_lora` has given the layers adapters
         self.embedding = nnx.Param(parameters["embedding"])
@@ -153,8 +155,7 @@ class Transformer(nnx.Module):
             Logits at temperature 1.
         """
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
-        head_VD = as_operand(head[...])
-        logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
+        logits: Array = matmul(hidden, as_operand(head[...]), self.compute_dtype)
         return logits if scale is None else logits * scale[...]
 
     def prefill(
@@ -439,7 +440,7 @@ class Transformer(nnx.Module):
     def _loop(self, attention: Attention, **how: Any) -> LayerLoop:
         """A pass through the layers; `how` are the other fields of `LayerLoop`."""
         bridges = None if self.bridges is None else self.bridges.stack()
-        layers = Layers(self.config, self._stack(), bridges, self.lora_scale, self.layers_unrolled)
+        layers = Layers(self.config, self._stack(), bridges, self.lora_scale, self.layers_unrolled, self.compute_dtype)
         return LayerLoop(layers, attention, **how)
 
     def _stack(self) -> Parameters:

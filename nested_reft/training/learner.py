@@ -158,7 +158,7 @@ class Learner:
             config: how.
             plan: the bridges to fit in sequence; None fits those of all layers alone.
         """
-        model = self.base.with_parameters(self.state.trainable)
+        model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
         batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
         self._take_bridges(fit_bridges(model, batches, config.ridge, plan, self.task.shared_prefix))
 
@@ -322,7 +322,7 @@ class Learner:
     def _score(self, parameters: nnx.State, arrays: TrainBatch, plan: LayerPlan | None) -> Float[Array, "B G C"]:
         """log pi of every completion token of a batch, under other parameters or fewer layers."""
         # This model never leaves the method, so it need not be remembered as lent.
-        policy = self._as_policy(self.base.with_parameters(parameters))
+        policy = self._as_policy(self.base.with_parameters(parameters, self.task.compute_dtype))
         return policy.logprobs(
             arrays.prompt_BP, arrays.prompt_length_B, arrays.tokens_BGC, plan, self.task.shared_prefix
         )

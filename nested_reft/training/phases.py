@@ -97,6 +97,7 @@ class WarmStart:
                 config.rollout.max_completion_tokens,
                 config.train.remat,
                 self._data.shared_prefix,
+                config.train.compute_dtype,
             )
         )
         take_whole_sources(state, self._data, config)

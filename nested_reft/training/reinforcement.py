@@ -46,6 +46,7 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
         remat=train.remat,
         shared_prefix=shared_prefix,
         max_completion_tokens=config.rollout.max_completion_tokens,
+        compute_dtype=train.compute_dtype,
     )
 
 

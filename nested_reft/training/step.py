@@ -40,6 +40,7 @@ class LearnerTask:
         remat: recompute activations in the backward pass.
         shared_prefix: leading tokens that all prompts of every batch have in common.
         max_completion_tokens: C, the longest completion of a batch.
+        compute_dtype: of the inputs of matrix products in every pass over a batch; they are summed in float32.
     """
 
     objective: Objective
@@ -50,6 +51,7 @@ class LearnerTask:
     remat: bool
     shared_prefix: int
     max_completion_tokens: int
+    compute_dtype: str = "float32"
 
     @property
     def needs(self) -> Needs:
@@ -84,9 +86,17 @@ class BaseModel:
     frozen: nnx.State
     graph: nnx.GraphDef = struct.field(pytree_node=False)
 
-    def with_parameters(self, trainable: nnx.State) -> Transformer:
-        """The model with these parameters; shares their buffers."""
-        return nnx.merge(self.graph, trainable, self.frozen)
+    def with_parameters(self, trainable: nnx.State, compute_dtype: str = "float32") -> Transformer:
+        """The model with these parameters; shares their buffers.
+
+        Args:
+            trainable: the parameters that change.
+            compute_dtype: "bfloat16" rounds float32 matrices in each product that reads them.
+        """
+        model = nnx.merge(self.graph, trainable, self.frozen)
+        # A matrix that is stored in fewer bits is never widened.
+        model.compute_dtype = jnp.bfloat16 if compute_dtype == "bfloat16" else None
+        return model
 
 
 @struct.dataclass
@@ -176,7 +186,7 @@ def make_update(task: LearnerTask) -> UpdateFunction:
 
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
             """The sums to differentiate, and what is kept of the pass."""
-            target = target_pass(base.with_parameters(trainable), micro, plans)
+            target = target_pass(base.with_parameters(trainable, task.compute_dtype), micro, plans)
             output = task.objective.loss(target, micro)
             # The sums are differentiated, and the division comes after all micro-batches have been added.
             sums = tuple(part.sum for part in output.sums)

@@ -54,7 +54,11 @@ class WarmStartConfig:
 
 
 def warm_start_task(
-    config: WarmStartConfig, max_completion_tokens: int, remat: bool, shared_prefix: int
+    config: WarmStartConfig,
+    max_completion_tokens: int,
+    remat: bool,
+    shared_prefix: int,
+    compute_dtype: str = "float32",
 ) -> LearnerTask:
     """What the learner minimises in a warm start: the cross-entropy of the answers.
 
@@ -63,6 +67,7 @@ def warm_start_task(
         max_completion_tokens: C of the demonstrations.
         remat: recompute activations in the backward pass, to save memory.
         shared_prefix: leading tokens that all training prompts have in common.
+        compute_dtype: of the inputs of matrix products.
     """
     return LearnerTask(
         objective=Supervised(demonstrations=True),
@@ -74,6 +79,7 @@ def warm_start_task(
         remat=remat,
         shared_prefix=shared_prefix,
         max_completion_tokens=max_completion_tokens,
+        compute_dtype=compute_dtype,
     )
 
 

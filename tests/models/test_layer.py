@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nested_reft.models.layer import FEW_ROWS, _matmul, add_mlp, rms_norm
+from nested_reft.models.layer import FEW_ROWS, add_mlp, matmul, rms_norm
 from nested_reft.models.layer_loop import Layers, _known_after
 from nested_reft.models.lora import LoraConfig, add_lora
 from tests.tiny_models import TINY, tiny_model
@@ -17,7 +17,7 @@ def test_the_gradient_of_a_product_is_that_of_autodiff(key):
         jax.random.normal(jax.random.fold_in(key, i), shape)
         for i, shape in enumerate([(2, 3, 4, 5), (7, 5), (2, 3, 4, 7)])
     )
-    written_out = jax.grad(lambda *inputs: jnp.sum(out * _matmul(*inputs)), (0, 1))(x, weight_OI)
+    written_out = jax.grad(lambda *inputs: jnp.sum(out * matmul(*inputs)), (0, 1))(x, weight_OI)
     expected = jax.grad(lambda x, weight_OI: jnp.sum(out * (x @ weight_OI.T)), (0, 1))(x, weight_OI)
     for gradient, reference in zip(written_out, expected, strict=True):
         np.testing.assert_allclose(gradient, reference, rtol=1e-5, atol=1e-5)
@@ -25,7 +25,7 @@ def test_the_gradient_of_a_product_is_that_of_autodiff(key):
 
 def test_products_of_bfloat16_matrices_keep_their_gradients_in_bfloat16(key):
     x, weight_OI = jax.random.normal(key, (6, 5)), jax.random.normal(key, (7, 5)).astype(jnp.bfloat16)
-    dx, dweight_OI = jax.grad(lambda *inputs: jnp.sum(_matmul(*inputs)), (0, 1))(x, weight_OI)
+    dx, dweight_OI = jax.grad(lambda *inputs: jnp.sum(matmul(*inputs)), (0, 1))(x, weight_OI)
     assert dx.dtype == jnp.float32 and dweight_OI.dtype == jnp.bfloat16
     np.testing.assert_allclose(dx, jnp.tile(weight_OI.astype(jnp.float32).sum(0), (6, 1)), rtol=0.01)
 

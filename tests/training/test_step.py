@@ -282,3 +282,16 @@ def test_another_batch_and_another_plan_compile_nothing():
     state, _ = update(state, base, second, plans[1])
     assert counter.count == 0 and int(state.updates) == 2
     counter.close()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_products_change_an_update_by_their_rounding_alone(lora):
+    rounded = dataclasses.replace(task("everything"), compute_dtype="bfloat16")
+    gradient, result = update_once(rounded, batch_of("everything"), plans_of("everything"), lora=lora)
+    exact, expected = updated("everything", lora=lora)
+    # Eight bits of a number are kept, and errors of single products are independent.
+    assert float(result.loss) == pytest.approx(float(expected.loss), rel=0.02)
+    assert float(result.loss) != float(expected.loss)
+    found, expected = (jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(g)]) for g in (gradient, exact))
+    assert found.dtype == jnp.float32
+    assert jnp.linalg.norm(found - expected) < 0.03 * jnp.linalg.norm(expected)
