@@ -181,6 +181,11 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
             f"loss.{limits[0]} is set, but bias_mitigation 'one' has the constant weight 1, which nothing limits;"
             " leave it out, or use 'practical', the ratio to the full model at rollout time"
         )
+    if variant == "one" and config.advantage == "weighted_leave_one_out":
+        raise ValueError(
+            "loss.advantage is 'weighted_leave_one_out', but bias_mitigation 'one' weighs every completion alike; set"
+            " 'leave_one_out', which is the same then"
+        )
     if variant == "mixture" and level != "sequence":
         raise ValueError(
             f"loss.level is '{level}', but bias_mitigation 'mixture' draws whole completions from one of two models,"

@@ -106,7 +106,8 @@ class Objective(Protocol):
             groups: B groups with their rewards, on the host, perhaps of several policies.
 
         Returns:
-            One number per completion, zero where there is no reward. No gradient passes through it.
+            One number per completion. Where there is no reward it is zero, or NaN if the loss still has to know.
+            No gradient passes through it.
         """
         ...
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nested_reft.estimators.advantages import group_advantages
+from nested_reft.estimators.advantages import group_advantages, weighted_advantages
 from nested_reft.estimators.health import kish
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
@@ -73,7 +73,7 @@ class PolicyGradient:
         )
 
     def signal(self, groups: Scored) -> Float[Array, "B G"]:
-        """The advantage of each completion relative to its group, as `group_advantages` gives it.
+        """What `group_advantages` gives: the advantage of each completion relative to its group, or its reward.
 
         Args:
             groups: their total rewards count; completions without a score enter no baseline.
@@ -148,7 +148,7 @@ def policy_gradient_loss(
     weight_BGC = limited_weight(log_weight_BGC, config.truncate_at, config.drop_below, config.drop_above)
     # This factor is exactly 1 and has the gradient grad log pi; see the module.
     differentiable_weight_BGC = weight_BGC * jnp.exp(target_logprob_BGC - frozen_BGC)
-    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, batch, config)
+    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, weight_BGC, batch, config)
     objective_BGC, clipped_BGC = clipped_surrogate(
         differentiable_weight_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
     )
@@ -297,10 +297,15 @@ def normalization_shares(
     return mask / fixed_length_tokens, share_BGC
 
 
-def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig) -> Array:
+def _token_advantages(
+    frozen_BGC: Array, mask_BGC: Array, weight_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig
+) -> Array:
     """A_t of every token; with `k1_in_reward` less beta times the KL reward that is still to come."""
     if batch.token_signal_BGC is not None:
         advantage_BGC = batch.token_signal_BGC
+    elif config.advantage == "weighted_leave_one_out":
+        # Here the signal is the reward, because the baseline needs the weights.
+        advantage_BGC = weighted_advantages(batch.signal_BG, weight_BGC)
     else:
         advantage_BGC = jnp.broadcast_to(batch.signal_BG[..., None], frozen_BGC.shape)
     if config.reference_kl == "k1_in_reward" and batch.reference_logprob_BGC is not None:

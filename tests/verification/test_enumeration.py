@@ -153,8 +153,8 @@ def test_group_gradients_are_those_of_the_model(model, policies, name):
 def test_every_claim_holds(reports):
     for scenario in reports:
         claiming = [found for found in scenario.values() if found.claimed_scale is not None]
-        # Two weights; three baselines, two of them also with the KL in the reward.
-        assert len(claiming) == 2 * (3 + 2)
+        # Two weights; four baselines, all but the group's mean also with the KL in the reward.
+        assert len(claiming) == 2 * (4 + 3)
         for found in claiming:
             assert found.keeps_claim, found
             assert found.relative_bias == pytest.approx(1 - found.claimed_scale, abs=EXACT), found
@@ -217,6 +217,33 @@ def test_fixed_counts_bias_the_leave_one_out_baseline_only(reports):
         assert scenario["mixture, fixed counts, no baseline"].relative_bias < EXACT
         assert scenario["mixture, fixed counts, leave-one-out"].direction_bias > 1e-3
         assert scenario["mixture, fixed counts, leave-one-out"].claimed_scale is None
+
+
+@pytest.mark.parametrize("level", ["sequence", "prefix", "token"])
+def test_a_weighted_baseline_changes_no_expectation(reports, level):
+    """Each level keeps the bias that it has with the plain baseline, up to the length that baselines do not touch."""
+    plain = f"base, {level}, leave-one-out" if level == "sequence" else f"base, {level}"
+    for scenario in reports:
+        weighted = scenario[f"base, {level}, weighted leave-one-out"]
+        for name in ("relative_bias", "direction_bias", "scale"):
+            assert getattr(weighted, name) == pytest.approx(getattr(scenario[plain], name), abs=EXACT)
+
+
+def test_a_weighted_baseline_of_two_others_is_itself_noisy(reports):
+    """It lowers the variance where weights alone differ, and raises it where the target has moved as well."""
+    plain, weighted = ("base, sequence, leave-one-out", "base, sequence, weighted leave-one-out")
+    assert reports[DRAWN][weighted].variance < reports[DRAWN][plain].variance
+    assert reports[MOVED][weighted].variance > reports[MOVED][plain].variance
+
+
+def test_lambda_at_token_level_is_a_learning_rate(reports):
+    """Retrace's lambda multiplies every token alike: direction, noise and ESS stay; at prefix level they do not."""
+    for scenario in reports:
+        whole, part = scenario["retrace 1, token"], scenario["retrace 0.9, token"]
+        assert part.scale == pytest.approx(0.9 * whole.scale, rel=1e-5)
+        for name in ("direction_bias", "noise", "ess"):
+            assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=1e-4)
+        assert abs(scenario["retrace 0.7, prefix"].direction_bias - scenario["retrace 1, prefix"].direction_bias) > 0.02
 
 
 def test_mixture_is_unbiased_at_less_variance(reports):
