@@ -89,6 +89,7 @@ METRICS = (
     Metric("ess_token", "share", "effective sample size of the ratios pi / pi_b of tokens, in the first pass"),
     Metric("ess_sequence", "share", "the same of whole completions"),
     Metric("ratio_mean", "", "mean of pi / pi_b; 1 in expectation"),
+    Metric("sequence_ratio_mean", "", "mean of the product of pi / pi_b over each completion; 1 in expectation"),
     Metric("ratio_max", "", "largest pi / pi_b"),
     Metric("ratio_quantile_05", "", "5 % quantile of pi / pi_b"),
     Metric("ratio_quantile_50", "", "median of pi / pi_b"),

@@ -1,0 +1,99 @@
+"""Budgeted rejection at scoring time: drop samples at random, the more likely the less the target likes them.
+
+With rho = pi / pi_b of a token or completion and a budget lambda > 0, a sample is accepted with probability
+
+    a(y) = min(1, rho(y) / lambda)
+
+so accepted samples come from q'(y) = pi_b(y) a(y) / Z = min(pi_b, pi / lambda)(y) / Z, where Z = E[a] is the accepted
+share. Of all distributions that accept this share, q' has the least divergence from pi. At lambda <= min rho nothing
+is rejected; at lambda >= max rho, q' is pi and Z is 1 / lambda. The tilt is corrected by
+
+    h = rho / a = max(rho, lambda)    where accepted,    0    where rejected
+
+whose mean over the draw of acceptance is rho. What is rejected therefore has to stay in the divisor, and then the
+estimator has exactly the expectation of the weight rho, without knowing Z. If instead only accepted samples are
+counted, as when rollouts are drawn until enough are accepted, the weight is Z max(rho, lambda), between lambda Z and
+Z max rho.
+
+Rejecting at random adds variance to an estimator of a given number of samples: E[h^2] = E[rho max(rho, lambda)] is
+never less than E[rho^2]. What is saved is work on the samples of least weight: they need no backward pass. Among those
+accepted, weights differ by less.
+
+Source: optimal budgeted rejection sampling (Verine et al., 2024, arXiv 2311.00460), for rollouts: Jackpot (arXiv
+2602.06107), which applies it token by token, takes Z from the most likely tokens, and trains the behavior policy as
+well. Departure: rejected samples count in the divisor, so that Z is not needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from nested_reft.estimators.importance import LOG_RATIO_LIMIT
+
+
+def is_accepted(
+    log_ratio: Float[Array, "*rows"], draw: Float[Array, "*rows"], obrs_lambda: float
+) -> Bool[Array, "*rows"]:
+    """Which samples are accepted: those with draw < min(1, rho / lambda).
+
+    Args:
+        log_ratio: log rho of what is accepted as a whole, in nats.
+        draw: uniform in [0, 1), independent of the sample.
+        obrs_lambda: lambda, more than 0.
+    """
+    # In logs rho / lambda cannot overflow. NaN means a broken model; it fails the comparison and would vanish, so what
+    # is asked is whether the draw lies beyond the bound.
+    return ~(draw >= jnp.exp(jnp.minimum(log_ratio - math.log(obrs_lambda), 0.0)))
+
+
+def budgeted_weight(
+    log_ratio: Float[Array, "*rows"], draw: Float[Array, "*rows"], obrs_lambda: float
+) -> Float[Array, "*rows"]:
+    """h of the module: max(rho, lambda) where accepted, 0 elsewhere.
+
+    Args:
+        log_ratio: log rho of what is accepted as a whole, in nats; clamped to +-20.
+        draw: uniform in [0, 1), independent of the sample.
+        obrs_lambda: lambda, more than 0.
+
+    Returns:
+        The weight, which counts in a divisor of all samples; its mean over the draw is rho.
+    """
+    ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return jnp.where(is_accepted(log_ratio, draw, obrs_lambda), jnp.maximum(ratio, obrs_lambda), 0.0)
+
+
+def lambda_for_share(ratio_N: Float[np.ndarray, " N"], share: float) -> float:
+    """The largest lambda that accepts at least a share of samples: E[min(1, rho / lambda)] = share, solved exactly.
+
+    Args:
+        ratio_N: rho of N samples, more than 0.
+        share: Z, in (0, 1).
+
+    Returns:
+        lambda, more than 0.
+
+    Raises:
+        ValueError: there is no sample, or the share is not in (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the accepted share is {share}; allowed is 0 < share < 1")
+    if not len(ratio_N):
+        raise ValueError("there is no ratio to choose lambda by")
+    sorted_N = np.sort(np.asarray(ratio_N, np.float64))
+    count = len(sorted_N)
+    # With the k smallest ratios below lambda, n Z = (sum of these) / lambda + (n - k), which falls as lambda grows.
+    below_N = np.cumsum(sorted_N)
+    for k in range(1, count + 1):
+        room = count * share - (count - k)
+        if room <= 0:
+            continue
+        found = below_N[k - 1] / room
+        # It is the solution if exactly the k smallest lie below it.
+        if found >= sorted_N[k - 1] and (k == count or found <= sorted_N[k]):
+            return float(found)
+    return float(sorted_N[0])
