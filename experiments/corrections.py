@@ -4,8 +4,8 @@
     python -m experiments.corrections smollm2 --mismatch small --corrections "no correction" "sequence TIS"
 
 All runs of a seed start from the same weights, take the same steps and draw as many completions. They differ in the
-loss's correction alone. What is finished is kept as JSON in `--out` and not computed again, so the command can be stopped and
-repeated. It ends with a table for each mismatch and a figure.
+loss's correction alone. What is finished is kept as JSON in `--out` and not computed again, so the command can be
+stopped and repeated. It ends with a table for each mismatch and a figure.
 
 A run's speed is its mean gain: held-out accuracy above that of the start, averaged over all evaluations. It is compared
 with the run of the same seed and mismatch without a correction. Intervals are 95 % percentile bootstraps over seeds.
