@@ -275,7 +275,7 @@ class TrainBatch:
             weight of a demonstration; no gradient.
         behavior_logprob_BGC: as in `Rollouts`; `None` for demonstrations, which no policy sampled.
         full_share_B: as in `Rollouts`, where the objective weighs by the density of a mixture.
-        old_logprob_BGC: log pi_{theta_old} of the full model at rollout time. `None` when one
+        old_logprob_BGC: log pi_{theta_old} of the full model just before the batch's first update. `None` when one
             update follows one rollout: then theta_old = theta and the update's own pass gives it.
         reference_logprob_BGC: log pi_ref, or `None` without a KL penalty.
         nested_logprob_BGC: for a defensive mixture, log pi_{theta_old, plan} of every completion,

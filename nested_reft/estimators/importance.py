@@ -148,38 +148,20 @@ def mixture_log_weight(
     return jnp.broadcast_to(target_over_full_BG1 - mixture_over_full_BG1, target_logprob_BGC.shape)
 
 
-def limited_weight(
-    log_weight_BGC: Float[Array, "B G C"],
-    truncate_at: float | None = None,
-    drop_below: float | None = None,
-    drop_above: float | None = None,
-) -> Float[Array, "B G C"]:
-    """The weight h, truncated and with outliers dropped.
+def limited_weight(log_weight_BGC: Float[Array, "B G C"], truncate_at: float | None = None) -> Float[Array, "B G C"]:
+    """The weight h, truncated: min(h, C).
 
-    * Truncation, min(h, C): bounded variance; biased against what the behavior policy under-samples
-      (Ionides, 2008; as TIS in language models: Yao et al., 2025).
-    * Dropping, h = 0 outside [lo, hi]: also ignores what the target hardly produces; more bias than
-      truncation at the same bound, and robust where a huge ratio means a numerical fault rather
-      than a rare token.
+    Truncation bounds the variance; it is biased against what the behavior policy under-samples (Ionides, 2008; as TIS
+    in language models: Yao et al., 2025). What takes weights away whole is a mask; see `estimators.rejection`.
 
     log h is first clamped to +-20, so the weight is finite whatever the inputs.
 
     Args:
         log_weight_BGC: log h in nats, of `importance_log_weight` or `mixture_log_weight`.
         truncate_at: C, more than 0; None leaves the weight as it is.
-        drop_below: lo, more than 0; smaller weights become 0. None drops none.
-        drop_above: hi, more than 0; larger weights become 0. None drops none.
 
     Returns:
-        h, 0 or more and at most exp(20).
+        h, more than 0 and at most exp(20).
     """
     weight_BGC = jnp.exp(jnp.clip(log_weight_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    # Outliers are judged before truncation, which would bring them back below `drop_above`.
-    keep_BGC = jnp.ones(weight_BGC.shape, bool)
-    if drop_below is not None:
-        keep_BGC &= weight_BGC >= drop_below
-    if drop_above is not None:
-        keep_BGC &= weight_BGC <= drop_above
-    if truncate_at is not None:
-        weight_BGC = jnp.minimum(weight_BGC, truncate_at)
-    return jnp.where(keep_BGC, weight_BGC, 0.0)
+    return weight_BGC if truncate_at is None else jnp.minimum(weight_BGC, truncate_at)

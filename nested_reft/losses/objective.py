@@ -32,6 +32,7 @@ class Needs:
             zero has nothing to learn from. An advantage of zero, in contrast, says that all is well.
         fresh_rollouts: whether all groups must come from the present version of the policy, because the
             objective takes that version for the one at rollout time, theta_old.
+        may_reject: whether the loss may give all tokens the weight 0. Such an update is left out.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Needs:
     off_policy: bool = True
     signal_is_weight: bool = False
     fresh_rollouts: bool = False
+    may_reject: bool = False
 
 
 @struct.dataclass

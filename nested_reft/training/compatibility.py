@@ -127,6 +127,11 @@ def ratios_need_full_support(config: Config) -> None:
         return
     how = f"rollout.sampling truncates (top_k {sampling.top_k}, top_p {sampling.top_p:g})"
     # `practical` compares two full distributions, and `one` none, so truncation does not distort their weights.
+    if isinstance(loss, PolicyGradientConfig) and loss.reject_by is not None:
+        raise ValueError(
+            f"{how}, but loss.reject_by is '{loss.reject_by}': what it judges would be the mass that is kept as well as"
+            " the mismatch. Set top_k 0 and top_p 1, or use no reject_by"
+        )
     if isinstance(loss, PolicyGradientConfig) and loss.bias_mitigation not in ("one", "practical"):
         raise ValueError(
             f"{how}, but loss.bias_mitigation '{loss.bias_mitigation}' compares with the distribution that was drawn"

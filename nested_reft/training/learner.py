@@ -37,16 +37,18 @@ class Update:
     """What the updates on one batch did, as numbers on the host.
 
     How far off-policy the rollouts were is read off the first pass: from the second on, the optimizer
-    has moved the target itself. Everything else is of the last pass.
+    has moved the target itself. So are the bounds. Everything else is of the last pass.
 
     Attributes:
-        empty: no token counted, so nothing changed; the numbers below are zero.
+        empty: nothing changed, because no token counted, which makes the numbers below zero, or because a mask rejected
+            all tokens in every pass.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
         health: how far off-policy the rollouts were; None for demonstrations or an empty batch.
         entropy: mean entropy of the next-token distributions, in nats; None where health is.
         weight_BGC: the weight of each token's gradient.
+        bounds: of masks that would keep most of the rollouts, as `keeping_bounds` says; empty where health is None.
     """
 
     empty: bool
@@ -56,6 +58,7 @@ class Update:
     health: Health | None
     entropy: float | None
     weight_BGC: Float[np.ndarray, "B G C"]
+    bounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,8 @@ class Learner:
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum.
+        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum; nor does a
+        pass in which a mask rejects all tokens.
 
         Args:
             batch: what `batch` made of some groups, or demonstrations.
@@ -292,13 +296,14 @@ class Learner:
             passes.append(jax.device_get(result))
         first, last = passes[0], passes[-1]
         return Update(
-            empty=False,
+            empty=all(bool(result.rejected) for result in passes),
             loss=float(last.loss),
             gradient_norm=float(last.gradient_norm),
             parts={name: float(value) for name, value in last.parts.items()},
             health=first.health,
             entropy=None if first.entropy is None else float(first.entropy),
             weight_BGC=last.weight_BGC,
+            bounds={name: [float(bound) for bound in bounds] for name, bounds in (first.bounds or {}).items()},
         )
 
     def _own_state(self) -> TrainState:

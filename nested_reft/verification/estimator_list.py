@@ -20,9 +20,14 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {},
     {"retrace_lambda": 0.9},
     {"truncate_at": 2.0},
-    {"drop_below": 0.5},
-    {"drop_above": 2.0},
+    {"reject_by": "token_ratio", "reject_below": 0.5},
+    {"reject_by": "sequence_ratio", "reject_above": 2.0},
+    {"reject_by": "geometric_mean", "reject_above": 1.2},
+    {"reject_by": "sequence_k3", "reject_above": 0.1},
     {"self_normalized": True},
+    {"clip_policies": "three"},
+    {"clip_policies": "three", "clip_level": "sequence"},
+    {"clip_policies": "three", "clip_level": "sequence", "clip_high": 0.2},
     {"clip_low": 0.2},
     {"clip_high": 0.2},
     {"dual_clip": 3.0},
@@ -78,6 +83,14 @@ def named_estimators() -> list[Estimator]:
 
     divisors: Group = "divisors and penalties"
     fixed: Sampling = "mixture with fixed counts"
+    # Bounds that act on ratios of three tokens.
+    weights: dict[str, dict[str, Any]] = {"one": {"bias_mitigation": "one", "level": "token"}, "base, sequence": {}}
+    masks: dict[str, dict[str, Any]] = {
+        "sequence ratio in [0.5, 2]": {"reject_by": "sequence_ratio", "reject_below": 0.5, "reject_above": 2.0},
+        "geometric mean in [0.7, 1.2]": {"reject_by": "geometric_mean", "reject_below": 0.7, "reject_above": 1.2},
+        "k3 below 0.1": {"reject_by": "sequence_k3", "reject_above": 0.1},
+    }
+    three: dict[str, Any] = {"clip_policies": "three", "clip_low": 0.2, "clip_high": 0.2}
     chosen = [
         vary("exact", "base, sequence, leave-one-out"),
         vary("exact", "base, sequence, no baseline", advantage="no_baseline"),
@@ -110,9 +123,20 @@ def named_estimators() -> list[Estimator]:
             "weights", "base, sequence, truncated at 2, weighted", truncate_at=2.0, advantage="weighted_leave_one_out"
         ),
         vary("weights", "base, sequence, self-normalised", self_normalized=True),
-        vary("masks", "base, sequence, dropped outside [0.5, 2]", drop_below=0.5, drop_above=2.0),
+        *(
+            vary("masks", f"{weight}, {name}", **changes, **mask)
+            for weight, changes in weights.items()
+            for name, mask in masks.items()
+        ),
         vary("clips", "base, token, clipped 0.2", level="token", clip_low=0.2, clip_high=0.2),
         vary("clips", "base, sequence, clipped 0.2", clip_low=0.2, clip_high=0.2),
+        vary("clips", "base, token, clipped 0.2, three policies", level="token", **three),
+        vary(
+            "clips", "base, token, truncated at 2, clipped 0.2, three policies", level="token", truncate_at=2.0, **three
+        ),
+        vary("clips", "base, sequence, clipped 0.2, three policies", **three),
+        vary("clips", "base, sequence, truncated at 2, clipped 0.2, three policies", truncate_at=2.0, **three),
+        vary("clips", "one, clipped 0.2, three policies", bias_mitigation="one", level="token", **three),
         vary(divisors, "base, sequence, group std", advantage="group_std"),
         vary(divisors, "base, sequence, token mean", normalization="token_mean", fixed_length_tokens=None),
         vary(divisors, "base, sequence, sequence mean", normalization="sequence_mean", fixed_length_tokens=None),
@@ -124,6 +148,7 @@ def named_estimators() -> list[Estimator]:
         Estimator("presets", "DAPO", presets.dapo("base")),
         Estimator("presets", "GSPO", presets.gspo("base")),
         Estimator("presets", "CISPO, 1 + epsilon 2", presets.cispo("base", truncate_at=2.0)),
+        *(Estimator("presets", name, correction(exact)) for name, correction in presets.CORRECTIONS.items()),
     ]
     listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
     return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]
@@ -177,7 +202,7 @@ def _name(loss: PolicyGradientConfig) -> str:
     changed = {f.name: getattr(loss, f.name) for f in optional if getattr(loss, f.name) != f.default}
     # A length and a coefficient are numbers of a part that has its own name here.
     parts = [
-        str(value) if isinstance(value, str) else f"{name} {value}"
+        str(value) if name == "reference_kl" else f"{name} {value}"
         for name, value in changed.items()
         if not name.endswith(("_tokens", "kl_coefficient"))
     ]
