@@ -32,8 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from nested_reft.estimators.importance import LOG_RATIO_LIMIT
-
 
 def is_accepted(
     log_ratio: Float[Array, "*rows"], draw: Float[Array, "*rows"], obrs_lambda: float
@@ -50,21 +48,17 @@ def is_accepted(
     return ~(draw >= jnp.exp(jnp.minimum(log_ratio - math.log(obrs_lambda), 0.0)))
 
 
-def budgeted_weight(
-    log_ratio: Float[Array, "*rows"], draw: Float[Array, "*rows"], obrs_lambda: float
-) -> Float[Array, "*rows"]:
-    """h of the module: max(rho, lambda) where accepted, 0 elsewhere.
+def accepted_log_weight(log_ratio: Float[Array, "*rows"], obrs_lambda: float) -> Float[Array, "*rows"]:
+    """log max(rho, lambda), which corrects the tilt of accepted samples; rejected ones have weight 0.
 
     Args:
-        log_ratio: log rho of what is accepted as a whole, in nats; clamped to +-20.
-        draw: uniform in [0, 1), independent of the sample.
+        log_ratio: log rho of what is accepted as a whole, in nats.
         obrs_lambda: lambda, more than 0.
 
     Returns:
-        The weight, which counts in a divisor of all samples; its mean over the draw is rho.
+        Nats. The weight counts in a divisor of all samples; its mean over the draw is rho.
     """
-    ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    return jnp.where(is_accepted(log_ratio, draw, obrs_lambda), jnp.maximum(ratio, obrs_lambda), 0.0)
+    return jnp.maximum(log_ratio, math.log(obrs_lambda))
 
 
 def lambda_for_share(ratio_N: Float[np.ndarray, " N"], share: float) -> float:

@@ -41,10 +41,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages, weighted_advantages
+from nested_reft.estimators.budgeted_rejection import accepted_log_weight, is_accepted
 from nested_reft.estimators.health import kish
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
     importance_log_weight,
+    interpolated_log_weight,
     limited_weight,
     mixture_log_weight,
     token_log_ratio,
@@ -83,7 +85,9 @@ class PolicyGradient:
             self_distillation=config.self_distillation_coefficient > 0,
             # Both compare with the full model at rollout time, which is at hand for the present version alone.
             fresh_rollouts=variant in ("practical", "mixture"),
-            may_reject=config.reject_by is not None,
+            may_reject=config.may_reject,
+            acceptance_draw=config.obrs_lambda is not None,
+            mix_share=variant == "interpolated",
         )
 
     def signal(self, groups: Scored) -> Float[Array, "B G"]:
@@ -169,17 +173,24 @@ def policy_gradient_loss(
     is_decoupled = config.clip_policies == "three"
     # Decoupled, h corrects the sampler and no later update, so the model that it leads to stands still.
     corrected_BGC = old_BGC if is_decoupled else frozen_BGC
-    log_weight_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config)
+    log_weight_BGC, accepted_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config), mask_BGC
+    if config.obrs_lambda is not None:
+        assert batch.acceptance_draw_BGC is not None  # `_check_inputs` has refused a batch without it
+        draw_BGC = batch.acceptance_draw_BGC
+        # One draw decides for a whole completion.
+        draw_BGC = jnp.broadcast_to(draw_BGC[..., :1], draw_BGC.shape) if config.level == "sequence" else draw_BGC
+        accepted_BGC &= is_accepted(log_weight_BGC, draw_BGC, config.obrs_lambda)
+        log_weight_BGC = accepted_log_weight(log_weight_BGC, config.obrs_lambda)
     weight_BGC = limited_weight(log_weight_BGC, config.truncate_at)
     factor_BGC, ratio_BGC = jnp.ones_like(weight_BGC), weight_BGC
     if is_decoupled:
         step_BGC = importance_log_weight(token_log_ratio(frozen_BGC, old_BGC), mask_BGC, "base", config.clip_level)
         factor_BGC, ratio_BGC = weight_BGC, limited_weight(step_BGC)
-    accepted_BGC = mask_BGC
     if config.reject_by is not None:
         assert batch.behavior_logprob_BGC is not None  # `_check_inputs` has refused a batch without it
         mismatch_BGC = mismatch(corrected_BGC, batch.behavior_logprob_BGC, mask_BGC, config.reject_by)
         accepted_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
+    if config.may_reject:
         factor_BGC *= accepted_BGC
     advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, factor_BGC * ratio_BGC, batch, config)
     limited_BGC, clipped_BGC = clipped_ratio(
@@ -209,7 +220,7 @@ def policy_gradient_loss(
         "weight_mean": token_mean(whole_weight_BGC),
         "weight_square_mean": token_mean(whole_weight_BGC**2),
     }
-    if config.reject_by is not None:
+    if config.may_reject:
         has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), accepted_BGC.any(axis=-1)
         parts["accepted_tokens"] = token_mean(accepted_BGC)
         parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
@@ -256,13 +267,12 @@ def batch_log_weight(
     # `practical` ignores the nesting, while the other variants divide by the policy that sampled.
     denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
     assert denominator_BGC is not None  # `_check_inputs` has refused a batch without it
-    return importance_log_weight(
-        token_log_ratio(target_logprob_BGC, denominator_BGC),
-        mask_BGC,
-        config.bias_mitigation,
-        config.level,
-        config.retrace_lambda,
-    )
+    log_ratio_BGC = token_log_ratio(target_logprob_BGC, denominator_BGC)
+    if config.bias_mitigation == "interpolated":
+        assert batch.mix_share_B is not None
+        base_BGC = importance_log_weight(log_ratio_BGC, mask_BGC, "base", config.level)
+        return interpolated_log_weight(base_BGC, batch.mix_share_B)
+    return importance_log_weight(log_ratio_BGC, mask_BGC, config.bias_mitigation, config.level, config.retrace_lambda)
 
 
 def clipped_ratio(
@@ -385,9 +395,14 @@ def _check_inputs(
             )
         if batch.full_share_B is None:
             raise ValueError("bias_mitigation 'mixture' needs batch.full_share_B: the full model's probability")
-    if batch.behavior_logprob_BGC is None and (config.bias_mitigation in ("base", "retrace") or config.reject_by):
+    reads_behavior = config.bias_mitigation in ("base", "retrace", "interpolated") or config.reject_by
+    if batch.behavior_logprob_BGC is None and reads_behavior:
         name = "reject_by" if config.reject_by else "bias_mitigation"
         raise ValueError(f"{name} '{getattr(config, name)}' needs batch.behavior_logprob_BGC")
+    if config.bias_mitigation == "interpolated" and batch.mix_share_B is None:
+        raise ValueError("bias_mitigation 'interpolated' needs batch.mix_share_B: the share of the weight")
+    if config.obrs_lambda is not None and batch.acceptance_draw_BGC is None:
+        raise ValueError("obrs_lambda is set: pass batch.acceptance_draw_BGC, uniform draws in [0, 1)")
     if config.reference_kl is not None and batch.reference_logprob_BGC is None:
         raise ValueError(f"reference_kl '{config.reference_kl}' needs batch.reference_logprob_BGC")
     if config.entropy_coefficient and entropy_BGC is None:

@@ -18,7 +18,7 @@ from nested_reft.reports.tables import table
 Result = dict[str, Any]  # `EstimatorReport.to_json`
 ZERO_BIAS = 1e-5  # what float32 leaves of no bias
 # Completions that only nested rollouts give are compared; a mixture or full rollouts cost more to sample.
-COMPARED = ("nested",)
+COMPARED = ("nested", "nested, accepted at random")
 NUMBERS_OF_GROUPS = (16, 128, 1024)
 MOST_SHOWN = 20.0  # noise where the figure ends; what is noisier stands on its edge
 TICKS = (2, 3, 5, 10, 20)

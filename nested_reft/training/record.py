@@ -21,6 +21,7 @@ from nested_reft.evaluation import Evaluation
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
+from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, unmet_budget
 from nested_reft.plan_price import Price
 from nested_reft.rewards.reward import component_metrics
@@ -110,6 +111,8 @@ METRICS = (
     Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, or all was rejected"),
     Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
+    Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
+    Metric("mix_reason", "", "in words, why"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
     Metric("remeasure_seconds", "seconds", "time that it took"),
     Metric("bridge_tokens", "tokens", "completion tokens that the bridges were fitted on, in steps that fit them"),
@@ -139,6 +142,7 @@ class StepRecord:
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
+        mix: how much of the importance weight the next batch uses, and why.
         renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
@@ -154,6 +158,7 @@ class StepRecord:
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
     nesting: NestingControlState
+    mix: MixControlState
     renewed: Renewed
     seconds: float
     compilations: int
@@ -211,8 +216,13 @@ class StepRecord:
 
     def _all_rejected(self, loss: ObjectiveConfig) -> str | None:
         """That a mask rejected everything, and which bounds would not."""
-        if not isinstance(loss, PolicyGradientConfig) or loss.reject_by is None:
+        if not isinstance(loss, PolicyGradientConfig) or not loss.may_reject:
             return None
+        if loss.reject_by is None:
+            return (
+                f"loss.obrs_lambda {loss.obrs_lambda} rejected every token, so nothing changed: the target likes none"
+                " of the samples. Lower obrs_lambda or nesting.skip_ratio"
+            )
         low, high = self.update.bounds[loss.reject_by][:2]
         return (
             f"loss.reject_by '{loss.reject_by}' rejected every token, so nothing changed: reject_below"
@@ -318,6 +328,8 @@ def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
+    if record.mix.reason:
+        found |= {"next_mix_share": record.mix.share, "mix_reason": record.mix.reason}
     renewed = record.renewed
     if renewed.bridge_tokens is not None:
         found |= {"bridge_tokens": renewed.bridge_tokens, "bridge_seconds": renewed.bridge_seconds}

@@ -24,6 +24,8 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {"reject_by": "sequence_ratio", "reject_above": 2.0},
     {"reject_by": "geometric_mean", "reject_above": 1.2},
     {"reject_by": "sequence_k3", "reject_above": 0.1},
+    {"obrs_lambda": 2.0},
+    {"mix_share": 0.5},
     {"self_normalized": True},
     {"clip_policies": "three"},
     {"clip_policies": "three", "clip_level": "sequence"},
@@ -37,7 +39,7 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {"entropy_coefficient": BETA},
     {"self_distillation_coefficient": BETA},
 )
-Sampling = Literal["nested", "full", "mixture", "mixture with fixed counts"]
+Sampling = Literal["nested", "nested, accepted at random", "full", "mixture", "mixture with fixed counts"]
 Group = Literal["exact", "weights", "masks", "clips", "mixes", "divisors and penalties", "presets"]
 
 
@@ -49,9 +51,10 @@ class Estimator:
         group: what the estimator is an example of.
         name: as the table shows it.
         loss: the production configuration.
-        sampling: `nested` draws all from the nested model and `full` all from the full one at rollout
-            time; `mixture` draws each from the full model with probability 1/3, independently;
-            `mixture with fixed counts` draws one of three from it, always.
+        sampling: `nested` draws all from the nested model and `full` all from the full one at rollout time;
+            `nested, accepted at random` also draws which completions budgeted rejection accepts. `mixture` draws each
+            from the full model with probability 1/3, independently; `mixture with fixed counts` draws one of three
+            from it, always.
     """
 
     group: Group
@@ -75,6 +78,7 @@ def named_estimators() -> list[Estimator]:
     # This one is unbiased; each of the others changes something about it.
     exact = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
     mixture = dataclasses.replace(exact, bias_mitigation="mixture")
+    interpolated = dataclasses.replace(exact, bias_mitigation="interpolated", mix_share=0.0)
 
     def vary(
         group: Group, name: str, loss: PolicyGradientConfig = exact, sampling: Sampling = "nested", **changes: Any
@@ -83,6 +87,7 @@ def named_estimators() -> list[Estimator]:
 
     divisors: Group = "divisors and penalties"
     fixed: Sampling = "mixture with fixed counts"
+    random: Sampling = "nested, accepted at random"
     # Bounds that act on ratios of three tokens.
     weights: dict[str, dict[str, Any]] = {"one": {"bias_mitigation": "one", "level": "token"}, "base, sequence": {}}
     masks: dict[str, dict[str, Any]] = {
@@ -123,6 +128,15 @@ def named_estimators() -> list[Estimator]:
             "weights", "base, sequence, truncated at 2, weighted", truncate_at=2.0, advantage="weighted_leave_one_out"
         ),
         vary("weights", "base, sequence, self-normalised", self_normalized=True),
+        *(
+            vary("masks", f"base, sequence, budgeted rejection, lambda {bound:g}", sampling=random, obrs_lambda=bound)
+            for bound in (0.5, 1.0, 2.0)
+        ),
+        *(
+            vary("mixes", f"{level}, {share:.0%} of the weight", interpolated, level=level, mix_share=share)
+            for level in ("token", "sequence")
+            for share in (0.25, 0.5, 0.75)
+        ),
         *(
             vary("masks", f"{weight}, {name}", **changes, **mask)
             for weight, changes in weights.items()
@@ -175,6 +189,8 @@ def fitting_sampling(loss: PolicyGradientConfig) -> Sampling:
     Args:
         loss: whose weight decides.
     """
+    if loss.obrs_lambda is not None:
+        return "nested, accepted at random"
     return "mixture" if loss.bias_mitigation == "mixture" else "nested"
 
 

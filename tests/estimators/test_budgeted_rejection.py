@@ -4,11 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.estimators.budgeted_rejection import budgeted_weight, is_accepted, lambda_for_share
+from nested_reft.estimators.budgeted_rejection import accepted_log_weight, is_accepted, lambda_for_share
+from nested_reft.estimators.importance import limited_weight
 
 BEHAVIOR = np.array([0.5, 0.3, 0.15, 0.05])
 TARGET = np.array([0.25, 0.3, 0.15, 0.3])
 RATIO = TARGET / BEHAVIOR  # 0.5, 1, 1, 6
+
+
+def budgeted_weight(log_ratio, draw, obrs_lambda):
+    """As the loss makes it, where weights are clamped as all weights are."""
+    weight = limited_weight(accepted_log_weight(log_ratio, obrs_lambda)[None, None])[0, 0]
+    return jnp.where(is_accepted(log_ratio, draw, obrs_lambda), weight, 0.0)
 
 
 def accepting(ratio, obrs_lambda):

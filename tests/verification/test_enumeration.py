@@ -155,8 +155,9 @@ def test_every_claim_holds(reports):
     for scenario in reports:
         claiming = [found for found in scenario.values() if found.claimed_scale is not None]
         # Two weights; four baselines, all but the group's mean also with the KL in the reward, and each also with three
-        # policies, where the ratio since the update is of whole completions.
-        assert len(claiming) == 2 * (4 + 3 + 4)
+        # policies, where the ratio since the update is of whole completions. Budgeted rejection at one lambda with each
+        # baseline, and at two more.
+        assert len(claiming) == 2 * (4 + 3 + 4) + 4 + 2
         for found in claiming:
             assert found.keeps_claim, found
             assert found.relative_bias == pytest.approx(1 - found.claimed_scale, abs=EXACT), found
