@@ -160,7 +160,7 @@ class Learner:
         """
         model = self.base.with_parameters(self.state.trainable)
         batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
-        self._take_bridges(fit_bridges(model, batches, config.ridge, plan))
+        self._take_bridges(fit_bridges(model, batches, config.ridge, plan, self.task.shared_prefix))
 
     def distil_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plans: Sequence[LayerPlan]) -> None:
         """Improves the bridges by steps of distillation, one for each plan.

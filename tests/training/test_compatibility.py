@@ -127,6 +127,14 @@ REFUSED = {
     ]
     + [
         (
+            {"loss": dataclasses.replace(ONE, reject_by="geometric_mean", reject_above=1.2)}
+            | {"rollout__sampling": sampling},
+            r"rollout.sampling truncates .*, but loss.reject_by is 'geometric_mean': .* or use no reject_by",
+        )
+        for sampling in TRUNCATED
+    ]
+    + [
+        (
             {"loss": PRACTICAL, "rollout__sampling": sampling, "nesting_control": CONTROL},
             r"rollout.sampling truncates .*, but nesting_control.hold is 'ess_token': .* use no nesting_control",
         )
