@@ -90,9 +90,11 @@ METRICS = (
     Metric("limited_share", "share", "tokens whose weight was truncated"),
     Metric("weight_mean", "", "mean importance weight of the loss; rejected tokens have 0"),
     Metric("ess_weight", "share", "effective sample size of the loss's weights; rejected tokens have 0"),
-    Metric("accepted_tokens", "share", "tokens that the mask kept (loss.reject_by)"),
-    Metric("accepted_completions", "share", "completions of which the mask kept any token"),
-    Metric("kept_weight_mean", "", "mean importance weight of the tokens that the mask kept"),
+    Metric(
+        "accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"
+    ),
+    Metric("accepted_completions", "share", "completions of which any token was kept"),
+    Metric("kept_weight_mean", "", "mean importance weight of the tokens that were kept"),
     Metric("ess_kept", "share", "effective sample size of the weights of those tokens"),
     Metric("ess_token", "share", "effective sample size of the ratios pi / pi_b of tokens, in the first pass"),
     Metric("ess_sequence", "share", "the same of whole completions"),

@@ -46,7 +46,7 @@ def test_corrections_differ_in_the_loss_only(name):
     assert plain["train"]["seed"] == 3 and plain["warm_start"]["steps"] == 0
     assert plain["loss"]["bias_mitigation"] == "one"
     for other in others:
-        assert {part for part in plain if plain[part] != other[part]} == {"name", "loss"}
+        assert {part for part in plain if plain[part] != other[part]} - {"mix_control"} == {"name", "loss"}
     losses = [json.dumps(config["loss"]) for config in (plain, *others)]
     assert len(set(losses)) == len(losses)
     larger = corrected_config(task, "large", BASELINE, 3).to_json()
