@@ -90,9 +90,7 @@ METRICS = (
     Metric("limited_share", "share", "tokens whose weight was truncated"),
     Metric("weight_mean", "", "mean importance weight of the loss; rejected tokens have 0"),
     Metric("ess_weight", "share", "effective sample size of the loss's weights; rejected tokens have 0"),
-    Metric(
-        "accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"
-    ),
+    Metric("accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"),
     Metric("accepted_completions", "share", "completions of which any token was kept"),
     Metric("kept_weight_mean", "", "mean importance weight of the tokens that were kept"),
     Metric("ess_kept", "share", "effective sample size of the weights of those tokens"),
