@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
@@ -59,35 +58,3 @@ def accepted_log_weight(log_ratio: Float[Array, "*rows"], obrs_lambda: float) ->
         Nats. The weight counts in a divisor of all samples; its mean over the draw is rho.
     """
     return jnp.maximum(log_ratio, math.log(obrs_lambda))
-
-
-def lambda_for_share(ratio_N: Float[np.ndarray, " N"], share: float) -> float:
-    """The largest lambda that accepts at least a share of samples: E[min(1, rho / lambda)] = share, solved exactly.
-
-    Args:
-        ratio_N: rho of N samples, more than 0.
-        share: Z, in (0, 1).
-
-    Returns:
-        lambda, more than 0.
-
-    Raises:
-        ValueError: there is no sample, or the share is not in (0, 1).
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"the accepted share is {share}; allowed is 0 < share < 1")
-    if not len(ratio_N):
-        raise ValueError("there is no ratio to choose lambda by")
-    sorted_N = np.sort(np.asarray(ratio_N, np.float64))
-    count = len(sorted_N)
-    # With the k smallest ratios below lambda, n Z = (sum of these) / lambda + (n - k), which falls as lambda grows.
-    below_N = np.cumsum(sorted_N)
-    for k in range(1, count + 1):
-        room = count * share - (count - k)
-        if room <= 0:
-            continue
-        found = below_N[k - 1] / room
-        # It is the solution if exactly the k smallest lie below it.
-        if found >= sorted_N[k - 1] and (k == count or found <= sorted_N[k]):
-            return float(found)
-    return float(sorted_N[0])
