@@ -36,6 +36,8 @@ A token's term is multiplied by c_t and the sum divided by a weight W, both from
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -168,39 +170,16 @@ def policy_gradient_loss(
     target_logprob_BGC = jnp.where(mask_BGC, jnp.maximum(target_logprob_BGC, LOGPROB_FLOOR), 0.0)
     # The weight is computed from the frozen log-probability. Otherwise its own gradient would enter the loss.
     frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
-    # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
-    old_BGC = frozen_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
-    is_decoupled = config.clip_policies == "three"
-    # Decoupled, h corrects the sampler and no later update, so the model that it leads to stands still.
-    corrected_BGC = old_BGC if is_decoupled else frozen_BGC
-    log_weight_BGC, accepted_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config), mask_BGC
-    if config.obrs_lambda is not None:
-        assert batch.acceptance_draw_BGC is not None  # `_check_inputs` has refused a batch without it
-        draw_BGC = batch.acceptance_draw_BGC
-        # One draw decides for a whole completion.
-        draw_BGC = jnp.broadcast_to(draw_BGC[..., :1], draw_BGC.shape) if config.level == "sequence" else draw_BGC
-        accepted_BGC &= is_accepted(log_weight_BGC, draw_BGC, config.obrs_lambda)
-        log_weight_BGC = accepted_log_weight(log_weight_BGC, config.obrs_lambda)
-    weight_BGC = limited_weight(log_weight_BGC, config.truncate_at)
-    factor_BGC, ratio_BGC = jnp.ones_like(weight_BGC), weight_BGC
-    if is_decoupled:
-        step_BGC = importance_log_weight(token_log_ratio(frozen_BGC, old_BGC), mask_BGC, "base", config.clip_level)
-        factor_BGC, ratio_BGC = weight_BGC, limited_weight(step_BGC)
-    if config.reject_by is not None:
-        assert batch.behavior_logprob_BGC is not None  # `_check_inputs` has refused a batch without it
-        mismatch_BGC = mismatch(corrected_BGC, batch.behavior_logprob_BGC, mask_BGC, config.reject_by)
-        accepted_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
-    if config.may_reject:
-        factor_BGC *= accepted_BGC
-    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, factor_BGC * ratio_BGC, batch, config)
+    weights = token_weights(frozen_BGC, mask_BGC, batch, config)
+    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, weights.factor_BGC * weights.ratio_BGC, batch, config)
     limited_BGC, clipped_BGC = clipped_ratio(
-        ratio_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
+        weights.ratio_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
     )
-    whole_weight_BGC = factor_BGC * ratio_BGC
     # The exponential is exactly 1 and has the gradient grad log pi; see the module. A clipped token keeps its value in
     # the loss and not its gradient.
     one_BGC = jnp.where(clipped_BGC, 1.0, jnp.exp(target_logprob_BGC - frozen_BGC))
-    objective_BGC = factor_BGC * limited_BGC * one_BGC * advantage_BGC
+    objective_BGC = weights.factor_BGC * limited_BGC * one_BGC * advantage_BGC
+    whole_weight_BGC = weights.factor_BGC * weights.ratio_BGC
 
     coefficient_BGC, share_BGC = normalization_shares(mask_BGC, config.normalization, config.fixed_length_tokens)
     # The loss is not divided here, because other micro-batches still add to both sums.
@@ -214,15 +193,14 @@ def policy_gradient_loss(
 
     parts = {
         "policy_loss": policy_loss,
-        "clipped_share": token_mean(clipped_BGC & accepted_BGC),
-        # Without arguments `limited_weight` sets no limit, so a difference means that a limit changed the weight.
-        "limited_share": token_mean(weight_BGC != limited_weight(log_weight_BGC)),
+        "clipped_share": token_mean(clipped_BGC & weights.accepted_BGC),
+        "limited_share": token_mean(weights.truncated_BGC),
         "weight_mean": token_mean(whole_weight_BGC),
         "weight_square_mean": token_mean(whole_weight_BGC**2),
     }
     if config.may_reject:
-        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), accepted_BGC.any(axis=-1)
-        parts["accepted_tokens"] = token_mean(accepted_BGC)
+        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
+        parts["accepted_tokens"] = token_mean(weights.accepted_BGC)
         parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
     # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
     if batch.reference_logprob_BGC is not None:
@@ -238,6 +216,67 @@ def policy_gradient_loss(
         return LossOutput(policy_loss, parts, whole_weight_BGC * mask_BGC, penalty)
     # With one divisor for both, one backward pass serves both.
     return LossOutput(Weighted(policy_loss.sum + penalty.sum, total_weight), parts, whole_weight_BGC * mask_BGC)
+
+
+class TokenWeights(NamedTuple):
+    """What multiplies each token's advantage: the product of a factor and of what the clip acts on.
+
+    Attributes:
+        factor_BGC: m, or m h with three policies.
+        ratio_BGC: h, or r with three policies.
+        accepted_BGC: True at the tokens that count and that the mask or the budget keeps.
+        truncated_BGC: True where truncation changed h.
+    """
+
+    factor_BGC: Float[Array, "B G C"]
+    ratio_BGC: Float[Array, "B G C"]
+    accepted_BGC: Bool[Array, "B G C"]
+    truncated_BGC: Bool[Array, "B G C"]
+
+
+def token_weights(
+    target_logprob_BGC: Float[Array, "B G C"],
+    mask_BGC: Bool[Array, "B G C"],
+    batch: TrainBatch,
+    config: PolicyGradientConfig,
+) -> TokenWeights:
+    """Weight, mask and ratio of every token, frozen; see the module's first table.
+
+    Args:
+        target_logprob_BGC: log pi, frozen.
+        mask_BGC: the tokens that count.
+        batch: gives the log-probabilities of the other policies.
+        config: the parts.
+    """
+    # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
+    old_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
+    is_decoupled = config.clip_policies == "three"
+    # Decoupled, h corrects the sampler and no later update, so the model that it leads to stands still.
+    corrected_BGC = old_BGC if is_decoupled else target_logprob_BGC
+    log_weight_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config)
+    # Positions without a token are judged as well, because a weighted baseline reads the weights there.
+    kept_BGC = jnp.ones_like(mask_BGC)
+    if config.obrs_lambda is not None:
+        assert batch.acceptance_draw_BGC is not None  # `_check_inputs` has refused a batch without it
+        draw_BGC = batch.acceptance_draw_BGC
+        # One draw decides for a whole completion.
+        draw_BGC = jnp.broadcast_to(draw_BGC[..., :1], draw_BGC.shape) if config.level == "sequence" else draw_BGC
+        kept_BGC &= is_accepted(log_weight_BGC, draw_BGC, config.obrs_lambda)
+        log_weight_BGC = accepted_log_weight(log_weight_BGC, config.obrs_lambda)
+    weight_BGC = limited_weight(log_weight_BGC, config.truncate_at)
+    if config.reject_by is not None:
+        assert batch.behavior_logprob_BGC is not None  # `_check_inputs` has refused a batch without it
+        mismatch_BGC = mismatch(corrected_BGC, batch.behavior_logprob_BGC, mask_BGC, config.reject_by)
+        kept_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
+    factor_BGC, ratio_BGC = kept_BGC.astype(jnp.float32), weight_BGC
+    if is_decoupled:
+        step_BGC = importance_log_weight(
+            token_log_ratio(target_logprob_BGC, old_BGC), mask_BGC, "base", config.clip_level
+        )
+        factor_BGC, ratio_BGC = factor_BGC * weight_BGC, limited_weight(step_BGC)
+    # Without a limit given, `limited_weight` sets none.
+    is_truncated_BGC = weight_BGC != limited_weight(log_weight_BGC)
+    return TokenWeights(factor_BGC, ratio_BGC, mask_BGC & kept_BGC, is_truncated_BGC)
 
 
 def batch_log_weight(

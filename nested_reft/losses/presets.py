@@ -4,7 +4,8 @@ The algorithms take `bias_mitigation`, because the papers sample from the policy
 rollouts the weight is either that of the nested policy that sampled (`base`) or of the full model before the update
 (`practical`), and the papers do not choose. Their clip bounds what the optimizer did since pi_old. So by default it
 acts on pi / pi_old here too: with `base` that takes three policies, and with `practical` two. `clip_policies="two"`
-with `base` clips the nesting's correction together with the optimizer's step.
+with `base` clips the nesting's correction together with the optimizer's step. With three policies nothing bounds the
+weights of `base`, unless one of the corrections does.
 
 The corrections compose with them: `token_tis(dapo("base"))` is DAPO with truncated weights of tokens. Each is published
 for numerical mismatch between two copies of one policy. A nested policy is further away: at 0.12 nats a token a
@@ -204,7 +205,8 @@ def geo_rs(loss: PolicyGradientConfig, reject_below: float = 0.5, reject_above: 
     Args:
         loss: what to correct.
         reject_below, reject_above: bounds; 0.999 and 1.001 in verl, which hardly any nested completion meets. The
-            defaults keep about 99 % of the completions of `tiny`, at 0.1 nats a token.
+            defaults keep about 99 % of the completions of `tiny`, at 0.1 nats a token. (verl bounds the inverse ratio,
+            so its lower bound is 1 / reject_above.)
     """
     fields = {"reject_by": "geometric_mean", "reject_below": reject_below, "reject_above": reject_above}
     return _corrected(loss, bias_mitigation="one", **fields)

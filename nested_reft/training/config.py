@@ -50,7 +50,8 @@ class TrainConfig:
         seed: decides everything random in the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest ones kept; with 2, a run goes on even if the newest one is damaged.
-        ess_warning: effective sample size, as a share, under which a step logs a warning and a remedy.
+        ess_warning: effective sample size, or share of tokens that a mask keeps, under which a step logs a warning and
+            a remedy.
     """
 
     steps: int

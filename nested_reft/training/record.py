@@ -108,7 +108,7 @@ METRICS = (
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
-    Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, or all was rejected"),
+    Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
     Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
     Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
@@ -198,36 +198,39 @@ class StepRecord:
 
     def warnings(self, config: Config) -> dict[str, str]:
         """What the user should know, in words, by kind: that the step was too far off-policy, no plan near enough, or
-        everything rejected.
+        most of it rejected.
 
         Args:
             config: of the run.
         """
         if self.update.health is None:
             return {}
+        parts, threshold = self.update.parts, config.train.ess_warning
+        # What a mask rejects is no matter of the weights, and it has a warning of its own.
+        size = None if self.update.empty else parts.get("ess_kept", parts.get("ess_weight"))
         found = {
-            "off_policy": health_warning(
-                self.update.health, self.update.parts.get("ess_weight"), config.train.ess_warning
-            ),
+            "off_policy": health_warning(self.update.health, size, threshold),
             "budget": unmet_budget(self.nesting, config.nesting_control),
-            "rejected": self._all_rejected(config.loss) if self.update.empty else None,
+            "rejected": self._few_accepted(config.loss, threshold),
         }
         return {kind: warning for kind, warning in found.items() if warning is not None}
 
-    def _all_rejected(self, loss: ObjectiveConfig) -> str | None:
-        """That a mask rejected everything, and which bounds would not."""
+    def _few_accepted(self, loss: ObjectiveConfig, threshold: float) -> str | None:
+        """That a mask or a budget kept few tokens or none, and what would keep most."""
         if not isinstance(loss, PolicyGradientConfig) or not loss.may_reject:
             return None
+        share = self.update.parts["accepted_tokens"]
+        # An update of several passes may be left out in the last of them alone.
+        if share >= threshold and not self.update.empty:
+            return None
+        did = "rejected every token, so nothing changed" if self.update.empty else f"kept {share:.1%} of the tokens"
         if loss.reject_by is None:
-            return (
-                f"loss.obrs_lambda {loss.obrs_lambda} rejected every token, so nothing changed: the target likes none"
-                " of the samples. Lower obrs_lambda or nesting.skip_ratio"
-            )
+            return f"loss.obrs_lambda {loss.obrs_lambda} {did}. Lower it, or lower nesting.skip_ratio"
         low, high = self.update.bounds[loss.reject_by][:2]
         return (
-            f"loss.reject_by '{loss.reject_by}' rejected every token, so nothing changed: reject_below"
-            f" {loss.reject_below}, reject_above {loss.reject_above}, but 95 % of the batch lie from {low:.3g} to"
-            f" {high:.3g}. Widen the bounds, or lower nesting.skip_ratio"
+            f"loss.reject_by '{loss.reject_by}' {did}: reject_below {loss.reject_below}, reject_above"
+            f" {loss.reject_above}, but 95 % of the batch lie from {low:.3g} to {high:.3g}. Widen the bounds, or lower"
+            " nesting.skip_ratio"
         )
 
 

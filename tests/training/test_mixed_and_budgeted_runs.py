@@ -64,4 +64,4 @@ def test_a_budget_that_rejects_all_says_so(tmp_path):
     run = trainer(nano(loss=loss), tmp_path)
     found = run.step(0)
     assert found.update.empty and run.state.learner.version == 0
-    assert "Lower obrs_lambda" in found.warnings(run.config)["rejected"]
+    assert "obrs_lambda 100000000.0 rejected every token" in next(iter(found.warnings(run.config).values()))

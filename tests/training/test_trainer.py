@@ -377,7 +377,9 @@ def test_a_batch_that_is_rejected_whole_changes_nothing_and_the_run_goes_on(tmp_
     # How far off the batch was is logged, and so is what would keep it.
     low, high = metrics["bounds/sequence_k3"][:2]
     assert low == 0 and high > 1e-6 and metrics["kl_behavior_target"] > 0
-    assert f"95 % of the batch lie from 0 to {high:.3g}. Widen the bounds" in found.warnings(run.config)["rejected"]
+    warnings = found.warnings(run.config)
+    assert "rejected every token, so nothing changed: reject_below None, reject_above 1e-06" in warnings["rejected"]
+    assert f"95 % of the batch lie from 0 to {high:.3g}. Widen the bounds" in warnings["rejected"]
     assert_equal_arrays(jax.device_get(run.state.learner.state), before)
     run.state.nesting = nesting
     assert not run.step(2).update.empty and run.state.learner.version == 2
