@@ -286,7 +286,7 @@ def group_gradients(
         return jnp.asarray(values_KXNG.reshape(-1, *values_KXNG.shape[3:]))
 
     # One call for all scenarios, operation by operation: compiling each loss would take longer than running it.
-    gradient_RGC, weights_R3 = _gradients_of_rows(
+    gradient_RGC, weights_R3 = gradients_of_rows(
         estimator.loss,
         rows(lambda p, z: np.broadcast_to(p.completions.length_Y, p.completions.reward_XY.shape)),
         rows(lambda p, z: p.completions.reward_XY),
@@ -306,7 +306,7 @@ def group_gradients(
     return list(zip(np.split(coefficient_KXNGC, ends), np.split(weights_KXN3, ends), strict=True))
 
 
-def _gradients_of_rows(
+def gradients_of_rows(
     loss: PolicyGradientConfig,
     length_RG: Int[Array, "R G"],
     reward_RG: Float[Array, "R G"],
@@ -317,7 +317,14 @@ def _gradients_of_rows(
     behavior_RGC: Float[Array, "R G C"],
     draw_RG: Float[Array, "R G"],
 ) -> tuple[Float[Array, "R G C"], Float[Array, "R 3"]]:
-    """For each group by itself, minus the gradient of its loss, and the sums behind its weights."""
+    """For each group by itself, minus the gradient of its loss, and the sums behind its weights.
+
+    Args:
+        loss: the production configuration.
+        length_RG, reward_RG: of R groups of G completions.
+        target_RGC, old_RGC, reference_RGC, nested_RGC, behavior_RGC: log-probabilities under each policy.
+        draw_RG: by which completions are accepted, where the loss rejects at random.
+    """
     num_groups = len(length_RG)
     groups = TrainBatch(
         # The loss reads log-probabilities and lengths; prompts and tokens only have to have the right shapes.
