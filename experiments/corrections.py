@@ -29,7 +29,9 @@ from experiments.runs import finished, shared_start
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses import presets
 from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.mix_control import MixControlConfig
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
@@ -37,6 +39,7 @@ from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
 BASELINE = "no correction"
+MIXED = "mixed to an ESS of 0.5"
 DRAWS = 10_000  # of the bootstrap
 
 Run = dict[str, Any]  # what `equal_time.timed_run` returns, with its `mismatch`, `correction` and `seed`
@@ -85,21 +88,28 @@ def _base(name: str, steps: int, every_steps: int, samples: int) -> Config:
 
 TASKS: dict[str, Callable[[], Task]] = {"tiny": tiny, "smollm2": smollm2}
 
-BASE = {"bias_mitigation": "base"}
-# The changes of each correction to the loss that has none.
-CORRECTIONS: dict[str, dict[str, Any]] = {
-    BASELINE: {},
-    "token": BASE,
-    "token TIS": BASE | {"truncate_at": 2.0},
-    "prefix TIS": BASE | {"level": "prefix", "truncate_at": 2.0},
-    "sequence": BASE | {"level": "sequence"},
-    "sequence TIS": BASE | {"level": "sequence", "truncate_at": 2.0},
-    "sequence TIS at 5": BASE | {"level": "sequence", "truncate_at": 5.0},
-    "geometric": BASE | {"level": "geometric"},
-    "retrace": {"bias_mitigation": "retrace"},
-    "sequence TIS, weighted baseline": BASE
-    | {"level": "sequence", "truncate_at": 2.0, "advantage": "weighted_leave_one_out"},
-    "sequence TIS, plain baseline": BASE | {"level": "sequence", "truncate_at": 2.0, "advantage": "leave_one_out"},
+
+def _changed(**fields: Any) -> Callable[[PolicyGradientConfig], PolicyGradientConfig]:
+    return lambda loss: dataclasses.replace(loss, **({"bias_mitigation": "base"} | fields))
+
+
+# What each correction makes of the loss that has none. The tasks make one update per batch, so that the clips of
+# published presets have nothing to do, and three policies are two.
+CORRECTIONS: dict[str, Callable[[PolicyGradientConfig], PolicyGradientConfig]] = {
+    BASELINE: lambda loss: loss,
+    "token": _changed(),
+    "prefix, truncated at 2": _changed(level="prefix", truncate_at=2.0),
+    "sequence": _changed(level="sequence"),
+    "sequence, truncated at 5": _changed(level="sequence", truncate_at=5.0),
+    "geometric": _changed(level="geometric"),
+    "retrace": _changed(bias_mitigation="retrace"),
+    **presets.CORRECTIONS,
+    "sequence TIS, leave-one-out": _changed(level="sequence", truncate_at=2.0, advantage="leave_one_out"),
+    "sequence TIS, weighted leave-one-out": _changed(
+        level="sequence", truncate_at=2.0, advantage="weighted_leave_one_out"
+    ),
+    "budgeted rejection": _changed(level="sequence", obrs_lambda=1.0),
+    MIXED: _changed(bias_mitigation="interpolated", level="sequence"),
 }
 
 
@@ -119,7 +129,8 @@ def corrected_config(task: Task, mismatch: str, correction: str, seed: int, step
         base,
         name=f"corrections-{mismatch}-{_slug(correction)}-{seed}",
         nesting=task.mismatches[mismatch],
-        loss=dataclasses.replace(base.loss, **CORRECTIONS[correction]),
+        loss=CORRECTIONS[correction](base.loss),
+        mix_control=MixControlConfig(ess=0.5 if correction == MIXED else None),
         train=dataclasses.replace(base.train, seed=seed, steps=steps or base.train.steps),
         warm_start=WarmStartConfig(),
     )

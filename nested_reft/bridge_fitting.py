@@ -97,15 +97,21 @@ def solve(
     return np.concatenate([map_DD, (w_DZ[:, -1] + lost_D)[:, None]], axis=1), u_Dr
 
 
-@jax.jit
-def _equations(x: tuple[Array, ...], target: tuple[Array, ...], texts: Texts) -> NormalEquations:
+@partial(jax.jit, static_argnames="shared_prefix")
+def _equations(x: tuple[Array, ...], target: tuple[Array, ...], texts: Texts, shared_prefix: int) -> NormalEquations:
     """The sums of one batch from the streams before a bridge and those that it is to reach."""
     prompt_BP, prompt_length_B, tokens_BGC, length_BG = texts
     # The first position's stream is a hundred times as large as the others in most models: it would count alone.
     # Texts are padded on the right, so it is the first column.
-    prompt_weight = valid_mask(prompt_length_B, prompt_BP.shape[1]).at[:, 0].set(False) * PROMPT_WEIGHT
-    own_weight = valid_mask(length_BG, tokens_BGC.shape[-1])[..., :-1] * 1.0
-    weight_N = jnp.concatenate([prompt_weight.ravel(), own_weight.ravel()])
+    prompt_weight_BP = valid_mask(prompt_length_B, prompt_BP.shape[1]).at[:, 0].set(False) * PROMPT_WEIGHT
+    weights = [prompt_weight_BP[:, shared_prefix:]]
+    if shared_prefix:
+        # The one stream of the shared tokens stands for those of all prompts.
+        weights.append(prompt_weight_BP[:, :shared_prefix].sum(axis=0))
+    weights.append(valid_mask(length_BG, tokens_BGC.shape[-1])[..., :-1] * 1.0)
+    weight_N = jnp.concatenate([weight.ravel() for weight in weights])
+    # First positions lie in the shared stream where there is one.
+    first_BD = (target[-2] - x[-2])[:, 0, 0]
     x_ND, target_ND = (jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in (x, target))
     z_NZ = jnp.concatenate([stream_rms(x_ND), jnp.ones((len(x_ND), 1))], axis=1)
     weighted_NZ = z_NZ * weight_N[:, None]
@@ -113,13 +119,17 @@ def _equations(x: tuple[Array, ...], target: tuple[Array, ...], texts: Texts) ->
     return NormalEquations(
         a_ZZ=product("nz,ny->zy", weighted_NZ, z_NZ),
         b_DZ=product("nd,nz->dz", target_ND - x_ND, weighted_NZ),
-        first_D=(target[0] - x[0])[:, 0, 0].sum(axis=0),
+        first_D=first_BD.mean(axis=0) * len(prompt_BP),
         prompts=jnp.asarray(len(prompt_BP)),
     )
 
 
 def fit_bridges(
-    model: Transformer, batches: Sequence[Texts], ridge: float, plan: LayerPlan | None = None
+    model: Transformer,
+    batches: Sequence[Texts],
+    ridge: float,
+    plan: LayerPlan | None = None,
+    shared_prefix: int = 0,
 ) -> Parameters:
     """Bridges by least squares: those of a plan in sequence, or each layer's alone.
 
@@ -132,23 +142,26 @@ def fit_bridges(
         ridge: lambda as a share of the mean diagonal.
         plan: the bridges to fit, each on the stream that the plan's earlier steps leave. A bridge spans its own layer
             and those after it that the plan skips. None fits every layer on the full model's stream.
+        shared_prefix: leading tokens that all prompts have in common; they run once per batch.
 
     Returns:
         All bridges by name, as `Bridges.stack` has them; those that were not fitted stay as they were.
     """
     num_layers, stack = model.config.num_layers, model.stacked_bridges()
-    full = nested = [_start(model, texts) for texts in batches]
+    full = nested = [_start(model, texts, shared_prefix) for texts in batches]
 
     def advanced(streams: list[Streams], layer: int, part: Part = Part.KEEP) -> list[Streams]:
         index = jnp.asarray(layer, jnp.int32)
-        return [_one_step(model, x, texts, index, part) for x, texts in zip(streams, batches, strict=True)]
+        return [
+            _one_step(model, x, texts, index, part, shared_prefix) for x, texts in zip(streams, batches, strict=True)
+        ]
 
     for first, last, part in _spans(plan, num_layers):
         ahead = full
         for layer in range(first, last + 1):
             ahead = advanced(ahead, layer)
         if part == Part.BRIDGE:
-            sums = [_equations(*each) for each in zip(nested, ahead, batches, strict=True)]
+            sums = [_equations(*each, shared_prefix) for each in zip(nested, ahead, batches, strict=True)]
             start = {name: np.asarray(value[first], np.float32) for name, value in stack.items()}
             bridge = _solved(functools.reduce(operator.add, sums), ridge, start)
             stack = {name: value.at[first].set(bridge[name].astype(value.dtype)) for name, value in stack.items()}
@@ -186,25 +199,33 @@ def _solved(equations: NormalEquations, ridge: float, start: dict[str, np.ndarra
     return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
 
-@jax.jit
-def _start(model: Transformer, texts: Texts) -> Streams:
-    return model.text_streams(texts[0], texts[2])
+@partial(jax.jit, static_argnames="shared_prefix")
+def _start(model: Transformer, texts: Texts, shared_prefix: int) -> Streams:
+    return model.text_streams(texts[0], texts[2], shared_prefix)
 
 
-@partial(jax.jit, static_argnames="part")
-def _one_step(model: Transformer, streams: Streams, texts: Texts, layer: Int[Array, ""], part: Part) -> Streams:
+@partial(jax.jit, static_argnames=("part", "shared_prefix"))
+def _one_step(
+    model: Transformer, streams: Streams, texts: Texts, layer: Int[Array, ""], part: Part, shared_prefix: int
+) -> Streams:
     """The streams after one layer, or after a part of it."""
     prompt_BP, prompt_length_B, *_ = texts
     # The layer is data, so that all layers share one program.
     step = LayerPlan(layer[None], jnp.full(1, part, jnp.int32), PlanShape.of([part]))
-    return model.run_texts(streams, valid_mask(prompt_length_B, prompt_BP.shape[1]), step)
+    return model.run_texts(streams, valid_mask(prompt_length_B, prompt_BP.shape[1]), step, shared_prefix=shared_prefix)
 
 
 @jax.jit
 def _bridged(bridge: Parameters, streams: Streams) -> Streams:
-    prompts, completions = streams
-    is_first = jnp.broadcast_to(jnp.arange(prompts.shape[2]) == 0, prompts.shape[:-1])
-    return add_bridge(bridge, prompts, is_first), add_bridge(bridge, completions)
+    *prompts, completions = streams
+    # The last stream of the prompts begins at their first position, whether they share it or not.
+    is_first = jnp.broadcast_to(jnp.arange(prompts[-1].shape[2]) == 0, prompts[-1].shape[:-1])
+    *own, first = prompts
+    return (
+        *(add_bridge(bridge, stream) for stream in own),
+        add_bridge(bridge, first, is_first),
+        add_bridge(bridge, completions),
+    )
 
 
 def distil_bridges(

@@ -21,7 +21,8 @@ def reference() -> str:
             "",
             "Each training step appends one line to `metrics.jsonl` in the run directory."
             " This page lists every name that can stand in it."
-            " `{source}` and `{part}` stand for a name of the run's own. A step leaves out what it did not measure.",
+            " `{source}` and `{part}` stand for a name of the run's own, `{reject_by}` for a value of `loss.reject_by`."
+            " A step leaves out what it did not measure.",
             "",
             "| name | unit | meaning |",
             "| --- | --- | --- |",

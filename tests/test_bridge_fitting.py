@@ -172,3 +172,16 @@ def test_padding_and_first_positions_do_not_count():
     expected = fit_bridges(model, [batch], 1e-2)
     found = fit_bridges(model, [(padded, prompt_length_B, changed, length_BG)], 1e-2)
     np.testing.assert_allclose(found["map"], expected["map"], atol=1e-4)
+
+
+def test_a_shared_prefix_changes_nothing_but_the_time():
+    model, (prompt_BP, _, tokens_BGC, length_BG) = model_with_bridges(), texts()
+    prompt_length_B = 4 + jnp.arange(32) % 3
+    batch = (prompt_BP.at[:, :3].set(jnp.array([5, 9, 2])), prompt_length_B, tokens_BGC, length_BG)
+    for plan in (None, LayerPlan.of_parts(np.array([Part.KEEP, Part.BRIDGE, Part.SKIP, Part.KEEP, Part.BRIDGE]))):
+        whole, shared = (fit_bridges(model, [batch], 1e-2, plan, shared_prefix=size) for size in (0, 3))
+        for name, value in whole.items():
+            np.testing.assert_allclose(shared[name], value, atol=1e-3, err_msg=name)
+    # Weighing the shared tokens once instead of 32 times would show.
+    lone = fit_bridges(model, [tuple(array[:1] for array in batch)], 1e-2)
+    assert np.abs(lone["map"] - whole["map"]).max() > 1e-2

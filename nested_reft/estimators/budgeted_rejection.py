@@ -29,10 +29,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
-
-from nested_reft.estimators.importance import LOG_RATIO_LIMIT
 
 
 def is_accepted(
@@ -50,50 +47,14 @@ def is_accepted(
     return ~(draw >= jnp.exp(jnp.minimum(log_ratio - math.log(obrs_lambda), 0.0)))
 
 
-def budgeted_weight(
-    log_ratio: Float[Array, "*rows"], draw: Float[Array, "*rows"], obrs_lambda: float
-) -> Float[Array, "*rows"]:
-    """h of the module: max(rho, lambda) where accepted, 0 elsewhere.
+def accepted_log_weight(log_ratio: Float[Array, "*rows"], obrs_lambda: float) -> Float[Array, "*rows"]:
+    """log max(rho, lambda), which corrects the tilt of accepted samples; rejected ones have weight 0.
 
     Args:
-        log_ratio: log rho of what is accepted as a whole, in nats; clamped to +-20.
-        draw: uniform in [0, 1), independent of the sample.
+        log_ratio: log rho of what is accepted as a whole, in nats.
         obrs_lambda: lambda, more than 0.
 
     Returns:
-        The weight, which counts in a divisor of all samples; its mean over the draw is rho.
+        Nats. The weight counts in a divisor of all samples; its mean over the draw is rho.
     """
-    ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    return jnp.where(is_accepted(log_ratio, draw, obrs_lambda), jnp.maximum(ratio, obrs_lambda), 0.0)
-
-
-def lambda_for_share(ratio_N: Float[np.ndarray, " N"], share: float) -> float:
-    """The largest lambda that accepts at least a share of samples: E[min(1, rho / lambda)] = share, solved exactly.
-
-    Args:
-        ratio_N: rho of N samples, more than 0.
-        share: Z, in (0, 1).
-
-    Returns:
-        lambda, more than 0.
-
-    Raises:
-        ValueError: there is no sample, or the share is not in (0, 1).
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"the accepted share is {share}; allowed is 0 < share < 1")
-    if not len(ratio_N):
-        raise ValueError("there is no ratio to choose lambda by")
-    sorted_N = np.sort(np.asarray(ratio_N, np.float64))
-    count = len(sorted_N)
-    # With the k smallest ratios below lambda, n Z = (sum of these) / lambda + (n - k), which falls as lambda grows.
-    below_N = np.cumsum(sorted_N)
-    for k in range(1, count + 1):
-        room = count * share - (count - k)
-        if room <= 0:
-            continue
-        found = below_N[k - 1] / room
-        # It is the solution if exactly the k smallest lie below it.
-        if found >= sorted_N[k - 1] and (k == count or found <= sorted_N[k]):
-            return float(found)
-    return float(sorted_N[0])
+    return jnp.maximum(log_ratio, math.log(obrs_lambda))

@@ -13,6 +13,7 @@ and the weight h_t of token t is a *variant* of it, combined over tokens by a *l
     practical  pi / pi_old              updates since the rollout, not the nesting; equal to `one` when
                                         one update follows one rollout
     retrace    lambda * min(1, rho_t)   like `base`, but never above lambda
+    interpolated                        1 - a + a w, with w `base` at its level: as much of `base` as the share a
     mixture    see `mixture_log_weight` both, for groups drawn from nested and full model
 
     level      weight h_t               bias and variance of `base` at that level
@@ -40,7 +41,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-BiasMitigation = Literal["base", "one", "practical", "retrace", "mixture"]
+BiasMitigation = Literal["base", "one", "practical", "retrace", "interpolated", "mixture"]
 Level = Literal["token", "prefix", "sequence", "geometric"]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: beyond it a float32 sum over tokens carries nothing else
@@ -104,6 +105,23 @@ def importance_log_weight(
     return jnp.broadcast_to(log_weight_BG1, log_factor_BGC.shape)
 
 
+def interpolated_log_weight(
+    log_weight_BGC: Float[Array, "B G C"], mix_share_B: Float[Array, " B"]
+) -> Float[Array, "B G C"]:
+    """log(1 - a + a w): between no correction and that of `base`, whose bias and noise it shares by a.
+
+    Args:
+        log_weight_BGC: log w of `base` at the wanted level, in nats.
+        mix_share_B: a, in [0, 1].
+
+    Returns:
+        log h in nats; 0 at a = 0 and log w at a = 1, whatever w is.
+    """
+    share_B11 = mix_share_B[:, None, None]
+    # Both ends take the log of zero, which `logaddexp` handles, and which no gradient passes through.
+    return jnp.logaddexp(jnp.log1p(-share_B11), jnp.log(share_B11) + log_weight_BGC)
+
+
 def mixture_log_weight(
     target_logprob_BGC: Float[Array, "B G C"],
     full_logprob_BGC: Float[Array, "B G C"],
@@ -148,38 +166,20 @@ def mixture_log_weight(
     return jnp.broadcast_to(target_over_full_BG1 - mixture_over_full_BG1, target_logprob_BGC.shape)
 
 
-def limited_weight(
-    log_weight_BGC: Float[Array, "B G C"],
-    truncate_at: float | None = None,
-    drop_below: float | None = None,
-    drop_above: float | None = None,
-) -> Float[Array, "B G C"]:
-    """The weight h, truncated and with outliers dropped.
+def limited_weight(log_weight_BGC: Float[Array, "B G C"], truncate_at: float | None = None) -> Float[Array, "B G C"]:
+    """The weight h, truncated: min(h, C).
 
-    * Truncation, min(h, C): bounded variance; biased against what the behavior policy under-samples
-      (Ionides, 2008; as TIS in language models: Yao et al., 2025).
-    * Dropping, h = 0 outside [lo, hi]: also ignores what the target hardly produces; more bias than
-      truncation at the same bound, and robust where a huge ratio means a numerical fault rather
-      than a rare token.
+    Truncation bounds the variance; it is biased against what the behavior policy under-samples (Ionides, 2008; as TIS
+    in language models: Yao et al., 2025). What takes weights away whole is a mask; see `estimators.rejection`.
 
     log h is first clamped to +-20, so the weight is finite whatever the inputs.
 
     Args:
         log_weight_BGC: log h in nats, of `importance_log_weight` or `mixture_log_weight`.
         truncate_at: C, more than 0; None leaves the weight as it is.
-        drop_below: lo, more than 0; smaller weights become 0. None drops none.
-        drop_above: hi, more than 0; larger weights become 0. None drops none.
 
     Returns:
-        h, 0 or more and at most exp(20).
+        h, more than 0 and at most exp(20).
     """
     weight_BGC = jnp.exp(jnp.clip(log_weight_BGC, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    # Outliers are judged before truncation, which would bring them back below `drop_above`.
-    keep_BGC = jnp.ones(weight_BGC.shape, bool)
-    if drop_below is not None:
-        keep_BGC &= weight_BGC >= drop_below
-    if drop_above is not None:
-        keep_BGC &= weight_BGC <= drop_above
-    if truncate_at is not None:
-        weight_BGC = jnp.minimum(weight_BGC, truncate_at)
-    return jnp.where(keep_BGC, weight_BGC, 0.0)
+    return weight_BGC if truncate_at is None else jnp.minimum(weight_BGC, truncate_at)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from nested_reft.estimators.advantages import Advantage
-from nested_reft.estimators.importance import BiasMitigation, Level
+from nested_reft.estimators.importance import LOG_RATIO_LIMIT, BiasMitigation, Level
 from nested_reft.estimators.kl import KlPenalty
+from nested_reft.estimators.rejection import LEVELS, RejectBy
 from nested_reft.literals import check_choice
 
 Kind = Literal["policy_gradient"]
 Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixed_length"]
+ClipPolicies = Literal["two", "three"]
+ClipLevel = Literal["token", "sequence", "geometric"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,25 @@ class PolicyGradientConfig:
         fixed_length_tokens: the constant length of `fixed_length`, usually the longest completion.
         retrace_lambda: in (0, 1]; for `retrace`.
         truncate_at: C >= 1: weights above it become C (TIS). None for no limit.
-        drop_below, drop_above: weights outside [drop_below, drop_above] become 0. None for no bound.
+        reject_by: what tokens or completions are judged by, a row of the table of `estimators.rejection`; its ratio is
+            pi / pi_b, or pi_old / pi_b with three policies, at whatever level the weight is. What is rejected has
+            weight 0 and stays in the divisor, so a mask decides which terms there are and changes nothing else.
+            None rejects nothing.
+        reject_below, reject_above: values outside [reject_below, reject_above] are rejected. None for no bound.
+        obrs_lambda: lambda > 0: tokens or completions, as `level` says, are accepted with probability
+            min(1, rho / lambda), and then weigh max(rho, lambda); see `estimators.budgeted_rejection`. Unlike a mask it
+            adds noise and no bias. None accepts all.
+        mix_share: a, in [0, 1], of `interpolated`; None lets `mix_control` choose it for each batch.
         self_normalized: divide by the sum of weights instead of their number: bounded, with a bias
-            that falls as 1 / samples.
-        clip_low, clip_high: PPO's clip of the weight to [1 - clip_low, 1 + clip_high]: tokens beyond
-            it on the side that their advantage pushes to lose their gradient. None for no clip there.
-        dual_clip: c > 1: where the advantage is negative, weights above c lose their gradient too
-            (Ye et al., 2020). None for no such limit.
+            that falls as 1 / samples. What is rejected adds nothing to that sum.
+        clip_policies: the policies that PPO's clip compares. `two` (bypass): pi and pi_b, so the clip acts on the
+            weight h itself. `three` (decoupled): the clip acts on r = pi / pi_old, where pi_old is the full model just
+            before the batch's first update. A frozen h, made of pi_old / pi_b, corrects the sampler.
+        clip_level: over which tokens r is multiplied, with three policies.
+        clip_low, clip_high: PPO's clip of h or r to [1 - clip_low, 1 + clip_high]: tokens beyond it on the side that
+            their advantage pushes to lose their gradient. None for no clip there.
+        dual_clip: c > 1: where the advantage is negative, h or r above c loses its gradient too (Ye et al., 2020).
+            None for no such limit.
         reference_kl: the penalty towards the model at the start of reinforcement; see the tables of `estimators.kl`.
         reference_kl_coefficient: beta, its weight; 0 for none.
         entropy_coefficient: weight of the bonus on the entropy of each next-token distribution at the
@@ -51,9 +66,14 @@ class PolicyGradientConfig:
     fixed_length_tokens: int | None = None
     retrace_lambda: float = 1.0
     truncate_at: float | None = None
-    drop_below: float | None = None
-    drop_above: float | None = None
+    reject_by: RejectBy | None = None
+    reject_below: float | None = None
+    reject_above: float | None = None
+    obrs_lambda: float | None = None
+    mix_share: float | None = None
     self_normalized: bool = False
+    clip_policies: ClipPolicies = "two"
+    clip_level: ClipLevel = "token"
     clip_low: float | None = None
     clip_high: float | None = None
     dual_clip: float | None = None
@@ -69,7 +89,15 @@ class PolicyGradientConfig:
         _check_ranges(self)
         _check_needed(self)
         _check_meaning(self)
+        _check_clip(self)
+        _check_mask(self)
+        _check_budget(self)
         _check_reach(self)
+
+    @property
+    def may_reject(self) -> bool:
+        """Whether tokens may have weight 0: by a mask, or by the draws of a budget."""
+        return self.reject_by is not None or self.obrs_lambda is not None
 
 
 def claims_unbiased(config: PolicyGradientConfig) -> bool:
@@ -92,9 +120,11 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
     """
     # Only the ratio of whole completions corrects the prefix and what follows a token as well.
     exact_weight = config.bias_mitigation in ("base", "mixture") and config.level == "sequence"
+    # With three policies the weight is (pi_old / pi_b) times r, which is exact where r is of whole completions too.
+    exact_weight &= config.clip_policies == "two" or config.clip_level == "sequence"
     # Every limit changes some weight, and a weighted mean divides by a number that depends on the sample.
-    limits = (config.truncate_at, config.drop_below, config.drop_above, config.clip_low, config.clip_high)
-    unlimited = all(limit is None for limit in (*limits, config.dual_clip)) and not config.self_normalized
+    limits = (config.truncate_at, config.reject_by, config.clip_low, config.clip_high, config.dual_clip)
+    unlimited = all(limit is None for limit in limits) and not config.self_normalized
     # The penalties that are added as losses differentiate the KL at given prefixes only. The group's mean makes the
     # reward's part shorter, by (G - 1) / G, and not the KL's: their sum then points elsewhere.
     kl_of_completions = config.reference_kl == "k1_in_reward" and config.advantage != "group_mean"
@@ -112,20 +142,25 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
 
 
 def _check_names(config: PolicyGradientConfig) -> None:
-    choices = {"kind": Kind, "advantage": Advantage, "bias_mitigation": BiasMitigation, "level": Level}
-    choices |= {"normalization": Normalization, "reference_kl": KlPenalty}
+    choices: dict[str, Any] = {"kind": Kind, "advantage": Advantage, "bias_mitigation": BiasMitigation, "level": Level}
+    choices |= {"normalization": Normalization, "clip_policies": ClipPolicies, "clip_level": ClipLevel}
+    choices |= {"reference_kl": KlPenalty, "reject_by": RejectBy}
     for name, allowed in choices.items():
-        if name != "reference_kl" or config.reference_kl is not None:
+        if name not in ("reference_kl", "reject_by") or getattr(config, name) is not None:
             check_choice(f"loss.{name}", getattr(config, name), allowed)
 
 
 def _check_ranges(config: PolicyGradientConfig) -> None:
+    least = 0 if config.reject_by == "sequence_k3" else 1
     is_allowed: dict[str, tuple[Callable[[float], bool], str]] = {
         "fixed_length_tokens": (lambda x: x >= 1, "1 or more, or None"),
         "retrace_lambda": (lambda x: 0 < x <= 1, "0 < retrace_lambda <= 1"),
         "truncate_at": (lambda x: x >= 1, "1 or more, or None"),
-        "drop_below": (lambda x: 0 < x < 1, "0 < drop_below < 1, or None"),
-        "drop_above": (lambda x: x > 1, "more than 1, or None"),
+        # A ratio is 1, and a divergence 0, where the policies agree, and that is never rejected. Ratios are clamped.
+        "reject_below": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < 1, "2.1e-9 < reject_below < 1, or None"),
+        "reject_above": (lambda x: least < x < math.exp(LOG_RATIO_LIMIT), f"more than {least}, below 4.8e8, or None"),
+        "obrs_lambda": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < math.exp(LOG_RATIO_LIMIT), "more than 0, or None"),
+        "mix_share": (lambda x: 0 <= x <= 1, "0 <= mix_share <= 1, or None"),
         "clip_low": (lambda x: 0 < x < 1, "0 < clip_low < 1, or None"),
         "clip_high": (lambda x: x > 0, "more than 0, or None"),
         "dual_clip": (lambda x: x > 1, "more than 1, or None"),
@@ -147,6 +182,8 @@ def _check_needed(config: PolicyGradientConfig) -> None:
     # Lambda 1 is the default and leaves min(1, rho) as it is, so `retrace` does not require another value.
     if config.retrace_lambda != 1:
         _check_together(config, "retrace_lambda", True, "bias_mitigation", "retrace")
+    if config.mix_share is not None:
+        _check_together(config, "mix_share", True, "bias_mitigation", "interpolated")
     if (config.reference_kl is None) != (config.reference_kl_coefficient == 0):
         raise ValueError(
             f"loss.reference_kl is {config.reference_kl} and loss.reference_kl_coefficient"
@@ -168,12 +205,12 @@ def _check_together(config: PolicyGradientConfig, name: str, is_set: bool, field
 
 def _check_meaning(config: PolicyGradientConfig) -> None:
     """Levels and limits that a variant has no use for."""
-    variant, level = config.bias_mitigation, config.level
-    limits = [
-        name
-        for name in ("truncate_at", "drop_below", "drop_above", "clip_low", "clip_high", "dual_clip")
-        if getattr(config, name) is not None
-    ] + ["self_normalized"] * config.self_normalized
+    variant, level, acts_on_weight = config.bias_mitigation, config.level, config.clip_policies == "two"
+    names = ("truncate_at", *(("clip_low", "clip_high", "dual_clip") if acts_on_weight else ()))
+    limits = [name for name in names if getattr(config, name) is not None]
+    # The weights of a mask are 0 and 1, and those of three policies include r: both have a sum of their own.
+    is_constant = config.reject_by is None and acts_on_weight
+    limits += ["self_normalized"] * (config.self_normalized and (variant != "one" or is_constant))
     if variant == "one" and level != "token":
         raise ValueError(f"loss.level is '{level}', but bias_mitigation 'one' weighs every level alike; set 'token'")
     if variant == "one" and limits:
@@ -191,6 +228,11 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
             f"loss.level is '{level}', but bias_mitigation 'mixture' draws whole completions from one of two models,"
             " so only completions have a density; set 'sequence'"
         )
+    if variant == "interpolated" and level not in ("token", "sequence"):
+        raise ValueError(
+            f"loss.level is '{level}', but bias_mitigation 'interpolated' mixes 1 with a ratio whose mean is 1, which"
+            " tokens and completions have; set 'token' or 'sequence'"
+        )
     if variant == "retrace" and level not in ("token", "prefix"):
         raise ValueError(
             f"loss.level is '{level}', but bias_mitigation 'retrace' is a trace along the tokens: 'token' or 'prefix'."
@@ -203,28 +245,117 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
             f"loss.{useless[0]} is set, but bias_mitigation 'retrace' already limits the weight to lambda <= 1;"
             " leave it out, or use 'base'"
         )
-    if config.self_normalized and level == "geometric":
+    if config.self_normalized and "geometric" in (level, config.clip_level):
         raise ValueError(
             "loss.self_normalized is set at level 'geometric': self-normalisation divides by weights whose mean is 1,"
             " which geometric means of ratios have not; use level 'token', 'prefix' or 'sequence'"
         )
 
 
+def _check_clip(config: PolicyGradientConfig) -> None:
+    """Three policies need a weight that corrects the sampler, and two have one level."""
+    if config.clip_policies == "two" and config.clip_level != "token":
+        raise ValueError(
+            f"loss.clip_level is '{config.clip_level}', but with clip_policies 'two' the clip acts on the weight, whose"
+            " level is loss.level; set that, or clip_policies 'three'"
+        )
+    if config.clip_policies == "three" and config.bias_mitigation == "practical":
+        raise ValueError(
+            "loss.clip_policies is 'three', but bias_mitigation 'practical' does not read the policy that sampled: its"
+            " weight pi / pi_old is what the clip acts on already. Use 'base' to correct the sampler, 'one' to ignore"
+            " it, or clip_policies 'two'"
+        )
+
+
+def _check_mask(config: PolicyGradientConfig) -> None:
+    """A mask has a bound that can act, and judges what the weight is a weight of."""
+    bounds = [name for name in ("reject_below", "reject_above") if getattr(config, name) is not None]
+    if config.reject_by is None:
+        if bounds:
+            raise ValueError(
+                f"loss.{bounds[0]} is {getattr(config, bounds[0])}, but loss.reject_by is None, so nothing is judged;"
+                f" set it to one of {', '.join(get_args(RejectBy))}"
+            )
+        return
+    if not bounds:
+        raise ValueError(
+            f"loss.reject_by is '{config.reject_by}' without a bound, so nothing is rejected; set reject_above"
+            + ("" if config.reject_by == "sequence_k3" else " or reject_below")
+        )
+    if config.reject_by == "sequence_k3" and config.reject_below is not None:
+        raise ValueError(
+            f"loss.reject_below is {config.reject_below}, but a divergence is 0 where the policies agree: a lower bound"
+            " would reject the best completions; set reject_above alone"
+        )
+    if config.bias_mitigation == "mixture":
+        raise ValueError(
+            f"loss.reject_by is '{config.reject_by}', but bias_mitigation 'mixture' weighs by the density of the whole"
+            " mixture: a mask judges by the component that drew, and what it keeps has another density. Leave it out,"
+            " since the weight is bounded, or use 'base'"
+        )
+    if config.reject_by == "token_ratio" and config.level != "token":
+        raise ValueError(
+            f"loss.reject_by is 'token_ratio' at level '{config.level}': the ratio of a rejected token stays in the"
+            " weights of the other tokens; use reject_by 'sequence_ratio', 'geometric_mean' or 'sequence_k3', or level"
+            " 'token'"
+        )
+
+
+def _check_budget(config: PolicyGradientConfig) -> None:
+    """Budgeted rejection draws by the ratio that the weight is, and no other limit acts on that ratio."""
+    if config.obrs_lambda is None:
+        return
+    if config.bias_mitigation != "base" or config.level not in ("token", "sequence"):
+        raise ValueError(
+            f"loss.obrs_lambda is set with bias_mitigation '{config.bias_mitigation}' at level '{config.level}': what"
+            " is accepted has a known density for the ratio of tokens or completions alone; use bias_mitigation 'base'"
+            " and level 'token' or 'sequence'"
+        )
+    if config.reject_by is not None:
+        raise ValueError(
+            f"loss.obrs_lambda is set beside reject_by '{config.reject_by}': the bias of the mask would undo what the"
+            " random rejection keeps exact; leave one out"
+        )
+    if config.truncate_at is not None and config.truncate_at <= config.obrs_lambda:
+        raise ValueError(
+            f"loss.truncate_at is {config.truncate_at} and obrs_lambda {config.obrs_lambda}: accepted weights are at"
+            " least obrs_lambda, so all would be truncated; raise truncate_at or leave it out"
+        )
+    clips = [name for name in ("clip_low", "clip_high", "dual_clip") if getattr(config, name) is not None]
+    if config.clip_policies == "two" and clips:
+        raise ValueError(
+            f"loss.{clips[0]} is set with clip_policies 'two', which would clip the weights max(rho, obrs_lambda) of"
+            " accepted samples and not rho; set clip_policies 'three'"
+        )
+
+
+def _mask_of_weight(config: PolicyGradientConfig) -> tuple[float, float]:
+    """The smallest and the largest ratio that the mask leaves to the weight; 0 and infinity where it bounds another."""
+    # `retrace` at token level is made of the same ratio as `base`; `practical` divides by another policy.
+    judges_weight = config.reject_by is not None and LEVELS.get(config.reject_by) == config.level
+    if not judges_weight or config.bias_mitigation not in ("base", "retrace"):
+        return 0.0, math.inf
+    return config.reject_below or 0.0, config.reject_above or math.inf
+
+
 def _check_reach(config: PolicyGradientConfig) -> None:
     """Of several limits of the weight, each must be able to act, and together they must leave something."""
-    truncate_at, drop_above = config.truncate_at, config.drop_above
-    if truncate_at is not None and drop_above is not None and truncate_at >= drop_above:
+    truncate_at, highest = config.truncate_at, _mask_of_weight(config)[1]
+    if truncate_at is not None and truncate_at >= highest:
         raise ValueError(
-            f"loss.truncate_at is {truncate_at} and loss.drop_above {drop_above}: what truncation would change is"
-            " dropped already; lower truncate_at or leave one out"
+            f"loss.truncate_at is {truncate_at} and loss.reject_above {highest}, of the same ratio: what truncation"
+            " would change is rejected already; lower truncate_at or leave one out"
         )
+    # With three policies the clip acts on another ratio than the other limits.
+    if config.clip_policies == "three":
+        return
     _check_lower_reach(config)
     # A clip above the largest weight that is left would never act.
-    ceiling = min((limit for limit in (truncate_at, drop_above) if limit is not None), default=math.inf)
+    ceiling = min(highest, math.inf if truncate_at is None else truncate_at)
     for name, reach in (("clip_high", 1 + (config.clip_high or 0)), ("dual_clip", config.dual_clip or 0)):
         if getattr(config, name) is not None and reach >= ceiling:
             raise ValueError(
-                f"loss.{name} acts on weights above {reach:g}, but truncate_at or drop_above leaves none above"
+                f"loss.{name} acts on weights above {reach:g}, but truncate_at or reject_above leaves none above"
                 f" {ceiling:g}; leave one out"
             )
 
@@ -234,13 +365,15 @@ def _check_lower_reach(config: PolicyGradientConfig) -> None:
     if config.clip_low is None:
         return
     lowest, most = 1 - config.clip_low, config.retrace_lambda
-    if config.drop_below is not None and config.drop_below >= lowest:
+    # Only `retrace` has another lambda than 1; its smallest weight is lambda times the smallest ratio.
+    least = most * _mask_of_weight(config)[0]
+    if least >= lowest:
         raise ValueError(
-            f"loss.clip_low acts on weights below {lowest:g}, but drop_below leaves none below {config.drop_below:g};"
+            f"loss.clip_low acts on weights below {lowest:g}, but reject_below leaves none below {least:g};"
             " leave one out"
         )
-    # Only `retrace` has another lambda than 1. At `prefix` level its weights are at most lambda^t at the t-th token, so
-    # with any lambda below 1 a long completion passes the limit.
+    # At `prefix` level the weights of `retrace` are at most lambda^t at the t-th token, so with any lambda below 1 a
+    # long completion passes the limit.
     if most <= lowest or (config.level == "prefix" and most < 1):
         bound = "lambda^t at the t-th token" if config.level == "prefix" else "lambda"
         raise ValueError(

@@ -32,6 +32,9 @@ class Needs:
             zero has nothing to learn from. An advantage of zero, in contrast, says that all is well.
         fresh_rollouts: whether all groups must come from the present version of the policy, because the
             objective takes that version for the one at rollout time, theta_old.
+        may_reject: whether the loss may give all tokens the weight 0. Such an update is left out.
+        acceptance_draw: random numbers by which samples are accepted, `acceptance_draw_BGC`.
+        mix_share: the share of the importance weight, `mix_share_B`.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -41,6 +44,9 @@ class Needs:
     off_policy: bool = True
     signal_is_weight: bool = False
     fresh_rollouts: bool = False
+    may_reject: bool = False
+    acceptance_draw: bool = False
+    mix_share: bool = False
 
 
 @struct.dataclass

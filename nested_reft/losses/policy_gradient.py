@@ -3,7 +3,19 @@
 One mechanism serves all of it. The importance weight h_t is a number, not a function of the
 parameters, multiplied by exp(log pi - stop_gradient(log pi)), which is 1 and has the gradient
 grad log pi. So a token's term h_t A_t has the gradient h_t A_t grad log pi(y_t | x, y_<t): REINFORCE
-with weights. Clips decide which tokens keep that gradient.
+with weights. Clips decide which tokens keep that gradient, and a mask which tokens have a term.
+
+With pi_b the policy that sampled, pi_old the full model just before the batch's first update and pi the model now:
+
+    clip_policies     term of a token                         h is made of
+    two (bypass)      m min(h A, clip(h) A)                   pi / pi_b
+    three (decoupled) m h min(r A, clip(r) A), r = pi/pi_old  pi_old / pi_b, frozen for all updates on the batch
+
+The mask m is 0 or 1 (`estimators.rejection`) and judges the ratio that h is made of. With `two` a token that the
+sampler underrates may be clipped before the optimizer has moved at all; with `three` the clip bounds what the
+optimizer did and nothing else (Hilton et al., 2022, arXiv 2110.00641; AReaL, arXiv 2505.24298). At pi = pi_old
+three policies give the plain weight h, and at pi_b = pi_old PPO. TIS (Yao et al., 2025), IcePop, verl's decoupled mode
+and TRL's correction of its sampler have this form.
 
 For `base` and `practical` at `token` level this equals differentiating the PPO surrogate itself; at
 `sequence` and `geometric` level likewise, with the surrogate of the completion counted once under
@@ -24,20 +36,25 @@ A token's term is multiplied by c_t and the sum divided by a weight W, both from
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages, weighted_advantages
+from nested_reft.estimators.budgeted_rejection import accepted_log_weight, is_accepted
 from nested_reft.estimators.health import kish
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
     importance_log_weight,
+    interpolated_log_weight,
     limited_weight,
     mixture_log_weight,
     token_log_ratio,
 )
 from nested_reft.estimators.kl import kl_estimate
+from nested_reft.estimators.rejection import accepted, mismatch
 from nested_reft.losses.config import Normalization, PolicyGradientConfig
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
 from nested_reft.types import Scored, TrainBatch, Weighted
@@ -58,7 +75,7 @@ class PolicyGradient:
         moves, variant = updates_per_batch > 1, config.bias_mitigation
         needed = {
             # With one update per rollout theta_old is theta, and the update's own pass gives it.
-            "old_logprob_BGC": moves and variant in ("practical", "mixture"),
+            "old_logprob_BGC": moves and (variant in ("practical", "mixture") or config.clip_policies == "three"),
             # The mixture's density takes both components' probabilities of every completion.
             "nested_logprob_BGC": variant == "mixture",
             "reference_logprob_BGC": config.reference_kl_coefficient > 0,
@@ -70,6 +87,9 @@ class PolicyGradient:
             self_distillation=config.self_distillation_coefficient > 0,
             # Both compare with the full model at rollout time, which is at hand for the present version alone.
             fresh_rollouts=variant in ("practical", "mixture"),
+            may_reject=config.may_reject,
+            acceptance_draw=config.obrs_lambda is not None,
+            mix_share=variant == "interpolated",
         )
 
     def signal(self, groups: Scored) -> Float[Array, "B G"]:
@@ -81,14 +101,19 @@ class PolicyGradient:
         return group_advantages(jnp.asarray(groups.reward_BG), jnp.asarray(groups.scored_BG), self._config.advantage)
 
     def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
-        """The parts; the two moments of the weights become their effective sample size.
+        """The parts; the moments of the weights become effective sample sizes, of all tokens and of the kept ones.
 
         Args:
             parts: the mean of each part over the whole batch.
         """
         # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
         parts = dict(parts)
-        return parts | {"ess_weight": kish(parts["weight_mean"], parts.pop("weight_square_mean"))}
+        parts["ess_weight"] = kish(parts["weight_mean"], parts.pop("weight_square_mean"))
+        if "accepted_tokens" in parts:
+            # Rejected tokens have weight 0, so both are sums over those that are kept, divided by too many.
+            share = jnp.where(parts["accepted_tokens"] == 0, 1.0, parts["accepted_tokens"])
+            parts["kept_weight_mean"], parts["ess_kept"] = parts["weight_mean"] / share, parts["ess_weight"] / share
+        return parts
 
     def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
         """`policy_gradient_loss` of the configured parts.
@@ -111,13 +136,13 @@ def policy_gradient_loss(
 ) -> LossOutput:
     """Negative surrogate objective, to be minimised.
 
-        L = - sum_t c_t [ clipped(h_t, A_t) - beta KL_t + eta entropy_t - gamma KL(full || nested)_t ] / W
+        L = - sum_t c_t [ term_t - beta KL_t + eta entropy_t - gamma KL(full || nested)_t ] / W
 
-    See the module for h, c and W, `clipped_surrogate` for the clips, `estimators.kl` for the penalty
-    (`k1_in_reward` changes A_t instead). With `self_normalized`, the surrogate's W is the sum of weights h
-    where it was a count: its gradient is then the weighted mean sum(h A grad log pi) / sum(h), exactly the
-    same for any split into micro-batches; c times W's count stays as above. The penalties carry no h, so
-    they are divided by the count as ever and do not depend on the behavior policy.
+    See the module for the term, c and W, `clipped_ratio` for the clips, `estimators.kl` for the penalty
+    (`k1_in_reward` changes A_t instead). A token's whole weight is m h, or m h r with three policies. With
+    `self_normalized`, the surrogate's W is the sum of these weights where it was a count: its gradient is then the
+    weighted mean of A grad log pi, exactly the same for any split into micro-batches; c times W's count stays as above.
+    The penalties carry no weight, so they are divided by the count as ever and do not depend on the behavior policy.
 
     Args:
         target_logprob_BGC: log pi, differentiated.
@@ -130,10 +155,11 @@ def policy_gradient_loss(
 
     Returns:
         The loss as (sum, W), to be divided once (with `self_normalized`, the penalties as a second pair), the
-        weights h, and the parts that are logged: `policy_loss`,
-        `clipped_share` (tokens without gradient), `limited_share` (truncated or dropped weights),
-        `weight_mean` and `weight_square_mean` of h over tokens (`kish` of them is the effective
-        sample size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`.
+        whole weights, and the parts that are logged: `policy_loss`,
+        `clipped_share` (tokens without gradient), `limited_share` (truncated weights), `weight_mean` and
+        `weight_square_mean` of the whole weights over tokens (`kish` of them is the effective sample size of the
+        update), `reference_kl` (k3, nats per token) and `self_distillation_kl`; with a mask `accepted_tokens` and
+        `accepted_completions` (shares; a completion is accepted with any of its tokens).
 
     Raises:
         ValueError: the configuration needs something that is not given.
@@ -144,18 +170,20 @@ def policy_gradient_loss(
     target_logprob_BGC = jnp.where(mask_BGC, jnp.maximum(target_logprob_BGC, LOGPROB_FLOOR), 0.0)
     # The weight is computed from the frozen log-probability. Otherwise its own gradient would enter the loss.
     frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
-    log_weight_BGC = batch_log_weight(frozen_BGC, mask_BGC, batch, config)
-    weight_BGC = limited_weight(log_weight_BGC, config.truncate_at, config.drop_below, config.drop_above)
-    # This factor is exactly 1 and has the gradient grad log pi; see the module.
-    differentiable_weight_BGC = weight_BGC * jnp.exp(target_logprob_BGC - frozen_BGC)
-    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, weight_BGC, batch, config)
-    objective_BGC, clipped_BGC = clipped_surrogate(
-        differentiable_weight_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
+    weights = token_weights(frozen_BGC, mask_BGC, batch, config)
+    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, weights.factor_BGC * weights.ratio_BGC, batch, config)
+    limited_BGC, clipped_BGC = clipped_ratio(
+        weights.ratio_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
     )
+    # The exponential is exactly 1 and has the gradient grad log pi; see the module. A clipped token keeps its value in
+    # the loss and not its gradient.
+    one_BGC = jnp.where(clipped_BGC, 1.0, jnp.exp(target_logprob_BGC - frozen_BGC))
+    objective_BGC = weights.factor_BGC * limited_BGC * one_BGC * advantage_BGC
+    whole_weight_BGC = weights.factor_BGC * weights.ratio_BGC
 
     coefficient_BGC, share_BGC = normalization_shares(mask_BGC, config.normalization, config.fixed_length_tokens)
     # The loss is not divided here, because other micro-batches still add to both sums.
-    total_weight = (share_BGC * weight_BGC).sum() if config.self_normalized else share_BGC.sum()
+    total_weight = (share_BGC * whole_weight_BGC).sum() if config.self_normalized else share_BGC.sum()
     policy_loss = Weighted(-(coefficient_BGC * objective_BGC).sum(), total_weight)
 
     def token_mean(value_BGC: Array) -> Weighted:
@@ -165,12 +193,15 @@ def policy_gradient_loss(
 
     parts = {
         "policy_loss": policy_loss,
-        "clipped_share": token_mean(clipped_BGC),
-        # Without arguments `limited_weight` sets no limit, so a difference means that a limit changed the weight.
-        "limited_share": token_mean(weight_BGC != limited_weight(log_weight_BGC)),
-        "weight_mean": token_mean(weight_BGC),
-        "weight_square_mean": token_mean(weight_BGC**2),
+        "clipped_share": token_mean(clipped_BGC & weights.accepted_BGC),
+        "limited_share": token_mean(weights.truncated_BGC),
+        "weight_mean": token_mean(whole_weight_BGC),
+        "weight_square_mean": token_mean(whole_weight_BGC**2),
     }
+    if config.may_reject:
+        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
+        parts["accepted_tokens"] = token_mean(weights.accepted_BGC)
+        parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
     # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
     if batch.reference_logprob_BGC is not None:
         parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k3"))
@@ -182,9 +213,70 @@ def policy_gradient_loss(
     penalty = Weighted((coefficient_BGC * penalty_BGC).sum(), share_BGC.sum())
     if config.self_normalized and _has_penalty(config):
         # The sum of weights is a matter of the surrogate. It would blow the penalty up wherever it is small.
-        return LossOutput(policy_loss, parts, weight_BGC * mask_BGC, penalty)
+        return LossOutput(policy_loss, parts, whole_weight_BGC * mask_BGC, penalty)
     # With one divisor for both, one backward pass serves both.
-    return LossOutput(Weighted(policy_loss.sum + penalty.sum, total_weight), parts, weight_BGC * mask_BGC)
+    return LossOutput(Weighted(policy_loss.sum + penalty.sum, total_weight), parts, whole_weight_BGC * mask_BGC)
+
+
+class TokenWeights(NamedTuple):
+    """What multiplies each token's advantage: the product of a factor and of what the clip acts on.
+
+    Attributes:
+        factor_BGC: m, or m h with three policies.
+        ratio_BGC: h, or r with three policies.
+        accepted_BGC: True at the tokens that count and that the mask or the budget keeps.
+        truncated_BGC: True where truncation changed h.
+    """
+
+    factor_BGC: Float[Array, "B G C"]
+    ratio_BGC: Float[Array, "B G C"]
+    accepted_BGC: Bool[Array, "B G C"]
+    truncated_BGC: Bool[Array, "B G C"]
+
+
+def token_weights(
+    target_logprob_BGC: Float[Array, "B G C"],
+    mask_BGC: Bool[Array, "B G C"],
+    batch: TrainBatch,
+    config: PolicyGradientConfig,
+) -> TokenWeights:
+    """Weight, mask and ratio of every token, frozen; see the module's first table.
+
+    Args:
+        target_logprob_BGC: log pi, frozen.
+        mask_BGC: the tokens that count.
+        batch: gives the log-probabilities of the other policies.
+        config: the parts.
+    """
+    # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
+    old_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
+    is_decoupled = config.clip_policies == "three"
+    # Decoupled, h corrects the sampler and no later update, so the model that it leads to stands still.
+    corrected_BGC = old_BGC if is_decoupled else target_logprob_BGC
+    log_weight_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config)
+    # Positions without a token are judged as well, because a weighted baseline reads the weights there.
+    kept_BGC = jnp.ones_like(mask_BGC)
+    if config.obrs_lambda is not None:
+        assert batch.acceptance_draw_BGC is not None  # `_check_inputs` has refused a batch without it
+        draw_BGC = batch.acceptance_draw_BGC
+        # One draw decides for a whole completion.
+        draw_BGC = jnp.broadcast_to(draw_BGC[..., :1], draw_BGC.shape) if config.level == "sequence" else draw_BGC
+        kept_BGC &= is_accepted(log_weight_BGC, draw_BGC, config.obrs_lambda)
+        log_weight_BGC = accepted_log_weight(log_weight_BGC, config.obrs_lambda)
+    weight_BGC = limited_weight(log_weight_BGC, config.truncate_at)
+    if config.reject_by is not None:
+        assert batch.behavior_logprob_BGC is not None  # `_check_inputs` has refused a batch without it
+        mismatch_BGC = mismatch(corrected_BGC, batch.behavior_logprob_BGC, mask_BGC, config.reject_by)
+        kept_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
+    factor_BGC, ratio_BGC = kept_BGC.astype(jnp.float32), weight_BGC
+    if is_decoupled:
+        step_BGC = importance_log_weight(
+            token_log_ratio(target_logprob_BGC, old_BGC), mask_BGC, "base", config.clip_level
+        )
+        factor_BGC, ratio_BGC = factor_BGC * weight_BGC, limited_weight(step_BGC)
+    # Without a limit given, `limited_weight` sets none.
+    is_truncated_BGC = weight_BGC != limited_weight(log_weight_BGC)
+    return TokenWeights(factor_BGC, ratio_BGC, mask_BGC & kept_BGC, is_truncated_BGC)
 
 
 def batch_log_weight(
@@ -196,7 +288,7 @@ def batch_log_weight(
     """log h of the configured variant, with the denominators that the batch carries.
 
     Args:
-        target_logprob_BGC: log pi, frozen.
+        target_logprob_BGC: log-probability of the policy that h leads to, frozen: pi, or pi_old with three policies.
         mask_BGC: the tokens that count.
         batch: gives the log-probabilities of the policies to divide by.
         config: variant, level and lambda.
@@ -214,57 +306,52 @@ def batch_log_weight(
     # `practical` ignores the nesting, while the other variants divide by the policy that sampled.
     denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
     assert denominator_BGC is not None  # `_check_inputs` has refused a batch without it
-    return importance_log_weight(
-        token_log_ratio(target_logprob_BGC, denominator_BGC),
-        mask_BGC,
-        config.bias_mitigation,
-        config.level,
-        config.retrace_lambda,
-    )
+    log_ratio_BGC = token_log_ratio(target_logprob_BGC, denominator_BGC)
+    if config.bias_mitigation == "interpolated":
+        assert batch.mix_share_B is not None
+        base_BGC = importance_log_weight(log_ratio_BGC, mask_BGC, "base", config.level)
+        return interpolated_log_weight(base_BGC, batch.mix_share_B)
+    return importance_log_weight(log_ratio_BGC, mask_BGC, config.bias_mitigation, config.level, config.retrace_lambda)
 
 
-def clipped_surrogate(
-    weight_BGC: Float[Array, "B G C"],
+def clipped_ratio(
+    ratio_BGC: Float[Array, "B G C"],
     advantage_BGC: Float[Array, "B G C"],
     clip_low: float | None,
     clip_high: float | None,
     dual_clip: float | None,
 ) -> tuple[Float[Array, "B G C"], Bool[Array, "B G C"]]:
-    """PPO's pessimistic surrogate, with a limit for each side and each sign of the advantage.
+    """The ratio that PPO's pessimistic surrogate multiplies the advantage by, with a limit for each side and each sign.
 
-        min(h A, clip(h, 1 - clip_low, 1 + clip_high) A), and at least dual_clip * A where A < 0
+        min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and at least dual_clip * A where A < 0
 
-    which is A times h limited to h <= 1 + clip_high where A > 0, and to 1 - clip_low <= h <= dual_clip
-    where A < 0. A token beyond its limit has no gradient; one exactly on it has. A dropped token
-    (h = 0) stays at zero.
+    is A times r limited to r <= 1 + clip_high where A > 0, and to 1 - clip_low <= r <= dual_clip where A < 0.
+    A token beyond its limit has no gradient; one exactly on it has.
 
     Source: PPO (Schulman et al., 2017, eq. 7); clip-higher: DAPO (arXiv 2503.14476, eq. 10); dual
     clip: Ye et al. (2020, eq. 5).
 
     Args:
-        weight_BGC: h, differentiable, 0 or more.
+        ratio_BGC: r, or the weight h with two policies; frozen, more than 0.
         advantage_BGC: A, no gradient, zero at tokens that do not count.
         clip_low: in (0, 1); None for no limit below.
         clip_high: more than 0; None for no limit above.
         dual_clip: c, more than 1; None for no limit above where A < 0.
 
     Returns:
-        The surrogate, and True where its gradient is gone.
+        The limited ratio, and True where a limit changed it.
     """
     # The minimum in the formula binds on one side only, and which one it is depends on the sign of A.
-    highest_BGC = jnp.full(weight_BGC.shape, jnp.inf)
+    highest_BGC = jnp.full(ratio_BGC.shape, jnp.inf)
     if clip_high is not None:
         highest_BGC = jnp.where(advantage_BGC > 0, 1 + clip_high, highest_BGC)
     if dual_clip is not None:
         highest_BGC = jnp.where(advantage_BGC < 0, dual_clip, highest_BGC)
-    lowest_BGC = jnp.zeros(weight_BGC.shape)
+    lowest_BGC = jnp.zeros(ratio_BGC.shape)
     if clip_low is not None:
-        # A weight of 0 was dropped as an outlier. Lifted to 1 - clip_low, it would count after all.
-        lowest_BGC = jnp.where((advantage_BGC < 0) & (weight_BGC > 0), 1 - clip_low, lowest_BGC)
-    clipped_BGC = (weight_BGC < lowest_BGC) | (weight_BGC > highest_BGC)
-    # A bound has no gradient of its own, so the value of a clipped token stays in the loss and its gradient goes.
-    limited_BGC = jax.lax.stop_gradient(jnp.clip(weight_BGC, lowest_BGC, highest_BGC))
-    return jnp.where(clipped_BGC, limited_BGC, weight_BGC) * advantage_BGC, clipped_BGC
+        lowest_BGC = jnp.where(advantage_BGC < 0, 1 - clip_low, lowest_BGC)
+    clipped_BGC = (ratio_BGC < lowest_BGC) | (ratio_BGC > highest_BGC)
+    return jnp.clip(ratio_BGC, lowest_BGC, highest_BGC), clipped_BGC
 
 
 def normalization_shares(
@@ -347,8 +434,14 @@ def _check_inputs(
             )
         if batch.full_share_B is None:
             raise ValueError("bias_mitigation 'mixture' needs batch.full_share_B: the full model's probability")
-    if batch.behavior_logprob_BGC is None and config.bias_mitigation in ("base", "retrace"):
-        raise ValueError(f"bias_mitigation '{config.bias_mitigation}' needs batch.behavior_logprob_BGC")
+    reads_behavior = config.bias_mitigation in ("base", "retrace", "interpolated") or config.reject_by
+    if batch.behavior_logprob_BGC is None and reads_behavior:
+        name = "reject_by" if config.reject_by else "bias_mitigation"
+        raise ValueError(f"{name} '{getattr(config, name)}' needs batch.behavior_logprob_BGC")
+    if config.bias_mitigation == "interpolated" and batch.mix_share_B is None:
+        raise ValueError("bias_mitigation 'interpolated' needs batch.mix_share_B: the share of the weight")
+    if config.obrs_lambda is not None and batch.acceptance_draw_BGC is None:
+        raise ValueError("obrs_lambda is set: pass batch.acceptance_draw_BGC, uniform draws in [0, 1)")
     if config.reference_kl is not None and batch.reference_logprob_BGC is None:
         raise ValueError(f"reference_kl '{config.reference_kl}' needs batch.reference_logprob_BGC")
     if config.entropy_coefficient and entropy_BGC is None:

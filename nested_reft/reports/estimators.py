@@ -18,8 +18,9 @@ from nested_reft.reports.tables import table
 Result = dict[str, Any]  # `EstimatorReport.to_json`
 ZERO_BIAS = 1e-5  # what float32 leaves of no bias
 # Completions that only nested rollouts give are compared; a mixture or full rollouts cost more to sample.
-COMPARED = ("nested",)
+COMPARED = ("nested", "nested, accepted at random")
 NUMBERS_OF_GROUPS = (16, 128, 1024)
+SHOWN_OF_EACH = 5
 MOST_SHOWN = 20.0  # noise where the figure ends; what is noisier stands on its edge
 TICKS = (2, 3, 5, 10, 20)
 
@@ -44,8 +45,8 @@ def estimator_tables(results: Sequence[Result]) -> str:
     if len(names) > 1:
         parts += [
             "In every scenario: direction bias / noise\n\n" + _all_scenarios_table(scenarios),
-            "Of nested rollouts, the least error sqrt(direction bias^2 + noise^2 / groups)\n\n"
-            + _best_table(scenarios),
+            "Nested rollouts of least error sqrt(direction bias^2 + noise^2 / groups)\n\n" + _best_table(scenarios),
+            "Over all scenarios, the error as a multiple of the least one: mean, worst\n\n" + _regret_table(results),
         ]
     return "\n\n".join(parts)
 
@@ -73,6 +74,24 @@ def best(results: Sequence[Result], groups: int) -> Result:
         groups: that an update averages over.
     """
     return min(_comparable(results), key=lambda result: _error(result, groups))
+
+
+def regrets(results: Sequence[Result], groups: int) -> dict[str, list[float]]:
+    """How far each estimator is from the best of each scenario, least worst case first: what a fixed choice costs.
+
+    Args:
+        results: of all scenarios.
+        groups: that an update averages over.
+
+    Returns:
+        For each comparable estimator, its error over the least error of each scenario.
+    """
+    found: dict[str, list[float]] = {}
+    for each in _by_scenario(results).values():
+        least = _error(best(each, groups), groups)
+        for result in _comparable(each):
+            found.setdefault(result["estimator"], []).append(_error(result, groups) / least)
+    return dict(sorted(found.items(), key=lambda item: max(item[1])))
 
 
 def draw_estimators(results: Sequence[Result], path: Path) -> None:
@@ -184,6 +203,17 @@ def _best_table(scenarios: dict[str, list[Result]]) -> str:
         cells = [f"{result['estimator']} ({error:.2f})" for result, error in zip(found, errors, strict=True)]
         rows.append([name, *cells])
     return table(header, rows, left=len(header))
+
+
+def _regret_table(results: Sequence[Result]) -> str:
+    found = [regrets(results, groups) for groups in NUMBERS_OF_GROUPS]
+    # The best for one number of groups need not be so for another, so the best few of each are shown.
+    shown = dict.fromkeys(name for regret in found for name in list(regret)[:SHOWN_OF_EACH])
+    rows = [
+        [name, *(f"{sum(regret[name]) / len(regret[name]):.2f}, {max(regret[name]):.2f}" for regret in found)]
+        for name in shown
+    ]
+    return table(["estimator", *(f"{groups} groups" for groups in NUMBERS_OF_GROUPS)], rows)
 
 
 def _grouped(header: Sequence[str], rows: Sequence[Sequence[str]], groups: Sequence[str]) -> str:

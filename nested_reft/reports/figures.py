@@ -5,6 +5,7 @@ Needs matplotlib, of the `report` extra. Figures are drawn without a display.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from nested_reft.untrusted import printable
 
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"
+BOUNDS = "bounds/"
 SPEEDS = ("tokens_per_second",)  # what compiling slows down
 # Title, unit of the axis, and the metrics that a plain figure shows.
 FIGURES = {
@@ -76,7 +78,7 @@ def write_report(run: Path) -> dict[str, Any]:
 
     Returns:
         The figures of the tables, as JSON-able values: `directory`, `steps`, `metrics` (first, last
-        and mean of each), `curriculum` (the last values of each source).
+        and mean of each), `curriculum` (the last values of each source), `bounds` (see `keeping_bounds`).
 
     Raises:
         ImportError: matplotlib is not installed; names the extra.
@@ -107,7 +109,7 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
         lines: what `read_metrics` returned.
 
     Returns:
-        `steps`, `metrics` and `curriculum`, as `write_report` returns them.
+        `steps`, `metrics`, `curriculum` and `bounds`, as `write_report` returns them.
     """
     shown = dict.fromkeys(metric for _, _, metrics in _plain_figures(lines).values() for metric in metrics)
     found = {name: series(lines, name)[1] for name in shown}
@@ -123,7 +125,27 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
             for name, value in found.items()
         },
         "curriculum": last,
+        "bounds": keeping_bounds(lines),
     }
+
+
+def keeping_bounds(lines: Sequence[Line]) -> dict[str, list[float]]:
+    """For each value of `loss.reject_by`, the bounds that keep 95 % and 99 % of a typical step's samples.
+
+    Args:
+        lines: what `read_metrics` returned.
+
+    Returns:
+        The medians over steps of the lower and upper bound for 95 %, then of both for 99 %.
+    """
+    found = {}
+    for name in dict.fromkeys(name for line in lines for name in line if name.startswith(BOUNDS)):
+        rows = [line[name] for line in lines if name in line]
+        # A step that was not finite has logged null for a bound.
+        rows = [row for row in rows if isinstance(row, list) and len(row) == 4 and all(map(_is_finite, row))]
+        if rows:
+            found[name.removeprefix(BOUNDS)] = [statistics.median(column) for column in zip(*rows, strict=True)]
+    return found
 
 
 def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int | None = 5) -> str:
@@ -148,6 +170,12 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
             for name, values in result["curriculum"].items()
         ]
         parts.append(table(["source, last values", *PANELS.values()], rows))
+    if result["bounds"]:
+        rows = [
+            [_one_line(name), *(f"{low:.3g} to {high:.3g}" for low, high in (bounds[:2], bounds[2:]))]
+            for name, bounds in result["bounds"].items()
+        ]
+        parts.append(table(["loss.reject_by: bounds that keep (median of steps)", "95 %", "99 %"], rows))
     words = audit(lines)
     if words:
         parts.append("\n".join(words if audit_lines is None else words[-audit_lines:]))
@@ -183,9 +211,13 @@ def series(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
         (line["step"], float(line[name]))
         for line in lines
         # A step without the metric, or with NaN, leaves a gap instead of a point.
-        if isinstance(line.get(name), int | float) and abs(line[name]) <= sys.float_info.max
+        if _is_finite(line.get(name))
     ]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def curriculum_sources(lines: Sequence[Line]) -> list[str]:

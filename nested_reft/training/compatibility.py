@@ -76,6 +76,22 @@ def exact_rollouts_need_no_control(config: Config) -> None:
         )
 
 
+def mix_has_one_source(config: Config) -> None:
+    """The share of an interpolated weight is a constant or held by a budget, and nothing else has a share."""
+    loss, ess = config.loss, config.mix_control.ess
+    is_mixed = isinstance(loss, PolicyGradientConfig) and loss.bias_mitigation == "interpolated"
+    share = loss.mix_share if isinstance(loss, PolicyGradientConfig) else None
+    if is_mixed and (share is None) == (ess is None):
+        raise ValueError(
+            f"loss.mix_share is {share} and mix_control.ess {ess}; bias_mitigation 'interpolated' needs one of them: a"
+            " constant share, or the smallest effective sample size that the share may leave"
+        )
+    if not is_mixed and ess is not None:
+        raise ValueError(
+            f"mix_control.ess is {ess}, but only loss.bias_mitigation 'interpolated' has a share to choose"
+        )
+
+
 def remeasuring_fits_the_batch(config: Config) -> None:
     """Layers are measured on the step's own rollouts."""
     nesting = config.nesting
@@ -127,6 +143,11 @@ def ratios_need_full_support(config: Config) -> None:
         return
     how = f"rollout.sampling truncates (top_k {sampling.top_k}, top_p {sampling.top_p:g})"
     # `practical` compares two full distributions, and `one` none, so truncation does not distort their weights.
+    if isinstance(loss, PolicyGradientConfig) and loss.reject_by is not None:
+        raise ValueError(
+            f"{how}, but loss.reject_by is '{loss.reject_by}': what it judges would be the mass that is kept as well as"
+            " the mismatch. Set top_k 0 and top_p 1, or use no reject_by"
+        )
     if isinstance(loss, PolicyGradientConfig) and loss.bias_mitigation not in ("one", "practical"):
         raise ValueError(
             f"{how}, but loss.bias_mitigation '{loss.bias_mitigation}' compares with the distribution that was drawn"
@@ -170,6 +191,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     overlong_cache_fits_completions,
     mixture_weights_need_a_mixture,
     exact_rollouts_need_no_control,
+    mix_has_one_source,
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     dynamic_sampling_needs_a_group,

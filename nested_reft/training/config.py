@@ -20,6 +20,7 @@ from nested_reft.json_files import differences
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.literals import check_whole
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
+from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import known_models
 from nested_reft.models.source import ModelSource
@@ -49,7 +50,8 @@ class TrainConfig:
         seed: decides everything random in the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest ones kept; with 2, a run goes on even if the newest one is damaged.
-        ess_warning: effective sample size, as a share, under which a step logs a warning and a remedy.
+        ess_warning: effective sample size, or share of tokens that a mask keeps, under which a step logs a warning and
+            a remedy.
     """
 
     steps: int
@@ -91,6 +93,7 @@ class Config:
     evaluation: EvaluationConfig
     curriculum: CurriculumConfig
     nesting_control: NestingControlConfig = field(default_factory=NestingControlConfig)
+    mix_control: MixControlConfig = field(default_factory=MixControlConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

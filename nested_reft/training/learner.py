@@ -37,16 +37,18 @@ class Update:
     """What the updates on one batch did, as numbers on the host.
 
     How far off-policy the rollouts were is read off the first pass: from the second on, the optimizer
-    has moved the target itself. Everything else is of the last pass.
+    has moved the target itself. So are the bounds. Everything else is of the last pass.
 
     Attributes:
-        empty: no token counted, so nothing changed; the numbers below are zero.
+        empty: nothing changed, because no token counted, which makes the numbers below zero, or because a mask rejected
+            all tokens in every pass.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
         health: how far off-policy the rollouts were; None for demonstrations or an empty batch.
         entropy: mean entropy of the next-token distributions, in nats; None where health is.
         weight_BGC: the weight of each token's gradient.
+        bounds: of masks that would keep most of the rollouts, as `keeping_bounds` says; empty where health is None.
     """
 
     empty: bool
@@ -56,6 +58,7 @@ class Update:
     health: Health | None
     entropy: float | None
     weight_BGC: Float[np.ndarray, "B G C"]
+    bounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Learner:
         """
         model = self.base.with_parameters(self.state.trainable)
         batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
-        self._take_bridges(fit_bridges(model, batches, config.ridge, plan))
+        self._take_bridges(fit_bridges(model, batches, config.ridge, plan, self.task.shared_prefix))
 
     def distil_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plans: Sequence[LayerPlan]) -> None:
         """Improves the bridges by steps of distillation, one for each plan.
@@ -223,11 +226,13 @@ class Learner:
                 self._rounded = rounded
             return self._as_policy(rounded, version=self.version)
 
-    def batch(self, groups: Scored) -> LearnerBatch:
+    def batch(self, groups: Scored, acceptance: jax.Array | None = None, mix_share: float = 0.0) -> LearnerBatch:
         """The signal of each completion, and only the log-probabilities that the objective needs.
 
         Args:
             groups: B scored groups, on the host, perhaps of several policies.
+            acceptance: key of the draws by which samples are accepted, where the objective rejects at random.
+            mix_share: the share of the importance weight, in [0, 1], where the objective mixes.
 
         Returns:
             What `update` takes, on the mesh.
@@ -254,6 +259,8 @@ class Learner:
             signal_BG=objective.signal(groups),
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size] if self.needs.off_policy else None,
             full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
+            acceptance_draw_BGC=self._draw(acceptance, rollouts.tokens_BGC.shape, size),
+            mix_share_B=jnp.full(len(groups), mix_share) if self.needs.mix_share else None,
         )
         # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
         arrays = shard_batch(arrays, self.mesh)
@@ -270,8 +277,17 @@ class Learner:
             nested = replicate(LayerPlan.of_parts(np.asarray(rollouts.part_BL[0])), self.mesh)
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
+    def _draw(self, key: jax.Array | None, shape: tuple[int, ...], size: int) -> Float[Array, "B G C"] | None:
+        """The numbers by which tokens are accepted, where the objective asks for them."""
+        if not self.needs.acceptance_draw:
+            return None
+        assert key is not None, "the objective rejects at random, and no key was given"
+        # Drawn for the longest completion that there can be, so that the draws do not depend on the cut.
+        return jax.random.uniform(key, shape)[..., :size]
+
     def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum.
+        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum; nor does a
+        pass in which a mask rejects all tokens.
 
         Args:
             batch: what `batch` made of some groups, or demonstrations.
@@ -292,13 +308,14 @@ class Learner:
             passes.append(jax.device_get(result))
         first, last = passes[0], passes[-1]
         return Update(
-            empty=False,
+            empty=all(bool(result.rejected) for result in passes),
             loss=float(last.loss),
             gradient_norm=float(last.gradient_norm),
             parts={name: float(value) for name, value in last.parts.items()},
             health=first.health,
             entropy=None if first.entropy is None else float(first.entropy),
             weight_BGC=last.weight_BGC,
+            bounds={name: [float(bound) for bound in bounds] for name, bounds in (first.bounds or {}).items()},
         )
 
     def _own_state(self) -> TrainState:

@@ -16,10 +16,11 @@ from nested_reft.training.config import Config
 def with_dapo(config: Config, cache_tokens: int, max_generation_batches: int = 10) -> Config:
     """DAPO (arXiv 2503.14476): clip-higher, token-level loss, dynamic sampling, soft overlong punishment.
 
-    The ratio is to whatever policy sampled (`base`). With nested rollouts the clip therefore acts on their
-    correction as well: a right token that the nested policy underrates by more than 1.28 has no gradient in
-    the first pass already. The dual clip of the recipe (10) bounds the other side. The paper stops a run at
-    the limit of generation batches; here it trains on what there is.
+    The clips, 10 on the other side as in the recipe, bound what the optimizer does to pi / pi_old, as in the paper,
+    where pi_old itself samples. Clips of pi / pi_b would take the gradient of every right token that the nested policy
+    underrates by more than 1.28, in the first pass already. The nesting is corrected beside them, by ratios of tokens
+    truncated at 2 (`token_tis`): nothing else would bound these. With one update per batch the clips have nothing to
+    do. The paper stops a run at the limit of generation batches; here it trains on what there is.
 
     Args:
         config: what to change; its learning rate and sizes stay.
@@ -28,7 +29,7 @@ def with_dapo(config: Config, cache_tokens: int, max_generation_batches: int = 1
     """
     return dataclasses.replace(
         config,
-        loss=presets.dapo("base", dual_clip=10.0),
+        loss=presets.token_tis(presets.dapo("base", dual_clip=10.0)),
         dynamic_sampling=DynamicSamplingConfig(max_generation_batches),
         reward=dataclasses.replace(config.reward, overlong_cache_tokens=cache_tokens),
     )

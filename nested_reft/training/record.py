@@ -19,6 +19,9 @@ from nested_reft.curriculum import CurriculumState
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import Evaluation
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
+from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.registry import ObjectiveConfig
+from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, unmet_budget
 from nested_reft.plan_price import Price
 from nested_reft.rewards.reward import component_metrics
@@ -36,7 +39,8 @@ class Metric:
     """One entry of the metric reference.
 
     Attributes:
-        name: as in `metrics.jsonl`; `{source}` and `{part}` stand for a name of the run's own.
+        name: as in `metrics.jsonl`; `{source}` and `{part}` stand for a name of the run's own, `{reject_by}` for one of
+            the ways to judge samples.
         unit: of its values; empty for counts and words.
         meaning: in words.
     """
@@ -77,15 +81,19 @@ METRICS = (
     Metric("plan_price", "share", "least time of the plan's decode step over the full model's, by published rates"),
     Metric("draft_length", "tokens", "tokens drafted before each verification (exact rollouts)"),
     Metric("draft_acceptance", "share", "share of tested draft tokens that the full model kept"),
-    Metric("empty", "", "true where no token counted, so that nothing changed"),
+    Metric("empty", "", "true where no token counted or all were rejected, so that nothing changed"),
     Metric("loss", "", "what was minimised, in the last pass over the batch"),
     Metric("policy_loss", "", "its policy-gradient part"),
     Metric("cross_entropy", "nats/token", "of the demonstrations (supervised objective)"),
     Metric("gradient_norm", "", "global norm of the gradient, before clipping"),
     Metric("clipped_share", "share", "tokens that a clip left without gradient"),
-    Metric("limited_share", "share", "tokens whose weight was truncated or dropped"),
-    Metric("weight_mean", "", "mean importance weight of the loss"),
-    Metric("ess_weight", "share", "effective sample size of the loss's weights"),
+    Metric("limited_share", "share", "tokens whose weight was truncated"),
+    Metric("weight_mean", "", "mean importance weight of the loss; rejected tokens have 0"),
+    Metric("ess_weight", "share", "effective sample size of the loss's weights; rejected tokens have 0"),
+    Metric("accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"),
+    Metric("accepted_completions", "share", "completions of which any token was kept"),
+    Metric("kept_weight_mean", "", "mean importance weight of the tokens that were kept"),
+    Metric("ess_kept", "share", "effective sample size of the weights of those tokens"),
     Metric("ess_token", "share", "effective sample size of the ratios pi / pi_b of tokens, in the first pass"),
     Metric("ess_sequence", "share", "the same of whole completions"),
     Metric("ratio_mean", "", "mean of pi / pi_b; 1 in expectation"),
@@ -96,12 +104,15 @@ METRICS = (
     Metric("ratio_quantile_95", "", "95 % quantile of pi / pi_b"),
     Metric("ratio_tail", "share", "tokens whose pi / pi_b lies outside [1/2, 2]"),
     Metric("kl_behavior_target", "nats/token", "estimate of KL(pi_b || pi) per sampled token"),
+    Metric("bounds/{reject_by}", "", "loss.reject_below and reject_above that keep 95 %, then those that keep 99 %"),
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
-    Metric("warning", "", "in words, that the step was too far off-policy or no plan meets the budget, with a remedy"),
+    Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
     Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
+    Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
+    Metric("mix_reason", "", "in words, why"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
     Metric("remeasure_seconds", "seconds", "time that it took"),
     Metric("bridge_tokens", "tokens", "completion tokens that the bridges were fitted on, in steps that fit them"),
@@ -131,6 +142,7 @@ class StepRecord:
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
+        mix: how much of the importance weight the next batch uses, and why.
         renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
@@ -146,6 +158,7 @@ class StepRecord:
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
     nesting: NestingControlState
+    mix: MixControlState
     renewed: Renewed
     seconds: float
     compilations: int
@@ -184,20 +197,41 @@ class StepRecord:
         return float((rollouts.length_BG - rollouts.forced_BG).sum() / self.rollout_seconds)
 
     def warnings(self, config: Config) -> dict[str, str]:
-        """What the user should know, in words, by kind: that the step was too far off-policy, or no plan near enough.
+        """What the user should know, in words, by kind: that the step was too far off-policy, no plan near enough, or
+        most of it rejected.
 
         Args:
             config: of the run.
         """
         if self.update.health is None:
             return {}
+        parts, threshold = self.update.parts, config.train.ess_warning
+        # What a mask rejects is no matter of the weights, and it has a warning of its own.
+        size = None if self.update.empty else parts.get("ess_kept", parts.get("ess_weight"))
         found = {
-            "off_policy": health_warning(
-                self.update.health, self.update.parts.get("ess_weight"), config.train.ess_warning
-            ),
+            "off_policy": health_warning(self.update.health, size, threshold),
             "budget": unmet_budget(self.nesting, config.nesting_control),
+            "rejected": self._few_accepted(config.loss, threshold),
         }
         return {kind: warning for kind, warning in found.items() if warning is not None}
+
+    def _few_accepted(self, loss: ObjectiveConfig, threshold: float) -> str | None:
+        """That a mask or a budget kept few tokens or none, and what would keep most."""
+        if not isinstance(loss, PolicyGradientConfig) or not loss.may_reject:
+            return None
+        share = self.update.parts["accepted_tokens"]
+        # An update of several passes may be left out in the last of them alone.
+        if share >= threshold and not self.update.empty:
+            return None
+        did = "rejected every token, so nothing changed" if self.update.empty else f"kept {share:.1%} of the tokens"
+        if loss.reject_by is None:
+            return f"loss.obrs_lambda {loss.obrs_lambda} {did}. Lower it, or lower nesting.skip_ratio"
+        low, high = self.update.bounds[loss.reject_by][:2]
+        return (
+            f"loss.reject_by '{loss.reject_by}' {did}: reject_below {loss.reject_below}, reject_above"
+            f" {loss.reject_above}, but 95 % of the batch lie from {low:.3g} to {high:.3g}. Widen the bounds, or lower"
+            " nesting.skip_ratio"
+        )
 
 
 def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:
@@ -280,7 +314,8 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
     # The zeros of an empty update would look like measurements, so the line says that it was empty.
     if update.empty:
-        return found | {"empty": True}
+        found["empty"] = True
+    found |= {f"bounds/{name}": [float(f"{bound:.4g}") for bound in bounds] for name, bounds in update.bounds.items()}
     if update.health is not None:
         # The fields of `Health` are named as their metrics are.
         found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
@@ -296,6 +331,8 @@ def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
+    if record.mix.reason:
+        found |= {"next_mix_share": record.mix.share, "mix_reason": record.mix.reason}
     renewed = record.renewed
     if renewed.bridge_tokens is not None:
         found |= {"bridge_tokens": renewed.bridge_tokens, "bridge_seconds": renewed.bridge_seconds}

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.estimators.kl import self_distillation_kl
+from nested_reft.estimators.rejection import keeping_bounds
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
 from nested_reft.models.transformer import Transformer
@@ -107,20 +108,24 @@ class UpdateResult:
     """What an update found, still on the devices.
 
     Attributes:
+        rejected: whether a mask left no token any weight, so that the state did not change.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts by name, each divided by its own weight.
         health: how far off-policy the completions were; None for demonstrations.
         entropy: mean entropy of the target's next-token distributions, in nats; None for demonstrations.
         weight_BGC: the weight of each token's gradient, zero at tokens that do not count.
+        bounds: of masks that would keep most of the completions, as `keeping_bounds` says; None for demonstrations.
     """
 
+    rejected: Bool[Array, ""]
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     parts: dict[str, Float[Array, ""]]
     health: Health | None
     entropy: Float[Array, ""] | None
     weight_BGC: Float[Array, "B G C"]
+    bounds: dict[str, Float[Array, "4"]] | None
 
 
 UpdateFunction = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
@@ -185,13 +190,16 @@ def make_update(task: LearnerTask) -> UpdateFunction:
         gradient = functools.reduce(partial(jax.tree.map, jnp.add), means)
         updates, optimizer_state = task.optimizer.update(gradient, state.optimizer_state, state.trainable)
         mask_BGC = batch.mask_BGC
-        health, entropy = None, None
+        health, entropy, bounds = None, None, None
         if needs.off_policy:
             assert batch.behavior_logprob_BGC is not None
             # Health is of the whole batch: effective sample sizes of micro-batches could not be added up.
             health = off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
+            bounds = keeping_bounds(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
             entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
+        rejected = ~jnp.any(output.weight_BGC != 0) if needs.may_reject else jnp.asarray(False)
         result = UpdateResult(
+            rejected=rejected,
             loss=output.mean(),
             # The optimizer clips its own copy, so this norm still shows what would have been too large.
             gradient_norm=optax.global_norm(gradient),
@@ -199,10 +207,15 @@ def make_update(task: LearnerTask) -> UpdateFunction:
             health=health,
             entropy=entropy,
             weight_BGC=output.weight_BGC,
+            bounds=bounds,
         )
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        state = TrainState(trainable, optimizer_state, state.updates + 1)
-        return state, result
+        new = TrainState(trainable, optimizer_state, state.updates + 1)
+        if needs.may_reject:
+            # A gradient of zero would still move the parameters by the momentum of earlier updates, and penalties
+            # would pull them. Elementwise, this choice is part of the optimizer's own pass over the arrays.
+            new = jax.tree.map(lambda before, after: jnp.where(rejected, before, after), state, new)
+        return new, result
 
     # Parameters and moments are updated in place, which saves a second copy of both.
     return jax.jit(update, donate_argnums=0)

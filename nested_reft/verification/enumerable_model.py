@@ -67,9 +67,13 @@ class Completions:
     reward_XY: Float[np.ndarray, "X Y"]
 
     @classmethod
-    def of_model(cls) -> Completions:
-        """All completions that `MODEL` can give to either prompt."""
-        tokens_YC, length_Y = all_completions(MODEL.vocab_size, STOP_ID, MAX_COMPLETION_TOKENS)
+    def of_model(cls, max_tokens: int = MAX_COMPLETION_TOKENS) -> Completions:
+        """All completions that `MODEL` can give to either prompt.
+
+        Args:
+            max_tokens: C; at most 14 tokens have a position behind the prompts.
+        """
+        tokens_YC, length_Y = all_completions(MODEL.vocab_size, STOP_ID, max_tokens)
         prompt_XP = np.array([[1, 2], [2, 2]], np.int32)
         # Any rule will do that makes rewards differ between completions and between prompts.
         answer_Y = tokens_YC.sum(axis=1) % 3
@@ -133,7 +137,11 @@ def all_completions(
 class TinyModel:
     """The transformer, with its log-probabilities of all completions as compiled functions of flat parameters."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, max_tokens: int = MAX_COMPLETION_TOKENS):
+        """Args:
+        seed: of the parameters.
+        max_tokens: of a completion. Each token more doubles the number of completions.
+        """
         key, reference_key, _ = jax.random.split(jax.random.key(seed), 3)
         # Layers loud and embedding quiet enough for plans to differ by 0.05 to 0.5 nats a completion.
         parameters = {
@@ -143,10 +151,10 @@ class TinyModel:
         # Compiled functions take flat parameters, so that one gradient is one vector.
         self.graph, self.parameters = nnx.split(Transformer(MODEL, parameters))
         self.flat_M, self.unflatten = ravel_pytree(self.parameters)
-        self.completions = completions = Completions.of_model()
+        self.completions = completions = Completions.of_model(max_tokens)
         num_prompts = len(completions.prompt_XP)
         tokens_XYC = jnp.broadcast_to(completions.tokens_YC, (num_prompts, *completions.tokens_YC.shape))
-        mask_YC = valid_mask(jnp.asarray(completions.length_Y), MAX_COMPLETION_TOKENS)
+        mask_YC = valid_mask(jnp.asarray(completions.length_Y), max_tokens)
         prompt_XP = jnp.asarray(completions.prompt_XP)
         prompt_length_X = jnp.full(num_prompts, prompt_XP.shape[1], jnp.int32)
 

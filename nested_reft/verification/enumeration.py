@@ -37,6 +37,7 @@ from nested_reft.verification.enumerable_model import EnumeratedPolicies, Scenar
 from nested_reft.verification.estimator_list import ALPHA, GROUP_SIZE, Estimator, Sampling, named_estimators
 
 EXACT = 1e-5  # relative bias that float32 explains
+MOST_DRAWN = 1 - 2**-24  # the largest number below 1 in float32
 # About 0.05, 0.1 and 0.2 nats a token; the last layer is the cheapest one.
 DEPTHS: dict[str, tuple[tuple[int, ...], ...]] = {
     "the last layer": ((3,),),
@@ -136,8 +137,11 @@ def reports(
         scenarios: named in the reports.
         policies: what `enumerate_policies` returned for them.
     """
+    num_completions = policies[0].completions.reward_XY.shape[1]
+    # Each completion may come out in two ways: accepted, or rejected.
+    outcomes = num_completions * (2 if estimator.sampling == "nested, accepted at random" else 1)
     # Groups are listed once, for all scenarios, prompts and plans.
-    index_NG, orders_N = all_groups(policies[0].completions.reward_XY.shape[1], estimator.sampling)
+    index_NG, orders_N = all_groups(outcomes, estimator.sampling)
     gradients = group_gradients(estimator, policies, index_NG)
     return [
         _report(estimator, scenario, enumerated, index_NG, orders_N, *gradient)
@@ -160,6 +164,11 @@ def _report(
     mean_M, square, weight_sums = np.zeros(policies.jacobian_XRM.shape[-1]), 0.0, np.zeros(3)
     for z, nested_logprob_XYC in enumerate(policies.nested_logprob_ZXYC):
         probability_XYS = slot_probabilities(estimator.sampling, policies.old_logprob_XYC, nested_logprob_XYC)
+        if estimator.loss.obrs_lambda is not None:
+            target_over_nested_XYC = np.asarray(policies.target_logprob_XYC - nested_logprob_XYC, np.float64)
+            accepted_XY = np.minimum(1, np.exp(target_over_nested_XYC.sum(axis=-1)) / estimator.loss.obrs_lambda)
+            shares_XY1 = np.concatenate([accepted_XY, 1 - accepted_XY], axis=1)[..., None]
+            probability_XYS = np.tile(probability_XYS, (1, 2, 1)) * shares_XY1
         for x in range(num_prompts):
             # Places are drawn independently, so their probabilities multiply.
             probability_N = np.prod([probability_XYS[x, index_NG[:, s], s] for s in range(GROUP_SIZE)], axis=0)
@@ -169,7 +178,8 @@ def _report(
             coefficient_NYC = np.zeros((num_groups, num_completions, num_tokens))
             # Place by place, because one completion can stand at several places of a group.
             for s in range(GROUP_SIZE):
-                coefficient_NYC[np.arange(num_groups), index_NG[:, s]] += coefficient_ZXNGC[z, x, :, s]
+                completion_N = index_NG[:, s] % num_completions
+                coefficient_NYC[np.arange(num_groups), completion_N] += coefficient_ZXNGC[z, x, :, s]
             coefficient_NR = coefficient_NYC.reshape(num_groups, -1)
             mean_M += (probability_N @ coefficient_NR) @ policies.jacobian_XRM[x]
             # |c J|^2 = c (J J^T) c^T: with the Gram matrix no gradient of a single group is ever written out. `einsum`
@@ -204,12 +214,12 @@ def _report(
 
 
 def all_groups(num_completions: int, sampling: Sampling) -> tuple[Int[np.ndarray, "N G"], Int[np.ndarray, " N"]]:
-    """Every group as completion indices, and in how many orders it can be drawn.
+    """Every group as indices of outcomes, and in how many orders it can be drawn.
 
     Where all places of a group are drawn alike, one order stands for all; otherwise each is listed.
 
     Args:
-        num_completions: Y.
+        num_completions: Y, or 2 Y where a completion may be accepted (index y) or rejected (Y + y).
         sampling: decides whether the places of a group are alike.
     """
     if sampling == "mixture with fixed counts":
@@ -244,6 +254,7 @@ def slot_probabilities(
     mixture_XY = ALPHA * full_XY + (1 - ALPHA) * nested_XY
     slots = {
         "nested": [nested_XY] * GROUP_SIZE,
+        "nested, accepted at random": [nested_XY] * GROUP_SIZE,
         "full": [full_XY] * GROUP_SIZE,
         "mixture": [mixture_XY] * GROUP_SIZE,
         "mixture with fixed counts": [full_XY] + [nested_XY] * (GROUP_SIZE - 1),
@@ -265,15 +276,17 @@ def group_gradients(
         For each scenario, the estimates under each of its plans, and the sums over each group's tokens of 1, h and h^2.
     """
     pairs = [(enumerated, z) for enumerated in policies for z in range(len(enumerated.nested_logprob_ZXYC))]
-    num_prompts = len(policies[0].completions.prompt_XP)
+    num_prompts, num_completions = policies[0].completions.reward_XY.shape
+    # Beyond the completions, the outcomes begin again, rejected.
+    completion_NG, rejected_NG = index_NG % num_completions, index_NG >= num_completions
 
     def rows(of_plan: Callable[[EnumeratedPolicies, int], Any]) -> Array:
         """The values `[X, Y, ...]` of each scenario and plan, with a row for each of these, prompt and group."""
-        values_KXNG = np.stack([np.asarray(of_plan(*pair))[:, index_NG] for pair in pairs])
+        values_KXNG = np.stack([np.asarray(of_plan(*pair))[:, completion_NG] for pair in pairs])
         return jnp.asarray(values_KXNG.reshape(-1, *values_KXNG.shape[3:]))
 
     # One call for all scenarios, operation by operation: compiling each loss would take longer than running it.
-    gradient_RGC, weights_R3 = _gradients_of_rows(
+    gradient_RGC, weights_R3 = gradients_of_rows(
         estimator.loss,
         rows(lambda p, z: np.broadcast_to(p.completions.length_Y, p.completions.reward_XY.shape)),
         rows(lambda p, z: p.completions.reward_XY),
@@ -283,6 +296,8 @@ def group_gradients(
         rows(lambda p, z: p.nested_logprob_ZXYC[z]),
         # The loss is told the policy that drew; for a mixture it reads both components instead.
         rows(lambda p, z: p.old_logprob_XYC if estimator.sampling == "full" else p.nested_logprob_ZXYC[z]),
+        # The lowest draw accepts always, and the highest wherever acceptance is not certain.
+        jnp.asarray(np.tile(rejected_NG * MOST_DRAWN, (len(pairs) * num_prompts, 1)).astype(np.float32)),
     )
     shape = (len(pairs), num_prompts, len(index_NG))
     coefficient_KXNGC = np.asarray(gradient_RGC, np.float64).reshape(*shape, *gradient_RGC.shape[1:])
@@ -291,7 +306,7 @@ def group_gradients(
     return list(zip(np.split(coefficient_KXNGC, ends), np.split(weights_KXN3, ends), strict=True))
 
 
-def _gradients_of_rows(
+def gradients_of_rows(
     loss: PolicyGradientConfig,
     length_RG: Int[Array, "R G"],
     reward_RG: Float[Array, "R G"],
@@ -300,8 +315,16 @@ def _gradients_of_rows(
     reference_RGC: Float[Array, "R G C"],
     nested_RGC: Float[Array, "R G C"],
     behavior_RGC: Float[Array, "R G C"],
+    draw_RG: Float[Array, "R G"],
 ) -> tuple[Float[Array, "R G C"], Float[Array, "R 3"]]:
-    """For each group by itself, minus the gradient of its loss, and the sums behind its weights."""
+    """For each group by itself, minus the gradient of its loss, and the sums behind its weights.
+
+    Args:
+        loss: the production configuration.
+        length_RG, reward_RG: of R groups of G completions.
+        target_RGC, old_RGC, reference_RGC, nested_RGC, behavior_RGC: log-probabilities under each policy.
+        draw_RG: by which completions are accepted, where the loss rejects at random.
+    """
     num_groups = len(length_RG)
     groups = TrainBatch(
         # The loss reads log-probabilities and lengths; prompts and tokens only have to have the right shapes.
@@ -317,6 +340,8 @@ def _gradients_of_rows(
         old_logprob_BGC=old_RGC,
         reference_logprob_BGC=reference_RGC,
         nested_logprob_BGC=nested_RGC,
+        acceptance_draw_BGC=jnp.broadcast_to(draw_RG[..., None], target_RGC.shape),
+        mix_share_B=jnp.full(num_groups, 0.0 if loss.mix_share is None else loss.mix_share),
     )
 
     def of_group(target_GC: Array, group: TrainBatch) -> tuple[Array, Array]:

@@ -20,9 +20,16 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {},
     {"retrace_lambda": 0.9},
     {"truncate_at": 2.0},
-    {"drop_below": 0.5},
-    {"drop_above": 2.0},
+    {"reject_by": "token_ratio", "reject_below": 0.5},
+    {"reject_by": "sequence_ratio", "reject_above": 2.0},
+    {"reject_by": "geometric_mean", "reject_above": 1.2},
+    {"reject_by": "sequence_k3", "reject_above": 0.1},
+    {"obrs_lambda": 2.0},
+    {"mix_share": 0.5},
     {"self_normalized": True},
+    {"clip_policies": "three"},
+    {"clip_policies": "three", "clip_level": "sequence"},
+    {"clip_policies": "three", "clip_level": "sequence", "clip_high": 0.2},
     {"clip_low": 0.2},
     {"clip_high": 0.2},
     {"dual_clip": 3.0},
@@ -32,7 +39,7 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {"entropy_coefficient": BETA},
     {"self_distillation_coefficient": BETA},
 )
-Sampling = Literal["nested", "full", "mixture", "mixture with fixed counts"]
+Sampling = Literal["nested", "nested, accepted at random", "full", "mixture", "mixture with fixed counts"]
 Group = Literal["exact", "weights", "masks", "clips", "mixes", "divisors and penalties", "presets"]
 
 
@@ -44,9 +51,10 @@ class Estimator:
         group: what the estimator is an example of.
         name: as the table shows it.
         loss: the production configuration.
-        sampling: `nested` draws all from the nested model and `full` all from the full one at rollout
-            time; `mixture` draws each from the full model with probability 1/3, independently;
-            `mixture with fixed counts` draws one of three from it, always.
+        sampling: `nested` draws all from the nested model and `full` all from the full one at rollout time;
+            `nested, accepted at random` also draws which completions budgeted rejection accepts. `mixture` draws each
+            from the full model with probability 1/3, independently; `mixture with fixed counts` draws one of three
+            from it, always.
     """
 
     group: Group
@@ -70,6 +78,7 @@ def named_estimators() -> list[Estimator]:
     # This one is unbiased; each of the others changes something about it.
     exact = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
     mixture = dataclasses.replace(exact, bias_mitigation="mixture")
+    interpolated = dataclasses.replace(exact, bias_mitigation="interpolated", mix_share=0.0)
 
     def vary(
         group: Group, name: str, loss: PolicyGradientConfig = exact, sampling: Sampling = "nested", **changes: Any
@@ -78,6 +87,15 @@ def named_estimators() -> list[Estimator]:
 
     divisors: Group = "divisors and penalties"
     fixed: Sampling = "mixture with fixed counts"
+    random: Sampling = "nested, accepted at random"
+    # Bounds that act on ratios of three tokens.
+    weights: dict[str, dict[str, Any]] = {"one": {"bias_mitigation": "one", "level": "token"}, "base, sequence": {}}
+    masks: dict[str, dict[str, Any]] = {
+        "sequence ratio in [0.5, 2]": {"reject_by": "sequence_ratio", "reject_below": 0.5, "reject_above": 2.0},
+        "geometric mean in [0.7, 1.2]": {"reject_by": "geometric_mean", "reject_below": 0.7, "reject_above": 1.2},
+        "k3 below 0.1": {"reject_by": "sequence_k3", "reject_above": 0.1},
+    }
+    three: dict[str, Any] = {"clip_policies": "three", "clip_low": 0.2, "clip_high": 0.2}
     chosen = [
         vary("exact", "base, sequence, leave-one-out"),
         vary("exact", "base, sequence, no baseline", advantage="no_baseline"),
@@ -110,9 +128,29 @@ def named_estimators() -> list[Estimator]:
             "weights", "base, sequence, truncated at 2, weighted", truncate_at=2.0, advantage="weighted_leave_one_out"
         ),
         vary("weights", "base, sequence, self-normalised", self_normalized=True),
-        vary("masks", "base, sequence, dropped outside [0.5, 2]", drop_below=0.5, drop_above=2.0),
+        *(
+            vary("masks", f"base, sequence, budgeted rejection, lambda {bound:g}", sampling=random, obrs_lambda=bound)
+            for bound in (0.5, 1.0, 2.0)
+        ),
+        *(
+            vary("mixes", f"{level}, {share:.0%} of the weight", interpolated, level=level, mix_share=share)
+            for level in ("token", "sequence")
+            for share in (0.25, 0.5, 0.75)
+        ),
+        *(
+            vary("masks", f"{weight}, {name}", **changes, **mask)
+            for weight, changes in weights.items()
+            for name, mask in masks.items()
+        ),
         vary("clips", "base, token, clipped 0.2", level="token", clip_low=0.2, clip_high=0.2),
         vary("clips", "base, sequence, clipped 0.2", clip_low=0.2, clip_high=0.2),
+        vary("clips", "base, token, clipped 0.2, three policies", level="token", **three),
+        vary(
+            "clips", "base, token, truncated at 2, clipped 0.2, three policies", level="token", truncate_at=2.0, **three
+        ),
+        vary("clips", "base, sequence, clipped 0.2, three policies", **three),
+        vary("clips", "base, sequence, truncated at 2, clipped 0.2, three policies", truncate_at=2.0, **three),
+        vary("clips", "one, clipped 0.2, three policies", bias_mitigation="one", level="token", **three),
         vary(divisors, "base, sequence, group std", advantage="group_std"),
         vary(divisors, "base, sequence, token mean", normalization="token_mean", fixed_length_tokens=None),
         vary(divisors, "base, sequence, sequence mean", normalization="sequence_mean", fixed_length_tokens=None),
@@ -124,6 +162,7 @@ def named_estimators() -> list[Estimator]:
         Estimator("presets", "DAPO", presets.dapo("base")),
         Estimator("presets", "GSPO", presets.gspo("base")),
         Estimator("presets", "CISPO, 1 + epsilon 2", presets.cispo("base", truncate_at=2.0)),
+        *(Estimator("presets", name, correction(exact)) for name, correction in presets.CORRECTIONS.items()),
     ]
     listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
     return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]
@@ -150,6 +189,8 @@ def fitting_sampling(loss: PolicyGradientConfig) -> Sampling:
     Args:
         loss: whose weight decides.
     """
+    if loss.obrs_lambda is not None:
+        return "nested, accepted at random"
     return "mixture" if loss.bias_mitigation == "mixture" else "nested"
 
 
@@ -177,7 +218,7 @@ def _name(loss: PolicyGradientConfig) -> str:
     changed = {f.name: getattr(loss, f.name) for f in optional if getattr(loss, f.name) != f.default}
     # A length and a coefficient are numbers of a part that has its own name here.
     parts = [
-        str(value) if isinstance(value, str) else f"{name} {value}"
+        str(value) if name == "reference_kl" else f"{name} {value}"
         for name, value in changed.items()
         if not name.endswith(("_tokens", "kl_coefficient"))
     ]

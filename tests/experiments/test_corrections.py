@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from experiments import corrections
-from experiments.corrections import BASELINE, CORRECTIONS, TASKS, corrected_config, main, mean_gain, summarise, tables
+from experiments.corrections import (
+    BASELINE,
+    CORRECTIONS,
+    MIXED,
+    TASKS,
+    corrected_config,
+    main,
+    mean_gain,
+    summarise,
+    tables,
+)
 from nested_reft.training.warm_start import WarmStartConfig
 
 
@@ -46,7 +56,7 @@ def test_corrections_differ_in_the_loss_only(name):
     assert plain["train"]["seed"] == 3 and plain["warm_start"]["steps"] == 0
     assert plain["loss"]["bias_mitigation"] == "one"
     for other in others:
-        assert {part for part in plain if plain[part] != other[part]} == {"name", "loss"}
+        assert {part for part in plain if plain[part] != other[part]} - {"mix_control"} == {"name", "loss"}
     losses = [json.dumps(config["loss"]) for config in (plain, *others)]
     assert len(set(losses)) == len(losses)
     larger = corrected_config(task, "large", BASELINE, 3).to_json()
@@ -59,37 +69,26 @@ def test_the_baseline_is_asked_for(capsys):
 
 
 @pytest.mark.slow
-def test_two_corrections_from_one_start(tmp_path, monkeypatch, capsys):
+def test_corrections_from_one_start(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
     monkeypatch.setitem(TASKS, "tiny", quick_task)
-    arguments = [
-        "tiny",
-        "--corrections",
-        BASELINE,
-        "sequence TIS",
-        "--mismatch",
-        "small",
-        "--seeds",
-        "1",
-        "--steps",
-        "2",
-    ]
+    chosen = [BASELINE, "sequence TIS", "budgeted rejection", MIXED]
+    arguments = ["tiny", "--corrections", *chosen, "--mismatch", "small", "--seeds", "1", "--steps", "2"]
     arguments += ["--out", str(tmp_path), "--json", str(tmp_path / "summary.json")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.count("warm start, seed 1") == 1 and printed.count("seed 1: mean gain") == 2
+    assert printed.count("warm start, seed 1") == 1 and printed.count("seed 1: mean gain") == 4
     kept = [json.loads(file.read_text()) for file in sorted((tmp_path / "tiny").glob("small-*-seed1.json"))]
-    # Both draw the same completions at first, and learn differently from them.
-    assert kept[0]["evaluations"]["accuracy"][0] == kept[1]["evaluations"]["accuracy"][0]
-    assert kept[0]["steps"]["tokens"][0] == kept[1]["steps"]["tokens"][0]
-    assert 0 < kept[0]["steps"]["ess_token"][0] < 1
+    # All draw the same completions at first, and learn differently from them.
+    assert len(kept) == 4 and 0 < kept[0]["steps"]["ess_token"][0] < 1
+    for one in kept[1:]:
+        assert one["evaluations"]["accuracy"][0] == kept[0]["evaluations"]["accuracy"][0]
+        assert one["steps"]["tokens"][0] == kept[0]["steps"]["tokens"][0]
     # Repeated, the command computes nothing again.
     assert main(arguments) == 0
     assert "seed 1: mean gain" not in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "summary.json").read_text())["mismatches"]["small"]) == [
-        BASELINE,
-        "sequence TIS",
-    ]
+    found = json.loads((tmp_path / "summary.json").read_text())["mismatches"]
+    assert list(found["small"]) == chosen
     assert (tmp_path / "tiny.png").stat().st_size > 0
 
 

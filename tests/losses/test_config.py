@@ -15,6 +15,9 @@ TOKEN = dataclasses.replace(EXACT, level="token")
 MIXTURE = dataclasses.replace(EXACT, bias_mitigation="mixture")
 ONE = dataclasses.replace(TOKEN, bias_mitigation="one")
 RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
+MASK = {"reject_by": "token_ratio", "reject_above": 2.0}
+K3 = {"reject_by": "sequence_k3", "reject_above": 0.1}
+GEOMETRIC_CLIP = {"clip_policies": "three", "clip_level": "geometric"}
 
 
 @pytest.mark.parametrize(
@@ -26,8 +29,10 @@ RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
         (TOKEN, {"fixed_length_tokens": 0}, "fixed_length_tokens is 0; allowed is 1 or more"),
         (TOKEN, {"truncate_at": 0.5}, "truncate_at is 0.5; allowed is 1 or more"),
         (TOKEN, {"truncate_at": float("inf")}, "truncate_at is inf"),
-        (TOKEN, {"drop_below": 1.0}, "drop_below is 1.0; allowed is 0 < drop_below < 1"),
-        (TOKEN, {"drop_above": 1.0}, "drop_above is 1.0; allowed is more than 1"),
+        (TOKEN, MASK | {"reject_below": 1.0}, "reject_below is 1.0; allowed is 2.1e-9 < reject_below < 1"),
+        (TOKEN, MASK | {"reject_above": 1.0}, "reject_above is 1.0; allowed is more than 1"),
+        (TOKEN, MASK | {"reject_above": 1e9}, "reject_above is 1000000000.0; allowed is more than 1, below 4.8e8"),
+        (TOKEN, K3 | {"reject_above": 0.0}, "reject_above is 0.0; allowed is more than 0"),
         (TOKEN, {"clip_low": 1.0}, "clip_low is 1.0; allowed is 0 < clip_low < 1"),
         (TOKEN, {"clip_high": 0.0}, "clip_high is 0.0; allowed is more than 0"),
         (TOKEN, {"dual_clip": 1.0}, "dual_clip is 1.0; allowed is more than 1"),
@@ -49,11 +54,45 @@ RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
         (RETRACE, {"truncate_at": 2.0}, "truncate_at is set, but bias_mitigation 'retrace' already limits the weight"),
         (RETRACE, {"clip_high": 0.2}, "clip_high is set, but bias_mitigation 'retrace'"),
         (TOKEN, {"level": "geometric", "self_normalized": True}, "self_normalized is set at level 'geometric'"),
+        # Masks that judge nothing, or what the weight makes meaningless.
+        (TOKEN, {"reject_above": 2.0}, "reject_above is 2.0, but loss.reject_by is None"),
+        (TOKEN, {"reject_below": 0.5}, "set it to one of token_ratio, sequence_ratio, geometric_mean, sequence_k3"),
+        (
+            TOKEN,
+            {"reject_by": "geometric_mean"},
+            "without a bound, so nothing is rejected; set reject_above or reject_be",
+        ),
+        (TOKEN, {"reject_by": "sequence_k3"}, "without a bound, so nothing is rejected; set reject_above"),
+        (TOKEN, K3 | {"reject_below": 0.1}, "a lower bound would reject the best completions; set reject_above alone"),
+        (
+            EXACT,
+            MASK,
+            "the ratio of a rejected token stays in the weights of the other tokens; use reject_by 'sequence",
+        ),
+        (MIXTURE, {"reject_by": "sequence_ratio", "reject_above": 2.0}, "has another density. Leave it out"),
+        # Three policies without a weight that corrects the sampler, and levels that nothing reads.
+        (TOKEN, {"bias_mitigation": "practical", "clip_policies": "three"}, "Use 'base' to correct the sampler, 'one'"),
+        (
+            TOKEN,
+            {"clip_level": "sequence"},
+            "with clip_policies 'two' the clip acts on the weight, whose level is loss",
+        ),
+        (RETRACE, {"clip_policies": "three", "truncate_at": 2.0}, "already limits the weight to lambda <= 1"),
+        (ONE, {"clip_policies": "three", "truncate_at": 2.0}, "has the constant weight 1"),
+        (ONE, MASK | {"clip_low": 0.2}, "clip_low is set, but bias_mitigation 'one' has the constant weight 1"),
+        (TOKEN, GEOMETRIC_CLIP | {"self_normalized": True}, "self_normalized is set at level 'geometric'"),
         # Limits that could never act.
-        (TOKEN, {"truncate_at": 3.0, "drop_above": 2.0}, "dropped already; lower truncate_at or leave one out"),
+        (TOKEN, MASK | {"truncate_at": 3.0}, "rejected already; lower truncate_at or leave one out"),
+        (TOKEN, MASK | {"truncate_at": 3.0, "clip_policies": "three"}, "rejected already; lower truncate_at or leave"),
+        (
+            TOKEN,
+            {"level": "geometric", "reject_by": "geometric_mean", "reject_above": 1.2, "truncate_at": 1.3},
+            "truncate_at is 1.3 and loss.reject_above 1.2, of the same ratio",
+        ),
         (TOKEN, {"truncate_at": 1.2, "clip_high": 0.28}, "clip_high acts on weights above 1.28"),
-        (TOKEN, {"drop_above": 2.0, "dual_clip": 3.0}, "dual_clip acts on weights above 3"),
-        (TOKEN, {"drop_below": 0.8, "clip_low": 0.2}, "clip_low acts on weights below 0.8, but drop_below leaves none"),
+        (TOKEN, MASK | {"dual_clip": 3.0}, "dual_clip acts on weights above 3"),
+        (TOKEN, MASK | {"reject_below": 0.8, "clip_low": 0.2}, "clip_low acts on weights below 0.8, but reject_below"),
+        (RETRACE, MASK | {"reject_below": 0.9, "retrace_lambda": 0.9, "clip_low": 0.2}, "leaves none below 0.81"),
         # Limits that leave no gradient to any token of negative advantage.
         (RETRACE, {"retrace_lambda": 0.75, "clip_low": 0.2}, "retrace_lambda 0.75 makes all weights (at most lambda)"),
         (RETRACE, {"retrace_lambda": 0.8, "clip_low": 0.2}, "leave clip_low out or raise retrace_lambda"),
@@ -72,9 +111,20 @@ def test_refusals(start, changes, message):
         (RETRACE, {"retrace_lambda": 0.81, "clip_low": 0.2}),
         (RETRACE, {"level": "prefix", "retrace_lambda": 0.9}),
         (RETRACE, {"level": "prefix", "clip_low": 0.2}),
-        (TOKEN, {"drop_below": 0.5, "clip_low": 0.2}),
+        (TOKEN, MASK | {"reject_below": 0.5, "clip_low": 0.2}),
         (TOKEN, {"truncate_at": 1.0}),
-        (TOKEN, {"truncate_at": 5.0, "drop_above": 10.0, "clip_high": 0.28, "dual_clip": 3.0}),
+        (TOKEN, MASK | {"truncate_at": 5.0, "reject_above": 10.0, "clip_high": 0.28, "dual_clip": 3.0}),
+        # A bound of another ratio leaves every limit its room.
+        (TOKEN, {"reject_by": "geometric_mean", "reject_above": 1.1, "truncate_at": 2.0, "clip_high": 0.28}),
+        (TOKEN, {"bias_mitigation": "practical", "truncate_at": 3.0} | MASK),
+        (EXACT, K3 | {"truncate_at": 2.0}),
+        (ONE, MASK | {"self_normalized": True}),
+        # With three policies the clip acts on the optimizer's ratio, whatever the weight is.
+        (ONE, {"clip_policies": "three", "clip_low": 0.2, "self_normalized": True}),
+        (RETRACE, {"clip_policies": "three", "retrace_lambda": 0.5, "clip_low": 0.2, "clip_high": 0.2}),
+        (TOKEN, MASK | {"reject_below": 0.9, "clip_policies": "three", "clip_low": 0.2, "dual_clip": 3.0}),
+        (MIXTURE, {"clip_policies": "three", "clip_level": "geometric", "clip_low": 3e-4}),
+        (TOKEN, {"truncate_at": 1.2, "clip_policies": "three", "clip_high": 0.28}),
         (MIXTURE, {"self_normalized": True}),
         (TOKEN, {"level": "geometric", "clip_low": 3e-4, "clip_high": 4e-4}),
     ],
@@ -96,7 +146,10 @@ def test_what_means_something_is_allowed(start, changes):
         ({"level": "prefix"}, False),
         ({"bias_mitigation": "practical"}, False),
         ({"truncate_at": 2.0}, False),
-        ({"drop_below": 0.5}, False),
+        ({"reject_by": "sequence_ratio", "reject_below": 0.5}, False),
+        ({"clip_policies": "three"}, False),  # the ratio of a token since the update corrects no other token
+        ({"clip_policies": "three", "clip_level": "sequence"}, True),
+        ({"clip_policies": "three", "clip_level": "sequence", "clip_low": 0.2}, False),
         ({"clip_high": 0.2}, False),
         ({"dual_clip": 3.0}, False),
         ({"self_normalized": True}, False),

@@ -24,7 +24,14 @@ PLAIN = PolicyGradientConfig("leave_one_out", "base", "token", "token_mean")
 LIMITS = [
     {},
     {"truncate_at": 1.3},
-    {"drop_below": 0.8, "drop_above": 1.3},
+    {"reject_by": "token_ratio", "reject_below": 0.8, "reject_above": 1.3},
+    {"reject_by": "sequence_ratio", "reject_below": 0.8},
+    {"reject_by": "geometric_mean", "reject_above": 1.1, "self_normalized": True},
+    {"reject_by": "sequence_k3", "reject_above": 0.1, "clip_low": 0.1},
+    {"clip_policies": "three", "clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3},
+    {"clip_policies": "three", "clip_level": "sequence", "truncate_at": 1.3, "self_normalized": True},
+    {"clip_policies": "three", "clip_level": "geometric", "clip_high": 0.1, "reject_by": "sequence_k3"}
+    | {"reject_above": 0.1},
     {"self_normalized": True},
     {"clip_low": 0.1},
     {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3},
@@ -76,18 +83,24 @@ def gradient_and_parts(target_BGC, batch, config):
 
 
 def slow_gradient(target_BGC, batch, config) -> np.ndarray:
-    """The documented gradient, token by token: -c_t h_t A_t / W where no clip acts, plus the penalty's over its W."""
+    """The documented gradient, token by token: -c_t h_t A_t / W where no clip acts, plus the penalty's over its W.
+
+    With three policies h_t is the product of the weight and the optimizer's ratio.
+    """
     arrays = [target_BGC, batch.behavior_logprob_BGC, batch.old_logprob_BGC, batch.nested_logprob_BGC]
     target, behavior, old, nested = (np.asarray(array, np.float64) for array in arrays)
     reference = np.asarray(batch.reference_logprob_BGC, np.float64)
     end = np.asarray(batch.length_BG)
     start = np.where(np.asarray(batch.counted_BG), np.asarray(batch.forced_BG), end)
     surrogate, penalty = np.zeros(target.shape), np.zeros(target.shape)
+    # With three policies the weight stops at the policy before the update.
+    corrected = old if config.clip_policies == "three" else target
     weight_sum, count, tokens_of_group = 0.0, 0.0, np.maximum(end - start, 0).sum(axis=1)
     for b, g in itertools.product(*map(range, end.shape)):
         own = range(start[b, g], end[b, g])
         for t in own:
-            ratios = {s: math.exp(target[b, g, s] - behavior[b, g, s]) for s in own}
+            sampler = {s: math.exp(corrected[b, g, s] - behavior[b, g, s]) for s in own}
+            ratios = dict(sampler)
             if config.bias_mitigation == "practical":
                 ratios = {s: math.exp(target[b, g, s] - old[b, g, s]) for s in own}
             if config.bias_mitigation == "one":
@@ -96,7 +109,7 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
                 ratios = {s: config.retrace_lambda * min(1.0, ratio) for s, ratio in ratios.items()}
             product = math.prod(ratios.values())
             if config.bias_mitigation == "mixture":
-                densities = [math.exp(sum(policy[b, g, s] for s in own)) for policy in (target, old, nested)]
+                densities = [math.exp(sum(policy[b, g, s] for s in own)) for policy in (corrected, old, nested)]
                 alpha = float(batch.full_share_B[b])
                 h = densities[0] / (alpha * densities[1] + (1 - alpha) * densities[2])
             elif config.level == "token":
@@ -105,16 +118,29 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
                 h = math.prod(ratios[s] for s in own if s <= t)
             else:
                 h = product if config.level == "sequence" else product ** (1 / len(own))
-            dropped = (config.drop_below or 0) > h or h > (config.drop_above or math.inf)
-            h = 0.0 if dropped else min(h, config.truncate_at or math.inf)
+            judged = {
+                "token_ratio": sampler[t],
+                "sequence_ratio": math.prod(sampler.values()),
+                "geometric_mean": math.prod(sampler.values()) ** (1 / len(own)),
+                "sequence_k3": np.mean([ratio - 1 - math.log(ratio) for ratio in sampler.values()]),
+                None: 1.0,
+            }[config.reject_by]
+            rejected = (config.reject_below or 0) > judged or judged > (config.reject_above or math.inf)
+            factor, r = 0.0 if rejected else 1.0, min(h, config.truncate_at or math.inf)
+            if config.clip_policies == "three":
+                steps = {s: math.exp(target[b, g, s] - old[b, g, s]) for s in own}
+                product = math.prod(steps.values())
+                step_of_level = {"token": steps[t], "sequence": product, "geometric": product ** (1 / len(own))}
+                factor, r = factor * r, step_of_level[config.clip_level]
 
             advantage = float(batch.signal_BG[b, g])
             if config.reference_kl == "k1_in_reward":
                 to_come = sum(target[b, g, s] - reference[b, g, s] for s in own if s >= t)
                 advantage -= config.reference_kl_coefficient * to_come
-            too_high = config.clip_high is not None and advantage > 0 and h > 1 + config.clip_high
-            too_low = config.clip_low is not None and advantage < 0 and h < 1 - config.clip_low
-            far_too_high = config.dual_clip is not None and advantage < 0 and h > config.dual_clip
+            too_high = config.clip_high is not None and advantage > 0 and r > 1 + config.clip_high
+            too_low = config.clip_low is not None and advantage < 0 and r < 1 - config.clip_low
+            far_too_high = config.dual_clip is not None and advantage < 0 and r > config.dual_clip
+            h = factor * r
             term = 0.0 if too_high or too_low or far_too_high else h * advantage
 
             log_ratio = target[b, g, t] - reference[b, g, t]
@@ -166,14 +192,14 @@ def alive(ratio, advantage, config):
     ],
 )
 def test_clip_higher(ratio, advantage, survives):
-    assert alive(ratio, advantage, dapo("base")) == survives
+    assert alive(ratio, advantage, dapo("base", clip_policies="two")) == survives
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "survives"), [(2.9, -1.0, True), (3.1, -1.0, False), (0.79, -1.0, False), (1.2, 1.0, True)]
 )
 def test_dual_clip(ratio, advantage, survives):
-    config = dapo("base", dual_clip=3.0)
+    config = dapo("base", dual_clip=3.0, clip_policies="two")
     assert alive(ratio, advantage, config) == survives
     _, total, _ = gradient_and_parts(*one_group([[3.1]], [-1.0]), config)
     assert float(total.mean()) == pytest.approx(3)  # not 3.1
@@ -188,13 +214,131 @@ def test_sequence_levels_clip_all_tokens_together():
         assert (gradient_BGC[0, 0] == 0).tolist() == expected
 
 
-def test_dropped_tokens_neither_push_nor_count_as_value():
-    """h = 0 with A = -1: the clip's floor 1 - clip_low would otherwise leave a value of 0.8 behind."""
-    config = dataclasses.replace(PLAIN, drop_below=0.5, clip_low=0.2)
+# Masks.
+
+
+def test_rejected_tokens_neither_push_nor_count_as_value():
+    """h = 0 with A = -1: the clip's floor 1 - clip_low would otherwise leave a value of 0.8 behind.
+
+    A rejected token stays in the divisor; without it the gradient would be 1.
+    """
+    config = dataclasses.replace(PLAIN, reject_by="token_ratio", reject_below=0.5, clip_low=0.2)
     gradient_BGC, total, parts = gradient_and_parts(*one_group([[0.3, 1.0]], [-1.0]), config)
     np.testing.assert_allclose(gradient_BGC[0, 0], [0, 0.5])
     assert float(total.mean()) == pytest.approx(0.5)
-    assert float(parts["limited_share"].mean()) == 0.5 and float(parts["clipped_share"].mean()) == 0
+    assert float(parts["limited_share"].mean()) == 0 and float(parts["clipped_share"].mean()) == 0
+
+
+def test_what_a_mask_keeps_is_logged():
+    """Of three completions with geometric means 2, 1 and 1/4, of 2, 1 and 2 tokens, the first two are kept.
+
+    Token weights 4, 1, 1, 1/4, 1/4: of all five the mean is 6 / 5 and the ESS 36 / (5 * 18); of the three that are
+    kept the mean is 2 and the ESS 36 / (3 * 18).
+    """
+    target_BGC, batch = one_group([[4.0, 1.0], [1.0, 9.0], [0.25, 0.25]], [1.0, 1.0, 1.0], [2, 1, 2])
+    config = dataclasses.replace(PLAIN, reject_by="geometric_mean", reject_below=0.5)
+    output = policy_gradient_loss(target_BGC, batch, config)
+    found = PolicyGradient(config).metrics({name: part.mean() for name, part in output.parts.items()})
+    expected = {"accepted_tokens": 3 / 5, "accepted_completions": 2 / 3, "weight_mean": 6 / 5, "ess_weight": 0.4}
+    expected |= {"kept_weight_mean": 2.0, "ess_kept": 36 / 54}
+    assert {name: float(found[name]) for name in expected} == pytest.approx(expected)
+    # A token's ratio that is rejected takes no other token of its completion with it.
+    config = dataclasses.replace(PLAIN, reject_by="token_ratio", reject_above=2.0)
+    parts = policy_gradient_loss(target_BGC, batch, config).parts
+    assert float(parts["accepted_tokens"].mean()) == pytest.approx(4 / 5)
+    assert float(parts["accepted_completions"].mean()) == 1
+
+
+def test_metrics_of_nothing_kept_are_zero():
+    target_BGC, batch = one_group([[4.0, 4.0]], [1.0])
+    config = dataclasses.replace(PLAIN, reject_by="token_ratio", reject_above=2.0)
+    output = policy_gradient_loss(target_BGC, batch, config)
+    found = PolicyGradient(config).metrics({name: part.mean() for name, part in output.parts.items()})
+    assert all(float(found[name]) == 0 for name in ("accepted_tokens", "kept_weight_mean", "ess_kept", "ess_weight"))
+
+
+def test_self_normalisation_divides_by_what_is_kept():
+    """Weights 3, 1 and 8, of which the last is rejected: the others' gradients are -3/4 and -1/4."""
+    config = dataclasses.replace(PLAIN, self_normalized=True, reject_by="token_ratio", reject_above=5.0)
+    gradient_BGC, _, _ = gradient_and_parts(*one_group([[3.0], [1.0], [8.0]], [1.0, 1.0, 1.0]), config)
+    np.testing.assert_allclose(gradient_BGC[0, :, 0], [-0.75, -0.25, 0], rtol=1e-6)
+
+
+# Three policies.
+
+CLIPS = {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3}
+
+
+def value_gradient_and_weights(target_BGC, batch, config):
+    def mean_loss(target_BGC):
+        output = policy_gradient_loss(target_BGC, batch, config)
+        return output.mean(), output.weight_BGC
+
+    (value, weight_BGC), gradient_BGC = jax.value_and_grad(mean_loss, has_aux=True)(target_BGC)
+    return np.asarray(value), np.asarray(gradient_BGC), np.asarray(weight_BGC)
+
+
+def assert_same_bits(first, second):
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("normalization", ["token_mean", "group_token_mean", "sequence_mean", "fixed_length"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("variant", ["base", "one"])
+def test_three_policies_are_ppo_where_the_full_model_sampled(variant, level, normalization):
+    """pi_b = pi_old: every weight pi_old / pi_b is 1, and what is left is PPO on pi / pi_old, bit for bit."""
+    length = {"fixed_length_tokens": 5} if normalization == "fixed_length" else {}
+    ppo = dataclasses.replace(PLAIN, level=level, normalization=normalization, **length, **CLIPS)
+    three = dataclasses.replace(ppo, bias_mitigation=variant, level="token", clip_policies="three", clip_level=level)
+    target_BGC, batch = random_batch(jax.random.key(11), prompts=6)
+    batch = dataclasses.replace(batch, old_logprob_BGC=batch.behavior_logprob_BGC)
+    expected = value_gradient_and_weights(target_BGC, batch, ppo)
+    assert_same_bits(value_gradient_and_weights(target_BGC, batch, three), expected)
+    # Some tokens are clipped and others are not, so the comparison says something.
+    alive_BGC = expected[1][np.asarray(batch.mask_BGC)] != 0
+    assert alive_BGC.any() and not alive_BGC.all()
+
+
+PLAIN_WEIGHTS = [
+    {},
+    {"level": "sequence"},
+    {"level": "geometric", "truncate_at": 1.2},
+    {"truncate_at": 1.3, "reject_by": "geometric_mean", "reject_below": 0.9},
+    {"bias_mitigation": "retrace", "level": "prefix", "retrace_lambda": 0.9},
+    {"bias_mitigation": "mixture", "level": "sequence"},
+    {"self_normalized": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("weight", "clip_level"),
+    # Self-normalisation goes with no geometric level.
+    [
+        *itertools.product(PLAIN_WEIGHTS, ["token", "sequence"]),
+        *((weight, "geometric") for weight in PLAIN_WEIGHTS[:-1]),
+    ],
+)
+def test_three_policies_are_the_plain_weight_before_the_optimizer_has_moved(weight, clip_level):
+    """pi = pi_old, given or left out: the clip has nothing to act on, and the weight is that of two policies."""
+    plain = dataclasses.replace(PLAIN, **weight)
+    three = dataclasses.replace(plain, clip_policies="three", clip_level=clip_level, **CLIPS)
+    target_BGC, batch = random_batch(jax.random.key(12))
+    for old_BGC in (None, jnp.maximum(target_BGC, -1e4)):
+        batch = dataclasses.replace(batch, old_logprob_BGC=old_BGC)
+        expected = value_gradient_and_weights(target_BGC, batch, plain)
+        assert_same_bits(value_gradient_and_weights(target_BGC, batch, three), expected)
+
+
+def test_the_clip_no_longer_acts_on_the_nesting():
+    """The sampler underrates a right token by 1.5. Two policies clip it at once; three once the optimizer has moved."""
+    two = dataclasses.replace(PLAIN, clip_high=0.28)
+    three = dataclasses.replace(two, clip_policies="three")
+    target_BGC, batch = one_group([[1.5]], [1.0])
+    for old_logprob, config, expected in ((-1.0, two, 0), (-1.0, three, -1.5), (-1.3, three, 0)):
+        batch = dataclasses.replace(batch, old_logprob_BGC=jnp.full((1, 1, 1), old_logprob))
+        gradient_BGC, _, _ = gradient_and_parts(target_BGC, batch, config)
+        np.testing.assert_allclose(gradient_BGC[0, 0, 0], expected, rtol=1e-6)
 
 
 # Normalisation.
@@ -333,6 +477,8 @@ def test_completions_that_do_not_count_have_no_part(config):
     [
         ({}, 1, ()),
         ({}, 2, ()),  # `base` compares with what sampled, wherever the target has gone
+        ({"clip_policies": "three"}, 1, ()),  # the update's own pass is the policy before it
+        ({"clip_policies": "three"}, 2, ("old_logprob_BGC",)),
         ({"bias_mitigation": "practical"}, 1, ()),
         ({"bias_mitigation": "practical"}, 2, ("old_logprob_BGC",)),
         ({"bias_mitigation": "mixture", "level": "sequence"}, 1, ("nested_logprob_BGC",)),

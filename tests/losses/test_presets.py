@@ -4,9 +4,11 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.estimators.rejection import accepted, mismatch
 from nested_reft.losses import presets
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from tests.losses.batches import random_batch
@@ -118,11 +120,11 @@ def unforced_batch(near: float):
 @pytest.mark.parametrize(
     ("config", "objective", "near"),
     [
-        (presets.grpo("base"), grpo, 1.0),
-        (presets.dr_grpo("base", fixed_length_tokens=6), dr_grpo, 1.0),
-        (presets.dapo("base"), dapo, 1.0),
-        (presets.gspo("base"), gspo, 1.0),
-        (presets.gspo("base"), gspo, 1e-3),
+        (presets.grpo("base", clip_policies="two"), grpo, 1.0),
+        (presets.dr_grpo("base", fixed_length_tokens=6, clip_policies="two"), dr_grpo, 1.0),
+        (presets.dapo("base", clip_policies="two"), dapo, 1.0),
+        (presets.gspo("base", clip_policies="two"), gspo, 1.0),
+        (presets.gspo("base", clip_policies="two"), gspo, 1e-3),
     ],
     ids=["grpo", "dr_grpo", "dapo", "gspo, mostly clipped", "gspo, hardly clipped"],
 )
@@ -152,6 +154,203 @@ def test_practical_reads_the_old_policy():
     value = policy_gradient_loss(target_BGC, batch, config).total.mean()
     as_behavior = dataclasses.replace(batch, behavior_logprob_BGC=batch.old_logprob_BGC)
     assert float(value) == pytest.approx(-dapo(completions(target_BGC, as_behavior)), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", [presets.grpo, presets.dapo, presets.gspo])
+def test_the_clip_compares_with_the_policy_before_the_update(preset):
+    """By default, as in the papers: against the full model, whether its samples or the nested ones are corrected."""
+    assert preset("practical").clip_policies == "two"
+    target_BGC, batch = unforced_batch(1.0)
+    batch = dataclasses.replace(batch, behavior_logprob_BGC=batch.old_logprob_BGC)
+    values = [
+        float(policy_gradient_loss(target_BGC, batch, preset(denominator)).total.mean())
+        for denominator in ("practical", "base")
+    ]
+    assert values[0] == values[1]
+
+
+# Corrections.
+
+
+def surrogate(y, t, low=0.2, high=0.28):
+    return clipped(math.exp(y.target[t] - y.old[t]), y.advantage, low, high)
+
+
+def ratio(y, t):
+    return math.exp(y.old[t] - y.behavior[t])
+
+
+def completion_ratio(y):
+    return np.prod([ratio(y, t) for t in range(len(y.old))])
+
+
+def geometric_mean(y):
+    return completion_ratio(y) ** (1 / len(y.old))
+
+
+def k3(y):
+    return np.mean([ratio(y, t) - 1 - math.log(ratio(y, t)) for t in range(len(y.old))])
+
+
+# The published weight of token t of completion y; each multiplies PPO's surrogate.
+PUBLISHED = {
+    # Yao et al. (2025): min(pi_old / pi_b, C).
+    "token TIS": (presets.token_tis, lambda y, t: min(ratio(y, t), 2.0)),
+    # Liu et al. (2025): the same of whole completions.
+    "sequence TIS": (presets.sequence_tis, lambda y, t: min(completion_ratio(y), 2.0)),
+    "token MIS": (
+        lambda loss: presets.token_mis(loss, reject_above=1.3),
+        lambda y, t: ratio(y, t) if ratio(y, t) <= 1.3 else 0.0,
+    ),
+    # Liu et al. (2025): w 1[w <= C].
+    "sequence MIS": (
+        lambda loss: presets.sequence_mis(loss, reject_above=1.5, reject_below=0.5),
+        lambda y, t: completion_ratio(y) if 0.5 <= completion_ratio(y) <= 1.5 else 0.0,
+    ),
+    "Geo-RS": (
+        lambda loss: presets.geo_rs(loss, 0.75, 1.25),
+        lambda y, t: float(0.75 <= geometric_mean(y) <= 1.25),
+    ),
+    "Geo-RS with token TIS": (
+        lambda loss: presets.geo_rs_token_tis(loss, 0.75, 1.25, truncate_at=1.2),
+        lambda y, t: min(ratio(y, t), 1.2) * (0.75 <= geometric_mean(y) <= 1.25),
+    ),
+    "k3-RS": (lambda loss: presets.k3_rs(loss, 0.05), lambda y, t: float(k3(y) <= 0.05)),
+    # Zhao et al. (2025): M(k) = k within [alpha, beta], else 0.
+    "IcePop": (
+        lambda loss: presets.icepop(loss, 0.8, 1.3),
+        lambda y, t: ratio(y, t) if 0.8 <= ratio(y, t) <= 1.3 else 0.0,
+    ),
+}
+
+
+@dataclasses.dataclass
+class Sample:
+    """A completion and the log-probabilities of the three policies."""
+
+    target: list[float]
+    old: list[float]
+    behavior: list[float]
+    reference: list[float]
+    advantage: float
+
+
+def samples(target_BGC, batch):
+    names = ("old", "behavior", "reference")
+    arrays = [target_BGC, *(getattr(batch, f"{name}_logprob_BGC") for name in names)]
+    arrays = [np.asarray(array, np.float64) for array in arrays]
+    length_BG = np.asarray(batch.length_BG)
+    return [
+        [
+            Sample(*(list(x[b, g, : length_BG[b, g]]) for x in arrays), float(batch.signal_BG[b, g]))
+            for g in range(length_BG.shape[1])
+        ]
+        for b in range(length_BG.shape[0])
+    ]
+
+
+def assert_value_and_gradient_equal(config, objective, target_BGC, batch):
+    """To 1e-6: of the loss, and of its gradient against central differences of the objective."""
+
+    @jax.value_and_grad
+    def loss(target_BGC):
+        return policy_gradient_loss(target_BGC, batch, config).total.mean()
+
+    value, gradient_BGC = loss(target_BGC)
+    assert float(value) == pytest.approx(-objective(samples(target_BGC, batch)), abs=1e-6)
+    expected_BGC = np.zeros(target_BGC.shape)
+    for index in np.ndindex(*target_BGC.shape):
+        moved = np.array([target_BGC, target_BGC], np.float64)
+        moved[(slice(None), *index)] += [1e-5, -1e-5]
+        up, down = (objective(samples(x, batch)) for x in moved)
+        expected_BGC[index] = (up - down) / 2e-5
+    np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=0, atol=1e-6)
+    # Some tokens push and others do not, so masks and clips were at work.
+    pushes = np.abs(expected_BGC) > 1e-8
+    assert pushes.any() and not pushes[np.asarray(batch.mask_BGC)].all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_corrections_equal_the_published_equation(name):
+    """Of DAPO: the mean over all tokens of the weight times PPO's surrogate. What is rejected stays in the divisor."""
+    correction, weight = PUBLISHED[name]
+
+    def objective(groups):
+        terms = [weight(y, t) * surrogate(y, t) for group in groups for y in group for t in range(len(y.target))]
+        return np.mean(terms)
+
+    target_BGC, batch = unforced_batch(1.0)
+    assert_value_and_gradient_equal(correction(presets.dapo("base")), objective, target_BGC, batch)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate", "token_mask", "sequence_mask"])
+def test_corrections_equal_trl(mode, loss_type):
+    """TRL's `vllm_importance_sampling_mode`: its surrogate times a ratio cut at a cap, the KL added without it."""
+    cap, beta = 1.3, 0.04 if loss_type == "grpo" else 0.0
+
+    def token_loss(y, t):
+        whole = sum(y.old) - sum(y.behavior)
+        sampling_ratio = math.exp(whole if mode.startswith("sequence") else y.old[t] - y.behavior[t])
+        cut = min(sampling_ratio, cap) if mode.endswith("truncate") else sampling_ratio * (sampling_ratio <= cap)
+        high = 0.28 if loss_type == "dapo" else 0.2
+        apart = y.reference[t] - y.target[t]
+        return -surrogate(y, t, 0.2, high) * cut + beta * (math.exp(apart) - apart - 1)
+
+    def objective(groups):
+        losses = [[token_loss(y, t) for t in range(len(y.target))] for group in groups for y in group]
+        tokens = sum(len(of_one) for of_one in losses)
+        return -{
+            "grpo": np.mean([np.mean(of_one) for of_one in losses]),
+            "dapo": sum(map(sum, losses)) / tokens,
+            "dr_grpo": sum(map(sum, losses)) / (len(losses) * 6),
+        }[loss_type]
+
+    correction = {
+        "token_truncate": lambda loss: presets.token_tis(loss, cap),
+        "sequence_truncate": lambda loss: presets.sequence_tis(loss, cap),
+        "token_mask": lambda loss: presets.token_mis(loss, cap),
+        "sequence_mask": lambda loss: presets.sequence_mis(loss, cap),
+    }[mode]
+    made = {
+        "grpo": presets.grpo("base", reference_kl_coefficient=beta),
+        "dapo": presets.dapo("base"),
+        "dr_grpo": presets.dr_grpo("base", fixed_length_tokens=6),
+    }
+    target_BGC, batch = unforced_batch(1.0)
+    if loss_type == "grpo":
+        # Every token has a gradient of the KL, whatever the clip does.
+        batch = dataclasses.replace(batch, reference_logprob_BGC=target_BGC)
+    assert_value_and_gradient_equal(correction(made[loss_type]), objective, target_BGC, batch)
+
+
+@pytest.mark.parametrize("name", presets.CORRECTIONS)
+def test_corrections_replace_weight_and_mask_and_leave_the_rest(name):
+    """Whatever the loss had before; its clip keeps its level."""
+    correction = presets.CORRECTIONS[name]
+    start = presets.gspo("base", clip_policies="two")
+    assert correction(start).clip_level == "geometric" and correction(start).clip_low == start.clip_low
+    assert correction(presets.gspo("base")) == correction(start)
+    for other in presets.CORRECTIONS.values():
+        assert correction(other(start)) == correction(start)
+
+
+def test_nested_completions_pass_the_default_masks():
+    """At 0.12 nats a token, 30 tokens: the defaults keep most completions, the published bounds hardly any."""
+    shape = (200, 1, 30)
+    behavior_BGC, mask_BGC = jnp.full(shape, -1.0), jnp.ones(shape, bool)
+    spread = 0.49  # of log rho, so that E_b[rho] = exp(-0.12 + 0.49^2 / 2) = 1
+    target_BGC = behavior_BGC - 0.12 + spread * jax.random.normal(jax.random.key(0), shape)
+
+    def accepted_share(config):
+        value_BGC = mismatch(target_BGC, behavior_BGC, mask_BGC, config.reject_by)
+        return float(accepted(value_BGC, config.reject_below, config.reject_above).mean())
+
+    loss = presets.dapo("base")
+    defaults = [presets.geo_rs, presets.geo_rs_token_tis, presets.k3_rs, presets.icepop, presets.sequence_mis]
+    assert min(accepted_share(correction(loss)) for correction in defaults) > 0.9
+    published = [presets.geo_rs(loss, 0.999, 1.001), presets.k3_rs(loss, 0.01), presets.sequence_mis(loss, 2.0, 0.5)]
+    assert max(map(accepted_share, published)) < 0.2
 
 
 def test_dapo_without_its_changes_is_grpo():

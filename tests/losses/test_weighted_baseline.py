@@ -43,6 +43,18 @@ def test_the_loss_against_a_slow_loop(key, changes):
     assert np.isfinite(gradient_BGC).all() and float(gradient_BGC.sum()) == pytest.approx(expected / counted, rel=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"obrs_lambda": 0.5}, {"reject_by": "sequence_ratio", "reject_above": 1.5}])
+def test_shorter_completions_keep_their_weight_past_their_end(key, changes):
+    """At sequence level the baseline is one number for all tokens of a completion, whatever the others' lengths."""
+    target_BGC, batch = random_batch(key)
+    batch = dataclasses.replace(batch, acceptance_draw_BGC=jnp.full(target_BGC.shape, 0.6))
+    config = dataclasses.replace(SEQUENCE, **changes)
+    gradient_BGC = jax.grad(lambda x: policy_gradient_loss(x, batch, config).mean())(target_BGC)
+    for row, mask in zip(gradient_BGC.reshape(-1, 4), batch.mask_BGC.reshape(-1, 4), strict=True):
+        np.testing.assert_allclose(row[mask], row[mask][:1].repeat(mask.sum()), rtol=1e-5)
+    assert len(set(np.asarray(batch.length_BG).ravel().tolist())) > 1
+
+
 def test_equal_weights_need_no_weighted_baseline():
     with pytest.raises(ValueError, match="set 'leave_one_out', which is the same then"):
         dataclasses.replace(SEQUENCE, bias_mitigation="one", level="token")

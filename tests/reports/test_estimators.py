@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nested_reft.reports.estimators import best, draw_estimators, estimator_tables, frontier
+from nested_reft.reports.estimators import best, draw_estimators, estimator_tables, frontier, regrets
 
 HERE = {"scenario": "here", "depth": "one", "updates": 0, "kl_per_token": 0.1, "sampling": "nested", "ess": 0.5}
 
@@ -61,6 +61,19 @@ def test_every_scenario_has_its_column_and_its_best():
     row = next(line for line in printed.splitlines() if line.startswith("calm"))
     assert row.split()[1:] == ["0.40/2.0*", "0.00/2.0*"]
     assert f"calm ({math.hypot(0.4, 2 / 4):.2f})" in printed and "there" in printed
+
+
+def test_what_a_fixed_choice_costs():
+    """At 100 groups `calm` has sqrt(0.16 + 0.04) here, and with twice the noise sqrt(0.16 + 0.16) there."""
+    there = [row | {"scenario": "there", "noise": row["noise"] and 2 * row["noise"]} for row in RESULTS]
+    found = regrets([*RESULTS, *there], 100)
+    here = {"calm": math.sqrt(0.2), "middle": math.sqrt(0.26), "exact": 0.8}
+    elsewhere = {"calm": math.sqrt(0.32), "middle": math.sqrt(1.01), "exact": 1.6}
+    for name in here:
+        assert found[name] == pytest.approx([here[name] / here["calm"], elsewhere[name] / elsewhere["calm"]])
+    assert next(iter(found)) == "calm" and "a mixture" not in found and "another divisor" not in found
+    shown = regrets([*RESULTS, *there], 128)["middle"]
+    assert f"{sum(shown) / 2:.2f}, {max(shown):.2f}" in estimator_tables([*RESULTS, *there])
 
 
 def test_the_figure_is_drawn(tmp_path):

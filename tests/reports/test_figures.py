@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from nested_reft.cli.main import main
-from nested_reft.reports.figures import audit, curriculum_sources, read_metrics, series, summarize, write_report
+from nested_reft.reports.figures import (
+    audit,
+    curriculum_sources,
+    read_metrics,
+    report_text,
+    series,
+    summarize,
+    write_report,
+)
 
 pytest.importorskip("matplotlib", reason="needs the optional package matplotlib")
 
@@ -115,6 +123,20 @@ def test_off_policy_figures(tmp_path):
     write_report(tmp_path)
     found = {path.stem for path in (tmp_path / "report").glob("*.png")}
     assert found >= {"kl", "ratio", "entropy", "length", "gradient_norm", "parts"}
+
+
+def test_bounds_that_keep_most_are_shown(tmp_path):
+    """The median of three steps; a step whose values were not finite counts for none."""
+    lines = [
+        line(1, **{"bounds/geometric_mean": [0.8, 1.1, 0.5, 1.5], "bounds/sequence_k3": [0, 0.2, 0, None]}),
+        line(2, **{"bounds/geometric_mean": [0.9, 1.2, 0.7, 1.3]}),
+        line(3, **{"bounds/geometric_mean": [0.7, 1.05, 0.6, 1.4]}),
+    ]
+    assert summarize(lines)["bounds"] == {"geometric_mean": [0.8, 1.1, 0.6, 1.4]}
+    shown = report_text(summarize(lines), lines).splitlines()
+    at = next(i for i, text in enumerate(shown) if text.startswith("loss.reject_by: bounds that keep"))
+    assert shown[at].split()[-4:] == ["95", "%", "99", "%"]
+    assert shown[at + 2].split() == ["geometric_mean", "0.8", "to", "1.1", "0.6", "to", "1.4"]
 
 
 def test_the_callers_backend_stays(tmp_path):

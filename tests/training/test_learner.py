@@ -187,17 +187,25 @@ def test_completion_buckets(longest, size):
 
 
 def test_groups_of_an_earlier_version_are_refused_where_theta_old_is_needed(tmp_path):
-    """`practical` divides by the full model at rollout time, which is gone; `base` divides by what was stored."""
-    for variant, allowed in (("practical", False), ("base", True)):
-        loss = dataclasses.replace(nano().loss, bias_mitigation=variant, truncate_at=None)
-        run = trainer(nano(loss=loss), tmp_path / variant)
+    """`practical` divides by the full model at rollout time, which is gone; `base` divides by what was stored.
+
+    With three policies pi_old is the model before the update, so it is at hand for groups of any version.
+    """
+    for variant, clip_policies, allowed in (
+        ("practical", "two", False),
+        ("base", "two", True),
+        ("base", "three", True),
+    ):
+        loss = dataclasses.replace(nano().loss, bias_mitigation=variant, truncate_at=None, clip_policies=clip_policies)
+        run = trainer(nano(loss=loss, train__updates_per_batch=2), tmp_path / variant / clip_policies)
         found = found_by(run)
         rollouts = dataclasses.replace(
             found.rollouts, version_B=found.rollouts.version_B - np.array([1, 0, 0, 0], np.int32)
         )
         stale = dataclasses.replace(found, rollouts=rollouts)
         if allowed:
-            assert run.state.learner.batch(stale).arrays.signal_BG.shape == (4, 4)
+            old_BGC = run.state.learner.batch(stale).arrays.old_logprob_BGC
+            assert (old_BGC is not None) == (clip_policies == "three")
         else:
             with pytest.raises(ValueError, match="1 of 4 groups were drawn by an earlier version than 0"):
                 run.state.learner.batch(stale)

@@ -24,11 +24,17 @@ ONLY_SOMETIMES = {
     "draft_length",
     "draft_acceptance",
     "empty",
+    "accepted_tokens",
+    "accepted_completions",
+    "kept_weight_mean",
+    "ess_kept",
     "cross_entropy",
     "self_distillation_kl",
     "warning",
     "next_num_skipped",
     "nesting_reason",
+    "next_mix_share",
+    "mix_reason",
     "bridge_tokens",
     "bridge_seconds",
     "layer_divergence",
@@ -145,6 +151,24 @@ def test_a_step_that_is_too_far_off_policy_warns_with_a_remedy(run):
     assert found.warnings(calm) == {} and "warning" not in record.metrics(found, calm, names)
     warning = found.warnings(strict)["off_policy"]
     assert "nesting.skip_ratio" in warning and record.metrics(found, strict, names)["warning"] == warning
+
+
+def test_a_mask_that_keeps_little_warns_with_bounds_that_would(run):
+    """Its weights are fine then, so nothing is said of them: 2 % of the tokens, of which all count alike."""
+    _, finished, (found, _) = run
+    loss = dataclasses.replace(finished.config.loss, reject_by="geometric_mean", reject_above=1.01)
+    config = dataclasses.replace(finished.config, loss=loss)
+
+    def warnings(share):
+        parts = found.update.parts | {"accepted_tokens": share, "ess_kept": 1.0, "ess_weight": share}
+        bounds = found.update.bounds | {"geometric_mean": [0.6, 1.3, 0.5, 1.5]}
+        health = dataclasses.replace(found.update.health, ess_token=0.9)
+        update = dataclasses.replace(found.update, parts=parts, bounds=bounds, health=health)
+        return dataclasses.replace(found, update=update).warnings(config)
+
+    assert warnings(0.02).keys() == {"rejected"}
+    assert "kept 2.0% of the tokens: reject_below None, reject_above 1.01, but 95 %" in warnings(0.02)["rejected"]
+    assert "lie from 0.6 to 1.3" in warnings(0.02)["rejected"] and not warnings(0.2)
 
 
 def test_a_step_whose_budget_no_plan_meets_warns_too(run):

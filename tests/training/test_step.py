@@ -40,10 +40,11 @@ EVERYTHING = PolicyGradientConfig(
     entropy_coefficient=0.2, self_distillation_coefficient=0.5,
 )  # fmt: skip
 # Its divisor is a sum of weights, which differ between micro-batches: an average of averages would go wrong most. The
-# entropy bonus has another divisor.
+# entropy bonus has another divisor. A mask takes some completions out of the sum, and a clip acts beside the weight.
 SELF_NORMALIZED = PolicyGradientConfig(
-    "leave_one_out", "practical", "token", "group_token_mean", self_normalized=True, reference_kl="k1_in_reward",
-    reference_kl_coefficient=0.3, entropy_coefficient=0.2,
+    "leave_one_out", "base", "token", "group_token_mean", self_normalized=True, reference_kl="k1_in_reward",
+    reference_kl_coefficient=0.3, entropy_coefficient=0.2, clip_policies="three", clip_level="sequence", clip_low=0.2,
+    reject_by="geometric_mean", reject_below=0.8, reject_above=1.2,
 )  # fmt: skip
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", fixed_length_tokens=C)
 OBJECTIVES: dict[str, Objective] = {
@@ -131,7 +132,7 @@ def update_once(made: LearnerTask, batch: TrainBatch, plans: UpdatePlans, data: 
     state = replicate(initial_train_state(jax.tree.map(jnp.copy, trainable), made.optimizer), mesh)
     base = BaseModel(replicate(frozen, mesh), graph)
     state, result = compiled_update(made)(state, base, shard_batch(batch, mesh), replicate(plans, mesh))
-    assert int(state.updates) == 1
+    assert int(state.updates) == 1 - int(result.rejected)
     return jax.device_get((state.optimizer_state, result))
 
 

@@ -356,6 +356,46 @@ def test_a_batch_without_a_token_to_learn_from_changes_nothing(tmp_path):
     assert_equal_arrays(jax.device_get(run.state.learner.state), before)
 
 
+def all_rejected(**changes) -> PolicyGradientConfig:
+    """A mask that keeps completions of the full model and no others; entropy and KL would pull all the same."""
+    return dataclasses.replace(MOVING, reject_by="sequence_k3", reject_above=1e-6, **changes)
+
+
+def test_a_batch_that_is_rejected_whole_changes_nothing_and_the_run_goes_on(tmp_path):
+    full = NestingConfig(skip_ratio=0.0)
+    run = trainer(
+        nano(loss=all_rejected(), optimizer__learning_rate=0.01, train__micro_batches=2, nesting=full), tmp_path
+    )
+    found = run.step(0)  # Adam has momentum now
+    assert not found.update.empty and found.update.parts["accepted_completions"] == 1
+    before = jax.device_get(run.state.learner.state)
+    nesting = run.state.nesting
+    run.state.nesting = dataclasses.replace(nesting, num_skipped=2)
+    found = run.step(1)
+    metrics = metrics_of(run, found)
+    assert metrics["empty"] and metrics["accepted_tokens"] == metrics["ess_kept"] == metrics["kept_weight_mean"] == 0
+    # How far off the batch was is logged, and so is what would keep it.
+    low, high = metrics["bounds/sequence_k3"][:2]
+    assert low == 0 and high > 1e-6 and metrics["kl_behavior_target"] > 0
+    warnings = found.warnings(run.config)
+    assert "rejected every token, so nothing changed: reject_below None, reject_above 1e-06" in warnings["rejected"]
+    assert f"95 % of the batch lie from 0 to {high:.3g}. Widen the bounds" in warnings["rejected"]
+    assert_equal_arrays(jax.device_get(run.state.learner.state), before)
+    run.state.nesting = nesting
+    assert not run.step(2).update.empty and run.state.learner.version == 2
+
+
+@pytest.mark.parametrize(("clip_policies", "version"), [("two", 1), ("three", 2)])
+def test_a_mask_judges_each_pass_or_the_sampler_alone(tmp_path, clip_policies, version):
+    """The full model sampled. After the first pass two policies compare with a model that has moved, three do not."""
+    loss = all_rejected(clip_policies=clip_policies)
+    config = nano(loss=loss, optimizer__learning_rate=0.01, train__updates_per_batch=2)
+    run = trainer(dataclasses.replace(config, nesting=NestingConfig(skip_ratio=0.0)), tmp_path)
+    update = run.step(0).update
+    assert run.state.learner.version == version and not update.empty
+    assert update.parts["accepted_tokens"] == version - 1
+
+
 def test_expert_iteration_learns_nothing_where_nothing_is_right(tmp_path):
     """The untrained model is never right; see `test_learner` for what right completions do."""
     run = trainer(nano(loss=SupervisedConfig(), optimizer__learning_rate=0.01), tmp_path)
