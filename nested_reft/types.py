@@ -271,8 +271,8 @@ class TrainBatch:
 
     Attributes:
         prompt_BP, prompt_length_B, tokens_BGC, length_BG, forced_BG, counted_BG: as in `Rollouts`.
-        signal_BG: what the objective learns from: an advantage A(y), or the weight of a demonstration;
-            no gradient.
+        signal_BG: what the objective learns from: an advantage A(y), a reward that becomes one within the loss, or the
+            weight of a demonstration; no gradient.
         behavior_logprob_BGC: as in `Rollouts`; `None` for demonstrations, which no policy sampled.
         full_share_B: as in `Rollouts`, where the objective weighs by the density of a mixture.
         old_logprob_BGC: log pi_{theta_old} of the full model just before the batch's first update. `None` when one
@@ -281,6 +281,8 @@ class TrainBatch:
         nested_logprob_BGC: for a defensive mixture, log pi_{theta_old, plan} of every completion,
             also of those that the full model sampled; `behavior_logprob_BGC` stays that of the
             component which sampled. `None` otherwise.
+        acceptance_draw_BGC: uniform in [0, 1), independent of the completions, where the objective rejects at random.
+        mix_share_B: in [0, 1], the share of the importance weight, where the objective mixes it with 1.
         token_signal_BGC: A_t of a value-based estimator, no gradient; replaces `signal_BG`.
             `None` where the signal is one for the whole completion.
     """
@@ -297,6 +299,8 @@ class TrainBatch:
     old_logprob_BGC: Float[Array, "B G C"] | None = None
     reference_logprob_BGC: Float[Array, "B G C"] | None = None
     nested_logprob_BGC: Float[Array, "B G C"] | None = None
+    acceptance_draw_BGC: Float[Array, "B G C"] | None = None
+    mix_share_B: Float[Array, " B"] | None = None
     token_signal_BGC: Float[Array, "B G C"] | None = None
 
     @property

@@ -29,6 +29,7 @@ class Health:
         ess_token, ess_sequence: effective sample size (sum w)^2 / (n sum w^2), in (0, 1] (Kish, 1965),
             of the tokens' ratios and of the completions'; 1 when on-policy.
         ratio_mean: of rho. It is 1 in expectation; below 1 it tells of rare, heavy ratios that were not sampled.
+        sequence_ratio_mean: of w(y), likewise.
         ratio_max: the largest rho.
         kl_behavior_target: mean of log pi_b - log pi over the sampled tokens, in nats: an unbiased
             estimate of KL(pi_b || pi) per token.
@@ -40,6 +41,7 @@ class Health:
     ess_token: Number
     ess_sequence: Number
     ratio_mean: Number
+    sequence_ratio_mean: Number
     ratio_max: Number
     kl_behavior_target: Number
     ratio_quantile_05: Number
@@ -76,11 +78,16 @@ def off_policy_health(
     quantiles = jnp.nanquantile(jnp.where(mask_BGC, ratio_BGC, jnp.nan), jnp.array(RATIO_QUANTILES))
     # The comparison is turned around, so that a NaN lies outside.
     outside_BGC = mask_BGC & ~(jnp.abs(log_ratio_BGC) <= math.log(RATIO_BOUND))
+    # A completion counts where one of its tokens does.
+    present_BG = mask_BGC.any(axis=-1)
+    sequence_log_ratio_BG = jnp.where(present_BG, log_ratio_BGC.sum(axis=-1), -jnp.inf)
+    sequence_ratio_BG = jnp.exp(jnp.minimum(sequence_log_ratio_BG, LOG_RATIO_LIMIT))
     low, middle, high = (jnp.where(mask_BGC.any(), value, 0.0) for value in quantiles)
     return Health(
         ess_token=effective_sample_size(jnp.where(mask_BGC, log_ratio_BGC, -jnp.inf)),
-        ess_sequence=effective_sample_size(jnp.where(mask_BGC.any(axis=-1), log_ratio_BGC.sum(axis=-1), -jnp.inf)),
+        ess_sequence=effective_sample_size(sequence_log_ratio_BG),
         ratio_mean=ratio_BGC.sum() / count,
+        sequence_ratio_mean=sequence_ratio_BG.sum() / jnp.maximum(present_BG.sum(), 1),
         ratio_max=ratio_BGC.max(),
         kl_behavior_target=-log_ratio_BGC.sum() / count,
         ratio_quantile_05=low,

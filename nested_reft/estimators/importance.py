@@ -13,6 +13,7 @@ and the weight h_t of token t is a *variant* of it, combined over tokens by a *l
     practical  pi / pi_old              updates since the rollout, not the nesting; equal to `one` when
                                         one update follows one rollout
     retrace    lambda * min(1, rho_t)   like `base`, but never above lambda
+    interpolated                        1 - a + a w, with w `base` at its level: as much of `base` as the share a
     mixture    see `mixture_log_weight` both, for groups drawn from nested and full model
 
     level      weight h_t               bias and variance of `base` at that level
@@ -40,7 +41,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-BiasMitigation = Literal["base", "one", "practical", "retrace", "mixture"]
+BiasMitigation = Literal["base", "one", "practical", "retrace", "interpolated", "mixture"]
 Level = Literal["token", "prefix", "sequence", "geometric"]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: beyond it a float32 sum over tokens carries nothing else
@@ -102,6 +103,23 @@ def importance_log_weight(
         log_weight_BG1 = log_weight_BG1 / jnp.maximum(mask_BGC.sum(axis=-1, keepdims=True), 1)
     # The loss multiplies token by token, so each token carries the weight of its whole completion.
     return jnp.broadcast_to(log_weight_BG1, log_factor_BGC.shape)
+
+
+def interpolated_log_weight(
+    log_weight_BGC: Float[Array, "B G C"], mix_share_B: Float[Array, " B"]
+) -> Float[Array, "B G C"]:
+    """log(1 - a + a w): between no correction and that of `base`, whose bias and noise it shares by a.
+
+    Args:
+        log_weight_BGC: log w of `base` at the wanted level, in nats.
+        mix_share_B: a, in [0, 1].
+
+    Returns:
+        log h in nats; 0 at a = 0 and log w at a = 1, whatever w is.
+    """
+    share_B11 = mix_share_B[:, None, None]
+    # Both ends take the log of zero, which `logaddexp` handles, and which no gradient passes through.
+    return jnp.logaddexp(jnp.log1p(-share_B11), jnp.log(share_B11) + log_weight_BGC)
 
 
 def mixture_log_weight(

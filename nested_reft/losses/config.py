@@ -35,6 +35,10 @@ class PolicyGradientConfig:
             weight 0 and stays in the divisor, so a mask decides which terms there are and changes nothing else.
             None rejects nothing.
         reject_below, reject_above: values outside [reject_below, reject_above] are rejected. None for no bound.
+        obrs_lambda: lambda > 0: tokens or completions, as `level` says, are accepted with probability
+            min(1, rho / lambda), and then weigh max(rho, lambda); see `estimators.budgeted_rejection`. Unlike a mask it
+            adds noise and no bias. None accepts all.
+        mix_share: a, in [0, 1], of `interpolated`; None lets `mix_control` choose it for each batch.
         self_normalized: divide by the sum of weights instead of their number: bounded, with a bias
             that falls as 1 / samples. What is rejected adds nothing to that sum.
         clip_policies: the policies that PPO's clip compares. `two` (bypass): pi and pi_b, so the clip acts on the
@@ -65,6 +69,8 @@ class PolicyGradientConfig:
     reject_by: RejectBy | None = None
     reject_below: float | None = None
     reject_above: float | None = None
+    obrs_lambda: float | None = None
+    mix_share: float | None = None
     self_normalized: bool = False
     clip_policies: ClipPolicies = "two"
     clip_level: ClipLevel = "token"
@@ -85,7 +91,13 @@ class PolicyGradientConfig:
         _check_meaning(self)
         _check_clip(self)
         _check_mask(self)
+        _check_budget(self)
         _check_reach(self)
+
+    @property
+    def may_reject(self) -> bool:
+        """Whether tokens may have weight 0: by a mask, or by the draws of a budget."""
+        return self.reject_by is not None or self.obrs_lambda is not None
 
 
 def claims_unbiased(config: PolicyGradientConfig) -> bool:
@@ -147,6 +159,8 @@ def _check_ranges(config: PolicyGradientConfig) -> None:
         # A ratio is 1, and a divergence 0, where the policies agree, and that is never rejected. Ratios are clamped.
         "reject_below": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < 1, "2.1e-9 < reject_below < 1, or None"),
         "reject_above": (lambda x: least < x < math.exp(LOG_RATIO_LIMIT), f"more than {least}, below 4.8e8, or None"),
+        "obrs_lambda": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < math.exp(LOG_RATIO_LIMIT), "more than 0, or None"),
+        "mix_share": (lambda x: 0 <= x <= 1, "0 <= mix_share <= 1, or None"),
         "clip_low": (lambda x: 0 < x < 1, "0 < clip_low < 1, or None"),
         "clip_high": (lambda x: x > 0, "more than 0, or None"),
         "dual_clip": (lambda x: x > 1, "more than 1, or None"),
@@ -168,6 +182,8 @@ def _check_needed(config: PolicyGradientConfig) -> None:
     # Lambda 1 is the default and leaves min(1, rho) as it is, so `retrace` does not require another value.
     if config.retrace_lambda != 1:
         _check_together(config, "retrace_lambda", True, "bias_mitigation", "retrace")
+    if config.mix_share is not None:
+        _check_together(config, "mix_share", True, "bias_mitigation", "interpolated")
     if (config.reference_kl is None) != (config.reference_kl_coefficient == 0):
         raise ValueError(
             f"loss.reference_kl is {config.reference_kl} and loss.reference_kl_coefficient"
@@ -202,10 +218,20 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
             f"loss.{limits[0]} is set, but bias_mitigation 'one' has the constant weight 1, which nothing limits;"
             " leave it out, or use 'practical', the ratio to the full model at rollout time"
         )
+    if variant == "one" and config.advantage == "weighted_leave_one_out":
+        raise ValueError(
+            "loss.advantage is 'weighted_leave_one_out', but bias_mitigation 'one' weighs every completion alike; set"
+            " 'leave_one_out', which is the same then"
+        )
     if variant == "mixture" and level != "sequence":
         raise ValueError(
             f"loss.level is '{level}', but bias_mitigation 'mixture' draws whole completions from one of two models,"
             " so only completions have a density; set 'sequence'"
+        )
+    if variant == "interpolated" and level not in ("token", "sequence"):
+        raise ValueError(
+            f"loss.level is '{level}', but bias_mitigation 'interpolated' mixes 1 with a ratio whose mean is 1, which"
+            " tokens and completions have; set 'token' or 'sequence'"
         )
     if variant == "retrace" and level not in ("token", "prefix"):
         raise ValueError(
@@ -272,6 +298,34 @@ def _check_mask(config: PolicyGradientConfig) -> None:
             f"loss.reject_by is 'token_ratio' at level '{config.level}': the ratio of a rejected token stays in the"
             " weights of the other tokens; use reject_by 'sequence_ratio', 'geometric_mean' or 'sequence_k3', or level"
             " 'token'"
+        )
+
+
+def _check_budget(config: PolicyGradientConfig) -> None:
+    """Budgeted rejection draws by the ratio that the weight is, and no other limit acts on that ratio."""
+    if config.obrs_lambda is None:
+        return
+    if config.bias_mitigation != "base" or config.level not in ("token", "sequence"):
+        raise ValueError(
+            f"loss.obrs_lambda is set with bias_mitigation '{config.bias_mitigation}' at level '{config.level}': what"
+            " is accepted has a known density for the ratio of tokens or completions alone; use bias_mitigation 'base'"
+            " and level 'token' or 'sequence'"
+        )
+    if config.reject_by is not None:
+        raise ValueError(
+            f"loss.obrs_lambda is set beside reject_by '{config.reject_by}': the bias of the mask would undo what the"
+            " random rejection keeps exact; leave one out"
+        )
+    if config.truncate_at is not None and config.truncate_at <= config.obrs_lambda:
+        raise ValueError(
+            f"loss.truncate_at is {config.truncate_at} and obrs_lambda {config.obrs_lambda}: accepted weights are at"
+            " least obrs_lambda, so all would be truncated; raise truncate_at or leave it out"
+        )
+    clips = [name for name in ("clip_low", "clip_high", "dual_clip") if getattr(config, name) is not None]
+    if config.clip_policies == "two" and clips:
+        raise ValueError(
+            f"loss.{clips[0]} is set with clip_policies 'two', which would clip the weights max(rho, obrs_lambda) of"
+            " accepted samples and not rho; set clip_policies 'three'"
         )
 
 

@@ -33,6 +33,8 @@ class Needs:
         fresh_rollouts: whether all groups must come from the present version of the policy, because the
             objective takes that version for the one at rollout time, theta_old.
         may_reject: whether the loss may give all tokens the weight 0. Such an update is left out.
+        acceptance_draw: random numbers by which samples are accepted, `acceptance_draw_BGC`.
+        mix_share: the share of the importance weight, `mix_share_B`.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -43,6 +45,8 @@ class Needs:
     signal_is_weight: bool = False
     fresh_rollouts: bool = False
     may_reject: bool = False
+    acceptance_draw: bool = False
+    mix_share: bool = False
 
 
 @struct.dataclass
@@ -108,7 +112,8 @@ class Objective(Protocol):
             groups: B groups with their rewards, on the host, perhaps of several policies.
 
         Returns:
-            One number per completion, zero where there is no reward. No gradient passes through it.
+            One number per completion. Where there is no reward it is zero, or NaN if the loss still has to know.
+            No gradient passes through it.
         """
         ...
 

@@ -42,11 +42,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nested_reft.estimators.advantages import group_advantages
+from nested_reft.estimators.advantages import group_advantages, weighted_advantages
+from nested_reft.estimators.budgeted_rejection import accepted_log_weight, is_accepted
 from nested_reft.estimators.health import kish
 from nested_reft.estimators.importance import (
     LOGPROB_FLOOR,
     importance_log_weight,
+    interpolated_log_weight,
     limited_weight,
     mixture_log_weight,
     token_log_ratio,
@@ -85,11 +87,13 @@ class PolicyGradient:
             self_distillation=config.self_distillation_coefficient > 0,
             # Both compare with the full model at rollout time, which is at hand for the present version alone.
             fresh_rollouts=variant in ("practical", "mixture"),
-            may_reject=config.reject_by is not None,
+            may_reject=config.may_reject,
+            acceptance_draw=config.obrs_lambda is not None,
+            mix_share=variant == "interpolated",
         )
 
     def signal(self, groups: Scored) -> Float[Array, "B G"]:
-        """The advantage of each completion relative to its group, as `group_advantages` gives it.
+        """What `group_advantages` gives: the advantage of each completion relative to its group, or its reward.
 
         Args:
             groups: their total rewards count; completions without a score enter no baseline.
@@ -167,7 +171,7 @@ def policy_gradient_loss(
     # The weight is computed from the frozen log-probability. Otherwise its own gradient would enter the loss.
     frozen_BGC = jax.lax.stop_gradient(target_logprob_BGC)
     weights = token_weights(frozen_BGC, mask_BGC, batch, config)
-    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, batch, config)
+    advantage_BGC = _token_advantages(frozen_BGC, mask_BGC, weights.factor_BGC * weights.ratio_BGC, batch, config)
     limited_BGC, clipped_BGC = clipped_ratio(
         weights.ratio_BGC, advantage_BGC, config.clip_low, config.clip_high, config.dual_clip
     )
@@ -194,7 +198,7 @@ def policy_gradient_loss(
         "weight_mean": token_mean(whole_weight_BGC),
         "weight_square_mean": token_mean(whole_weight_BGC**2),
     }
-    if config.reject_by is not None:
+    if config.may_reject:
         has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
         parts["accepted_tokens"] = token_mean(weights.accepted_BGC)
         parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
@@ -220,7 +224,7 @@ class TokenWeights(NamedTuple):
     Attributes:
         factor_BGC: m, or m h with three policies.
         ratio_BGC: h, or r with three policies.
-        accepted_BGC: True at the tokens that count and that the mask keeps.
+        accepted_BGC: True at the tokens that count and that the mask or the budget keeps.
         truncated_BGC: True where truncation changed h.
     """
 
@@ -250,20 +254,29 @@ def token_weights(
     # Decoupled, h corrects the sampler and no later update, so the model that it leads to stands still.
     corrected_BGC = old_BGC if is_decoupled else target_logprob_BGC
     log_weight_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config)
+    # Positions without a token are judged as well, because a weighted baseline reads the weights there.
+    kept_BGC = jnp.ones_like(mask_BGC)
+    if config.obrs_lambda is not None:
+        assert batch.acceptance_draw_BGC is not None  # `_check_inputs` has refused a batch without it
+        draw_BGC = batch.acceptance_draw_BGC
+        # One draw decides for a whole completion.
+        draw_BGC = jnp.broadcast_to(draw_BGC[..., :1], draw_BGC.shape) if config.level == "sequence" else draw_BGC
+        kept_BGC &= is_accepted(log_weight_BGC, draw_BGC, config.obrs_lambda)
+        log_weight_BGC = accepted_log_weight(log_weight_BGC, config.obrs_lambda)
     weight_BGC = limited_weight(log_weight_BGC, config.truncate_at)
-    accepted_BGC = mask_BGC
     if config.reject_by is not None:
         assert batch.behavior_logprob_BGC is not None  # `_check_inputs` has refused a batch without it
         mismatch_BGC = mismatch(corrected_BGC, batch.behavior_logprob_BGC, mask_BGC, config.reject_by)
-        accepted_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
-    factor_BGC, ratio_BGC = accepted_BGC.astype(jnp.float32), weight_BGC
+        kept_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
+    factor_BGC, ratio_BGC = kept_BGC.astype(jnp.float32), weight_BGC
     if is_decoupled:
         step_BGC = importance_log_weight(
             token_log_ratio(target_logprob_BGC, old_BGC), mask_BGC, "base", config.clip_level
         )
         factor_BGC, ratio_BGC = factor_BGC * weight_BGC, limited_weight(step_BGC)
     # Without a limit given, `limited_weight` sets none.
-    return TokenWeights(factor_BGC, ratio_BGC, accepted_BGC, weight_BGC != limited_weight(log_weight_BGC))
+    is_truncated_BGC = weight_BGC != limited_weight(log_weight_BGC)
+    return TokenWeights(factor_BGC, ratio_BGC, mask_BGC & kept_BGC, is_truncated_BGC)
 
 
 def batch_log_weight(
@@ -293,13 +306,12 @@ def batch_log_weight(
     # `practical` ignores the nesting, while the other variants divide by the policy that sampled.
     denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
     assert denominator_BGC is not None  # `_check_inputs` has refused a batch without it
-    return importance_log_weight(
-        token_log_ratio(target_logprob_BGC, denominator_BGC),
-        mask_BGC,
-        config.bias_mitigation,
-        config.level,
-        config.retrace_lambda,
-    )
+    log_ratio_BGC = token_log_ratio(target_logprob_BGC, denominator_BGC)
+    if config.bias_mitigation == "interpolated":
+        assert batch.mix_share_B is not None
+        base_BGC = importance_log_weight(log_ratio_BGC, mask_BGC, "base", config.level)
+        return interpolated_log_weight(base_BGC, batch.mix_share_B)
+    return importance_log_weight(log_ratio_BGC, mask_BGC, config.bias_mitigation, config.level, config.retrace_lambda)
 
 
 def clipped_ratio(
@@ -372,10 +384,15 @@ def normalization_shares(
     return mask / fixed_length_tokens, share_BGC
 
 
-def _token_advantages(frozen_BGC: Array, mask_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig) -> Array:
+def _token_advantages(
+    frozen_BGC: Array, mask_BGC: Array, weight_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig
+) -> Array:
     """A_t of every token; with `k1_in_reward` less beta times the KL reward that is still to come."""
     if batch.token_signal_BGC is not None:
         advantage_BGC = batch.token_signal_BGC
+    elif config.advantage == "weighted_leave_one_out":
+        # Here the signal is the reward, because the baseline needs the weights.
+        advantage_BGC = weighted_advantages(batch.signal_BG, weight_BGC)
     else:
         advantage_BGC = jnp.broadcast_to(batch.signal_BG[..., None], frozen_BGC.shape)
     if config.reference_kl == "k1_in_reward" and batch.reference_logprob_BGC is not None:
@@ -417,9 +434,14 @@ def _check_inputs(
             )
         if batch.full_share_B is None:
             raise ValueError("bias_mitigation 'mixture' needs batch.full_share_B: the full model's probability")
-    if batch.behavior_logprob_BGC is None and (config.bias_mitigation in ("base", "retrace") or config.reject_by):
+    reads_behavior = config.bias_mitigation in ("base", "retrace", "interpolated") or config.reject_by
+    if batch.behavior_logprob_BGC is None and reads_behavior:
         name = "reject_by" if config.reject_by else "bias_mitigation"
         raise ValueError(f"{name} '{getattr(config, name)}' needs batch.behavior_logprob_BGC")
+    if config.bias_mitigation == "interpolated" and batch.mix_share_B is None:
+        raise ValueError("bias_mitigation 'interpolated' needs batch.mix_share_B: the share of the weight")
+    if config.obrs_lambda is not None and batch.acceptance_draw_BGC is None:
+        raise ValueError("obrs_lambda is set: pass batch.acceptance_draw_BGC, uniform draws in [0, 1)")
     if config.reference_kl is not None and batch.reference_logprob_BGC is None:
         raise ValueError(f"reference_kl '{config.reference_kl}' needs batch.reference_logprob_BGC")
     if config.entropy_coefficient and entropy_BGC is None:

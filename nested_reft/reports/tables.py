@@ -104,45 +104,6 @@ def _step_facts(summary: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def estimator_table(results: Sequence[dict[str, Any]]) -> str:
-    """The enumeration's results, one table per scenario; see `enumeration.EstimatorReport`.
-
-    Args:
-        results: dictionaries of `EstimatorReport.to_json`, in the order to show.
-    """
-    header = ["estimator", "unbiased?", "relative bias", "direction bias", "scale", "variance", "ESS"]
-    tables = []
-    # A dictionary drops what repeats and keeps the order of the scenarios.
-    for scenario in dict.fromkeys(result["scenario"] for result in results):
-        rows = [
-            [
-                result["estimator"],
-                _claim(result["claimed_scale"]),
-                f"{result['relative_bias']:.1e}",
-                f"{result['direction_bias']:.1e}",
-                f"{result['scale']:.3f}",
-                f"{result['variance']:.1f}",
-                share(result["ess"]),
-            ]
-            for result in results
-            if result["scenario"] == scenario
-        ]
-        tables.append(f"{scenario}\n\n{table(header, rows)}")
-    legend = (
-        "Bias and variance of one group's gradient, relative to the true gradient's length (squared for the variance)."
-        " Direction bias is what the best scaling leaves; about 1e-6 is float32. 'claimed, times s' claims the right"
-        " direction and s times the right length, so its relative bias is 1 - s."
-    )
-    return "\n\n".join([*tables, legend])
-
-
-def _claim(scale: float | None) -> str:
-    """What an estimator claims of its expected gradient."""
-    if scale is None:
-        return ""
-    return "claimed" if scale == 1 else f"claimed, times {scale:.3f}"
-
-
 def cost_table(costs: list[dict[str, Any]], unit: str = "chip") -> str:
     """What compiled programs cost per `unit`, and how far the bytes they move are from the floor.
 

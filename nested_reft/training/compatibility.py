@@ -76,6 +76,22 @@ def exact_rollouts_need_no_control(config: Config) -> None:
         )
 
 
+def mix_has_one_source(config: Config) -> None:
+    """The share of an interpolated weight is a constant or held by a budget, and nothing else has a share."""
+    loss, ess = config.loss, config.mix_control.ess
+    is_mixed = isinstance(loss, PolicyGradientConfig) and loss.bias_mitigation == "interpolated"
+    share = loss.mix_share if isinstance(loss, PolicyGradientConfig) else None
+    if is_mixed and (share is None) == (ess is None):
+        raise ValueError(
+            f"loss.mix_share is {share} and mix_control.ess {ess}; bias_mitigation 'interpolated' needs one of them: a"
+            " constant share, or the smallest effective sample size that the share may leave"
+        )
+    if not is_mixed and ess is not None:
+        raise ValueError(
+            f"mix_control.ess is {ess}, but only loss.bias_mitigation 'interpolated' has a share to choose"
+        )
+
+
 def remeasuring_fits_the_batch(config: Config) -> None:
     """Layers are measured on the step's own rollouts."""
     nesting = config.nesting
@@ -175,6 +191,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     overlong_cache_fits_completions,
     mixture_weights_need_a_mixture,
     exact_rollouts_need_no_control,
+    mix_has_one_source,
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     dynamic_sampling_needs_a_group,

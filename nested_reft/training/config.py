@@ -20,6 +20,7 @@ from nested_reft.json_files import differences
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.literals import check_choice, check_whole
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
+from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import known_models
 from nested_reft.models.source import ModelSource
@@ -98,6 +99,7 @@ class Config:
     evaluation: EvaluationConfig
     curriculum: CurriculumConfig
     nesting_control: NestingControlConfig = field(default_factory=NestingControlConfig)
+    mix_control: MixControlConfig = field(default_factory=MixControlConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

@@ -226,11 +226,13 @@ class Learner:
                 self._rounded = rounded
             return self._as_policy(rounded, version=self.version)
 
-    def batch(self, groups: Scored) -> LearnerBatch:
+    def batch(self, groups: Scored, acceptance: jax.Array | None = None, mix_share: float = 0.0) -> LearnerBatch:
         """The signal of each completion, and only the log-probabilities that the objective needs.
 
         Args:
             groups: B scored groups, on the host, perhaps of several policies.
+            acceptance: key of the draws by which samples are accepted, where the objective rejects at random.
+            mix_share: the share of the importance weight, in [0, 1], where the objective mixes.
 
         Returns:
             What `update` takes, on the mesh.
@@ -257,6 +259,8 @@ class Learner:
             signal_BG=objective.signal(groups),
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size] if self.needs.off_policy else None,
             full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
+            acceptance_draw_BGC=self._draw(acceptance, rollouts.tokens_BGC.shape, size),
+            mix_share_B=jnp.full(len(groups), mix_share) if self.needs.mix_share else None,
         )
         # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
         arrays = shard_batch(arrays, self.mesh)
@@ -272,6 +276,14 @@ class Learner:
             # One plan serves the whole batch: it only says which sub-network is taught next.
             nested = replicate(LayerPlan.of_parts(np.asarray(rollouts.part_BL[0])), self.mesh)
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
+
+    def _draw(self, key: jax.Array | None, shape: tuple[int, ...], size: int) -> Float[Array, "B G C"] | None:
+        """The numbers by which tokens are accepted, where the objective asks for them."""
+        if not self.needs.acceptance_draw:
+            return None
+        assert key is not None, "the objective rejects at random, and no key was given"
+        # Drawn for the longest completion that there can be, so that the draws do not depend on the cut.
+        return jax.random.uniform(key, shape)[..., :size]
 
     def update(self, batch: LearnerBatch) -> Update:
         """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum; nor does a

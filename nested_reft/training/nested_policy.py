@@ -1,4 +1,4 @@
-"""Keeping the nested policy up to date: how deep it nests, its bridges, and what is known of its layers."""
+"""Keeping the nested policy up to date: how deep it nests, its bridges, what is known of its layers, its weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft import bridging, nesting_control
+from nested_reft import bridging, mix_control, nesting_control
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.estimators.health import Health
 from nested_reft.training.run_state import RunState
@@ -49,6 +49,9 @@ def renew(
     # Until there are bridges the full model samples, which says nothing about how deep to nest.
     if state.nests:
         state.nesting = nesting_control.update(state.nesting, state.config.nesting_control, health)
+    # Whatever made the rollouts differ from the target, the next batch's share answers to it.
+    is_of_tokens = getattr(state.config.loss, "level", "token") == "token"
+    state.mix = mix_control.update(state.mix, state.config.mix_control, "token" if is_of_tokens else "sequence", health)
     return fit_and_measure(state, number, [scored.rollouts for scored in found], next_plan)
 
 

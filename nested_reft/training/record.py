@@ -21,6 +21,7 @@ from nested_reft.evaluation import Evaluation
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
+from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, unmet_budget
 from nested_reft.plan_price import Price
 from nested_reft.rewards.reward import component_metrics
@@ -89,13 +90,14 @@ METRICS = (
     Metric("limited_share", "share", "tokens whose weight was truncated"),
     Metric("weight_mean", "", "mean importance weight of the loss; rejected tokens have 0"),
     Metric("ess_weight", "share", "effective sample size of the loss's weights; rejected tokens have 0"),
-    Metric("accepted_tokens", "share", "tokens that the mask kept (loss.reject_by)"),
-    Metric("accepted_completions", "share", "completions of which the mask kept any token"),
-    Metric("kept_weight_mean", "", "mean importance weight of the tokens that the mask kept"),
+    Metric("accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"),
+    Metric("accepted_completions", "share", "completions of which any token was kept"),
+    Metric("kept_weight_mean", "", "mean importance weight of the tokens that were kept"),
     Metric("ess_kept", "share", "effective sample size of the weights of those tokens"),
     Metric("ess_token", "share", "effective sample size of the ratios pi / pi_b of tokens, in the first pass"),
     Metric("ess_sequence", "share", "the same of whole completions"),
     Metric("ratio_mean", "", "mean of pi / pi_b; 1 in expectation"),
+    Metric("sequence_ratio_mean", "", "mean of the product of pi / pi_b over each completion; 1 in expectation"),
     Metric("ratio_max", "", "largest pi / pi_b"),
     Metric("ratio_quantile_05", "", "5 % quantile of pi / pi_b"),
     Metric("ratio_quantile_50", "", "median of pi / pi_b"),
@@ -109,6 +111,8 @@ METRICS = (
     Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
     Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
+    Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
+    Metric("mix_reason", "", "in words, why"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
     Metric("remeasure_seconds", "seconds", "time that it took"),
     Metric("bridge_tokens", "tokens", "completion tokens that the bridges were fitted on, in steps that fit them"),
@@ -138,6 +142,7 @@ class StepRecord:
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
+        mix: how much of the importance weight the next batch uses, and why.
         renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
@@ -153,6 +158,7 @@ class StepRecord:
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
     nesting: NestingControlState
+    mix: MixControlState
     renewed: Renewed
     seconds: float
     compilations: int
@@ -210,14 +216,16 @@ class StepRecord:
         return {kind: warning for kind, warning in found.items() if warning is not None}
 
     def _few_accepted(self, loss: ObjectiveConfig, threshold: float) -> str | None:
-        """That a mask kept few tokens or none, and which bounds would keep most."""
-        if not isinstance(loss, PolicyGradientConfig) or loss.reject_by is None:
+        """That a mask or a budget kept few tokens or none, and what would keep most."""
+        if not isinstance(loss, PolicyGradientConfig) or not loss.may_reject:
             return None
         share = self.update.parts["accepted_tokens"]
         # An update of several passes may be left out in the last of them alone.
         if share >= threshold and not self.update.empty:
             return None
         did = "rejected every token, so nothing changed" if self.update.empty else f"kept {share:.1%} of the tokens"
+        if loss.reject_by is None:
+            return f"loss.obrs_lambda {loss.obrs_lambda} {did}. Lower it, or lower nesting.skip_ratio"
         low, high = self.update.bounds[loss.reject_by][:2]
         return (
             f"loss.reject_by '{loss.reject_by}' {did}: reject_below {loss.reject_below}, reject_above"
@@ -323,6 +331,8 @@ def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
         found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
+    if record.mix.reason:
+        found |= {"next_mix_share": record.mix.share, "mix_reason": record.mix.reason}
     renewed = record.renewed
     if renewed.bridge_tokens is not None:
         found |= {"bridge_tokens": renewed.bridge_tokens, "bridge_seconds": renewed.bridge_seconds}

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from nested_reft import mix_control
 from nested_reft.bridging import BridgeState
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
+from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
 from nested_reft.training.config import Config, forbidden_changes
@@ -43,6 +45,7 @@ class RunState:
         curriculum: what it remembers of each source.
         buffer: groups that were found and not yet trained on.
         nesting: how deep the next batch nests.
+        mix: how much of the importance weight the next batch uses.
         divergence_L: measured divergence of each layer, for `measured` plans.
         bridging: the texts that the bridges are fitted on, and when they were.
         data: the prompts; the phase decides how they are divided, so they are not stored.
@@ -62,6 +65,7 @@ class RunState:
     stream: PromptStream
     curriculum: CurriculumState
     nesting: NestingControlState
+    mix: MixControlState
     divergence_L: Float[np.ndarray, " L"]
     buffer: Buffer = field(default_factory=Buffer)
     bridging: BridgeState = field(default_factory=BridgeState)
@@ -130,6 +134,7 @@ class RunState:
         self.curriculum = CurriculumState.from_json(host["curriculum"])
         self.buffer = Buffer.from_plain(host["buffer"])
         self.nesting = NestingControlState.from_json(host["nesting"])
+        self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
         self.bridging = BridgeState.from_plain(host["bridging"])
         self.started, self.step = host["started"], host["step"]
@@ -173,6 +178,7 @@ class RunState:
             "curriculum": self.curriculum.to_json(),
             "buffer": self.buffer.to_plain(),
             "nesting": self.nesting.to_json(),
+            "mix": self.mix.to_json(),
             # It may have been measured anew in the run, so the file that it began with does not replace it.
             "divergence": np.asarray(self.divergence_L),
             "bridging": self.bridging.to_plain(),
@@ -195,6 +201,7 @@ def initial_run_state(setup: Setup) -> RunState:
         stream=PromptStream(data.train_examples, config.train.seed),
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
+        mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
         divergence_L=setup.divergence_L,
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),
     )

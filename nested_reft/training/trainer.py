@@ -167,7 +167,7 @@ class Trainer:
             state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
-        update = state.learner.update(state.learner.batch(groups))
+        update = state.learner.update(state.learner.batch(groups, keys.acceptance, state.mix.share))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         return StepRecord(
@@ -181,6 +181,7 @@ class Trainer:
             curriculum_before=before,
             curriculum_after=state.curriculum,
             nesting=state.nesting,
+            mix=state.mix,
             renewed=renewed,
             seconds=time.monotonic() - started,
             compilations=self.compilations.count,

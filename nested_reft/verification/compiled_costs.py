@@ -310,6 +310,8 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
         signal_BG=sharded(rows, jnp.float32, "batch"),
         behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
         full_share_B=sharded(rows[:1], jnp.float32, "batch") if task.needs.mixture_density else None,
+        acceptance_draw_BGC=sharded((*rows, size), jnp.float32, "batch") if task.needs.acceptance_draw else None,
+        mix_share_B=sharded(rows[:1], jnp.float32, "batch") if task.needs.mix_share else None,
         **tokens,
     )
     # This is the trainer's own update, so the figures are those of a real run.

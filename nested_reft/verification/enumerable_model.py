@@ -1,9 +1,11 @@
-"""A model so small that all its completions can be listed, and its policies where theta has moved or not."""
+"""A model so small that all its completions can be listed, and its policies at several depths and ages."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +29,28 @@ MODEL = ModelConfig(
 )
 
 
+# Length of one update, relative to that of all parameters: one moves pi by 0.01 nats a completion, four by 0.09.
+UPDATE_LENGTH = 5e-4
+
+
 @dataclass(frozen=True)
 class Scenario:
-    """Where the policies stand: how far theta has moved from theta_old, and which plans are drawn.
+    """Where the policies stand: which plans sample, and how many updates the target is ahead of them.
 
     Attributes:
-        name: as the table shows it.
-        moved: standard deviation of theta - theta_old, relative to each parameter array's own.
+        depth: of the nesting, as the table shows it.
         plans: skipped layers of each plan; one of the plans is drawn per batch, uniformly.
+        updates: between theta_old, which sampled, and theta: steps along the true gradient, of `UPDATE_LENGTH`.
     """
 
-    name: str
-    moved: float
+    depth: str
     plans: tuple[tuple[int, ...], ...]
+    updates: int
+
+    @property
+    def name(self) -> str:
+        """Both in words."""
+        return f"{self.depth}, {self.updates} update{'' if self.updates == 1 else 's'} old"
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,13 @@ class Completions:
     reward_XY: Float[np.ndarray, "X Y"]
 
     @classmethod
-    def of_model(cls) -> Completions:
-        """All completions that `MODEL` can give to either prompt."""
-        tokens_YC, length_Y = all_completions(MODEL.vocab_size, STOP_ID, MAX_COMPLETION_TOKENS)
+    def of_model(cls, max_tokens: int = MAX_COMPLETION_TOKENS) -> Completions:
+        """All completions that `MODEL` can give to either prompt.
+
+        Args:
+            max_tokens: C; at most 14 tokens have a position behind the prompts.
+        """
+        tokens_YC, length_Y = all_completions(MODEL.vocab_size, STOP_ID, max_tokens)
         prompt_XP = np.array([[1, 2], [2, 2]], np.int32)
         # Any rule will do that makes rewards differ between completions and between prompts.
         answer_Y = tokens_YC.sum(axis=1) % 3
@@ -84,6 +99,15 @@ class EnumeratedPolicies:
     gram_XRR: Float[np.ndarray, "X R R"]
     reward_gradient_M: Float[np.ndarray, " M"]
     kl_gradient_M: Float[np.ndarray, " M"]
+
+    @property
+    def kl_per_token(self) -> float:
+        """E[log pi_b - log pi] per sampled token, in nats, as training logs it: over prompts and plans."""
+        target_XY = np.asarray(self.target_logprob_XYC, np.float64).sum(axis=-1)
+        nested_ZXY = np.asarray(self.nested_logprob_ZXYC, np.float64).sum(axis=-1)
+        probability_ZXY = np.exp(nested_ZXY)
+        divergence = (probability_ZXY * (nested_ZXY - target_XY)).sum()
+        return float(divergence / (probability_ZXY * self.completions.length_Y).sum())
 
 
 def all_completions(
@@ -113,8 +137,12 @@ def all_completions(
 class TinyModel:
     """The transformer, with its log-probabilities of all completions as compiled functions of flat parameters."""
 
-    def __init__(self, seed: int):
-        key, self.reference_key, self.moved_key = jax.random.split(jax.random.key(seed), 3)
+    def __init__(self, seed: int, max_tokens: int = MAX_COMPLETION_TOKENS):
+        """Args:
+        seed: of the parameters.
+        max_tokens: of a completion. Each token more doubles the number of completions.
+        """
+        key, reference_key, _ = jax.random.split(jax.random.key(seed), 3)
         # Layers loud and embedding quiet enough for plans to differ by 0.05 to 0.5 nats a completion.
         parameters = {
             name: value if name.endswith("norm") else value * (0.7 if name == "embedding" else 3.0)
@@ -123,10 +151,10 @@ class TinyModel:
         # Compiled functions take flat parameters, so that one gradient is one vector.
         self.graph, self.parameters = nnx.split(Transformer(MODEL, parameters))
         self.flat_M, self.unflatten = ravel_pytree(self.parameters)
-        self.completions = completions = Completions.of_model()
+        self.completions = completions = Completions.of_model(max_tokens)
         num_prompts = len(completions.prompt_XP)
         tokens_XYC = jnp.broadcast_to(completions.tokens_YC, (num_prompts, *completions.tokens_YC.shape))
-        mask_YC = valid_mask(jnp.asarray(completions.length_Y), MAX_COMPLETION_TOKENS)
+        mask_YC = valid_mask(jnp.asarray(completions.length_Y), max_tokens)
         prompt_XP = jnp.asarray(completions.prompt_XP)
         prompt_length_X = jnp.full(num_prompts, prompt_XP.shape[1], jnp.int32)
 
@@ -158,6 +186,9 @@ class TinyModel:
         self.logprobs = jax.jit(logprobs)
         self.jacobian = jax.jit(jacobian)
         self.objective_gradient = jax.jit(jax.grad(objective))
+        # The reference lies away from both theta and theta_old, or a wrong one could go unnoticed.
+        self.reference_XYC = self.logprobs(self.flat_M + 0.1 * self.noise(reference_key))
+        self._targets = [self.flat_M]
 
     def at(self, flat_M: Float[Array, " M"]) -> Transformer:
         """The transformer with these parameters.
@@ -167,13 +198,20 @@ class TinyModel:
         """
         return nnx.merge(self.graph, self.unflatten(flat_M))
 
-    def target(self, scenario: Scenario) -> Float[Array, " M"]:
+    def target(self, updates: int) -> Float[Array, " M"]:
         """Flat parameters of the target policy.
 
         Args:
-            scenario: says how far theta has moved.
+            updates: steps along the gradient of the expected reward, from the parameters that sampled.
         """
-        return self.flat_M + scenario.moved * self.noise(self.moved_key)
+        zero, one = jnp.zeros(()), jnp.ones(())
+        while len(self._targets) <= updates:
+            last_M = self._targets[-1]
+            gradient_M = self.objective_gradient(last_M, self.reference_XYC, one, zero)
+            # Each step has the same length, as Adam's has.
+            step = UPDATE_LENGTH * jnp.linalg.norm(self.flat_M) / jnp.linalg.norm(gradient_M)
+            self._targets.append(last_M + step * gradient_M)
+        return self._targets[updates]
 
     def noise(self, key: Array) -> Float[Array, " M"]:
         """Normal noise with each parameter array's own root mean square as standard deviation.
@@ -187,27 +225,42 @@ class TinyModel:
         return ravel_pytree(jax.tree.unflatten(tree, noise))[0]
 
 
-def enumerate_policies(model: TinyModel, scenario: Scenario) -> EnumeratedPolicies:
+def enumerate_policies(model: TinyModel, scenarios: Sequence[Scenario]) -> list[EnumeratedPolicies]:
     """Runs the tiny transformer on every completion, under every plan, and differentiates the objective.
 
     Args:
         model: gives parameters and compiled functions.
-        scenario: where the policies stand.
+        scenarios: where the policies stand.
     """
-    target_M = model.target(scenario)
-    # The reference lies away from both theta and theta_old, or a wrong one could go unnoticed.
-    reference_XYC = model.logprobs(model.flat_M + 0.1 * model.noise(model.reference_key))
-    jacobian_XRM = np.asarray(model.jacobian(target_M), np.float64).reshape(len(reference_XYC), -1, target_M.size)
+    # A target's Jacobian does not depend on who sampled, so scenarios of one age share it.
+    targets = {updates: _differentiated(model, updates) for updates in {scenario.updates for scenario in scenarios}}
+    return [
+        EnumeratedPolicies(
+            completions=model.completions,
+            old_logprob_XYC=model.logprobs(model.flat_M),
+            reference_logprob_XYC=model.reference_XYC,
+            nested_logprob_ZXYC=jnp.stack(
+                [
+                    model.logprobs(model.flat_M, LayerPlan.skipping(MODEL.num_layers, skipped))
+                    for skipped in scenario.plans
+                ]
+            ),
+            **targets[scenario.updates],
+        )
+        for scenario in scenarios
+    ]
+
+
+def _differentiated(model: TinyModel, updates: int) -> dict[str, Any]:
+    """What `EnumeratedPolicies` holds of one target."""
+    target_M = model.target(updates)
+    jacobian_M = np.asarray(model.jacobian(target_M), np.float64)
+    jacobian_XRM = jacobian_M.reshape(len(model.completions.prompt_XP), -1, target_M.size)
     zero, one = jnp.zeros(()), jnp.ones(())
-    plans = [LayerPlan.skipping(MODEL.num_layers, skipped) for skipped in scenario.plans]
-    return EnumeratedPolicies(
-        completions=model.completions,
-        target_logprob_XYC=model.logprobs(target_M),
-        old_logprob_XYC=model.logprobs(model.flat_M),
-        reference_logprob_XYC=reference_XYC,
-        nested_logprob_ZXYC=jnp.stack([model.logprobs(model.flat_M, plan) for plan in plans]),
-        jacobian_XRM=jacobian_XRM,
-        gram_XRR=jacobian_XRM @ jacobian_XRM.swapaxes(1, 2),
-        reward_gradient_M=np.asarray(model.objective_gradient(target_M, reference_XYC, one, zero), np.float64),
-        kl_gradient_M=np.asarray(model.objective_gradient(target_M, reference_XYC, zero, one), np.float64),
-    )
+    return {
+        "target_logprob_XYC": model.logprobs(target_M),
+        "jacobian_XRM": jacobian_XRM,
+        "gram_XRR": jacobian_XRM @ jacobian_XRM.swapaxes(1, 2),
+        "reward_gradient_M": np.asarray(model.objective_gradient(target_M, model.reference_XYC, one, zero), np.float64),
+        "kl_gradient_M": np.asarray(model.objective_gradient(target_M, model.reference_XYC, zero, one), np.float64),
+    }

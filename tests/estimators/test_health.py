@@ -36,6 +36,7 @@ def test_health_by_hand():
         ess_token=30.25 / 39.75,
         ess_sequence=0.8,
         ratio_mean=5.5 / 3,
+        sequence_ratio_mean=2.0,
         ratio_max=3.0,
         kl_behavior_target=-np.log(3) / 3,
         ratio_quantile_05=0.65,
@@ -61,7 +62,7 @@ def test_the_tail_is_the_share_of_tokens_beyond_a_factor_of_two(ratios, tail):
 def test_no_token_at_all_gives_zero_everywhere():
     shape = (1, 2, 3)
     health = off_policy_health(-jnp.ones(shape), -2 * jnp.ones(shape), jnp.zeros(shape, bool))
-    assert [float(value) for value in jax.tree.leaves(health)] == [0.0] * 9
+    assert [float(value) for value in jax.tree.leaves(health)] == [0.0] * 10
 
 
 def test_equals_slow_loops(key):
@@ -82,6 +83,7 @@ def test_equals_slow_loops(key):
         "ess_token": ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()),
         "ess_sequence": sequences.sum() ** 2 / (len(sequences) * (sequences**2).sum()),
         "ratio_mean": ratios.mean(),
+        "sequence_ratio_mean": sequences.mean(),
         "ratio_max": ratios.max(),
         "ratio_quantile_05": np.quantile(ratios, 0.05),
         "ratio_quantile_50": np.quantile(ratios, 0.5),
@@ -99,7 +101,8 @@ def test_on_policy_is_one():
     logprob_BGC = -jnp.ones((1, 2, 3))
     health = off_policy_health(logprob_BGC, logprob_BGC, jnp.ones((1, 2, 3), bool))
     assert {name: float(value) for name, value in dataclasses.asdict(health).items()} == {
-        "ess_token": 1, "ess_sequence": 1, "ratio_mean": 1, "ratio_max": 1, "kl_behavior_target": 0,
+        "ess_token": 1, "ess_sequence": 1, "ratio_mean": 1, "sequence_ratio_mean": 1, "ratio_max": 1,
+        "kl_behavior_target": 0,
         "ratio_quantile_05": 1, "ratio_quantile_50": 1, "ratio_quantile_95": 1,
         "ratio_tail": 0,
     }  # fmt: skip
@@ -117,6 +120,7 @@ HEALTHY = Health(
     ess_token=0.7,
     ess_sequence=0.6,
     ratio_mean=0.9,
+    sequence_ratio_mean=0.8,
     ratio_max=2.0,
     kl_behavior_target=0.12,
     ratio_quantile_05=0.5,

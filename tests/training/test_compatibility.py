@@ -9,6 +9,7 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
@@ -22,6 +23,7 @@ from tests.training.runs import MOVING, nano
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
 UNBIASED = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", 8)
 BASE = dataclasses.replace(UNBIASED, level="token", clip_low=0.2)
+MIXED = dataclasses.replace(UNBIASED, bias_mitigation="interpolated")
 RETRACE = dataclasses.replace(UNBIASED, bias_mitigation="retrace", level="token")
 PRACTICAL = dataclasses.replace(BASE, bias_mitigation="practical")
 ONE = dataclasses.replace(UNBIASED, bias_mitigation="one", level="token")
@@ -97,6 +99,20 @@ REFUSED = {
                 "dynamic_sampling": DynamicSamplingConfig(max_generation_batches=2),
             },
             r"dynamic_sampling.max_generation_batches is 2 and rollout.group_size 1: no group of one",
+        ),
+    ],
+    "mix_has_one_source": [
+        (
+            {"loss": MIXED},
+            r"mix_share is None and mix_control.ess None; bias_mitigation 'interpolated' needs one of them",
+        ),
+        (
+            {"loss": dataclasses.replace(MIXED, mix_share=0.5), "mix_control": MixControlConfig(ess=0.9)},
+            r"mix_share is 0.5 and mix_control.ess 0.9; .* needs one of them",
+        ),
+        (
+            {"loss": UNBIASED, "mix_control": MixControlConfig(ess=0.9)},
+            r"mix_control.ess is 0.9, but only loss.bias_mitigation 'interpolated' has a share to choose",
         ),
     ],
     "ratios_need_full_support": [

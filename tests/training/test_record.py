@@ -33,6 +33,8 @@ ONLY_SOMETIMES = {
     "warning",
     "next_num_skipped",
     "nesting_reason",
+    "next_mix_share",
+    "mix_reason",
     "bridge_tokens",
     "bridge_seconds",
     "layer_divergence",
