@@ -170,7 +170,8 @@ def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) 
     normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
     # The number of rows is static, so the choice below is made when the program compiles.
     rows_ND = normed.reshape(-1, normed.shape[-1])
-    if len(rows_ND) > FEW_ROWS or layer["down"].dtype != jnp.float32:
+    is_float32 = layer["down"].dtype == jnp.float32 and layer.get("compute_dtype") is None
+    if len(rows_ND) > FEW_ROWS or not is_float32:
         return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
     gate_FN, up_FN = (_linear_features_first(layer, name, rows_ND.T) for name in ("gate", "up"))
     return x + _linear_features_first(layer, "down", jax.nn.silu(gate_FN) * up_FN).T.reshape(x.shape)
@@ -187,7 +188,7 @@ def linear(layer: Parameters, name: str, x: Float[Array, "*rows I"]) -> Float[Ar
     Returns:
         Output rows in float32.
     """
-    y = matmul(x, as_operand(layer[name]), layer.get("compute_dtype"))
+    y: Array = matmul(x, as_operand(layer[name]), layer.get("compute_dtype"))
     # One scale per output channel is a factor of the whole sum, so it may follow the product. The bias is not
     # quantized and comes after it.
     if f"{name}_scale" in layer:

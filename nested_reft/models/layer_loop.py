@@ -39,7 +39,7 @@ class Layers:
     bridges: Parameters | None
     lora_scale: float
     unrolled: int
-    compute_dtype: Any
+    compute_dtype: Any = None
 
     def at(self, index: Int[Array, ""]) -> Parameters:
         """One layer as the functions of `models.layer` take it."""
