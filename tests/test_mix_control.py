@@ -45,9 +45,9 @@ def test_the_share_by_hand():
     assert largest_share(1.0, 2.0, 0.3) == 1.0
 
 
-@pytest.mark.parametrize("moments", [(math.nan, 1.0), (1.0, math.inf)])
-def test_what_is_not_finite_is_not_trusted(moments):
-    assert largest_share(*moments, 0.5) == 0.0
+@pytest.mark.parametrize(("mean", "square"), [(math.nan, 1.0), (1.0, math.inf)])
+def test_what_is_not_finite_is_not_trusted(mean, square):
+    assert largest_share(mean, square, 0.5) == 0.0
 
 
 def test_equal_ratios_need_no_mixing():

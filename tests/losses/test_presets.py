@@ -240,13 +240,12 @@ def samples(target_BGC, batch):
     arrays = [target_BGC, *(getattr(batch, f"{name}_logprob_BGC") for name in names)]
     arrays = [np.asarray(array, np.float64) for array in arrays]
     length_BG = np.asarray(batch.length_BG)
-    return [
-        [
-            Sample(*(list(x[b, g, : length_BG[b, g]]) for x in arrays), float(batch.signal_BG[b, g]))
-            for g in range(length_BG.shape[1])
-        ]
-        for b in range(length_BG.shape[0])
-    ]
+
+    def sample(b: int, g: int) -> Sample:
+        target, old, behavior, reference = (list(x[b, g, : length_BG[b, g]]) for x in arrays)
+        return Sample(target, old, behavior, reference, float(batch.signal_BG[b, g]))
+
+    return [[sample(b, g) for g in range(length_BG.shape[1])] for b in range(length_BG.shape[0])]
 
 
 def assert_value_and_gradient_equal(config, objective, target_BGC, batch):
