@@ -39,10 +39,11 @@ from nested_reft.training.config import load_config
 from nested_reft.training.setup import Setup, prepare
 from nested_reft.types import Prompts, valid_mask
 
+# The layers that cost least to bridge on sums; see `experiments.bridges`.
 DEPTHS: dict[str, tuple[int, ...]] = {
     "full": (),
     "9 layers, 4 bridges": (3, 4, 5, 6, 7, 12, 15, 27, 28),
-    "15 layers, 6 bridges": (3, 4, 5, 6, 7, 9, 12, 13, 15, 18, 19, 21, 22, 27, 28),
+    "15 layers, 6 bridges": (2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 15, 22, 25, 27, 28),
 }
 PRECISIONS = ("float32", "bfloat16", "int8")
 CONFIG = "smollm2_step_sum"

@@ -38,16 +38,18 @@ def with_lora(model: Transformer) -> Transformer:
 
 VARIANTS: dict[str, Callable[[str], Transformer]] = {
     "float32": lambda directory: load_model(directory, jnp.float32)[0],
+    "bfloat16 products": lambda directory: load_model(directory, jnp.float32)[0],
     "float32 LoRA": lambda directory: with_lora(load_model(directory, jnp.float32)[0]),
 }
 """How the model to train is made of a directory of weights."""
 
 
-def grpo_task(case: Case) -> LearnerTask:
+def grpo_task(case: Case, compute_dtype: str = "float32") -> LearnerTask:
     """What the timed update minimises: GRPO without a reference, in one micro-batch.
 
     Args:
         case: its completions are as long as the task allows.
+        compute_dtype: of the inputs of matrix products.
     """
     return LearnerTask(
         objective=PolicyGradient(grpo("base", reference_kl_coefficient=0.0)),
@@ -58,6 +60,7 @@ def grpo_task(case: Case) -> LearnerTask:
         remat=False,
         shared_prefix=0,
         max_completion_tokens=case.new_tokens,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -105,7 +108,7 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
     """
 
     def make_call(case: Case) -> Callable[[], Any]:
-        task = grpo_task(case)
+        task = grpo_task(case, "bfloat16" if spec.variant == "bfloat16 products" else "float32")
         update = make_update(task)
         # Each case has a model of its own, since the update takes over its buffers.
         state, base = initial(VARIANTS[spec.variant](spec.directory), task)

@@ -73,7 +73,8 @@ def compared(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: Ceili
             "floor_seconds": None,
             "share_of_floor": None,
         }
-        if is_ours:
+        # The ceilings are those of float32 products.
+        if is_ours and row["variant"].startswith("float32"):
             stages = update_floor(shape, row["case"], ceilings, trains_all="LoRA" not in row["variant"])
             floor = sum(stages.values())
             against |= {"floor_seconds": floor, "share_of_floor": ratio(floor, seconds)}
