@@ -181,7 +181,7 @@ def load_config(name: str, /, **overrides: Any) -> Config:
     Traceback (most recent call last):
     ...
     ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, micro_batches, \
-remat, seed, checkpoint_every, keep_checkpoints, ess_warning
+remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning
 
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.

@@ -150,17 +150,26 @@ class Learner:
             self._take_bridges(arrays["bridges"])
         self._rounded, self._lent = None, []
 
-    def fit_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plan: LayerPlan | None) -> None:
+    def fit_bridges(
+        self,
+        texts: Sequence[TextBatch],
+        config: BridgeConfig,
+        plan: LayerPlan | None,
+        shared_prefix: int = 0,
+        compute_dtype: str = "float32",
+    ) -> None:
         """Fits the bridges of the policy as it is now.
 
         Args:
             texts: what the policy, or the one that it was a moment ago, has sampled.
             config: how.
             plan: the bridges to fit in sequence; None fits those of all layers alone.
+            shared_prefix: leading tokens that all prompts have in common.
+            compute_dtype: of the inputs of matrix products.
         """
-        model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
+        model = self.base.with_parameters(self.state.trainable, compute_dtype)
         batches = [shard_batch(tuple(batch), self.mesh) for batch in texts]
-        self._take_bridges(fit_bridges(model, batches, config.ridge, plan, self.task.shared_prefix))
+        self._take_bridges(fit_bridges(model, batches, config.ridge, plan, shared_prefix))
 
     def distil_bridges(self, texts: Sequence[TextBatch], config: BridgeConfig, plans: Sequence[LayerPlan]) -> None:
         """Improves the bridges by steps of distillation, one for each plan.

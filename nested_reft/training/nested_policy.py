@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -68,12 +69,19 @@ def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], nex
     state.bridging = bridging.add(state.bridging, config.bridge, found)
     fits = bridging.is_due(state.bridging, config.bridge, number)
     texts, tokens = state.bridging.texts, state.bridging.tokens
+    fit = partial(
+        state.learner.fit_bridges,
+        texts,
+        config.bridge,
+        shared_prefix=state.data.shared_prefix,
+        compute_dtype=state.config.train.compute_dtype,
+    )
     started = time.monotonic()
     if fits:
         state.bridging = bridging.fitted(state.bridging, config.bridge, number)
     if fits and config.choice != "fixed":
         # Each layer's alone: whatever plan is drawn has bridges, and layers can be measured one by one.
-        state.learner.fit_bridges(texts, config.bridge, None)
+        fit(None)
     fitted = time.monotonic()
     measures = fits and config.choice == "measured"
     measures |= bool(config.remeasure_every) and number % config.remeasure_every == 0
@@ -84,7 +92,7 @@ def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], nex
         state.divergence_L = measure_layer_divergence(policy.model, sample, policy.sampling.temperature, config.part)
     measured = time.monotonic()
     if fits and config.is_deterministic:
-        state.learner.fit_bridges(texts, config.bridge, state.draw_plan(next_plan, config))
+        fit(state.draw_plan(next_plan, config))
     if fits and config.bridge.distil_steps:
         # Plans that change are taught as they are drawn.
         draws = [jax.random.fold_in(next_plan, step) for step in range(config.bridge.distil_steps)]
