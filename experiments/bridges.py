@@ -121,7 +121,7 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
         started = time.monotonic()
-        result = function()
+        result = jax.block_until_ready(function())
         seconds[name] = time.monotonic() - started
         return result
 

@@ -23,6 +23,7 @@ SHARE_OF_GAIN = 0.9
 TARGET = 0.7  # the share of the full model's time that is aimed at
 DRAWS = 10_000  # of the bootstrap
 UNITS = ("seconds", "tokens")
+NOTHING_LEARNT = "open: no full run gained accuracy"
 
 Run = dict[str, Any]  # what `equal_time.timed_run` returns, with its `variant` and `seed`
 
@@ -77,11 +78,18 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         runs: with a `full` run of every seed.
 
     Returns:
-        JSON-able results by variant, in the order of the runs.
+        JSON-able results by variant, in the order of the runs. Seeds whose full run gained nothing are left out; the
+        verdict says so where that is all of them.
     """
     full = {run["seed"]: run for run in runs if run["variant"] == "full"}
+    # Where the full run gains nothing there is no level to reach.
+    learnt = {seed for seed, run in full.items() if level_of(run) > curve(run, "seconds")[1][0]}
+    runs = [run for run in runs if run["seed"] in learnt or not learnt]
     variants = dict.fromkeys(run["variant"] for run in runs)
-    return {variant: _compared([run for run in runs if run["variant"] == variant], full) for variant in variants}
+    found = {variant: _compared([run for run in runs if run["variant"] == variant], full) for variant in variants}
+    if not learnt:
+        found = {variant: summary | {"verdict": NOTHING_LEARNT} for variant, summary in found.items()}
+    return found
 
 
 def _compared(runs: Sequence[Run], full: dict[int, Run]) -> dict[str, Any]:

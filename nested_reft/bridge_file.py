@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from nested_reft.layer_plan import LayerPlan
+from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.untrusted import BadFile, reading
@@ -63,7 +63,7 @@ def load_bridges(path: Path, model: Transformer, name: str, plan: LayerPlan | No
         path: the file.
         model: with bridges, whose shapes the file's must have.
         name: of the model, as `model.name` has it.
-        plan: that the bridges are to be of, where they belong to one; None takes any.
+        plan: the one plan of the run; None where plans change.
 
     Raises:
         BadFile: there is no such file, it is damaged, or it is of another model, rank or plan.
@@ -87,6 +87,13 @@ def load_bridges(path: Path, model: Transformer, name: str, plan: LayerPlan | No
     if not all(np.isfinite(value).all() for value in (*arrays.values(), divergence_L)):
         raise BadFile(f"{field}, which holds a value that is not finite")
     needed = None if plan is None else plan.host_parts(model.config.num_layers).tolist()
-    if needed is not None and parts != needed:
-        raise BadFile(f"{field}, whose bridges were fitted for another plan, {parts}; this configuration's is {needed}")
+    if parts is not None and parts != needed:
+        # The layers that its plan keeps have no bridges.
+        of_run = "this configuration draws others" if needed is None else f"this configuration's is {needed}"
+        raise BadFile(f"{field}, whose bridges were fitted for another plan, {parts}; {of_run}")
+    if parts is None and needed is not None and Part.SKIP in needed:
+        raise BadFile(
+            f"{field}, whose bridges each stand in for one layer; those of nesting.bridge.kind 'per_run' have to be"
+            " fitted for their plan"
+        )
     return FittedBridges(arrays, divergence_L, name, None if parts is None else tuple(parts))

@@ -31,7 +31,8 @@ class BridgeConfig:
         ridge: strength of the ridge, as a share of the mean diagonal of the normal equations.
         tokens: completion tokens that a fit reads: the latest.
         refit_every: steps between fits after the first; 0 fits once.
-        distil_steps: steps of distillation after each fit, which lower KL(full || nested) of the step's plan.
+        distil_steps: steps of distillation after each fit, which lower KL(full || nested) of plans as the run draws
+            them.
         distil_learning_rate: of its optimizer, Adam.
         file: bridges to begin with, which `nested-reft fit-bridges` wrote; None fits them in the run's first steps.
     """

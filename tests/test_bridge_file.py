@@ -1,16 +1,18 @@
 """Bridges in a file: fitted by a command, trained with, and refused where they are of something else."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from nested_reft.bridge_file import FittedBridges, load_bridges, save_bridges
 from nested_reft.cli.main import main
 from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.bridges import Bridges
 from nested_reft.models.transformer import Transformer
+from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import read_log
 from nested_reft.untrusted import BadFile
 from tests.tiny_models import TINY, tiny_model
@@ -62,10 +64,16 @@ def test_bridges_of_another_plan_or_not_finite_are_refused(tmp_path):
     fitted = written(path)
     with pytest.raises(BadFile, match=r"fitted for another plan, \[1, 2, 2, 1, 1\]; this configuration's is \[1, 1, 2"):
         load_bridges(path, model_with_bridges(), "tiny", LayerPlan.skipping(5, [2], Part.BRIDGE))
+    alone = dataclasses.replace(fitted, parts=None)
+    save_bridges(path, alone)
+    assert load_bridges(path, model_with_bridges(), "tiny", PLAN).parts is None
+    run_of_layers = LayerPlan.of_parts(np.array([Part.KEEP, Part.BRIDGE, Part.SKIP, Part.KEEP, Part.KEEP]))
+    with pytest.raises(BadFile, match=r"each stand in for one layer; those of nesting\.bridge\.kind 'per_run' have to"):
+        load_bridges(path, model_with_bridges(), "tiny", run_of_layers)
     fitted.stack["first"] = fitted.stack["first"] * np.inf
     save_bridges(path, fitted)
     with pytest.raises(BadFile, match="holds a value that is not finite"):
-        load_bridges(path, model_with_bridges(), "tiny", None)
+        load_bridges(path, model_with_bridges(), "tiny", PLAN)
 
 
 def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):
@@ -79,6 +87,16 @@ def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):
     (run,) = Path("runs").iterdir()
     (_, first) = read_log(run / "metrics.jsonl")
     assert len(first["bridged_layers"]) == 2  # from the first step on
+    # No fit is due, so those of the file are still there.
+    found, stored = Policy.load(run).model.stacked_bridges()["map"], load_file("b.safetensors")["map"]
+    np.testing.assert_array_equal(found, stored)
+    # Bridges of a fixed plan are of no other.
+    fixed = ["--nesting.choice", "fixed", "--nesting.layers", "2", "3"]
+    bridge = ["--nesting.bridge.kind", "per_layer", "--nesting.bridge.tokens", "200"]
+    assert main([*command, *fixed, *bridge]) == 0
+    capsys.readouterr()
+    assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "b.safetensors"]) == 2
+    assert "fitted for another plan, [1, 1, 2, 2, 1, 1]; this configuration draws others" in capsys.readouterr().err
     assert main([*command, "--nesting.skip-ratio", "0.34"]) == 2
     assert "nesting.bridge.kind of 'tiny' is 'off'; give" in capsys.readouterr().err
     assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "absent"]) == 2

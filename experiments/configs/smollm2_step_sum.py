@@ -80,6 +80,6 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=2e-5, schedule="linear", warmup_steps=3),
         # On a processor without bfloat16 products it only costs time: use float32 there.
         train=TrainConfig(steps=32, checkpoint_every=16, compute_dtype="bfloat16"),
-        evaluation=EvaluationConfig(every_steps=8, samples_per_prompt=2, pass_k=2),
+        evaluation=EvaluationConfig(every_steps=16, samples_per_prompt=2, pass_k=2),
         curriculum=CurriculumConfig("uniform"),
     )

@@ -37,7 +37,7 @@ class PolicyGradientConfig:
         reject_below, reject_above: values outside [reject_below, reject_above] are rejected. None for no bound.
         obrs_lambda: lambda > 0: tokens or completions, as `level` says, are accepted with probability
             min(1, rho / lambda), and then weigh max(rho, lambda); see `estimators.budgeted_rejection`. Unlike a mask it
-            adds noise and no bias. None accepts all.
+            adds noise and no bias. What is rejected still takes its share of an update's time. None accepts all.
         mix_share: a, in [0, 1], of `interpolated`; None lets `mix_control` choose it for each batch.
         self_normalized: divide by the sum of weights instead of their number: bounded, with a bias
             that falls as 1 / samples. What is rejected adds nothing to that sum.
@@ -106,7 +106,8 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
 
     It holds for every batch size, provided that the behavior policy has full support, that every
     completion counts, and that `mixture` gets the rollouts of a mixture. The enumeration
-    (`nested_reft.verification.enumeration`) lists every combination that returns True, and shows it for each.
+    (`nested_reft.verification.enumeration`) lists every combination that returns True with at most one optional part,
+    and shows it for each.
     `token_mean` does not qualify: its divisor, the number of sampled tokens, varies with the sample,
     which leaves a bias of the order 1 / batch.
 
@@ -159,7 +160,10 @@ def _check_ranges(config: PolicyGradientConfig) -> None:
         # A ratio is 1, and a divergence 0, where the policies agree, and that is never rejected. Ratios are clamped.
         "reject_below": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < 1, "2.1e-9 < reject_below < 1, or None"),
         "reject_above": (lambda x: least < x < math.exp(LOG_RATIO_LIMIT), f"more than {least}, below 4.8e8, or None"),
-        "obrs_lambda": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < math.exp(LOG_RATIO_LIMIT), "more than 0, or None"),
+        "obrs_lambda": (
+            lambda x: math.exp(-LOG_RATIO_LIMIT) < x < math.exp(LOG_RATIO_LIMIT),
+            "from 2.1e-9 to 4.8e8, or None",
+        ),
         "mix_share": (lambda x: 0 <= x <= 1, "0 <= mix_share <= 1, or None"),
         "clip_low": (lambda x: 0 < x < 1, "0 < clip_low < 1, or None"),
         "clip_high": (lambda x: x > 0, "more than 0, or None"),

@@ -267,6 +267,7 @@ def _corrected(loss: PolicyGradientConfig, **correction: Any) -> PolicyGradientC
     # With two policies the clip acts on the weight, so its level is that of the weight. A clip has no prefixes.
     if loss.clip_policies == "two" and loss.level != "prefix":
         level = loss.level
-    none = {"truncate_at": None, "retrace_lambda": 1.0, "reject_by": None, "reject_below": None, "reject_above": None}
+    parts = ("truncate_at", "reject_by", "reject_below", "reject_above", "obrs_lambda", "mix_share")
+    none = dict.fromkeys(parts) | {"retrace_lambda": 1.0}
     weight = {"bias_mitigation": "base", "level": "token"} | none | correction
     return dataclasses.replace(loss, clip_policies="three", clip_level=level, **weight)

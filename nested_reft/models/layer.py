@@ -1,7 +1,7 @@
 """One decoder layer's arithmetic: projections, rotary attention over one or two segments, SwiGLU.
 
-Matrix products take the dtype of the matrices and accumulate in float32; the residual stream, norms and
-softmax are float32.
+Matrix products take the dtype of the matrices, or a compute dtype, and accumulate in float32; the
+residual stream, norms and softmax are float32.
 """
 
 from __future__ import annotations

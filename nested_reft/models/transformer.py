@@ -8,7 +8,7 @@ A prompt is shared by the `G` completions sampled from it. So every forward pass
 streams: the prompt `[B, P]`, run once, and the completions `[B, G, C]`, whose queries attend to
 the prompt's keys and to their own earlier ones. Sampling, scoring and training all use it.
 
-Matrix products take the dtype of the matrices and accumulate in float32; the residual stream,
+Matrix products take the dtype of the matrices, or `compute_dtype`, and accumulate in float32; the residual stream,
 norms and softmax are float32. Caches hold keys and values in `cache_dtype`.
 """
 

@@ -48,9 +48,9 @@ class TrainConfig:
             the log-probabilities of the full model at rollout time are scored first.
         micro_batches: parts that a batch is computed in, to save memory; the gradient is the same.
         remat: recompute activations in the backward pass, to save more.
-        compute_dtype: of the inputs of matrix products in updates, scoring passes and fits. Parameters, sums and all
-            else are float32. With bfloat16 an update is several times as fast on devices that multiply it in hardware:
-            TPUs, GPUs, and CPUs with AMX.
+        compute_dtype: of the inputs of matrix products in updates, scoring passes and least-squares fits. Parameters,
+            sums and all else are float32. bfloat16 is faster on devices that multiply it in hardware: TPUs, GPUs, and
+            CPUs with AMX.
         seed: decides everything random in the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest ones kept; with 2, a run goes on even if the newest one is damaged.

@@ -185,7 +185,17 @@ class Learner:
         self._take_bridges(distil_bridges(policy.model, batches, temperature, replicate(plans, self.mesh), rate))
 
     def _take_bridges(self, stack: Parameters) -> None:
-        """Makes these the bridges of every policy that is asked for from now on."""
+        """Makes these the bridges of every policy that is asked for from now on.
+
+        Raises:
+            FloatingPointError: they hold a value that is not finite.
+        """
+        # Their computation ends here, so that its time does not count for what follows.
+        if not all(bool(jnp.isfinite(array).all()) for array in stack.values()):
+            raise FloatingPointError(
+                "a fit of bridges gave a value that is not finite; raise nesting.bridge.ridge or lower"
+                " nesting.bridge.distil_learning_rate"
+            )
         with self._taking_turns:
             # Parameters are looked up and not changed: the model shares them with the state.
             model = self.base.with_parameters(self.state.trainable)

@@ -119,6 +119,12 @@ class RunState:
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number)
+        unknown = [name for name in ("mix", "bridging") if name not in host]
+        if unknown:
+            raise ValueError(
+                f"checkpoint {number} was written by an earlier version, which kept no {' and no '.join(unknown)};"
+                " continue the run with the version that versions.json names"
+            )
         changed = forbidden_changes(host["config"], self.config.to_json())
         if changed:
             listed = "; ".join(f"{name} is {now!r}, and was {was!r}" for name, was, now in changed)

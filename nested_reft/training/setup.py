@@ -138,8 +138,7 @@ def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     """Gives the policy the bridges of the configuration's file; their layers' divergences."""
     nesting, num_layers = config.nesting, policy.num_layers
     assert nesting.bridge.file is not None
-    # One bridge of a run of layers belongs to that run; others may serve any plan.
-    plan = draw_plan(jax.random.key(0), nesting, num_layers) if nesting.bridge.kind == "per_run" else None
+    plan = draw_plan(jax.random.key(0), nesting, num_layers) if nesting.choice == "fixed" else None
     fitted = load_bridges(Path(nesting.bridge.file), policy.model, config.model.name, plan)
     policy.model.load_bridges(replicate(fitted.stack, policy.mesh))
     return fitted.divergence_L

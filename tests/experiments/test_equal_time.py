@@ -125,8 +125,19 @@ def test_two_variants_from_one_start(tmp_path, monkeypatch, capsys):
     arguments = ["tiny", "--variants", *variants, "--seeds", "1", "--steps", "2", "--out", str(tmp_path)]
     assert main([*arguments, "--json", str(tmp_path / "summary.json")]) == 0
     assert "seed 1:" not in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "summary.json").read_text())["variants"]) == variants
+    summary = json.loads((tmp_path / "summary.json").read_text())["variants"]
+    assert list(summary) == variants
+    # Two steps teach nothing, and a variant that starts at its level has not met the target.
+    assert all(each["verdict"] == "open: no full run gained accuracy" for each in summary.values())
     assert (tmp_path / "tiny.png").stat().st_size > 0
+
+
+def test_a_seed_that_learns_nothing_is_left_out():
+    learns, stays = (
+        run("full", seed, accuracy, 1.0) for seed, accuracy in ((0, [0.0, 0.3, 0.6, 0.6, 0.6]), (1, [0.5] * 5))
+    )
+    found = summarise([learns, stays])["full"]
+    assert found["seeds"] == [0] and found["seconds"]["reached"] == 1
 
 
 def quick_task() -> equal_time.Task:

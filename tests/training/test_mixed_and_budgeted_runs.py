@@ -13,6 +13,7 @@ from tests.training.runs import comparable_steps, metrics_of, nano, save_after, 
 MIXED = PolicyGradientConfig("leave_one_out", "interpolated", "sequence", "token_mean", entropy_coefficient=1.0)
 BUDGETED = PolicyGradientConfig("leave_one_out", "base", "sequence", "token_mean", obrs_lambda=2.0)
 HELD = MixControlConfig(ess=0.9, window=1)
+HELD_OVER_TWO = MixControlConfig(ess=0.9, window=2)
 
 
 def test_the_share_follows_the_step_before(tmp_path):
@@ -34,7 +35,7 @@ def test_a_constant_share_stays(tmp_path):
     assert found["weight_mean"] != pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"loss": MIXED, "mix_control": HELD}, {"loss": BUDGETED}])
+@pytest.mark.parametrize("changes", [{"loss": MIXED, "mix_control": HELD_OVER_TWO}, {"loss": BUDGETED}])
 def test_resuming_continues_shares_and_draws(tmp_path, changes):
     config = nano(**changes)
     first = trainer(config, tmp_path)
