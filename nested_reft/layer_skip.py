@@ -235,7 +235,7 @@ def draw_plan(
             `fixed` does not read it.
 
     Returns:
-        A plan of `L - num_skipped` layers.
+        A plan that runs `L - num_skipped` layers whole, and what `config` puts in place of the others.
 
     Raises:
         ValueError: `measured` without divergences, or more layers to skip than may be.

@@ -36,16 +36,16 @@ class Renewed:
 
 
 def renew(
-    state: RunState, number: int, found: Sequence[Scored], health: Health | None, next_plan: jax.Array
+    state: RunState, number: int, found: Sequence[Scored], health: Health | None, next_plan_key: jax.Array
 ) -> Renewed:
     """What follows a step for the nested policy. The plan of the next step is drawn by it.
 
     Args:
-        state: of the run; its nesting control, bridges, texts and divergences change.
+        state: of the run; its nesting control, share of the mixed weight, bridges, texts and divergences change.
         number: of the step, counted from 0.
         found: everything that the step generated.
         health: how far off-policy the step's rollouts were.
-        next_plan: key of the next step's plan.
+        next_plan_key: key of the next step's plan.
     """
     # Until there are bridges the full model samples, which says nothing about how deep to nest.
     if state.nests:
@@ -53,17 +53,17 @@ def renew(
     # Whatever made the rollouts differ from the target, the next batch's share answers to it.
     is_of_tokens = getattr(state.config.loss, "level", "token") == "token"
     state.mix = mix_control.update(state.mix, state.config.mix_control, "token" if is_of_tokens else "sequence", health)
-    return fit_and_measure(state, number, [scored.rollouts for scored in found], next_plan)
+    return fit_and_measure(state, number, [scored.rollouts for scored in found], next_plan_key)
 
 
-def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], next_plan: jax.Array) -> Renewed:
+def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], next_plan_key: jax.Array) -> Renewed:
     """Fits the bridges and measures the layers where it is time.
 
     Args:
         state: of the run; its bridges, texts and divergences change.
         number: of the step, counted from 0.
         found: what was sampled, at least one batch.
-        next_plan: key of the next step's plan.
+        next_plan_key: key of the next step's plan.
     """
     config = state.config.nesting
     state.bridging = bridging.add(state.bridging, config.bridge, found)
@@ -92,10 +92,10 @@ def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], nex
         state.divergence_L = measure_layer_divergence(policy.model, sample, policy.sampling.temperature, config.part)
     measured = time.monotonic()
     if fits and config.is_deterministic:
-        fit(state.draw_plan(next_plan, config))
+        fit(state.draw_plan(next_plan_key, config))
     if fits and config.bridge.distil_steps:
         # Plans that change are taught as they are drawn.
-        draws = [jax.random.fold_in(next_plan, step) for step in range(config.bridge.distil_steps)]
+        draws = [jax.random.fold_in(next_plan_key, step) for step in range(config.bridge.distil_steps)]
         state.learner.distil_bridges(texts, config.bridge, [state.draw_plan(key, config) for key in draws])
     return Renewed(
         bridge_tokens=tokens if fits else None,
