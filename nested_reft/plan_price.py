@@ -87,7 +87,7 @@ class DecodeStep:
     Attributes:
         model: the model's shape.
         workload: rows, and the tokens that their caches hold; a group shares its prompt's.
-        ceilings: of the device. Figures are of one device. Shares also hold for several that split rows and weights alike.
+        ceilings: of the device. Shares also hold for several that split rows and weights alike.
         weight_bytes, cache_bytes: of one weight, and of one number in the caches.
         bridge_rank: of the bridges' matrices; None is full rank.
     """
