@@ -99,6 +99,10 @@ def test_the_bridges_of_a_fixed_plan_are_fitted_in_sequence(tmp_path):
     keep, bridge = Part.KEEP, Part.BRIDGE
     assert plans[0].host_parts(6).tolist() == [keep, keep, bridge, bridge, keep, keep]
     assert plans[1].host_parts(6).tolist() == [keep, keep, bridge, Part.SKIP, keep, keep]
+    for run, fitted in zip(runs, ([2, 3], [2]), strict=True):
+        # Fitted alone, every layer would have a bridge.
+        map_LDD = np.asarray(run.state.learner.policy().model.stacked_bridges()["map"])
+        assert np.flatnonzero(np.abs(map_LDD).max(axis=(1, 2))).tolist() == fitted
 
 
 def test_a_mixture_scores_bridged_policies(tmp_path):
