@@ -228,8 +228,10 @@ def matmul(x: Float[Array, "*rows I"], weight_OI: Float[Array, "O I"], dtype: An
 
 
 def _matmul_forward(x: Array, weight_OI: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    # What is kept is not rounded: a CPU cannot slice stacks of bfloat16, and XLA would widen them whole.
-    return matmul(x, weight_OI, dtype), (x, weight_OI)
+    # With a compute dtype what is kept is not rounded: a CPU cannot slice stacks of bfloat16, and XLA would widen them
+    # whole. Beside matrices that are stored in bfloat16 anyway, rounded rows take half of the memory.
+    kept = x if dtype else x.astype(weight_OI.dtype)
+    return matmul(x, weight_OI, dtype), (kept, weight_OI)
 
 
 def _matmul_backward(dtype: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
