@@ -112,7 +112,7 @@ def test_three_policies_accept_by_the_sampler_alone(key):
         (MIXED, {"level": "prefix"}, "set 'token' or 'sequence'"),
         (MIXED, {"mix_share": 1.5}, "mix_share is 1.5; allowed is 0 <= mix_share <= 1"),
         (EXACT, {"mix_share": 0.5}, "mix_share is 0.5, but bias_mitigation is 'base'; only 'interpolated' reads it"),
-        (EXACT, {"obrs_lambda": 0.0}, "obrs_lambda is 0.0; allowed is more than 0"),
+        (EXACT, {"obrs_lambda": 0.0}, "obrs_lambda is 0.0; allowed is from 2.1e-9 to 4.8e8"),
         (BUDGETED, {"level": "prefix"}, "use bias_mitigation 'base' and level 'token' or 'sequence'"),
         (BUDGETED, {"bias_mitigation": "mixture"}, "obrs_lambda is set with bias_mitigation 'mixture'"),
         (BUDGETED, {"reject_by": "sequence_ratio", "reject_above": 3.0}, "set beside reject_by 'sequence_ratio'"),
