@@ -4,8 +4,10 @@ KL(full || nested) per completion token, exact over the vocabulary, on held-out 
 Bridges are fitted on its answers to training prompts. Layers are chosen by the divergence of each alone, on training
 prompts that nothing was fitted on.
 
-    python -m experiments.bridges sums [--json FILE]
-    python -m experiments.bridges gsm8k --folder FOLDER [--json FILE]      (the folder of GSM8K's files)
+    python -m experiments.bridges sums --folder FOLDER [--json FILE]       (the folder of GSM8K's files)
+    python -m experiments.bridges gsm8k --folder FOLDER [--json FILE]
+
+Both tasks are needed each time, because bridges that were fitted on the other one are measured too.
 """
 
 from __future__ import annotations
@@ -104,13 +106,21 @@ def tokens_of(batches: Sequence[Texts]) -> int:
     return sum(int(np.asarray(texts[3]).sum()) for texts in batches)
 
 
-def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
+def fitting_answers(task: Task) -> list[Texts]:
+    """Answers of a task to fit the bridges of another one on."""
+    setup = prepare(task.config)
+    return answers(setup, setup.data.train_examples[0][: task.fitted], task.group_size, salt=1)
+
+
+def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
     """The divergences of every kind of plan, by how many layers it leaves out.
 
     Args:
         task: what is answered.
         counts: layers to leave out.
+        other: the task that other bridges of the same plans are fitted on.
     """
+    other_answers = fitting_answers(other)
     setup = prepare(dataclasses.replace(task.config, nesting=NestingConfig(bridge=BRIDGES)))
     model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
     train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
@@ -156,6 +166,10 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
         fit = partial(fit_bridges, model, fitted_on, BRIDGES.ridge, plan)
         in_sequence = timed(f"fit in sequence, {count}", fit)
         row["in sequence"] = mean(measured_on, divergence(plan, in_sequence))
+        # A fit goes through the texts with no bridge in their way, as the other fits did.
+        for name, texts in {"quarter": fitted_on[: -(-len(fitted_on) // 4)], "other task": other_answers}.items():
+            model.load_bridges(nothing)
+            row[name] = mean(measured_on, divergence(plan, fit_bridges(model, texts, BRIDGES.ridge, plan)))
         model.load_bridges(nothing)
         of_runs = fit_bridges(model, fitted_on, BRIDGES.ridge, runs)
         row["per run"], row["runs"] = mean(measured_on, divergence(runs, of_runs)), runs.shape.bridged
@@ -169,7 +183,15 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
         print({name: value for name, value in row.items() if "layers" not in name or name == "layers"}, flush=True)
         results.append(row)
     return {
-        "tokens": {"fitted": tokens_of(fitted_on), "chosen": tokens_of(chosen_on), "measured": tokens_of(measured_on)},
+        "tokens": {
+            name: tokens_of(batches)
+            for name, batches in (
+                ("fitted", fitted_on),
+                ("fitted, other task", other_answers),
+                ("chosen", chosen_on),
+                ("measured", measured_on),
+            )
+        },
         "layer": {PARTS[part]: [round(float(value), 4) for value in values] for part, values in layer_L.items()},
         "rows": results,
         "seconds": seconds,
@@ -202,17 +224,21 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["sums", "gsm8k"])
-    parser.add_argument("--folder", type=Path, help="where GSM8K's files lie; None downloads them")
+    parser.add_argument("--folder", type=Path, help="where GSM8K's files lie; left out, they are downloaded")
     parser.add_argument("--layers", type=int, nargs="+", default=COUNTS, help="how many to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     known = parser.parse_args()
-    found = measure(sums() if known.task == "sums" else gsm8k(known.folder), known.layers)
+    tasks = sums(), gsm8k(known.folder)
+    task, other = tasks if known.task == "sums" else reversed(tasks)
+    found = measure(task, known.layers, other)
     names = [
         "skip",
         "no attention",
         "no mlp",
         "bridge",
         "in sequence",
+        "quarter",
+        "other task",
         "per run",
         "runs",
         "distilled",
