@@ -149,6 +149,19 @@ def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
             float(measure_plan_divergence(model, texts, temperature, [plan], "measuring")[0]) for texts in measured_on
         ]
 
+    def by_quarter(plan: LayerPlan) -> list[float]:
+        """The mean over each quarter of the completions' positions, under the bridges as they are."""
+        size = measured_on[0][2].shape[-1]
+        ends = [size * quarter // 4 for quarter in range(5)]
+        sums, counts = np.zeros(5), np.zeros(5)
+        for prompt_BP, prompt_length_B, tokens_BGC, length_BG in measured_on:
+            for index, end in enumerate(ends[1:], 1):
+                texts = (prompt_BP, prompt_length_B, tokens_BGC, np.minimum(length_BG, end))
+                found = measure_plan_divergence(model, texts, temperature, [plan], "measuring")
+                sums[index] += float(found[0]) * tokens_of([texts])
+                counts[index] += tokens_of([texts])
+        return [round(float(kl), 4) for kl in np.diff(sums) / np.maximum(np.diff(counts), 1)]
+
     nothing = model.stacked_bridges()
     alone = timed("fit of all layers alone", lambda: fit_bridges(model, fitted_on, BRIDGES.ridge))
     model.load_bridges(alone)
@@ -166,6 +179,7 @@ def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
         fit = partial(fit_bridges, model, fitted_on, BRIDGES.ridge, plan)
         in_sequence = timed(f"fit in sequence, {count}", fit)
         row["in sequence"] = mean(measured_on, divergence(plan, in_sequence))
+        row["in sequence, by quarter"] = by_quarter(plan)
         # A fit goes through the texts with no bridge in their way, as the other fits did.
         for name, texts in {"quarter": fitted_on[: -(-len(fitted_on) // 4)], "other task": other_answers}.items():
             model.load_bridges(nothing)
@@ -250,6 +264,8 @@ def main() -> None:
     print(
         table(["layer", *single], [[i, *(f"{v[i]:.3f}" for v in single.values())] for i in range(len(single["skip"]))])
     )
+    for row in found["rows"]:
+        print(f"{row['layers']} layers, by quarter of the positions: {row['in sequence, by quarter']}")
     print(found["tokens"], {name: round(value, 1) for name, value in found["seconds"].items()})
     if known.json is not None:
         write_json(known.json, found)
