@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -156,7 +157,7 @@ def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
         sums, counts = np.zeros(5), np.zeros(5)
         for prompt_BP, prompt_length_B, tokens_BGC, length_BG in measured_on:
             for index, end in enumerate(ends[1:], 1):
-                texts = (prompt_BP, prompt_length_B, tokens_BGC, np.minimum(length_BG, end))
+                texts = (prompt_BP, prompt_length_B, tokens_BGC, jnp.minimum(length_BG, end))
                 found = measure_plan_divergence(model, texts, temperature, [plan], "measuring")
                 sums[index] += float(found[0]) * tokens_of([texts])
                 counts[index] += tokens_of([texts])
