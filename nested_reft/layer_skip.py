@@ -290,6 +290,34 @@ def _log_weights(
     return np.zeros(num_layers)
 
 
+@dataclass(frozen=True, eq=False)
+class PlanRule:
+    """How the next plan of a run is drawn.
+
+    Attributes:
+        config: of the run.
+        divergence_L: of each layer, in nats per token, as it was last measured.
+        num_skipped: layers that the plan leaves out.
+        nests: False until the run has fitted its bridges; plans are the full model until then.
+    """
+
+    config: NestingConfig
+    divergence_L: Float[np.ndarray, " L"]
+    num_skipped: int
+    nests: bool = True
+
+    def draw(self, key: jax.Array) -> LayerPlan:
+        """The plan.
+
+        Args:
+            key: PRNG key of the plan.
+        """
+        num_layers = len(self.divergence_L)
+        if not self.nests:
+            return LayerPlan.full(num_layers)
+        return draw_plan(key, self.config, num_layers, self.divergence_L, self.num_skipped)
+
+
 def nested_shape(config: NestingConfig, num_layers: int) -> PlanShape:
     """The shape of the plans that a configuration draws: what a compiled rollout depends on.
 

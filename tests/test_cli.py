@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from nested_reft import command
@@ -20,7 +21,7 @@ from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
-from nested_reft.layer_skip import NestingConfig
+from nested_reft.layer_skip import NestingConfig, PlanRule
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.run_directory import read_log
 from nested_reft.tokenizer import Tokenizer
@@ -322,22 +323,36 @@ def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
 
 def test_sample_follows_the_run_and_nests_a_model_by_one_layer(capsys, monkeypatch):
     policy = initial_policy(load_config("tiny"))
-    monkeypatch.setattr(sample.Policy, "load", lambda _: policy)
+
+    def loads(plans: PlanRule | None) -> None:
+        monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, plans=plans))
+
+    loads(PlanRule(NestingConfig(skip_ratio=0.2), np.zeros(6), 1))
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out  # 0.2 of 6 layers is one
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2", "--skip-ratio", "0.5"]) == 0
     assert "nested (3 of 6 layers, without layers [" in capsys.readouterr().out
 
-    fixed = dataclasses.replace(policy, nesting=NestingConfig(choice="fixed", layers=(2, 4)))
-    monkeypatch.setattr(sample.Policy, "load", lambda _: fixed)
+    loads(PlanRule(NestingConfig(choice="fixed", layers=(2, 4)), np.zeros(6), 2))
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "nested (4 of 6 layers, without layers [2, 4])" in capsys.readouterr().out
 
-    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=NestingConfig()))
+    # The controller has gone on to two layers, and those that cost least were measured.
+    measured = NestingConfig(skip_ratio=0.2, choice="measured", divergence_temperature=0.0, remeasure_every=2)
+    loads(PlanRule(measured, np.array([9, 3, 1, 4, 2, 9.0]), 2))
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (4 of 6 layers, without layers [2, 4])" in capsys.readouterr().out
+
+    loads(PlanRule(measured, np.zeros(6), 2, nests=False))
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "nested (" not in shown and "the run has not fitted its bridges yet; to see a nested model" in shown
+
+    loads(PlanRule(NestingConfig(), np.zeros(6), 0))
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "the run skips no layers" in capsys.readouterr().out
 
-    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=None))
+    loads(None)
     assert main(["sample", "model", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out
 

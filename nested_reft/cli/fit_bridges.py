@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     renewed = fit_and_measure(state, 0, rollouts, keys.step(1).plan)
     num_layers = setup.policy.num_layers
     # With other choices each layer has a bridge, whatever plan is drawn.
-    plan = state.draw_plan(keys.step(1).plan, nesting) if nesting.choice == "fixed" else None
+    plan = state.draw_plan(keys.step(1).plan) if nesting.choice == "fixed" else None
     fitted = FittedBridges(
         stack=state.learner.policy().model.stacked_bridges(),
         divergence_L=np.zeros(num_layers) if renewed.divergence_L is None else renewed.divergence_L,

@@ -20,7 +20,7 @@ from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.layer_skip import NestingConfig, draw_plan
+from nested_reft.layer_skip import PlanRule
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
@@ -161,16 +161,14 @@ class RunState:
         """Whether rollouts are nested by now."""
         return self.bridging.fits > 0 or not self.config.nesting.bridge.is_on
 
-    def draw_plan(self, key: jax.Array, config: NestingConfig) -> LayerPlan:
+    def draw_plan(self, key: jax.Array) -> LayerPlan:
         """The layers of the next batch's nested policy: all of them until its bridges are fitted.
 
         Args:
             key: PRNG key of the plan.
-            config: how layers are chosen.
         """
-        if not self.nests:
-            return LayerPlan.full(self.learner.num_layers)
-        return draw_plan(key, config, self.learner.num_layers, self.divergence_L, self.nesting.num_skipped)
+        rule = PlanRule(self.config.nesting, self.divergence_L, self.nesting.num_skipped, self.nests)
+        return rule.draw(key)
 
     def _host(self) -> dict[str, Any]:
         """What lies on the host, as plain values and NumPy arrays."""

@@ -157,7 +157,7 @@ class Trainer:
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.
-        plan = state.draw_plan(keys.plan, config.nesting)
+        plan = state.draw_plan(keys.plan)
         while not replay.ready(state.buffer, config.dynamic_sampling, size):
             key = keys.batch(len(found))
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
