@@ -149,7 +149,7 @@ def measure(task: Task, counts: Sequence[int]) -> dict[str, Any]:
         for part, name in PARTS.items():
             plan = best_plan(layer_L[part], count, part)
             row[name] = mean(measured_on, divergence(plan, alone))
-            row[f"{name}, layers"] = plan.skipped(model.config.num_layers)
+            row[f"{name}, layers"] = plan.left_out(model.config.num_layers)
         plan = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE)
         runs = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE, per_run=True)
         model.load_bridges(nothing)
@@ -191,7 +191,7 @@ def best_plan(divergence_L: np.ndarray, count: int, part: Part, per_run: bool = 
     """
     measured = NestingConfig(choice="measured", divergence_temperature=0.0, remeasure_every=1)
     plan = draw_plan(jax.random.key(0), measured, len(divergence_L), divergence_L, count)
-    layers = plan.skipped(len(divergence_L))
+    layers = plan.left_out(len(divergence_L))
     if per_run:
         fixed = NestingConfig(choice="fixed", layers=layers, bridge=BridgeConfig("per_run"))
         return draw_plan(jax.random.key(0), fixed, len(divergence_L))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nested_reft import command
-from nested_reft.checkpoints import CheckpointError
+from nested_reft.checkpoints import CheckpointError, newest_checkpoint
 from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
@@ -279,6 +279,20 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     (run / "summary.json").write_text("{")  # not complete, so that it is resumed
     message = refused(["train", "--resume", str(run)], capsys)
     assert "checkpoint 2" in message and "there is no other to continue from" in message
+
+
+def test_a_run_whose_updates_are_all_rejected_stops_when_told_to(capsys):
+    """Its checkpoint is from before the last of them; the count goes on from there, so a resumed run stops as well."""
+    mask = ["--loss.reject-by", "sequence_k3", "--loss.reject-above", "1e-12", "--train.checkpoint-every", "1"]
+    assert main(["train", "tiny", *SMALL, *mask, "--train.steps", "4", "--train.stop-after-empty-updates", "2"]) == 1
+    (run,) = Path("runs").iterdir()
+    for arguments in ([], ["train", "--resume", str(run)]):
+        assert not arguments or main(arguments) == 1
+        (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "error: step 2: 2 updates in a row changed nothing, which is train.stop_after_empty_updates" in message
+        assert "reject_above 1e-12, but 95 % of the batch lie from 0 to " in message and "Widen the bounds" in message
+        assert newest_checkpoint(run / "checkpoints") == 1 and not (run / "summary.json").exists()
+        assert [line.get("empty") for line in read_log(run / "metrics.jsonl")] == [None, True, True]
 
 
 def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):

@@ -16,7 +16,6 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.json_files import check_writable
-from nested_reft.layer_plan import left_out
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import fit_and_measure
 from nested_reft.training.run_state import RunState, initial_run_state
@@ -50,7 +49,7 @@ def run(arguments: list[str]) -> None:
         parts=None if plan is None else tuple(plan.host_parts(num_layers).tolist()),
     )
     save_bridges(known.out, fitted)
-    which = "all layers" if plan is None else f"layers {left_out(plan.host_parts(num_layers))}"
+    which = "all layers" if plan is None else f"layers {list(plan.left_out(num_layers))}"
     say(f"bridges of {which}, fitted on {renewed.bridge_tokens} tokens in {renewed.bridge_seconds:.0f} s")
     say(f"written: {known.out}")
 

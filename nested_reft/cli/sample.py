@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     # All draw with one seed, so that only the layers differ.
     for label, plan in plans.items():
         (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
-        skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
+        skipped = f", without layers {list(plan.left_out(policy.num_layers))}" if label == "nested" else ""
         say(f"{label} ({plan.shape.kept} of {policy.num_layers} layers{skipped})")
         for completion in completions:
             # A completion stays one line, whatever the model wrote.

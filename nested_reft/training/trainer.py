@@ -108,6 +108,7 @@ class Trainer:
             KeyboardInterrupt: it was asked to stop.
             FloatingPointError: an update or a parameter was not finite; the last checkpoint is from before it.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
+            EmptyUpdatesError: as many updates in a row changed nothing as the configuration allows.
             OSError: a checkpoint or a log could not be written.
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.

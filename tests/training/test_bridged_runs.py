@@ -50,7 +50,7 @@ def test_rollouts_are_full_until_the_bridges_are_fitted(tmp_path):
         assert ((parts_B == Part.BRIDGE).sum(axis=1) == (2 if number > first else 0)).all()
         assert ((parts_B == Part.SKIP).sum(axis=1) == 0).all()
     metrics = metrics_of(run, records[first + 1])
-    assert len(metrics["bridged_layers"]) == 2 and metrics["bridged_layers"] == metrics["skipped_layers"]
+    assert len(metrics["bridged_layers"]) == 2 and metrics["bridged_layers"] == metrics["left_out_layers"]
     assert metrics_of(run, records[first])["bridge_tokens"] >= 150
     # On-policy before, off-policy after.
     assert records[first].update.health.ess_token > 0.9999 > records[first + 1].update.health.ess_token
