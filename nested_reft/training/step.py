@@ -141,6 +141,8 @@ class UpdateResult:
 UpdateFunction = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
 
 
+# Runs of equal tasks in one process share the compiled program: resumed ones, seeds, tests.
+@functools.lru_cache(maxsize=8)
 def make_update(task: LearnerTask) -> UpdateFunction:
     """Compiles `update(state, base, batch, plans) -> state, result`.
 

@@ -327,6 +327,15 @@ def test_re_measuring_works_on_a_mesh(tmp_path):
     np.testing.assert_allclose(many.divergence_L, one.divergence_L, rtol=1e-3, atol=1e-4)
 
 
+def test_an_equal_run_in_the_same_process_compiles_nothing(tmp_path):
+    """Also its update, whose task is made anew: equal settings are what counts."""
+    for name in ("first", "equal"):
+        run = trainer(nano(loss=MOVING), tmp_path / name)
+        for number in range(2):
+            run.step(number)
+    assert run.compilations.count == 0
+
+
 # What an update trains on
 
 
