@@ -10,8 +10,9 @@ PYTHON ?= $(shell for modules in sys,venv,ensurepip sys; do \
 # a CPU build of the same version (a wheel's path or address) does as well: make test TORCH=path/to/torch.whl
 TORCH ?= torch==2.13.0
 
-PYTEST_ARGS ?= -n auto
-OLDEST_PYTEST_ARGS ?= -n auto -m "not slow"
+# A file stays on one worker, so that its tests share fixtures and compiled programs.
+PYTEST_ARGS ?= -n auto --dist loadfile
+OLDEST_PYTEST_ARGS ?= -n auto --dist loadfile -m "not slow"
 
 VENV := .venv
 RUN_READY := $(VENV)/.run-ready

@@ -4,16 +4,17 @@ KL(full || nested) per completion token, exact over the vocabulary, on held-out 
 Bridges are fitted on its answers to training prompts. Layers are chosen by the divergence of each alone, on training
 prompts that nothing was fitted on.
 
-    python -m experiments.bridges sums --folder FOLDER [--json FILE]       (the folder of GSM8K's files)
-    python -m experiments.bridges gsm8k --folder FOLDER [--json FILE]
+    python -m experiments.bridges sums [--json FILE]
+    python -m experiments.bridges gsm8k --folder FOLDER [--json FILE]      (the folder of GSM8K's files)
 
-Both tasks are needed each time, because bridges that were fitted on the other one are measured too.
+`--transfer` also measures bridges of the same plans that were fitted on the other task.
+`--config` takes the model of another configuration, and its first source in the place of the sums.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +28,8 @@ from tqdm.auto import tqdm
 
 from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig
+from nested_reft.cli.arguments import Parser, whole
+from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.data.config import DataConfig
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
@@ -67,18 +70,29 @@ class Task:
     distil_rate: float
 
 
-def sums() -> Task:
-    """The main job's first source: sums and differences of two one-digit numbers after a demonstration."""
-    config = load_config("smollm2_chain_sum")
+def sums(name: str) -> Task:
+    """A configuration's first source: of `smollm2_chain_sum`, sums of two one-digit numbers after a demonstration.
+
+    Args:
+        name: of the configuration.
+    """
+    config = load_config(name)
     data = dataclasses.replace(config.data, sources=config.data.sources[:1])
     config = dataclasses.replace(config, data=data)
     return Task(config, fitted=116, chosen=32, measured=48, group_size=8, distil_steps=40, distil_rate=1e-4)
 
 
-def gsm8k(folder: Path) -> Task:
-    """GSM8K's questions as plain chat prompts, answered with 64 tokens."""
-    base = load_config("smollm2_chain_sum")
-    source = DatasetSource("gsm8k", "gsm8k", train_size=400, heldout_size=64, seed=1, folder=str(folder))
+def gsm8k(name: str, folder: Path | None) -> Task:
+    """GSM8K's questions as plain chat prompts, answered with 64 tokens.
+
+    Args:
+        name: of the configuration whose model answers.
+        folder: where GSM8K's files lie; None downloads them.
+    """
+    base = load_config(name)
+    source = DatasetSource(
+        "gsm8k", "gsm8k", train_size=400, heldout_size=64, seed=1, folder=None if folder is None else str(folder)
+    )
     data = DataConfig(sources=(source,), prompts_per_batch=8, max_prompt_tokens=256, prompt=PromptFormat("{question}"))
     rollout = dataclasses.replace(base.rollout, max_completion_tokens=64)
     config = dataclasses.replace(base, data=data, rollout=rollout)
@@ -94,7 +108,7 @@ def answers(setup: Setup, examples: Sequence[EncodedExample], group_size: int, s
         group_size: completions of each.
         salt: tells the calls of this function apart.
     """
-    size, found = max(ROWS // group_size, 1), []
+    size, found = rows_of(group_size), []
     for start in tqdm(range(0, len(examples) - size + 1, size), desc="sampling", leave=False):
         prompts = batch_prompts(examples[start : start + size], [0] * size, setup.data.prompt_size)
         key = jax.random.fold_in(jax.random.key(salt), start)
@@ -102,30 +116,75 @@ def answers(setup: Setup, examples: Sequence[EncodedExample], group_size: int, s
     return found
 
 
+def rows_of(group_size: int) -> int:
+    """Prompts that are answered at once.
+
+    Args:
+        group_size: completions of each.
+    """
+    return max(ROWS // group_size, 1)
+
+
+def check_prompts(option: str, asked: int, least: int, examples: Sequence[EncodedExample]) -> None:
+    """Refuses a number of prompts that fills no batch, or that the source does not have.
+
+    Args:
+        option: that asks for it.
+        asked: the number.
+        least: of one batch.
+        examples: of the source.
+
+    Raises:
+        ValueError: names the option, the number and what is allowed.
+    """
+    if not least <= asked <= len(examples):
+        raise ValueError(f"{option} is {asked}; allowed is {least} to {len(examples)}, a batch up to what there are")
+
+
 def tokens_of(batches: Sequence[Texts]) -> int:
     """Completion tokens."""
     return sum(int(np.asarray(texts[3]).sum()) for texts in batches)
 
 
-def fitting_answers(task: Task) -> list[Texts]:
-    """Answers of a task to fit the bridges of another one on."""
-    setup = prepare(task.config)
-    return answers(setup, setup.data.train_examples[0][: task.fitted], task.group_size, salt=1)
-
-
-def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
-    """The divergences of every kind of plan, by how many layers it leaves out.
+def start_of(task: Task, counts: Sequence[int]) -> Setup:
+    """The full model of a task, with bridges that are zero.
 
     Args:
         task: what is answered.
         counts: layers to leave out.
-        other: the task that other bridges of the same plans are fitted on.
+
+    Raises:
+        ValueError: the configuration cannot work, or there are too few prompts or layers.
     """
-    other_answers = fitting_answers(other)
     setup = prepare(dataclasses.replace(task.config, nesting=NestingConfig(bridge=BRIDGES)))
+    train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
+    check_prompts("--fitted", task.fitted, rows_of(task.group_size), train)
+    check_prompts("--chosen", task.chosen, rows_of(1), train[task.fitted :])
+    check_prompts("--measured", task.measured, 2 * rows_of(2), heldout)  # the error of a mean needs two batches
+    most = setup.config.nesting.most_skipped(setup.policy.num_layers)
+    wrong = [count for count in counts if count > most]
+    if wrong:
+        raise ValueError(f"--layers has {wrong[0]}; allowed is 1 to {most}, so the first and the last one stay")
+    return setup
+
+
+def measure(setup: Setup, task: Task, counts: Sequence[int], other: Task | None = None) -> dict[str, Any]:
+    """The divergences of every kind of plan, by how many layers it leaves out.
+
+    Args:
+        setup: of `start_of`.
+        task: what is answered.
+        counts: layers to leave out.
+        other: the task that further bridges of the same plans are fitted on, if any.
+    """
     model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
     train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
     fitted_on = answers(setup, train[: task.fitted], task.group_size, salt=1)
+    fewer = {"quarter": fitted_on[: -(-len(fitted_on) // 4)]}
+    if other is not None:
+        there = prepare(other.config)
+        examples = there.data.train_examples[0][: other.fitted]
+        fewer["other task"] = answers(there, examples, other.group_size, salt=1)
     chosen_on = answers(setup, train[task.fitted : task.fitted + task.chosen], 1, salt=2)
     measured_on = answers(setup, heldout[: task.measured], 2, salt=3)
     seconds: dict[str, float] = {}
@@ -173,7 +232,7 @@ def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
         for part, name in PARTS.items():
             plan = best_plan(layer_L[part], count, part)
             row[name] = mean(measured_on, divergence(plan, alone))
-            row[f"{name}, layers"] = plan.skipped(model.config.num_layers)
+            row[f"{name}, layers"] = plan.left_out(model.config.num_layers)
         plan = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE)
         runs = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE, per_run=True)
         model.load_bridges(nothing)
@@ -182,7 +241,7 @@ def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
         row["in sequence"] = mean(measured_on, divergence(plan, in_sequence))
         row["in sequence, by quarter"] = by_quarter(plan)
         # A fit goes through the texts with no bridge in their way, as the other fits did.
-        for name, texts in {"quarter": fitted_on[: -(-len(fitted_on) // 4)], "other task": other_answers}.items():
+        for name, texts in fewer.items():
             model.load_bridges(nothing)
             row[name] = mean(measured_on, divergence(plan, fit_bridges(model, texts, BRIDGES.ridge, plan)))
         model.load_bridges(nothing)
@@ -199,13 +258,10 @@ def measure(task: Task, counts: Sequence[int], other: Task) -> dict[str, Any]:
         results.append(row)
     return {
         "tokens": {
-            name: tokens_of(batches)
-            for name, batches in (
-                ("fitted", fitted_on),
-                ("fitted, other task", other_answers),
-                ("chosen", chosen_on),
-                ("measured", measured_on),
-            )
+            "fitted": tokens_of(fitted_on),
+            "chosen": tokens_of(chosen_on),
+            "measured": tokens_of(measured_on),
+            **{name: tokens_of(texts) for name, texts in fewer.items()},
         },
         "layer": {PARTS[part]: [round(float(value), 4) for value in values] for part, values in layer_L.items()},
         "rows": results,
@@ -228,49 +284,69 @@ def best_plan(divergence_L: np.ndarray, count: int, part: Part, per_run: bool = 
     """
     measured = NestingConfig(choice="measured", divergence_temperature=0.0, remeasure_every=1)
     plan = draw_plan(jax.random.key(0), measured, len(divergence_L), divergence_L, count)
-    layers = plan.skipped(len(divergence_L))
+    layers = plan.left_out(len(divergence_L))
     if per_run:
         fixed = NestingConfig(choice="fixed", layers=layers, bridge=BridgeConfig("per_run"))
         return draw_plan(jax.random.key(0), fixed, len(divergence_L))
     return LayerPlan.skipping(len(divergence_L), layers, part)
 
 
-def main() -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = Parser("experiments.bridges", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("task", choices=["sums", "gsm8k"])
-    parser.add_argument("--folder", type=Path, help="where GSM8K's files lie; left out, they are downloaded")
-    parser.add_argument("--layers", type=int, nargs="+", default=COUNTS, help="how many to leave out")
+    parser.add_argument("--config", default="smollm2_chain_sum", help="whose model, and whose source in place of sums")
+    parser.add_argument("--folder", type=Path, help="where GSM8K's files lie; None downloads them")
+    parser.add_argument("--layers", type=whole(1), nargs="+", default=COUNTS, help="how many to leave out")
+    for name, what in (("fitted", "to fit bridges"), ("chosen", "to choose layers"), ("measured", "to measure plans")):
+        parser.add_argument(f"--{name}", type=whole(1), help=f"prompts {what} on; left out, the task's own number")
+    parser.add_argument("--distil-steps", type=whole(1), help="of each plan; left out, the task's own number")
+    parser.add_argument("--transfer", action="store_true", help="also measure bridges fitted on the other task")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    known = parser.parse_args()
-    tasks = sums(), gsm8k(known.folder)
-    task, other = tasks if known.task == "sums" else reversed(tasks)
-    found = measure(task, known.layers, other)
-    names = [
-        "skip",
-        "no attention",
-        "no mlp",
-        "bridge",
-        "in sequence",
-        "quarter",
-        "other task",
-        "per run",
-        "runs",
-        "distilled",
-        "standard error",
-    ]
-    rows = [[row["layers"], *(f"{row[n]:.3f}" if n != "runs" else row[n] for n in names)] for row in found["rows"]]
-    print(table(["layers", *names], rows))
-    single = found["layer"]
-    print(
-        table(["layer", *single], [[i, *(f"{v[i]:.3f}" for v in single.values())] for i in range(len(single["skip"]))])
-    )
-    for row in found["rows"]:
-        print(f"{row['layers']} layers, by quarter of the positions: {row['in sequence, by quarter']}")
-    print(found["tokens"], {name: round(value, 1) for name, value in found["seconds"].items()})
+    try:
+        with checking_input():
+            known = parser.parse_args(arguments)
+            tasks = sums(known.config), gsm8k(known.config, known.folder)
+            task, other = tasks if known.task == "sums" else reversed(tasks)
+            given = {name: getattr(known, name) for name in ("fitted", "chosen", "measured", "distil_steps")}
+            task = dataclasses.replace(task, **{name: value for name, value in given.items() if value is not None})
+            setup = start_of(task, known.layers)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = measure(setup, task, known.layers, other if known.transfer else None)
+    print(report(found))
     if known.json is not None:
         write_json(known.json, found)
+    return 0
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables of `measure`'s results: plans by the number of layers, and single layers.
+
+    Args:
+        found: what it returned.
+    """
+    names = [*found["layer"], "in sequence", "quarter", "per run", "runs", "distilled", "standard error"]
+    names += ["other task"] if "other task" in found["tokens"] else []
+    rows = [[row["layers"], *(f"{row[n]:.3f}" if n != "runs" else row[n] for n in names)] for row in found["rows"]]
+    single = found["layer"]
+    layers = [[i, *(f"{v[i]:.3f}" for v in single.values())] for i in range(len(single["bridge"]))]
+    seconds = {name: round(value, 1) for name, value in found["seconds"].items()}
+    quarters = [
+        f"{row['layers']} layers, by quarter of the positions: {row['in sequence, by quarter']}"
+        for row in found["rows"]
+    ]
+    tables = table(["layers", *names], rows), table(["layer", *single], layers)
+    return "\n".join([*tables, *quarters, f"{found['tokens']} {seconds}"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -147,7 +147,7 @@ def step_costs(runs: Sequence[Run]) -> dict[str, float | None]:
 
     Returns:
         Seconds of a step, of its rollouts and of everything else; its tokens, and those of a second of rollouts; the
-        share of rollouts; means of the metrics; and the seconds of a run's fits.
+        share of rollouts; means of the metrics, from the first fit on; and the seconds of a run's fits.
     """
     steps = {name: [value for run in runs for value in run["steps"][name]] for name in runs[0]["steps"]}
     # Rollouts and updates that compile cannot be told from those that do not, so such steps are left out here.
@@ -156,7 +156,8 @@ def step_costs(runs: Sequence[Run]) -> dict[str, float | None]:
         ran[:] = True
     seconds, rollouts, tokens = (np.array(steps[name])[ran].mean() for name in ("seconds", "rollout_seconds", "tokens"))
     fits = [value for value in steps["bridge_seconds"] if value is not None]
-    means = {name: _mean(steps[name]) for name in ("ess_token", "kl_behavior_target", "plan_price", "draft_acceptance")}
+    names = ("ess_token", "kl_behavior_target", "plan_price", "draft_acceptance")
+    means = {name: _mean(np.concatenate([_from_first_fit(run, name) for run in runs])) for name in names}
     return means | {
         "seconds": float(seconds),
         "rollout_seconds": float(rollouts),
@@ -175,19 +176,22 @@ def kl_by_quarter(runs: Sequence[Run]) -> list[float | None]:
     Args:
         runs: of one variant.
     """
-    # Steps before the first fit run the full model, whose divergence says nothing of the bridges.
-    found = [
-        [None if price == 1 else kl for kl, price in zip(steps["kl_behavior_target"], steps["plan_price"], strict=True)]
-        for steps in (run["steps"] for run in runs)
-    ]
-    quarters = [np.array_split(np.array(kls, dtype=float), 4) for kls in found]
+    quarters = [np.array_split(_from_first_fit(run, "kl_behavior_target"), 4) for run in runs]
     return [_mean(np.concatenate([parts[q] for parts in quarters])) for q in range(4)]
 
 
-def _mean(values: Sequence[float | None] | np.ndarray) -> float | None:
-    """The mean of the values that there are; None without any."""
-    numbers = np.array(values, dtype=float)  # None becomes NaN
-    return float(np.nanmean(numbers)) if np.isfinite(numbers).any() else None
+def _from_first_fit(run: Run, metric: str) -> Float[np.ndarray, " steps"]:
+    """A metric of each step, NaN where there is none and before the bridges are fitted; all steps without bridges."""
+    values = np.array(run["steps"][metric], dtype=float)  # None becomes NaN
+    fits = [step for step, seconds in enumerate(run["steps"]["bridge_seconds"]) if seconds is not None]
+    # Until the end of the step that fits, the full model samples, which says nothing of the bridges.
+    values[: fits[0] + 1 if fits else 0] = np.nan
+    return values
+
+
+def _mean(values: Float[np.ndarray, " N"]) -> float | None:
+    """The mean of the values that are no NaN; None without any."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
 def tables(summary: dict[str, dict[str, Any]]) -> str:
@@ -232,9 +236,9 @@ def tables(summary: dict[str, dict[str, Any]]) -> str:
         [
             f"Mean accuracy of the starts: {start:.3f}. Levels: {', '.join(f'{level:.3f}' for level in levels)}",
             table(header, outcome),
-            "\nMeans of a step",
+            "\nMeans of a step; price, ESS, KL and accepted from the first fit on",
             table(["variant", *names.values()], costs),
-            "\nKL(behavior || target) by quarter of the steps, once the policy is nested",
+            "\nKL(behavior || target) by quarter of the steps, from the first fit on",
             table(["variant", "first", "second", "third", "last"], drift),
         ]
     )

@@ -90,7 +90,7 @@ def tiny_run(steps: int, runs: Path) -> list[dict[str, Any]]:
     return [
         {
             "step": line["step"],
-            "skipped": len(line["skipped_layers"]),
+            "skipped": len(line["left_out_layers"]),
             "ess_token": line["ess_token"],
             "accuracy": line["accuracy"],
             "compilations": line["compilations"],

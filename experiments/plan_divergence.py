@@ -90,8 +90,8 @@ def measure(setup: Setup, num_prompts: int, draws: int, only: str) -> list[dict[
                 "kl_mean": float(values.mean()),
                 "kl_standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None,
                 "kl": values.tolist(),
-                "plans": [plan.skipped(num_layers) for plan in plans],
-                "different_layers": len({layer for plan in plans for layer in plan.skipped(num_layers)}),
+                "plans": [plan.left_out(num_layers) for plan in plans],
+                "different_layers": len({layer for plan in plans for layer in plan.left_out(num_layers)}),
             }
         )
     return results

@@ -5,13 +5,14 @@
 The full model answers training prompts of `smollm2_step_sum`, and bridges are fitted on the answers, one for each run
 of neighbours. Each policy then answers held-out prompts, and the full float32 model scores what it sampled. Speeds are
 of whole calls in the shape of that job (4 prompts x 8 completions, 44 tokens, no stop), timed in turn, best of all
-repeats. A plan's bridges are fitted once, in float32, and rounded with the layers.
+repeats. A plan's bridges are fitted once, in float32, and rounded with the layers. `--config` and `--leave-out` take
+another job and other layers.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,11 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from experiments.bridges import answers, tokens_of
+from experiments.bridges import answers, check_prompts, rows_of, tokens_of
 from nested_reft.bridge_fitting import fit_bridges
 from nested_reft.bridging import BridgeConfig
+from nested_reft.cli.arguments import Parser, whole
+from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.json_files import write_json
@@ -40,13 +43,12 @@ from nested_reft.training.setup import Setup, prepare
 from nested_reft.types import Prompts, valid_mask
 
 # The layers that cost least to bridge on sums; see `experiments.bridges`.
-DEPTHS: dict[str, tuple[int, ...]] = {
-    "full": (),
-    "9 layers, 4 bridges": (3, 4, 5, 6, 7, 12, 15, 27, 28),
-    "15 layers, 6 bridges": (2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 15, 22, 25, 27, 28),
-}
+LEFT_OUT = (
+    (3, 4, 5, 6, 7, 12, 15, 27, 28),
+    (2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 15, 22, 25, 27, 28),
+)
 PRECISIONS = ("float32", "bfloat16", "int8")
-CONFIG = "smollm2_step_sum"
+Policies = dict[tuple[str, str], tuple[Policy, LayerPlan]]
 
 
 def nested_plan(layers: Sequence[int], num_layers: int) -> LayerPlan:
@@ -55,30 +57,39 @@ def nested_plan(layers: Sequence[int], num_layers: int) -> LayerPlan:
     Args:
         layers: what is left out.
         num_layers: L.
+
+    Raises:
+        ValueError: the model does not have one of the layers, or none would be left.
     """
     if not layers:
         return LayerPlan.full(num_layers)
     nesting = NestingConfig(choice="fixed", layers=tuple(layers), bridge=BridgeConfig("per_run"))
+    try:
+        nesting.validate_for(num_layers)
+    except ValueError as error:
+        raise ValueError(str(error).replace("nesting.layers", "--leave-out")) from None
     return draw_plan(jax.random.key(0), nesting, num_layers)
 
 
-def policies_of(setup: Setup, fit_prompts: int) -> dict[tuple[str, str], tuple[Policy, LayerPlan]]:
+def policies_of(setup: Setup, plans: Sequence[LayerPlan], fit_prompts: int) -> Policies:
     """Every policy, by depth and precision, with its plan.
 
     Args:
         setup: with a model that has bridges.
+        plans: of the depths.
         fit_prompts: training prompts to fit on.
     """
     policy, config = setup.policy, setup.config
     texts = answers(setup, setup.data.train_examples[0][:fit_prompts], config.rollout.group_size, salt=1)
     print(f"bridges are fitted on {tokens_of(texts)} completion tokens", flush=True)
     nothing, found = policy.model.stacked_bridges(), {}
-    for depth, layers in DEPTHS.items():
-        plan = nested_plan(layers, policy.num_layers)
+    for plan in plans:
+        left_out = len(plan.left_out(policy.num_layers))
+        depth = f"{left_out} layers, {plan.shape.bridged} bridges" if left_out else "full"
         # A model is changed in place, so each depth has its own.
         model = nnx.clone(policy.model)
         model.load_bridges(nothing)
-        if layers:
+        if left_out:
             model.load_bridges(fit_bridges(model, texts, config.nesting.bridge.ridge, plan, setup.data.shared_prefix))
         for precision in PRECISIONS:
             rounded = model if precision == "float32" else low_precision(model, precision)
@@ -106,9 +117,7 @@ def mismatch(setup: Setup, policy: Policy, plan: LayerPlan, batches: Sequence[Pr
     return jax.device_get(off_policy_health(*(jnp.concatenate(part) for part in zip(*parts, strict=True))))
 
 
-def speeds(
-    setup: Setup, policies: dict[tuple[str, str], tuple[Policy, LayerPlan]], prompts: Prompts, repeats: int
-) -> dict[tuple[str, str], float]:
+def speeds(setup: Setup, policies: Policies, prompts: Prompts, repeats: int) -> dict[tuple[str, str], float]:
     """Sampled tokens per second of whole calls.
 
     Args:
@@ -132,22 +141,45 @@ def speeds(
     return {name: tokens / best for name, best in zip(policies, np.min(times, axis=0), strict=True)}
 
 
-def measure(fit_prompts: int, measured_prompts: int, repeats: int) -> dict[str, Any]:
+def start_of(name: str, fit_prompts: int, measured_prompts: int) -> Setup:
+    """A configuration's full model in float32, with bridges that are zero.
+
+    Args:
+        name: of the configuration.
+        fit_prompts: training prompts that will be needed.
+        measured_prompts: held-out prompts that will be needed.
+
+    Raises:
+        ValueError: the configuration cannot work, or there are too few prompts.
+    """
+    config = load_config(name)
+    # How plans are drawn does not matter here; the model needs bridges, of the job's own ridge.
+    bridge = dataclasses.replace(config.nesting.bridge, kind="per_layer")
+    rollout = dataclasses.replace(config.rollout, weights="target")
+    setup = prepare(dataclasses.replace(config, nesting=NestingConfig(bridge=bridge), rollout=rollout))
+    check_prompts("--fit-prompts", fit_prompts, rows_of(config.rollout.group_size), setup.data.train_examples[0])
+    check_prompts("--measured-prompts", measured_prompts, config.data.prompts_per_batch, setup.data.heldout_examples[0])
+    return setup
+
+
+def measure(
+    setup: Setup, plans: Sequence[LayerPlan], fit_prompts: int, measured_prompts: int, repeats: int
+) -> dict[str, Any]:
     """Every policy's speed and mismatch.
 
     Args:
+        setup: of `start_of`.
+        plans: of the depths, the full model first.
         fit_prompts: training prompts to fit on.
         measured_prompts: held-out prompts to answer.
         repeats: timed calls.
     """
-    config = load_config(CONFIG)
-    setup = prepare(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, weights="target")))
-    size, heldout = config.data.prompts_per_batch, setup.data.heldout_examples[0]
+    size, heldout = setup.config.data.prompts_per_batch, setup.data.heldout_examples[0]
     batches = [
         batch_prompts(heldout[start : start + size], [0] * size, setup.data.prompt_size)
         for start in range(0, measured_prompts - size + 1, size)
     ]
-    policies = policies_of(setup, fit_prompts)
+    policies = policies_of(setup, plans, fit_prompts)
     rows = []
     for (depth, precision), (policy, plan) in tqdm(policies.items(), desc="mismatch", leave=False):
         health = mismatch(setup, policy, plan, batches)
@@ -161,15 +193,46 @@ def measure(fit_prompts: int, measured_prompts: int, repeats: int) -> dict[str, 
     return {"rows": rows, "versions": versions()}
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit-prompts", type=int, default=20)
-    parser.add_argument("--measured-prompts", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = Parser("experiments.precision_depth", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", default="smollm2_step_sum", help="whose model and prompts")
+    parser.add_argument(
+        "--leave-out", type=whole(0), nargs="+", action="append", metavar="LAYER", help="layers of one depth; repeat it"
+    )
+    parser.add_argument("--fit-prompts", type=whole(1), default=20)
+    parser.add_argument("--measured-prompts", type=whole(1), default=32)
+    parser.add_argument("--repeats", type=whole(1), default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    known = parser.parse_args()
-    found = measure(known.fit_prompts, known.measured_prompts, known.repeats)
+    try:
+        with checking_input():
+            known = parser.parse_args(arguments)
+            setup = start_of(known.config, known.fit_prompts, known.measured_prompts)
+            depths = [(), *(known.leave_out or LEFT_OUT)]
+            plans = [nested_plan(layers, setup.policy.num_layers) for layers in depths]
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = measure(setup, plans, known.fit_prompts, known.measured_prompts, known.repeats)
+    print(report(found))
+    if known.json is not None:
+        write_json(known.json, found)
+    return 0
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table of `measure`'s results.
+
+    Args:
+        found: what it returned.
+    """
     formats = {"tokens_per_second": ".0f", "speedup": ".2f", "kl_behavior_target": ".4f", "ratio_max": ".1f"}
     names = ["speedup", "tokens_per_second", "kl_behavior_target", "ess_token", "ess_sequence", "ratio_tail"]
     names.append("ratio_max")
@@ -177,10 +240,8 @@ def main() -> None:
         [row["depth"], row["precision"], *(format(row[name], formats.get(name, ".3f")) for name in names)]
         for row in found["rows"]
     ]
-    print(table(["depth", "precision", *names], rows))
-    if known.json is not None:
-        write_json(known.json, found)
+    return table(["depth", "precision", *names], rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

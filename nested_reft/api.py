@@ -228,7 +228,7 @@ def open_trainer(
     with ExitStack() as on_failure:
         # A run that another process works on is refused before the model is loaded.
         directory = None if resume is None else on_failure.enter_context(closing(RunDirectory(resume)))
-        setup = prepare(config)
+        setup = prepare(config, resumes=resume is not None)
         check_memory(setup)
         if directory is None:
             directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())

@@ -6,6 +6,7 @@ tokens to fit on. From then on the latest texts are kept, so that a refit follow
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,13 +54,26 @@ class BridgeConfig:
         for name in ("ridge", "distil_learning_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"nesting.bridge.{name} is {getattr(self, name)}; allowed is more than 0")
-        if self.file is not None and self.kind == "off":
-            raise ValueError(f"nesting.bridge.file is '{self.file}' and nesting.bridge.kind 'off'; set kind or no file")
         if self.tokens < 1:
             raise ValueError(f"nesting.bridge.tokens is {self.tokens}; allowed is 1 or more")
         for name in ("refit_every", "distil_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"nesting.bridge.{name} is {getattr(self, name)}; allowed is 0 (never) or more steps")
+        if not self.is_on:
+            self._check_defaults()
+
+    def _check_defaults(self) -> None:
+        """Refuses settings that nothing reads, because the user would believe that they work."""
+        unread = [
+            f"nesting.bridge.{entry.name} is {getattr(self, entry.name)!r} (allowed is {entry.default!r})"
+            for entry in dataclasses.fields(self)
+            if getattr(self, entry.name) != entry.default
+        ]
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)}, but nesting.bridge.kind is 'off', so nothing reads it; set kind to 'per_layer'"
+                " or 'per_run'"
+            )
 
     @property
     def is_on(self) -> bool:

@@ -169,7 +169,7 @@ class LayerPlan:
         """True at the steps that need caches."""
         return (self.part_S == Part.KEEP) | (self.part_S == Part.NO_MLP)
 
-    def skipped(self, num_layers: int) -> tuple[int, ...]:
+    def left_out(self, num_layers: int) -> tuple[int, ...]:
         """The layers that do not run whole, on the host, for logs.
 
         Args:

@@ -24,14 +24,14 @@ class NestingConfig:
     """How the behavior policy's layers are chosen, anew for each batch.
 
     Attributes:
-        skip_ratio: x in [0, 1); floor(x * L) layers are skipped. Ignored by `fixed`; where nesting
+        skip_ratio: x in [0, 1); floor(x * L) layers are left out. Ignored by `fixed`; where nesting
             control starts.
-        border: the first and last `border` layers are never skipped.
+        border: the first and last `border` layers are never left out.
         choice: which layers; all but `fixed` draw one after the other, without replacement.
             `uniform`: all alike. `per_layer`: with probability rising with depth, as in LayerSkip.
             `measured`: with probability proportional to exp(-divergence / divergence_temperature),
             so that cheap layers go more often. `fixed`: always `layers`.
-        layers: the skipped layers of `fixed`.
+        layers: those of `fixed`.
         leave_out: what is left out of the layers that are chosen: all of each, or its attention or MLP alone.
         bridge: what stands in for whole layers that are left out. With bridges `measured` needs no file: layers are
             measured with their bridges after each fit.
@@ -188,7 +188,7 @@ def layers_in(share: float, num_layers: int) -> int:
 
 
 def check_share(name: str, share: float, num_layers: int) -> None:
-    """Refuses a share of layers that is none of them, since the user believes that some are skipped.
+    """Refuses a share of layers that is none of them, since the user believes that some are left out.
 
     Args:
         name: of the field.
@@ -288,6 +288,34 @@ def _log_weights(
         return -np.asarray(divergence_L, dtype=np.float64) / (config.divergence_temperature or 1.0)
     # Equal weights: the noise alone decides.
     return np.zeros(num_layers)
+
+
+@dataclass(frozen=True, eq=False)
+class PlanRule:
+    """How the next plan of a run is drawn.
+
+    Attributes:
+        config: of the run.
+        divergence_L: of each layer, in nats per token, as it was last measured.
+        num_skipped: layers that the plan leaves out.
+        nests: False until the run has fitted its bridges; plans are the full model until then.
+    """
+
+    config: NestingConfig
+    divergence_L: Float[np.ndarray, " L"]
+    num_skipped: int
+    nests: bool = True
+
+    def draw(self, key: jax.Array) -> LayerPlan:
+        """The plan.
+
+        Args:
+            key: PRNG key of the plan.
+        """
+        num_layers = len(self.divergence_L)
+        if not self.nests:
+            return LayerPlan.full(num_layers)
+        return draw_plan(key, self.config, num_layers, self.divergence_L, self.num_skipped)
 
 
 def nested_shape(config: NestingConfig, num_layers: int) -> PlanShape:

@@ -1,7 +1,7 @@
-"""How many layers the next batch skips: as many as a budget on off-policyness allows.
+"""How many layers the next batch leaves out: as many as a budget on off-policyness allows.
 
 The budget is on one field of a step's `Health`. Each is turned into an *excess* u, which is 0 on-policy and
-grows as the behavior policy moves away from the target, roughly by as much for each skipped layer:
+grows as the behavior policy moves away from the target, roughly by as much for each layer left out:
 
     hold                u                 limit U
     kl_behavior_target  the metric        budget
@@ -22,7 +22,7 @@ It follows a drift: the next try of a size waits for at most as many steps as ha
 failed, and 2 * patience more.
 
 A pure rule on a small state, as `curriculum` is: `update` takes in a step's health, and the state says how
-many layers the next batch skips. Which layers is `layer_skip.draw_plan`'s to draw.
+many layers the next batch leaves out. Which layers is `layer_skip.draw_plan`'s to draw.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class NestingControlConfig:
 
     Attributes:
         hold: the metric that the budget is on, as `estimators.health` defines it; None leaves the number
-            of skipped layers as `nesting` has it.
+            of layers left out as `nesting` has it.
         budget: for an effective sample size the smallest that is fine, in (0, 1); for the KL the
             largest, in nats per token; for `ratio_tail` the largest share of tokens, in (0, 1).
         min_skipped, max_skipped: the sizes to move between, both included.
-        patience: steps within budget before one more layer is skipped.
+        patience: steps within budget before one more layer is left out.
         margin: in [0, 1): the share of the budget that must be unused for that.
         window: latest steps at the present size that the mean is taken over.
         trial: in [1, window]: steps at a size before its mean can be over budget. 1 lowers at the first
@@ -188,7 +188,7 @@ def excess(config: NestingControlConfig, value: float) -> float:
         u, 0 on-policy and always finite.
     """
     if _is_sample_size(config):
-        # Each skipped layer multiplies an effective sample size by about the same factor, so its log is nearly linear
+        # Each layer left out multiplies an effective sample size by about the same factor, so its log is nearly linear
         # in layers. NaN fails the comparison and counts as infinitely far off.
         value = -math.log(value) if value > 0 else math.inf
     return value if math.isfinite(value) else HIGHEST_EXCESS
@@ -215,7 +215,7 @@ def update(state: NestingControlState, config: NestingControlConfig, health: Hea
     stays = replace(state, recent_excess=recent)
     found = _found(config, mean, len(recent))
 
-    # Too many skipped layers harm every update, so lowering comes first and waits for nothing.
+    # Too many layers left out harm every update, so lowering comes first and waits for nothing.
     if mean > limit:
         if len(recent) < config.trial:
             reason = f"{found}, over budget, judged after {config.trial} steps: stay at {size}"
@@ -226,7 +226,7 @@ def update(state: NestingControlState, config: NestingControlConfig, health: Hea
         failures = tuple(count + (k == size) for k, count in enumerate(state.failures))
         # The new state has no readings, because those of another size say nothing about this one.
         return NestingControlState(
-            size - 1, failures=failures, reason=f"{found}, over budget: from {size} to {size - 1} skipped layers"
+            size - 1, failures=failures, reason=f"{found}, over budget: from {size} to {size - 1} layers left out"
         )
     if size == config.max_skipped:
         return replace(stays, reason=f"{found}, within budget: stay at {size}, the most allowed")
@@ -242,12 +242,12 @@ def update(state: NestingControlState, config: NestingControlConfig, health: Hea
     return NestingControlState(
         size + 1,
         failures=state.failures,
-        reason=f"{found}, within budget for {within} steps: from {size} to {size + 1} skipped layers",
+        reason=f"{found}, within budget for {within} steps: from {size} to {size + 1} layers left out",
     )
 
 
 def unmet_budget(state: NestingControlState, config: NestingControlConfig) -> str | None:
-    """In words, that even the fewest skipped layers are over budget, with a remedy; None where they are not.
+    """In words, that even the fewest layers left out are over budget, with a remedy; None where they are not.
 
     Args:
         state: after a step.

@@ -92,13 +92,13 @@ def run_to_continue(path):
 
 
 def test_a_run_that_another_process_works_on_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "prepare", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(api, "prepare", lambda *_, **__: pytest.fail("something was loaded"))
     with closing(RunDirectory(tmp_path)), pytest.raises(ValueError, match=r"is in use by another process; wait until"):
         nr.train(run_to_continue(tmp_path))
 
 
 def test_a_run_that_is_refused_can_be_continued_later(tmp_path, monkeypatch):
-    def refuse(config):
+    def refuse(config, resumes):
         raise ValueError("not today")
 
     monkeypatch.setattr(api, "prepare", refuse)

@@ -1,6 +1,7 @@
 """Bridges in a file: fitted by a command, trained with, and refused where they are of something else."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,11 @@ def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):
     # No fit is due, so those of the file are still there.
     found, stored = Policy.load(run).model.stacked_bridges()["map"], load_file("b.safetensors")["map"]
     np.testing.assert_array_equal(found, stored)
+    # From here on its checkpoints hold them, so the file may go: to continue it, and to fit others to the run.
+    os.rename("b.safetensors", "elsewhere")
+    assert main(["train", "--resume", str(run), "--train.steps", "2"]) == 0
+    assert [len(line.get("bridged_layers", [])) for line in read_log(run / "metrics.jsonl")] == [0, 2, 2]
+    assert main(["fit-bridges", str(run), "--out", "again.safetensors"]) == 0
     # Bridges of a fixed plan are of no other.
     fixed = ["--nesting.choice", "fixed", "--nesting.layers", "2", "3"]
     bridge = ["--nesting.bridge.kind", "per_layer", "--nesting.bridge.tokens", "200"]

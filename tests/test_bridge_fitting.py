@@ -129,7 +129,7 @@ def test_distillation_lowers_the_divergence_on_other_texts():
     assert all(np.array_equal(weights[name], value) for name, value in model.parameters().items())
 
 
-def test_a_bridge_spans_the_skipped_layers_after_it():
+def test_a_bridge_spans_the_left_out_layers_after_it():
     model = model_with_bridges()
     plan = LayerPlan.of_parts(np.array([Part.KEEP, Part.BRIDGE, Part.SKIP, Part.SKIP, Part.KEEP]))
     stack = fit_bridges(model, [texts()], 1e-3, plan)

@@ -78,7 +78,14 @@ def test_a_configuration_has_plans_of_one_shape(nesting, shape, key):
         ({"ridge": 0.0}, "nesting.bridge.ridge is 0.0; allowed is more than 0"),
         ({"tokens": 0}, "nesting.bridge.tokens is 0; allowed is 1 or more"),
         ({"refit_every": -1}, r"nesting.bridge.refit_every is -1; allowed is 0 \(never\) or more"),
-        ({"file": "x"}, "nesting.bridge.file is 'x' and nesting.bridge.kind 'off'"),
+        ({"rank": 4}, r"nesting.bridge.rank is 4 \(allowed is None\), but nesting.bridge.kind is 'off', so nothing"),
+        ({"ridge": 0.1}, r"ridge is 0.1 \(allowed is 0.01\), but nesting.bridge.kind is 'off'"),
+        ({"tokens": 9}, r"tokens is 9 \(allowed is 8192\), but"),
+        ({"refit_every": 3}, r"refit_every is 3 \(allowed is 0\), but"),
+        ({"distil_steps": 3}, r"distil_steps is 3 \(allowed is 0\), but"),
+        ({"distil_learning_rate": 0.1}, r"distil_learning_rate is 0.1 \(allowed is 0.0003\), but"),
+        ({"file": "x"}, r"nesting.bridge.file is 'x' \(allowed is None\), but .* set kind to 'per_layer' or 'per_run'"),
+        ({"rank": 4, "tokens": 9}, r"rank is 4 \(allowed is None\), nesting.bridge.tokens is 9"),
         ({"distil_learning_rate": float("nan")}, "nesting.bridge.distil_learning_rate is nan"),
     ],
 )
@@ -98,7 +105,6 @@ def test_a_wrong_field_is_refused(fields, message):
 def test_too_few_tokens_for_the_rank_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         config.validate_for(64)
-    BridgeConfig(tokens=1).validate_for(64)  # nothing reads it
 
 
 @pytest.mark.parametrize(

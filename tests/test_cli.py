@@ -11,16 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from nested_reft import command
-from nested_reft.checkpoints import CheckpointError
+from nested_reft.checkpoints import CheckpointError, newest_checkpoint
 from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
-from nested_reft.layer_skip import NestingConfig
+from nested_reft.layer_skip import NestingConfig, PlanRule
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.run_directory import read_log
 from nested_reft.tokenizer import Tokenizer
@@ -280,6 +281,20 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     assert "checkpoint 2" in message and "there is no other to continue from" in message
 
 
+def test_a_run_whose_updates_are_all_rejected_stops_when_told_to(capsys):
+    """Its checkpoint is from before the last of them; the count goes on from there, so a resumed run stops as well."""
+    mask = ["--loss.reject-by", "sequence_k3", "--loss.reject-above", "1e-12", "--train.checkpoint-every", "1"]
+    assert main(["train", "tiny", *SMALL, *mask, "--train.steps", "4", "--train.stop-after-empty-updates", "2"]) == 1
+    (run,) = Path("runs").iterdir()
+    for arguments in ([], ["train", "--resume", str(run)]):
+        assert not arguments or main(arguments) == 1
+        (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "error: step 2: 2 updates in a row changed nothing, which is train.stop_after_empty_updates" in message
+        assert "reject_above 1e-12, but 95 % of the batch lie from 0 to " in message and "Widen the bounds" in message
+        assert newest_checkpoint(run / "checkpoints") == 1 and not (run / "summary.json").exists()
+        assert [line.get("empty") for line in read_log(run / "metrics.jsonl")] == [None, True, True]
+
+
 def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
     """The longer run is that of the same seed with more steps from the start: its schedule is constant."""
     constant = ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0", "--evaluation.every-steps", "2"]
@@ -322,22 +337,36 @@ def test_a_finished_run_is_extended_and_evaluated_otherwise(capsys):
 
 def test_sample_follows_the_run_and_nests_a_model_by_one_layer(capsys, monkeypatch):
     policy = initial_policy(load_config("tiny"))
-    monkeypatch.setattr(sample.Policy, "load", lambda _: policy)
+
+    def loads(plans: PlanRule | None) -> None:
+        monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, plans=plans))
+
+    loads(PlanRule(NestingConfig(skip_ratio=0.2), np.zeros(6), 1))
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out  # 0.2 of 6 layers is one
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2", "--skip-ratio", "0.5"]) == 0
     assert "nested (3 of 6 layers, without layers [" in capsys.readouterr().out
 
-    fixed = dataclasses.replace(policy, nesting=NestingConfig(choice="fixed", layers=(2, 4)))
-    monkeypatch.setattr(sample.Policy, "load", lambda _: fixed)
+    loads(PlanRule(NestingConfig(choice="fixed", layers=(2, 4)), np.zeros(6), 2))
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "nested (4 of 6 layers, without layers [2, 4])" in capsys.readouterr().out
 
-    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=NestingConfig()))
+    # The controller has gone on to two layers, and those that cost least were measured.
+    measured = NestingConfig(skip_ratio=0.2, choice="measured", divergence_temperature=0.0, remeasure_every=2)
+    loads(PlanRule(measured, np.array([9, 3, 1, 4, 2, 9.0]), 2))
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    assert "nested (4 of 6 layers, without layers [2, 4])" in capsys.readouterr().out
+
+    loads(PlanRule(measured, np.zeros(6), 2, nests=False))
+    assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "nested (" not in shown and "the run has not fitted its bridges yet; to see a nested model" in shown
+
+    loads(PlanRule(NestingConfig(), np.zeros(6), 0))
     assert main(["sample", "run", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "the run skips no layers" in capsys.readouterr().out
 
-    monkeypatch.setattr(sample.Policy, "load", lambda _: dataclasses.replace(policy, nesting=None))
+    loads(None)
     assert main(["sample", "model", "1 + 2 =", "--max-tokens", "2"]) == 0
     assert "nested (5 of 6 layers, without layers [" in capsys.readouterr().out
 

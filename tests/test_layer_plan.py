@@ -16,7 +16,7 @@ def test_parts_and_steps_convert_both_ways():
     assert plan.part_S.tolist() == [Part.KEEP, Part.BRIDGE, Part.NO_MLP, Part.NO_ATTENTION, Part.KEEP]
     assert plan.shape == PlanShape(kept=2, bridged=1, without_attention=1, without_mlp=1)
     assert plan.to_parts(6).tolist() == plan.host_parts(6).tolist() == PARTS
-    assert plan.skipped(6) == (1, 2, 3, 4)
+    assert plan.left_out(6) == (1, 2, 3, 4)
     assert LayerPlan.full(5).layer_S.tolist() == [0, 1, 2, 3, 4]
     assert LayerPlan.skipping(5, [1, 4]).layer_S.tolist() == [0, 2, 3]
     assert LayerPlan.skipping(3, [1], Part.BRIDGE).to_parts(3).tolist() == [Part.KEEP, Part.BRIDGE, Part.KEEP]

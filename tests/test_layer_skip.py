@@ -25,7 +25,7 @@ def test_uniform_plans_skip_every_inner_layer_equally_often(key):
     for draw in range(400):
         plan = draw_plan(jax.random.fold_in(key, draw), config, 12)
         assert plan.shape.kept == 9
-        counts_L[list(plan.skipped(12))] += 1
+        counts_L[list(plan.left_out(12))] += 1
     assert counts_L[:2].sum() == counts_L[-2:].sum() == 0
     # 3 of 8 layers in each draw: 150 expected, standard deviation 9.7.
     assert np.abs(counts_L[2:-2] - 150).max() < 4 * 9.7
@@ -39,7 +39,7 @@ def test_measured_plans_follow_their_probabilities(key):
     expected /= expected.sum()  # 0.665, 0.245, 0.090
     counts = np.zeros(5)
     for draw in range(600):
-        counts[list(draw_plan(jax.random.fold_in(key, draw), config, 5, divergence_L).skipped(5))] += 1
+        counts[list(draw_plan(jax.random.fold_in(key, draw), config, 5, divergence_L).left_out(5))] += 1
     deviation = np.sqrt(600 * expected * (1 - expected))
     assert np.all(np.abs(counts[1:4] - 600 * expected) < 4 * deviation)
 
@@ -47,7 +47,7 @@ def test_measured_plans_follow_their_probabilities(key):
 def test_measured_plan_at_temperature_zero_skips_the_cheapest_layers(key):
     config = NestingConfig(skip_ratio=0.4, border=0, choice="measured", divergence_file="-", divergence_temperature=0.0)
     plan = draw_plan(key, config, 5, np.array([0.3, 0.1, 9.0, 0.2, 0.5]))
-    assert plan.skipped(5) == (1, 3)
+    assert plan.left_out(5) == (1, 3)
 
 
 def test_measured_plan_with_equal_divergences_is_the_uniform_plan(key):
@@ -55,7 +55,7 @@ def test_measured_plan_with_equal_divergences_is_the_uniform_plan(key):
     for draw in range(20):
         draw_key = jax.random.fold_in(key, draw)
         uniform_plan = draw_plan(draw_key, NestingConfig(skip_ratio=0.4), 10)
-        assert draw_plan(draw_key, measured, 10, np.full(10, 0.3)).skipped(10) == uniform_plan.skipped(10)
+        assert draw_plan(draw_key, measured, 10, np.full(10, 0.3)).left_out(10) == uniform_plan.left_out(10)
 
 
 def test_per_layer_plans_follow_layer_skips_rates(key):
@@ -65,7 +65,7 @@ def test_per_layer_plans_follow_layer_skips_rates(key):
     expected /= expected.sum()
     counts = np.zeros(5)
     for draw in range(600):
-        counts[list(draw_plan(jax.random.fold_in(key, draw), config, 5).skipped(5))] += 1
+        counts[list(draw_plan(jax.random.fold_in(key, draw), config, 5).left_out(5))] += 1
     assert counts[0] == counts[4] == 0
     deviation = np.sqrt(600 * expected * (1 - expected))
     assert np.all(np.abs(counts[1:4] - 600 * expected) < 4 * deviation)
@@ -76,34 +76,34 @@ def test_several_layers_are_drawn_one_after_the_other(key):
     config = NestingConfig(skip_ratio=0.4, choice="per_layer")
     p_2, p_3 = 0.41421 / 1.28521, 0.68179 / 1.28521
     expected = p_2 * p_3 / (1 - p_2) + p_3 * p_2 / (1 - p_3)  # 0.616
-    hits = sum(draw_plan(jax.random.fold_in(key, draw), config, 5).skipped(5) == (2, 3) for draw in range(600))
+    hits = sum(draw_plan(jax.random.fold_in(key, draw), config, 5).left_out(5) == (2, 3) for draw in range(600))
     assert abs(hits - 600 * expected) < 4 * np.sqrt(600 * expected * (1 - expected))
 
 
 def test_per_layer_never_skips_the_first_layer(key):
     config = NestingConfig(skip_ratio=0.8, choice="per_layer", border=0)
     config.validate_for(5)
-    assert draw_plan(key, config, 5).skipped(5) == (1, 2, 3, 4)
+    assert draw_plan(key, config, 5).left_out(5) == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("choice", ["uniform", "per_layer", "measured"])
-def test_the_number_of_skipped_layers_can_be_given(choice, key):
+def test_the_number_of_left_out_layers_can_be_given(choice, key):
     config = NestingConfig(skip_ratio=0.1, choice=choice, divergence_file="-" if choice == "measured" else None)
     for num_skipped in (0, 1, 5, 8):
         plan = draw_plan(key, config, 10, np.linspace(0, 1, 10), num_skipped)
-        assert plan.shape.kept == 10 - num_skipped and not {0, 9} & set(plan.skipped(10))
+        assert plan.shape.kept == 10 - num_skipped and not {0, 9} & set(plan.left_out(10))
     assert config.most_skipped(10) == 8
     with pytest.raises(ValueError, match="num_skipped is 9; allowed is 0 to 8"):
         draw_plan(key, config, 10, np.zeros(10), 9)
 
 
 def test_fixed_plans_ignore_a_given_number(key):
-    assert draw_plan(key, NestingConfig(choice="fixed", layers=(2,)), 5, num_skipped=3).skipped(5) == (2,)
+    assert draw_plan(key, NestingConfig(choice="fixed", layers=(2,)), 5, num_skipped=3).left_out(5) == (2,)
 
 
 def test_fixed_plan_is_what_was_asked_for(key):
     plan = draw_plan(key, NestingConfig(choice="fixed", layers=(5, 3)), 8)
-    assert plan.skipped(8) == (3, 5)
+    assert plan.left_out(8) == (3, 5)
 
 
 def test_no_skipped_layer_is_the_full_model(key):

@@ -53,14 +53,14 @@ def test_raises_by_one_after_patience_steps():
     state, sizes = after(KL, [0.1] * 5)
     assert sizes == [0, 0, 1, 1, 2] and state.num_skipped == 2
     assert after(KL, [0.1] * 4)[0].reason == (
-        "kl_behavior_target 0.100 (mean of 2; budget 1), within budget for 2 steps: from 1 to 2 skipped layers"
+        "kl_behavior_target 0.100 (mean of 2; budget 1), within budget for 2 steps: from 1 to 2 layers left out"
     )
 
 
 def test_lowers_by_one_at_once():
     state, sizes = after(KL, [1.01, 0.1], start=3)
     assert sizes == [3, 2]
-    assert after(KL, [1.01], start=3)[0].reason.endswith("over budget: from 3 to 2 skipped layers")
+    assert after(KL, [1.01], start=3)[0].reason.endswith("over budget: from 3 to 2 layers left out")
     assert state.failures == (0, 0, 0, 1, 0, 0, 0)
 
 
@@ -75,7 +75,7 @@ def test_ess_is_over_budget_when_it_is_small():
 def test_the_tail_is_over_budget_when_it_is_large():
     state = after(TAIL, [0.11], start=2)[0]
     assert state.num_skipped == 1
-    assert state.reason == "ratio_tail 0.110 (mean of 1; budget 0.1), over budget: from 2 to 1 skipped layers"
+    assert state.reason == "ratio_tail 0.110 (mean of 1; budget 0.1), over budget: from 2 to 1 layers left out"
     assert after(TAIL, [0.09] * 20, start=2)[1][-1] == 2  # more than 0.8 * 0.1: inside the margin
     assert after(TAIL, [0.07] * 2, start=2)[0].num_skipped == 3
     assert after(TAIL, [0.0] * 2, start=2)[0].num_skipped == 3  # an excess of -log 0 would be infinite

@@ -115,7 +115,7 @@ def test_points_are_on_the_disk_when_a_step_is_logged(tmp_path):
     """Nothing is closed here, as nothing is in a process that is killed. Only numbers become points."""
     run = RunDirectory(tmp_path)
     for step in range(20):
-        run.log_metrics(step, {"reward": 0.5, "unscored": 2, "skipped_layers": [1], "warning": "far"})
+        run.log_metrics(step, {"reward": 0.5, "unscored": 2, "left_out_layers": [1], "warning": "far"})
         points, _ = tensorboard_points(tmp_path)
         assert points[-2:] == [(step, "reward", 0.5), (step, "unscored", 2)] and len(points) == 2 * (step + 1)
 

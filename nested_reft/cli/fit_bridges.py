@@ -16,7 +16,6 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.json_files import check_writable
-from nested_reft.layer_plan import left_out
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import fit_and_measure
 from nested_reft.training.run_state import RunState, initial_run_state
@@ -42,7 +41,7 @@ def run(arguments: list[str]) -> None:
     renewed = fit_and_measure(state, 0, rollouts, keys.step(1).plan)
     num_layers = setup.policy.num_layers
     # With other choices each layer has a bridge, whatever plan is drawn.
-    plan = state.draw_plan(keys.step(1).plan, nesting) if nesting.choice == "fixed" else None
+    plan = state.draw_plan(keys.step(1).plan) if nesting.choice == "fixed" else None
     fitted = FittedBridges(
         stack=state.learner.policy().model.stacked_bridges(),
         divergence_L=np.zeros(num_layers) if renewed.divergence_L is None else renewed.divergence_L,
@@ -50,7 +49,7 @@ def run(arguments: list[str]) -> None:
         parts=None if plan is None else tuple(plan.host_parts(num_layers).tolist()),
     )
     save_bridges(known.out, fitted)
-    which = "all layers" if plan is None else f"layers {left_out(plan.host_parts(num_layers))}"
+    which = "all layers" if plan is None else f"layers {list(plan.left_out(num_layers))}"
     say(f"bridges of {which}, fitted on {renewed.bridge_tokens} tokens in {renewed.bridge_seconds:.0f} s")
     say(f"written: {known.out}")
 

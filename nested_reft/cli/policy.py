@@ -51,7 +51,7 @@ def setup_of(
             raise ValueError(f"--model changes the model of the run '{policy}'; allowed is the model that was trained")
         loaded = Policy.load(policy, config.mesh)
         how = {"sampling": config.rollout.sampling, "max_completion_tokens": config.rollout.max_completion_tokens}
-        setup = prepare(config, dataclasses.replace(loaded, prompt=config.data.prompt, **how))
+        setup = prepare(config, dataclasses.replace(loaded, prompt=config.data.prompt, **how), resumes=True)
     else:
         setup = prepare(config)
     # The first ones are taken, because a smaller `heldout_size` would draw other questions.

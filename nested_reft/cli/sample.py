@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import jax
-import numpy as np
 
 from nested_reft.cli.arguments import command_parser, number, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without
-from nested_reft.divergence import load_divergence
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
@@ -40,13 +37,15 @@ def run(arguments: list[str]) -> None:
     # All draw with one seed, so that only the layers differ.
     for label, plan in plans.items():
         (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
-        skipped = f", without layers {list(plan.skipped(policy.num_layers))}" if label == "nested" else ""
+        skipped = f", without layers {list(plan.left_out(policy.num_layers))}" if label == "nested" else ""
         say(f"{label} ({plan.shape.kept} of {policy.num_layers} layers{skipped})")
         for completion in completions:
             # A completion stays one line, whatever the model wrote.
             say(f"  {printable(completion.text)}")
     if "nested" not in plans:
-        say("the run skips no layers; to see a nested model, give --skip-ratio or --skip-layers")
+        unfitted = policy.plans is not None and not policy.plans.nests
+        why = "has not fitted its bridges yet" if unfitted else "skips no layers"
+        say(f"the run {why}; to see a nested model, give --skip-ratio or --skip-layers")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,17 +91,10 @@ def _nested_plan(known: argparse.Namespace, policy: Policy) -> LayerPlan:
                 f" to {most}, so the first and the last one stay"
             )
         return draw_plan(key, nesting, num_layers)
-    if policy.nesting is not None:
-        return draw_plan(key, policy.nesting, num_layers, _divergence(policy.nesting, num_layers))
+    if policy.plans is not None:
+        return policy.plans.draw(key)
     nesting = NestingConfig()
     return draw_plan(key, nesting, num_layers, num_skipped=min(1, nesting.most_skipped(num_layers)))
-
-
-def _divergence(nesting: NestingConfig, num_layers: int) -> np.ndarray:
-    """What `measured` plans are drawn by. What a run measures while it trains is not read; layers are alike then."""
-    if nesting.divergence_file is None:
-        return np.zeros(num_layers)
-    return load_divergence(Path(nesting.divergence_file), num_layers, nesting.leave_out)
 
 
 def _max_tokens(asked: int | None, policy: Policy, prompt: str) -> int:

@@ -16,6 +16,7 @@ from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
 from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
+from nested_reft.training.reinforcement import EmptyUpdatesError
 from nested_reft.training.setup import run_config
 
 RUNS = "runs"
@@ -59,7 +60,7 @@ def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) ->
     except OSError as error:  # a checkpoint, a log or a result could not be written
         complain(f"\nerror: {error}\n{_how_to_continue(path)}")
         raise SystemExit(1) from None
-    except (GenerationLimitError, RewardError) as error:
+    except (GenerationLimitError, EmptyUpdatesError, RewardError) as error:
         complain(f"\nerror: {error}")
         raise SystemExit(1) from None
 

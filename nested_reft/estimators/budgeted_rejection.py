@@ -16,8 +16,8 @@ counted, as when rollouts are drawn until enough are accepted, the weight is Z m
 Z max rho.
 
 Rejecting at random adds variance to an estimator of a given number of samples: E[h^2] = E[rho max(rho, lambda)] is
-never less than E[rho^2]. What is saved is work on the samples of least weight: they need no backward pass. Among those
-accepted, weights differ by less.
+never less than E[rho^2]. Among those accepted, weights differ by less. Rejected samples need no backward pass, but this
+saves no work yet: rho is known after the forward pass of the update itself, whose program has one shape.
 
 Source: optimal budgeted rejection sampling (Verine et al., 2024, arXiv 2311.00460), for rollouts: Jackpot (arXiv
 2602.06107), which applies it token by token, takes Z from the most likely tokens, and trains the behavior policy as

@@ -5,6 +5,7 @@ A new objective is a configuration with a `kind` of its own, a class, and an ent
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -25,6 +26,8 @@ OBJECTIVE_CONFIGS: dict[str, type[ObjectiveConfig]] = {config.kind: config for c
 """What configures each kind of objective."""
 
 
+# Equal configurations give one object, by which compiled updates are told apart.
+@functools.lru_cache(maxsize=32)
 def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective of a training run.
 

@@ -273,9 +273,9 @@ def audit(lines: Sequence[Line]) -> list[str]:
 def _drawings(lines: Sequence[Line]) -> dict[str, Callable[[Any], None]]:
     """What there is to draw, by file name."""
     drawings = {name: _plain(lines, *figure) for name, figure in _plain_figures(lines).items()}
-    if any(line.get("skipped_layers") for line in lines):
-        # A figure of the full model would be empty, so it is drawn only where a step skipped layers.
-        drawings["skipped_layers"] = lambda figure: _draw_skipped(figure, lines)
+    if any(line.get("left_out_layers") for line in lines):
+        # A figure of the full model would be empty, so it is drawn only where a step left layers out.
+        drawings["left_out_layers"] = lambda figure: _draw_left_out(figure, lines)
     if curriculum_sources(lines):
         drawings["curriculum"] = lambda figure: draw_curriculum(figure, lines)
     return drawings
@@ -335,11 +335,11 @@ def _plain(lines: Sequence[Line], title: str, unit: str, metrics: Sequence[str])
     return draw
 
 
-def _draw_skipped(figure: Any, lines: Sequence[Line]) -> None:
+def _draw_left_out(figure: Any, lines: Sequence[Line]) -> None:
     axis = figure.subplots()
-    points = [(line["step"], layer) for line in lines for layer in line.get("skipped_layers") or ()]
+    points = [(line["step"], layer) for line in lines for layer in line.get("left_out_layers") or ()]
     axis.scatter([step for step, _ in points], [layer for _, layer in points], s=6, marker="s")
-    axis.set(title="Layers that the rollouts skipped", xlabel="step", ylabel="layer")
+    axis.set(title="Layers that the rollouts left out", xlabel="step", ylabel="layer")
 
 
 def _label(name: str) -> str:

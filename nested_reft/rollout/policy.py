@@ -25,7 +25,7 @@ from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_
 from nested_reft.fields import read
 from nested_reft.json_files import differences
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.layer_skip import NestingConfig
+from nested_reft.layer_skip import NestingConfig, PlanRule
 from nested_reft.models.lora import LoraConfig, split_trainable
 from nested_reft.models.registry import load_model
 from nested_reft.models.source import ModelSource, starting_model
@@ -71,7 +71,7 @@ class Policy:
         sampling: temperature and truncation, unless a call says otherwise.
         max_completion_tokens: C, unless a call says otherwise.
         prompt: how a question becomes a prompt.
-        nesting: how plans are drawn for it, where a configuration says so.
+        plans: how the run that it is of draws its next plan; None of a model, and within a run.
         version: updates that the weights have seen in their phase.
         mesh: where batches are placed; prompts are spread over its `data` axis.
     """
@@ -81,7 +81,7 @@ class Policy:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_completion_tokens: int = DEFAULT_MAX_TOKENS
     prompt: PromptFormat = field(default_factory=PromptFormat)
-    nesting: NestingConfig | None = None
+    plans: PlanRule | None = None
     version: int = 0
     mesh: Mesh = field(default_factory=lambda: make_mesh(MeshConfig()))
 
@@ -439,15 +439,20 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     if model.bridges is not None:
         like["bridges"] = model.bridges.stack()
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
-        arrays = _newest(checkpoints, run / "config.json", stored, like)
+        arrays, host = _newest(checkpoints, run / "config.json", stored, like)
     model = nnx.merge(graph, arrays["trainable"], frozen)
     if model.bridges is not None:
         model.load_bridges(arrays["bridges"])
-    return Policy(model, tokenizer, sampling, limit, prompt, nesting, int(arrays["updates"]), mesh)
+    # What the run has measured, fitted and chosen by now, and not what its configuration began with.
+    fitted = not nesting.bridge.is_on or host["bridging"]["fits"] > 0
+    plans = PlanRule(nesting, host["divergence"], host["nesting"]["num_skipped"], fitted)
+    return Policy(model, tokenizer, sampling, limit, prompt, plans, int(arrays["updates"]), mesh)
 
 
-def _newest(checkpoints: Checkpoints, config: Path, stored: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """Arrays of the newest checkpoint, of a run that may be going on.
+def _newest(
+    checkpoints: Checkpoints, config: Path, stored: dict[str, Any], like: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and host values of the newest checkpoint, of a run that may be going on.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another configuration.
@@ -455,14 +460,15 @@ def _newest(checkpoints: Checkpoints, config: Path, stored: dict[str, Any], like
     while True:
         (number, *_) = checkpoints.numbers()
         try:
-            written = checkpoints.restore_host(number)["config"]
+            host = checkpoints.restore_host(number)
+            written = host["config"]
             for name in ("model", "lora", "rollout", "nesting"):
                 for field, was, now in differences(written[name], stored[name], f"{name}."):
                     raise ValueError(
                         f"'{config}' is not that of checkpoint {number}: {field} is {now!r}, and was {was!r}; change it"
                         " back"
                     )
-            return checkpoints.restore_some(number, like)
+            return checkpoints.restore_some(number, like), host
         except DamagedCheckpointError:
             # A run that goes on removes old checkpoints, perhaps while this one was read.
             if checkpoints.numbers()[:1] in ([], [number]):

@@ -92,6 +92,17 @@ def mix_has_one_source(config: Config) -> None:
         )
 
 
+def bridge_files_are_of_the_start(config: Config) -> None:
+    """The bridges of a file are of the model as it is before a warm start."""
+    file, steps = config.nesting.bridge.file, config.warm_start.steps
+    if file is not None and steps:
+        raise ValueError(
+            f"nesting.bridge.file is '{file}' and warm_start.steps {steps}: the warm start would change the model that"
+            " the bridges were fitted to. Leave the file out, so that they are fitted after it, or set warm_start.steps"
+            " 0"
+        )
+
+
 def remeasuring_fits_the_batch(config: Config) -> None:
     """Layers are measured on the step's own rollouts."""
     nesting = config.nesting
@@ -192,6 +203,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     mixture_weights_need_a_mixture,
     exact_rollouts_need_no_control,
     mix_has_one_source,
+    bridge_files_are_of_the_start,
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     dynamic_sampling_needs_a_group,

@@ -56,6 +56,8 @@ class TrainConfig:
         keep_checkpoints: newest ones kept; with 2, a run goes on even if the newest one is damaged.
         ess_warning: effective sample size, or share of tokens that a mask keeps, under which a step logs a warning and
             a remedy.
+        stop_after_empty_updates: a run stops after so many updates in a row that changed nothing, because no token
+            counted or all were rejected; None goes on.
     """
 
     steps: int
@@ -67,6 +69,7 @@ class TrainConfig:
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     ess_warning: float = 0.1
+    stop_after_empty_updates: int | None = None
 
     def __post_init__(self):
         for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
@@ -80,6 +83,8 @@ class TrainConfig:
         check_choice("train.compute_dtype", self.compute_dtype, ComputeDtype)
         if not 0 < self.ess_warning < 1:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
+        if self.stop_after_empty_updates is not None:
+            check_whole("train.stop_after_empty_updates", self.stop_after_empty_updates, 1, MAX_STEPS)
         check_whole("train.seed", self.seed, 0, MAX_WHOLE)
 
 
@@ -181,7 +186,7 @@ def load_config(name: str, /, **overrides: Any) -> Config:
     Traceback (most recent call last):
     ...
     ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, micro_batches, \
-remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning
+remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates
 
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.

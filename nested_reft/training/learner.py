@@ -95,7 +95,6 @@ class Learner:
             sampling=start.sampling,
             max_completion_tokens=start.max_completion_tokens,
             prompt=start.prompt,
-            nesting=start.nesting,
             mesh=start.mesh,
         )
         self._weights: Weights = weights

@@ -92,11 +92,11 @@ def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], nex
         state.divergence_L = measure_layer_divergence(policy.model, sample, policy.sampling.temperature, config.part)
     measured = time.monotonic()
     if fits and config.is_deterministic:
-        fit(state.draw_plan(next_plan_key, config))
+        fit(state.draw_plan(next_plan_key))
     if fits and config.bridge.distil_steps:
         # Plans that change are taught as they are drawn.
         draws = [jax.random.fold_in(next_plan_key, step) for step in range(config.bridge.distil_steps)]
-        state.learner.distil_bridges(texts, config.bridge, [state.draw_plan(key, config) for key in draws])
+        state.learner.distil_bridges(texts, config.bridge, [state.draw_plan(key) for key in draws])
     return Renewed(
         bridge_tokens=tokens if fits else None,
         bridge_seconds=fitted - started + time.monotonic() - measured,

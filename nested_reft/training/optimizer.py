@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -50,6 +51,8 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed is 0 <= {name} < 1")
 
 
+# Equal settings give one object, by which `make_update` tells that tasks are equal.
+@functools.lru_cache(maxsize=32)
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Global-norm clip, then AdamW under the schedule.
 

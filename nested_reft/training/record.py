@@ -74,7 +74,7 @@ METRICS = (
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
     Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
-    Metric("skipped_layers", "", "indices of the layers that the nested policy does not run whole"),
+    Metric("left_out_layers", "", "indices of the layers that the nested policy does not run whole"),
     Metric("bridged_layers", "", "those of them that a bridge stands in for"),
     Metric("layers_without_attention", "", "those of them whose MLP alone runs"),
     Metric("layers_without_mlp", "", "those of them whose attention alone runs"),
@@ -109,7 +109,7 @@ METRICS = (
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
     Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
-    Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
+    Metric("next_num_left_out", "layers", "layers that the next batch leaves out (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
     Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
     Metric("mix_reason", "", "in words, why"),
@@ -215,6 +215,21 @@ class StepRecord:
         }
         return {kind: warning for kind, warning in found.items() if warning is not None}
 
+    def why_empty(self, config: Config) -> str:
+        """Why an update changed nothing, in words, with a remedy.
+
+        Args:
+            config: of the run.
+        """
+        rejected = self.warnings(config).get("rejected")
+        if rejected is not None:
+            return rejected
+        unscored = int((~self.all.scored_BG).sum())
+        return (
+            f"no completion had anything to teach. Their mean reward is {self.reward:.3g}, {self.accuracy:.1%} are"
+            f" right, and {unscored} of {self.all.scored_BG.size} could not be scored: see reward and data.sources"
+        )
+
     def _few_accepted(self, loss: ObjectiveConfig, threshold: float) -> str | None:
         """That a mask or a budget kept few tokens or none, and what would keep most."""
         if not isinstance(loss, PolicyGradientConfig) or not loss.may_reject:
@@ -271,7 +286,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
     mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
     lines = []
     for b in range(min(LOGGED_PROMPTS, len(groups))):
-        skipped = left_out(np.asarray(rollouts.part_BL[b]))
+        nested_without = left_out(np.asarray(rollouts.part_BL[b]))
         lines += [
             {
                 "prompt": groups.prompts.texts[b],
@@ -282,7 +297,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
                 # A mixture draws some completions of the group from the full model.
-                "skipped_layers": skipped if rollouts.nested_BG[b, g] else [],
+                "left_out_layers": nested_without if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),
             }
             for g in range(rollouts.length_BG.shape[1])
@@ -326,11 +341,11 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
 
 def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
     part_L = record.plan.host_parts(record.groups.rollouts.part_BL.shape[1])
-    found: dict[str, Any] = {"skipped_layers": left_out(part_L)} | replaced_layers(part_L)
+    found: dict[str, Any] = {"left_out_layers": left_out(part_L)} | replaced_layers(part_L)
     found["plan_price"] = record.price.share_of_full
     # The reason is empty where nothing controls the nesting.
     if record.nesting.reason:
-        found |= {"next_num_skipped": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
+        found |= {"next_num_left_out": record.nesting.num_skipped, "nesting_reason": record.nesting.reason}
     if record.mix.reason:
         found |= {"next_mix_share": record.mix.share, "mix_reason": record.mix.reason}
     renewed = record.renewed

@@ -50,6 +50,10 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
     )
 
 
+class EmptyUpdatesError(RuntimeError):
+    """Too many updates in a row changed nothing, and the configuration says to stop then."""
+
+
 class Reinforcement:
     """Runs the trainer's steps: each is checked, evaluated where it is time, and logged."""
 
@@ -107,6 +111,7 @@ class Reinforcement:
 
         Raises:
             FloatingPointError: the update was not finite.
+            EmptyUpdatesError: it was one too many that changed nothing. The newest checkpoint is from before it.
         """
         found = self._train_step(number)
         # The check comes before anything is logged or saved.
@@ -123,6 +128,12 @@ class Reinforcement:
             if kind not in self._warned:
                 tqdm.write(f"step {found.number}: {warning} (later ones: metrics.jsonl)")
                 self._warned.add(kind)
+        state.empty_updates = state.empty_updates + 1 if found.update.empty else 0
+        if state.empty_updates == self._config.train.stop_after_empty_updates:
+            raise EmptyUpdatesError(
+                f"step {found.number}: {state.empty_updates} updates in a row changed nothing, which is"
+                f" train.stop_after_empty_updates: {found.why_empty(self._config)}"
+            )
         return record.progress(found, self._shown_accuracy)
 
     def _evaluate_trained_sources(self, state: RunState, found: StepRecord) -> dict[str, Evaluation]:

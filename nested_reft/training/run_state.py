@@ -20,7 +20,7 @@ from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.layer_skip import NestingConfig, draw_plan
+from nested_reft.layer_skip import PlanRule
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
@@ -47,6 +47,7 @@ class RunState:
         nesting: how deep the next batch nests.
         mix: how much of the importance weight the next batch uses.
         divergence_L: measured divergence of each layer, for `measured` plans.
+        empty_updates: updates in a row, up to the latest, that changed nothing.
         bridging: the texts that the bridges are fitted on, and when they were.
         data: the prompts; the phase decides how they are divided, so they are not stored.
         division: the parts that the sources were divided into; None before, or where there is no split.
@@ -69,6 +70,7 @@ class RunState:
     divergence_L: Float[np.ndarray, " L"]
     buffer: Buffer = field(default_factory=Buffer)
     bridging: BridgeState = field(default_factory=BridgeState)
+    empty_updates: int = 0
     division: Division | None = None
     phase: int = 0
     started: bool = False
@@ -143,6 +145,7 @@ class RunState:
         self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
         self.bridging = BridgeState.from_plain(host["bridging"])
+        self.empty_updates = host.get("empty_updates", 0)  # earlier versions kept no count
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
         return host["marks"]
@@ -161,16 +164,14 @@ class RunState:
         """Whether rollouts are nested by now."""
         return self.bridging.fits > 0 or not self.config.nesting.bridge.is_on
 
-    def draw_plan(self, key: jax.Array, config: NestingConfig) -> LayerPlan:
+    def draw_plan(self, key: jax.Array) -> LayerPlan:
         """The layers of the next batch's nested policy: all of them until its bridges are fitted.
 
         Args:
             key: PRNG key of the plan.
-            config: how layers are chosen.
         """
-        if not self.nests:
-            return LayerPlan.full(self.learner.num_layers)
-        return draw_plan(key, config, self.learner.num_layers, self.divergence_L, self.nesting.num_skipped)
+        rule = PlanRule(self.config.nesting, self.divergence_L, self.nesting.num_skipped, self.nests)
+        return rule.draw(key)
 
     def _host(self) -> dict[str, Any]:
         """What lies on the host, as plain values and NumPy arrays."""
@@ -188,6 +189,7 @@ class RunState:
             # It may have been measured anew in the run, so the file that it began with does not replace it.
             "divergence": np.asarray(self.divergence_L),
             "bridging": self.bridging.to_plain(),
+            "empty_updates": self.empty_updates,
             "division": self.division,
             "stream": self.stream.get_state(),
         }

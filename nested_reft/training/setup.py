@@ -69,12 +69,13 @@ class Setup:
     divergence_L: Float[np.ndarray, " L"]
 
 
-def prepare(config: Config, policy: Policy | None = None) -> Setup:
+def prepare(config: Config, policy: Policy | None = None, resumes: bool = False) -> Setup:
     """Loads and checks data, tokenizer and model.
 
     Args:
         config: the configuration.
         policy: what to start from instead of the configuration's own model.
+        resumes: a checkpoint holds the run's bridges and divergences, so the files that it began with are not read.
 
     Raises:
         ValueError: something in the configuration cannot work; names the field, its value and
@@ -106,9 +107,9 @@ def prepare(config: Config, policy: Policy | None = None) -> Setup:
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
-    if config.nesting.choice == "measured" and config.nesting.divergence_file is not None:
+    if config.nesting.choice == "measured" and config.nesting.divergence_file is not None and not resumes:
         divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
-    if config.nesting.bridge.file is not None:
+    if config.nesting.bridge.file is not None and not resumes:
         divergence_L = _with_bridges(config, policy)
     check_positions(config, policy.model.config)
     train, heldout = (
@@ -236,7 +237,6 @@ def initial_policy(config: Config) -> Policy:
         config.rollout.sampling,
         config.rollout.max_completion_tokens,
         config.data.prompt,
-        config.nesting,
         mesh=mesh,
     )
 

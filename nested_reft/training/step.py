@@ -141,6 +141,8 @@ class UpdateResult:
 UpdateFunction = Callable[[TrainState, BaseModel, TrainBatch, UpdatePlans], tuple[TrainState, UpdateResult]]
 
 
+# Runs of equal tasks in one process share the compiled program: resumed ones, seeds, tests.
+@functools.lru_cache(maxsize=8)
 def make_update(task: LearnerTask) -> UpdateFunction:
     """Compiles `update(state, base, batch, plans) -> state, result`.
 
@@ -205,6 +207,7 @@ def make_update(task: LearnerTask) -> UpdateFunction:
             assert batch.behavior_logprob_BGC is not None
             # Health is of the whole batch: effective sample sizes of micro-batches could not be added up.
             health = off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
+            # It sorts, which took 6 ms of a CPU for 64 completions of 512 tokens: 0.06 % of an update of `tiny`.
             bounds = keeping_bounds(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
             entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
         rejected = ~jnp.any(output.weight_BGC != 0) if needs.may_reject else jnp.asarray(False)

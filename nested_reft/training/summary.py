@@ -41,7 +41,7 @@ def run_summary(
         throughput = compare_throughput(
             state.learner.behavior_policy(),
             prompts,
-            state.draw_plan(keys.throughput_plan, config.nesting),
+            state.draw_plan(keys.throughput_plan),
             keys.throughput,
             config.rollout.group_size,
             state.data.shared_prefix,

@@ -108,6 +108,7 @@ class Trainer:
             KeyboardInterrupt: it was asked to stop.
             FloatingPointError: an update or a parameter was not finite; the last checkpoint is from before it.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
+            EmptyUpdatesError: as many updates in a row changed nothing as the configuration allows.
             OSError: a checkpoint or a log could not be written.
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
@@ -157,7 +158,7 @@ class Trainer:
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.
-        plan = state.draw_plan(keys.plan, config.nesting)
+        plan = state.draw_plan(keys.plan)
         while not replay.ready(state.buffer, config.dynamic_sampling, size):
             key = keys.batch(len(found))
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))

@@ -20,6 +20,8 @@ from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
 from nested_reft.training.step import LearnerTask
 from nested_reft.types import Prompts, TrainBatch
 
+_DEMONSTRATIONS = Supervised(demonstrations=True)  # one object, so that equal tasks share a compiled update
+
 
 @dataclass(frozen=True)
 class WarmStartConfig:
@@ -70,7 +72,7 @@ def warm_start_task(
         compute_dtype: of the inputs of matrix products.
     """
     return LearnerTask(
-        objective=Supervised(demonstrations=True),
+        objective=_DEMONSTRATIONS,
         optimizer=make_optimizer(OptimizerConfig(config.learning_rate, "cosine"), config.steps),
         # Demonstrations were not sampled, so the likelihood is that of the model itself.
         temperature=1.0,

@@ -165,8 +165,11 @@ def _report(
     for z, nested_logprob_XYC in enumerate(policies.nested_logprob_ZXYC):
         probability_XYS = slot_probabilities(estimator.sampling, policies.old_logprob_XYC, nested_logprob_XYC)
         if estimator.loss.obrs_lambda is not None:
-            target_over_nested_XYC = np.asarray(policies.target_logprob_XYC - nested_logprob_XYC, np.float64)
-            accepted_XY = np.minimum(1, np.exp(target_over_nested_XYC.sum(axis=-1)) / estimator.loss.obrs_lambda)
+            # As in the loss: with three policies the weight, and with it the acceptance, corrects the sampler alone.
+            is_decoupled = estimator.loss.clip_policies == "three"
+            corrected_XYC = policies.old_logprob_XYC if is_decoupled else policies.target_logprob_XYC
+            over_nested_XYC = np.asarray(corrected_XYC - nested_logprob_XYC, np.float64)
+            accepted_XY = np.minimum(1, np.exp(over_nested_XYC.sum(axis=-1)) / estimator.loss.obrs_lambda)
             shares_XY1 = np.concatenate([accepted_XY, 1 - accepted_XY], axis=1)[..., None]
             probability_XYS = np.tile(probability_XYS, (1, 2, 1)) * shares_XY1
         for x in range(num_prompts):

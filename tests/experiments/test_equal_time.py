@@ -82,12 +82,23 @@ def test_steps_that_compile_and_full_steps_are_left_out():
         seconds=[5.0, 1.0, 1.0, 1.0],
         plan_price=[1, 0.6, 0.6, 0.6],
         kl_behavior_target=[0.0, 0.1, None, 0.3],
+        ess_token=[1.0, 0.5, None, 0.3],
         bridge_seconds=[7.0, None, 0.5, 0.3],
     )
     found = step_costs([one])
     assert found["seconds"] == pytest.approx(1.0) and found["tokens_per_second"] == pytest.approx(400)
     assert found["bridge_seconds"] == pytest.approx(1.5)  # three fits of 0.5 s, the median
+    # Over all steps these would be 0.7, 0.6 and 0.133.
+    means = [found[name] for name in ("plan_price", "ess_token", "kl_behavior_target")]
+    assert means == pytest.approx([0.6, 0.4, 0.2])
     assert summarise([one | {"variant": "full"}])["full"]["kl_by_quarter"] == [None, pytest.approx(0.1), None, 0.3]
+
+
+def test_a_variant_without_bridges_counts_all_steps():
+    """Rounded weights leave the price at 1 and are off-policy all the same."""
+    rounded = run("full", 0, [0.0] * 5, 1.0, plan_price=[1] * 4, kl_behavior_target=[0.1, 0.2, 0.3, 0.4])
+    assert summarise([rounded])["full"]["kl_by_quarter"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert step_costs([rounded])["kl_behavior_target"] == pytest.approx(0.25)
 
 
 def test_time_of_programs_within_programs_counts_once(monkeypatch):

@@ -35,7 +35,7 @@ def test_only_kept_layers_act(layer):
     assert jnp.array_equal(before, after) == (layer in (1, 3))
 
 
-def test_plan_equals_a_model_built_without_the_skipped_layers():
+def test_plan_equals_a_model_built_without_the_left_out_layers():
     model, (tokens_BP, _) = tiny_model(), tiny_prompts()
     plan = LayerPlan.skipping(5, [0, 3])
     shorter = {
@@ -89,7 +89,7 @@ def test_gradient_is_the_same_with_and_without_the_full_plan():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, planned)
 
 
-def test_skipped_layers_get_no_gradient():
+def test_left_out_layers_get_no_gradient():
     model, (tokens_BP, _) = tiny_model(), tiny_prompts()
     graph, state = nnx.split(model)
     plan = LayerPlan.skipping(5, [1])

@@ -25,7 +25,7 @@ pytest.importorskip("matplotlib", reason="needs the optional package matplotlib"
 
 def line(step: int, **more) -> dict:
     plain = {"step": step, "accuracy": step / 4, "reward": 0.5, "tokens_per_second": 100.0, "ess_token": 0.9}
-    return plain | {"skipped_layers": [2, 3 + step % 2]} | more
+    return plain | {"left_out_layers": [2, 3 + step % 2]} | more
 
 
 def curriculum(step: int) -> dict:
@@ -46,7 +46,7 @@ def test_report_of_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--json", str(tmp_path / "report.json")]) == 0
     shown = capsys.readouterr().out
     assert "step 3: a rose to 0.3" in shown and "group/b" in shown
-    names = {"accuracy", "reward", "ess", "speed", "heldout", "skipped_layers", "curriculum"}
+    names = {"accuracy", "reward", "ess", "speed", "heldout", "left_out_layers", "curriculum"}
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "report").glob("*.png"))
     text = (tmp_path / "report" / "report.md").read_text()
@@ -59,7 +59,7 @@ def test_report_of_a_run(tmp_path, capsys):
 
 
 def test_a_run_without_curriculum_or_nesting_or_ess(tmp_path):
-    run(tmp_path, [{"step": 1, "reward": 0.5, "accuracy": 0.5, "skipped_layers": []}])
+    run(tmp_path, [{"step": 1, "reward": 0.5, "accuracy": 0.5, "left_out_layers": []}])
     write_report(tmp_path)
     # The reward is the accuracy, and one curve is enough.
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"accuracy"}

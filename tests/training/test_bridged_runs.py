@@ -1,5 +1,6 @@
 """Runs whose nested policy has bridges: when they are fitted, what they draw, and that they resume bit for bit."""
 
+import shutil
 from typing import Any
 
 import jax
@@ -19,7 +20,16 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
-from tests.training.runs import MOVING, assert_equal_arrays, comparable_steps, metrics_of, nano, save_after, trainer
+from tests.training.runs import (
+    MOVING,
+    assert_equal_arrays,
+    comparable_steps,
+    lines_of,
+    metrics_of,
+    nano,
+    save_after,
+    trainer,
+)
 
 BRIDGE = BridgeConfig("per_layer", tokens=150, refit_every=2, ridge=0.1)
 
@@ -40,7 +50,7 @@ def test_rollouts_are_full_until_the_bridges_are_fitted(tmp_path):
         assert ((parts_B == Part.BRIDGE).sum(axis=1) == (2 if number > first else 0)).all()
         assert ((parts_B == Part.SKIP).sum(axis=1) == 0).all()
     metrics = metrics_of(run, records[first + 1])
-    assert len(metrics["bridged_layers"]) == 2 and metrics["bridged_layers"] == metrics["skipped_layers"]
+    assert len(metrics["bridged_layers"]) == 2 and metrics["bridged_layers"] == metrics["left_out_layers"]
     assert metrics_of(run, records[first])["bridge_tokens"] >= 150
     # On-policy before, off-policy after.
     assert records[first].update.health.ess_token > 0.9999 > records[first + 1].update.health.ess_token
@@ -155,7 +165,8 @@ def test_the_controller_waits_for_the_bridges(tmp_path):
 
 
 def test_a_policy_of_a_run_has_its_bridges(tmp_path):
-    config = bridged(train__steps=3)
+    measured = NestingConfig(choice="measured", skip_ratio=0.34, divergence_temperature=0.0, bridge=BRIDGE)
+    config = bridged(train__steps=3, train__keep_checkpoints=9, nesting=measured)
     run = RunDirectory.create(tmp_path, config.name, config.to_json())
     summary = Trainer(prepare(config), run).open().run()
     assert summary["kept_layers"] == 4
@@ -165,6 +176,17 @@ def test_a_policy_of_a_run_has_its_bridges(tmp_path):
         policy.score("123 =", "123", plan) for plan in (bridged_plan, LayerPlan.skipping(6, [2, 3]))
     )
     assert not np.allclose(with_bridges, without)
+    # It draws the plans that the run would draw next: those of least divergence by its latest measurement.
+    (*_, measured_L) = (line["layer_divergence"] for line in lines_of(run.path) if "layer_divergence" in line)
+    cheapest = sorted(range(1, 5), key=lambda layer: measured_L[layer])[:2]
+    assert policy.plans is not None
+    part_L = policy.plans.draw(jax.random.key(0)).host_parts(6)
+    assert np.flatnonzero(part_L == Part.BRIDGE).tolist() == sorted(cheapest)
+    # Before the first fit they are full.
+    for number in (2, 3):
+        shutil.rmtree(run.path / "checkpoints" / str(number))
+    unfitted = Policy.load(run.path).plans
+    assert unfitted is not None and unfitted.draw(jax.random.key(0)).shape.kept == 6
 
 
 def test_more_tokens_than_the_rank_needs(tmp_path):

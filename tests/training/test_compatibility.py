@@ -1,9 +1,11 @@
 """Which parts of a configuration go together: every rule refuses with fields, values and what is allowed."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from nested_reft.bridging import BridgeConfig
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.layer_skip import NestingConfig
@@ -30,8 +32,15 @@ ONE = dataclasses.replace(UNBIASED, bias_mitigation="one", level="token")
 TRUNCATED = SamplingConfig(top_k=3), SamplingConfig(top_p=0.9)
 CONTROL = NestingControlConfig("ess_token", budget=0.5, max_skipped=2)
 MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, divergence_temperature=0.0)
+FROM_FILE = NestingConfig(skip_ratio=0.2, bridge=BridgeConfig("per_layer", file="b"))
 EXACT = RolloutConfig(group_size=4, max_completion_tokens=8, mode="exact")
 STATIC = CurriculumConfig("static", weights=(1.0,))
+
+
+def replaced(nesting: NestingConfig, **changes: Any) -> NestingConfig:
+    """The same with other bridges."""
+    return dataclasses.replace(nesting, bridge=dataclasses.replace(nesting.bridge, **changes))
+
 
 # Of each rule: what it refuses, and the message.
 REFUSED = {
@@ -73,6 +82,16 @@ REFUSED = {
         (
             {"rollout": EXACT, "nesting_control": CONTROL},
             r"rollout.mode is 'exact' and nesting_control.hold 'ess_token'; .* use mode 'nested'",
+        ),
+    ],
+    "bridge_files_are_of_the_start": [
+        (
+            {"nesting": FROM_FILE, "warm_start__steps": 3},
+            r"nesting.bridge.file is 'b' and warm_start.steps 3: .* or set warm_start.steps 0",
+        ),
+        (  # the first steps would nest with them, even where they are fitted again later
+            {"nesting": replaced(FROM_FILE, refit_every=2), "warm_start__steps": 3},
+            r"nesting.bridge.file is 'b' and warm_start.steps 3: .* Leave the file out",
         ),
     ],
     "remeasuring_fits_the_batch": [
@@ -192,6 +211,7 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
             for sampling in TRUNCATED
         ),
         {"loss": UNBIASED},
+        {"nesting": FROM_FILE},
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},
         {"lora": LoraConfig(rank=1), "warm_start__steps": 5},  # the warm start trains the adapters

@@ -29,7 +29,7 @@ FAST = {"optimizer__learning_rate": 0.01}
 def found_by(run: Trainer, seed: int = 0) -> Scored:
     """One batch of the run's first source, scored."""
     prompts = run.state.next_prompts(np.zeros(run.config.data.prompts_per_batch, np.int32))
-    plan, key = run.state.draw_plan(jax.random.key(seed), run.config.nesting), jax.random.key(seed)
+    plan, key = run.state.draw_plan(jax.random.key(seed)), jax.random.key(seed)
     return run.searcher.search(run.state.learner.behavior_policy(), prompts, plan, key)
 
 

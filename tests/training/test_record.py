@@ -31,7 +31,7 @@ ONLY_SOMETIMES = {
     "cross_entropy",
     "self_distillation_kl",
     "warning",
-    "next_num_skipped",
+    "next_num_left_out",
     "nesting_reason",
     "next_mix_share",
     "mix_reason",
@@ -88,7 +88,7 @@ def test_metrics_count_what_was_found(run):
     assert metrics["sources"] == np.bincount(found.all.prompts.source_B, minlength=2).tolist()
     assert metrics["completion_tokens"] == pytest.approx(rollouts.length_BG.mean())
     assert metrics["finished"] == pytest.approx(rollouts.finished_BG.mean())
-    assert metrics["skipped_layers"] == list(found.plan.skipped(6)) and len(metrics["skipped_layers"]) == 1
+    assert metrics["left_out_layers"] == list(found.plan.left_out(6)) and len(metrics["left_out_layers"]) == 1
     assert metrics["tokens_per_second"] == pytest.approx(rollouts.length_BG.sum() / metrics["rollout_seconds"])
     assert metrics["generation_batches"] == 1
 
@@ -128,7 +128,7 @@ def test_samples_explain_the_completions_of_the_first_prompts(run):
             length = groups.rollouts.length_BG[b, g]
             assert (line["text"], line["tokens"]) == (groups.texts[b][g], length)
             assert line["stop"] == ("stop token" if groups.rollouts.finished_BG[b, g] else "length")
-            assert line["skipped_layers"] == list(found.plan.skipped(6))
+            assert line["left_out_layers"] == list(found.plan.left_out(6))
             assert line["mean_weight"] == pytest.approx(weight_BGC[b, g].sum() / length)
 
 
@@ -138,7 +138,7 @@ def test_a_completion_of_the_full_model_skips_no_layer(run):
     nested_BG[0, 0] = True
     rollouts = dataclasses.replace(found.groups.rollouts, nested_BG=nested_BG)
     lines = record.samples(dataclasses.replace(found, groups=dataclasses.replace(found.groups, rollouts=rollouts)))
-    assert [len(line["skipped_layers"]) for line in lines] == [1] + [0] * 15
+    assert [len(line["left_out_layers"]) for line in lines] == [1] + [0] * 15
 
 
 def test_a_step_that_is_too_far_off_policy_warns_with_a_remedy(run):

@@ -29,6 +29,7 @@ from nested_reft.sharding import MeshConfig
 from nested_reft.training import record
 from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.reinforcement import EmptyUpdatesError
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
 from tests.training.runs import (
@@ -64,10 +65,10 @@ def test_a_run_leaves_everything_that_explains_it(whole_run):
     lines = read_log(path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert ["heldout/three_to_six_digits" in line for line in lines] == [True, False, True, False, True]
-    assert 0 < lines[1]["ess_token"] <= 1 and len(lines[1]["skipped_layers"]) == 1
+    assert 0 < lines[1]["ess_token"] <= 1 and len(lines[1]["left_out_layers"]) == 1
     samples = read_log(path / "samples.jsonl")
     assert len(samples) == 4 * 4 * 4
-    assert {"step", "prompt", "answer", "text", "reward", "parts", "stop", "skipped_layers", "mean_weight"} <= set(
+    assert {"step", "prompt", "answer", "text", "reward", "parts", "stop", "left_out_layers", "mean_weight"} <= set(
         samples[0]
     )
     assert summary["kept_layers"] == 5 and summary["layers"] == 6
@@ -279,14 +280,14 @@ def test_nesting_control_moves_the_plans_and_compiles_each_size_once(tmp_path):
     sizes, reasons = [], []
     for step in range(3):
         metrics = metrics_of(run, run.step(step))
-        sizes.append(len(metrics["skipped_layers"]))
+        sizes.append(len(metrics["left_out_layers"]))
         reasons.append(metrics["nesting_reason"])
     assert sizes == [0, 1, 2]
-    assert "from 0 to 1 skipped layers" in reasons[0] and reasons[2].endswith("stay at 2, the most allowed")
+    assert "from 0 to 1 layers left out" in reasons[0] and reasons[2].endswith("stay at 2, the most allowed")
     before = run.compilations.count
     for step, size in enumerate((1, 0, 2), start=3):
         run.state.nesting = dataclasses.replace(run.state.nesting, num_skipped=size)
-        assert len(run.step(step).plan.skipped(6)) == size
+        assert len(run.step(step).plan.left_out(6)) == size
     assert run.compilations.count == before  # returning to earlier sizes
 
 
@@ -296,8 +297,8 @@ def test_nesting_control_lowers_over_budget_in_a_whole_run(tmp_path):
     run = RunDirectory.create(tmp_path, config.name, config.to_json())
     summary = Trainer(prepare(config), run).open().run()
     lines = read_log(run.path / "metrics.jsonl")[1:]
-    assert [len(line["skipped_layers"]) for line in lines] == [1, 0]
-    assert lines[0]["nesting_reason"].endswith("over budget: from 1 to 0 skipped layers")
+    assert [len(line["left_out_layers"]) for line in lines] == [1, 0]
+    assert lines[0]["nesting_reason"].endswith("over budget: from 1 to 0 layers left out")
     assert "within budget for 1 of 2 steps, longer since 1 failed 1 times" in lines[1]["nesting_reason"]
     assert summary["kept_layers"] == 6
     assert Policy.load(run.path).num_layers == 6
@@ -306,10 +307,10 @@ def test_nesting_control_lowers_over_budget_in_a_whole_run(tmp_path):
 def test_layers_are_measured_anew_on_a_schedule(tmp_path):
     run = trainer(nano(nesting=MEASURED, optimizer__learning_rate=0.01, loss=MOVING), tmp_path)
     first, second = run.step(0), run.step(1)
-    assert first.plan.skipped(6) == (1,)  # nothing measured yet: all alike
+    assert first.plan.left_out(6) == (1,)  # nothing measured yet: all alike
     assert first.renewed.divergence_L is not None and second.renewed.divergence_L is None
     cheapest = 1 + int(np.argmin(first.renewed.divergence_L[1:-1]))
-    assert second.plan.skipped(6) == (cheapest,)
+    assert second.plan.left_out(6) == (cheapest,)
     third = run.step(2)
     assert third.renewed.divergence_L is not None
     assert not np.array_equal(third.renewed.divergence_L, first.renewed.divergence_L)
@@ -324,6 +325,15 @@ def test_re_measuring_works_on_a_mesh(tmp_path):
     many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, model=2)), tmp_path / "many").step(0).renewed
     assert one.divergence_L is not None and many.divergence_L is not None
     np.testing.assert_allclose(many.divergence_L, one.divergence_L, rtol=1e-3, atol=1e-4)
+
+
+def test_an_equal_run_in_the_same_process_compiles_nothing(tmp_path):
+    """Also its update, whose task is made anew: equal settings are what counts."""
+    for name in ("first", "equal"):
+        run = trainer(nano(loss=MOVING), tmp_path / name)
+        for number in range(2):
+            run.step(number)
+    assert run.compilations.count == 0
 
 
 # What an update trains on
@@ -405,6 +415,9 @@ def test_expert_iteration_learns_nothing_where_nothing_is_right(tmp_path):
     assert metrics["accuracy"] == metrics["loss"] == metrics["gradient_norm"] == 0
     assert metrics["empty"] and "ess_token" not in metrics and not found.update.weight_BGC.any()
     assert_equal_arrays(jax.device_get(run.state.learner.state.trainable), before)
+    stops = trainer(nano(loss=SupervisedConfig(), train__stop_after_empty_updates=2), tmp_path / "stops")
+    with pytest.raises(EmptyUpdatesError, match=r"step 2: 2 updates in a row .* mean reward is 0, 0.0% are right, and"):
+        stops.run()
 
 
 def test_a_run_with_a_hanging_and_crashing_reward_completes_with_the_right_counts(tmp_path):
@@ -440,8 +453,8 @@ def test_mixture_rollouts_train(tmp_path):
     found = trainer(config, tmp_path).step(0)
     assert np.isfinite(found.update.loss) and 0 < found.update.parts["ess_weight"] <= 1
     samples = record.samples(found)
-    assert any(not sample["skipped_layers"] for sample in samples)  # some came from the full model
-    assert any(sample["skipped_layers"] for sample in samples)
+    assert any(not sample["left_out_layers"] for sample in samples)  # some came from the full model
+    assert any(sample["left_out_layers"] for sample in samples)
     assert max(sample["mean_weight"] for sample in samples) <= 1 / 0.5 + 1e-3
 
 
@@ -451,7 +464,7 @@ def test_exact_rollouts_train_on_policy(tmp_path):
     metrics = metrics_of(run, run.step(0))
     assert metrics["ess_token"] == pytest.approx(1, abs=1e-4) and metrics["ess_sequence"] == pytest.approx(1, abs=1e-3)
     assert metrics["draft_length"] == 3 and 0 < metrics["draft_acceptance"] <= 1
-    assert metrics["skipped_layers"]  # what drafted
+    assert metrics["left_out_layers"]  # what drafted
     before = run.compilations.count
     run.step(1)
     assert run.compilations.count == before

@@ -163,6 +163,16 @@ def test_every_claim_holds(reports):
             assert found.relative_bias == pytest.approx(1 - found.claimed_scale, abs=EXACT), found
 
 
+def test_budgeted_rejection_of_three_policies_is_unbiased(policies):
+    """Acceptance corrects the sampler, and r the optimizer. Accepted by pi / pi_b, a moved target would show a bias."""
+    loss = dataclasses.replace(
+        ESTIMATORS["base, sequence, no baseline"].loss, obrs_lambda=1.0, clip_policies="three", clip_level="sequence"
+    )
+    estimator = Estimator("masks", "decoupled", loss, "nested, accepted at random")
+    (moved,) = reports_of(estimator, TESTED[MOVED:], policies[MOVED:])
+    assert moved.claimed_scale == 1 and moved.relative_bias < EXACT
+
+
 def test_no_claim_escapes():
     """Every field of a loss is varied in what the claims are taken from, and each claim is in the list."""
     varied = {name for part in estimator_list.OPTIONAL_PARTS for name in part} | {"fixed_length_tokens"}
