@@ -59,6 +59,7 @@ class Prompts:
         references: known-good completions (dataset reset starts from them); None where there is none.
         checkers: how each answer is checked; None leaves it to the reward.
         forced: prefixes that the completions must begin with; None samples whole completions.
+        reference_length_B: tokens of each reference as a completion, 0 where none can serve; None without resets.
     """
 
     tokens_BP: Int[np.ndarray, "B P"]
@@ -70,6 +71,7 @@ class Prompts:
     references: tuple[str | None, ...] = ()
     checkers: tuple[str | None, ...] = ()
     forced: ForcedPrefixes | None = None
+    reference_length_B: Int[np.ndarray, " B"] | None = None
 
     def __post_init__(self):
         # An empty tuple stands for None in every row, so that rows can be taken and batches joined.

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft import curriculum, replay
+from nested_reft import curriculum, dataset_reset, replay
 from nested_reft.curriculum import CurriculumState
+from nested_reft.dataset_reset import ResetState
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import Evaluation
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
@@ -113,6 +114,13 @@ METRICS = (
     Metric("nesting_reason", "", "in words, why"),
     Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
     Metric("mix_reason", "", "in words, why"),
+    Metric("reset/share", "share", "completions that started inside a reference"),
+    Metric("reset/referenced", "share", "prompts with a reference that can serve"),
+    Metric("reset/forced_tokens", "tokens", "given tokens of all completions; they carry no gradient"),
+    Metric("reset/fraction", "share", "of the reference that was given: 5, 25, 50, 75 and 95 % quantiles of h / n"),
+    Metric("reset/accuracy", "share", "right answers among the completions that started inside a reference"),
+    Metric("reset/free_accuracy", "share", "right answers among the others"),
+    Metric("reset/stage", "stages", "how far `reset.schedule backward` has moved towards the prompt"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
     Metric("remeasure_seconds", "seconds", "time that it took"),
     Metric("bridge_tokens", "tokens", "completion tokens that the bridges were fitted on, in steps that fit them"),
@@ -143,6 +151,7 @@ class StepRecord:
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
         mix: how much of the importance weight the next batch uses, and why.
+        reset: where in their references the next rollouts may start.
         renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
@@ -159,6 +168,7 @@ class StepRecord:
     curriculum_after: CurriculumState
     nesting: NestingControlState
     mix: MixControlState
+    reset: ResetState
     renewed: Renewed
     seconds: float
     compilations: int
@@ -247,6 +257,7 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         **_nesting_metrics(record),
         **_generation_metrics(record, config, len(source_names)),
         **_curriculum_metrics(record, config, source_names),
+        **(dataset_reset.step_metrics(record.reset, config.reset, record.all) if config.reset.is_on else {}),
         **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
         "step_seconds": record.seconds,
         "compilations": record.compilations,
@@ -281,6 +292,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "parts": {name: float(part_BG[b, g]) for name, part_BG in groups.parts.items()},
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
+                "forced_tokens": int(rollouts.forced_BG[b, g]),
                 # A mixture draws some completions of the group from the full model.
                 "skipped_layers": skipped if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from nested_reft import mix_control
+from nested_reft import dataset_reset, mix_control
 from nested_reft.bridging import BridgeState
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.dataset_reset import ResetState
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.mix_control import MixControlState
@@ -46,6 +47,7 @@ class RunState:
         buffer: groups that were found and not yet trained on.
         nesting: how deep the next batch nests.
         mix: how much of the importance weight the next batch uses.
+        reset: where in their references the next rollouts may start.
         divergence_L: measured divergence of each layer, for `measured` plans.
         bridging: the texts that the bridges are fitted on, and when they were.
         data: the prompts; the phase decides how they are divided, so they are not stored.
@@ -69,6 +71,7 @@ class RunState:
     divergence_L: Float[np.ndarray, " L"]
     buffer: Buffer = field(default_factory=Buffer)
     bridging: BridgeState = field(default_factory=BridgeState)
+    reset: ResetState = field(default_factory=ResetState)
     division: Division | None = None
     phase: int = 0
     started: bool = False
@@ -119,7 +122,7 @@ class RunState:
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number)
-        unknown = [name for name in ("mix", "bridging") if name not in host]
+        unknown = [name for name in ("mix", "bridging", "reset") if name not in host]
         if unknown:
             raise ValueError(
                 f"checkpoint {number} was written by an earlier version, which kept no {' and no '.join(unknown)};"
@@ -143,6 +146,7 @@ class RunState:
         self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
         self.bridging = BridgeState.from_plain(host["bridging"])
+        self.reset = ResetState.from_json(host["reset"])
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
         return host["marks"]
@@ -155,6 +159,22 @@ class RunState:
         """
         encoded = [self.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.data.prompt_size)
+
+    def with_prefixes(self, prompts: Prompts, key: jax.Array, step: int) -> Prompts:
+        """The prompts with the prefixes that dataset reset gives their completions.
+
+        Args:
+            prompts: of one generation batch.
+            key: PRNG key of its resets.
+            step: of reinforcement, counted from 0.
+        """
+        config, tokenizer = self.config, self.learner.tokenizer
+        if not config.reset.is_on:
+            return prompts
+        stop_id = tokenizer.stop_ids[0]
+        tokens = [dataset_reset.completion_tokens(text, tokenizer.encode, stop_id) for text in prompts.references]
+        group_size, forced_size = config.rollout.group_size, self.data.forced_size
+        return dataset_reset.choose(self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size)
 
     @property
     def nests(self) -> bool:
@@ -188,6 +208,7 @@ class RunState:
             # It may have been measured anew in the run, so the file that it began with does not replace it.
             "divergence": np.asarray(self.divergence_L),
             "bridging": self.bridging.to_plain(),
+            "reset": self.reset.to_json(),
             "division": self.division,
             "stream": self.stream.get_state(),
         }

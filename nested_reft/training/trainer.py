@@ -1,9 +1,9 @@
 """The training loop.
 
-    curriculum -> search: rollout(plan), rewards -> replay -> learn: signal, batch, loss, update
-        ^                     ^                                                      |
-        |                     +----- renew: nesting control, bridges, divergences <--+
-        +------ |advantage| --+
+    curriculum -> dataset reset -> search: rollout(plan), rewards -> replay -> learn: signal, batch, loss, update
+        ^              ^                  ^                                                      |
+        |              |                  +----- renew: nesting control, bridges, divergences <--+
+        +- |advantage| +- accuracy -------+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from nested_reft import curriculum, replay
+from nested_reft import curriculum, dataset_reset, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.plan_price import plan_price
@@ -161,9 +161,11 @@ class Trainer:
         while not replay.ready(state.buffer, config.dynamic_sampling, size):
             key = keys.batch(len(found))
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
+            prompts = state.with_prefixes(prompts, key.reset, number)
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
+            state.reset = dataset_reset.update(state.reset, config.reset, scored)
             state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
@@ -182,6 +184,7 @@ class Trainer:
             curriculum_after=state.curriculum,
             nesting=state.nesting,
             mix=state.mix,
+            reset=state.reset,
             renewed=renewed,
             seconds=time.monotonic() - started,
             compilations=self.compilations.count,
