@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("experiments.resets", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arms", nargs="+", choices=list(arms(EVERY)), default=list(arms(EVERY)))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=300, help=f"of each run, a multiple of {EVERY}")
+    parser.add_argument("--steps", type=int, default=240, help=f"of each run, a multiple of {EVERY}")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-resets"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
     known = parser.parse_args(arguments)

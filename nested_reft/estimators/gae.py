@@ -77,7 +77,7 @@ def gae(
 
     # After the end both are zero: a finished text earns nothing more, and one that was cut off counts as finished.
     nothing_BG = jnp.zeros(mask_BGC.shape[:-1])
-    columns = tuple(jnp.moveaxis(values, -1, 0) for values in (reward_BGC, value_BGC, mask_BGC))
+    columns = (jnp.moveaxis(reward_BGC, -1, 0), jnp.moveaxis(value_BGC, -1, 0), jnp.moveaxis(mask_BGC, -1, 0))
     _, advantage_CBG = jax.lax.scan(earlier, (nothing_BG, nothing_BG), columns, reverse=True)
     advantage_BGC = jnp.moveaxis(advantage_CBG, 0, -1)
     return advantage_BGC, advantage_BGC + value_BGC

@@ -19,6 +19,7 @@ from nested_reft.curriculum import CurriculumState
 from nested_reft.dataset_reset import ResetState
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import Evaluation
+from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
@@ -109,6 +110,13 @@ METRICS = (
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
+    Metric("value_loss", "", "half the squared error of the critic's values, clipped as it was minimised"),
+    Metric("value_clipped_share", "share", "tokens whose value lost its gradient to the clip"),
+    Metric("value_mean", "reward", "mean value of the tokens' states"),
+    Metric("return_mean", "reward", "mean of what the critic learns"),
+    Metric("explained_variance", "share", "of the returns, by the values; 1 is a perfect critic, 0 a constant one"),
+    Metric("completion_kl", "nats", "KL(pi || reference) of a completion before the update; its token rewards pay it"),
+    Metric("kl_coefficient", "", "weight of that penalty in the next step"),
     Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
     Metric("next_num_skipped", "layers", "layers that the next batch skips (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
@@ -152,6 +160,7 @@ class StepRecord:
         nesting: how deep the next batch nests, and why.
         mix: how much of the importance weight the next batch uses, and why.
         reset: where in their references the next rollouts may start.
+        kl: how heavy the KL penalty on the next token rewards is.
         renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
@@ -169,6 +178,7 @@ class StepRecord:
     nesting: NestingControlState
     mix: MixControlState
     reset: ResetState
+    kl: KlControlState
     renewed: Renewed
     seconds: float
     compilations: int
@@ -332,6 +342,8 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
         # The fields of `Health` are named as their metrics are.
         found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
         found["entropy"] = update.entropy
+    if "completion_kl" in update.parts:
+        found["kl_coefficient"] = record.kl.coefficient
     warnings = record.warnings(config)
     return found | {"warning": "; ".join(warnings.values())} if warnings else found
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from nested_reft import curriculum, dataset_reset, replay
+from nested_reft import curriculum, dataset_reset, kl_control, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.plan_price import plan_price
@@ -169,7 +169,10 @@ class Trainer:
             state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
-        update = state.learner.update(state.learner.batch(groups, keys.acceptance, state.mix.share))
+        batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
+        update = state.learner.update(batch)
+        critic = getattr(config.loss, "critic", None)
+        state.kl = kl_control.update(state.kl, critic, update.parts.get("completion_kl"))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         return StepRecord(
@@ -185,6 +188,7 @@ class Trainer:
             nesting=state.nesting,
             mix=state.mix,
             reset=state.reset,
+            kl=state.kl,
             renewed=renewed,
             seconds=time.monotonic() - started,
             compilations=self.compilations.count,
