@@ -59,6 +59,7 @@ class Prompts:
         references: known-good completions (dataset reset starts from them); None where there is none.
         checkers: how each answer is checked; None leaves it to the reward.
         forced: prefixes that the completions must begin with; None samples whole completions.
+        reference_length_B: tokens of each reference as a completion, 0 where none can serve; None without resets.
     """
 
     tokens_BP: Int[np.ndarray, "B P"]
@@ -70,6 +71,7 @@ class Prompts:
     references: tuple[str | None, ...] = ()
     checkers: tuple[str | None, ...] = ()
     forced: ForcedPrefixes | None = None
+    reference_length_B: Int[np.ndarray, " B"] | None = None
 
     def __post_init__(self):
         # An empty tuple stands for None in every row, so that rows can be taken and batches joined.
@@ -285,6 +287,8 @@ class TrainBatch:
         mix_share_B: in [0, 1], the share of the importance weight, where the objective mixes it with 1.
         token_signal_BGC: A_t of a value-based estimator, no gradient; replaces `signal_BG`.
             `None` where the signal is one for the whole completion.
+        old_value_BGC: V_t of the critic before the batch's first update; `None` without a critic.
+        return_BGC: R_t, what the critic learns, no gradient; `None` without one.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -302,6 +306,8 @@ class TrainBatch:
     acceptance_draw_BGC: Float[Array, "B G C"] | None = None
     mix_share_B: Float[Array, " B"] | None = None
     token_signal_BGC: Float[Array, "B G C"] | None = None
+    old_value_BGC: Float[Array, "B G C"] | None = None
+    return_BGC: Float[Array, "B G C"] | None = None
 
     @property
     def mask_BGC(self) -> Bool[Array, "B G C"]:

@@ -29,7 +29,7 @@ def check_nesting(config: Config) -> None:
     num_layers = LAYERS[config.model.name] if shape is None else shape.num_layers
     config.nesting.validate_for(num_layers)
     # A budget chooses the number of layers itself, from none on. The two others compare curricula and losses alone.
-    may_start_full = config.nesting_control.hold is not None or config.name in ("tiny_dump", "tiny_dapo")
+    may_start_full = config.nesting_control.hold is not None or config.name in ("tiny_dump", "tiny_dapo", "tiny_reset")
     assert config.nesting.num_skipped(num_layers) > 0 or may_start_full
 
 

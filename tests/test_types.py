@@ -57,6 +57,7 @@ def prompts(numbers: Numbers, forced: bool = True) -> Prompts:
         references=(*numbers.texts(B - 1), None),
         checkers=("exact", "math", "task", "function", None),
         forced=ForcedPrefixes(numbers.array(B, G, F), numbers.array(B, G)) if forced else None,
+        reference_length_B=numbers.array(B),
     )
 
 

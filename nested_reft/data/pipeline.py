@@ -95,10 +95,10 @@ class PromptStream:
 
 
 def _fingerprint(examples_by_source: Sequence[Sequence[EncodedExample]]) -> str:
-    """A hash of every prompt and answer, in order."""
+    """A hash of every prompt, answer and reference, in order."""
     # The tokens follow from the text, and hashing one of the two is enough.
-    pairs = [[(e.text, e.example.answer) for e in examples] for examples in examples_by_source]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    rows = [[(e.text, e.example.answer, e.example.reference) for e in examples] for examples in examples_by_source]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _endless_iterator(

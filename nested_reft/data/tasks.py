@@ -148,7 +148,9 @@ def _draw_distinct(task: Task, seed: int, size: int, excluded: frozenset[str]) -
         verifier = {"source_dataset": task.task, "source_parameters": dict(task.parameters)}
         metadata = {**entry["metadata"], **verifier}
         # Some tasks give numbers, or None where many answers are right.
-        example = Example(entry["question"], str(entry["answer"]), task.source, metadata)
+        # Some tasks, such as gsm_symbolic, come with the way to the answer.
+        reference = metadata.get("answer_cot")
+        example = Example(entry["question"], str(entry["answer"]), task.source, metadata, reference)
         if example.question not in excluded:
             # The first of two examples with one question stays.
             examples.setdefault(example.question, example)

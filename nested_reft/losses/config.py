@@ -12,8 +12,11 @@ from nested_reft.estimators.importance import LOG_RATIO_LIMIT, BiasMitigation, L
 from nested_reft.estimators.kl import KlPenalty
 from nested_reft.estimators.rejection import LEVELS, RejectBy
 from nested_reft.literals import check_choice
+from nested_reft.losses.value import CriticConfig
 
 Kind = Literal["policy_gradient"]
+Signal = Advantage | Literal["gae"]
+SIGNALS = Literal[*get_args(Advantage), "gae"]  # the same as one list, for messages
 Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixed_length"]
 ClipPolicies = Literal["two", "three"]
 ClipLevel = Literal["token", "sequence", "geometric"]
@@ -24,7 +27,7 @@ class PolicyGradientConfig:
     """Parts of the policy-gradient objective. Nothing here has a default that picks an algorithm.
 
     Attributes:
-        advantage: see `estimators.advantages`.
+        advantage: see `estimators.advantages`; `gae` gives one to each token, by a critic (PPO; see `losses.value`).
         bias_mitigation, level: the importance weight; see the tables of `estimators.importance`.
         normalization: what a token's term is divided by; see `losses.policy_gradient`.
         fixed_length_tokens: the constant length of `fixed_length`, usually the longest completion.
@@ -56,10 +59,11 @@ class PolicyGradientConfig:
         self_distillation_coefficient: weight of KL(full || nested) per token of the rollouts, under
             their plan, where the full policy is held fixed: it teaches the nested one to follow. 0 for
             none; otherwise each update runs a nested forward and backward pass more.
+        critic: of `gae`, how its values are used and learnt; None for the other advantages.
         kind: tells this objective from the others; it has one value.
     """
 
-    advantage: Advantage
+    advantage: Signal
     bias_mitigation: BiasMitigation
     level: Level
     normalization: Normalization
@@ -81,6 +85,7 @@ class PolicyGradientConfig:
     reference_kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     self_distillation_coefficient: float = 0.0
+    critic: CriticConfig | None = None
     kind: Kind = "policy_gradient"
 
     def __post_init__(self):
@@ -93,6 +98,7 @@ class PolicyGradientConfig:
         _check_mask(self)
         _check_budget(self)
         _check_reach(self)
+        _check_critic(self)
 
     @property
     def may_reject(self) -> bool:
@@ -132,8 +138,8 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
     return (
         exact_weight
         and unlimited
-        # A standard deviation weighs prompts by how mixed their groups came out.
-        and config.advantage != "group_std"
+        # A standard deviation weighs prompts by how mixed their groups came out, and a critic may be wrong.
+        and config.advantage not in ("group_std", "gae")
         # This is the one divisor that does not depend on how long the sampled completions are.
         and config.normalization == "fixed_length"
         and (config.reference_kl is None or kl_of_completions)
@@ -143,7 +149,7 @@ def claims_unbiased(config: PolicyGradientConfig) -> bool:
 
 
 def _check_names(config: PolicyGradientConfig) -> None:
-    choices: dict[str, Any] = {"kind": Kind, "advantage": Advantage, "bias_mitigation": BiasMitigation, "level": Level}
+    choices: dict[str, Any] = {"kind": Kind, "advantage": SIGNALS, "bias_mitigation": BiasMitigation, "level": Level}
     choices |= {"normalization": Normalization, "clip_policies": ClipPolicies, "clip_level": ClipLevel}
     choices |= {"reference_kl": KlPenalty, "reject_by": RejectBy}
     for name, allowed in choices.items():
@@ -330,6 +336,20 @@ def _check_budget(config: PolicyGradientConfig) -> None:
         raise ValueError(
             f"loss.{clips[0]} is set with clip_policies 'two', which would clip the weights max(rho, obrs_lambda) of"
             " accepted samples and not rho; set clip_policies 'three'"
+        )
+
+
+def _check_critic(config: PolicyGradientConfig) -> None:
+    """A critic serves the advantages of tokens, which have a KL penalty of their own."""
+    if (config.critic is None) != (config.advantage != "gae"):
+        raise ValueError(
+            f"loss.advantage is '{config.advantage}' and loss.critic {config.critic}; 'gae' needs a critic, and nothing"
+            " else reads one"
+        )
+    if config.critic is not None and config.reference_kl == "k1_in_reward":
+        raise ValueError(
+            "loss.reference_kl is 'k1_in_reward' with advantage 'gae', whose token rewards have that penalty"
+            " themselves; set loss.critic.kl_coefficient instead"
         )
 
 

@@ -35,6 +35,8 @@ class Needs:
         may_reject: whether the loss may give all tokens the weight 0. Such an update is left out.
         acceptance_draw: random numbers by which samples are accepted, `acceptance_draw_BGC`.
         mix_share: the share of the importance weight, `mix_share_B`.
+        values: a value of each token's state, of the model's own head; the learner scores it before the first update,
+            `old_value_BGC`, together with log pi_old, and asks `TokenSignals` for the signals of tokens.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class Needs:
     may_reject: bool = False
     acceptance_draw: bool = False
     mix_share: bool = False
+    values: bool = False
 
 
 @struct.dataclass
@@ -58,11 +61,13 @@ class TargetPass:
         entropy_BGC: entropy of the distribution that the token came from; gradients pass only where
             the objective needs them.
         self_distillation_kl_BGC: KL(full || nested) of the distribution, or None where not needed.
+        value_BGC: V of the state before the token, or None where not needed.
     """
 
     logprob_BGC: Float[Array, "B G C"]
     entropy_BGC: Float[Array, "B G C"]
     self_distillation_kl_BGC: Float[Array, "B G C"] | None = None
+    value_BGC: Float[Array, "B G C"] | None = None
 
 
 @struct.dataclass
@@ -91,6 +96,20 @@ class LossOutput:
     def mean(self) -> Float[Array, ""]:
         """The loss: each sum divided by its weight."""
         return self.total.mean() if self.penalty is None else self.total.mean() + self.penalty.mean()
+
+
+@runtime_checkable
+class TokenSignals(Protocol):
+    """What an objective with a critic does beside the rest."""
+
+    def with_token_signals(self, batch: TrainBatch, kl_coefficient: float | Float[Array, ""]) -> TrainBatch:
+        """The whole batch with what each token's loss reads, before the first update on it.
+
+        Args:
+            batch: with old values and the log-probabilities that `needs` named.
+            kl_coefficient: weight of the KL penalty on token rewards.
+        """
+        ...
 
 
 @runtime_checkable

@@ -36,6 +36,7 @@ A token's term is multiplied by c_t and the sum divided by a weight W, both from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ from nested_reft.estimators.kl import kl_estimate
 from nested_reft.estimators.rejection import accepted, mismatch
 from nested_reft.losses.config import Normalization, PolicyGradientConfig
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
+from nested_reft.losses.value import value_loss, with_advantages
 from nested_reft.types import Scored, TrainBatch, Weighted
 
 
@@ -75,10 +77,13 @@ class PolicyGradient:
         moves, variant = updates_per_batch > 1, config.bias_mitigation
         needed = {
             # With one update per rollout theta_old is theta, and the update's own pass gives it.
-            "old_logprob_BGC": moves and (variant in ("practical", "mixture") or config.clip_policies == "three"),
+            # A critic's pass over the batch gives it too.
+            "old_logprob_BGC": moves
+            and config.critic is None
+            and (variant in ("practical", "mixture") or config.clip_policies == "three"),
             # The mixture's density takes both components' probabilities of every completion.
             "nested_logprob_BGC": variant == "mixture",
-            "reference_logprob_BGC": config.reference_kl_coefficient > 0,
+            "reference_logprob_BGC": config.reference_kl_coefficient > 0 or self._penalises_tokens,
         }
         return Needs(
             logprobs=tuple(name for name, is_needed in needed.items() if is_needed),
@@ -90,7 +95,13 @@ class PolicyGradient:
             may_reject=config.may_reject,
             acceptance_draw=config.obrs_lambda is not None,
             mix_share=variant == "interpolated",
+            values=config.critic is not None,
         )
+
+    @property
+    def _penalises_tokens(self) -> bool:
+        """Whether token rewards have a KL penalty."""
+        return self._config.critic is not None and self._config.critic.kl_coefficient > 0
 
     def signal(self, groups: Scored) -> Float[Array, "B G"]:
         """What `group_advantages` gives: the advantage of each completion relative to its group, or its reward.
@@ -98,7 +109,19 @@ class PolicyGradient:
         Args:
             groups: their total rewards count; completions without a score enter no baseline.
         """
+        if self._config.advantage == "gae":
+            return jnp.where(jnp.asarray(groups.scored_BG), jnp.asarray(groups.reward_BG, jnp.float32), 0.0)
         return group_advantages(jnp.asarray(groups.reward_BG), jnp.asarray(groups.scored_BG), self._config.advantage)
+
+    def with_token_signals(self, batch: TrainBatch, kl_coefficient: float | Float[Array, ""]) -> TrainBatch:
+        """The batch with advantages and returns of tokens; see `losses.value`.
+
+        Args:
+            batch: whole, with the critic's old values.
+            kl_coefficient: beta of its token rewards.
+        """
+        assert self._config.critic is not None
+        return with_advantages(batch, self._config.critic, kl_coefficient)
 
     def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
         """The parts; the moments of the weights become effective sample sizes, of all tokens and of the kept ones.
@@ -109,6 +132,11 @@ class PolicyGradient:
         # An effective sample size is no mean, so it is made here, from moments that do add up over micro-batches.
         parts = dict(parts)
         parts["ess_weight"] = kish(parts["weight_mean"], parts.pop("weight_square_mean"))
+        if "value_loss" in parts:
+            spread = parts.pop("return_square_mean") - parts["return_mean"] ** 2
+            error = parts.pop("value_error_square_mean") - parts.pop("value_error_mean") ** 2
+            # Equal returns leave nothing to explain.
+            parts["explained_variance"] = jnp.where(spread > 0, 1 - error / jnp.where(spread > 0, spread, 1.0), 0.0)
         if "accepted_tokens" in parts:
             # Rejected tokens have weight 0, so both are sums over those that are kept, divided by too many.
             share = jnp.where(parts["accepted_tokens"] == 0, 1.0, parts["accepted_tokens"])
@@ -123,7 +151,12 @@ class PolicyGradient:
             batch: the rest of what the loss reads.
         """
         return policy_gradient_loss(
-            target.logprob_BGC, batch, self._config, target.entropy_BGC, target.self_distillation_kl_BGC
+            target.logprob_BGC,
+            batch,
+            self._config,
+            target.entropy_BGC,
+            target.self_distillation_kl_BGC,
+            target.value_BGC,
         )
 
 
@@ -133,6 +166,7 @@ def policy_gradient_loss(
     config: PolicyGradientConfig,
     entropy_BGC: Float[Array, "B G C"] | None = None,
     self_distillation_kl_BGC: Float[Array, "B G C"] | None = None,
+    value_BGC: Float[Array, "B G C"] | None = None,
 ) -> LossOutput:
     """Negative surrogate objective, to be minimised.
 
@@ -152,6 +186,7 @@ def policy_gradient_loss(
         entropy_BGC: entropy of each next-token distribution, differentiable; for the entropy bonus.
         self_distillation_kl_BGC: `estimators.kl.self_distillation_kl` of each next-token distribution,
             differentiable; for `self_distillation_coefficient`, gamma.
+        value_BGC: V of each token's state, differentiable; for a critic.
 
     Returns:
         The loss as (sum, W), to be divided once (with `self_normalized`, the penalties as a second pair), the
@@ -210,6 +245,12 @@ def policy_gradient_loss(
     if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
         parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
         penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
+    if config.critic is not None:
+        assert value_BGC is not None and batch.old_value_BGC is not None and batch.return_BGC is not None
+        limit = config.critic.value_clip
+        value_loss_BGC, stopped_BGC = value_loss(value_BGC, batch.old_value_BGC, batch.return_BGC, limit)
+        penalty_BGC += config.critic.value_coefficient * jnp.where(mask_BGC, value_loss_BGC, 0.0)
+        parts |= _critic_parts(value_loss_BGC, stopped_BGC, value_BGC, batch, token_mean)
     penalty = Weighted((coefficient_BGC * penalty_BGC).sum(), share_BGC.sum())
     if config.self_normalized and _has_penalty(config):
         # The sum of weights is a matter of the surrogate. It would blow the penalty up wherever it is small.
@@ -421,7 +462,27 @@ def _token_penalties(
 def _has_penalty(config: PolicyGradientConfig) -> bool:
     """Whether anything is added to the surrogate."""
     coefficients = config.entropy_coefficient, config.self_distillation_coefficient
-    return config.reference_kl in ("k2_loss", "k3_loss") or any(coefficients)
+    return config.reference_kl in ("k2_loss", "k3_loss") or any(coefficients) or config.critic is not None
+
+
+def _critic_parts(
+    loss_BGC: Array, clipped_BGC: Array, value_BGC: Array, batch: TrainBatch, token_mean: Callable[[Array], Weighted]
+) -> dict[str, Weighted]:
+    """What is logged of a critic. Moments of returns and errors become the explained variance."""
+    assert batch.return_BGC is not None
+    parts = {
+        "value_loss": token_mean(loss_BGC),
+        "value_clipped_share": token_mean(clipped_BGC),
+        "value_mean": token_mean(value_BGC),
+        "return_mean": token_mean(batch.return_BGC),
+        "return_square_mean": token_mean(batch.return_BGC**2),
+        "value_error_mean": token_mean(batch.return_BGC - value_BGC),
+        "value_error_square_mean": token_mean((batch.return_BGC - value_BGC) ** 2),
+    }
+    if batch.old_logprob_BGC is not None and batch.reference_logprob_BGC is not None:
+        kl_BGC = jnp.where(batch.mask_BGC, kl_estimate(batch.old_logprob_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
+        parts["completion_kl"] = Weighted(kl_BGC.sum(), batch.mask_BGC.any(axis=-1).sum(dtype=jnp.float32))
+    return parts
 
 
 def _check_inputs(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nested_reft.models.heads import HeadParam
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 
@@ -89,8 +90,9 @@ def merge_lora(model: Transformer) -> Parameters:
 def split_trainable(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The model's structure, the parameters that train, and those that do not; `nnx.merge` joins them again.
 
-    Adapters alone train where there are any, else the whole model does.
+    Adapters alone train where there are any, else the whole model does; a head trains either way.
     """
     has_adapters = any(name.endswith("_lora_in") for name in nnx.state(model.layers))
-    graph, trainable, frozen = nnx.split(model, nnx.LoRAParam if has_adapters else nnx.Param, ...)
+    trains = nnx.Any(nnx.LoRAParam, HeadParam) if has_adapters else nnx.Param
+    graph, trainable, frozen = nnx.split(model, trains, ...)
     return graph, trainable, frozen

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.bridges import Bridges
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.heads import ScalarHead
 from nested_reft.models.layer import (
     KeyValues,
     add_attention,
@@ -97,6 +98,7 @@ class Transformer(nnx.Module):
         self.embedding_scale: nnx.Param | None = nnx.data(None)  # of int8 copies; see `models.low_precision`
         self.head_scale: nnx.Param | None = nnx.data(None)
         self.bridges: Bridges | None = nnx.data(None)
+        self.value_head: ScalarHead | None = nnx.data(None)  # of a critic on this trunk
         self.layers = LayerStack(
             {name.removeprefix("layers/"): value for name, value in parameters.items() if name.startswith("layers/")}
         )
@@ -157,6 +159,19 @@ class Transformer(nnx.Module):
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
         logits: Array = matmul(hidden, as_operand(head[...]), self.compute_dtype)
         return logits if scale is None else logits * scale[...]
+
+    def values(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
+        """The critic's value of each state.
+
+        Args:
+            hidden: as in `logits`.
+
+        Raises:
+            ValueError: the model has no value head.
+        """
+        if self.value_head is None:
+            raise ValueError("the model has no value head; set loss.advantage 'gae' and loss.critic")
+        return self.value_head(hidden)
 
     def prefill(
         self,

@@ -26,6 +26,7 @@ from nested_reft.fields import read
 from nested_reft.json_files import differences
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, PlanRule
+from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import LoraConfig, split_trainable
 from nested_reft.models.registry import load_model
 from nested_reft.models.source import ModelSource, starting_model
@@ -420,6 +421,7 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
         sampling = read(SamplingConfig, stored["rollout"]["sampling"], "rollout.sampling")
         prompt = read(PromptFormat, stored["data"]["prompt"], "data.prompt")
         nesting = read(NestingConfig, stored["nesting"], "nesting")
+        has_critic = stored["loss"].get("critic") is not None
         seed, limit = int(stored["train"]["seed"]), int(stored["rollout"]["max_completion_tokens"])
         keep = int(stored["train"]["keep_checkpoints"])
     except FileNotFoundError:
@@ -433,6 +435,8 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     mesh = make_mesh(mesh_config)
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, nesting.bridge, seed, mesh)
+    if has_critic:
+        model.value_head = ScalarHead(model.config.width)
     graph, trainable, frozen = split_trainable(model)
     # Optimizer moments are not read: sampling does not need them.
     like = {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)}

@@ -130,7 +130,7 @@ def baseline_needs_a_group(config: Config) -> None:
     if config.curriculum.kind == "dump":
         advantages["curriculum.advantage"] = config.curriculum.advantage
     for name, advantage in advantages.items():
-        if advantage != "no_baseline":
+        if advantage not in ("no_baseline", "gae"):
             raise ValueError(
                 f"{name} is '{advantage}' and rollout.group_size 1: a baseline from the other completions needs 2 or"
                 " more. Raise the group size or use advantage 'no_baseline'"

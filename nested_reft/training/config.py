@@ -14,6 +14,7 @@ from nested_reft.config_files import CONFIG_DIRECTORIES, load_module, shipped_co
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.config import DataConfig
 from nested_reft.data.sources import DatasetSource, JsonlSource, SourceConfig, TaskSource
+from nested_reft.dataset_reset import ResetConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.fields import UnknownField, read
 from nested_reft.json_files import differences
@@ -105,6 +106,7 @@ class Config:
     curriculum: CurriculumConfig
     nesting_control: NestingControlConfig = field(default_factory=NestingControlConfig)
     mix_control: MixControlConfig = field(default_factory=MixControlConfig)
+    reset: ResetConfig = field(default_factory=ResetConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

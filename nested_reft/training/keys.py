@@ -14,16 +14,19 @@ import jax
 # of the seed, for parameters and adapters.
 _CURRICULUM, _PLAN, _ROLLOUT, _EVALUATION, _WARM_START, _THROUGHPUT, _SPLIT, _THROUGHPUT_PLAN, _MEASUREMENT = range(9)
 _ACCEPTANCE = 9
+_RESET = 11
 _FIRST_GENERATION = 100  # and up: the generation batches of a step
 _FIRST_STEP = 1000  # and up: the steps of a run
 
 
 @dataclass(frozen=True)
 class BatchKeys:
-    """Keys of one generation batch: `curriculum` draws its sources, `rollout` its completions."""
+    """Keys of one generation batch: `curriculum` draws its sources, `reset` where its completions start, `rollout` the
+    completions."""
 
     curriculum: jax.Array
     rollout: jax.Array
+    reset: jax.Array
 
 
 class RunKeys:
@@ -83,4 +86,4 @@ class StepKeys:
         """The keys of the step's generation batch `number`, counted from 0."""
         # The offset keeps the batches apart from the purposes above, which are folded into the same key.
         key = jax.random.fold_in(self._key, _FIRST_GENERATION + number)
-        return BatchKeys(jax.random.fold_in(key, _CURRICULUM), jax.random.fold_in(key, _ROLLOUT))
+        return BatchKeys(*(jax.random.fold_in(key, purpose) for purpose in (_CURRICULUM, _ROLLOUT, _RESET)))

@@ -21,15 +21,18 @@ from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig, TextBatch
 from nested_reft.estimators.health import Health
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.losses.objective import TokenSignals
+from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import split_trainable
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.config import Weights
+from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, replicate_scalars, shard_batch
 from nested_reft.training.step import BaseModel, LearnerTask, TrainState, UpdatePlans, initial_train_state, make_update
-from nested_reft.types import Scored, TrainBatch
+from nested_reft.types import Scored, TrainBatch, valid_mask
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,11 @@ class Learner:
         reference: the parameters that a KL penalty compares with; None without one.
     """
 
-    def __init__(self, start: Policy, weights: Weights = "target"):
+    def __init__(self, start: Policy, weights: Weights = "target", value_head: bool = False):
         """Args:
         start: the policy to train. It stays as it is for as long as anyone holds it.
         weights: what `behavior_policy` samples with.
+        value_head: whether the trunk carries a critic, of zeros at the start.
         """
         self.mesh, self.tokenizer, self.num_layers = start.mesh, start.tokenizer, start.num_layers
         # All that a policy is beside its weights; holding the model itself would keep its buffers in use.
@@ -98,7 +102,7 @@ class Learner:
             mesh=start.mesh,
         )
         self._weights: Weights = weights
-        graph, trainable, frozen = split_trainable(start.model)
+        graph, trainable, frozen = split_trainable(_with_value_head(start) if value_head else start.model)
         # Only parameters that train get a gradient and moments; the frozen ones are passed beside them.
         self.base = BaseModel(frozen, graph)
         # Until `begin` there is no optimizer.
@@ -116,6 +120,8 @@ class Learner:
         self._rounded = None
         # One compiled update serves the whole phase, because the task cannot change within it.
         self._update = make_update(task)
+        if isinstance(task.objective, TokenSignals):
+            self._token_signals = jax.jit(task.objective.with_token_signals)
 
     def rest(self) -> None:
         """Ends a phase for one that does not train: the optimizer's memory goes."""
@@ -244,13 +250,20 @@ class Learner:
                 self._rounded = rounded
             return self._as_policy(rounded, version=self.version)
 
-    def batch(self, groups: Scored, acceptance: jax.Array | None = None, mix_share: float = 0.0) -> LearnerBatch:
+    def batch(
+        self,
+        groups: Scored,
+        acceptance: jax.Array | None = None,
+        mix_share: float = 0.0,
+        kl_coefficient: float = 0.0,
+    ) -> LearnerBatch:
         """The signal of each completion, and only the log-probabilities that the objective needs.
 
         Args:
             groups: B scored groups, on the host, perhaps of several policies.
             acceptance: key of the draws by which samples are accepted, where the objective rejects at random.
             mix_share: the share of the importance weight, in [0, 1], where the objective mixes.
+            kl_coefficient: weight of the KL penalty on token rewards, where the objective has a critic.
 
         Returns:
             What `update` takes, on the mesh.
@@ -289,6 +302,12 @@ class Learner:
             "reference_logprob_BGC": lambda: self._score(self._reference(), arrays, None),
         }
         arrays = dataclasses.replace(arrays, **{name: score[name]() for name in self.needs.logprobs})
+        if self.needs.values:
+            model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
+            values = _values_and_logprobs(model, arrays, self.task.temperature, self.task.shared_prefix)
+            arrays = dataclasses.replace(arrays, **dict(zip(("old_value_BGC", "old_logprob_BGC"), values, strict=True)))
+            # Signals are made of the whole batch, before it is split.
+            arrays = self._token_signals(arrays, jnp.float32(kl_coefficient))
         nested = None
         if self.needs.self_distillation:
             # One plan serves the whole batch: it only says which sub-network is taught next.
@@ -372,6 +391,24 @@ class Learner:
             found = logprob_BGC if found is None else jnp.where(is_its_B11, logprob_BGC, found)
         assert found is not None
         return found
+
+
+def _with_value_head(start: Policy) -> Transformer:
+    """The policy's model with a critic's head; both share all other parameters."""
+    model = nnx.merge(*nnx.split(start.model))
+    model.value_head = ScalarHead(model.config.width)
+    nnx.update(model.value_head, replicate(nnx.state(model.value_head), start.mesh))
+    return model
+
+
+@partial(jax.jit, static_argnames=("temperature", "shared_prefix"))
+def _values_and_logprobs(
+    model: Transformer, arrays: TrainBatch, temperature: float, shared_prefix: int
+) -> tuple[Float[Array, "B G C"], Float[Array, "B G C"]]:
+    """V and log pi of every completion token, from one pass."""
+    valid_BP = valid_mask(arrays.prompt_length_B, arrays.prompt_BP.shape[1])
+    hidden_BGCD = model.completion_hidden(arrays.prompt_BP, valid_BP, arrays.tokens_BGC, shared_prefix=shared_prefix)
+    return model.values(hidden_BGCD), hidden_logprobs(model, hidden_BGCD, arrays.tokens_BGC, temperature)[0]
 
 
 @jax.jit

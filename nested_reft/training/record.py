@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft import curriculum, replay
+from nested_reft import curriculum, dataset_reset, replay
 from nested_reft.curriculum import CurriculumState
+from nested_reft.dataset_reset import ResetState
 from nested_reft.estimators.health import health_warning
 from nested_reft.evaluation import Evaluation
+from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
@@ -108,11 +110,25 @@ METRICS = (
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
+    Metric("value_loss", "", "half the squared error of the critic's values, clipped as it was minimised"),
+    Metric("value_clipped_share", "share", "tokens whose value lost its gradient to the clip"),
+    Metric("value_mean", "reward", "mean value of the tokens' states"),
+    Metric("return_mean", "reward", "mean of what the critic learns"),
+    Metric("explained_variance", "share", "of the returns, by the values; 1 is a perfect critic, 0 a constant one"),
+    Metric("completion_kl", "nats", "KL(pi || reference) of a completion before the update; its token rewards pay it"),
+    Metric("kl_coefficient", "", "weight of that penalty in the next step"),
     Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
     Metric("next_num_left_out", "layers", "layers that the next batch leaves out (nesting control)"),
     Metric("nesting_reason", "", "in words, why"),
     Metric("next_mix_share", "share", "how much of the importance weight the next batch uses (mix control)"),
     Metric("mix_reason", "", "in words, why"),
+    Metric("reset/share", "share", "completions that started inside a reference"),
+    Metric("reset/referenced", "share", "prompts with a reference that can serve"),
+    Metric("reset/forced_tokens", "tokens", "given tokens of all completions; they carry no gradient"),
+    Metric("reset/fraction", "share", "of the reference that was given: 5, 25, 50, 75 and 95 % quantiles of h / n"),
+    Metric("reset/accuracy", "share", "right answers among the completions that started inside a reference"),
+    Metric("reset/free_accuracy", "share", "right answers among the others"),
+    Metric("reset/stage", "stages", "how far `reset.schedule backward` has moved towards the prompt"),
     Metric("layer_divergence", "nats/token", "new measurement of each layer's divergence"),
     Metric("remeasure_seconds", "seconds", "time that it took"),
     Metric("bridge_tokens", "tokens", "completion tokens that the bridges were fitted on, in steps that fit them"),
@@ -143,6 +159,8 @@ class StepRecord:
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
         mix: how much of the importance weight the next batch uses, and why.
+        reset: where in their references the next rollouts may start.
+        kl: how heavy the KL penalty on the next token rewards is.
         renewed: bridges that were fitted and layers that were measured, if any.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
@@ -159,6 +177,8 @@ class StepRecord:
     curriculum_after: CurriculumState
     nesting: NestingControlState
     mix: MixControlState
+    reset: ResetState
+    kl: KlControlState
     renewed: Renewed
     seconds: float
     compilations: int
@@ -262,6 +282,7 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         **_nesting_metrics(record),
         **_generation_metrics(record, config, len(source_names)),
         **_curriculum_metrics(record, config, source_names),
+        **(dataset_reset.step_metrics(record.reset, config.reset, record.all) if config.reset.is_on else {}),
         **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
         "step_seconds": record.seconds,
         "compilations": record.compilations,
@@ -296,6 +317,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "parts": {name: float(part_BG[b, g]) for name, part_BG in groups.parts.items()},
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
+                "forced_tokens": int(rollouts.forced_BG[b, g]),
                 # A mixture draws some completions of the group from the full model.
                 "left_out_layers": nested_without if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),
@@ -335,6 +357,8 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
         # The fields of `Health` are named as their metrics are.
         found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
         found["entropy"] = update.entropy
+    if "completion_kl" in update.parts:
+        found["kl_coefficient"] = record.kl.coefficient
     warnings = record.warnings(config)
     return found | {"warning": "; ".join(warnings.values())} if warnings else found
 

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from nested_reft import mix_control
+from nested_reft import dataset_reset, kl_control, mix_control
 from nested_reft.bridging import BridgeState
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
+from nested_reft.dataset_reset import ResetState
+from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import PlanRule
 from nested_reft.mix_control import MixControlState
@@ -46,6 +48,8 @@ class RunState:
         buffer: groups that were found and not yet trained on.
         nesting: how deep the next batch nests.
         mix: how much of the importance weight the next batch uses.
+        kl: how heavy the KL penalty on token rewards is.
+        reset: where in their references the next rollouts may start.
         divergence_L: measured divergence of each layer, for `measured` plans.
         empty_updates: updates in a row, up to the latest, that changed nothing.
         bridging: the texts that the bridges are fitted on, and when they were.
@@ -71,6 +75,8 @@ class RunState:
     buffer: Buffer = field(default_factory=Buffer)
     bridging: BridgeState = field(default_factory=BridgeState)
     empty_updates: int = 0
+    kl: KlControlState = field(default_factory=KlControlState)
+    reset: ResetState = field(default_factory=ResetState)
     division: Division | None = None
     phase: int = 0
     started: bool = False
@@ -121,7 +127,7 @@ class RunState:
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number)
-        unknown = [name for name in ("mix", "bridging") if name not in host]
+        unknown = [name for name in ("mix", "bridging", "reset", "kl") if name not in host]
         if unknown:
             raise ValueError(
                 f"checkpoint {number} was written by an earlier version, which kept no {' and no '.join(unknown)};"
@@ -146,6 +152,8 @@ class RunState:
         self.divergence_L = host["divergence"]
         self.bridging = BridgeState.from_plain(host["bridging"])
         self.empty_updates = host.get("empty_updates", 0)  # earlier versions kept no count
+        self.reset = ResetState.from_json(host["reset"])
+        self.kl = KlControlState.from_json(host["kl"])
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
         return host["marks"]
@@ -158,6 +166,22 @@ class RunState:
         """
         encoded = [self.stream.next(int(source)) for source in source_B]
         return batch_prompts(encoded, source_B.tolist(), self.data.prompt_size)
+
+    def with_prefixes(self, prompts: Prompts, key: jax.Array, step: int) -> Prompts:
+        """The prompts with the prefixes that dataset reset gives their completions.
+
+        Args:
+            prompts: of one generation batch.
+            key: PRNG key of its resets.
+            step: of reinforcement, counted from 0.
+        """
+        config, tokenizer = self.config, self.learner.tokenizer
+        if not config.reset.is_on:
+            return prompts
+        stop_id = tokenizer.stop_ids[0]
+        tokens = [dataset_reset.completion_tokens(text, tokenizer.encode, stop_id) for text in prompts.references]
+        group_size, forced_size = config.rollout.group_size, self.data.forced_size
+        return dataset_reset.choose(self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size)
 
     @property
     def nests(self) -> bool:
@@ -190,6 +214,8 @@ class RunState:
             "divergence": np.asarray(self.divergence_L),
             "bridging": self.bridging.to_plain(),
             "empty_updates": self.empty_updates,
+            "reset": self.reset.to_json(),
+            "kl": self.kl.to_json(),
             "division": self.division,
             "stream": self.stream.get_state(),
         }
@@ -202,14 +228,16 @@ def initial_run_state(setup: Setup) -> RunState:
         setup: what the run starts from; it stays as it is.
     """
     config, data = setup.config, setup.data
+    critic = getattr(config.loss, "critic", None)
     return RunState(
         config=config,
-        learner=Learner(setup.policy, config.rollout.weights),
+        learner=Learner(setup.policy, config.rollout.weights, value_head=critic is not None),
         data=data,
         stream=PromptStream(data.train_examples, config.train.seed),
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
         mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
+        kl=kl_control.initial_state(critic),
         divergence_L=setup.divergence_L,
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),
     )

@@ -27,6 +27,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh, replicate
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config, with_absolute_paths
+from nested_reft.training.references import usable_references
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RunData:
         heldout_of_source: for each training source, the source of the configuration that it is part of.
         prompt_size: P of every training batch.
         shared_prefix: leading tokens that all training prompts have in common; they run once per batch.
+        forced_size: F, the longest prefix that dataset reset gives a completion; 0 without resets.
     """
 
     train_examples: tuple[tuple[EncodedExample, ...], ...]
@@ -50,6 +52,7 @@ class RunData:
     heldout_of_source: tuple[int, ...]
     prompt_size: int
     shared_prefix: int
+    forced_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,9 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
+    forced_size = 0
+    if config.reset.is_on:
+        train, forced_size = usable_references(config, train, tokenizer)
     # All training prompts get one size, so that whatever is drawn compiles nothing.
     lengths = [len(example.tokens) for examples in train for example in examples]
     data = RunData(
@@ -131,6 +137,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         heldout_of_source=tuple(range(len(config.data.sources))),
         prompt_size=prompt_size(lengths),
         shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
+        forced_size=forced_size,
     )
     return Setup(config, policy, data, divergence_L)
 

@@ -181,7 +181,8 @@ def make_update(task: LearnerTask) -> UpdateFunction:
                 hidden_BGCD,
                 hidden(plans.nested),
             )
-        return TargetPass(logprob_BGC, entropy_BGC, distillation_kl_BGC)
+        value_BGC = model.values(hidden_BGCD) if needs.values else None
+        return TargetPass(logprob_BGC, entropy_BGC, distillation_kl_BGC, value_BGC)
 
     def update(state: TrainState, base: BaseModel, batch: TrainBatch, plans: UpdatePlans):
         """One optimizer step on the batch, in micro-batches whose sums are divided once."""

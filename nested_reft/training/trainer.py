@@ -1,9 +1,9 @@
 """The training loop.
 
-    curriculum -> search: rollout(plan), rewards -> replay -> learn: signal, batch, loss, update
-        ^                     ^                                                      |
-        |                     +----- renew: nesting control, bridges, divergences <--+
-        +------ |advantage| --+
+    curriculum -> dataset reset -> search: rollout(plan), rewards -> replay -> learn: signal, batch, loss, update
+        ^              ^                  ^                                                      |
+        |              |                  +----- renew: nesting control, bridges, divergences <--+
+        +- |advantage| +- accuracy -------+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from nested_reft import curriculum, replay
+from nested_reft import curriculum, dataset_reset, kl_control, replay
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.plan_price import plan_price
@@ -162,13 +162,18 @@ class Trainer:
         while not replay.ready(state.buffer, config.dynamic_sampling, size):
             key = keys.batch(len(found))
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
+            prompts = state.with_prefixes(prompts, key.reset, number)
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
+            state.reset = dataset_reset.update(state.reset, config.reset, scored)
             state.buffer = replay.add(state.buffer, scored)
             found.append(scored)
         groups, state.buffer = replay.draw(state.buffer, config.dynamic_sampling, size)
-        update = state.learner.update(state.learner.batch(groups, keys.acceptance, state.mix.share))
+        batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
+        update = state.learner.update(batch)
+        critic = getattr(config.loss, "critic", None)
+        state.kl = kl_control.update(state.kl, critic, update.parts.get("completion_kl"))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         return StepRecord(
@@ -183,6 +188,8 @@ class Trainer:
             curriculum_after=state.curriculum,
             nesting=state.nesting,
             mix=state.mix,
+            reset=state.reset,
+            kl=state.kl,
             renewed=renewed,
             seconds=time.monotonic() - started,
             compilations=self.compilations.count,

@@ -329,6 +329,7 @@ def gradients_of_rows(
         draw_RG: by which completions are accepted, where the loss rejects at random.
     """
     num_groups = len(length_RG)
+    assert loss.advantage != "gae", "a critic is no matter of enumeration"
     groups = TrainBatch(
         # The loss reads log-probabilities and lengths; prompts and tokens only have to have the right shapes.
         prompt_BP=jnp.zeros((num_groups, 1), jnp.int32),

@@ -43,13 +43,14 @@ def test_no_two_purposes_of_a_seed_share_a_key(monkeypatch):
         for index in (0, 1):
             used[f"evaluation {number} {index}"] = step.evaluation(index)
             batch = step.batch(index)
-            used |= {f"curriculum {number} {index}": batch.curriculum, f"rollout {number} {index}": batch.rollout}
+            for name in ("curriculum", "rollout", "reset"):
+                used[f"{name} {number} {index}"] = getattr(batch, name)
     seen: dict[bytes, str] = {}
     for purpose, key in used.items():
         for drawn in draws(key):
             assert drawn not in seen, f"{purpose} and {seen[drawn]}"
         seen |= dict.fromkeys(draws(key), purpose)
-    assert len(used) == 23
+    assert len(used) == 27
 
 
 def test_each_evaluated_source_draws_with_a_key_of_its_own(monkeypatch):

@@ -1,0 +1,233 @@
+"""A task whose reward is too rare to be found from the prompt: rollouts from the prompt against resets.
+
+    python -m experiments.resets                    # 5 seeds of each arm
+    python -m experiments.resets --arms prompt uniform --seeds 0 1
+
+The task of `tiny_reset`: repeat a number of eight digits, where only the whole number earns a reward. All runs of a
+seed start from one short warm start, take the same steps and draw as many completions. They differ in `reset` alone.
+What is finished is kept as JSON in `--out` and not computed again, so the command can be stopped and repeated. It ends
+with a table, a figure and, with `--json`, a file.
+
+The measure: held-out accuracy of samples from the bare prompt, four for each of 128 questions. Resets act in training
+only. A run counts as solved where its last greedy accuracy is at least 0.5. Intervals are 95 % percentile bootstraps
+over seeds (10,000 draws).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.runs import EVERY, finished, measured_run, shared_start
+from nested_reft.dataset_reset import ResetConfig
+from nested_reft.json_files import write_json
+from nested_reft.reports.figures import figure_maker
+from nested_reft.reports.tables import table
+from nested_reft.run_directory import versions
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.warm_start import WarmStartConfig
+
+PROMPT = "prompt"  # the arm that the others are compared with
+DRAWS = 10_000  # of the bootstrap
+SOLVED = 0.5  # greedy accuracy
+
+Run = dict[str, Any]  # what `measured_run` returns, with its `arm` and `seed`
+
+
+def arms(steps: int) -> dict[str, ResetConfig]:
+    """Where rollouts start, by name.
+
+    Args:
+        steps: of a run; one schedule depends on it.
+    """
+    often = ResetConfig(share=0.75, references="answers")
+    annealed = {"schedule": "annealed", "fraction": 0.95, "steps": max(steps * 3 // 4, 1)}
+    return {
+        PROMPT: ResetConfig(),
+        "uniform": often,
+        "backward": dataclasses.replace(often, schedule="backward", stages=9, promote_at=0.6, window=256),
+        "annealed": dataclasses.replace(often, **annealed),
+    }
+
+
+def experiment_config(arm: str, seed: int, steps: int) -> Config:
+    """`tiny_reset` with the resets of one arm, without the warm start, which all runs of a seed share.
+
+    Args:
+        arm: one of `arms`.
+        seed: of the run.
+        steps: of the run.
+    """
+    config = load_config("tiny_reset")
+    return dataclasses.replace(
+        config,
+        name=f"resets-{arm}-{seed}",
+        reset=arms(steps)[arm],
+        train=dataclasses.replace(config.train, seed=seed, steps=steps),
+        evaluation=dataclasses.replace(config.evaluation, samples_per_prompt=4, pass_k=4),
+        warm_start=WarmStartConfig(),
+    )
+
+
+def runs_of(
+    chosen: Sequence[str], seeds: Sequence[int], steps: int, out: Path, warm_start: WarmStartConfig | None = None
+) -> list[Run]:
+    """Every run that is asked for, computed where it is not kept.
+
+    Args:
+        chosen: names of arms.
+        seeds: of the runs.
+        steps: of each run.
+        out: where results and shared starts are kept.
+        warm_start: what the runs of a seed share; None takes that of `tiny_reset`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for seed in seeds:
+        for arm in chosen:
+            config, file = experiment_config(arm, seed, steps), out / f"{arm}-seed{seed}-steps{steps}.json"
+            run = finished(file, config)
+            if run is None:
+                # The weights are kept; the references of an arm are prepared with its configuration.
+                start = shared_start(config, out, warm_start or load_config("tiny_reset").warm_start)
+                run = measured_run(dataclasses.replace(start, config=config), out)
+                write_json(file, run)
+                last = run["accuracy"][-1][0]
+                print(f"{arm}, seed {seed}: {run['seconds']:.0f} s, sampled accuracy {last:.3f}", flush=True)
+            found.append(run | {"arm": arm, "seed": seed})
+    return found
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Each arm beside the runs from the prompt, of the same seeds.
+
+    Args:
+        runs: with one of `PROMPT` for every seed.
+
+    Returns:
+        JSON-able results by arm, in the order of the runs.
+    """
+    baseline = {run["seed"]: _final(run) for run in runs if run["arm"] == PROMPT}
+    found = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        final_S = np.array([_final(run) for run in own])
+        gain_S = final_S - np.array([baseline[run["seed"]] for run in own])
+        draw_RxS = np.random.default_rng(0).integers(0, len(own), (DRAWS, len(own)))
+        found[arm] = {
+            "seeds": [run["seed"] for run in own],
+            "start": float(np.mean([run["accuracy"][0][0] for run in own])),
+            "final": final_S.tolist(),
+            "final_interval": _interval(final_S[draw_RxS].mean(axis=1)),
+            "gain": float(gain_S.mean()),
+            "gain_interval": _interval(gain_S[draw_RxS].mean(axis=1)),
+            "solved": sum(run["greedy_accuracy"][-1][0] >= SOLVED for run in own),
+            "seconds_per_run": float(np.mean([run["seconds"] for run in own])),
+        }
+    return found
+
+
+def _final(run: Run) -> float:
+    """Accuracy of samples at the last evaluation, of the one source."""
+    return float(run["accuracy"][-1][0])
+
+
+def _interval(values_R: np.ndarray) -> list[float]:
+    """The middle 95 % of bootstrap draws."""
+    return np.quantile(values_R, [0.025, 0.975]).tolist()
+
+
+def summary_table(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as text.
+
+    Args:
+        summary: of `summarise`.
+    """
+    header = ["rollouts start from", "seeds", "solved", "start", "final", "95 %", "over prompt", "95 %", "s/run"]
+    rows = [
+        [
+            arm,
+            len(one["seeds"]),
+            one["solved"],
+            f"{one['start']:.3f}",
+            f"{np.mean(one['final']):.3f}",
+            "{:.3f}..{:.3f}".format(*one["final_interval"]),
+            f"{one['gain']:+.3f}",
+            "{:+.3f}..{:+.3f}".format(*one["gain_interval"]),
+            f"{one['seconds_per_run']:.0f}",
+        ]
+        for arm, one in summary.items()
+    ]
+    return table(header, rows)
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Held-out accuracy over steps: each seed thin, the mean of an arm's seeds thick.
+
+    Args:
+        runs: of all arms.
+        path: the PNG file.
+    """
+    figure = figure_maker()(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for index, arm in enumerate(dict.fromkeys(run["arm"] for run in runs)):
+        own = [run for run in runs if run["arm"] == arm]
+        curves = np.array([[accuracy[0] for accuracy in run["accuracy"]] for run in own])
+        for curve in curves:
+            axis.plot(own[0]["steps"], curve, color=f"C{index}", alpha=0.25, linewidth=1)
+        axis.plot(own[0]["steps"], curves.mean(axis=0), color=f"C{index}", linewidth=2.5, label=arm)
+    axis.set(
+        xlabel="step",
+        ylabel="held-out accuracy of samples from the prompt",
+        ylim=(-0.02, 1.02),
+        title="Eight digits, one reward for all of them: where rollouts start",
+    )
+    axis.legend(title="rollouts start from")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not finished yet, prints the table and draws the figure.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser("experiments.resets", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arms", nargs="+", choices=list(arms(EVERY)), default=list(arms(EVERY)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=240, help=f"of each run, a multiple of {EVERY}")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment-resets"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    known = parser.parse_args(arguments)
+    if known.steps < EVERY or known.steps % EVERY:
+        print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}", file=sys.stderr)
+        return 2
+    if PROMPT not in known.arms:
+        print(f"error: --arms lacks '{PROMPT}', which the others are compared with", file=sys.stderr)
+        return 2
+    # Programs of the same shapes are compiled once for all runs.
+    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    runs = runs_of(known.arms, known.seeds, known.steps, known.out)
+    summary = summarise(runs)
+    print(summary_table(summary))
+    draw(runs, known.out / "resets.png")
+    if known.json is not None:
+        write_json(known.json, {"steps": known.steps, "versions": versions(), "arms": summary})
+    print(f"written: {known.out / 'resets.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

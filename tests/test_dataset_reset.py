@@ -1,0 +1,227 @@
+"""Where rollouts start: the rules by hand, and what their draws look like over many prompts."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from nested_reft.dataset_reset import (
+    ResetConfig,
+    ResetState,
+    choose,
+    completion_tokens,
+    forced_fraction,
+    step_metrics,
+    update,
+    why_unusable,
+)
+from nested_reft.training.config import load_config
+from nested_reft.types import Prompts, Scored, concat, take
+from tests.scored_groups import scored
+
+BACKWARD = ResetConfig(share=1.0, schedule="backward", stages=4, promote_at=0.75, window=4)
+
+
+def prompts_of(count: int) -> Prompts:
+    nothing = ("",) * count
+    return Prompts(
+        np.zeros((count, 1), np.int32), np.ones(count, int), np.zeros(count, int), nothing, nothing, ({},) * count
+    )
+
+
+def chosen(config: ResetConfig, lengths, group_size: int = 1, seed: int = 0, step: int = 0, stage: int = 0) -> Prompts:
+    """Prefixes of references 1, 2, 3, ... of the given lengths, F = 9."""
+    tokens = [list(range(1, length + 1)) for length in lengths]
+    state, key = ResetState(stage), jax.random.key(seed)
+    return choose(state, config, prompts_of(len(tokens)), tokens, key, step, group_size, 9)
+
+
+def lengths_of(prompts: Prompts) -> np.ndarray:
+    assert prompts.forced is not None
+    return np.asarray(prompts.forced.length_BG)
+
+
+def with_prefixes(accuracy_BG, forced_BG, **fields) -> Scored:
+    """Scored groups whose completions had prefixes of these lengths, in references of 10 tokens."""
+    groups = scored(accuracy_BG, **fields)
+    rollouts = dataclasses.replace(groups.rollouts, forced_BG=np.array(forced_BG))
+    prompts = dataclasses.replace(groups.prompts, reference_length_B=np.full(len(groups), 10))
+    return dataclasses.replace(groups, rollouts=rollouts, prompts=prompts)
+
+
+@pytest.mark.parametrize("per", ["group", "completion"])
+def test_starts_are_uniform_and_prefixes_are_the_first_tokens(per):
+    """n = 5: h is 1, 2, 3 or 4 with probability 1/4 each, so of 4000 draws 1000 with a deviation of 27."""
+    groups = 4000 if per == "group" else 1000
+    prompts = chosen(ResetConfig(share=1.0, per=per), [5] * groups, group_size=4)
+    length_BG, tokens_BGF = lengths_of(prompts), np.asarray(prompts.forced.tokens_BGF)
+    counts = np.bincount(length_BG[:, 0] if per == "group" else length_BG.ravel(), minlength=10)
+    # Neither 0 nor n: both would be an easy mistake, of `randint(0, n)` and of `randint(1, n + 1)`.
+    assert counts[1:5].sum() == counts.sum() == 4000
+    assert abs(counts[1:5] - 1000).max() < 4 * 27
+    assert (length_BG == length_BG[:, :1]).all() == (per == "group")
+    position_F = np.arange(9)
+    expected = np.where(position_F < length_BG[..., None], position_F + 1, 0)
+    assert np.array_equal(tokens_BGF, expected)
+    assert prompts.reference_length_B.tolist() == [5] * groups
+
+
+@pytest.mark.parametrize("share", [0.25, 0.9])
+def test_the_observed_share_is_that_of_independent_draws(share):
+    """Over 4000 prompts the share has a standard deviation of sqrt(p (1 - p) / 4000)."""
+    is_reset = lengths_of(chosen(ResetConfig(share=share), [7] * 4000))[:, 0] > 0
+    assert abs(is_reset.mean() - share) < 4 * np.sqrt(share * (1 - share) / 4000)
+    # Not an exact fraction: the count of single batches varies.
+    assert len({int(part.sum()) for part in is_reset.reshape(40, 100)}) > 3
+
+
+def test_prompts_without_a_reference_are_not_reset():
+    prompts = chosen(ResetConfig(share=1.0), [0, 2, 0], group_size=2)
+    assert lengths_of(prompts).tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert prompts.reference_length_B.tolist() == [0, 2, 0]
+
+
+def test_without_a_share_nothing_changes():
+    prompts = prompts_of(2)
+    assert choose(ResetState(), ResetConfig(), prompts, [[1, 2]] * 2, jax.random.key(0), 0, 4, 9) is prompts
+
+
+def test_the_key_decides_and_a_share_does_not_move_the_starts():
+    half, whole = (chosen(ResetConfig(share=share), [9] * 64) for share in (0.5, 1.0))
+    reset_BG = lengths_of(half) > 0
+    assert np.array_equal(lengths_of(half)[reset_BG], lengths_of(whole)[reset_BG])
+    assert np.array_equal(lengths_of(half), lengths_of(chosen(ResetConfig(share=0.5), [9] * 64)))
+    assert not np.array_equal(lengths_of(half), lengths_of(chosen(ResetConfig(share=0.5), [9] * 64, seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "step", "stage", "expected"),
+    [
+        # 0.5 n of 2, 3, 5, 10 tokens is 1, 1.5, 2.5, 5; halves round up.
+        ({"schedule": "fixed", "fraction": 0.5}, 7, 0, [1, 2, 3, 5]),
+        # 0.95 n is 1.9, 2.85, 4.75, 9.5; the last token is never forced.
+        ({"schedule": "fixed", "fraction": 0.95}, 0, 0, [1, 2, 4, 9]),
+        # 0.01 n would be 0, which is no reset.
+        ({"schedule": "fixed", "fraction": 0.01}, 0, 0, [1, 1, 1, 1]),
+        # At a quarter of the way 0.8 has become 0.6: 1.2, 1.8, 3, 6.
+        ({"schedule": "annealed", "fraction": 0.8, "steps": 40}, 10, 0, [1, 2, 3, 6]),
+        ({"schedule": "annealed", "fraction": 0.8, "steps": 40}, 39, 0, [1, 1, 1, 1]),
+        ({"schedule": "annealed", "fraction": 0.8, "steps": 40}, 40, 0, [0, 0, 0, 0]),
+        # The first stage leaves one token to sample; stage 3 of 4 forces a quarter: 0.5, 0.75, 1.25, 2.5.
+        ({"schedule": "backward", "stages": 4}, 0, 0, [1, 2, 4, 9]),
+        ({"schedule": "backward", "stages": 4}, 0, 3, [1, 1, 1, 3]),
+        ({"schedule": "backward", "stages": 4}, 0, 4, [0, 0, 0, 0]),
+    ],
+)
+def test_starts_by_hand(fields, step, stage, expected):
+    prompts = chosen(ResetConfig(share=1.0, **fields), [2, 3, 5, 10], step=step, stage=stage)
+    assert lengths_of(prompts)[:, 0].tolist() == expected
+
+
+def test_forced_fractions_by_hand():
+    annealed = ResetConfig(schedule="annealed", fraction=0.6, steps=10)
+    assert [forced_fraction(ResetState(), annealed, step) for step in (0, 5, 10, 20)] == [0.6, 0.3, 0.0, 0.0]
+    assert forced_fraction(ResetState(), ResetConfig(), 3) is None
+
+
+def test_backward_moves_on_once_a_full_window_is_right_often_enough():
+    """Three of four is 0.75. Free completions and those without a score do not count."""
+    forced_BG = [[3, 3, 0, 0]]
+    state = update(ResetState(), BACKWARD, with_prefixes([[1, 1, 0, 0]], forced_BG))
+    assert state == ResetState(0, (1.0, 1.0))
+    unscored = with_prefixes([[0, 0, 0, 0]], forced_BG, scored_BG=[[False, False, True, True]])
+    assert update(state, BACKWARD, unscored) == state
+    mastered = update(state, BACKWARD, with_prefixes([[0, 1, 0, 0]], forced_BG))
+    # What came before belongs to the stage that was mastered, so the memory is empty.
+    assert mastered == ResetState(1, ())
+    assert update(state, BACKWARD, with_prefixes([[0, 0, 1, 1]], forced_BG)) == ResetState(0, (1.0, 1.0, 0.0, 0.0))
+
+
+def test_backward_ends_at_the_prompt():
+    state = ResetState(4, ())
+    assert update(state, BACKWARD, with_prefixes([[1, 1, 1, 1]], [[1, 1, 1, 1]])).stage == 4
+
+
+def test_other_schedules_remember_nothing():
+    batch = with_prefixes([[1, 1, 1, 1]], [[1, 1, 1, 1]])
+    assert update(ResetState(), ResetConfig(share=1.0), batch) == ResetState()
+
+
+def test_the_state_survives_json():
+    state = ResetState(2, (1.0, 0.0))
+    assert ResetState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_prefixes_stay_with_their_prompts():
+    prompts = chosen(ResetConfig(share=1.0), [2, 5, 9])
+    back = take(concat([take(prompts, [2]), take(prompts, [0, 1])]), [1, 2, 0])
+    assert np.array_equal(lengths_of(back), lengths_of(prompts))
+    assert back.reference_length_B.tolist() == [2, 5, 9]
+
+
+def test_metrics_by_hand():
+    """Of eight completions three were reset, at 0.1, 0.5 and 0.9 of 10 tokens; one of them has no score."""
+    batch = with_prefixes(
+        [[1, 0, 0, 0], [1, 1, 0, 0]],
+        [[1, 0, 5, 0], [9, 0, 0, 0]],
+        scored_BG=[[True, True, False, True], [True] * 4],
+    )
+    found = step_metrics(ResetState(1), dataclasses.replace(BACKWARD), batch)
+    assert found["reset/share"] == 3 / 8 and found["reset/referenced"] == 1 and found["reset/forced_tokens"] == 15
+    assert found["reset/fraction"] == pytest.approx([0.14, 0.3, 0.5, 0.7, 0.86])
+    assert found["reset/accuracy"] == 1 and found["reset/free_accuracy"] == pytest.approx(1 / 5)
+    assert found["reset/stage"] == 1
+    without = step_metrics(ResetState(), ResetConfig(share=0.1), with_prefixes([[1, 0]], [[0, 0]]))
+    assert "reset/accuracy" not in without and "reset/fraction" not in without and "reset/stage" not in without
+
+
+def test_references_become_completions():
+    assert completion_tokens("12", lambda text: [int(digit) for digit in text], 7) == [1, 2, 7]
+    assert completion_tokens(None, lambda text: [], 7) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([], "missing"),
+        ([7], "shorter than two tokens"),
+        ([1, 7], None),
+        ([1, 2, 3, 7], None),
+        ([1, 2, 3, 4, 7], "longer than rollout.max_completion_tokens, which is 4"),
+    ],
+)
+def test_what_cannot_serve(tokens, reason):
+    assert why_unusable(tokens, 4) == reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"share": -0.1}, r"reset.share is -0.1; allowed is 0 <= share <= 1"),
+        ({"share": 1.5}, r"reset.share is 1.5; allowed is 0 <= share <= 1"),
+        ({"share": float("nan")}, r"reset.share is nan; allowed is 0 <= share <= 1"),
+        ({"schedule": "fixed"}, r"reset.fraction is not set; reset.schedule 'fixed' needs it"),
+        (
+            {"fraction": 0.5},
+            r"reset.fraction is 0.5, but reset.schedule is 'uniform'; only 'fixed' or 'annealed' reads it",
+        ),
+        ({"schedule": "fixed", "fraction": 1.0}, r"reset.fraction is 1.0; allowed is 0 < fraction < 1"),
+        ({"schedule": "annealed", "fraction": 0.5}, r"reset.steps is not set; reset.schedule 'annealed' needs it"),
+        ({"schedule": "annealed", "fraction": 0.5, "steps": 0}, r"reset.steps is 0; allowed is 1 or more"),
+        ({"stages": 3}, r"reset.stages is 3, but reset.schedule is 'uniform'; only 'backward' reads it"),
+        ({"schedule": "backward", "stages": 0}, r"reset.stages is 0; allowed is 1 or more"),
+        ({"window": 0}, r"reset.window is 0; allowed is 1 or more"),
+        ({"promote_at": 0.0}, r"reset.promote_at is 0.0; allowed is 0 < promote_at <= 1"),
+    ],
+)
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ResetConfig(**fields)
+
+
+@pytest.mark.parametrize(("name", "value"), [("schedule", "late"), ("per", "token"), ("references", "best")])
+def test_unknown_choices_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"reset.{name} is '{value}'"):
+        load_config("tiny", reset={name: value})
