@@ -283,6 +283,8 @@ class TrainBatch:
             component which sampled. `None` otherwise.
         acceptance_draw_BGC: uniform in [0, 1), independent of the completions, where the objective rejects at random.
         mix_share_B: in [0, 1], the share of the importance weight, where the objective mixes it with 1.
+        beta_B: weight of the KL to the reference, where the objective divides rewards by it. It is data, so that a
+            schedule compiles nothing.
         token_signal_BGC: A_t of a value-based estimator, no gradient; replaces `signal_BG`.
             `None` where the signal is one for the whole completion.
     """
@@ -301,6 +303,7 @@ class TrainBatch:
     nested_logprob_BGC: Float[Array, "B G C"] | None = None
     acceptance_draw_BGC: Float[Array, "B G C"] | None = None
     mix_share_B: Float[Array, " B"] | None = None
+    beta_B: Float[Array, " B"] | None = None
     token_signal_BGC: Float[Array, "B G C"] | None = None
 
     @property

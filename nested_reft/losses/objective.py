@@ -8,6 +8,7 @@ objectives, so micro-batches, rematerialisation, shared prompts and adapters com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +36,8 @@ class Needs:
         may_reject: whether the loss may give all tokens the weight 0. Such an update is left out.
         acceptance_draw: random numbers by which samples are accepted, `acceptance_draw_BGC`.
         mix_share: the share of the importance weight, `mix_share_B`.
+        beta: gives `beta_B` from the number of batches that were learnt from before; None where there is none.
+        reference_reset_every: after how many of them the policy becomes the reference; None for never.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -47,6 +50,8 @@ class Needs:
     may_reject: bool = False
     acceptance_draw: bool = False
     mix_share: bool = False
+    beta: Callable[[int], float] | None = None
+    reference_reset_every: int | None = None
 
 
 @struct.dataclass

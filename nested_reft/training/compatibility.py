@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 
 if TYPE_CHECKING:  # the configuration imports its rules
     from nested_reft.training.config import Config
@@ -112,6 +113,11 @@ def baseline_needs_a_group(config: Config) -> None:
     """A baseline is made from the other completions of a prompt, for the loss as for the curriculum."""
     if config.rollout.group_size > 1:
         return
+    if isinstance(config.loss, TrajectoryBalanceConfig):
+        raise ValueError(
+            "loss.kind is 'trajectory_balance' and rollout.group_size 1: the normaliser of a prompt is estimated from"
+            " its completions, and with one (K = 1) the loss is always zero. Set group_size 2 or more"
+        )
     advantages = {}
     if isinstance(config.loss, PolicyGradientConfig):
         advantages["loss.advantage"] = config.loss.advantage

@@ -127,10 +127,10 @@ class Learner:
 
         Args:
             with_reference: also the reference, if there is one: after a phase that trains, it is no longer
-                what the configuration starts from.
+                what the configuration starts from. Nor is it where it is reset, so there it always comes.
         """
         arrays = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
-        if with_reference and self.reference is not None:
+        if self.reference is not None and (with_reference or self.needs.reference_reset_every):
             arrays["reference"] = self.reference
         bridges = self.base.with_parameters(self.state.trainable).bridges
         if bridges is not None:
@@ -233,6 +233,11 @@ class Learner:
         """Updates that the parameters have seen in this phase."""
         return int(self.state.updates)
 
+    @property
+    def batches(self) -> int:
+        """Batches that changed the parameters in this phase."""
+        return self.version // self.task.updates_per_batch
+
     def behavior_policy(self) -> Policy:
         """What samples: the trained policy, or its copy in fewer bits, made once per update."""
         if self._weights == "target":
@@ -280,6 +285,7 @@ class Learner:
             full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
             acceptance_draw_BGC=self._draw(acceptance, rollouts.tokens_BGC.shape, size),
             mix_share_B=jnp.full(len(groups), mix_share) if self.needs.mix_share else None,
+            beta_B=None if self.needs.beta is None else jnp.full(len(groups), self.needs.beta(self.batches)),
         )
         # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
         arrays = shard_batch(arrays, self.mesh)
@@ -314,6 +320,8 @@ class Learner:
         arrays = batch.arrays
         # A gradient of zero would still move the parameters, by the momentum of earlier updates.
         teaches_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
+        # Where the signal is NaN there is no reward to learn from.
+        teaches_BG &= ~jnp.isnan(arrays.signal_BG)
         if self.needs.signal_is_weight:
             teaches_BG &= arrays.signal_BG != 0
         if not bool(np.any(np.asarray(teaches_BG))):
@@ -325,6 +333,9 @@ class Learner:
                 state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
                 self.state, self._rounded = state, None
             passes.append(jax.device_get(result))
+        every = self.needs.reference_reset_every
+        if every and self.batches % every == 0:
+            self.keep_reference()
         first, last = passes[0], passes[-1]
         return Update(
             empty=all(bool(result.rejected) for result in passes),

@@ -9,6 +9,7 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
@@ -23,6 +24,7 @@ from tests.training.runs import MOVING, nano
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
 UNBIASED = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", 8)
 BASE = dataclasses.replace(UNBIASED, level="token", clip_low=0.2)
+BALANCE = TrajectoryBalanceConfig(beta=0.1)
 MIXED = dataclasses.replace(UNBIASED, bias_mitigation="interpolated")
 RETRACE = dataclasses.replace(UNBIASED, bias_mitigation="retrace", level="token")
 PRACTICAL = dataclasses.replace(BASE, bias_mitigation="practical")
@@ -89,6 +91,10 @@ REFUSED = {
         (
             {"rollout__group_size": 1, "loss": MOVING},
             r"loss.advantage is 'leave_one_out' and rollout.group_size 1: .* or use advantage 'no_baseline'",
+        ),
+        (
+            {"rollout__group_size": 1, "loss": BALANCE},
+            r"loss.kind is 'trajectory_balance' and rollout.group_size 1: .*\(K = 1\).* Set group_size 2 or more",
         ),
     ],
     "dynamic_sampling_needs_a_group": [
@@ -188,7 +194,8 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         {"rollout__group_size": 1, "loss": SupervisedConfig()},  # it has no baseline
         *(
             {"loss": loss, "rollout__sampling": sampling}
-            for loss in (SupervisedConfig(), PRACTICAL, ONE)  # no weight of theirs reads the behavior policy
+            # No weight of theirs reads the behavior policy.
+            for loss in (SupervisedConfig(), PRACTICAL, ONE, BALANCE)
             for sampling in TRUNCATED
         ),
         {"loss": UNBIASED},
