@@ -24,7 +24,7 @@ class Needs:
 
     Attributes:
         logprobs: fields of `TrainBatch` that the learner has to score before the first update.
-        mixture_density: also the probability of the full model in each group, `full_share_B`.
+        mixture_density: also the probability of the full model in each group, `full_share_BG`.
         entropy_gradient: gradients through the entropy, which cost a second array over the vocabulary.
         self_distillation: a nested pass, and the divergence of its distributions from the full ones.
         off_policy: whether completions were sampled by a behavior policy. Demonstrations were not, so

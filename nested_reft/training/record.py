@@ -24,6 +24,7 @@ from nested_reft.losses.registry import ObjectiveConfig
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, unmet_budget
 from nested_reft.plan_price import Price
+from nested_reft.replay_store import StoreSummary
 from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
@@ -40,7 +41,7 @@ class Metric:
 
     Attributes:
         name: as in `metrics.jsonl`; `{source}` and `{part}` stand for a name of the run's own, `{reject_by}` for one of
-            the ways to judge samples.
+            the ways to judge samples, `{reason}` for why a completion is not kept.
         unit: of its values; empty for counts and words.
         meaning: in words.
     """
@@ -70,6 +71,14 @@ METRICS = (
     Metric("trained_groups", "groups", "mixed groups that the update trained on (dynamic sampling)"),
     Metric("shortfall", "", "in words, that dynamic sampling found too few mixed groups"),
     Metric("sources", "prompts", "prompts drawn from each training source, in their order"),
+    Metric("staleness_mean", "versions", "mean number of versions that a trained completion was behind (replay)"),
+    Metric("staleness_max", "versions", "the largest"),
+    Metric("replay/recent", "share", "trained completions that the present version sampled"),
+    Metric("replay/completions", "completions", "kept for replay, after the step's own came in"),
+    Metric("replay/prompts", "prompts", "that they belong to"),
+    Metric("replay/age", "versions", "mean number of versions that a kept completion is behind"),
+    Metric("replay/reward", "reward", "mean of the kept completions"),
+    Metric("turned_away/{reason}", "completions", "not kept or taken out since the run began, for one reason"),
     Metric("rollout_seconds", "seconds", "time of sampling, without scoring"),
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
@@ -143,6 +152,8 @@ class StepRecord:
         price: what the plan costs, at the least.
         found: everything that was generated, trained on or not.
         groups: what the update trained on.
+        version: of the policy that it trained, before it did.
+        stored: what is kept for replay; None without it.
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
@@ -158,6 +169,8 @@ class StepRecord:
     price: Price
     found: tuple[Scored, ...]
     groups: Scored
+    version: int
+    stored: StoreSummary | None
     update: Update
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
@@ -250,6 +263,7 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         **_update_metrics(record, config),
         **_nesting_metrics(record),
         **_generation_metrics(record, config, len(source_names)),
+        **_replay_metrics(record),
         **_curriculum_metrics(record, config, source_names),
         **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
         "step_seconds": record.seconds,
@@ -275,7 +289,6 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
     mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
     lines = []
     for b in range(min(LOGGED_PROMPTS, len(groups))):
-        skipped = left_out(np.asarray(rollouts.part_BL[b]))
         lines += [
             {
                 "prompt": groups.prompts.texts[b],
@@ -286,7 +299,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
                 # A mixture draws some completions of the group from the full model.
-                "skipped_layers": skipped if rollouts.nested_BG[b, g] else [],
+                "skipped_layers": left_out(np.asarray(rollouts.part_BGL[b, g])) if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),
             }
             for g in range(rollouts.length_BG.shape[1])
@@ -329,7 +342,7 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
 
 
 def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
-    part_L = record.plan.host_parts(record.groups.rollouts.part_BL.shape[1])
+    part_L = record.plan.host_parts(record.groups.rollouts.part_BGL.shape[-1])
     found: dict[str, Any] = {"skipped_layers": left_out(part_L)} | replaced_layers(part_L)
     found["plan_price"] = record.price.share_of_full
     # The reason is empty where nothing controls the nesting.
@@ -372,6 +385,23 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
         accepted = sum(scored.stats.drafts_accepted for scored in record.found if scored.stats is not None)
         values |= {"draft_length": config.rollout.draft_length, "draft_acceptance": accepted / tested}
     return values
+
+
+def _replay_metrics(record: StepRecord) -> dict[str, Any]:
+    """How old the trained groups are, and what there is to draw from."""
+    if record.stored is None:
+        return {}
+    behind_BG = record.version - record.groups.rollouts.version_BG
+    return {
+        "staleness_mean": float(behind_BG.mean()),
+        "staleness_max": int(behind_BG.max()),
+        "replay/recent": float((behind_BG == 0).mean()),
+        "replay/completions": record.stored.completions,
+        "replay/prompts": record.stored.prompts,
+        "replay/age": record.stored.age,
+        "replay/reward": record.stored.reward,
+        **{f"turned_away/{reason}": count for reason, count in record.stored.turned_away.items()},
+    }
 
 
 def _curriculum_metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:

@@ -336,7 +336,7 @@ def gradients_of_rows(
         counted_BG=jnp.ones(length_RG.shape, bool),
         signal_BG=group_advantages(reward_RG, jnp.ones(reward_RG.shape, bool), loss.advantage),
         behavior_logprob_BGC=behavior_RGC,
-        full_share_B=jnp.full(num_groups, ALPHA),
+        full_share_BG=jnp.full(length_RG.shape, ALPHA),
         old_logprob_BGC=old_RGC,
         reference_logprob_BGC=reference_RGC,
         nested_logprob_BGC=nested_RGC,

@@ -106,7 +106,7 @@ def batch_of(objective: str) -> TrainBatch:
         reference_logprob_BGC=near(9),
         beta_B=jnp.linspace(0.2, 0.8, B) if objective == "trajectory balance" else None,
         nested_logprob_BGC=near(7) if objective == "mixture" else None,
-        full_share_B=jnp.linspace(0.2, 0.8, B) if objective == "mixture" else None,
+        full_share_BG=jnp.linspace(0.2, 0.8, B * G).reshape(B, G) if objective == "mixture" else None,
     )
 
 

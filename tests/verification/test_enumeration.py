@@ -132,7 +132,7 @@ def test_group_gradients_are_those_of_the_model(model, policies, name):
         forced_BG=jnp.zeros((1, 3), jnp.int32),
         counted_BG=jnp.ones((1, 3), bool),
         behavior_logprob_BGC=nested_XYC[x, group],
-        full_share_B=jnp.array([ALPHA]),
+        full_share_BG=jnp.full((1, 3), ALPHA),
         signal_BG=group_advantages(
             jnp.asarray(completions.reward_XY[x, group]), jnp.ones((1, 3), bool), estimator.loss.advantage
         ),
