@@ -21,6 +21,7 @@ from nested_reft.evaluation import Evaluation
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, unmet_budget
 from nested_reft.plan_price import Price
@@ -225,8 +226,10 @@ class StepRecord:
         parts, threshold = self.update.parts, config.train.ess_warning
         # What a mask rejects is no matter of the weights, and it has a warning of its own.
         size = None if self.update.empty else parts.get("ess_kept", parts.get("ess_weight"))
+        # Trajectory balance aims at its optimum whoever sampled, so there the distance is no trouble.
+        is_balance = isinstance(config.loss, TrajectoryBalanceConfig)
         found = {
-            "off_policy": health_warning(self.update.health, size, threshold),
+            "off_policy": None if is_balance else health_warning(self.update.health, size, threshold),
             "budget": unmet_budget(self.nesting, config.nesting_control),
             "rejected": self._few_accepted(config.loss, threshold),
         }
