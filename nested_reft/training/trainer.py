@@ -157,7 +157,7 @@ class Trainer:
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
-        version, supply = state.learner.version, self.supply
+        version, supply = state.learner.version, group_supply(config)
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.
         plan = state.draw_plan(keys.plan, config.nesting)
         state.buffer = supply.without_stale(state.buffer, version)
@@ -218,7 +218,6 @@ class Trainer:
         self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.decode_step = decode_step(setup)
-        self.supply = group_supply(config)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
         self.state = initial_run_state(setup)
         last = Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
