@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, Int8
 
 
 class Part(IntEnum):
-    """What a plan does with a layer; the numbers are what `Rollouts.part_BL` holds."""
+    """What a plan does with a layer; the numbers are what `Rollouts.part_BGL` holds."""
 
     SKIP = 0
     """The residual stream passes the layer by. After a bridge: the bridge may span this layer too."""

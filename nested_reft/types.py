@@ -29,6 +29,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+_SCORED_COMPLETION_FIELDS = ("reward_BG", "accuracy_BG", "scored_BG")
 _OF_THE_BATCH = {"of_the_batch": True}  # marks the one field that has no entry per group
 
 
@@ -100,10 +101,13 @@ class Rollouts:
             token was drawn from (temperature applied); zero at forced tokens and after the end.
         nested_BG: True where the nested policy drew the completion, False where the full model did
             (defensive mixture, exact rollouts).
-        full_share_B: probability with which a completion of the group was drawn from the full model:
+        full_share_BG: probability with which the completion was to be drawn from the full model:
             0 for nested rollouts, alpha for a defensive mixture, 1 for exact rollouts.
-        part_BL: what the group's nested policy runs of each layer, as a `Part`; with exact rollouts, what drafted.
-        version_B: number of updates that the sampled weights had seen in their phase.
+        part_BGL: what its nested policy runs of each layer, as a `Part`, also where the full model drew it; with
+            exact rollouts, what drafted.
+        version_BG: number of updates that the sampled weights had seen in their phase.
+
+    The last three are equal within a group that was searched at once. Replay joins completions of several.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -115,9 +119,9 @@ class Rollouts:
     counted_BG: Bool[Array, "B G"]
     behavior_logprob_BGC: Float[Array, "B G C"]
     nested_BG: Bool[Array, "B G"]
-    full_share_B: Float[Array, " B"]
-    part_BL: Int8[Array, "B L"]
-    version_B: Int[Array, " B"]
+    full_share_BG: Float[Array, "B G"]
+    part_BGL: Int8[Array, "B G L"]
+    version_BG: Int[Array, "B G"]
 
 
 def completion_fields() -> tuple[str, ...]:
@@ -228,6 +232,38 @@ def concat(batches: Sequence[Groups]) -> Groups:
     return _by_field(_joined, *batches)
 
 
+def over_completions(combine: Callable[..., Any], first: Scored, *others: Scored) -> Scored:
+    """The groups of `first` with other completions: every field that has one value per completion is combined.
+
+    Args:
+        combine: takes that field of each value, as an array `[B, G, ...]`, and gives the new one.
+        first: its prompts stay.
+        others: of the same prompts.
+    """
+    values = (first, *others)
+
+    def combined(of: Callable[[Scored], Any]) -> Any:
+        return combine(*(np.asarray(of(value)) for value in values))
+
+    texts_BG = combine(*(_text_array(value.texts) for value in values))
+    rollouts = {name: combined(lambda value, name=name: getattr(value.rollouts, name)) for name in completion_fields()}
+    return dataclasses.replace(
+        first,
+        rollouts=dataclasses.replace(first.rollouts, **rollouts),
+        texts=tuple(tuple(group) for group in texts_BG),
+        parts={name: combined(lambda value, name=name: value.parts[name]) for name in first.parts},
+        stats=None,
+        **{name: combined(lambda value, name=name: getattr(value, name)) for name in _SCORED_COMPLETION_FIELDS},
+    )
+
+
+def _text_array(texts: tuple[tuple[str, ...], ...]) -> np.ndarray:
+    # A plain conversion would make an array of fixed-width characters, as wide as the longest text.
+    array_BG = np.empty((len(texts), len(texts[0])), object)
+    array_BG[:] = texts
+    return array_BG
+
+
 def _by_field(combine: Callable[..., Any], first: Any, *others: Any) -> Any:
     """`combine` applied to the leaves of equal values: dataclasses and dictionaries are gone through by name."""
     # A dataclass that is missing in some of the values is a leaf, for which `combine` has the message.
@@ -276,7 +312,7 @@ class TrainBatch:
         signal_BG: what the objective learns from: an advantage A(y), a reward that becomes one within the loss, or the
             weight of a demonstration; no gradient.
         behavior_logprob_BGC: as in `Rollouts`; `None` for demonstrations, which no policy sampled.
-        full_share_B: as in `Rollouts`, where the objective weighs by the density of a mixture.
+        full_share_BG: as in `Rollouts`, where the objective weighs by the density of a mixture.
         old_logprob_BGC: log pi_{theta_old} of the full model just before the batch's first update. `None` when one
             update follows one rollout: then theta_old = theta and the update's own pass gives it.
         reference_logprob_BGC: log pi_ref, or `None` without a KL penalty.
@@ -285,6 +321,8 @@ class TrainBatch:
             component which sampled. `None` otherwise.
         acceptance_draw_BGC: uniform in [0, 1), independent of the completions, where the objective rejects at random.
         mix_share_B: in [0, 1], the share of the importance weight, where the objective mixes it with 1.
+        beta_B: weight of the KL to the reference, where the objective divides rewards by it. It is data, so that a
+            schedule compiles nothing.
         token_signal_BGC: A_t of a value-based estimator, no gradient; replaces `signal_BG`.
             `None` where the signal is one for the whole completion.
         old_value_BGC: V_t of the critic before the batch's first update; `None` without a critic.
@@ -299,12 +337,13 @@ class TrainBatch:
     counted_BG: Bool[Array, "B G"]
     signal_BG: Float[Array, "B G"]
     behavior_logprob_BGC: Float[Array, "B G C"] | None = None
-    full_share_B: Float[Array, " B"] | None = None
+    full_share_BG: Float[Array, "B G"] | None = None
     old_logprob_BGC: Float[Array, "B G C"] | None = None
     reference_logprob_BGC: Float[Array, "B G C"] | None = None
     nested_logprob_BGC: Float[Array, "B G C"] | None = None
     acceptance_draw_BGC: Float[Array, "B G C"] | None = None
     mix_share_B: Float[Array, " B"] | None = None
+    beta_B: Float[Array, " B"] | None = None
     token_signal_BGC: Float[Array, "B G C"] | None = None
     old_value_BGC: Float[Array, "B G C"] | None = None
     return_BGC: Float[Array, "B G C"] | None = None

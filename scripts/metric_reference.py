@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nested_reft.replay_store import REASONS
 from nested_reft.training.record import METRICS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
@@ -21,7 +22,8 @@ def reference() -> str:
             "",
             "Each training step appends one line to `metrics.jsonl` in the run directory."
             " This page lists every name that can stand in it."
-            " `{source}` and `{part}` stand for a name of the run's own, `{reject_by}` for a value of `loss.reject_by`."
+            " `{source}` and `{part}` stand for a name of the run's own, `{reject_by}` for a value of `loss.reject_by`,"
+            " `{reason}` for why a completion is not kept for replay: " + ", ".join(REASONS) + "."
             " A step leaves out what it did not measure.",
             "",
             "| name | unit | meaning |",

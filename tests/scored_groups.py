@@ -22,9 +22,9 @@ def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None, counted_BG=None
         counted_BG=np.ones(shape, bool) if counted_BG is None else np.array(counted_BG),
         behavior_logprob_BGC=np.broadcast_to(np.float32(-0.1) * number_B[:, None, None], (*shape, TOKENS)),
         nested_BG=np.ones(shape, bool),
-        full_share_B=np.zeros(shape[0], np.float32),
-        part_BL=np.ones((shape[0], 2), np.int8),
-        version_B=number_B,
+        full_share_BG=np.zeros(shape, np.float32),
+        part_BGL=np.ones((*shape, 2), np.int8),
+        version_BG=np.broadcast_to(number_B[:, None], shape),
     )
     names = tuple(str(number) for number in number_B)
     return Scored(

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = {"torch", "tensorflow", "reasoning_gym", "matplotlib", "transformers", "tensorflow_datasets", "math_verify"}
 
 RULES = {
-    "estimators", "losses", "curriculum", "replay", "dataset_reset", "kl_control", "mix_control", "nesting_control",
+    "estimators", "losses", "curriculum", "replay", "replay_store", "dataset_reset", "kl_control", "mix_control",
+    "nesting_control",
     "rewards", "data",
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.

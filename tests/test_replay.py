@@ -59,7 +59,7 @@ def test_the_first_mixed_groups_in_order_make_the_batch():
     assert chosen.prompts.tokens_BP[:, 0].tolist() == [1, 3]
     assert chosen.prompts.source_B.tolist() == [1, 1]
     assert chosen.rollouts.tokens_BGC[:, 0, 0].tolist() == [1, 3]
-    assert chosen.rollouts.version_B.tolist() == [1, 3]
+    assert chosen.rollouts.version_BG[:, 0].tolist() == [1, 3]
     assert np.allclose(chosen.rollouts.behavior_logprob_BGC[:, 0, 0], [-0.1, -0.3])
     assert chosen.accuracy_BG.tolist() == chosen.parts["accuracy"].tolist() == [MIXED, MIXED]
     assert chosen.texts == (("1",) * GROUP, ("3",) * GROUP)

@@ -72,9 +72,9 @@ def rollouts(numbers: Numbers) -> Rollouts:
         counted_BG=numbers.coin(B, G),
         behavior_logprob_BGC=numbers.array(B, G, C, dtype=np.float32),
         nested_BG=numbers.coin(B, G),
-        full_share_B=numbers.array(B, dtype=np.float32),
-        part_BL=numbers.coin(B, L).astype(np.int8),
-        version_B=numbers.array(B),
+        full_share_BG=numbers.array(B, G, dtype=np.float32),
+        part_BGL=numbers.coin(B, G, L).astype(np.int8),
+        version_BG=numbers.array(B, G),
     )
 
 
@@ -215,7 +215,8 @@ def test_sums_add_up_before_they_are_divided():
 def test_completion_fields_are_those_with_a_value_for_each_completion():
     """A mixture takes them from the component that drew each completion; a new field must not be forgotten there."""
     assert set(completion_fields()) == {
-        "tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC", "nested_BG"
+        "tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC", "nested_BG",
+        "full_share_BG", "part_BGL", "version_BG",
     }  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def mixture_log_weight(
     full_logprob_BGC: Float[Array, "B G C"],
     nested_logprob_BGC: Float[Array, "B G C"],
     mask_BGC: Bool[Array, "B G C"],
-    alpha_B: Float[Array, " B"],
+    alpha_BG: Float[Array, "B G"],
 ) -> Float[Array, "B G C"]:
     """log of the balance-heuristic weight of a defensive mixture.
 
@@ -147,7 +147,7 @@ def mixture_log_weight(
         full_logprob_BGC, nested_logprob_BGC: log-probabilities of every completion under both
             components, full and nested model at rollout time.
         mask_BGC: the tokens that were drawn (not forced).
-        alpha_B: in [0, 1], probability of the full model in each group; at 0 the weight is `base`'s.
+        alpha_BG: in [0, 1], probability of the full model; at 0 the weight is `base`'s.
 
     Returns:
         log w in nats, the same for all tokens of a completion.
@@ -160,9 +160,9 @@ def mixture_log_weight(
     # log-probability of a long completion is in the hundreds.
     target_over_full_BG1 = completion_log_ratio(target_logprob_BGC, full_logprob_BGC)
     nested_over_full_BG1 = completion_log_ratio(nested_logprob_BGC, full_logprob_BGC)
-    alpha_B11 = alpha_B[:, None, None]
+    alpha_BG1 = alpha_BG[..., None]
     # log(alpha + (1 - alpha) pi_nested / pi_full), without leaving the logs.
-    mixture_over_full_BG1 = jnp.logaddexp(jnp.log(alpha_B11), jnp.log1p(-alpha_B11) + nested_over_full_BG1)
+    mixture_over_full_BG1 = jnp.logaddexp(jnp.log(alpha_BG1), jnp.log1p(-alpha_BG1) + nested_over_full_BG1)
     return jnp.broadcast_to(target_over_full_BG1 - mixture_over_full_BG1, target_logprob_BGC.shape)
 
 

@@ -8,6 +8,7 @@ objectives, so micro-batches, rematerialisation, shared prompts and adapters com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ class Needs:
 
     Attributes:
         logprobs: fields of `TrainBatch` that the learner has to score before the first update.
-        mixture_density: also the probability of the full model in each group, `full_share_B`.
+        mixture_density: also the probability of the full model in each group, `full_share_BG`.
         entropy_gradient: gradients through the entropy, which cost a second array over the vocabulary.
         self_distillation: a nested pass, and the divergence of its distributions from the full ones.
         off_policy: whether completions were sampled by a behavior policy. Demonstrations were not, so
@@ -37,6 +38,8 @@ class Needs:
         mix_share: the share of the importance weight, `mix_share_B`.
         values: a value of each token's state, of the model's own head; the learner scores it before the first update,
             `old_value_BGC`, together with log pi_old, and asks `TokenSignals` for the signals of tokens.
+        beta: gives `beta_B` from the number of batches that were learnt from before; None where there is none.
+        reference_reset_every: after how many of them the policy becomes the reference; None for never.
     """
 
     logprobs: tuple[str, ...] = ()
@@ -50,6 +53,8 @@ class Needs:
     acceptance_draw: bool = False
     mix_share: bool = False
     values: bool = False
+    beta: Callable[[int], float] | None = None
+    reference_reset_every: int | None = None
 
 
 @struct.dataclass

@@ -340,9 +340,9 @@ def batch_log_weight(
     # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
     old_logprob_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
     if config.bias_mitigation == "mixture":
-        assert batch.nested_logprob_BGC is not None and batch.full_share_B is not None
+        assert batch.nested_logprob_BGC is not None and batch.full_share_BG is not None
         return mixture_log_weight(
-            target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, batch.full_share_B
+            target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, batch.full_share_BG
         )
     # `practical` ignores the nesting, while the other variants divide by the policy that sampled.
     denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
@@ -493,8 +493,8 @@ def _check_inputs(
             raise ValueError(
                 "bias_mitigation 'mixture' needs batch.nested_logprob_BGC: score every completion under the plan"
             )
-        if batch.full_share_B is None:
-            raise ValueError("bias_mitigation 'mixture' needs batch.full_share_B: the full model's probability")
+        if batch.full_share_BG is None:
+            raise ValueError("bias_mitigation 'mixture' needs batch.full_share_BG: the full model's probability")
     reads_behavior = config.bias_mitigation in ("base", "retrace", "interpolated") or config.reject_by
     if batch.behavior_logprob_BGC is None and reads_behavior:
         name = "reject_by" if config.reject_by else "bias_mitigation"

@@ -13,13 +13,15 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.objective import Objective
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.supervised import Supervised, SupervisedConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalance, TrajectoryBalanceConfig
 
-ObjectiveConfig = PolicyGradientConfig | SupervisedConfig
+ObjectiveConfig = PolicyGradientConfig | SupervisedConfig | TrajectoryBalanceConfig
 
 _OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Any], Objective]] = {
     PolicyGradientConfig: PolicyGradient,
     # A rollout is not a demonstration until it is found right, so `demonstrations` stays False here.
     SupervisedConfig: lambda config: Supervised(),
+    TrajectoryBalanceConfig: TrajectoryBalance,
 }
 
 OBJECTIVE_CONFIGS: dict[str, type[ObjectiveConfig]] = {config.kind: config for config in get_args(ObjectiveConfig)}

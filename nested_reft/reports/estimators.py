@@ -244,7 +244,7 @@ def _comparable(results: Sequence[Result]) -> list[Result]:
 
 def _has_same_truth(result: Result) -> bool:
     """Whether it estimates the plain gradient, completion by completion: a penalty or another divisor changes that."""
-    return result["group"] != "divisors and penalties"
+    return result["group"] not in ("divisors and penalties", "trajectory balance")
 
 
 def _bias(result: Result) -> float:

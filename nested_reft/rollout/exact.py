@@ -137,9 +137,9 @@ def generate_exact(
         behavior_logprob_BGC=state.logprob_BGC,
         # The nested policy only drafted; what came out is the full model's.
         nested_BG=jnp.zeros(rows, bool),
-        full_share_B=jnp.ones(rows[0]),
-        part_BL=jnp.broadcast_to(plan.to_parts(num_layers), (rows[0], num_layers)),
-        version_B=jnp.full(rows[0], policy_version, jnp.int32),
+        full_share_BG=jnp.ones(rows),
+        part_BGL=jnp.broadcast_to(plan.to_parts(num_layers), (*rows, num_layers)),
+        version_BG=jnp.full(rows, policy_version, jnp.int32),
     )
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
 

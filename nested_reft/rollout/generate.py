@@ -98,9 +98,9 @@ def generate(
         counted_BG=jnp.ones(shape, bool),
         behavior_logprob_BGC=logprob_BGC,
         nested_BG=jnp.ones(shape, bool),
-        full_share_B=jnp.zeros(shape[0]),
-        part_BL=jnp.broadcast_to(plan.to_parts(model.config.num_layers), (shape[0], model.config.num_layers)),
-        version_B=jnp.full(shape[0], policy_version, jnp.int32),
+        full_share_BG=jnp.zeros(shape),
+        part_BGL=jnp.broadcast_to(plan.to_parts(model.config.num_layers), (*shape, model.config.num_layers)),
+        version_BG=jnp.full(shape, policy_version, jnp.int32),
     )
 
 

@@ -45,7 +45,7 @@ def mixture_rollouts(
 
     Returns:
         Rollouts whose `behavior_logprob_BGC` is that of the component that drew each completion,
-        and whose `part_BL` is the nested plan.
+        and whose `part_BGL` is the nested plan.
     """
     component_key, full_key, nested_key = jax.random.split(key, 3)
     from_full_BG = np.asarray(jax.random.bernoulli(component_key, alpha, (num_prompts, group_size)))
@@ -80,10 +80,11 @@ def mixture_rollouts(
         name: choose(getattr(full or either, name), getattr(nested or either, name)) for name in completion_fields()
     }
     return dataclasses.replace(
-        either,
-        full_share_B=jnp.full(num_prompts, alpha, jnp.float32),
-        part_BL=jnp.broadcast_to(plan.to_parts(num_layers), (num_prompts, num_layers)),
-        **(per_completion | {"nested_BG": ~jnp.asarray(from_full_BG)}),
+        dataclasses.replace(either, **per_completion),
+        nested_BG=~jnp.asarray(from_full_BG),
+        # Every completion is weighed by the density of both components, whichever drew it.
+        full_share_BG=jnp.full((num_prompts, group_size), alpha, jnp.float32),
+        part_BGL=jnp.broadcast_to(plan.to_parts(num_layers), (num_prompts, group_size, num_layers)),
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.registry import make_objective
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 
 if TYPE_CHECKING:  # the configuration imports its rules
     from nested_reft.training.config import Config
@@ -123,6 +125,11 @@ def baseline_needs_a_group(config: Config) -> None:
     """A baseline is made from the other completions of a prompt, for the loss as for the curriculum."""
     if config.rollout.group_size > 1:
         return
+    if isinstance(config.loss, TrajectoryBalanceConfig):
+        raise ValueError(
+            "loss.kind is 'trajectory_balance' and rollout.group_size 1: the normaliser of a prompt is estimated from"
+            " its completions, and with one (K = 1) the loss is always zero. Set group_size 2 or more"
+        )
     advantages = {}
     if isinstance(config.loss, PolicyGradientConfig):
         advantages["loss.advantage"] = config.loss.advantage
@@ -144,6 +151,50 @@ def dynamic_sampling_needs_a_group(config: Config) -> None:
             f"dynamic_sampling.max_generation_batches is {config.dynamic_sampling.max_generation_batches} and"
             " rollout.group_size 1: no group of one has right and wrong completions. Raise the group size, or set"
             " max_generation_batches 1"
+        )
+
+
+def replay_needs_weights_for_old_completions(config: Config) -> None:
+    """What is replayed was sampled by an earlier version."""
+    if config.replay.is_on and make_objective(config.loss).needs(config.train.updates_per_batch).fresh_rollouts:
+        raise ValueError(
+            f"replay.capacity is {config.replay.capacity} and loss.bias_mitigation"
+            f" '{getattr(config.loss, 'bias_mitigation', None)}', which takes the present policy for the one that"
+            " sampled: use bias_mitigation 'base' or 'retrace', loss.kind 'trajectory_balance', or replay.capacity 0"
+        )
+
+
+def replay_holds_a_batch(config: Config) -> None:
+    """What a step finds must fit, or the store would never hold all of it."""
+    replay, batch = config.replay, config.data.prompts_per_batch * config.rollout.group_size
+    if replay.is_on and replay.capacity < batch:
+        raise ValueError(
+            f"replay.capacity is {replay.capacity}; allowed is 0 (off) or at least the completions of a batch,"
+            f" data.prompts_per_batch * rollout.group_size, which are {batch}"
+        )
+    longest = config.rollout.max_completion_tokens
+    if replay.maximum_tokens is not None and replay.maximum_tokens >= longest:
+        raise ValueError(
+            f"replay.maximum_tokens is {replay.maximum_tokens}, which no completion exceeds; allowed is less than"
+            f" rollout.max_completion_tokens, which is {longest}, or None"
+        )
+
+
+def replay_chooses_alone(config: Config) -> None:
+    """A store admits completions one by one, and its groups are of several depths and ages."""
+    if not config.replay.is_on:
+        return
+    if config.dynamic_sampling.filters_groups:
+        raise ValueError(
+            f"replay.capacity is {config.replay.capacity} and dynamic_sampling.max_generation_batches"
+            f" {config.dynamic_sampling.max_generation_batches}: both decide what is trained on. Set"
+            " max_generation_batches 1 or replay.capacity 0"
+        )
+    if config.nesting_control.hold is not None:
+        raise ValueError(
+            f"replay.capacity is {config.replay.capacity} and nesting_control.hold '{config.nesting_control.hold}': the"
+            " age of replayed completions would count as divergence of the nested policy. Use replay.capacity 0, or no"
+            " nesting_control"
         )
 
 
@@ -207,6 +258,9 @@ RULES: tuple[Callable[[Config], None], ...] = (
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     dynamic_sampling_needs_a_group,
+    replay_needs_weights_for_old_completions,
+    replay_holds_a_batch,
+    replay_chooses_alone,
     ratios_need_full_support,
     static_weights_name_every_source,
     static_weights_need_undivided_sources,

@@ -27,6 +27,7 @@ from nested_reft.models.registry import known_models
 from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.sharding import MeshConfig
@@ -109,6 +110,7 @@ class Config:
     reset: ResetConfig = field(default_factory=ResetConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

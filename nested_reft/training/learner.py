@@ -132,10 +132,10 @@ class Learner:
 
         Args:
             with_reference: also the reference, if there is one: after a phase that trains, it is no longer
-                what the configuration starts from.
+                what the configuration starts from. Nor is it where it is reset, so there it always comes.
         """
         arrays = {f.name: getattr(self.state, f.name) for f in dataclasses.fields(self.state)}
-        if with_reference and self.reference is not None:
+        if self.reference is not None and (with_reference or self.needs.reference_reset_every):
             arrays["reference"] = self.reference
         bridges = self.base.with_parameters(self.state.trainable).bridges
         if bridges is not None:
@@ -238,6 +238,11 @@ class Learner:
         """Updates that the parameters have seen in this phase."""
         return int(self.state.updates)
 
+    @property
+    def batches(self) -> int:
+        """Batches that changed the parameters in this phase."""
+        return self.version // self.task.updates_per_batch
+
     def behavior_policy(self) -> Policy:
         """What samples: the trained policy, or its copy in fewer bits, made once per update."""
         if self._weights == "target":
@@ -272,7 +277,7 @@ class Learner:
             ValueError: a group is of an earlier version, and the objective needs the full model of that version.
         """
         rollouts, objective = groups.rollouts, self.task.objective
-        stale_B = np.asarray(rollouts.version_B) != self.version
+        stale_B = (np.asarray(rollouts.version_BG) != self.version).any(axis=1)
         if self.needs.fresh_rollouts and stale_B.any():
             raise ValueError(
                 f"{int(stale_B.sum())} of {len(groups)} groups were drawn by an earlier version than {self.version};"
@@ -289,16 +294,17 @@ class Learner:
             counted_BG=rollouts.counted_BG,
             signal_BG=objective.signal(groups),
             behavior_logprob_BGC=rollouts.behavior_logprob_BGC[..., :size] if self.needs.off_policy else None,
-            full_share_B=rollouts.full_share_B if self.needs.mixture_density else None,
+            full_share_BG=rollouts.full_share_BG if self.needs.mixture_density else None,
             acceptance_draw_BGC=self._draw(acceptance, rollouts.tokens_BGC.shape, size),
             mix_share_B=jnp.full(len(groups), mix_share) if self.needs.mix_share else None,
+            beta_B=None if self.needs.beta is None else jnp.full(len(groups), self.needs.beta(self.batches)),
         )
         # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
         arrays = shard_batch(arrays, self.mesh)
         # Each score costs a forward pass of the whole batch, so only those that the objective names are made.
         score = {
             "old_logprob_BGC": lambda: self._score(self.state.trainable, arrays, None),
-            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.part_BL),
+            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.part_BGL),
             "reference_logprob_BGC": lambda: self._score(self._reference(), arrays, None),
         }
         arrays = dataclasses.replace(arrays, **{name: score[name]() for name in self.needs.logprobs})
@@ -311,7 +317,7 @@ class Learner:
         nested = None
         if self.needs.self_distillation:
             # One plan serves the whole batch: it only says which sub-network is taught next.
-            nested = replicate(LayerPlan.of_parts(np.asarray(rollouts.part_BL[0])), self.mesh)
+            nested = replicate(LayerPlan.of_parts(np.asarray(rollouts.part_BGL[0, 0])), self.mesh)
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
 
     def _draw(self, key: jax.Array | None, shape: tuple[int, ...], size: int) -> Float[Array, "B G C"] | None:
@@ -332,6 +338,8 @@ class Learner:
         arrays = batch.arrays
         # A gradient of zero would still move the parameters, by the momentum of earlier updates.
         teaches_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
+        # Where the signal is NaN there is no reward to learn from.
+        teaches_BG &= ~jnp.isnan(arrays.signal_BG)
         if self.needs.signal_is_weight:
             teaches_BG &= arrays.signal_BG != 0
         if not bool(np.any(np.asarray(teaches_BG))):
@@ -343,6 +351,9 @@ class Learner:
                 state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
                 self.state, self._rounded = state, None
             passes.append(jax.device_get(result))
+        every = self.needs.reference_reset_every
+        if every and self.batches % every == 0:
+            self.keep_reference()
         first, last = passes[0], passes[-1]
         return Update(
             empty=all(bool(result.rejected) for result in passes),
@@ -376,19 +387,20 @@ class Learner:
             arrays.prompt_BP, arrays.prompt_length_B, arrays.tokens_BGC, plan, self.task.shared_prefix
         )
 
-    def _score_under_own_plans(self, arrays: TrainBatch, part_BL: Any) -> Float[Array, "B G C"]:
-        """log pi of every completion token under the nested policy of its own group.
+    def _score_under_own_plans(self, arrays: TrainBatch, part_BGL: Any) -> Float[Array, "B G C"]:
+        """log pi of every completion token under the nested policy of its own.
 
         The whole batch runs once under each plan that occurs in it, because its shape is compiled.
         """
-        # Groups of one step share a plan, so a batch of one step takes one pass.
-        parts_ML, plan_of_group_B = np.unique(np.asarray(part_BL), axis=0, return_inverse=True)
+        # Completions of one step share a plan, so a batch of one step takes one pass.
+        part_BGL = np.asarray(part_BGL)
+        parts_ML, plan_N = np.unique(part_BGL.reshape(-1, part_BGL.shape[-1]), axis=0, return_inverse=True)
         found = None
         for index, part_L in enumerate(parts_ML):
             plan = replicate(LayerPlan.of_parts(part_L), self.mesh)
             logprob_BGC = self._score(self.state.trainable, arrays, plan)
-            is_its_B11 = jnp.asarray(plan_of_group_B.reshape(-1) == index)[:, None, None]
-            found = logprob_BGC if found is None else jnp.where(is_its_B11, logprob_BGC, found)
+            is_its_BG1 = jnp.asarray(plan_N.reshape(part_BGL.shape[:2]) == index)[..., None]
+            found = logprob_BGC if found is None else jnp.where(is_its_BG1, logprob_BGC, found)
         assert found is not None
         return found
 

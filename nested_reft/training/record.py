@@ -23,9 +23,11 @@ from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, unmet_budget
 from nested_reft.plan_price import Price
+from nested_reft.replay_store import StoreSummary
 from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
@@ -42,7 +44,7 @@ class Metric:
 
     Attributes:
         name: as in `metrics.jsonl`; `{source}` and `{part}` stand for a name of the run's own, `{reject_by}` for one of
-            the ways to judge samples.
+            the ways to judge samples, `{reason}` for why a completion is not kept.
         unit: of its values; empty for counts and words.
         meaning: in words.
     """
@@ -72,6 +74,14 @@ METRICS = (
     Metric("trained_groups", "groups", "mixed groups that the update trained on (dynamic sampling)"),
     Metric("shortfall", "", "in words, that dynamic sampling found too few mixed groups"),
     Metric("sources", "prompts", "prompts drawn from each training source, in their order"),
+    Metric("staleness_mean", "versions", "mean number of versions that a trained completion was behind (replay)"),
+    Metric("staleness_max", "versions", "the largest"),
+    Metric("replay/recent", "share", "trained completions that the present version sampled"),
+    Metric("replay/completions", "completions", "kept for replay, after the step's own came in"),
+    Metric("replay/prompts", "prompts", "that they belong to"),
+    Metric("replay/age", "versions", "mean number of versions that a kept completion is behind"),
+    Metric("replay/reward", "reward", "mean of the kept completions"),
+    Metric("turned_away/{reason}", "completions", "not kept or taken out since the run began, for one reason"),
     Metric("rollout_seconds", "seconds", "time of sampling, without scoring"),
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
@@ -109,6 +119,10 @@ METRICS = (
     Metric("bounds/{reject_by}", "", "loss.reject_below and reject_above that keep 95 %, then those that keep 99 %"),
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
+    Metric("beta", "reward/nat", "weight of the KL to the reference (trajectory balance)"),
+    Metric("log_z", "nats", "mean over groups of the estimated log Z"),
+    Metric("residual_std", "nats", "root of the mean square of a completion's residual, log Zhat + S - r / beta"),
+    Metric("reference_log_ratio", "nats/completion", "mean of S = log pi - log reference; on-policy k1's KL estimate"),
     Metric("self_distillation_kl", "nats/token", "KL(full || nested) that self-distillation minimises"),
     Metric("value_loss", "", "half the squared error of the critic's values, clipped as it was minimised"),
     Metric("value_clipped_share", "share", "tokens whose value lost its gradient to the clip"),
@@ -155,6 +169,8 @@ class StepRecord:
         price: what the plan costs, at the least.
         found: everything that was generated, trained on or not.
         groups: what the update trained on.
+        version: of the policy that it trained, before it did.
+        stored: what is kept for replay; None without it.
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
@@ -172,6 +188,8 @@ class StepRecord:
     price: Price
     found: tuple[Scored, ...]
     groups: Scored
+    version: int
+    stored: StoreSummary | None
     update: Update
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
@@ -228,8 +246,10 @@ class StepRecord:
         parts, threshold = self.update.parts, config.train.ess_warning
         # What a mask rejects is no matter of the weights, and it has a warning of its own.
         size = None if self.update.empty else parts.get("ess_kept", parts.get("ess_weight"))
+        # Trajectory balance aims at its optimum whoever sampled, so there the distance is no trouble.
+        is_balance = isinstance(config.loss, TrajectoryBalanceConfig)
         found = {
-            "off_policy": health_warning(self.update.health, size, threshold),
+            "off_policy": None if is_balance else health_warning(self.update.health, size, threshold),
             "budget": unmet_budget(self.nesting, config.nesting_control),
             "rejected": self._few_accepted(config.loss, threshold),
         }
@@ -281,6 +301,7 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         **_update_metrics(record, config),
         **_nesting_metrics(record),
         **_generation_metrics(record, config, len(source_names)),
+        **_replay_metrics(record),
         **_curriculum_metrics(record, config, source_names),
         **(dataset_reset.step_metrics(record.reset, config.reset, record.all) if config.reset.is_on else {}),
         **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
@@ -307,7 +328,6 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
     mean_weight_BG = weight_BGC.sum(axis=-1) / sampled_BG
     lines = []
     for b in range(min(LOGGED_PROMPTS, len(groups))):
-        nested_without = left_out(np.asarray(rollouts.part_BL[b]))
         lines += [
             {
                 "prompt": groups.prompts.texts[b],
@@ -319,7 +339,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "tokens": int(rollouts.length_BG[b, g]),
                 "forced_tokens": int(rollouts.forced_BG[b, g]),
                 # A mixture draws some completions of the group from the full model.
-                "left_out_layers": nested_without if rollouts.nested_BG[b, g] else [],
+                "left_out_layers": left_out(np.asarray(rollouts.part_BGL[b, g])) if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),
             }
             for g in range(rollouts.length_BG.shape[1])
@@ -364,7 +384,7 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
 
 
 def _nesting_metrics(record: StepRecord) -> dict[str, Any]:
-    part_L = record.plan.host_parts(record.groups.rollouts.part_BL.shape[1])
+    part_L = record.plan.host_parts(record.groups.rollouts.part_BGL.shape[-1])
     found: dict[str, Any] = {"left_out_layers": left_out(part_L)} | replaced_layers(part_L)
     found["plan_price"] = record.price.share_of_full
     # The reason is empty where nothing controls the nesting.
@@ -407,6 +427,23 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
         accepted = sum(scored.stats.drafts_accepted for scored in record.found if scored.stats is not None)
         values |= {"draft_length": config.rollout.draft_length, "draft_acceptance": accepted / tested}
     return values
+
+
+def _replay_metrics(record: StepRecord) -> dict[str, Any]:
+    """How old the trained groups are, and what there is to draw from."""
+    if record.stored is None:
+        return {}
+    behind_BG = record.version - record.groups.rollouts.version_BG
+    return {
+        "staleness_mean": float(behind_BG.mean()),
+        "staleness_max": int(behind_BG.max()),
+        "replay/recent": float((behind_BG == 0).mean()),
+        "replay/completions": record.stored.completions,
+        "replay/prompts": record.stored.prompts,
+        "replay/age": record.stored.age,
+        "replay/reward": record.stored.reward,
+        **{f"turned_away/{reason}": count for reason, count in record.stored.turned_away.items()},
+    }
 
 
 def _curriculum_metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:

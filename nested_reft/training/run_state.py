@@ -26,7 +26,9 @@ from nested_reft.layer_skip import PlanRule
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
+from nested_reft.replay_store import Store
 from nested_reft.training.config import Config, forbidden_changes
+from nested_reft.training.group_supply import group_supply
 from nested_reft.training.learner import Learner
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
@@ -45,7 +47,7 @@ class RunState:
         learner: parameters, optimizer state, counters and the reference.
         stream: the position in every source.
         curriculum: what it remembers of each source.
-        buffer: groups that were found and not yet trained on.
+        buffer: groups that were found and not yet trained on, or what is kept for replay.
         nesting: how deep the next batch nests.
         mix: how much of the importance weight the next batch uses.
         kl: how heavy the KL penalty on token rewards is.
@@ -72,7 +74,7 @@ class RunState:
     nesting: NestingControlState
     mix: MixControlState
     divergence_L: Float[np.ndarray, " L"]
-    buffer: Buffer = field(default_factory=Buffer)
+    buffer: Buffer | Store
     bridging: BridgeState = field(default_factory=BridgeState)
     empty_updates: int = 0
     kl: KlControlState = field(default_factory=KlControlState)
@@ -146,7 +148,7 @@ class RunState:
         self.learner.load(checkpoints.restore_some(number, self.learner.arrays(self.trained_before)))
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
-        self.buffer = Buffer.from_plain(host["buffer"])
+        self.buffer = group_supply(self.config).load(host["buffer"])
         self.nesting = NestingControlState.from_json(host["nesting"])
         self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
@@ -239,5 +241,6 @@ def initial_run_state(setup: Setup) -> RunState:
         mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
         kl=kl_control.initial_state(critic),
         divergence_L=setup.divergence_L,
+        buffer=group_supply(config).load(None),
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),
     )

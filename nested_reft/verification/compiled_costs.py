@@ -309,9 +309,10 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
         counted_BG=sharded(rows, bool, "batch"),
         signal_BG=sharded(rows, jnp.float32, "batch"),
         behavior_logprob_BGC=sharded((*rows, size), jnp.float32, "batch"),
-        full_share_B=sharded(rows[:1], jnp.float32, "batch") if task.needs.mixture_density else None,
+        full_share_BG=sharded(rows, jnp.float32, "batch") if task.needs.mixture_density else None,
         acceptance_draw_BGC=sharded((*rows, size), jnp.float32, "batch") if task.needs.acceptance_draw else None,
         mix_share_B=sharded(rows[:1], jnp.float32, "batch") if task.needs.mix_share else None,
+        beta_B=None if task.needs.beta is None else sharded(rows[:1], jnp.float32, "batch"),
         **tokens,
     )
     # This is the trainer's own update, so the figures are those of a real run.

@@ -31,7 +31,9 @@ from jaxtyping import Array, Float, Int
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.health import kish
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.policy_gradient import policy_gradient_loss
+from nested_reft.losses.objective import TargetPass
+from nested_reft.losses.registry import make_objective
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.types import TrainBatch
 from nested_reft.verification.enumerable_model import EnumeratedPolicies, Scenario, TinyModel, enumerate_policies
 from nested_reft.verification.estimator_list import ALPHA, GROUP_SIZE, Estimator, Sampling, named_estimators
@@ -164,7 +166,7 @@ def _report(
     mean_M, square, weight_sums = np.zeros(policies.jacobian_XRM.shape[-1]), 0.0, np.zeros(3)
     for z, nested_logprob_XYC in enumerate(policies.nested_logprob_ZXYC):
         probability_XYS = slot_probabilities(estimator.sampling, policies.old_logprob_XYC, nested_logprob_XYC)
-        if estimator.loss.obrs_lambda is not None:
+        if isinstance(estimator.loss, PolicyGradientConfig) and estimator.loss.obrs_lambda is not None:
             # As in the loss: with three policies the weight, and with it the acceptance, corrects the sampler alone.
             is_decoupled = estimator.loss.clip_policies == "three"
             corrected_XYC = policies.old_logprob_XYC if is_decoupled else policies.target_logprob_XYC
@@ -190,10 +192,8 @@ def _report(
             product_NR = np.einsum("nr,rs->ns", coefficient_NR, policies.gram_XRR[x])
             square += float(probability_N @ (product_NR * coefficient_NR).sum(axis=1))
             weight_sums += probability_N @ weights_ZXN3[z, x]
-    truth_M = policies.reward_gradient_M
-    if estimator.loss.reference_kl is not None:
-        # A penalty changes the objective, so the truth changes with it.
-        truth_M = truth_M - estimator.loss.reference_kl_coefficient * policies.kl_gradient_M
+    # A penalty changes the objective, so the truth changes with it.
+    truth_M = policies.reward_gradient_M - estimator.kl_coefficient * policies.kl_gradient_M
     length = float(np.linalg.norm(truth_M))
     # The projection on the truth tells an error of scale from one of direction.
     along = float(mean_M @ truth_M)
@@ -310,7 +310,7 @@ def group_gradients(
 
 
 def gradients_of_rows(
-    loss: PolicyGradientConfig,
+    loss: PolicyGradientConfig | TrajectoryBalanceConfig,
     length_RG: Int[Array, "R G"],
     reward_RG: Float[Array, "R G"],
     target_RGC: Float[Array, "R G C"],
@@ -322,14 +322,21 @@ def gradients_of_rows(
 ) -> tuple[Float[Array, "R G C"], Float[Array, "R 3"]]:
     """For each group by itself, minus the gradient of its loss, and the sums behind its weights.
 
+    Trajectory balance has the gradient of its objective times 2 / beta, which is taken off here.
+
     Args:
         loss: the production configuration.
         length_RG, reward_RG: of R groups of G completions.
         target_RGC, old_RGC, reference_RGC, nested_RGC, behavior_RGC: log-probabilities under each policy.
         draw_RG: by which completions are accepted, where the loss rejects at random.
     """
-    num_groups = len(length_RG)
-    assert loss.advantage != "gae", "a critic is no matter of enumeration"
+    num_groups, objective = len(length_RG), make_objective(loss)
+    if isinstance(loss, TrajectoryBalanceConfig):
+        signal_RG, beta, scale = reward_RG, loss.beta, loss.beta / 2
+    else:
+        assert loss.advantage != "gae", "a critic is no matter of enumeration"
+        signal_RG = group_advantages(reward_RG, jnp.ones(reward_RG.shape, bool), loss.advantage)
+        beta, scale = None, 1.0
     groups = TrainBatch(
         # The loss reads log-probabilities and lengths; prompts and tokens only have to have the right shapes.
         prompt_BP=jnp.zeros((num_groups, 1), jnp.int32),
@@ -338,24 +345,26 @@ def gradients_of_rows(
         length_BG=length_RG,
         forced_BG=jnp.zeros_like(length_RG),
         counted_BG=jnp.ones(length_RG.shape, bool),
-        signal_BG=group_advantages(reward_RG, jnp.ones(reward_RG.shape, bool), loss.advantage),
+        signal_BG=signal_RG,
         behavior_logprob_BGC=behavior_RGC,
-        full_share_B=jnp.full(num_groups, ALPHA),
+        full_share_BG=jnp.full(length_RG.shape, ALPHA),
         old_logprob_BGC=old_RGC,
         reference_logprob_BGC=reference_RGC,
         nested_logprob_BGC=nested_RGC,
         acceptance_draw_BGC=jnp.broadcast_to(draw_RG[..., None], target_RGC.shape),
-        mix_share_B=jnp.full(num_groups, 0.0 if loss.mix_share is None else loss.mix_share),
+        mix_share_B=jnp.full(num_groups, getattr(loss, "mix_share", None) or 0.0),
+        beta_B=None if beta is None else jnp.full(num_groups, beta),
     )
 
     def of_group(target_GC: Array, group: TrainBatch) -> tuple[Array, Array]:
         def mean_loss(target_BGC: Array):
-            output = policy_gradient_loss(target_BGC, jax.tree.map(lambda x: x[None], group), loss)
-            return output.mean(), output.parts
+            one = jax.tree.map(lambda x: x[None], group)
+            output = objective.loss(TargetPass(target_BGC, jnp.zeros_like(target_BGC)), one)
+            weight_BGC = output.weight_BGC
+            return output.mean(), jnp.stack([one.mask_BGC.sum(), weight_BGC.sum(), (weight_BGC**2).sum()])
 
-        gradient_BGC, parts = jax.grad(mean_loss, has_aux=True)(target_GC[None])
-        mean, square = parts["weight_mean"], parts["weight_square_mean"]
+        gradient_BGC, weights_3 = jax.grad(mean_loss, has_aux=True)(target_GC[None])
         # The loss is minimised and J is maximised, hence the sign.
-        return -gradient_BGC[0], jnp.stack([mean.weight, mean.sum, square.sum])
+        return -scale * gradient_BGC[0], weights_3
 
     return jax.vmap(of_group)(target_RGC, groups)

@@ -11,6 +11,7 @@ from nested_reft.estimators.advantages import Advantage
 from nested_reft.estimators.importance import BiasMitigation, Level
 from nested_reft.losses import presets
 from nested_reft.losses.config import Normalization, PolicyGradientConfig, claims_unbiased
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 
 GROUP_SIZE = 3
 ALPHA = 1 / GROUP_SIZE  # so that the mixture with fixed counts draws one full completion per group
@@ -40,7 +41,11 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {"self_distillation_coefficient": BETA},
 )
 Sampling = Literal["nested", "nested, accepted at random", "full", "mixture", "mixture with fixed counts"]
-Group = Literal["exact", "weights", "masks", "clips", "mixes", "divisors and penalties", "presets"]
+Group = Literal[
+    "exact", "weights", "masks", "clips", "mixes", "divisors and penalties", "presets", "trajectory balance"
+]
+# Trajectory balance has one loss for all of them.
+BALANCED: dict[str, Sampling] = {"full rollouts": "full", "nested": "nested", "mixture": "mixture"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Estimator:
 
     group: Group
     name: str
-    loss: PolicyGradientConfig
+    loss: PolicyGradientConfig | TrajectoryBalanceConfig
     sampling: Sampling = "nested"
 
     @property
@@ -68,9 +73,19 @@ class Estimator:
 
         `claims_unbiased` makes the claim, of the sampling that the loss is made for.
         """
+        # Trajectory balance points along the true gradient on-policy alone, and aims at its optimum everywhere.
+        if isinstance(self.loss, TrajectoryBalanceConfig):
+            return None
         if not claims_unbiased(self.loss) or self.sampling != fitting_sampling(self.loss):
             return None
         return (GROUP_SIZE - 1) / GROUP_SIZE if self.loss.advantage == "group_mean" else 1.0
+
+    @property
+    def kl_coefficient(self) -> float:
+        """Weight of the KL to the reference in the objective whose gradient is estimated."""
+        if isinstance(self.loss, TrajectoryBalanceConfig):
+            return self.loss.beta
+        return 0.0 if self.loss.reference_kl is None else self.loss.reference_kl_coefficient
 
 
 def named_estimators() -> list[Estimator]:
@@ -163,6 +178,10 @@ def named_estimators() -> list[Estimator]:
         Estimator("presets", "GSPO", presets.gspo("base")),
         Estimator("presets", "CISPO, 1 + epsilon 2", presets.cispo("base", truncate_at=2.0)),
         *(Estimator("presets", name, correction(exact)) for name, correction in presets.CORRECTIONS.items()),
+        *(
+            Estimator("trajectory balance", f"trajectory balance, {name}", TrajectoryBalanceConfig(BETA), sampling)
+            for name, sampling in BALANCED.items()
+        ),
     ]
     listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
     return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]

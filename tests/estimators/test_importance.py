@@ -80,9 +80,8 @@ def mixture(target, full, nested, alpha):
         return jnp.log(jnp.array([[probability]], jnp.float32))
 
     mask_BGC = jnp.ones((1, 1, len(target)), bool)
-    return np.exp(np.asarray(mixture_log_weight(logs(target), logs(full), logs(nested), mask_BGC, jnp.array([alpha]))))[
-        0, 0
-    ]
+    alpha_BG = jnp.array([[alpha]])
+    return np.exp(np.asarray(mixture_log_weight(logs(target), logs(full), logs(nested), mask_BGC, alpha_BG)))[0, 0]
 
 
 def test_mixture_by_hand():
@@ -106,9 +105,10 @@ def test_each_group_has_a_share_of_its_own():
     def logs(probability_C):
         return jnp.broadcast_to(jnp.log(jnp.array(probability_C, jnp.float32)), (3, 1, 2))
 
-    target, full, nested, alpha_B = logs([0.5, 0.4]), logs([0.4, 0.4]), logs([0.5, 0.1]), jnp.array([0.0, 0.5, 1.0])
+    target, full, nested = logs([0.5, 0.4]), logs([0.4, 0.4]), logs([0.5, 0.1])
+    alpha_BG = jnp.array([[0.0], [0.5], [1.0]])
     mask_BGC = jnp.ones((3, 1, 2), bool)
-    found = np.asarray(mixture_log_weight(target, full, nested, mask_BGC, alpha_B))
+    found = np.asarray(mixture_log_weight(target, full, nested, mask_BGC, alpha_BG))
     np.testing.assert_allclose(np.exp(found[:, 0]), [[4] * 2, [40 / 21] * 2, [5 / 4] * 2], rtol=1e-6)
     for row, denominator in ((0, nested), (2, full)):
         base = importance_log_weight(token_log_ratio(target, denominator), mask_BGC, "base", "sequence")
@@ -121,7 +121,7 @@ def test_shares_at_both_ends_are_finite(alpha):
     minus, plain = jnp.full((1, 1, 2), -jnp.inf), -jnp.ones((1, 1, 2))
     mask_BGC = jnp.ones((1, 1, 2), bool)
     for target, full, nested in itertools.product((minus, plain), repeat=3):
-        assert np.all(np.isfinite(mixture_log_weight(target, full, nested, mask_BGC, jnp.array([alpha]))))
+        assert np.all(np.isfinite(mixture_log_weight(target, full, nested, mask_BGC, jnp.array([[alpha]]))))
 
 
 def test_mixture_of_the_full_model_alone_is_the_plain_ratio():
@@ -136,7 +136,7 @@ def test_mixture_weight_is_bounded_at_the_old_policy():
         full_BGC = jnp.array(-random.exponential(1.0, (4000, 1, 6)) * spread, jnp.float32)
         nested_BGC = jnp.array(-random.exponential(1.0, (4000, 1, 6)) * spread, jnp.float32)
         mask_BGC = jnp.array(random.random((4000, 1, 6)) < 0.8)
-        log_weight_BGC = mixture_log_weight(full_BGC, full_BGC, nested_BGC, mask_BGC, jnp.full(4000, alpha))
+        log_weight_BGC = mixture_log_weight(full_BGC, full_BGC, nested_BGC, mask_BGC, jnp.full((4000, 1), alpha))
         assert np.all(np.asarray(log_weight_BGC) <= -math.log(alpha) + 1e-6)
         assert np.all(np.isfinite(limited_weight(log_weight_BGC)))
 
@@ -146,4 +146,4 @@ def test_mixture_outside_the_supports_is_finite():
     plain = -jnp.ones((1, 1, 2))
     mask_BGC = jnp.ones((1, 1, 2), bool)
     for target, full, nested in itertools.product((minus, plain), repeat=3):
-        assert np.all(np.isfinite(mixture_log_weight(target, full, nested, mask_BGC, jnp.array([0.5]))))
+        assert np.all(np.isfinite(mixture_log_weight(target, full, nested, mask_BGC, jnp.array([[0.5]]))))

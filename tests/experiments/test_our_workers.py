@@ -37,7 +37,7 @@ def test_a_rollout_goes_on_to_the_limit_whatever_is_drawn(variant, directory):
     policy.tokenizer.stop_ids = tuple(range(CONFIG.vocab_size))
     found = ours.rollout_call(policy, dataclasses.replace(CASE, skip_ratio=0.4))()
     assert np.asarray(found.length_BG).tolist() == [[5] * 3] * 2
-    assert np.asarray(found.part_BL).sum(axis=1).tolist() == [3, 3]  # two of five layers are skipped
+    assert np.asarray(found.part_BGL).sum(axis=-1).tolist() == [[3] * 3] * 2  # two of five layers are skipped
 
 
 def test_an_exact_rollout_goes_on_to_the_limit_too(directory):

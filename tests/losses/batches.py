@@ -9,7 +9,7 @@ from nested_reft.types import TrainBatch
 def random_batch(key: jax.Array, prompts: int = 2, group: int = 3, tokens: int = 4) -> tuple[jax.Array, TrainBatch]:
     """Target log-probabilities, and a batch off-policy by about 0.4 nats a token, with forced tokens and padding.
 
-    Every group has a share of the full model of its own, between 0.3 and 0.6.
+    Every completion has a share of the full model of its own, between 0.3 and 0.6.
     """
     shape = (prompts, group, tokens)
     keys = jax.random.split(key, 7)
@@ -28,7 +28,7 @@ def random_batch(key: jax.Array, prompts: int = 2, group: int = 3, tokens: int =
         counted_BG=jnp.ones(shape[:2], bool),
         signal_BG=jax.random.normal(keys[3], shape[:2]),
         behavior_logprob_BGC=near(2),
-        full_share_B=jnp.linspace(0.3, 0.6, prompts),
+        full_share_BG=jnp.linspace(0.3, 0.6, prompts * group).reshape(shape[:2]),
         old_logprob_BGC=near(4),
         reference_logprob_BGC=near(5),
         nested_logprob_BGC=near(6),

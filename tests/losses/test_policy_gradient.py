@@ -110,7 +110,7 @@ def slow_gradient(target_BGC, batch, config) -> np.ndarray:
             product = math.prod(ratios.values())
             if config.bias_mitigation == "mixture":
                 densities = [math.exp(sum(policy[b, g, s] for s in own)) for policy in (corrected, old, nested)]
-                alpha = float(batch.full_share_B[b])
+                alpha = float(batch.full_share_BG[b, g])
                 h = densities[0] / (alpha * densities[1] + (1 - alpha) * densities[2])
             elif config.level == "token":
                 h = ratios[t]
@@ -570,8 +570,8 @@ def test_what_a_loss_needs_is_named():
     mixture = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "token_mean")
     with pytest.raises(ValueError, match=r"needs batch\.nested_logprob_BGC"):
         policy_gradient_loss(target_BGC, dataclasses.replace(batch, nested_logprob_BGC=None), mixture)
-    with pytest.raises(ValueError, match=r"needs batch\.full_share_B"):
-        policy_gradient_loss(target_BGC, dataclasses.replace(batch, full_share_B=None), mixture)
+    with pytest.raises(ValueError, match=r"needs batch\.full_share_BG"):
+        policy_gradient_loss(target_BGC, dataclasses.replace(batch, full_share_BG=None), mixture)
     for variant in ("base", "retrace"):
         config = dataclasses.replace(PLAIN, bias_mitigation=variant)
         with pytest.raises(ValueError, match=rf"'{variant}' needs batch\.behavior_logprob_BGC"):

@@ -98,7 +98,7 @@ def test_sampled_logprobs_are_those_of_an_uncached_pass(forced, key):
     sampled = valid_mask(rollouts.length_BG, 12) & (jnp.arange(12) >= rollouts.forced_BG[..., None])
     difference = jnp.where(sampled, rollouts.behavior_logprob_BGC - expected, 0.0)
     assert jnp.abs(difference).max() < 1e-4
-    assert rollouts.part_BL.tolist() == [PARTS] * 3
+    assert rollouts.part_BGL[:, 0].tolist() == [PARTS] * 3
     # Another plan scores the same tokens otherwise, so the comparison can fail.
     other, _ = jax.jit(completion_logprobs, static_argnames="temperature")(
         model, prompt_BP, length_B, rollouts.tokens_BGC, temperature=0.9, plan=LayerPlan.skipping(5, [1])
@@ -129,7 +129,7 @@ def test_exact_rollouts_may_be_drafted_by_any_part(key):
     )
     plain = generate(model, prompt_BP, length_B, LayerPlan.full(5), stops, key, **how)
     assert jnp.array_equal(drafted.rollouts.tokens_BGC, plain.tokens_BGC)
-    assert drafted.rollouts.part_BL.tolist() == [PARTS] * 3
+    assert drafted.rollouts.part_BGL[:, 0].tolist() == [PARTS] * 3
 
 
 def test_a_new_plan_of_the_same_shape_compiles_nothing():

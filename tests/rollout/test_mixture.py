@@ -49,9 +49,9 @@ def labelled_rollouts(shape, full, plan):
         counted_BG=zeros == 0,
         behavior_logprob_BGC=jnp.zeros((*shape, 1)),
         nested_BG=zeros == 0,
-        full_share_B=jnp.zeros(shape[0]),
-        part_BL=jnp.broadcast_to(plan.to_parts(5), (shape[0], 5)),
-        version_B=jnp.zeros(shape[0], jnp.int32),
+        full_share_BG=jnp.zeros(shape),
+        part_BGL=jnp.broadcast_to(plan.to_parts(5), (*shape, 5)),
+        version_BG=jnp.zeros(shape, jnp.int32),
     )
 
 
@@ -71,8 +71,8 @@ def test_each_completion_has_the_probability_of_one_component(alpha, key):
     drawn = jax.random.bernoulli(jax.random.split(key, 3)[0], alpha, (3, 8))
     assert np.array_equal(is_full, np.asarray(drawn))
     assert np.array_equal(result.nested_BG, ~is_full)
-    assert result.full_share_B.tolist() == pytest.approx([alpha] * 3)
-    assert result.part_BL.tolist() == [PLAN.to_parts(5).tolist()] * 3  # also where the full model drew all
+    assert np.array_equal(result.full_share_BG, np.full((3, 8), np.float32(alpha)))
+    assert result.part_BGL.tolist() == [[PLAN.to_parts(5).tolist()] * 8] * 3  # also where the full model drew all
     # No completion is used twice.
     assert len({tuple(row) for row in np.asarray(result.tokens_BGC).reshape(24, 5)}) > 20
 

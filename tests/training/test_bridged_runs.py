@@ -46,9 +46,9 @@ def test_rollouts_are_full_until_the_bridges_are_fitted(tmp_path):
     first = fits.index(True)
     assert fits[first + 1 : first + 3] == [False, True]  # and again two steps later
     for number, record in enumerate(records):
-        parts_B = np.asarray(record.groups.rollouts.part_BL)
-        assert ((parts_B == Part.BRIDGE).sum(axis=1) == (2 if number > first else 0)).all()
-        assert ((parts_B == Part.SKIP).sum(axis=1) == 0).all()
+        part_BGL = np.asarray(record.groups.rollouts.part_BGL)
+        assert ((part_BGL == Part.BRIDGE).sum(axis=-1) == (2 if number > first else 0)).all()
+        assert ((part_BGL == Part.SKIP).sum(axis=-1) == 0).all()
     metrics = metrics_of(run, records[first + 1])
     assert len(metrics["bridged_layers"]) == 2 and metrics["bridged_layers"] == metrics["left_out_layers"]
     assert metrics_of(run, records[first])["bridge_tokens"] >= 150

@@ -11,10 +11,12 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
@@ -25,6 +27,8 @@ from tests.training.runs import MOVING, nano
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
 UNBIASED = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", 8)
 BASE = dataclasses.replace(UNBIASED, level="token", clip_low=0.2)
+REPLAY = ReplayConfig(capacity=64, recent_share=0.5)
+BALANCE = TrajectoryBalanceConfig(beta=0.1)
 MIXED = dataclasses.replace(UNBIASED, bias_mitigation="interpolated")
 RETRACE = dataclasses.replace(UNBIASED, bias_mitigation="retrace", level="token")
 PRACTICAL = dataclasses.replace(BASE, bias_mitigation="practical")
@@ -108,6 +112,40 @@ REFUSED = {
         (
             {"rollout__group_size": 1, "loss": MOVING},
             r"loss.advantage is 'leave_one_out' and rollout.group_size 1: .* or use advantage 'no_baseline'",
+        ),
+        (
+            {"rollout__group_size": 1, "loss": BALANCE},
+            r"loss.kind is 'trajectory_balance' and rollout.group_size 1: .*\(K = 1\).* Set group_size 2 or more",
+        ),
+    ],
+    "replay_needs_weights_for_old_completions": [
+        (
+            {"replay": REPLAY, "loss": PRACTICAL},
+            r"replay.capacity is 64 and loss.bias_mitigation 'practical', which takes the present policy for the one",
+        ),
+        (
+            {"replay": REPLAY, "loss": MIXTURE, "rollout__mixture_alpha": 0.5},
+            r"replay.capacity is 64 and loss.bias_mitigation 'mixture', .* loss.kind 'trajectory_balance'",
+        ),
+    ],
+    "replay_holds_a_batch": [
+        (
+            {"replay": dataclasses.replace(REPLAY, capacity=15)},
+            r"replay.capacity is 15; allowed is 0 \(off\) or at least .* rollout.group_size, which are 16",
+        ),
+        (
+            {"replay": dataclasses.replace(REPLAY, maximum_tokens=8)},
+            r"replay.maximum_tokens is 8, which no completion exceeds; .* rollout.max_completion_tokens, which is 8",
+        ),
+    ],
+    "replay_chooses_alone": [
+        (
+            {"replay": REPLAY, "dynamic_sampling": DynamicSamplingConfig(3)},
+            r"replay.capacity is 64 and dynamic_sampling.max_generation_batches 3: both decide what is trained on",
+        ),
+        (
+            {"replay": REPLAY, "nesting_control": CONTROL},
+            r"replay.capacity is 64 and nesting_control.hold 'ess_token': the age of replayed completions",
         ),
     ],
     "dynamic_sampling_needs_a_group": [
@@ -207,11 +245,15 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         {"rollout__group_size": 1, "loss": SupervisedConfig()},  # it has no baseline
         *(
             {"loss": loss, "rollout__sampling": sampling}
-            for loss in (SupervisedConfig(), PRACTICAL, ONE)  # no weight of theirs reads the behavior policy
+            # No weight of theirs reads the behavior policy.
+            for loss in (SupervisedConfig(), PRACTICAL, ONE, BALANCE)
             for sampling in TRUNCATED
         ),
         {"loss": UNBIASED},
         {"nesting": FROM_FILE},
+        *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
+        {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
+        {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},
         {"lora": LoraConfig(rank=1), "warm_start__steps": 5},  # the warm start trains the adapters

@@ -200,7 +200,7 @@ def test_groups_of_an_earlier_version_are_refused_where_theta_old_is_needed(tmp_
         run = trainer(nano(loss=loss, train__updates_per_batch=2), tmp_path / variant / clip_policies)
         found = found_by(run)
         rollouts = dataclasses.replace(
-            found.rollouts, version_B=found.rollouts.version_B - np.array([1, 0, 0, 0], np.int32)
+            found.rollouts, version_BG=found.rollouts.version_BG - np.eye(4, dtype=np.int32)[:1].T
         )
         stale = dataclasses.replace(found, rollouts=rollouts)
         if allowed:
@@ -228,3 +228,12 @@ def test_each_group_is_scored_under_the_plan_that_drew_it(tmp_path):
     np.testing.assert_allclose(mixed_BGC[:2, :, :size], one_BGC[:2, :, :size], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mixed_BGC[2:, :, :size], other_BGC[2:, :, :size], rtol=1e-5, atol=1e-6)
     assert not np.allclose(one_BGC[0], other_BGC[0][..., : one_BGC.shape[-1]], atol=1e-3)
+    # Replay mixes completions of two plans within a group.
+    is_one_G = np.arange(4) < 2
+    part_BGL = np.where(is_one_G[:, None], one.rollouts.part_BGL, other.rollouts.part_BGL)
+    both = dataclasses.replace(one, rollouts=dataclasses.replace(one.rollouts, part_BGL=part_BGL))
+    under_other = dataclasses.replace(one, rollouts=dataclasses.replace(one.rollouts, part_BGL=other.rollouts.part_BGL))
+    both_BGC, under_other_BGC = (
+        np.asarray(run.state.learner.batch(groups).arrays.nested_logprob_BGC) for groups in (both, under_other)
+    )
+    np.testing.assert_allclose(both_BGC, np.where(is_one_G[:, None], one_BGC, under_other_BGC), rtol=1e-5, atol=1e-6)

@@ -48,8 +48,8 @@ def test_the_same_key_finds_the_same_and_another_does_not(setup, prompts, key):
 def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
     found = searcher(setup).search(setup.policy, prompts, PLAN, key)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))
-    assert found.rollouts.part_BL.tolist() == [[1, 1, 0, 1, 1, 1]] * 4
-    assert found.rollouts.nested_BG.all() and not found.rollouts.full_share_B.any()
+    assert found.rollouts.part_BGL.tolist() == [[[1, 1, 0, 1, 1, 1]] * 4] * 4
+    assert found.rollouts.nested_BG.all() and not found.rollouts.full_share_BG.any()
     assert found.prompts is prompts and len(found) == 4
     assert (
         found.texts[1][2]
@@ -63,7 +63,7 @@ def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
 def test_rounding_and_version_come_with_the_policy(setup, prompts, key):
     """A searcher does not ask what the policy is: it hands on the number of updates that its weights have seen."""
     policy = dataclasses.replace(setup.policy, version=7)
-    assert searcher(setup).search(policy, prompts, PLAN, key).rollouts.version_B.tolist() == [7] * 4
+    assert searcher(setup).search(policy, prompts, PLAN, key).rollouts.version_BG.tolist() == [[7] * 4] * 4
 
 
 def test_overlong_completions_count_unless_they_are_filtered(setup, prompts, key):
@@ -91,7 +91,7 @@ def test_completions_without_a_reward_do_not_count(setup, prompts, key, monkeypa
 
 def test_a_mixture_draws_from_both_policies(setup, prompts, key):
     found = searcher(setup, mixture_alpha=0.5).search(setup.policy, prompts, PLAN, key)
-    assert found.rollouts.full_share_B.tolist() == [0.5] * 4
+    assert (found.rollouts.full_share_BG == 0.5).all()
     assert 0 < found.rollouts.nested_BG.sum() < 16
 
 
@@ -102,7 +102,7 @@ def test_exact_rollouts_say_how_many_drafts_were_kept(setup, prompts, key):
     assert drafted is not None and 0 < drafted.drafts_accepted <= drafted.drafts_tested
     full = exact.search(setup.policy, prompts, LayerPlan.full(6), key)
     assert full.stats is not None and full.stats.drafts_accepted >= 0.99 * full.stats.drafts_tested
-    assert full.rollouts.full_share_B.tolist() == [1.0] * 4 and not full.rollouts.nested_BG.any()
+    assert (full.rollouts.full_share_BG == 1).all() and not full.rollouts.nested_BG.any()
 
 
 def test_a_step_without_any_score_stops_the_run(setup, prompts, key, tmp_path):

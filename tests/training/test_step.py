@@ -16,6 +16,7 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.objective import Objective, TargetPass
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.supervised import Supervised
+from nested_reft.losses.trajectory_balance import TrajectoryBalance, TrajectoryBalanceConfig
 from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import completion_logprobs
@@ -52,6 +53,7 @@ OBJECTIVES: dict[str, Objective] = {
     "self-normalized": PolicyGradient(SELF_NORMALIZED),
     "mixture": PolicyGradient(MIXTURE),
     "supervised": Supervised(demonstrations=True),
+    "trajectory balance": TrajectoryBalance(TrajectoryBalanceConfig(beta=0.5)),
 }
 KEEP_GRADIENT = optax.GradientTransformation(
     lambda parameters: jax.tree.map(jnp.zeros_like, parameters),
@@ -102,8 +104,9 @@ def batch_of(objective: str) -> TrainBatch:
         behavior_logprob_BGC=near(7),
         old_logprob_BGC=near(8),
         reference_logprob_BGC=near(9),
+        beta_B=jnp.linspace(0.2, 0.8, B) if objective == "trajectory balance" else None,
         nested_logprob_BGC=near(7) if objective == "mixture" else None,
-        full_share_B=jnp.linspace(0.2, 0.8, B) if objective == "mixture" else None,
+        full_share_BG=jnp.linspace(0.2, 0.8, B * G).reshape(B, G) if objective == "mixture" else None,
     )
 
 
@@ -184,6 +187,7 @@ def check_gradient(found, expected):
 SPLITS = [(1, 1), (2, 1), (4, 1), (1, 8), (2, 4)]
 CASES = [(name, *split) for name in ("everything", "mixture", "supervised") for split in SPLITS]
 CASES += [("self-normalized", *split) for split in SPLITS[:2]]
+CASES += [("trajectory balance", 2, 4)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from nested_reft.cli.main import main
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.losses.config import PolicyGradientConfig, claims_unbiased
 from nested_reft.losses.policy_gradient import policy_gradient_loss
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.types import TrainBatch
 from nested_reft.verification import enumeration, estimator_list
@@ -22,16 +23,18 @@ from nested_reft.verification.enumeration import (
     SCENARIOS,
     EstimatorReport,
     all_groups,
+    gradients_of_rows,
     group_gradients,
     slot_probabilities,
 )
 from nested_reft.verification.enumeration import reports as reports_of
-from nested_reft.verification.estimator_list import ALPHA, GROUP_SIZE, Estimator, named_estimators
+from nested_reft.verification.estimator_list import ALPHA, BETA, GROUP_SIZE, Estimator, named_estimators
 
 # One plan and four, of the present policy, and four of the policy four updates ago.
 ONE_PLAN, DRAWN, MOVED = range(3)
 TESTED = (SCENARIOS[0], SCENARIOS[3], SCENARIOS[5])
 UNBIASED_AT_FIRST = ("one, full rollouts", "base, sequence, clipped 0.2, three policies")
+BALANCE = "trajectory balance, full rollouts"
 ESTIMATORS = {estimator.name: estimator for estimator in named_estimators()}
 
 
@@ -117,6 +120,7 @@ def test_scores_have_mean_zero(policies):
 def test_group_gradients_are_those_of_the_model(model, policies, name):
     """The chain rule's shortcut against differentiating loss and transformer together, as an update does."""
     estimator, enumerated = ESTIMATORS[name], policies[MOVED]
+    assert isinstance(estimator.loss, PolicyGradientConfig)
     completions, nested_XYC = enumerated.completions, enumerated.nested_logprob_ZXYC[1]
     group, x = np.array([[2, 9, 13]]), 1
     (found,) = group_gradients(estimator, [enumerated], group)
@@ -132,7 +136,7 @@ def test_group_gradients_are_those_of_the_model(model, policies, name):
         forced_BG=jnp.zeros((1, 3), jnp.int32),
         counted_BG=jnp.ones((1, 3), bool),
         behavior_logprob_BGC=nested_XYC[x, group],
-        full_share_B=jnp.array([ALPHA]),
+        full_share_BG=jnp.full((1, 3), ALPHA),
         signal_BG=group_advantages(
             jnp.asarray(completions.reward_XY[x, group]), jnp.ones((1, 3), bool), estimator.loss.advantage
         ),
@@ -213,11 +217,47 @@ def test_some_are_exact_until_the_target_moves(reports, name):
 @pytest.mark.parametrize(
     "name",
     [name for name, estimator in ESTIMATORS.items() if estimator.claimed_scale is None and "fixed counts" not in name
-     and name not in UNBIASED_AT_FIRST],
+     and name not in (*UNBIASED_AT_FIRST, BALANCE)],
 )  # fmt: skip
 def test_what_claims_nothing_is_biased(reports, name):
     """In direction, not in scale alone, wherever its limits act: the weights of the first scenario are small."""
     assert all(scenario[name].direction_bias > 0.01 for scenario in reports[DRAWN:])
+
+
+def test_trajectory_balance_has_the_regularised_gradient_on_policy_alone(reports):
+    """(G - 1) / G of it, times the 2 / beta that is taken off. Old or nested samples give another direction."""
+    for scenario in (ONE_PLAN, DRAWN):
+        found = reports[scenario][BALANCE]
+        assert found.direction_bias < EXACT and found.scale == pytest.approx(2 / 3, abs=1e-5)
+    assert reports[MOVED][BALANCE].direction_bias > 0.01
+
+
+def test_trajectory_balance_stands_still_at_its_optimum_whatever_sampled(policies):
+    """At pi_ref exp(r / beta) / Z every group of three has no gradient, so no distribution of groups has any. Half the
+    way there, it has."""
+    completions, config = policies[0].completions, TrajectoryBalanceConfig(BETA)
+    index_NG, _ = all_groups(15, "nested")
+    reference_XYC = np.asarray(policies[0].reference_logprob_XYC)
+    log_z_X = np.log((np.exp(reference_XYC.sum(-1)) * np.exp(completions.reward_XY / BETA)).sum(-1))
+    largest = {}
+    for share in (1.0, 0.5):
+        best_XYC = reference_XYC.copy()
+        # Where in a completion the difference lies does not matter.
+        best_XYC[..., 0] += share * (completions.reward_XY / BETA - log_z_X[:, None])
+        best_RGC, reference_RGC = (jnp.asarray(x[0][index_NG]) for x in (best_XYC, reference_XYC))
+        gradient_RGC, _ = gradients_of_rows(
+            config,
+            jnp.asarray(completions.length_Y[index_NG]),
+            jnp.asarray(completions.reward_XY[0][index_NG]),
+            best_RGC,
+            reference_RGC,
+            reference_RGC,
+            reference_RGC,
+            reference_RGC,
+            jnp.zeros(index_NG.shape),
+        )
+        largest[share] = float(jnp.abs(gradient_RGC).max())
+    assert largest[1.0] < 1e-5 < 0.01 < largest[0.5]
 
 
 def test_practical_is_one_until_the_target_moves(reports):

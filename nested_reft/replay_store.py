@@ -1,0 +1,520 @@
+"""Completions that are kept after they were trained on, to be trained on again: the replay of trajectory balance.
+
+Pure rules on a value, like those of `replay`: `add` puts a batch into the store, `without_stale` takes out what is too
+old, `ready` says whether an update can go ahead, `draw` makes its groups. A draw takes nothing out.
+
+Completions are stored by prompt. A prompt's group may join completions of several versions, plans and searchers, and
+each completion says what drew it. What is decided for each group:
+
+    with probability m           a prompt that has completions of the newest version in the store; the newest of them
+    otherwise                    any prompt; completions with probability proportional to exp(reward / temperature)
+
+Either way all prompts have their turn before one comes again. A prompt with fewer than K completions has each of them
+once and fills its group with repetitions. A prompt with a single one is taken where there is no other, since a group
+of equal completions has nothing to compare.
+
+Source: TBA (Bartoldson et al., 2025, arXiv 2503.18929, section 4). Departures: "newest" goes by the version whose
+weights sampled and not by the time of arrival, and repetitions come only after every stored completion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from nested_reft.literals import check_whole
+from nested_reft.replay import GenerationLimitError
+from nested_reft.types import Rollouts, Scored, concat, over_completions, take
+from nested_reft.untrusted import MAX_WHOLE
+
+FRUITLESS_BATCHES = 100  # in a row that leave the store as small as it was, and the wait for a prefill ends
+REASONS = ("unscored", "uncounted", "low_reward", "long", "duplicate", "crowded", "full", "stale")
+"""Why a completion is turned away or taken out: it has no reward; it does not count; its reward is too low; it is too
+long; the same tokens came again; its prompt has too many newer ones; the store has; it is too old."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What is kept for replay, and what an update draws of it.
+
+    Attributes:
+        capacity: completions that are kept, the newest ones; 0 trains on each group once, as it is found.
+        recent_share: m, in [0, 1]: probability with which a group is made of a prompt's newest completions.
+        inverse_temperature: of the softmax over rewards that chooses the completions of the other groups; 0 is uniform.
+        completions_per_prompt: kept of each prompt, the newest ones.
+        prefill: completions that the store has before the first update.
+        max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit.
+        minimum_reward: a completion with less is not kept; None for no limit.
+        maximum_tokens: a longer completion is not kept; None for no limit.
+    """
+
+    capacity: int = 0
+    recent_share: float | None = None
+    inverse_temperature: float = 0.0
+    completions_per_prompt: int = 100
+    prefill: int = 0
+    max_staleness: int | None = None
+    minimum_reward: float | None = None
+    maximum_tokens: int | None = None
+
+    def __post_init__(self):
+        check_whole("replay.capacity", self.capacity, 0, MAX_WHOLE, "off")
+        check_whole("replay.completions_per_prompt", self.completions_per_prompt, 2, MAX_WHOLE)
+        check_whole("replay.prefill", self.prefill, 0, MAX_WHOLE)
+        if self.prefill > self.capacity:
+            raise ValueError(
+                f"replay.prefill is {self.prefill}; allowed is 0 to replay.capacity, which is {self.capacity}"
+            )
+        for name, least in (("max_staleness", 0), ("maximum_tokens", 1)):
+            if getattr(self, name) is not None:
+                check_whole(f"replay.{name}", getattr(self, name), least, MAX_WHOLE)
+        if self.is_on and self.recent_share is None:
+            raise ValueError(
+                f"replay.recent_share is None and replay.capacity {self.capacity}; replay needs a share from 0 to 1"
+            )
+        if self.recent_share is not None and not 0 <= self.recent_share <= 1:
+            raise ValueError(f"replay.recent_share is {self.recent_share}; allowed is 0 to 1")
+        for name in ("inverse_temperature", "minimum_reward"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"replay.{name} is {value}; allowed is a finite number")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether completions are kept after an update."""
+        return self.capacity > 0
+
+
+# One row per prompt: what choosing reads, so that a step looks at no completion but those that it moves.
+_ROW = np.dtype(
+    [
+        ("count", np.int64),  # completions; 0 marks a row that is free
+        ("newest", np.int64),  # versions
+        ("oldest", np.int64),
+        ("arrival", np.int64),  # of the completion that arrived first
+        ("reward", np.float64),  # sums
+        ("version", np.float64),
+        ("drawn", bool),  # in the present round through all prompts
+        ("drawn_at", np.int64),  # the newest version for which it was drawn as a recent one
+    ]
+)
+_Key = tuple[int, str, bytes, bytes]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The completions of one prompt.
+
+    Attributes:
+        group: one group of N completions, in the order of their arrival.
+        arrival_N: the number of the batch that each came with.
+    """
+
+    group: Scored
+    arrival_N: Int[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class Store:
+    """What is kept. No value of it changes after it was made.
+
+    Attributes:
+        entries: of each prompt, by row; None where a row is free.
+        row_of: the row of each prompt.
+        rows_R: what is known of each row.
+        batches: that were added so far.
+        begun: whether an update was drawn, so that the prefill is over.
+        fruitless: batches in a row that left the store no larger.
+        turned_away: completions that were not kept or taken out, by reason.
+    """
+
+    entries: list[Entry | None] = field(default_factory=list)
+    row_of: dict[_Key, int] = field(default_factory=dict)
+    rows_R: np.ndarray = field(default_factory=lambda: np.zeros(0, _ROW))
+    batches: int = 0
+    begun: bool = False
+    fruitless: int = 0
+    turned_away: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+
+    def __len__(self) -> int:
+        return int(self.rows_R["count"].sum())
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values and arrays, as a checkpoint holds them; `from_plain` reads them back."""
+        kept = np.flatnonzero(self.rows_R["count"])
+        entries = [entry for entry in (self.entries[row] for row in kept) if entry is not None]
+        plain: dict[str, Any] = {
+            "batches": self.batches,
+            "begun": self.begun,
+            "fruitless": self.fruitless,
+            "turned_away": dict(self.turned_away),
+            "row_R": kept,
+            "count_R": self.rows_R["count"][kept],
+            "num_rows": len(self.rows_R),
+            "drawn": {name: self.rows_R[name] for name in ("drawn", "drawn_at")},
+        }
+        if entries:
+            # All completions side by side: few large arrays, however many prompts there are. Each prompt comes with
+            # its first completion once more.
+            groups = [entry.group for entry in entries]
+            plain["prompts"] = concat([_chosen(group, np.zeros(1, np.int64)) for group in groups]).to_plain()
+            plain["completions"] = over_completions(_side_by_side, *groups).to_plain()
+            plain["arrival_N"] = np.concatenate([entry.arrival_N for entry in entries])
+        return plain
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> Store:
+        """The store that `to_plain` wrote.
+
+        Args:
+            value: what `to_plain` returned, also after a way through a checkpoint.
+        """
+        draft = _Draft(cls(batches=value["batches"], begun=value["begun"], fruitless=value["fruitless"]))
+        draft.turned_away = {reason: value["turned_away"].get(reason, 0) for reason in REASONS}
+        draft.entries = [None] * value["num_rows"]
+        draft.rows_R = np.zeros(value["num_rows"], _ROW)
+        if len(value["row_R"]):
+            prompts, completions = Scored.from_plain(value["prompts"]), Scored.from_plain(value["completions"])
+            ends_R = np.cumsum(value["count_R"])
+            for index, (row, start, end) in enumerate(
+                zip(value["row_R"].tolist(), ends_R - value["count_R"], ends_R, strict=True)
+            ):
+                group = _chosen(completions, np.arange(start, end), take(prompts, [index]))
+                draft.set(row, Entry(group, value["arrival_N"][start:end]))
+                draft.row_of[_key(group)] = row
+        for name, flags in value["drawn"].items():
+            draft.rows_R[name] = flags
+        return draft.store()
+
+
+def _side_by_side(*values: np.ndarray) -> np.ndarray:
+    return np.concatenate(values, axis=1)
+
+
+def _chosen(group: Scored, index_N: Int[np.ndarray, " N"], prompt: Scored | None = None) -> Scored:
+    """Those completions of one group, in that order; with another value's prompt, if one is given."""
+    return over_completions(lambda *values: values[-1][:, index_N], group if prompt is None else prompt, group)
+
+
+def _key(group: Scored) -> _Key:
+    """What tells the prompt of one group from others. A forced prefix belongs to it: log Z is that of what follows."""
+    rollouts = group.rollouts
+    prompt_P = rollouts.prompt_BP[0, : rollouts.prompt_length_B[0]]
+    prefix_F = rollouts.tokens_BGC[0, 0, : rollouts.forced_BG[0, 0]]
+    return int(group.prompts.source_B[0]), group.prompts.answers[0], prompt_P.tobytes(), prefix_F.tobytes()
+
+
+class _Draft:
+    """A store while it is changed: copies of what a change touches, so that the old value stays as it was."""
+
+    def __init__(self, store: Store):
+        self._before = store
+        self.entries, self.row_of, self.rows_R = list(store.entries), dict(store.row_of), store.rows_R.copy()
+        self.turned_away = dict(store.turned_away)
+
+    def store(self, **changes: Any) -> Store:
+        """What it became."""
+        return dataclasses.replace(
+            self._before,
+            entries=self.entries,
+            row_of=self.row_of,
+            rows_R=self.rows_R,
+            turned_away=self.turned_away,
+            **changes,
+        )
+
+    def put(self, group: Scored, per_prompt: int) -> None:
+        """Adds the completions of one group behind those of its prompt."""
+        key = _key(group)
+        row, arrival_N = self.row_of.get(key), np.full(len(group.texts[0]), self._before.batches, np.int64)
+        old = None if row is None else self.entries[row]
+        if old is not None:
+            group = over_completions(_side_by_side, old.group, group)
+            arrival_N = np.concatenate([old.arrival_N, arrival_N])
+        kept_N = _last_of_equal(group.rollouts)
+        self.turned_away["duplicate"] += len(arrival_N) - len(kept_N)
+        self.turned_away["crowded"] += max(len(kept_N) - per_prompt, 0)
+        kept_N = kept_N[-per_prompt:]
+        if row is None:
+            row = self.row_of[key] = self._free_row()
+        self.set(row, Entry(_chosen(group, kept_N), arrival_N[kept_N]))
+
+    def keep(self, row: int, kept_N: Bool[np.ndarray, " N"], reason: str) -> None:
+        """Takes the other completions out of a row."""
+        entry = self.entries[row]
+        assert entry is not None
+        self.turned_away[reason] += int((~kept_N).sum())
+        if kept_N.any():
+            index_N = np.flatnonzero(kept_N)
+            self.set(row, Entry(_chosen(entry.group, index_N), entry.arrival_N[index_N]))
+        else:
+            del self.row_of[_key(entry.group)]
+            self.entries[row] = None
+            self.rows_R[row] = np.zeros((), _ROW)
+
+    def set(self, row: int, entry: Entry) -> None:
+        """Puts an entry into a row, and what is known of it beside it; the marks of drawing stay."""
+        self.entries[row] = entry
+        version_N = entry.group.rollouts.version_BG[0]
+        values = {
+            "count": len(version_N),
+            "newest": version_N.max(),
+            "oldest": version_N.min(),
+            "arrival": entry.arrival_N.min(),
+            "reward": entry.group.reward_BG.sum(dtype=np.float64),
+            "version": version_N.sum(dtype=np.float64),
+        }
+        for name, value in values.items():
+            self.rows_R[name][row] = value
+
+    def _free_row(self) -> int:
+        free_F = np.flatnonzero(self.rows_R["count"] == 0)
+        if not len(free_F):
+            # Doubling keeps the cost of growth in proportion to what is stored.
+            more = max(len(self.rows_R), 16)
+            free_F = np.array([len(self.rows_R)])
+            self.rows_R = np.concatenate([self.rows_R, np.zeros(more, _ROW)])
+            self.entries += [None] * more
+        row = int(free_F[0])
+        self.rows_R["drawn_at"][row] = -1
+        return row
+
+
+def _last_of_equal(rollouts: Rollouts) -> Int[np.ndarray, " M"]:
+    """The indices of one group's completions without those that come again later, in order."""
+    # The length tells a completion from one that ends with padding's token.
+    rows_NC = np.concatenate([rollouts.length_BG[0][:, None], rollouts.tokens_BGC[0]], axis=1)
+    rows_N = np.ascontiguousarray(rows_NC[::-1]).view(f"V{rows_NC.itemsize * rows_NC.shape[1]}")[:, 0]
+    _, first_M = np.unique(rows_N, return_index=True)
+    return np.sort(len(rows_N) - 1 - first_M)
+
+
+def add(store: Store, config: ReplayConfig, scored: Scored) -> Store:
+    """The store with the completions of one batch that may be kept.
+
+    Completions of equal tokens are kept once, with the newest version. Where there are too many, the oldest go.
+
+    Args:
+        store: it stays as it is.
+        config: the rule.
+        scored: B groups.
+    """
+    draft, before = _Draft(store), len(store)
+    admitted_BG = _admitted(draft, config, scored)
+    # The prefixes have been written into the tokens, so the prompts need not hold them as well.
+    scored = dataclasses.replace(scored, prompts=dataclasses.replace(scored.prompts, forced=None))
+    for b in np.flatnonzero(admitted_BG.any(axis=1)):
+        group = take(scored, [int(b)])
+        for index_N in _of_equal_prefix(group.rollouts, np.flatnonzero(admitted_BG[b])):
+            draft.put(_chosen(group, index_N), config.completions_per_prompt)
+    _make_room(draft, config.capacity)
+    found = draft.store(batches=store.batches + 1)
+    return dataclasses.replace(found, fruitless=0 if len(found) > before else store.fruitless + 1)
+
+
+def _admitted(draft: _Draft, config: ReplayConfig, scored: Scored) -> Bool[np.ndarray, "B G"]:
+    """The completions that may be kept; the others are counted under the first reason that holds."""
+    rollouts, low, high = scored.rollouts, config.minimum_reward, config.maximum_tokens
+    refused = {
+        "unscored": ~scored.scored_BG,
+        "uncounted": ~np.asarray(rollouts.counted_BG),
+        "low_reward": np.zeros_like(scored.scored_BG) if low is None else scored.reward_BG < low,
+        "long": np.zeros_like(scored.scored_BG) if high is None else np.asarray(rollouts.length_BG) > high,
+    }
+    admitted_BG = np.ones_like(scored.scored_BG)
+    for reason, refused_BG in refused.items():
+        draft.turned_away[reason] += int((admitted_BG & refused_BG).sum())
+        admitted_BG = admitted_BG & ~refused_BG
+    return admitted_BG
+
+
+def _of_equal_prefix(rollouts: Rollouts, index_N: Int[np.ndarray, " N"]) -> Iterator[Int[np.ndarray, " M"]]:
+    """Some completions of one group, apart by the prefix that was forced on them."""
+    forced_N = rollouts.forced_BG[0, index_N]
+    if not forced_N.any():
+        yield index_N
+        return
+    tokens_NC = rollouts.tokens_BGC[0, index_N]
+    prefix_NC = np.where(np.arange(tokens_NC.shape[1]) < forced_N[:, None], tokens_NC, -1)
+    _, prefix_N = np.unique(prefix_NC, axis=0, return_inverse=True)
+    for prefix in range(prefix_N.max() + 1):
+        yield index_N[prefix_N.reshape(-1) == prefix]
+
+
+def _make_room(draft: _Draft, capacity: int) -> None:
+    """Takes the completions that arrived first out, prompt by prompt, until the others fit."""
+    while draft.rows_R["count"].sum() > capacity:
+        count_R, arrival_R = draft.rows_R["count"], draft.rows_R["arrival"]
+        first = arrival_R[count_R > 0].min()
+        row = int(np.flatnonzero((count_R > 0) & (arrival_R == first))[0])
+        entry = draft.entries[row]
+        assert entry is not None
+        # No more of them than there are too many.
+        surplus = int(count_R.sum()) - capacity
+        draft.keep(row, (entry.arrival_N > first) | (np.cumsum(entry.arrival_N == first) > surplus), "full")
+
+
+def without_stale(store: Store, config: ReplayConfig, version: int) -> Store:
+    """The store without completions that are too old for the next update.
+
+    Args:
+        store: it stays as it is.
+        config: the rule.
+        version: of the policy that the update will train.
+    """
+    if config.max_staleness is None:
+        return store
+    oldest = version - config.max_staleness
+    stale = np.flatnonzero((store.rows_R["count"] > 0) & (store.rows_R["oldest"] < oldest))
+    if not len(stale):
+        return store
+    draft = _Draft(store)
+    for row in stale.tolist():
+        entry = draft.entries[row]
+        assert entry is not None
+        draft.keep(row, np.asarray(entry.group.rollouts.version_BG[0] >= oldest), "stale")
+    return draft.store()
+
+
+def ready(store: Store, config: ReplayConfig) -> bool:
+    """Whether an update can go ahead: there is something to draw from and, the first time, the prefill.
+
+    Args:
+        store: `without_stale` for the update.
+        config: the rule.
+
+    Raises:
+        GenerationLimitError: batch after batch left the store too small.
+    """
+    size = len(store)
+    if size >= max(1, 0 if store.begun else config.prefill):
+        return True
+    if store.fruitless >= FRUITLESS_BATCHES:
+        away = ", ".join(f"{reason} {count}" for reason, count in store.turned_away.items() if count)
+        raise GenerationLimitError(
+            f"{store.fruitless} batches in a row added nothing to the {size} completions for replay, and an update"
+            f" waits for {max(1, config.prefill)} (turned away: {away}). Lower replay.prefill, or admit more"
+        )
+    return False
+
+
+def draw(store: Store, config: ReplayConfig, key: jax.Array, num_groups: int, group_size: int) -> tuple[Scored, Store]:
+    """The groups that an update trains on, and the store, which remembers whose turn it was.
+
+    Args:
+        store: `ready` for the update.
+        config: the rule.
+        key: PRNG key of the update.
+        num_groups: B.
+        group_size: K, the completions of a group.
+    """
+    assert config.recent_share is not None, "replay is off"
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    rows_R, newest = store.rows_R.copy(), _newest_version(store)
+    stored_R = rows_R["count"] > 0
+    is_recent_B = random.random(num_groups) < config.recent_share
+    row_B = np.zeros(num_groups, np.int64)
+    # A prompt has had its turn as a recent one if it was drawn for the version that is still the newest.
+    had_turn_R = rows_R["drawn_at"] == newest
+    row_B[is_recent_B] = _take_turns(
+        stored_R & (rows_R["newest"] == newest), had_turn_R, rows_R["count"], random, int(is_recent_B.sum())
+    )
+    rows_R["drawn_at"] = np.where(had_turn_R, newest, -1)
+    row_B[~is_recent_B] = _take_turns(stored_R, rows_R["drawn"], rows_R["count"], random, int((~is_recent_B).sum()))
+    groups = []
+    for row, is_recent in zip(row_B.tolist(), is_recent_B.tolist(), strict=True):
+        entry = store.entries[row]
+        assert entry is not None
+        if is_recent:
+            index_K = _newest_completions(entry.group, newest, group_size, random)
+        else:
+            index_K = _weighed_completions(entry.group, config.inverse_temperature, group_size, random)
+        groups.append(_chosen(entry.group, index_K))
+    return concat(groups), dataclasses.replace(store, rows_R=rows_R, begun=True)
+
+
+def _newest_version(store: Store) -> int:
+    return int(store.rows_R["newest"][store.rows_R["count"] > 0].max())
+
+
+def _take_turns(
+    pool_R: Bool[np.ndarray, " R"],
+    had_turn_R: Bool[np.ndarray, " R"],
+    count_R: Int[np.ndarray, " R"],
+    random: np.random.Generator,
+    number: int,
+) -> Int[np.ndarray, " M"]:
+    """Rows of a pool, none twice before all had their turn; marks them in `had_turn_R`."""
+    # A group of one completion, repeated, teaches nothing.
+    several_R = pool_R & (count_R > 1)
+    pool_R = several_R if several_R.any() else pool_R
+    found: list[int] = []
+    while len(found) < number:
+        waiting = np.flatnonzero(pool_R & ~had_turn_R)
+        if not len(waiting):
+            had_turn_R[pool_R] = False
+            continue
+        chosen = random.permutation(waiting)[: number - len(found)]
+        had_turn_R[chosen] = True
+        found += chosen.tolist()
+    return np.array(found, np.int64)
+
+
+def _newest_completions(group: Scored, version: int, number: int, random: np.random.Generator) -> Int[np.ndarray, " K"]:
+    """The last ones of the version, each once, and repetitions of them where there are too few."""
+    index_N = np.flatnonzero(group.rollouts.version_BG[0] == version)[-number:]
+    return np.concatenate([index_N, random.choice(index_N, number - len(index_N))])
+
+
+def _weighed_completions(
+    group: Scored, inverse_temperature: float, number: int, random: np.random.Generator
+) -> Int[np.ndarray, " K"]:
+    """Drawn by the softmax of their rewards, none twice, and then repetitions where there are too few."""
+    logit_N = inverse_temperature * group.reward_BG[0].astype(np.float64)
+    # The largest of logits with Gumbel noise are a draw without replacement.
+    index_N = np.argsort(-(logit_N + random.gumbel(size=len(logit_N))), kind="stable")[:number]
+    probability_N = np.exp(logit_N - logit_N.max())
+    repeated = random.choice(len(logit_N), number - len(index_N), p=probability_N / probability_N.sum())
+    return np.concatenate([index_N, repeated])
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What a store holds, in a few numbers.
+
+    Attributes:
+        completions, prompts: how many.
+        age: mean number of versions that a completion is behind.
+        reward: mean.
+        turned_away: completions that were not kept or taken out since the run began, by reason.
+    """
+
+    completions: int
+    prompts: int
+    age: float
+    reward: float
+    turned_away: dict[str, int]
+
+
+def summary(store: Store, version: int) -> StoreSummary:
+    """The summary of a store.
+
+    Args:
+        store: at least one completion.
+        version: of the policy that is trained, from which ages count.
+    """
+    size = len(store)
+    return StoreSummary(
+        completions=size,
+        prompts=int((store.rows_R["count"] > 0).sum()),
+        age=version - float(store.rows_R["version"].sum()) / size,
+        reward=float(store.rows_R["reward"].sum()) / size,
+        turned_away={reason: count for reason, count in store.turned_away.items() if count},
+    )

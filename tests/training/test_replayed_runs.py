@@ -1,0 +1,62 @@
+"""Runs that train on what they kept, and on-policy runs beside them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
+from nested_reft.replay_store import ReplayConfig, Store
+from nested_reft.rewards.reward import RewardConfig
+from tests.training.runs import MOVING, comparable_steps, metrics_of, nano, save_after, trainer
+
+REPLAY = ReplayConfig(capacity=64, recent_share=0.5, inverse_temperature=1.0, prefill=24, max_staleness=2)
+# An untrained model is always wrong, so its rewards differ by length.
+FAST = {
+    "loss": TrajectoryBalanceConfig(beta=0.5),
+    "reward": RewardConfig(overlong_cache_tokens=8),
+    "optimizer__learning_rate": 0.01,
+    "evaluation__samples_per_prompt": 0,
+    "evaluation__every_steps": 100,
+}
+
+
+def test_a_replayed_step_trains_on_what_is_kept_and_says_how_old_it_is(tmp_path):
+    """16 completions a batch, of which some come twice: the prefill of 24 takes two batches, and later steps one."""
+    run = trainer(nano(replay=REPLAY, train__ess_warning=0.999, **FAST), tmp_path)
+    records = [run.step(number) for number in range(4)]
+    assert [len(record.found) for record in records] == [2, 1, 1, 1]
+    metrics = [metrics_of(run, record) for record in records]
+    assert metrics[0]["staleness_max"] == 0 and metrics[0]["replay/recent"] == 1
+    assert 24 <= metrics[0]["replay/completions"] <= 32 and metrics[3]["replay/completions"] > 32
+    assert max(each["staleness_max"] for each in metrics) == 2  # and not 3: those are taken out
+    for record, each in zip(records, metrics, strict=True):
+        behind_BG = record.version - record.groups.rollouts.version_BG
+        assert each["staleness_mean"] == pytest.approx(behind_BG.mean()) and 0 <= each["replay/age"] <= 2
+        assert record.groups.rollouts.tokens_BGC.shape[:2] == (4, 4) and not record.update.empty
+    assert metrics[3]["turned_away/stale"] > 0
+    # What is trained on is what was found: each completion of the last batch is one of some step's.
+    known = {text for record in records for scored in record.found for group in scored.texts for text in group}
+    assert {text for group in records[-1].groups.texts for text in group} <= known
+    # How far they are from the policy is logged, and no reason to warn: no weight depends on it.
+    assert metrics[3]["ess_token"] < 0.999 and "warning" not in metrics[3]
+
+
+def test_recent_groups_alone_are_those_of_an_on_policy_run(tmp_path):
+    """With a search a step and m = 1, no completion that is trained on is behind; a policy gradient runs as well."""
+    config = nano(**FAST | {"loss": MOVING, "replay": dataclasses.replace(REPLAY, recent_share=1.0, prefill=0)})
+    run = trainer(config, tmp_path)
+    assert [metrics_of(run, run.step(number))["staleness_max"] for number in range(2)] == [0, 0]
+
+
+def test_resuming_continues_what_is_kept(tmp_path):
+    config = nano(replay=REPLAY, **FAST)
+    first = trainer(config, tmp_path)
+    comparable_steps(first, range(2))
+    save_after(first, 2)
+    kept, expected = first.state.buffer, comparable_steps(first, range(2, 4))
+    first.close()
+    second = trainer(config, tmp_path, resume=True)
+    again = second.state.buffer
+    assert isinstance(kept, Store) and isinstance(again, Store) and np.array_equal(again.rows_R, kept.rows_R)
+    assert comparable_steps(second, range(2, 4)) == expected
