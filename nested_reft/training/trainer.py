@@ -24,8 +24,8 @@ from nested_reft.compilation import CompileCounter
 from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
+from nested_reft.training import group_supply
 from nested_reft.training.clock import Clock, advance
-from nested_reft.training.group_supply import group_supply
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
@@ -157,19 +157,19 @@ class Trainer:
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
-        version, supply = state.learner.version, group_supply(config)
+        version = state.learner.version
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.
         plan = state.draw_plan(keys.plan, config.nesting)
-        state.buffer = supply.without_stale(state.buffer, version)
-        while not supply.ready(state.buffer, len(found)):
+        state.buffer = group_supply.without_stale(state.buffer, config, version)
+        while not group_supply.ready(state.buffer, config, len(found)):
             key = keys.batch(len(found))
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
             scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
-            state.buffer = supply.add(state.buffer, scored)
+            state.buffer = group_supply.add(state.buffer, config, scored)
             found.append(scored)
-        groups, state.buffer = supply.draw(state.buffer, keys.replay)
+        groups, state.buffer = group_supply.draw(state.buffer, config, keys.replay)
         update = state.learner.update(state.learner.batch(groups, keys.acceptance, state.mix.share))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
@@ -181,7 +181,7 @@ class Trainer:
             found=tuple(found),
             groups=groups,
             version=version,
-            stored=supply.summary(state.buffer, version),
+            stored=group_supply.summary(state.buffer, version),
             update=update,
             curriculum_before=before,
             curriculum_after=state.curriculum,
