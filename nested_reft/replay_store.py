@@ -31,7 +31,7 @@ from jaxtyping import Bool, Int
 
 from nested_reft.literals import check_whole
 from nested_reft.replay import GenerationLimitError
-from nested_reft.types import Rollouts, Scored, concat, over_completions, take
+from nested_reft.types import Rollouts, Scored, completion_columns, concat, over_completions, take, with_completions
 from nested_reft.untrusted import MAX_WHOLE
 
 FRUITLESS_BATCHES = 100  # in a row that leave the store as small as it was, and the wait for a prefill ends
@@ -182,12 +182,13 @@ class Store:
         draft.rows_R = np.zeros(value["num_rows"], _ROW)
         if len(value["row_R"]):
             prompts, completions = Scored.from_plain(value["prompts"]), Scored.from_plain(value["completions"])
-            ends_R = np.cumsum(value["count_R"])
-            for index, (row, start, end) in enumerate(
-                zip(value["row_R"].tolist(), ends_R - value["count_R"], ends_R, strict=True)
-            ):
-                group = _chosen(completions, np.arange(start, end), take(prompts, [index]))
-                draft.set(row, Entry(group, value["arrival_N"][start:end]))
+            columns, end = completion_columns(completions), 0
+            for index, (row, count) in enumerate(zip(value["row_R"].tolist(), value["count_R"].tolist(), strict=True)):
+                start, end = end, end + count
+                # Copies, so that no row keeps all the others in memory.
+                own = {name: column[:, start:end].copy() for name, column in columns.items()}
+                group = with_completions(take(prompts, [index]), own)
+                draft.set(row, Entry(group, value["arrival_N"][start:end].copy()))
                 draft.row_of[_key(group)] = row
         for name, flags in value["drawn"].items():
             draft.rows_R[name] = flags
@@ -198,9 +199,9 @@ def _side_by_side(*values: np.ndarray) -> np.ndarray:
     return np.concatenate(values, axis=1)
 
 
-def _chosen(group: Scored, index_N: Int[np.ndarray, " N"], prompt: Scored | None = None) -> Scored:
-    """Those completions of one group, in that order; with another value's prompt, if one is given."""
-    return over_completions(lambda *values: values[-1][:, index_N], group if prompt is None else prompt, group)
+def _chosen(group: Scored, index_N: Int[np.ndarray, " N"]) -> Scored:
+    """Those completions of one group, in that order."""
+    return over_completions(lambda column: column[:, index_N], group)
 
 
 def _key(group: Scored) -> _Key:

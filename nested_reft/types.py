@@ -240,20 +240,40 @@ def over_completions(combine: Callable[..., Any], first: Scored, *others: Scored
         first: its prompts stay.
         others: of the same prompts.
     """
-    values = (first, *others)
+    columns = [completion_columns(value) for value in (first, *others)]
+    return with_completions(first, {name: combine(*(column[name] for column in columns)) for name in columns[0]})
 
-    def combined(of: Callable[[Scored], Any]) -> Any:
-        return combine(*(np.asarray(of(value)) for value in values))
 
-    texts_BG = combine(*(_text_array(value.texts) for value in values))
-    rollouts = {name: combined(lambda value, name=name: getattr(value.rollouts, name)) for name in completion_fields()}
+def completion_columns(groups: Scored) -> dict[str, np.ndarray]:
+    """Every field that has one value per completion, as an array `[B, G, ...]`; `with_completions` takes them back.
+
+    Args:
+        groups: at least one.
+    """
+    rollouts = {f"rollouts.{name}": np.asarray(getattr(groups.rollouts, name)) for name in completion_fields()}
+    parts = {f"parts.{name}": part_BG for name, part_BG in groups.parts.items()}
+    values = {name: getattr(groups, name) for name in _SCORED_COMPLETION_FIELDS}
+    return rollouts | parts | values | {"texts": _text_array(groups.texts)}
+
+
+def with_completions(groups: Scored, columns: dict[str, np.ndarray]) -> Scored:
+    """The groups with these completions in place of their own.
+
+    Args:
+        groups: their prompts stay.
+        columns: of the names that `completion_columns` gives, for as many groups.
+    """
+
+    def under(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
+
     return dataclasses.replace(
-        first,
-        rollouts=dataclasses.replace(first.rollouts, **rollouts),
-        texts=tuple(tuple(group) for group in texts_BG),
-        parts={name: combined(lambda value, name=name: value.parts[name]) for name in first.parts},
+        groups,
+        rollouts=dataclasses.replace(groups.rollouts, **under("rollouts.")),
+        texts=tuple(tuple(group) for group in columns["texts"]),
+        parts=under("parts."),
         stats=None,
-        **{name: combined(lambda value, name=name: getattr(value, name)) for name in _SCORED_COMPLETION_FIELDS},
+        **{name: columns[name] for name in _SCORED_COMPLETION_FIELDS},
     )
 
 

@@ -3,7 +3,7 @@
 Half of the groups are of the present version, and no completion is more than 20 versions old. Neither nesting nor age
 is corrected by a weight, because the objective needs none.
 Command: nested-reft train tiny_tba
-Time: about four minutes beside other work. Greedy accuracy rises from 0.66 to 0.74, that of samples from 0.32 to 0.54.
+Time: about two minutes on two cores. Greedy accuracy rises from 0.66 to 0.74, that of samples from 0.32 to 0.54.
 """
 
 import dataclasses

@@ -1,107 +1,98 @@
 """Where an update's groups come from: what was just found, or a store that is kept for replay.
 
-Both supplies are rules without a state of their own. Their buffer belongs to the run's state.
+One set of rules for the two kinds of buffer. A run has a `Store` where `replay.capacity` is set, and a `Buffer`
+otherwise; every rule takes one and gives the next.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from nested_reft import replay, replay_store
-from nested_reft.replay import Buffer, DynamicSamplingConfig
-from nested_reft.replay_store import ReplayConfig, Store, StoreSummary
+from nested_reft.replay import Buffer
+from nested_reft.replay_store import Store, StoreSummary
 from nested_reft.training.config import Config
 from nested_reft.types import Scored
 
 
-@dataclass(frozen=True)
-class FreshGroups:
-    """Every update trains on groups that were found for it; dynamic sampling may pass over some.
-
-    Attributes:
-        config: of dynamic sampling.
-        num_groups: B.
-    """
-
-    config: DynamicSamplingConfig
-    num_groups: int
-
-    def load(self, plain: Any) -> Buffer:
-        """The buffer of a checkpoint; an empty one without."""
-        return Buffer() if plain is None else Buffer.from_plain(plain)
-
-    def without_stale(self, buffer: Buffer, version: int) -> Buffer:
-        """The buffer as it is, which holds nothing from before."""
-        return buffer
-
-    def add(self, buffer: Buffer, scored: Scored) -> Buffer:
-        """See `replay.add`."""
-        return replay.add(buffer, scored)
-
-    def ready(self, buffer: Buffer, num_found: int) -> bool:
-        """See `replay.ready`."""
-        return replay.ready(buffer, self.config, self.num_groups)
-
-    def draw(self, buffer: Buffer, key: jax.Array) -> tuple[Scored, Buffer]:
-        """See `replay.draw`."""
-        return replay.draw(buffer, self.config, self.num_groups)
-
-    def summary(self, buffer: Buffer, version: int) -> StoreSummary | None:
-        """None: nothing is kept."""
-        return None
-
-
-@dataclass(frozen=True)
-class StoredGroups:
-    """What is found goes into a store, from which every update draws.
-
-    Attributes:
-        config: of the store.
-        num_groups, group_size: B and K.
-    """
-
-    config: ReplayConfig
-    num_groups: int
-    group_size: int
-
-    def load(self, plain: Any) -> Store:
-        """The store of a checkpoint; an empty one without."""
-        return Store() if plain is None else Store.from_plain(plain)
-
-    def without_stale(self, buffer: Store, version: int) -> Store:
-        """See `replay_store.without_stale`."""
-        return replay_store.without_stale(buffer, self.config, version)
-
-    def add(self, buffer: Store, scored: Scored) -> Store:
-        """See `replay_store.add`."""
-        return replay_store.add(buffer, self.config, scored)
-
-    def ready(self, buffer: Store, num_found: int) -> bool:
-        """See `replay_store.ready`. Every step searches at least once, whatever is stored."""
-        return num_found > 0 and replay_store.ready(buffer, self.config)
-
-    def draw(self, buffer: Store, key: jax.Array) -> tuple[Scored, Store]:
-        """See `replay_store.draw`."""
-        return replay_store.draw(buffer, self.config, key, self.num_groups, self.group_size)
-
-    def summary(self, buffer: Store, version: int) -> StoreSummary | None:
-        """See `replay_store.summary`."""
-        return replay_store.summary(buffer, version)
-
-
-def group_supply(config: Config) -> Any:
-    """The supply of a configuration.
+def empty_buffer(config: Config) -> Buffer | Store:
+    """The buffer of a run that has found nothing yet.
 
     Args:
-        config: with a replay of some capacity, groups come from a store.
-
-    Returns:
-        `FreshGroups` or `StoredGroups`; each knows the buffer that is its own.
+        config: of the run.
     """
-    size = config.data.prompts_per_batch
-    if config.replay.is_on:
-        return StoredGroups(config.replay, size, config.rollout.group_size)
-    return FreshGroups(config.dynamic_sampling, size)
+    return Store() if config.replay.is_on else Buffer()
+
+
+def loaded_buffer(config: Config, plain: Any) -> Buffer | Store:
+    """The buffer of a checkpoint.
+
+    Args:
+        config: of the run.
+        plain: what `to_plain` of its buffer returned.
+    """
+    return Store.from_plain(plain) if config.replay.is_on else Buffer.from_plain(plain)
+
+
+def without_stale(buffer: Buffer | Store, config: Config, version: int) -> Buffer | Store:
+    """The buffer without what is too old for the next update; only a store holds anything from before.
+
+    Args:
+        buffer: it stays as it is.
+        config: of the run.
+        version: of the policy that the update will train.
+    """
+    return replay_store.without_stale(buffer, config.replay, version) if isinstance(buffer, Store) else buffer
+
+
+def add(buffer: Buffer | Store, config: Config, scored: Scored) -> Buffer | Store:
+    """The buffer with one batch more.
+
+    Args:
+        buffer: it stays as it is.
+        config: of the run.
+        scored: the batch.
+    """
+    return replay_store.add(buffer, config.replay, scored) if isinstance(buffer, Store) else replay.add(buffer, scored)
+
+
+def ready(buffer: Buffer | Store, config: Config, num_found: int) -> bool:
+    """Whether an update can go ahead. Every step searches at least once, whatever is stored.
+
+    Args:
+        buffer: `without_stale` for the update.
+        config: of the run.
+        num_found: batches that were searched since the last update.
+
+    Raises:
+        GenerationLimitError: it cannot, and more batches would not help.
+    """
+    if isinstance(buffer, Store):
+        return num_found > 0 and replay_store.ready(buffer, config.replay)
+    return replay.ready(buffer, config.dynamic_sampling, config.data.prompts_per_batch)
+
+
+def draw(buffer: Buffer | Store, config: Config, key: jax.Array) -> tuple[Scored, Buffer | Store]:
+    """The groups to train on, and the buffer after them.
+
+    Args:
+        buffer: `ready` for the update.
+        config: of the run.
+        key: PRNG key of the update; only a store draws at random.
+    """
+    num_groups = config.data.prompts_per_batch
+    if isinstance(buffer, Store):
+        return replay_store.draw(buffer, config.replay, key, num_groups, config.rollout.group_size)
+    return replay.draw(buffer, config.dynamic_sampling, num_groups)
+
+
+def summary(buffer: Buffer | Store, version: int) -> StoreSummary | None:
+    """What is kept for replay; None without a store.
+
+    Args:
+        buffer: after the draw.
+        version: of the policy that is trained, from which ages count.
+    """
+    return replay_store.summary(buffer, version) if isinstance(buffer, Store) else None

@@ -28,7 +28,7 @@ from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
 from nested_reft.replay_store import Store
 from nested_reft.training.config import Config, forbidden_changes
-from nested_reft.training.group_supply import group_supply
+from nested_reft.training.group_supply import empty_buffer, loaded_buffer
 from nested_reft.training.learner import Learner
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
@@ -148,7 +148,7 @@ class RunState:
         self.learner.load(checkpoints.restore_some(number, self.learner.arrays(self.trained_before)))
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
-        self.buffer = group_supply(self.config).load(host["buffer"])
+        self.buffer = loaded_buffer(self.config, host["buffer"])
         self.nesting = NestingControlState.from_json(host["nesting"])
         self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
@@ -241,6 +241,6 @@ def initial_run_state(setup: Setup) -> RunState:
         mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
         kl=kl_control.initial_state(critic),
         divergence_L=setup.divergence_L,
-        buffer=group_supply(config).load(None),
+        buffer=empty_buffer(config),
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),
     )

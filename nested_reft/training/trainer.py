@@ -24,8 +24,8 @@ from nested_reft.compilation import CompileCounter
 from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
+from nested_reft.training import group_supply
 from nested_reft.training.clock import Clock, advance
-from nested_reft.training.group_supply import group_supply
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
@@ -158,11 +158,11 @@ class Trainer:
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
-        version, supply = state.learner.version, group_supply(config)
+        version = state.learner.version
         # One plan serves all generation batches of the step, so one size of the nested model is compiled.
         plan = state.draw_plan(keys.plan)
-        state.buffer = supply.without_stale(state.buffer, version)
-        while not supply.ready(state.buffer, len(found)):
+        state.buffer = group_supply.without_stale(state.buffer, config, version)
+        while not group_supply.ready(state.buffer, config, len(found)):
             key = keys.batch(len(found))
             prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
             prompts = state.with_prefixes(prompts, key.reset, number)
@@ -170,9 +170,9 @@ class Trainer:
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
             state.reset = dataset_reset.update(state.reset, config.reset, scored)
-            state.buffer = supply.add(state.buffer, scored)
+            state.buffer = group_supply.add(state.buffer, config, scored)
             found.append(scored)
-        groups, state.buffer = supply.draw(state.buffer, keys.replay)
+        groups, state.buffer = group_supply.draw(state.buffer, config, keys.replay)
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
         update = state.learner.update(batch)
         critic = getattr(config.loss, "critic", None)
@@ -187,7 +187,7 @@ class Trainer:
             found=tuple(found),
             groups=groups,
             version=version,
-            stored=supply.summary(state.buffer, version),
+            stored=group_supply.summary(state.buffer, version),
             update=update,
             curriculum_before=before,
             curriculum_after=state.curriculum,

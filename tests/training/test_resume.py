@@ -235,7 +235,9 @@ def test_groups_that_wait_for_an_update_survive(tmp_path):
     first.state.buffer = replay.add(replay.Buffer(), scored([[1, 0], [0, 0]]))
     save_after(first, 1)
     first.close()
-    (found,) = trainer(nano(), tmp_path, resume=True).state.buffer.batches
+    buffer = trainer(nano(), tmp_path, resume=True).state.buffer
+    assert isinstance(buffer, replay.Buffer)
+    (found,) = buffer.batches
     np.testing.assert_equal(found.to_plain(), first.state.buffer.batches[0].to_plain())
 
 
