@@ -3,7 +3,7 @@
 Only the whole number earns a reward, and after the warm start no sample has it. Rollouts that start inside the answer
 find rewards near its end first. `experiments/resets.py` compares this with rollouts from the prompt alone.
 Command: nested-reft train tiny_reset
-Time: about two minutes on two cores.
+Time: about a minute on two cores.
 """
 
 import dataclasses
