@@ -175,6 +175,18 @@ def static_weights_need_undivided_sources(config: Config) -> None:
         )
 
 
+def stale_groups_need_their_own_weight(config: Config) -> None:
+    """Two weights compare with the full model of the version that sampled, and the learner has the present one only."""
+    search, loss = config.search, config.loss
+    variant = loss.bias_mitigation if isinstance(loss, PolicyGradientConfig) else None
+    if search.makes_stale and variant in ("practical", "mixture"):
+        raise ValueError(
+            f"loss.bias_mitigation is '{variant}', with search.lag {search.lag} and search.sync_every"
+            f" {search.sync_every}: its weight needs groups of the present policy. Use 'base' or 'retrace', which read"
+            " the log-probabilities that the groups bring along, or lag 0 and sync_every 1"
+        )
+
+
 def bfloat16_weights_need_adapters(config: Config) -> None:
     """Small updates round away in bfloat16 weights."""
     if config.model.dtype == "bfloat16" and config.lora.rank == 0:
@@ -198,6 +210,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ratios_need_full_support,
     static_weights_name_every_source,
     static_weights_need_undivided_sources,
+    stale_groups_need_their_own_weight,
     bfloat16_weights_need_adapters,
 )
 """Every rule; `Config` asks all of them when it is made."""

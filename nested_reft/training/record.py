@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from nested_reft import curriculum, replay
 from nested_reft.curriculum import CurriculumState
@@ -28,6 +28,7 @@ from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
 from nested_reft.training.nested_policy import Renewed
+from nested_reft.training.orders import SearchReport
 from nested_reft.types import Scored, concat
 from nested_reft.untrusted import printable
 
@@ -73,6 +74,16 @@ METRICS = (
     Metric("rollout_seconds", "seconds", "time of sampling, without scoring"),
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
+    Metric("staleness", "updates", "mean age of the trained groups: updates since the weights that sampled them"),
+    Metric("staleness_max", "updates", "age of the oldest of them"),
+    Metric("staleness_groups", "groups", "trained groups of each age, from 0 to the oldest"),
+    Metric("search_wait_seconds", "seconds", "time that the learner waited for search, or sampled itself"),
+    Metric("searchers_busy", "share", "time of the searchers for the step's batches, over all the time that they had"),
+    Metric("searched_tokens_per_second", "tokens/second", "sampled tokens over all time since the step before"),
+    Metric("trained_tokens_per_second", "tokens/second", "tokens of the update over the time that was no waiting"),
+    Metric("sync_seconds", "seconds", "time until new weights had come to the searchers of the step's batches"),
+    Metric("orders_under_way", "batches", "batches that are being searched or wait for an update"),
+    Metric("searchers_replaced", "searchers", "searchers that were lost and replaced since the process began"),
     Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
     Metric("skipped_layers", "", "indices of the layers that the nested policy does not run whole"),
     Metric("bridged_layers", "", "those of them that a bridge stands in for"),
@@ -144,6 +155,7 @@ class StepRecord:
         nesting: how deep the next batch nests, and why.
         mix: how much of the importance weight the next batch uses, and why.
         renewed: bridges that were fitted and layers that were measured, if any.
+        search: how searching went.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
         compilations: programs compiled since the run started.
@@ -160,6 +172,7 @@ class StepRecord:
     nesting: NestingControlState
     mix: MixControlState
     renewed: Renewed
+    search: SearchReport
     seconds: float
     compilations: int
     heldout: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
@@ -190,11 +203,21 @@ class StepRecord:
         return sum(scored.stats.rollout_seconds for scored in self.found if scored.stats is not None)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Sampled tokens over the time of sampling."""
+    def sampled_tokens(self) -> int:
+        """Tokens that were sampled."""
         rollouts = self.all.rollouts
         # Forced tokens were given, so they are no work of the sampler.
-        return float((rollouts.length_BG - rollouts.forced_BG).sum() / self.rollout_seconds)
+        return int((rollouts.length_BG - rollouts.forced_BG).sum())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens over the time of sampling."""
+        return self.sampled_tokens / self.rollout_seconds
+
+    @property
+    def staleness_B(self) -> Int[np.ndarray, " B"]:
+        """The age of each group that was trained on, in updates since the weights that sampled it."""
+        return self.search.version - np.asarray(self.groups.rollouts.version_B)
 
     def warnings(self, config: Config) -> dict[str, str]:
         """What the user should know, in words, by kind: that the step was too far off-policy, no plan near enough, or
@@ -246,6 +269,7 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         **_update_metrics(record, config),
         **_nesting_metrics(record),
         **_generation_metrics(record, config, len(source_names)),
+        **_search_metrics(record, config),
         **_curriculum_metrics(record, config, source_names),
         **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
         "step_seconds": record.seconds,
@@ -368,6 +392,29 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
         accepted = sum(scored.stats.drafts_accepted for scored in record.found if scored.stats is not None)
         values |= {"draft_length": config.rollout.draft_length, "draft_acceptance": accepted / tested}
     return values
+
+
+def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
+    """How old the groups were, and who waited for whom; nothing where the learner samples just before each update."""
+    search, staleness_B = record.search, record.staleness_B
+    if not config.search.makes_stale and config.search.backend == "inline" and not staleness_B.any():
+        return {}
+    stats = [scored.stats for scored in record.found if scored.stats is not None]
+    busy_seconds = sum(each.seconds for each in stats)
+    return {
+        "staleness": float(staleness_B.mean()),
+        "staleness_max": int(staleness_B.max()),
+        "staleness_groups": np.bincount(staleness_B).tolist(),
+        "search_wait_seconds": search.waited_seconds,
+        "searchers_busy": busy_seconds / (config.search.searchers * search.period_seconds),
+        "searched_tokens_per_second": record.sampled_tokens / search.period_seconds,
+        "trained_tokens_per_second": float(
+            record.groups.rollouts.length_BG.sum() / (record.seconds - search.waited_seconds)
+        ),
+        "sync_seconds": sum(each.sync_seconds for each in stats),
+        "orders_under_way": search.under_way,
+        "searchers_replaced": search.replaced,
+    }
 
 
 def _curriculum_metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
+from nested_reft.training.search_config import SearchConfig
 from tests.training.runs import MOVING, nano
 
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
@@ -150,6 +151,17 @@ REFUSED = {
         (
             {"curriculum": STATIC, "data__split": SplitConfig("pass_rate")},
             r"curriculum.kind is 'static' and data.split.kind 'pass_rate'; .* use another kind, or 'none'",
+        ),
+    ],
+    "stale_groups_need_their_own_weight": [
+        (
+            {"loss": PRACTICAL, "search": SearchConfig(lag=1)},
+            r"loss.bias_mitigation is 'practical', with search.lag 1 and search.sync_every 1: its weight needs groups"
+            r" of the present policy. Use 'base' or 'retrace'",
+        ),
+        (
+            {"loss": MIXTURE, "rollout__mixture_alpha": 0.5, "search": SearchConfig(sync_every=2)},
+            r"loss.bias_mitigation is 'mixture', with search.lag 0 and search.sync_every 2",
         ),
     ],
     "bfloat16_weights_need_adapters": [

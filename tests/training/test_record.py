@@ -39,6 +39,16 @@ ONLY_SOMETIMES = {
     "bridge_seconds",
     "layer_divergence",
     "remeasure_seconds",
+    "staleness",
+    "staleness_max",
+    "staleness_groups",
+    "search_wait_seconds",
+    "searchers_busy",
+    "searched_tokens_per_second",
+    "trained_tokens_per_second",
+    "sync_seconds",
+    "orders_under_way",
+    "searchers_replaced",
 }
 
 
