@@ -4,10 +4,13 @@ import dataclasses
 import os
 import signal
 import time
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nested_reft.training import ray_search
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import prepare
 from tests.training.runs import MOVING, assert_equal_arrays, comparable_steps, nano, trainer
@@ -16,12 +19,13 @@ START_SECONDS = 120  # in which searchers must be there
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'nested_reft[ray]'")
 
 
-def wait_for(searchers, number: int) -> None:
-    """Until so many have started; Ray tells nobody."""
+def pids(searchers: Any, number: int) -> set[int]:
+    """Of the searchers' processes, once so many have started; Ray tells nobody when."""
     deadline = time.monotonic() + START_SECONDS
     while len(searchers.sites) < number:
         assert time.monotonic() < deadline, "the searchers did not start"
         time.sleep(0.05)
+    return {site.pid for site in searchers.sites}
 
 
 @needs_ray
@@ -35,17 +39,18 @@ def test_a_run_survives_the_death_of_a_searcher(tmp_path):
         return trainer(dataclasses.replace(setup, config=searched), tmp_path / name)
 
     expected = comparable_steps(run_with("inline"), range(4))
+    handler = signal.getsignal(signal.SIGTERM)
     run = run_with("ray", backend="ray", searchers=2)
-    wait_for(run.pool, 2)
-    killed = sorted(site.pid for site in run.pool.sites)[0]
+    assert signal.getsignal(signal.SIGTERM) == handler
+    killed = min(pids(run.pool, 2))
     found = comparable_steps(run, range(1))
     os.kill(killed, signal.SIGKILL)
     found += comparable_steps(run, range(1, 4))
     assert found == expected and len({line["loss"] for line in found}) == 4
-    wait_for(run.pool, 2)
-    assert run.pool.replaced == 1 and killed not in {site.pid for site in run.pool.sites}
-    assert os.getpid() not in {site.pid for site in run.pool.sites}
+    assert not {killed, os.getpid()} & pids(run.pool, 2)
+    assert run.pool.replaced == 1
     run.close()
+    assert not ray_search._ray().is_initialized()
 
 
 def test_weights_of_another_model_are_refused():
