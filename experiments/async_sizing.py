@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import heapq
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,10 +119,11 @@ def table_of_sizes(sample_seconds: float, update_seconds: float, sync_seconds: f
     """
     rows = []
     for searchers in SEARCHERS:
-        for sync_every in SYNC_PERIODS:
-            # One batch more than there are searchers keeps all of them at work while the learner takes its own.
-            search = SearchConfig(lag=searchers, sync_every=sync_every, backend="thread", searchers=searchers)
-            draws = np.random.default_rng(0).normal(-(spread**2) / 2, spread, STEPS + searchers)
+        # As many batches as searchers keep all of them at work while the learner updates. More of them make up for
+        # batches that take long.
+        for lag, sync_every in itertools.product((searchers, 2 * searchers), SYNC_PERIODS):
+            search = SearchConfig(lag=lag, sync_every=sync_every, backend="thread", searchers=searchers)
+            draws = np.random.default_rng(0).normal(-(spread**2) / 2, spread, STEPS + lag)
             times = Times(sample_seconds * np.exp(draws), np.full(STEPS, update_seconds), sync_seconds)
             found = simulate(times, search)
             rows.append(
