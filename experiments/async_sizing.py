@@ -27,7 +27,7 @@ from jaxtyping import Float
 from nested_reft.json_files import write_json
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory
-from nested_reft.training.config import load_config
+from nested_reft.training.config import Config, load_config
 from nested_reft.training.record import StepRecord
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import prepare
@@ -142,22 +142,23 @@ def table_of_sizes(sample_seconds: float, update_seconds: float, sync_seconds: f
     return table(columns, rows)
 
 
-def measured_and_predicted(name: str, steps: int, search: SearchConfig) -> dict[str, float]:
+def measured_and_predicted(name: str, steps: int, judge_seconds: float, search: SearchConfig) -> dict[str, float]:
     """A real run, and what the simulation makes of its own times; the first steps compile and are left out.
 
     Args:
         name: of the configuration.
         steps: how many are compared.
+        judge_seconds: of a reward function that sleeps, as one does that waits for a judge elsewhere; 0 for none.
         search: who searches.
     """
     skipped = search.lag + 2
     config = load_config(name, train={"steps": skipped + steps}, evaluation={"samples_per_prompt": 0})
     config = dataclasses.replace(config, search=search, warm_start=dataclasses.replace(config.warm_start, steps=0))
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Trainer(prepare(config), RunDirectory(Path(directory))).open() as run,
-    ):
-        records = [run.step(number) for number in range(skipped + steps)][skipped:]
+    with tempfile.TemporaryDirectory() as directory:
+        if judge_seconds:
+            config = _with_judge(config, Path(directory) / "judge.py", judge_seconds)
+        with Trainer(prepare(config), RunDirectory(Path(directory) / "run")).open() as run:
+            records = [run.step(number) for number in range(skipped + steps)][skipped:]
     times = Times(
         # Batches beyond the last step were not measured, and nobody waits for them.
         np.array([_stats(record).seconds for record in records] + [0.0] * search.lag),
@@ -172,6 +173,17 @@ def measured_and_predicted(name: str, steps: int, search: SearchConfig) -> dict[
         "searchers busy": sum(_stats(record).seconds for record in records) / (search.searchers * period),
         "predicted searchers busy": found.searchers_busy,
     }
+
+
+def _with_judge(config: Config, file: Path, seconds: float) -> Config:
+    """Batches of eight completions, all judged at once, also those of three searchers."""
+    file.write_text(f"import time\n\n\ndef judge(text, example):\n    time.sleep({seconds})\n    return 0.0\n")
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, prompts_per_batch=2),
+        rollout=dataclasses.replace(config.rollout, group_size=4),
+        reward=dataclasses.replace(config.reward, function=f"{file}:judge", workers=24),
+    )
 
 
 def _stats(record: StepRecord) -> Any:
@@ -190,19 +202,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sync-seconds", type=float, default=0.0, help="until new weights have come to a searcher")
     parser.add_argument("--spread", type=float, default=0.3, help="of the logarithm of a batch's time")
     parser.add_argument("--check", nargs="?", const="tiny", metavar="CONFIG", help="also runs a configuration here")
-    parser.add_argument("--steps", type=int, default=40, help="of the run")
+    parser.add_argument("--judge-seconds", type=float, default=0.5, help="of the slow judge, for each completion")
+    parser.add_argument("--steps", type=int, default=40, help="of each run")
     parser.add_argument("--json", type=Path, help="keeps the comparison")
     known = parser.parse_args(arguments)
     print(table_of_sizes(known.sample_seconds, known.update_seconds, known.sync_seconds, known.spread))
     if known.check is None:
         return
-    found = {}
-    for name, search in {
-        "inline": SearchConfig(),
-        "one thread": SearchConfig(lag=1, backend="thread"),
-        "two threads": SearchConfig(lag=2, backend="thread", searchers=2),
-    }.items():
-        found[name] = measured_and_predicted(known.check, known.steps, search)
+    found = {
+        f"{words}, {judge}": measured_and_predicted(known.check, known.steps, seconds, search)
+        for judge, seconds in {"no judge": 0.0, "slow judge": known.judge_seconds}.items()
+        for words, search in {
+            "inline": SearchConfig(),
+            "one thread": SearchConfig(lag=1, backend="thread"),
+            "three threads": SearchConfig(lag=3, backend="thread", searchers=3),
+        }.items()
+    }
     columns = list(next(iter(found.values())))
     print(table(["searchers", *columns], [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in found.items()]))
     if known.json is not None:

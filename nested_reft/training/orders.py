@@ -8,6 +8,8 @@ age of each batch is exact, and a run is the same whoever searches, and however 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nested_reft import curriculum
@@ -63,16 +65,18 @@ class Orders:
             TimeoutError: the result did not come in time.
             Exception: whatever a searcher raised.
         """
-        started = time.monotonic()
         while self._under_way(state) <= self._config.search.lag:
-            self._issue(state, step)
+            order = self._order(state, step)
+            with self._waiting():  # one that searches itself does it now
+                self._pool.submit(order)
+            # Only the pool holds the order, and lets its weights go when it has been carried out.
+            del order
         if state.found_ahead:
             scored, *rest = state.found_ahead
             state.found_ahead = tuple(rest)
-        else:
-            scored = self._pool.take()
-        self._waited += time.monotonic() - started
-        return scored
+            return scored
+        with self._waiting():
+            return self._pool.take()
 
     def drain(self, state: RunState) -> None:
         """Waits for all that is under way and puts it into the state, where a checkpoint finds it.
@@ -110,7 +114,16 @@ class Orders:
     def _under_way(self, state: RunState) -> int:
         return len(state.found_ahead) + len(self._pool)
 
-    def _issue(self, state: RunState, step: int) -> None:
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - started
+
+    def _order(self, state: RunState, step: int) -> Order:
+        """The next order, with all that is as it is now."""
         config = self._config
         if step != self._step:
             self._step, self._issued_in_step = step, 0
@@ -127,5 +140,5 @@ class Orders:
             plan=state.draw_plan(keys.plan, config.nesting),
             key=key.rollout,
         )
-        self._pool.submit(order)
         self._count, self._issued_in_step = self._count + 1, self._issued_in_step + 1
+        return order
