@@ -26,7 +26,7 @@ FIGURES = {
     "reward": ("Reward", "mean reward", ("reward",)),
     "ess": ("Effective sample size", "share of the samples", ("ess_token", "ess_sequence")),
     "speed": ("Speed of sampling and learning, without steps that compile", "tokens / second", SPEEDS),
-    "staleness": ("Age of the groups that were trained on", "updates", ("staleness", "staleness_max")),
+    "staleness": ("Age of the groups that were trained on", "versions", ("staleness_mean", "staleness_max")),
     "waiting": (
         "Waiting for searchers, and for their weights",
         "seconds / step",

@@ -25,14 +25,12 @@ class SearchReport:
     """How searching went in one step.
 
     Attributes:
-        version: of the policy that was about to learn.
         waited_seconds: time that the learner waited for results, or sampled itself.
         period_seconds: time since the report before.
         under_way: batches that were ordered and not yet trained on.
         replaced: searchers that were lost and replaced since the process began.
     """
 
-    version: int
     waited_seconds: float
     period_seconds: float
     under_way: int
@@ -102,7 +100,6 @@ class Orders:
             state.searching = None
         now = time.monotonic()
         report = SearchReport(
-            version=state.learner.version,
             waited_seconds=self._waited,
             period_seconds=now - self._reported,
             under_way=self._under_way(state),

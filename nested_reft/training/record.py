@@ -74,8 +74,8 @@ METRICS = (
     Metric("rollout_seconds", "seconds", "time of sampling, without scoring"),
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
-    Metric("staleness", "updates", "mean age of the trained groups: updates since the weights that sampled them"),
-    Metric("staleness_max", "updates", "age of the oldest of them"),
+    Metric("staleness_mean", "versions", "mean age of the trained groups: updates since the weights that sampled them"),
+    Metric("staleness_max", "versions", "age of the oldest of them"),
     Metric("staleness_groups", "groups", "trained groups of each age, from 0 to the oldest"),
     Metric("search_wait_seconds", "seconds", "time that the learner waited for search, or sampled itself"),
     Metric("searchers_busy", "share", "time of the searchers for the step's batches, over all the time that they had"),
@@ -150,6 +150,7 @@ class StepRecord:
         price: what the plan costs, at the least.
         found: everything that was generated, trained on or not.
         groups: what the update trained on.
+        version: of the policy that it trained, before it did.
         update: what the update did.
         curriculum_before, curriculum_after: what the curriculum knew.
         nesting: how deep the next batch nests, and why.
@@ -166,6 +167,7 @@ class StepRecord:
     price: Price
     found: tuple[Scored, ...]
     groups: Scored
+    version: int
     update: Update
     curriculum_before: CurriculumState
     curriculum_after: CurriculumState
@@ -217,7 +219,7 @@ class StepRecord:
     @property
     def staleness_B(self) -> Int[np.ndarray, " B"]:
         """The age of each group that was trained on, in updates since the weights that sampled it."""
-        return self.search.version - np.asarray(self.groups.rollouts.version_B)
+        return self.version - np.asarray(self.groups.rollouts.version_B)
 
     def warnings(self, config: Config) -> dict[str, str]:
         """What the user should know, in words, by kind: that the step was too far off-policy, no plan near enough, or
@@ -402,7 +404,7 @@ def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     stats = [scored.stats for scored in record.found if scored.stats is not None]
     busy_seconds = sum(each.seconds for each in stats)
     return {
-        "staleness": float(staleness_B.mean()),
+        "staleness_mean": float(staleness_B.mean()),
         "staleness_max": int(staleness_B.max()),
         "staleness_groups": np.bincount(staleness_B).tolist(),
         "search_wait_seconds": search.waited_seconds,

@@ -160,6 +160,7 @@ class Trainer:
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
         started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
+        version = state.learner.version
         while not replay.ready(state.buffer, config.dynamic_sampling, size):
             # Sources, prompts, plan, key and weights are those of the step that issued the order.
             scored = self.orders.next(state, number)
@@ -172,7 +173,7 @@ class Trainer:
         update = state.learner.update(state.learner.batch(groups, keys.acceptance, state.mix.share))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
-        plan = LayerPlan.of_parts(np.asarray(groups.rollouts.part_BL[0]))
+        plan = LayerPlan.of_parts(np.asarray(found[0].rollouts.part_BL[0]))
         return StepRecord(
             # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,
@@ -180,6 +181,7 @@ class Trainer:
             price=plan_price(plan.shape, self.decode_step),
             found=tuple(found),
             groups=groups,
+            version=version,
             update=update,
             curriculum_before=before,
             curriculum_after=state.curriculum,

@@ -39,7 +39,7 @@ ONLY_SOMETIMES = {
     "bridge_seconds",
     "layer_divergence",
     "remeasure_seconds",
-    "staleness",
+    "staleness_mean",
     "staleness_max",
     "staleness_groups",
     "search_wait_seconds",
