@@ -53,7 +53,9 @@ class SearchConfig:
             if not 0 <= value <= MOST:
                 raise ValueError(f"search.{name} is {value}; allowed is 0 to {MOST}")
             if value and self.backend != "ray":
-                raise ValueError(f"search.{name} is {value} and search.backend '{self.backend}'; only Ray reserves")
+                raise ValueError(
+                    f"search.{name} is {value}; with search.backend '{self.backend}' allowed is 0: only Ray reserves"
+                )
         # With fewer orders than searchers, some of them would never work.
         most = 1 if self.backend == "inline" else self.lag + 1
         if self.searchers > most:

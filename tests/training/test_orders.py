@@ -209,7 +209,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_a_resumed_run_begins_with_
         ),
         ({"timeout_seconds": 0.0}, r"search.timeout_seconds is 0.0; allowed is more than 0"),
         ({"timeout_seconds": float("nan")}, r"search.timeout_seconds is nan"),
-        ({"gpus_per_searcher": 1.0}, r"search.gpus_per_searcher is 1.0 and search.backend 'inline'; only Ray reserves"),
+        ({"gpus_per_searcher": 1.0}, r"search.gpus_per_searcher is 1.0; with search.backend 'inline' allowed is 0"),
         ({"tpus_per_searcher": -1.0, "backend": "ray"}, r"search.tpus_per_searcher is -1.0; allowed is 0 to"),
     ],
 )
