@@ -187,6 +187,18 @@ def stale_groups_need_their_own_weight(config: Config) -> None:
         )
 
 
+def mixed_temperatures_need_the_densities_that_drew(config: Config) -> None:
+    """What scores the samples anew does so at one temperature."""
+    temperatures, loss = config.search.temperatures, config.loss
+    variant = loss.bias_mitigation if isinstance(loss, PolicyGradientConfig) else None
+    if temperatures and (config.rollout.mode == "exact" or variant in ("practical", "mixture")):
+        what = "rollout.mode is 'exact'" if config.rollout.mode == "exact" else f"loss.bias_mitigation is '{variant}'"
+        raise ValueError(
+            f"search.temperatures is {temperatures}, but {what}, which knows rollout.sampling.temperature only: allowed"
+            " is none, or mode 'nested' with bias_mitigation 'base' or 'retrace'"
+        )
+
+
 def bfloat16_weights_need_adapters(config: Config) -> None:
     """Small updates round away in bfloat16 weights."""
     if config.model.dtype == "bfloat16" and config.lora.rank == 0:
@@ -211,6 +223,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     static_weights_name_every_source,
     static_weights_need_undivided_sources,
     stale_groups_need_their_own_weight,
+    mixed_temperatures_need_the_densities_that_drew,
     bfloat16_weights_need_adapters,
 )
 """Every rule; `Config` asks all of them when it is made."""

@@ -47,7 +47,6 @@ class Orders:
         pool: carries orders out.
         """
         self._config, self._keys, self._pool = config, keys, pool
-        self._count = 0
         # The generation batches of a step have keys of their own, which count from 0 in each step.
         self._step, self._issued_in_step = -1, 0
         self._waited, self._reported = 0.0, time.monotonic()
@@ -127,15 +126,17 @@ class Orders:
         keys = self._keys.step(step)
         key = keys.batch(self._issued_in_step)
         source_B = curriculum.choose(state.curriculum, config.curriculum, key.curriculum, config.data.prompts_per_batch)
+        temperatures = config.search.temperatures
         if state.searching is None:
             state.searching = state.learner.behavior_policy()
         order = Order(
-            number=self._count,
+            number=state.ordered,
             policy=state.searching,
             prompts=state.next_prompts(source_B),
             # All batches that a step orders share its plan, so one size of the nested model is compiled for them.
             plan=state.draw_plan(keys.plan, config.nesting),
             key=key.rollout,
+            temperature=temperatures[state.ordered % len(temperatures)] if temperatures else None,
         )
-        self._count, self._issued_in_step = self._count + 1, self._issued_in_step + 1
+        state.ordered, self._issued_in_step = state.ordered + 1, self._issued_in_step + 1
         return order

@@ -31,7 +31,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Learner
 from nested_reft.training.search_config import SearchConfig
-from nested_reft.training.search_pool import Order, SearcherLost, ThreadedPool, with_sync_seconds
+from nested_reft.training.search_pool import Order, SearcherLost, ThreadedPool, at_temperature, with_sync_seconds
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup, initial_policy
 from nested_reft.types import Prompts, Scored, take
@@ -71,6 +71,7 @@ class RaySearcher:
         prompts: Prompts,
         part_L: Int8[np.ndarray, " L"],
         key_data: UInt32[np.ndarray, " K"],
+        temperature: float | None,
     ) -> Scored:
         """Carries an order out.
 
@@ -80,6 +81,7 @@ class RaySearcher:
             prompts: what is asked.
             part_L: the plan, as `LayerPlan.of_parts` takes it.
             key_data: of the PRNG key.
+            temperature: of the order.
         """
         started = time.monotonic()
         held = [reference.hex() for reference in weights]
@@ -90,9 +92,8 @@ class RaySearcher:
             self._policy, self._held = dataclasses.replace(self._policy, model=model, version=version), held
         sync_seconds = time.monotonic() - started
         key = jax.random.wrap_key_data(jnp.asarray(key_data))
-        return with_sync_seconds(
-            self._searcher.search(self._policy, prompts, LayerPlan.of_parts(part_L), key), sync_seconds
-        )
+        policy = at_temperature(self._policy, temperature)
+        return with_sync_seconds(self._searcher.search(policy, prompts, LayerPlan.of_parts(part_L), key), sync_seconds)
 
 
 def named_arrays(model: Transformer) -> dict[str, jax.Array]:
@@ -200,6 +201,7 @@ class RaySite:
                 prompts,
                 order.plan.host_parts(order.policy.num_layers),
                 np.asarray(jax.random.key_data(order.key)),
+                order.temperature,
             )
         )
         # Arrays that Ray returns lie in its object store. Taking rows copies them, so that the store can let go.

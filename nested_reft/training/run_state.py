@@ -47,6 +47,7 @@ class RunState:
         stream: the position in every source.
         curriculum: what it remembers of each source.
         buffer: groups that were found and not yet trained on.
+        ordered: batches that were ordered so far.
         found_ahead: results of orders that were under way at a checkpoint, oldest first; later ones are with the pool.
         searching: the policy that searchers got last, while further orders are to get it too.
         nesting: how deep the next batch nests.
@@ -73,6 +74,7 @@ class RunState:
     mix: MixControlState
     divergence_L: Float[np.ndarray, " L"]
     buffer: Buffer = field(default_factory=Buffer)
+    ordered: int = 0
     found_ahead: tuple[Scored, ...] = ()
     searching: Policy | None = None
     bridging: BridgeState = field(default_factory=BridgeState)
@@ -149,6 +151,7 @@ class RunState:
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
         self.buffer = Buffer.from_plain(host["buffer"])
+        self.ordered = host["ordered"]
         self.found_ahead = tuple(Scored.from_plain(scored) for scored in host["found_ahead"])
         self.nesting = NestingControlState.from_json(host["nesting"])
         self.mix = MixControlState.from_json(host["mix"])
@@ -208,6 +211,7 @@ class RunState:
             "trained_before": self.trained_before,
             "curriculum": self.curriculum.to_json(),
             "buffer": self.buffer.to_plain(),
+            "ordered": self.ordered,
             "found_ahead": [scored.to_plain() for scored in self.found_ahead],
             "searching": None if self.searching is None else self.searching.version,
             "nesting": self.nesting.to_json(),

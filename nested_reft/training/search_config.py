@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from nested_reft.literals import check_choice, check_whole
+from nested_reft.rollout.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 Backend = Literal["inline", "thread", "ray"]
 MOST = 2**16  # orders, searchers or steps; far beyond what helps
@@ -29,6 +30,9 @@ class SearchConfig:
         max_replacements: searchers that may die in one process before the run ends. Each one is replaced and its batch
             is sampled again.
         gpus_per_searcher, tpus_per_searcher: what Ray reserves for each.
+        temperatures: of the batches, which take turns in them (mixed exploration). The importance weight corrects for
+            each, since a sample keeps the log-probabilities that it was drawn with. Empty takes
+            `rollout.sampling.temperature` for all.
     """
 
     lag: int = 0
@@ -39,6 +43,7 @@ class SearchConfig:
     max_replacements: int = 16
     gpus_per_searcher: float = 0.0
     tpus_per_searcher: float = 0.0
+    temperatures: tuple[float, ...] = ()
 
     def __post_init__(self):
         check_choice("search.backend", self.backend, Backend)
@@ -55,6 +60,11 @@ class SearchConfig:
             if value and self.backend != "ray":
                 raise ValueError(
                     f"search.{name} is {value}; with search.backend '{self.backend}' allowed is 0: only Ray reserves"
+                )
+        for temperature in self.temperatures:
+            if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+                raise ValueError(
+                    f"search.temperatures holds {temperature}; allowed is {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
                 )
         # With fewer orders than searchers, some of them would never work.
         most = 1 if self.backend == "inline" else self.lag + 1

@@ -35,11 +35,12 @@ class Order:
     """What a searcher is asked to find.
 
     Attributes:
-        number: counts the orders of this process; results come in this order.
+        number: counts the orders of the run; results come in this order.
         policy: what samples.
         prompts: what is asked.
         plan: the layers of the nested policy.
         key: PRNG key of the completions.
+        temperature: at which they are sampled; None is the policy's own.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Order:
     prompts: Prompts
     plan: LayerPlan
     key: jax.Array
+    temperature: float | None = None
 
 
 class SearcherLost(RuntimeError):
@@ -101,7 +103,8 @@ class InlinePool:
 
     def submit(self, order: Order) -> None:
         """Searches."""
-        self._found.append(self._searcher.search(order.policy, order.prompts, order.plan, order.key))
+        policy = at_temperature(order.policy, order.temperature)
+        self._found.append(self._searcher.search(policy, order.prompts, order.plan, order.key))
 
     def take(self) -> Scored:
         """The oldest result."""
@@ -279,6 +282,7 @@ class DeviceSite:
         started = time.monotonic()
         policy = self._here(order.policy)
         sync_seconds = time.monotonic() - started
+        policy = at_temperature(policy, order.temperature)
         scored = self._searcher.search(policy, order.prompts, order.plan, replicate(order.key, self._mesh))
         return with_sync_seconds(scored, sync_seconds)
 
@@ -300,6 +304,18 @@ def _arrived(policy: Policy) -> Policy:
     """The policy once its weights are there."""
     jax.block_until_ready(policy.model)
     return policy
+
+
+def at_temperature(policy: Policy, temperature: float | None) -> Policy:
+    """The policy, sampling at another temperature.
+
+    Args:
+        policy: shares its weights with the result.
+        temperature: None leaves it as it is.
+    """
+    if temperature is None:
+        return policy
+    return dataclasses.replace(policy, sampling=dataclasses.replace(policy.sampling, temperature=temperature))
 
 
 def with_sync_seconds(scored: Scored, seconds: float) -> Scored:

@@ -164,6 +164,16 @@ REFUSED = {
             r"loss.bias_mitigation is 'mixture', with search.lag 0 and search.sync_every 2",
         ),
     ],
+    "mixed_temperatures_need_the_densities_that_drew": [
+        (
+            {"loss": PRACTICAL, "search": SearchConfig(temperatures=(1.0, 0.5))},
+            r"search.temperatures is \(1.0, 0.5\), but loss.bias_mitigation is 'practical', which knows",
+        ),
+        (
+            {"rollout": EXACT, "search": SearchConfig(temperatures=(0.5,))},
+            r"search.temperatures is \(0.5,\), but rollout.mode is 'exact'",
+        ),
+    ],
     "bfloat16_weights_need_adapters": [
         (
             {"model__dtype": "bfloat16"},

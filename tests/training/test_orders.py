@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.limits import RewardError
+from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training.search_config import SearchConfig, check_backend
 from nested_reft.training.setup import prepare
@@ -88,6 +90,33 @@ def test_the_age_of_every_batch_is_exact(lag, sync_every, ages, setup, tmp_path)
     assert [set(found.staleness_B.tolist()) for found in records] == [{age} for age in ages]
     assert max(ages) == lag + sync_every - 1
     assert {found.search.under_way for found in records} == {lag}
+
+
+def test_batches_take_turns_in_their_temperatures(setup, tmp_path):
+    """Each keeps the log-probabilities of its own; a resumed run goes on with the next. The update knows but one."""
+    started = with_search(setup, SearchConfig(lag=1, temperatures=(1.0, 0.5, 2.0)))
+    run = trainer(started, tmp_path)
+    found = [run.step(0)]
+    save_after(run, 1)
+    run.close()
+    run = trainer(started, tmp_path, resume=True)
+    assert run.state.ordered == 2
+    found += [run.step(number) for number in (1, 2, 3)]
+    for record, temperature in zip(found, (1.0, 0.5, 2.0, 1.0), strict=True):
+        rollouts = record.groups.rollouts
+        # The first two batches are of the first weights, which the setup still holds.
+        if record.number <= 2:
+            policy = dataclasses.replace(setup.policy, sampling=SamplingConfig(temperature))
+            texts = rollouts.prompt_BP, rollouts.prompt_length_B, rollouts.tokens_BGC
+            expected = policy.logprobs(*(jnp.asarray(array) for array in texts), record.plan)
+            drawn_BGC = np.arange(rollouts.tokens_BGC.shape[-1]) < rollouts.length_BG[..., None]
+            np.testing.assert_allclose(
+                np.asarray(expected)[drawn_BGC], rollouts.behavior_logprob_BGC[drawn_BGC], rtol=1e-3, atol=1e-3
+            )
+    # Cooler samples are more probable under their own distribution.
+    rollouts = [record.groups.rollouts for record in found]
+    means = [each.behavior_logprob_BGC.sum() / each.length_BG.sum() for each in rollouts]
+    assert means[1] > max(means[0], means[2], means[3])
 
 
 def test_a_run_does_not_depend_on_who_searches(setup, tmp_path):
@@ -209,6 +238,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_a_resumed_run_begins_with_
         ),
         ({"timeout_seconds": 0.0}, r"search.timeout_seconds is 0.0; allowed is more than 0"),
         ({"timeout_seconds": float("nan")}, r"search.timeout_seconds is nan"),
+        ({"temperatures": (1.0, 0.0)}, r"search.temperatures holds 0.0; allowed is 0.001 to 1000"),
         ({"gpus_per_searcher": 1.0}, r"search.gpus_per_searcher is 1.0; with search.backend 'inline' allowed is 0"),
         ({"tpus_per_searcher": -1.0, "backend": "ray"}, r"search.tpus_per_searcher is -1.0; allowed is 0 to"),
     ],
