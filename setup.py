@@ -12,11 +12,13 @@ DATA = [
 ]
 MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.9"]
+RAY = ["ray>=2.50"]
 TEST = [
     *TASKS,
     *DATA,
     *MATH,
     *REPORT,
+    *RAY,
     "beartype>=0.19",
     "pyright>=1.1.390",
     "pytest>=8.0",
@@ -64,6 +66,7 @@ setup(
         "data": DATA,
         "math": MATH,
         "report": REPORT,
+        "ray": RAY,
         "tpu": ["jax[tpu]"],
         # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.
         "cuda12": ["jax[cuda12]"],

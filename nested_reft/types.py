@@ -137,11 +137,20 @@ class SearchStats:
     Attributes:
         rollout_seconds: seconds of sampling, scoring left out.
         drafts_tested, drafts_accepted: of exact rollouts, the draft tokens that the full model tested and kept.
+        scoring_seconds: seconds of decoding and scoring.
+        sync_seconds: seconds until the weights had come to a searcher that works beside the learner.
     """
 
     rollout_seconds: float
     drafts_tested: int = 0
     drafts_accepted: int = 0
+    scoring_seconds: float = 0.0
+    sync_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All time that the batch took at its searcher."""
+        return self.rollout_seconds + self.scoring_seconds + self.sync_seconds
 
 
 @dataclass(frozen=True)

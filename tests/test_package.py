@@ -18,7 +18,16 @@ from nested_reft.layer_plan import LayerPlan, PlanShape
 from nested_reft.types import valid_mask
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"torch", "tensorflow", "reasoning_gym", "matplotlib", "transformers", "tensorflow_datasets", "math_verify"}
+OPTIONAL = {
+    "torch",
+    "tensorflow",
+    "reasoning_gym",
+    "matplotlib",
+    "transformers",
+    "tensorflow_datasets",
+    "math_verify",
+    "ray",
+}
 
 RULES = {
     "estimators", "losses", "curriculum", "replay", "replay_store", "dataset_reset", "kl_control", "mix_control",

@@ -19,13 +19,20 @@ from nested_reft.untrusted import printable
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"
 BOUNDS = "bounds/"
-SPEEDS = ("tokens_per_second",)  # what compiling slows down
+SPEEDS = ("tokens_per_second", "searched_tokens_per_second", "trained_tokens_per_second")  # what compiling slows down
 # Title, unit of the axis, and the metrics that a plain figure shows.
 FIGURES = {
     "accuracy": ("Accuracy of the sampled completions", "share right", ("accuracy",)),
     "reward": ("Reward", "mean reward", ("reward",)),
     "ess": ("Effective sample size", "share of the samples", ("ess_token", "ess_sequence")),
-    "speed": ("Rollout speed, without steps that compile", "generated tokens / second", ("tokens_per_second",)),
+    "speed": ("Speed of sampling and learning, without steps that compile", "tokens / second", SPEEDS),
+    "staleness": ("Age of the completions that were trained on", "versions", ("staleness_mean", "staleness_max")),
+    "waiting": (
+        "Waiting for searchers, and for their weights",
+        "seconds / step",
+        ("search_wait_seconds", "sync_seconds"),
+    ),
+    "searchers": ("Searchers at work", "share of their time", ("searchers_busy",)),
     "kl": ("Divergences", "nats / token", ("kl_behavior_target", "reference_kl", "self_distillation_kl")),
     "ratio": (
         "Ratios of target and behavior policy",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_checkpoint
@@ -116,6 +116,20 @@ class Policy:
     def num_layers(self) -> int:
         """L, the number of layers of the full model."""
         return self.model.config.num_layers
+
+    def on(self, mesh: Mesh) -> Policy:
+        """The same policy with its weights on other devices.
+
+        Args:
+            mesh: the devices, in the shape of the policy's own mesh.
+        """
+
+        def moved(array: jax.Array) -> jax.Array:
+            # What lies on one device, and not on a mesh, is replicated.
+            spec = array.sharding.spec if isinstance(array.sharding, NamedSharding) else PartitionSpec()
+            return jax.device_put(array, NamedSharding(mesh, spec))
+
+        return dataclasses.replace(self, model=jax.tree.map(moved, self.model), mesh=mesh)
 
     def generate(
         self,

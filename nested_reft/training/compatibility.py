@@ -144,6 +144,15 @@ def baseline_needs_a_group(config: Config) -> None:
             )
 
 
+def one_normaliser_needs_one_start(config: Config) -> None:
+    """Trajectory balance estimates log Z of a prompt and its prefix, from all completions of the group."""
+    if isinstance(config.loss, TrajectoryBalanceConfig) and config.reset.is_on and config.reset.per == "completion":
+        raise ValueError(
+            "reset.per is 'completion', with loss.kind 'trajectory_balance': completions that start elsewhere have"
+            " another normaliser. Set reset.per 'group'"
+        )
+
+
 def dynamic_sampling_needs_a_group(config: Config) -> None:
     """A group of one completion is never mixed."""
     if config.dynamic_sampling.filters_groups and config.rollout.group_size < 2:
@@ -237,6 +246,30 @@ def static_weights_need_undivided_sources(config: Config) -> None:
         )
 
 
+def stale_groups_need_their_own_weight(config: Config) -> None:
+    """Two weights compare with the full model of the version that sampled, and the learner has the present one only."""
+    search, loss = config.search, config.loss
+    variant = loss.bias_mitigation if isinstance(loss, PolicyGradientConfig) else None
+    if search.makes_stale and variant in ("practical", "mixture"):
+        raise ValueError(
+            f"loss.bias_mitigation is '{variant}', with search.lag {search.lag} and search.sync_every"
+            f" {search.sync_every}: its weight needs groups of the present policy. Use 'base' or 'retrace', which read"
+            " the log-probabilities that the groups bring along, or lag 0 and sync_every 1"
+        )
+
+
+def mixed_temperatures_need_the_densities_that_drew(config: Config) -> None:
+    """What scores the samples anew does so at one temperature."""
+    temperatures, loss = config.search.temperatures, config.loss
+    variant = loss.bias_mitigation if isinstance(loss, PolicyGradientConfig) else None
+    if temperatures and (config.rollout.mode == "exact" or variant in ("practical", "mixture")):
+        what = "rollout.mode is 'exact'" if config.rollout.mode == "exact" else f"loss.bias_mitigation is '{variant}'"
+        raise ValueError(
+            f"search.temperatures is {temperatures}, but {what}, which knows rollout.sampling.temperature only: allowed"
+            " is none, or mode 'nested' with bias_mitigation 'base' or 'retrace'"
+        )
+
+
 def bfloat16_weights_need_adapters(config: Config) -> None:
     """Small updates round away in bfloat16 weights."""
     if config.model.dtype == "bfloat16" and config.lora.rank == 0:
@@ -257,6 +290,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     bridge_files_are_of_the_start,
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
+    one_normaliser_needs_one_start,
     dynamic_sampling_needs_a_group,
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,
@@ -264,6 +298,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ratios_need_full_support,
     static_weights_name_every_source,
     static_weights_need_undivided_sources,
+    stale_groups_need_their_own_weight,
+    mixed_temperatures_need_the_densities_that_drew,
     bfloat16_weights_need_adapters,
 )
 """Every rule; `Config` asks all of them when it is made."""

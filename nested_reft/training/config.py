@@ -33,6 +33,7 @@ from nested_reft.rollout.config import RolloutConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
 from nested_reft.training.optimizer import OptimizerConfig
+from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.warm_start import WarmStartConfig
 from nested_reft.untrusted import MAX_WHOLE, shown
 
@@ -111,6 +112,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from nested_reft import curriculum, dataset_reset, replay
 from nested_reft.curriculum import CurriculumState
@@ -32,6 +32,7 @@ from nested_reft.rewards.reward import component_metrics
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Update
 from nested_reft.training.nested_policy import Renewed
+from nested_reft.training.orders import SearchReport
 from nested_reft.types import Scored, concat
 from nested_reft.untrusted import printable
 
@@ -74,8 +75,6 @@ METRICS = (
     Metric("trained_groups", "groups", "mixed groups that the update trained on (dynamic sampling)"),
     Metric("shortfall", "", "in words, that dynamic sampling found too few mixed groups"),
     Metric("sources", "prompts", "prompts drawn from each training source, in their order"),
-    Metric("staleness_mean", "versions", "mean number of versions that a trained completion was behind (replay)"),
-    Metric("staleness_max", "versions", "the largest"),
     Metric("replay/recent", "share", "trained completions that the present version sampled"),
     Metric("replay/completions", "completions", "kept for replay, after the step's own came in"),
     Metric("replay/prompts", "prompts", "that they belong to"),
@@ -85,6 +84,16 @@ METRICS = (
     Metric("rollout_seconds", "seconds", "time of sampling, without scoring"),
     Metric("tokens_per_second", "tokens/second", "sampled tokens over the time of sampling"),
     Metric("step_seconds", "seconds", "time of the whole step"),
+    Metric("staleness_mean", "versions", "mean age of the trained completions: updates since their weights"),
+    Metric("staleness_max", "versions", "age of the oldest of them"),
+    Metric("staleness_completions", "completions", "trained completions of each age, from 0 to the oldest"),
+    Metric("search_wait_seconds", "seconds", "time that the learner waited for search, or sampled itself"),
+    Metric("searchers_busy", "share", "time of the searchers for the step's batches, over all the time that they had"),
+    Metric("searched_tokens_per_second", "tokens/second", "sampled tokens over all time since the step before"),
+    Metric("trained_tokens_per_second", "tokens/second", "tokens of the update over the time that was no waiting"),
+    Metric("sync_seconds", "seconds", "time until new weights had come to the searchers of the step's batches"),
+    Metric("orders_under_way", "batches", "batches that are being searched or wait for an update"),
+    Metric("searchers_replaced", "searchers", "searchers that were lost and replaced since the process began"),
     Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
     Metric("left_out_layers", "", "indices of the layers that the nested policy does not run whole"),
     Metric("bridged_layers", "", "those of them that a bridge stands in for"),
@@ -178,6 +187,7 @@ class StepRecord:
         reset: where in their references the next rollouts may start.
         kl: how heavy the KL penalty on the next token rewards is.
         renewed: bridges that were fitted and layers that were measured, if any.
+        search: how searching went.
         heldout: greedy results by source, in steps that evaluate.
         seconds: time of the step.
         compilations: programs compiled since the run started.
@@ -198,6 +208,7 @@ class StepRecord:
     reset: ResetState
     kl: KlControlState
     renewed: Renewed
+    search: SearchReport
     seconds: float
     compilations: int
     heldout: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
@@ -228,11 +239,21 @@ class StepRecord:
         return sum(scored.stats.rollout_seconds for scored in self.found if scored.stats is not None)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Sampled tokens over the time of sampling."""
+    def sampled_tokens(self) -> int:
+        """Tokens that were sampled."""
         rollouts = self.all.rollouts
         # Forced tokens were given, so they are no work of the sampler.
-        return float((rollouts.length_BG - rollouts.forced_BG).sum() / self.rollout_seconds)
+        return int((rollouts.length_BG - rollouts.forced_BG).sum())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens over the time of sampling."""
+        return self.sampled_tokens / self.rollout_seconds
+
+    @property
+    def staleness_BG(self) -> Int[np.ndarray, "B G"]:
+        """The age of each completion that was trained on, in updates since the weights that sampled it."""
+        return self.version - np.asarray(self.groups.rollouts.version_BG)
 
     def warnings(self, config: Config) -> dict[str, str]:
         """What the user should know, in words, by kind: that the step was too far off-policy, no plan near enough, or
@@ -301,7 +322,8 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         **_update_metrics(record, config),
         **_nesting_metrics(record),
         **_generation_metrics(record, config, len(source_names)),
-        **_replay_metrics(record),
+        **_age_metrics(record, config),
+        **_search_metrics(record, config),
         **_curriculum_metrics(record, config, source_names),
         **(dataset_reset.step_metrics(record.reset, config.reset, record.all) if config.reset.is_on else {}),
         **{f"heldout/{source}": result.greedy_accuracy for source, result in record.heldout.items()},
@@ -429,20 +451,45 @@ def _generation_metrics(record: StepRecord, config: Config, num_sources: int) ->
     return values
 
 
-def _replay_metrics(record: StepRecord) -> dict[str, Any]:
-    """How old the trained groups are, and what there is to draw from."""
-    if record.stored is None:
+def _age_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
+    """How old the trained completions are, and what there is to draw from; nothing where they are always fresh."""
+    behind_BG, stored = record.staleness_BG, record.stored
+    if stored is None and not config.search.makes_stale and not behind_BG.any():
         return {}
-    behind_BG = record.version - record.groups.rollouts.version_BG
-    return {
+    found: dict[str, Any] = {
         "staleness_mean": float(behind_BG.mean()),
         "staleness_max": int(behind_BG.max()),
+        "staleness_completions": np.bincount(behind_BG.ravel()).tolist(),
+    }
+    if stored is None:
+        return found
+    return found | {
         "replay/recent": float((behind_BG == 0).mean()),
-        "replay/completions": record.stored.completions,
-        "replay/prompts": record.stored.prompts,
-        "replay/age": record.stored.age,
-        "replay/reward": record.stored.reward,
-        **{f"turned_away/{reason}": count for reason, count in record.stored.turned_away.items()},
+        "replay/completions": stored.completions,
+        "replay/prompts": stored.prompts,
+        "replay/age": stored.age,
+        "replay/reward": stored.reward,
+        **{f"turned_away/{reason}": count for reason, count in stored.turned_away.items()},
+    }
+
+
+def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
+    """Who waited for whom; nothing where the learner samples just before each update."""
+    search = record.search
+    if not config.search.makes_stale and config.search.backend == "inline":
+        return {}
+    stats = [scored.stats for scored in record.found if scored.stats is not None]
+    busy_seconds = sum(each.seconds for each in stats)
+    return {
+        "search_wait_seconds": search.waited_seconds,
+        "searchers_busy": busy_seconds / (config.search.searchers * search.period_seconds),
+        "searched_tokens_per_second": record.sampled_tokens / search.period_seconds,
+        "trained_tokens_per_second": float(
+            record.groups.rollouts.length_BG.sum() / (record.seconds - search.waited_seconds)
+        ),
+        "sync_seconds": sum(each.sync_seconds for each in stats),
+        "orders_under_way": search.under_way,
+        "searchers_replaced": search.replaced,
     }
 
 

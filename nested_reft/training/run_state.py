@@ -5,6 +5,7 @@ What is not in it does not survive; what survives is in it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, Int
 
 from nested_reft import dataset_reset, kl_control, mix_control
@@ -27,12 +29,13 @@ from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
 from nested_reft.replay_store import Store
+from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config, forbidden_changes
 from nested_reft.training.group_supply import empty_buffer, loaded_buffer
 from nested_reft.training.learner import Learner
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
-from nested_reft.types import Prompts
+from nested_reft.types import Prompts, Scored
 
 logger = logging.getLogger(__name__)
 Marks = dict[str, list[int]]  # what `RunDirectory.marks` returns
@@ -48,6 +51,9 @@ class RunState:
         stream: the position in every source.
         curriculum: what it remembers of each source.
         buffer: groups that were found and not yet trained on, or what is kept for replay.
+        ordered: batches that were ordered so far.
+        found_ahead: results of orders that were under way at a checkpoint, oldest first; later ones are with the pool.
+        searching: the policy that searchers got last, while further orders are to get it too.
         nesting: how deep the next batch nests.
         mix: how much of the importance weight the next batch uses.
         kl: how heavy the KL penalty on token rewards is.
@@ -75,6 +81,9 @@ class RunState:
     mix: MixControlState
     divergence_L: Float[np.ndarray, " L"]
     buffer: Buffer | Store
+    ordered: int = 0
+    found_ahead: tuple[Scored, ...] = ()
+    searching: Policy | None = None
     bridging: BridgeState = field(default_factory=BridgeState)
     empty_updates: int = 0
     kl: KlControlState = field(default_factory=KlControlState)
@@ -99,7 +108,10 @@ class RunState:
             CheckpointError: this checkpoint or the one before could not be written.
         """
         host = self._host() | {"config": self.config.to_json(), "marks": marks}
-        checkpoints.save(number, self.learner.arrays(self.trained_before), host)
+        arrays = self.learner.arrays(self.trained_before)
+        if self.searching is not None:
+            arrays["searching"] = nnx.state(self.searching.model)
+        checkpoints.save(number, arrays, host)
 
     def load(self, checkpoints: Checkpoints, prepare: Callable[[RunState], None]) -> Marks:
         """Takes over the newest checkpoint that is not damaged; a warning names those that are.
@@ -129,7 +141,7 @@ class RunState:
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number)
-        unknown = [name for name in ("mix", "bridging", "reset", "kl") if name not in host]
+        unknown = [name for name in ("mix", "bridging", "reset", "kl", "found_ahead") if name not in host]
         if unknown:
             raise ValueError(
                 f"checkpoint {number} was written by an earlier version, which kept no {' and no '.join(unknown)};"
@@ -145,10 +157,12 @@ class RunState:
         # What the phase begins with depends on these.
         self.phase, self.division, self.trained_before = host["phase"], host["division"], host["trained_before"]
         prepare(self)
-        self.learner.load(checkpoints.restore_some(number, self.learner.arrays(self.trained_before)))
+        self._load_arrays(checkpoints, number, host["searching"])
         self.stream.set_state(host["stream"])
         self.curriculum = CurriculumState.from_json(host["curriculum"])
         self.buffer = loaded_buffer(self.config, host["buffer"])
+        self.ordered = host["ordered"]
+        self.found_ahead = tuple(Scored.from_plain(scored) for scored in host["found_ahead"])
         self.nesting = NestingControlState.from_json(host["nesting"])
         self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
@@ -159,6 +173,20 @@ class RunState:
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
         return host["marks"]
+
+    def _load_arrays(self, checkpoints: Checkpoints, number: int, searching: int | None) -> None:
+        """Device arrays of a checkpoint; `searching` is the version of the policy that searchers had, if it is kept."""
+        like, policy = self.learner.arrays(self.trained_before), None
+        if searching is not None:
+            # Any version shows the structure.
+            policy = self.learner.behavior_policy()
+            like["searching"] = nnx.state(policy.model)
+        arrays = checkpoints.restore_some(number, like)
+        self.learner.load(arrays)
+        self.searching = None
+        if policy is not None:
+            model = nnx.merge(nnx.graphdef(policy.model), arrays["searching"])
+            self.searching = dataclasses.replace(policy, model=model, version=searching)
 
     def next_prompts(self, source_B: Int[np.ndarray, " B"]) -> Prompts:
         """The next prompt of each source named, as one batch.
@@ -210,6 +238,9 @@ class RunState:
             "trained_before": self.trained_before,
             "curriculum": self.curriculum.to_json(),
             "buffer": self.buffer.to_plain(),
+            "ordered": self.ordered,
+            "found_ahead": [scored.to_plain() for scored in self.found_ahead],
+            "searching": None if self.searching is None else self.searching.version,
             "nesting": self.nesting.to_json(),
             "mix": self.mix.to_json(),
             # It may have been measured anew in the run, so the file that it began with does not replace it.

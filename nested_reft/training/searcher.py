@@ -21,8 +21,8 @@ from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchS
 class Searcher:
     """Policy, prompts, plan and key in; scored rollouts out.
 
-    It keeps no state between calls, so the same code can run in the training loop or in a thread beside
-    it. Arrays come to the host here, once.
+    It keeps no state between calls, so the same code runs in the training loop, in threads beside it and
+    in other processes. Arrays come to the host here, once.
     """
 
     def __init__(self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0):
@@ -54,6 +54,7 @@ class Searcher:
         # JAX returns before the devices are done, and the time must be that of the sampling.
         jax.block_until_ready(rollouts)
         stats = SearchStats(time.monotonic() - started, *(int(count) for count in drafts))
+        sampled = time.monotonic()
         rollouts = jax.device_get(rollouts)
         texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
@@ -76,6 +77,7 @@ class Searcher:
         if self._reward.overlong_filter:
             counted_BG &= rollouts.finished_BG
         rollouts = dataclasses.replace(rollouts, counted_BG=np.asarray(counted_BG))
+        stats = dataclasses.replace(stats, scoring_seconds=time.monotonic() - sampled)
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts, stats)
 
     def _rollouts(

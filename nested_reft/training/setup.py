@@ -28,6 +28,7 @@ from nested_reft.sharding import make_mesh, replicate
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config, with_absolute_paths
 from nested_reft.training.references import usable_references
+from nested_reft.training.search_config import check_backend
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     Raises:
         ValueError: something in the configuration cannot work; names the field, its value and
             what is allowed.
+        ImportError: an optional package that the configuration asks for is not installed.
     """
     # Paths of a configuration file are absolute by now. Others were given in this working directory.
     config = with_absolute_paths(config, Path.cwd())
@@ -91,6 +93,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
     # The mesh is made for its checks alone, before data and model are loaded.
     make_mesh(config.mesh)
+    check_backend(config.search)
     if policy is None and config.model.name != "scratch":
         # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)

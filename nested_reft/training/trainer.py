@@ -1,9 +1,9 @@
 """The training loop.
 
-    curriculum -> dataset reset -> search: rollout(plan), rewards -> replay -> learn: signal, batch, loss, update
-        ^              ^                  ^                                                      |
-        |              |                  +----- renew: nesting control, bridges, divergences <--+
-        +- |advantage| +- accuracy -------+
+    curriculum -> dataset reset -> orders -> search: rollout(plan), rewards -> replay -> learn: batch, loss, update
+        ^              ^                             ^                                                |
+        |              |                             +----- renew: nesting control, bridges, ... <----+
+        +- |advantage| +- accuracy ------------------+
 
 `Trainer.step` reads like that line; every stage is one call on one typed value.
 """
@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft import curriculum, dataset_reset, kl_control
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
@@ -29,11 +31,13 @@ from nested_reft.training.clock import Clock, advance
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
+from nested_reft.training.orders import Orders
 from nested_reft.training.phases import Phase, check_finite_state, earlier_phases, first_checkpoint
 from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
+from nested_reft.training.search_pool import make_pool
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.training.summary import run_summary
@@ -157,28 +161,25 @@ class Trainer:
             name = self.phases[self.state.phase].name
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
         config, state, keys, found = self.config, self.state, self.keys.step(number), list[Scored]()
-        started, size, before = time.monotonic(), config.data.prompts_per_batch, state.curriculum
-        version = state.learner.version
-        # One plan serves all generation batches of the step, so one size of the nested model is compiled.
-        plan = state.draw_plan(keys.plan)
+        started, version, before = time.monotonic(), state.learner.version, state.curriculum
         state.buffer = group_supply.without_stale(state.buffer, config, version)
         while not group_supply.ready(state.buffer, config, len(found)):
-            key = keys.batch(len(found))
-            prompts = state.next_prompts(curriculum.choose(state.curriculum, config.curriculum, key.curriculum, size))
-            prompts = state.with_prefixes(prompts, key.reset, number)
-            scored = self.searcher.search(state.learner.behavior_policy(), prompts, plan, key.rollout)
+            # Sources, prompts, plan, key and weights are those of the step that issued the order.
+            scored = self.orders.next(state, number)
             # The curriculum sees every batch, also the groups that dynamic sampling passes over.
             state.curriculum = curriculum.update(state.curriculum, config.curriculum, scored)
             state.reset = dataset_reset.update(state.reset, config.reset, scored)
             state.buffer = group_supply.add(state.buffer, config, scored)
             found.append(scored)
         groups, state.buffer = group_supply.draw(state.buffer, config, keys.replay)
+        search = self.orders.end_step(state, number)
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
         update = state.learner.update(batch)
         critic = getattr(config.loss, "critic", None)
         state.kl = kl_control.update(state.kl, critic, update.parts.get("completion_kl"))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
+        plan = LayerPlan.of_parts(np.asarray(found[0].rollouts.part_BGL[0, 0]))
         return StepRecord(
             # Records count from 1, since 0 in the logs is the evaluation before training.
             number=number + 1,
@@ -196,6 +197,7 @@ class Trainer:
             reset=state.reset,
             kl=state.kl,
             renewed=renewed,
+            search=search,
             seconds=time.monotonic() - started,
             compilations=self.compilations.count,
         )
@@ -208,6 +210,9 @@ class Trainer:
             CheckpointError: this checkpoint or the one before could not be written.
         """
         state = self.state
+        # Batches under way are waited for, so that a resumed run begins with them and needs no old weights. A second
+        # signal ends this wait.
+        self.orders.drain(state)
         with finishing():
             check_finite_state(self.phases[state.phase], state)
             number = first_checkpoint(self.phases, state.phase) + state.step
@@ -227,6 +232,9 @@ class Trainer:
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.decode_step = decode_step(setup)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
+        # Closed before the devices are waited for, because searchers use them.
+        self.pool = opened.enter_context(closing(make_pool(setup, self.searcher)))
+        self.orders = Orders(config, self.keys, self.pool)
         self.state = initial_run_state(setup)
         last = Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
         self.phases = [*earlier_phases(config, setup.data, self.keys), last]

@@ -8,6 +8,7 @@ import pytest
 from nested_reft.bridging import BridgeConfig
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
+from nested_reft.dataset_reset import ResetConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SupervisedConfig
@@ -22,6 +23,7 @@ from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import RULES
+from nested_reft.training.search_config import SearchConfig
 from tests.training.runs import MOVING, nano
 
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
@@ -118,6 +120,12 @@ REFUSED = {
             r"loss.kind is 'trajectory_balance' and rollout.group_size 1: .*\(K = 1\).* Set group_size 2 or more",
         ),
     ],
+    "one_normaliser_needs_one_start": [
+        (
+            {"reset": ResetConfig(share=0.5, references="answers", per="completion"), "loss": BALANCE},
+            r"reset.per is 'completion', with loss.kind 'trajectory_balance': .* Set reset.per 'group'",
+        ),
+    ],
     "replay_needs_weights_for_old_completions": [
         (
             {"replay": REPLAY, "loss": PRACTICAL},
@@ -209,6 +217,27 @@ REFUSED = {
             r"curriculum.kind is 'static' and data.split.kind 'pass_rate'; .* use another kind, or 'none'",
         ),
     ],
+    "stale_groups_need_their_own_weight": [
+        (
+            {"loss": PRACTICAL, "search": SearchConfig(lag=1)},
+            r"loss.bias_mitigation is 'practical', with search.lag 1 and search.sync_every 1: its weight needs groups"
+            r" of the present policy. Use 'base' or 'retrace'",
+        ),
+        (
+            {"loss": MIXTURE, "rollout__mixture_alpha": 0.5, "search": SearchConfig(sync_every=2)},
+            r"loss.bias_mitigation is 'mixture', with search.lag 0 and search.sync_every 2",
+        ),
+    ],
+    "mixed_temperatures_need_the_densities_that_drew": [
+        (
+            {"loss": PRACTICAL, "search": SearchConfig(temperatures=(1.0, 0.5))},
+            r"search.temperatures is \(1.0, 0.5\), but loss.bias_mitigation is 'practical', which knows",
+        ),
+        (
+            {"rollout": EXACT, "search": SearchConfig(temperatures=(0.5,))},
+            r"search.temperatures is \(0.5,\), but rollout.mode is 'exact'",
+        ),
+    ],
     "bfloat16_weights_need_adapters": [
         (
             {"model__dtype": "bfloat16"},
@@ -254,6 +283,7 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
+        {"reset": ResetConfig(share=0.5, references="answers"), "loss": BALANCE},
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},
         {"lora": LoraConfig(rank=1), "warm_start__steps": 5},  # the warm start trains the adapters

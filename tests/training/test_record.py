@@ -65,6 +65,14 @@ ONLY_SOMETIMES = {
     "bridge_seconds",
     "layer_divergence",
     "remeasure_seconds",
+    "staleness_completions",
+    "search_wait_seconds",
+    "searchers_busy",
+    "searched_tokens_per_second",
+    "trained_tokens_per_second",
+    "sync_seconds",
+    "orders_under_way",
+    "searchers_replaced",
 }
 
 

@@ -1,0 +1,56 @@
+"""The simulation of searching ahead: its times by hand, its ages as those of real runs."""
+
+import numpy as np
+import pytest
+
+from experiments.async_sizing import Times, main, simulate
+from nested_reft.training.search_config import SearchConfig
+
+
+def times(sample: float, update: float, steps: int, lag: int, sync: float = 0.0) -> Times:
+    return Times(np.full(steps + lag, sample), np.full(steps, update), sync)
+
+
+@pytest.mark.parametrize(
+    ("search", "sample", "seconds", "waited"),
+    [
+        # One after the other: 4 x (3 + 1).
+        (SearchConfig(), 3.0, 16.0, 12.0),
+        (SearchConfig(backend="thread"), 3.0, 16.0, 12.0),
+        # The searcher never stands still, and the last update follows its fourth batch: 4 x 3 + 1.
+        (SearchConfig(lag=1, backend="thread"), 3.0, 13.0, 9.0),
+        # The learner samples two batches before its first update, and one before each of the others: 5 x 3 + 4.
+        (SearchConfig(lag=1), 3.0, 19.0, 15.0),
+        # Three searchers find more than the learner can take: it waits for the first batch alone.
+        (SearchConfig(lag=3, backend="thread", searchers=3), 2.0, 6.0, 2.0),
+    ],
+)
+def test_four_steps_by_hand(search, sample, seconds, waited):
+    found = simulate(times(sample, 1.0, 4, search.lag), search)
+    assert (found.seconds, found.waited) == (seconds, waited)
+    assert found.learner_busy == pytest.approx(4 / seconds)
+
+
+def test_weights_are_fetched_once_per_version():
+    """Of steps 0 and 2: half a second each time, on the learner's way."""
+    found = simulate(times(3.0, 1.0, 4, 0, sync=0.5), SearchConfig(sync_every=2, backend="thread"))
+    assert found.seconds == 17.0 and found.searchers_busy == pytest.approx(13 / 17)
+
+
+@pytest.mark.parametrize(
+    ("lag", "sync_every", "ages"), [(2, 1, [0, 1, 2, 2, 2, 2]), (0, 3, [0, 1, 2, 0, 1, 2]), (1, 2, [0, 1, 2, 1, 2, 1])]
+)
+def test_ages_are_those_of_the_trainer(lag, sync_every, ages):
+    """The same table as in the tests of `training.orders`."""
+    search = SearchConfig(lag=lag, sync_every=sync_every, backend="thread")
+    assert simulate(times(1.0, 1.0, 6, lag), search).staleness_T == ages
+
+
+def test_the_table_has_every_number_of_searchers(capsys):
+    """Eight seconds of sampling to one of learning: eight searchers would be enough if all batches took as long."""
+    main(["--sample-seconds", "8", "--update-seconds", "1", "--spread", "0"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    busy = {int(row[0]): float(row[4]) for row in rows}
+    assert list(busy) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert busy[1] == pytest.approx(1 / 8, abs=0.01) and busy[4] == pytest.approx(1 / 2, abs=0.01) and busy[16] >= 0.99
+    assert all(int(row[7]) == int(row[1]) + int(row[2]) - 1 for row in rows)
