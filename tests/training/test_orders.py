@@ -61,7 +61,7 @@ def test_without_lag_each_batch_is_sampled_just_before_its_update(tmp_path):
         found = run.step(number)
         assert len(found.found) == 2 and not found.staleness_BG.any()
         keys, state = plain.keys.step(number), plain.state
-        plan = state.draw_plan(keys.plan, config.nesting)
+        plan = state.draw_plan(keys.plan)
         assert np.array_equal(found.plan.layer_S, plan.layer_S)
         for index, scored in enumerate(found.found):
             key = keys.batch(index)
