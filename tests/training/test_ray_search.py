@@ -38,15 +38,19 @@ def test_a_run_survives_the_death_of_a_searcher(tmp_path):
         searched = dataclasses.replace(config, search=SearchConfig(lag=4, **search))
         return trainer(dataclasses.replace(setup, config=searched), tmp_path / name)
 
-    expected = comparable_steps(run_with("inline"), range(4))
     handler = signal.getsignal(signal.SIGTERM)
     run = run_with("ray", backend="ray", searchers=2)
     assert signal.getsignal(signal.SIGTERM) == handler
     killed = min(pids(run.pool, 2))
     found = comparable_steps(run, range(1))
     os.kill(killed, signal.SIGKILL)
-    found += comparable_steps(run, range(1, 4))
-    assert found == expected and len({line["loss"] for line in found}) == 4
+    # If it had nothing to do, its death shows when its turn comes.
+    while not run.pool.replaced:
+        assert len(found) < 50
+        found += comparable_steps(run, range(len(found), len(found) + 1))
+    found += comparable_steps(run, range(len(found), len(found) + 2))
+    assert found == comparable_steps(run_with("inline"), range(len(found)))
+    assert len({line["loss"] for line in found}) == len(found) >= 3
     assert not {killed, os.getpid()} & pids(run.pool, 2)
     assert run.pool.replaced == 1
     run.close()
