@@ -45,7 +45,14 @@ from nested_reft.training.trainer import Trainer
 from nested_reft.training.warm_start import WarmStartConfig
 
 DIGITS = 128  # of the numbers of `tiny_long`
-KEPT_METRICS = ("ess_token", "kl_behavior_target", "plan_price", "bridge_seconds", "draft_acceptance")
+KEPT_METRICS = (
+    "ess_token",
+    "kl_behavior_target",
+    "plan_price",
+    "bridge_seconds",
+    "draft_acceptance",
+    "staleness_mean",
+)
 
 
 @dataclass(frozen=True)
