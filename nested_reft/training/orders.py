@@ -47,8 +47,8 @@ class Orders:
         pool: carries orders out.
         """
         self._config, self._keys, self._pool = config, keys, pool
-        # The generation batches of a step have keys of their own, which count from 0 in each step.
-        self._step, self._issued_in_step = -1, 0
+        # The batches that a step orders have keys of their own, which count from 0 in each step.
+        self._issued_in_step = 0
         self._waited, self._reported = 0.0, time.monotonic()
 
     def next(self, state: RunState, step: int) -> Scored:
@@ -104,7 +104,7 @@ class Orders:
             under_way=self._under_way(state),
             replaced=self._pool.replaced,
         )
-        self._waited, self._reported = 0.0, now
+        self._waited, self._reported, self._issued_in_step = 0.0, now, 0
         return report
 
     def _under_way(self, state: RunState) -> int:
@@ -121,8 +121,6 @@ class Orders:
     def _order(self, state: RunState, step: int) -> Order:
         """The next order, with all that is as it is now."""
         config = self._config
-        if step != self._step:
-            self._step, self._issued_in_step = step, 0
         keys = self._keys.step(step)
         key = keys.batch(self._issued_in_step)
         source_B = curriculum.choose(state.curriculum, config.curriculum, key.curriculum, config.data.prompts_per_batch)
