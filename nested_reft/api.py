@@ -103,7 +103,7 @@ class Run:
     >>> run.metrics()["step"]
     [0, 1, 2]
     >>> sorted(run.samples()[0])[:3]
-    ['answer', 'mean_weight', 'parts']
+    ['answer', 'forced_tokens', 'left_out_layers']
     >>> run.config().name
     'tiny'
 
