@@ -127,7 +127,7 @@ def corrected_config(task: Task, mismatch: str, correction: str, seed: int, step
     assert isinstance(base.loss, PolicyGradientConfig)
     return dataclasses.replace(
         base,
-        name=f"corrections-{mismatch}-{_slug(correction)}-{seed}",
+        name=f"corrections-{mismatch}-{slug(correction)}-{seed}",
         nesting=task.mismatches[mismatch],
         loss=CORRECTIONS[correction](base.loss),
         mix_control=MixControlConfig(ess=0.5 if correction == MIXED else None),
@@ -160,7 +160,7 @@ def runs_of(
         for mismatch in mismatches:
             for correction in corrections:
                 config = corrected_config(task, mismatch, correction, seed, steps)
-                file = out / f"{mismatch}-{_slug(correction)}-seed{seed}.json"
+                file = out / f"{mismatch}-{slug(correction)}-seed{seed}.json"
                 run = finished(file, config)
                 if run is None:
                     start = shared_start(config, out, task.base.warm_start)
@@ -277,7 +277,12 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
     figure.savefig(path, dpi=80)
 
 
-def _slug(correction: str) -> str:
+def slug(correction: str) -> str:
+    """A correction's name as part of a file's.
+
+    Args:
+        correction: its name in tables.
+    """
     return correction.replace(",", "").replace(" ", "_")
 
 

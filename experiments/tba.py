@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from experiments.corrections import BASELINE, Run, draw, mean_gain, summarise, tables
+from experiments.corrections import BASELINE, Run, draw, mean_gain, slug, summarise, tables
 from experiments.equal_time import timed_run
 from experiments.runs import finished, shared_start
 from nested_reft.cli.arguments import Parser, whole
@@ -65,7 +65,7 @@ def experiment_config(lag: int, loss: str, seed: int, steps: int) -> Config:
     is_balance = loss == "trajectory balance"
     return dataclasses.replace(
         config,
-        name=f"tba-lag{lag}-{_slug(loss)}-{seed}",
+        name=f"tba-lag{lag}-{slug(loss)}-{seed}",
         nesting=NestingConfig(),
         rollout=dataclasses.replace(config.rollout, weights="target"),
         loss=LOSSES[loss],
@@ -95,7 +95,7 @@ def runs_of(lags: Sequence[int], losses: Sequence[str], seeds: Sequence[int], st
             for loss in losses:
                 config, file = (
                     experiment_config(lag, loss, seed, steps),
-                    out / f"lag{lag}-{_slug(loss)}-seed{seed}.json",
+                    out / f"lag{lag}-{slug(loss)}-seed{seed}.json",
                 )
                 run = finished(file, config)
                 if run is None:
@@ -105,10 +105,6 @@ def runs_of(lags: Sequence[int], losses: Sequence[str], seeds: Sequence[int], st
                     print(f"lag {lag}, {loss}, seed {seed}: mean gain {mean_gain(run):+.3f}", flush=True)
                 found.append(run | {"mismatch": f"lag {lag}", "correction": loss, "seed": seed})
     return found
-
-
-def _slug(loss: str) -> str:
-    return loss.replace(",", "").replace(" ", "_")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

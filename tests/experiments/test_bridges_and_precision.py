@@ -23,6 +23,9 @@ def test_bridges_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     assert 0 < row["distilled"] < row["skip"] and row["bridge"] < row["skip"] and row["standard error"] > 0
     assert row["skip, layers"] == [min(range(1, 5), key=lambda layer: found["layer"]["skip"][layer])]
     assert [(name, len(values)) for name, values in found["layer"].items()] == [("skip", 6), ("bridge", 6)]
+    quarters = row["in sequence, by quarter"]
+    assert len(quarters) == 4 and min(quarters) < row["in sequence"] < max(quarters)
+    assert 0 < row["quarter"] < row["skip"]
     printed = capsys.readouterr().out
     assert f"{row['distilled']:.3f}" in printed and "in sequence" in printed
 
