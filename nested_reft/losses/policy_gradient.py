@@ -36,7 +36,6 @@ A token's term is multiplied by c_t and the sum divided by a weight W, both from
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -221,42 +220,43 @@ def policy_gradient_loss(
     total_weight = (share_BGC * whole_weight_BGC).sum() if config.self_normalized else share_BGC.sum()
     policy_loss = Weighted(-(coefficient_BGC * objective_BGC).sum(), total_weight)
 
-    def token_mean(value_BGC: Array) -> Weighted:
-        return Weighted(
-            jnp.where(mask_BGC, jax.lax.stop_gradient(value_BGC), 0.0).sum(), mask_BGC.sum(dtype=jnp.float32)
-        )
-
-    parts = {
-        "policy_loss": policy_loss,
-        "clipped_share": token_mean(clipped_BGC & weights.accepted_BGC),
-        "limited_share": token_mean(weights.truncated_BGC),
-        "weight_mean": token_mean(whole_weight_BGC),
-        "weight_square_mean": token_mean(whole_weight_BGC**2),
-    }
-    if config.may_reject:
-        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
-        parts["accepted_tokens"] = token_mean(weights.accepted_BGC)
-        parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
-    # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
-    if batch.reference_logprob_BGC is not None:
-        parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k3"))
+    parts = {"policy_loss": policy_loss} | _weight_parts(weights, clipped_BGC, mask_BGC, config)
+    penalty_BGC, penalty_parts = _penalties(
+        target_logprob_BGC, batch, config, entropy_BGC, self_distillation_kl_BGC, value_BGC
+    )
+    parts |= penalty_parts
     # The penalties are added to the surrogate without the importance weight, as GRPO adds them.
-    penalty_BGC = jnp.where(mask_BGC, _token_penalties(target_logprob_BGC, batch, config, entropy_BGC), 0.0)
-    if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
-        parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
-        penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
-    if config.critic is not None:
-        assert value_BGC is not None and batch.old_value_BGC is not None and batch.return_BGC is not None
-        limit = config.critic.value_clip
-        value_loss_BGC, stopped_BGC = value_loss(value_BGC, batch.old_value_BGC, batch.return_BGC, limit)
-        penalty_BGC += config.critic.value_coefficient * jnp.where(mask_BGC, value_loss_BGC, 0.0)
-        parts |= _critic_parts(value_loss_BGC, stopped_BGC, value_BGC, batch, token_mean)
     penalty = Weighted((coefficient_BGC * penalty_BGC).sum(), share_BGC.sum())
     if config.self_normalized and _has_penalty(config):
         # The sum of weights is a matter of the surrogate. It would blow the penalty up wherever it is small.
         return LossOutput(policy_loss, parts, whole_weight_BGC * mask_BGC, penalty)
     # With one divisor for both, one backward pass serves both.
     return LossOutput(Weighted(policy_loss.sum + penalty.sum, total_weight), parts, whole_weight_BGC * mask_BGC)
+
+
+def _token_mean(value_BGC: Array, mask_BGC: Array) -> Weighted:
+    """A mean for the log, over the tokens that count."""
+    return Weighted(jnp.where(mask_BGC, jax.lax.stop_gradient(value_BGC), 0.0).sum(), mask_BGC.sum(dtype=jnp.float32))
+
+
+def _weight_parts(
+    weights: TokenWeights, clipped_BGC: Array, mask_BGC: Array, config: PolicyGradientConfig
+) -> dict[str, Weighted]:
+    """What is logged of weights, clips and masks."""
+    whole_weight_BGC = weights.factor_BGC * weights.ratio_BGC
+    measured = {
+        "clipped_share": clipped_BGC & weights.accepted_BGC,
+        "limited_share": weights.truncated_BGC,
+        "weight_mean": whole_weight_BGC,
+        "weight_square_mean": whole_weight_BGC**2,
+    }
+    if config.may_reject:
+        measured["accepted_tokens"] = weights.accepted_BGC
+    parts = {name: _token_mean(value_BGC, mask_BGC) for name, value_BGC in measured.items()}
+    if config.may_reject:
+        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
+        parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
+    return parts
 
 
 class TokenWeights(NamedTuple):
@@ -444,19 +444,37 @@ def _token_advantages(
     return jnp.where(mask_BGC, advantage_BGC, 0.0)
 
 
-def _token_penalties(
-    target_logprob_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig, entropy_BGC: Array | None
-) -> Array:
-    """beta KL_t - eta entropy_t; `k1_in_reward` is no part of it."""
-    penalty_BGC = jnp.zeros_like(target_logprob_BGC)
-    # `k1` as a loss has a gradient of mean zero, so it acts on the advantage alone.
-    if config.reference_kl in ("k2_loss", "k3_loss") and batch.reference_logprob_BGC is not None:
-        estimator = "k2" if config.reference_kl == "k2_loss" else "k3"
-        kl_BGC = kl_estimate(target_logprob_BGC, batch.reference_logprob_BGC, estimator)
-        penalty_BGC += config.reference_kl_coefficient * kl_BGC
+def _penalties(
+    target_logprob_BGC: Array,
+    batch: TrainBatch,
+    config: PolicyGradientConfig,
+    entropy_BGC: Array | None,
+    self_distillation_kl_BGC: Array | None,
+    value_BGC: Array | None,
+) -> tuple[Array, dict[str, Weighted]]:
+    """All that is added to the surrogate for each token that counts, and what is logged of it."""
+    mask_BGC, reference_BGC = batch.mask_BGC, batch.reference_logprob_BGC
+    penalty_BGC, parts = jnp.zeros_like(target_logprob_BGC), {}
+    if reference_BGC is not None:
+        # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
+        parts["reference_kl"] = _token_mean(kl_estimate(target_logprob_BGC, reference_BGC, "k3"), mask_BGC)
+        # `k1` as a loss has a gradient of mean zero, so it acts on the advantage alone.
+        if config.reference_kl in ("k2_loss", "k3_loss"):
+            estimator = "k2" if config.reference_kl == "k2_loss" else "k3"
+            kl_BGC = kl_estimate(target_logprob_BGC, reference_BGC, estimator)
+            penalty_BGC += config.reference_kl_coefficient * kl_BGC
     if config.entropy_coefficient and entropy_BGC is not None:
         penalty_BGC -= config.entropy_coefficient * entropy_BGC
-    return penalty_BGC
+    if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
+        parts["self_distillation_kl"] = _token_mean(self_distillation_kl_BGC, mask_BGC)
+        penalty_BGC += config.self_distillation_coefficient * self_distillation_kl_BGC
+    if config.critic is not None:
+        assert value_BGC is not None and batch.old_value_BGC is not None and batch.return_BGC is not None
+        limit = config.critic.value_clip
+        value_loss_BGC, stopped_BGC = value_loss(value_BGC, batch.old_value_BGC, batch.return_BGC, limit)
+        penalty_BGC += config.critic.value_coefficient * value_loss_BGC
+        parts |= _critic_parts(value_loss_BGC, stopped_BGC, value_BGC, batch)
+    return jnp.where(mask_BGC, penalty_BGC, 0.0), parts
 
 
 def _has_penalty(config: PolicyGradientConfig) -> bool:
@@ -465,20 +483,20 @@ def _has_penalty(config: PolicyGradientConfig) -> bool:
     return config.reference_kl in ("k2_loss", "k3_loss") or any(coefficients) or config.critic is not None
 
 
-def _critic_parts(
-    loss_BGC: Array, clipped_BGC: Array, value_BGC: Array, batch: TrainBatch, token_mean: Callable[[Array], Weighted]
-) -> dict[str, Weighted]:
+def _critic_parts(loss_BGC: Array, clipped_BGC: Array, value_BGC: Array, batch: TrainBatch) -> dict[str, Weighted]:
     """What is logged of a critic. Moments of returns and errors become the explained variance."""
     assert batch.return_BGC is not None
-    parts = {
-        "value_loss": token_mean(loss_BGC),
-        "value_clipped_share": token_mean(clipped_BGC),
-        "value_mean": token_mean(value_BGC),
-        "return_mean": token_mean(batch.return_BGC),
-        "return_square_mean": token_mean(batch.return_BGC**2),
-        "value_error_mean": token_mean(batch.return_BGC - value_BGC),
-        "value_error_square_mean": token_mean((batch.return_BGC - value_BGC) ** 2),
+    error_BGC = batch.return_BGC - value_BGC
+    measured = {
+        "value_loss": loss_BGC,
+        "value_clipped_share": clipped_BGC,
+        "value_mean": value_BGC,
+        "return_mean": batch.return_BGC,
+        "return_square_mean": batch.return_BGC**2,
+        "value_error_mean": error_BGC,
+        "value_error_square_mean": error_BGC**2,
     }
+    parts = {name: _token_mean(measured_BGC, batch.mask_BGC) for name, measured_BGC in measured.items()}
     if batch.old_logprob_BGC is not None and batch.reference_logprob_BGC is not None:
         kl_BGC = jnp.where(batch.mask_BGC, kl_estimate(batch.old_logprob_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
         parts["completion_kl"] = Weighted(kl_BGC.sum(), batch.mask_BGC.any(axis=-1).sum(dtype=jnp.float32))

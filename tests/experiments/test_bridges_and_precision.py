@@ -34,7 +34,7 @@ def test_bridges_of_the_tiny_model(tmp_path, capsys, monkeypatch):
 def test_precision_beside_depth_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     """The full float32 model is the target itself; rounding moves it by little, and leaving layers out by more."""
     monkeypatch.setattr(precision_depth, "PRECISIONS", ("float32", "int8"))
-    numbers = ["--fit-prompts", "4", "--measured-prompts", "16", "--repeats", "1"]
+    numbers = ["--fit-prompts", "16", "--measured-prompts", "16", "--repeats", "1"]
     arguments = ["--config", "tiny", "--leave-out", "2", "3", *numbers, "--json", str(tmp_path / "product.json")]
     assert precision_depth.main(arguments) == 0
     rows = json.loads((tmp_path / "product.json").read_text())["rows"]
