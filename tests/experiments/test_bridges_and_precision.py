@@ -68,7 +68,7 @@ def test_precision_beside_depth_of_the_tiny_model(tmp_path, capsys, monkeypatch)
             ["--config", "tiny", "--leave-out", "x"],
             "--leave-out is 'x'; allowed is a whole number",
         ),
-        (precision_depth.main, ["--config", "tiny", "--fit-prompts", "3"], "--fit-prompts is 3; allowed is 4 to 3000"),
+        (precision_depth.main, ["--config", "tiny", "--fit-prompts", "3"], "--fit-prompts is 3; allowed is 16 to 3000"),
         (
             precision_depth.main,
             ["--config", "tiny", "--measured-prompts", "9"],
