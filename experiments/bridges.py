@@ -142,6 +142,8 @@ def check_prompts(option: str, asked: int, least: int, examples: Sequence[Encode
     Raises:
         ValueError: names the option, the number and what is allowed.
     """
+    if len(examples) < least:
+        raise ValueError(f"{option} needs {least} prompts, a batch; the source has {len(examples)} left")
     if not least <= asked <= len(examples):
         raise ValueError(f"{option} is {asked}; allowed is {least} to {len(examples)}, a batch up to what there are")
 

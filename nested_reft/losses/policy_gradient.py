@@ -11,11 +11,11 @@ With pi_b the policy that sampled, pi_old the full model just before the batch's
     two (bypass)      m min(h A, clip(h) A)                   pi / pi_b
     three (decoupled) m h min(r A, clip(r) A), r = pi/pi_old  pi_old / pi_b, frozen for all updates on the batch
 
-The mask m is 0 or 1 (`estimators.rejection`) and judges the ratio that h is made of. With `two` a token that the
-sampler underrates may be clipped before the optimizer has moved at all; with `three` the clip bounds what the
-optimizer did and nothing else (Hilton et al., 2022, arXiv 2110.00641; AReaL, arXiv 2505.24298). At pi = pi_old
-three policies give the plain weight h, and at pi_b = pi_old PPO. TIS (Yao et al., 2025), IcePop, verl's decoupled mode
-and TRL's correction of its sampler have this form.
+The mask m is 0 or 1 (`estimators.rejection`). It judges pi / pi_b, or pi_old / pi_b with three policies. With `two` a
+token that the sampler underrates may be clipped before the optimizer has moved at all; with `three` the clip bounds
+what the optimizer did and nothing else (Hilton et al., 2022, arXiv 2110.00641; AReaL, arXiv 2505.24298). At
+pi = pi_old three policies give the plain weight h, and at pi_b = pi_old PPO. TIS (Yao et al., 2025), IcePop, verl's
+decoupled mode and TRL's correction of its sampler have this form.
 
 For `base` and `practical` at `token` level this equals differentiating the PPO surrogate itself; at
 `sequence` and `geometric` level likewise, with the surrogate of the completion counted once under

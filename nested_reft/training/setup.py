@@ -149,8 +149,12 @@ def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     """Gives the policy the bridges of the configuration's file; their layers' divergences."""
     nesting, num_layers = config.nesting, policy.num_layers
     assert nesting.bridge.file is not None
-    plan = draw_plan(jax.random.key(0), nesting, num_layers) if nesting.choice == "fixed" else None
-    fitted = load_bridges(Path(nesting.bridge.file), policy.model, config.model.name, plan)
+    path = Path(nesting.bridge.file)
+    fitted = load_bridges(path, policy.model, config.model.name)
+    plan = None
+    if nesting.is_deterministic:
+        plan = draw_plan(jax.random.key(0), nesting, num_layers, fitted.divergence_L)
+    fitted.check_plan(path, plan)
     policy.model.load_bridges(replicate(fitted.stack, policy.mesh))
     return fitted.divergence_L
 

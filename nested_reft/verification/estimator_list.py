@@ -42,9 +42,7 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {"self_distillation_coefficient": BETA},
 )
 Sampling = Literal["nested", "nested, accepted at random", "full", "mixture", "mixture with fixed counts"]
-Group = Literal[
-    "exact", "weights", "masks", "clips", "mixes", "divisors and penalties", "presets", "trajectory balance"
-]
+Group = Literal["exact", "weights", "masks", "clips", "mixes", "divisors", "penalties", "presets", "trajectory balance"]
 # Trajectory balance has one loss for all of them.
 BALANCED: dict[str, Sampling] = {"full rollouts": "full", "nested": "nested", "mixture": "mixture"}
 
@@ -95,8 +93,8 @@ EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length"
 
 def named_estimators() -> list[Estimator]:
     """Every variant, level, limit, advantage, normalisation, sampling, penalty and preset, and every claim, named."""
-    groups = _exact(), _weights(), _masks(), _mixes(), _clips(), _divisors(), _presets(), _trajectory_balance()
-    chosen = list(itertools.chain.from_iterable(groups))
+    groups = (_exact, _weights, _masks, _mixes, _clips, _divisors, _penalties, _presets, _trajectory_balance)
+    chosen = [estimator for group in groups for estimator in group()]
     listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
     return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]
 
@@ -205,12 +203,19 @@ def _clips() -> list[Estimator]:
 
 
 def _divisors() -> list[Estimator]:
-    """Other divisors, and penalties."""
-    vary = partial(_vary, "divisors and penalties")
+    """Other divisors, of advantages or of losses."""
+    vary = partial(_vary, "divisors")
     return [
         vary("base, sequence, group std", advantage="group_std"),
         vary("base, sequence, token mean", normalization="token_mean", fixed_length_tokens=None),
         vary("base, sequence, sequence mean", normalization="sequence_mean", fixed_length_tokens=None),
+    ]
+
+
+def _penalties() -> list[Estimator]:
+    """Penalties, which change the objective and so the truth."""
+    vary = partial(_vary, "penalties")
+    return [
         vary("base, sequence, k1 in reward", reference_kl="k1_in_reward", reference_kl_coefficient=BETA),
         vary("base, sequence, k2 as loss", reference_kl="k2_loss", reference_kl_coefficient=BETA),
         vary("base, sequence, k3 as loss", reference_kl="k3_loss", reference_kl_coefficient=BETA),
@@ -242,7 +247,7 @@ def claims() -> list[Estimator]:
     # With a KL the truth is that of another objective, so such an estimator stands beside its like.
     return [
         Estimator(
-            "exact" if loss.reference_kl is None else "divisors and penalties",
+            "exact" if loss.reference_kl is None else "penalties",
             _name(loss),
             loss,
             fitting_sampling(loss),

@@ -56,7 +56,11 @@ def test_precision_beside_depth_of_the_tiny_model(tmp_path, capsys, monkeypatch)
         (bridges.main, ["sums", *SHORT, "--layers", "0"], "--layers is 0; allowed is a whole number from 1"),
         (bridges.main, ["sums", *SHORT, "--layers", "5"], "--layers has 5; allowed is 1 to 4"),
         (bridges.main, ["sums", *SHORT, "--chosen", "31"], "--chosen is 31; allowed is 32 to 2992"),
-        (bridges.main, ["sums", *SHORT, "--fitted", "3000"], "--chosen is 32; allowed is 32 to 0"),
+        (
+            bridges.main,
+            ["sums", *SHORT, "--fitted", "3000"],
+            "--chosen needs 32 prompts, a batch; the source has 0 left",
+        ),
         (bridges.main, ["sums", *SHORT, "--measured", "129"], "--measured is 129; allowed is 32 to 128"),
         (
             precision_depth.main,
