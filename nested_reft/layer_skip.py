@@ -326,6 +326,6 @@ def nested_shape(config: NestingConfig, num_layers: int) -> PlanShape:
         config: validated for `num_layers`.
         num_layers: L of the model.
     """
-    # All plans of a configuration have one shape, so any of them tells it.
+    # All plans of a configuration that leave out as many layers have one shape, so any of them tells it.
     divergence_L = np.zeros(num_layers)
     return draw_plan(jax.random.key(0), config, num_layers, divergence_L).shape
