@@ -41,6 +41,9 @@ FIGURES = {
     ),
     "entropy": ("Entropy of the target", "nats / token", ("entropy",)),
     "length": ("Length of the completions", "tokens", ("completion_tokens",)),
+    "loss": ("Loss of runs without rollouts", "nats", ("cross_entropy",)),
+    "pairs": ("Preference pairs that are ordered right", "share", ("pair_accuracy",)),
+    "margin": ("Score of preferred answers and of the others", "score", ("chosen_score", "rejected_score")),
     "gradient_norm": ("Norm of the gradient, before clipping", "norm", ("gradient_norm",)),
 }
 # A figure for all metrics of a run whose names begin alike.
@@ -313,7 +316,9 @@ def _with_last_heldout(lines: Sequence[Line], run: Path) -> list[Line]:
         # The summary of a run that goes on is that of an earlier end.
         if not lines or summary.get("steps") != lines[-1]["step"]:
             return list(lines)
-        last = {f"heldout/{name}": result["greedy_accuracy"] for name, result in summary["after"].items()}
+        # A run without rollouts has pairs, whose accuracy is no greedy one, or none at all.
+        found = {n: each.get("greedy_accuracy", each.get("accuracy")) for n, each in summary["after"].items()}
+        last = {f"heldout/{name}": accuracy for name, accuracy in found.items() if accuracy is not None}
     except (ValueError, TypeError, KeyError, AttributeError):  # a summary that cannot be read takes nothing away
         return list(lines)
     return [*lines[:-1], lines[-1] | last]
