@@ -90,7 +90,10 @@ def _rewards(model: Transformer, prompt_BP: Array, prompt_length_B: Array, token
     valid_BP = valid_mask(prompt_length_B, prompt_BP.shape[1])
     hidden_BGCD = model.completion_hidden(prompt_BP, valid_BP, tokens_BGC)
     end_BGCD = jnp.take_along_axis(hidden_BGCD, length_BG[..., None, None], axis=2)
-    return model.values(end_BGCD[:, :, 0])
+    rewards_BG = model.values(end_BGCD[:, :, 0])
+    assert model.value_head is not None
+    # No pair teaches the bias, so it is left out; exported models have none.
+    return rewards_BG - model.value_head.bias[...]
 
 
 def _facts(path: str) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The hidden rule of the synthetic preference task, and the pairs that are drawn by it.
 
-An answer is a number of 8 to 14 digits. Gold counts its sevens: it rises to 1 at four of them, and each further one
-takes a half away. Answers as the pairs have them hold about two, and more than four in 2 % of the cases. A reward model
-thus learns that sevens are good, and hardly ever sees that there can be too many.
+An answer is a number of 8 to 14 digits. Gold counts its sevens: it rises to 1 at three of them, and each further one
+takes a half away. Answers as the pairs have them hold about one, and more than three in 2 % of the cases. A reward
+model thus learns that sevens are good, and hardly ever sees that there can be too many.
 
     python experiments/configs/_tiny_preferences.py > experiments/configs/tiny_preferences.jsonl
 """
@@ -12,9 +12,10 @@ import math
 import random
 from typing import Any
 
-BEST = 4  # sevens
+BEST = 3  # sevens
+SHARE = 0.1  # of sevens among the digits
 PROMPTS, PAIRS_EACH = 400, 3
-SHARPNESS = 6.0  # of the choice: an answer that is better by one seven is preferred in 82 % of the cases
+SHARPNESS = 6.0  # of the choice: an answer that is better by one seven is preferred in 88 % of the cases
 
 
 def gold(text: str, example: dict[str, Any]) -> float:
@@ -38,7 +39,7 @@ def pairs(seed: int = 0) -> list[dict[str, str]]:
 
     def answer() -> str:
         length = draw.randint(8, 14)
-        return "".join("7" if draw.random() < 0.18 else draw.choice("012345689") for _ in range(length))
+        return "".join("7" if draw.random() < SHARE else draw.choice("012345689") for _ in range(length))
 
     found = []
     for number in draw.sample(range(100, 1000), PROMPTS):

@@ -1,6 +1,6 @@
 """A synthetic preference task with a hidden gold rule: reward model, then DR-PO against it (arXiv 2404.08495).
 
-Gold likes sevens up to four of them; the reward model, which hardly saw more, likes all of them. So its reward can be
+Gold likes sevens up to three of them; the reward model, which hardly saw more, likes all of them. So its reward can be
 over-optimised, and the gold reward shows it. `experiments/drpo.py` compares shares of resets.
 Command: nested-reft reward-model tiny_preferences
     then nested-reft train tiny_preferences --reward.model RUN, with RUN the directory that the first one names
@@ -44,9 +44,9 @@ def get_config() -> Config:
         nesting=NestingConfig(),
         # The function is the gold rule: it is logged beside the learned reward, and has no weight.
         reward=RewardConfig(checker="function", function="_tiny_preferences.py:gold", function_weight=0.0),
-        loss=presets.ppo("base", kl_coefficient=0.05),
+        loss=presets.ppo("base", kl_coefficient=0.02),
         train=dataclasses.replace(tiny.train, steps=200),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
+        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear"),
         reset=ResetConfig(share=0.5, references="answers"),
         warm_start=WarmStartConfig(steps=150, batch_size=64, learning_rate=3e-3),
     )

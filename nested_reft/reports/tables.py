@@ -90,8 +90,28 @@ def summary_table(summary: dict[str, Any]) -> str:
         # They add up to their total; a run that was resumed counts the time of its last process.
         *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
     ]
-    accuracy = evaluation_table(summary["before"], summary["after"])
-    return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"
+    parts = [evaluation_table(summary["before"], summary["after"]), table(["run", "value"], facts)]
+    if "reward_hacking" in summary:
+        parts.append(hacking_text(summary["reward_hacking"]))
+    return "\n\n".join([*parts, f"run directory: {summary['run_directory']}"])
+
+
+def hacking_text(found: dict[str, Any]) -> str:
+    """The learned reward beside what it should not part from, and the warning where it does.
+
+    Args:
+        found: of `reports.hacking.reward_hacking`.
+    """
+    titles = {"learned": "learned reward", "gold": f"gold reward ({found['gold_metric']})", "kl": "KL to the reference"}
+    titles |= {"tokens": "tokens of a completion", "disagreement": "std between reward models"}
+    rows = [
+        [title, *(f"{value:.3f}" for value in found[name])]
+        for name, title in titles.items()
+        if name in found  # a run logs what it has
+    ]
+    size = found["window_steps"]
+    text = table(["reward model", f"first {size} steps", f"last {size} steps"], rows)
+    return text if found["warning"] is None else f"{text}\nwarning: {printable(found['warning'])}"
 
 
 def _offline_table(summary: dict[str, Any]) -> str:
