@@ -154,8 +154,11 @@ class Trainer:
         """One training step: choose prompts, sample nested, score, and update the full model.
 
         Raises:
-            RuntimeError: the run is still in a phase before reinforcement, which `run` would go through.
+            RuntimeError: the run is still in a phase before reinforcement, which `run` would go through, or it has no
+                reinforcement.
         """
+        if isinstance(self._last, Offline):
+            raise RuntimeError(f"loss.kind is '{self.config.loss.kind}', which samples nothing; call run")
         if self.state.phase < len(self.phases) - 1:
             name = self.phases[self.state.phase].name
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")

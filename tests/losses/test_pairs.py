@@ -115,8 +115,7 @@ def test_equal_scores_cost_log_2_and_the_other_order_flips_the_margin():
 def test_dpo_by_hand_equals_the_published_formula():
     """Chosen: log ratios of 0.5 and 0.1 sum to 0.6; rejected: -0.2. beta 0.1: the margin is 0.08, and the loss
     -log sigmoid(0.08) = 0.65394. A mean over tokens instead of the sum would give a margin of 0.05, and 0.66846."""
-    target, batch = pairs()
-    batch = jax.tree.map(lambda x: x[:1], batch)
+    batch = jax.tree.map(lambda x: x[:1], pairs()[1])
     reference = jnp.array([[[-1.5, -1.1, 0, 0, 0], [-0.8, 9, 0, 0, 0]]])
     batch = dataclasses.replace(batch, length_BG=jnp.array([[2, 1]]), reference_logprob_BGC=reference)
     logprob = jnp.array([[[-1.0, -1.0, 5, 5, 5], [-1.0, -jnp.inf, 0, 0, 0]]])
