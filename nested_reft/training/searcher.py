@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.limits import RewardError
-from nested_reft.rewards.reward import FAILURES, RewardConfig, score
+from nested_reft.rewards.reward import FAILURES, RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.policy import Policy
@@ -56,15 +57,8 @@ class Searcher:
         stats = SearchStats(time.monotonic() - started, *(int(count) for count in drafts))
         sampled = time.monotonic()
         rollouts = jax.device_get(rollouts)
-        texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
-        reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts,
-            prompts,
-            rollouts.finished_BG,
-            self._reward,
-            rollouts.length_BG,
-            self._rollout.max_completion_tokens,
-        )
+        limit = self._rollout.max_completion_tokens
+        texts, reward_BG, accuracy_BG, scored_BG, parts = score_rollouts(policy, prompts, rollouts, self._reward, limit)
         if scored_BG.size and not scored_BG.any():
             counts = ", ".join(f"{name} {int(parts[name].sum())}" for name in FAILURES)
             raise RewardError(
