@@ -4,11 +4,9 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.checkpoints import Checkpoints
 from nested_reft.replay import GenerationLimitError
 from nested_reft.replay_store import (
     FRUITLESS_BATCHES,
@@ -258,27 +256,6 @@ def test_a_wait_that_nothing_ends_is_refused():
         GenerationLimitError, match=r"100 batches in a row added nothing .*waits for 8 .*low_reward 400"
     ):
         ready(store, config)
-
-
-def test_a_store_comes_back_from_a_checkpoint_and_draws_the_same(tmp_path):
-    config = dataclasses.replace(UNIFORM, capacity=20, recent_share=0.5, inverse_temperature=1.0, max_staleness=2)
-    store = store_of(*(found([v, v + 1], v, first=v, reward=[0, 1, 2, 3]) for v in range(5)), config=config)
-    _, store = draw(without_stale(store, config, 4), config, jax.random.key(0), 3, 2)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, {"updates": jnp.zeros(())}, {"store": store.to_plain(), "empty": Store().to_plain()})
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        host = checkpoints.restore_host(1)
-    assert not len(Store.from_plain(host["empty"]))
-    again = Store.from_plain(host["store"])
-    assert again.row_of == store.row_of and np.array_equal(again.rows_R, store.rows_R)
-    for version in range(5, 8):
-        both = []
-        for kept in (store, again):
-            kept = add(without_stale(kept, config, version), config, found([version], version))
-            both.append(draw(kept, config, jax.random.key(version), 4, 3))
-        (one, store), (other, again) = both
-        jax.tree.map(np.testing.assert_array_equal, one.to_plain(), other.to_plain())
-        assert store.turned_away == again.turned_away and np.array_equal(store.rows_R, again.rows_R)
 
 
 def test_adding_and_drawing_leave_the_old_value_as_it_was():
