@@ -43,6 +43,7 @@ LAYERS = [
         "fields",
         "json_files",
         "host_values",
+        "diversity",
         "config_files",
         "compilation",
         "program_cache",
