@@ -49,6 +49,8 @@ class ReplayConfig:
         recent_share: m, in [0, 1]: probability with which a group is made of a prompt's newest completions.
         inverse_temperature: of the softmax over rewards that chooses the completions of the other groups; 0 is uniform.
         completions_per_prompt: kept of each prompt, the newest ones.
+        group_size: K, completions of a group that an update trains on; None for `rollout.group_size`, which a search
+            finds of each prompt.
         prefill: completions that the store has before the first update.
         max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit.
         minimum_reward: a completion with less is not kept; None for no limit.
@@ -59,6 +61,7 @@ class ReplayConfig:
     recent_share: float | None = None
     inverse_temperature: float = 0.0
     completions_per_prompt: int = 100
+    group_size: int | None = None
     prefill: int = 0
     max_staleness: int | None = None
     minimum_reward: float | None = None
@@ -72,9 +75,14 @@ class ReplayConfig:
             raise ValueError(
                 f"replay.prefill is {self.prefill}; allowed is 0 to replay.capacity, which is {self.capacity}"
             )
-        for name, least in (("max_staleness", 0), ("maximum_tokens", 1)):
+        for name, least in (("max_staleness", 0), ("maximum_tokens", 1), ("group_size", 2)):
             if getattr(self, name) is not None:
                 check_whole(f"replay.{name}", getattr(self, name), least, MAX_WHOLE)
+        if self.group_size is not None and not self.is_on:
+            raise ValueError(
+                f"replay.group_size is {self.group_size} and replay.capacity 0; without a store, an update trains on"
+                " all completions that a search finds: set replay.capacity, or leave the size to rollout.group_size"
+            )
         if self.is_on and self.recent_share is None:
             raise ValueError(
                 f"replay.recent_share is None and replay.capacity {self.capacity}; replay needs a share from 0 to 1"

@@ -291,6 +291,8 @@ def test_a_long_run_is_flat_in_time_and_size():
         ({"capacity": -1}, r"replay.capacity is -1; allowed is 0 \(off\) or more"),
         ({"capacity": 4, "recent_share": None}, r"replay.recent_share is None and replay.capacity 4; replay needs"),
         ({"recent_share": 1.5}, r"replay.recent_share is 1.5; allowed is 0 to 1"),
+        ({"group_size": 4}, r"replay.group_size is 4 and replay.capacity 0; without a store"),
+        ({"capacity": 4, "group_size": 1}, r"replay.group_size is 1; allowed is 2 or more"),
         ({"completions_per_prompt": 1}, r"replay.completions_per_prompt is 1; allowed is 2 or more"),
         ({"max_staleness": -1}, r"replay.max_staleness is -1; allowed is 0 or more"),
         ({"maximum_tokens": 0}, r"replay.maximum_tokens is 0; allowed is 1 or more"),

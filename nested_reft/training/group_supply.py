@@ -98,7 +98,7 @@ def draw(buffer: Buffer | Store, config: Config, key: jax.Array) -> tuple[Scored
     """
     num_groups = config.data.prompts_per_batch
     if isinstance(buffer, Store):
-        return replay_store.draw(buffer, config.replay, key, num_groups, config.rollout.group_size)
+        return replay_store.draw(buffer, config.replay, key, num_groups, config.trained_group_size)
     return replay.draw(buffer, config.dynamic_sampling, num_groups)
 
 

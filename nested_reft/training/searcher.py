@@ -6,16 +6,18 @@ import dataclasses
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from nested_reft.estimators.health import off_policy_health
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rewards.limits import RewardError
 from nested_reft.rewards.reward import FAILURES, RewardConfig, score
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.policy import Policy
-from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchStats
+from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchStats, gradient_mask
 
 
 class Searcher:
@@ -25,13 +27,17 @@ class Searcher:
     in other processes. Arrays come to the host here, once.
     """
 
-    def __init__(self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0):
+    def __init__(
+        self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0, measures_mismatch: bool = False
+    ):
         """Args:
         rollout: how completions are sampled.
         reward: how they are scored, and which of them count.
         shared_prefix: leading tokens that all prompts have in common.
+        measures_mismatch: score the completions with the full model as well, for `SearchStats.mismatch`.
         """
         self._rollout, self._reward, self._shared_prefix = rollout, reward, shared_prefix
+        self._measures_mismatch = measures_mismatch
 
     def search(self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Scored:
         """Samples completions of each prompt and scores them.
@@ -55,6 +61,7 @@ class Searcher:
         jax.block_until_ready(rollouts)
         stats = SearchStats(time.monotonic() - started, *(int(count) for count in drafts))
         sampled = time.monotonic()
+        full_BGC = self._full_logprobs(policy, rollouts) if self._measures_mismatch else None
         rollouts = jax.device_get(rollouts)
         texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
         reward_BG, accuracy_BG, scored_BG, parts = score(
@@ -77,8 +84,14 @@ class Searcher:
         if self._reward.overlong_filter:
             counted_BG &= rollouts.finished_BG
         rollouts = dataclasses.replace(rollouts, counted_BG=np.asarray(counted_BG))
-        stats = dataclasses.replace(stats, scoring_seconds=time.monotonic() - sampled)
+        mismatch = None if full_BGC is None else _mismatch(rollouts, np.asarray(full_BGC))
+        stats = dataclasses.replace(stats, scoring_seconds=time.monotonic() - sampled, mismatch=mismatch)
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts, stats)
+
+    def _full_logprobs(self, policy: Policy, rollouts: Rollouts) -> Array:
+        return policy.logprobs(
+            rollouts.prompt_BP, rollouts.prompt_length_B, rollouts.tokens_BGC, shared_prefix=self._shared_prefix
+        )
 
     def _rollouts(
         self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array
@@ -115,3 +128,13 @@ class Searcher:
             prompts.forced,
         )
         return mixed, ()
+
+
+def _mismatch(rollouts: Rollouts, full_BGC: Float[np.ndarray, "B G C"]) -> dict[str, float]:
+    """`Health` of samples against the full model whose nested policy drew them, so that age has no part in it."""
+    mask_BGC = gradient_mask(rollouts.length_BG, rollouts.forced_BG, rollouts.counted_BG, rollouts.tokens_BGC.shape[-1])
+    health = _health(jnp.asarray(full_BGC), jnp.asarray(rollouts.behavior_logprob_BGC), mask_BGC)
+    return {f.name: float(getattr(health, f.name)) for f in dataclasses.fields(health)}
+
+
+_health = jax.jit(off_policy_health)
