@@ -148,7 +148,7 @@ class SearchStats:
     drafts_accepted: int = 0
     scoring_seconds: float = 0.0
     sync_seconds: float = 0.0
-    mismatch: dict[str, float] | None = None
+    mismatch: dict[str, float] | None = field(default=None, kw_only=True)
 
     @property
     def seconds(self) -> float:

@@ -66,7 +66,7 @@ def _depth_health(num_skipped: int, found: Sequence[Scored]) -> Health | None:
     """
     for scored in found:
         mismatch = None if scored.stats is None else scored.stats.mismatch
-        if mismatch is not None and len(left_out(scored.rollouts.part_BGL[0, 0])) == num_skipped:
+        if mismatch is not None and len(left_out(np.asarray(scored.rollouts.part_BGL[0, 0]))) == num_skipped:
             # A batch without a token that counts has zeros for all that it measured.
             return Health(**mismatch) if mismatch["ess_token"] > 0 else None
     return None

@@ -8,9 +8,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from nested_reft.estimators.health import off_policy_health
+from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rewards.limits import RewardError
 from nested_reft.rewards.reward import FAILURES, RewardConfig, score
@@ -84,7 +84,7 @@ class Searcher:
         if self._reward.overlong_filter:
             counted_BG &= rollouts.finished_BG
         rollouts = dataclasses.replace(rollouts, counted_BG=np.asarray(counted_BG))
-        mismatch = None if full_BGC is None else _mismatch(rollouts, np.asarray(full_BGC))
+        mismatch = None if full_BGC is None else _mismatch(rollouts, full_BGC)
         stats = dataclasses.replace(stats, scoring_seconds=time.monotonic() - sampled, mismatch=mismatch)
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts, stats)
 
@@ -130,11 +130,14 @@ class Searcher:
         return mixed, ()
 
 
-def _mismatch(rollouts: Rollouts, full_BGC: Float[np.ndarray, "B G C"]) -> dict[str, float]:
+@jax.jit
+def _health(full_BGC: Array, behavior_BGC: Array, length_BG: Array, forced_BG: Array, counted_BG: Array) -> Health:
+    mask_BGC = gradient_mask(length_BG, forced_BG, counted_BG, full_BGC.shape[-1])
+    return off_policy_health(full_BGC, behavior_BGC, mask_BGC)
+
+
+def _mismatch(rollouts: Rollouts, full_BGC: Array) -> dict[str, float]:
     """`Health` of samples against the full model whose nested policy drew them, so that age has no part in it."""
-    mask_BGC = gradient_mask(rollouts.length_BG, rollouts.forced_BG, rollouts.counted_BG, rollouts.tokens_BGC.shape[-1])
-    health = _health(jnp.asarray(full_BGC), jnp.asarray(rollouts.behavior_logprob_BGC), mask_BGC)
+    lengths = (rollouts.length_BG, rollouts.forced_BG, rollouts.counted_BG)
+    health = _health(full_BGC, *map(jnp.asarray, (rollouts.behavior_logprob_BGC, *lengths)))
     return {f.name: float(getattr(health, f.name)) for f in dataclasses.fields(health)}
-
-
-_health = jax.jit(off_policy_health)
