@@ -14,12 +14,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nested_reft.host_values import (
+    Block,
+    block_path,
+    has_arrays,
+    read_block,
+    with_arrays,
+    with_blocks,
+    without_arrays,
+    write_block,
+)
 from nested_reft.json_files import write_json
 
 SEAL = "checksums.json"  # of a checkpoint: size and CRC-32 of every file of its parts
-# These mark the place in the JSON part where a NumPy array stood. Orbax writes no empty arrays, so that of an
-# empty one says all that there is to know.
-_ARRAY, _EMPTY = "__array__", "__empty_array__"
+_BLOCKS = "blocks"  # the directory of blocks, beside the checkpoints
 
 logger = logging.getLogger(__name__)
 # Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
@@ -63,6 +71,9 @@ class Checkpoints:
     previous one whole. It has three parts: device arrays, whose structure the reader knows; JSON; and the
     NumPy arrays that stood anywhere in the host's values, whose shapes nobody need know beforehand. Checksums of
     all files are written last, and compared before anything is read.
+
+    Blocks among the host's values have files of their own, which later checkpoints share. A block is written before
+    the first checkpoint that has it, and removed when no checkpoint has it any more.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -78,6 +89,9 @@ class Checkpoints:
             raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
         # Orbax asks for an absolute path.
         self._directory, self._writing = directory.resolve(), 0
+        self._blocks = self._directory / _BLOCKS
+        # Checksums of the blocks of the checkpoint that is being written, or was read.
+        self._sealed_blocks: dict[str, list[int]] = {}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
@@ -102,13 +116,15 @@ class Checkpoints:
         Args:
             number: of the checkpoint, larger than those before.
             arrays: a pytree of device arrays.
-            host: dictionaries and lists of plain values and NumPy arrays.
+            host: dictionaries and lists of plain values, NumPy arrays and blocks. A block has values unless the
+                checkpoint before has it too.
 
         Raises:
             CheckpointError: this checkpoint or the one before could not be written.
         """
         taken_out: dict[str, np.ndarray] = {}
-        plain = _without_arrays(host, taken_out)
+        blocks: list[Block] = []
+        plain = without_arrays(host, taken_out, blocks)
         items = {"arrays": ocp.args.PyTreeSave(arrays), "host": ocp.args.JsonSave({"number": number, "values": plain})}
         if taken_out:
             items["host_arrays"] = ocp.args.PyTreeSave(taken_out)
@@ -116,6 +132,7 @@ class Checkpoints:
         self.wait()
         self._writing = number
         try:
+            self._write_blocks(blocks)
             # The caller has decided that it is time, so Orbax's own intervals do not count.
             self._manager.save(number, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # Orbax and its storage raise many kinds
@@ -141,11 +158,12 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore_host(self, number: int) -> dict[str, Any]:
+    def restore_host(self, number: int, blocks: bool = False) -> dict[str, Any]:
         """Host values of a checkpoint, as `save` got them.
 
         Args:
             number: of the checkpoint.
+            blocks: read the values of its blocks too; without them, blocks are checked no more than read.
 
         Raises:
             DamagedCheckpointError: it is damaged.
@@ -156,9 +174,21 @@ class Checkpoints:
             raise DamagedCheckpointError(
                 f"checkpoint {number} in '{self._directory}' was written as checkpoint {restored['number']}"
             )
-        if _has_arrays(host):
+        if has_arrays(host):
             arrays = self._restore(number, host_arrays=ocp.args.PyTreeRestore())["host_arrays"]
-        return _with_arrays(host, arrays)
+        host = with_arrays(host, arrays)
+        if not blocks:
+            return host
+        self._sealed_blocks = _blocks_of(self._directory / str(number))
+        if self._sealed_blocks:
+            self._check(number, (f"../{_BLOCKS}",))
+
+        def read(name: str) -> Any:
+            if name not in self._sealed_blocks:  # its file was not checked, and need not be there
+                raise DamagedCheckpointError(f"checkpoint {number} in '{self._directory}' does not seal block '{name}'")
+            return read_block(self._blocks, name)
+
+        return with_blocks(host, read)
 
     def restore_some(self, number: int, like: dict[str, Any]) -> dict[str, Any]:
         """Those entries of a checkpoint's device arrays that `like` has.
@@ -190,23 +220,42 @@ class Checkpoints:
         self._manager.reload()
 
     def _restore(self, number: int, **items: Any) -> Any:
-        where = f"checkpoint {number} in '{self._directory}'"
         # Damaged files never reach Orbax, whose errors neither name them nor come alone.
-        damage = _damage(self._directory / str(number), tuple(items))
-        if damage is not None:
-            raise DamagedCheckpointError(f"{where} is damaged: {damage}")
+        where = self._check(number, tuple(items))
         try:
             return self._manager.restore(number, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and its storage raise many kinds
             raise DamagedCheckpointError(f"{where} is of another model: {_reason(error)}") from None
+
+    def _check(self, number: int, parts: tuple[str, ...]) -> str:
+        """What messages call a checkpoint, once these parts of it are known to be whole."""
+        where = f"checkpoint {number} in '{self._directory}'"
+        damage = _damage(self._directory / str(number), parts)
+        if damage is not None:
+            raise DamagedCheckpointError(f"{where} is damaged: {damage}")
+        return where
+
+    def _write_blocks(self, blocks: list[Block]) -> None:
+        """Writes the blocks that are new, and removes the files of those that no checkpoint has any more."""
+        before, self._sealed_blocks = self._sealed_blocks, {}
+        for block in blocks:
+            is_new = block.values is not None
+            self._sealed_blocks[block.name] = write_block(self._blocks, block) if is_new else before[block.name]
+        # Only checkpoints under their final names count, and a killed run leaves those whole.
+        needed = {name for number in self.numbers() for name in _blocks_of(self._directory / str(number))}
+        paths = {block_path(self._blocks, name) for name in needed | self._sealed_blocks.keys()}
+        for path in set(self._blocks.glob("*")) - paths:
+            path.unlink()
 
     def _seal(self) -> None:
         """Writes the checksums of the checkpoint that has been written and still has its temporary name."""
         unnamed = list(self._directory.glob(f"{self._writing}.*"))
         assert unnamed, f"no directory of checkpoint {self._writing} in '{self._directory}'"
         # Beside it there may be one of a run that was killed; to seal that too does no harm.
+        blocks = {f"../{block_path(Path(_BLOCKS), name)}": seal for name, seal in self._sealed_blocks.items()}
         for path in unnamed:
-            write_json(path / SEAL, {name: _size_and_checksum(path / name) for name in _files_of_parts(path)})
+            parts = {name: _size_and_checksum(path / name) for name in _files_of_parts(path)}
+            write_json(path / SEAL, parts | blocks)
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -257,6 +306,16 @@ def _files_of_parts(checkpoint: Path) -> list[str]:
     )
 
 
+def _blocks_of(checkpoint: Path) -> dict[str, list[int]]:
+    """Size and checksum of each block that a checkpoint has, by its name; none where that cannot be read."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return {Path(name).stem: seal for name, seal in sealed.items() if name.startswith(f"../{_BLOCKS}/")}
+    # Such a checkpoint is damaged, and nothing restores it.
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
 def _size_and_checksum(path: Path) -> list[int]:
     size = checksum = 0
     with path.open("rb") as file:
@@ -304,36 +363,3 @@ def _reason(error: Exception) -> str:
     if quoted:
         return os.strerror(int(quoted[1]))
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-
-
-def _without_arrays(value: Any, taken_out: dict[str, np.ndarray]) -> Any:
-    """The value with every NumPy array replaced by a mark, and put into `taken_out` under the mark's name."""
-    if isinstance(value, np.ndarray):
-        if not value.size:
-            return {_EMPTY: [value.dtype.name, list(value.shape)]}
-        name = f"array_{len(taken_out)}"
-        taken_out[name] = value
-        return {_ARRAY: name}
-    if isinstance(value, dict):
-        return {key: _without_arrays(entry, taken_out) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_arrays(entry, taken_out) for entry in value]
-    return value
-
-
-def _has_arrays(value: Any) -> bool:
-    if isinstance(value, dict):
-        return _ARRAY in value or any(_has_arrays(entry) for entry in value.values())
-    return isinstance(value, list) and any(_has_arrays(entry) for entry in value)
-
-
-def _with_arrays(value: Any, arrays: dict[str, Any]) -> Any:
-    """The inverse of `_without_arrays`."""
-    if isinstance(value, dict):
-        if _ARRAY in value:
-            return np.asarray(arrays[value[_ARRAY]])
-        if _EMPTY in value:
-            dtype, shape = value[_EMPTY]
-            return np.zeros(shape, dtype)
-        return {key: _with_arrays(entry, arrays) for key, entry in value.items()}
-    return [_with_arrays(entry, arrays) for entry in value] if isinstance(value, list) else value

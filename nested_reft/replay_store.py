@@ -31,7 +31,7 @@ from jaxtyping import Bool, Int
 
 from nested_reft.literals import check_whole
 from nested_reft.replay import GenerationLimitError
-from nested_reft.types import Rollouts, Scored, completion_columns, concat, over_completions, take, with_completions
+from nested_reft.types import Rollouts, Scored, concat, over_completions, take
 from nested_reft.untrusted import MAX_WHOLE
 
 FRUITLESS_BATCHES = 100  # in a row that leave the store as small as it was, and the wait for a prefill ends
@@ -49,6 +49,8 @@ class ReplayConfig:
         recent_share: m, in [0, 1]: probability with which a group is made of a prompt's newest completions.
         inverse_temperature: of the softmax over rewards that chooses the completions of the other groups; 0 is uniform.
         completions_per_prompt: kept of each prompt, the newest ones.
+        group_size: K, completions of a group that an update trains on; None for `rollout.group_size`, which a search
+            finds of each prompt.
         prefill: completions that the store has before the first update.
         max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit.
         minimum_reward: a completion with less is not kept; None for no limit.
@@ -59,6 +61,7 @@ class ReplayConfig:
     recent_share: float | None = None
     inverse_temperature: float = 0.0
     completions_per_prompt: int = 100
+    group_size: int | None = None
     prefill: int = 0
     max_staleness: int | None = None
     minimum_reward: float | None = None
@@ -72,9 +75,14 @@ class ReplayConfig:
             raise ValueError(
                 f"replay.prefill is {self.prefill}; allowed is 0 to replay.capacity, which is {self.capacity}"
             )
-        for name, least in (("max_staleness", 0), ("maximum_tokens", 1)):
+        for name, least in (("max_staleness", 0), ("maximum_tokens", 1), ("group_size", 2)):
             if getattr(self, name) is not None:
                 check_whole(f"replay.{name}", getattr(self, name), least, MAX_WHOLE)
+        if self.group_size is not None and not self.is_on:
+            raise ValueError(
+                f"replay.group_size is {self.group_size} and replay.capacity 0; without a store, an update trains on"
+                " all completions that a search finds: set replay.capacity, or leave the size to rollout.group_size"
+            )
         if self.is_on and self.recent_share is None:
             raise ValueError(
                 f"replay.recent_share is None and replay.capacity {self.capacity}; replay needs a share from 0 to 1"
@@ -99,6 +107,7 @@ _ROW = np.dtype(
         ("newest", np.int64),  # versions
         ("oldest", np.int64),
         ("arrival", np.int64),  # of the completion that arrived first
+        ("last", np.int64),  # the number of the completion that arrived last
         ("reward", np.float64),  # sums
         ("version", np.float64),
         ("drawn", bool),  # in the present round through all prompts
@@ -115,10 +124,29 @@ class Entry:
     Attributes:
         group: one group of N completions, in the order of their arrival.
         arrival_N: the number of the batch that each came with.
+        number_N: the completions' own numbers, which grow in the order of arrival.
     """
 
     group: Scored
     arrival_N: Int[np.ndarray, " N"]
+    number_N: Int[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Completions that a checkpoint wrote together, in a file that does not change; `replay_saving` makes them.
+
+    Attributes:
+        name: of the file.
+        number_M: their numbers.
+        row_M: their rows.
+        kept_M: False where a completion has been taken out since.
+    """
+
+    name: str
+    number_M: Int[np.ndarray, " M"]
+    row_M: Int[np.ndarray, " M"]
+    kept_M: Bool[np.ndarray, " M"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +161,10 @@ class Store:
         begun: whether an update was drawn, so that the prefill is over.
         fruitless: batches in a row that left the store no larger.
         turned_away: completions that were not kept or taken out, by reason.
+        numbered: completions that were put in so far, which is the number that the next one gets.
+        saved: completions with numbers below this are in segments.
+        segments: what checkpoints have written and still need.
+        removed: numbers of completions that are in segments and were taken out after the last checkpoint.
     """
 
     entries: list[Entry | None] = field(default_factory=list)
@@ -142,65 +174,31 @@ class Store:
     begun: bool = False
     fruitless: int = 0
     turned_away: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    numbered: int = 0
+    saved: int = 0
+    segments: tuple[Segment, ...] = ()
+    removed: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return int(self.rows_R["count"].sum())
 
-    def to_plain(self) -> dict[str, Any]:
-        """Plain values and arrays, as a checkpoint holds them; `from_plain` reads them back."""
-        kept = np.flatnonzero(self.rows_R["count"])
-        entries = [entry for entry in (self.entries[row] for row in kept) if entry is not None]
-        plain: dict[str, Any] = {
-            "batches": self.batches,
-            "begun": self.begun,
-            "fruitless": self.fruitless,
-            "turned_away": dict(self.turned_away),
-            "row_R": kept,
-            "count_R": self.rows_R["count"][kept],
-            "num_rows": len(self.rows_R),
-            "drawn": {name: self.rows_R[name] for name in ("drawn", "drawn_at")},
-        }
-        if entries:
-            # All completions side by side: few large arrays, however many prompts there are. Each prompt comes with
-            # its first completion once more.
-            groups = [entry.group for entry in entries]
-            plain["prompts"] = concat([_chosen(group, np.zeros(1, np.int64)) for group in groups]).to_plain()
-            plain["completions"] = over_completions(_side_by_side, *groups).to_plain()
-            plain["arrival_N"] = np.concatenate([entry.arrival_N for entry in entries])
-        return plain
 
-    @classmethod
-    def from_plain(cls, value: dict[str, Any]) -> Store:
-        """The store that `to_plain` wrote.
+def side_by_side(*values: np.ndarray) -> np.ndarray:
+    """Completions of the same prompts, as `over_completions` joins them.
 
-        Args:
-            value: what `to_plain` returned, also after a way through a checkpoint.
-        """
-        draft = _Draft(cls(batches=value["batches"], begun=value["begun"], fruitless=value["fruitless"]))
-        draft.turned_away = {reason: value["turned_away"].get(reason, 0) for reason in REASONS}
-        draft.entries = [None] * value["num_rows"]
-        draft.rows_R = np.zeros(value["num_rows"], _ROW)
-        if len(value["row_R"]):
-            prompts, completions = Scored.from_plain(value["prompts"]), Scored.from_plain(value["completions"])
-            columns, end = completion_columns(completions), 0
-            for index, (row, count) in enumerate(zip(value["row_R"].tolist(), value["count_R"].tolist(), strict=True)):
-                start, end = end, end + count
-                # Copies, so that no row keeps all the others in memory.
-                own = {name: column[:, start:end].copy() for name, column in columns.items()}
-                group = with_completions(take(prompts, [index]), own)
-                draft.set(row, Entry(group, value["arrival_N"][start:end].copy()))
-                draft.row_of[_key(group)] = row
-        for name, flags in value["drawn"].items():
-            draft.rows_R[name] = flags
-        return draft.store()
-
-
-def _side_by_side(*values: np.ndarray) -> np.ndarray:
+    Args:
+        values: arrays `[B, G, ...]`.
+    """
     return np.concatenate(values, axis=1)
 
 
-def _chosen(group: Scored, index_N: Int[np.ndarray, " N"]) -> Scored:
-    """Those completions of one group, in that order."""
+def chosen(group: Scored, index_N: Int[np.ndarray, " N"]) -> Scored:
+    """Those completions of one group, in that order.
+
+    Args:
+        group: one.
+        index_N: which of its completions; one may come twice.
+    """
     return over_completions(lambda column: column[:, index_N], group)
 
 
@@ -218,7 +216,7 @@ class _Draft:
     def __init__(self, store: Store):
         self._before = store
         self.entries, self.row_of, self.rows_R = list(store.entries), dict(store.row_of), store.rows_R.copy()
-        self.turned_away = dict(store.turned_away)
+        self.turned_away, self.numbered, self.removed = dict(store.turned_away), store.numbered, list(store.removed)
 
     def store(self, **changes: Any) -> Store:
         """What it became."""
@@ -228,6 +226,8 @@ class _Draft:
             row_of=self.row_of,
             rows_R=self.rows_R,
             turned_away=self.turned_away,
+            numbered=self.numbered,
+            removed=tuple(self.removed),
             **changes,
         )
 
@@ -235,30 +235,40 @@ class _Draft:
         """Adds the completions of one group behind those of its prompt."""
         key = _key(group)
         row, arrival_N = self.row_of.get(key), np.full(len(group.texts[0]), self._before.batches, np.int64)
+        number_N = self.numbered + np.arange(len(arrival_N))
+        self.numbered += len(arrival_N)
         old = None if row is None else self.entries[row]
         if old is not None:
-            group = over_completions(_side_by_side, old.group, group)
+            group = over_completions(side_by_side, old.group, group)
             arrival_N = np.concatenate([old.arrival_N, arrival_N])
+            number_N = np.concatenate([old.number_N, number_N])
         kept_N = _last_of_equal(group.rollouts)
         self.turned_away["duplicate"] += len(arrival_N) - len(kept_N)
         self.turned_away["crowded"] += max(len(kept_N) - per_prompt, 0)
         kept_N = kept_N[-per_prompt:]
+        self._note_removed(np.delete(number_N, kept_N))
         if row is None:
             row = self.row_of[key] = self._free_row()
-        self.set(row, Entry(_chosen(group, kept_N), arrival_N[kept_N]))
+        self.set(row, Entry(chosen(group, kept_N), arrival_N[kept_N], number_N[kept_N]))
 
     def keep(self, row: int, kept_N: Bool[np.ndarray, " N"], reason: str) -> None:
         """Takes the other completions out of a row."""
         entry = self.entries[row]
         assert entry is not None
         self.turned_away[reason] += int((~kept_N).sum())
+        self._note_removed(entry.number_N[~kept_N])
         if kept_N.any():
             index_N = np.flatnonzero(kept_N)
-            self.set(row, Entry(_chosen(entry.group, index_N), entry.arrival_N[index_N]))
+            self.set(row, Entry(chosen(entry.group, index_N), entry.arrival_N[index_N], entry.number_N[index_N]))
         else:
             del self.row_of[_key(entry.group)]
             self.entries[row] = None
             self.rows_R[row] = np.zeros((), _ROW)
+
+    def _note_removed(self, number_N: Int[np.ndarray, " N"]) -> None:
+        saved_N = number_N[number_N < self._before.saved]
+        if len(saved_N):
+            self.removed.append(saved_N)
 
     def set(self, row: int, entry: Entry) -> None:
         """Puts an entry into a row, and what is known of it beside it; the marks of drawing stay."""
@@ -269,6 +279,7 @@ class _Draft:
             "newest": version_N.max(),
             "oldest": version_N.min(),
             "arrival": entry.arrival_N.min(),
+            "last": entry.number_N.max(),
             "reward": entry.group.reward_BG.sum(dtype=np.float64),
             "version": version_N.sum(dtype=np.float64),
         }
@@ -286,6 +297,25 @@ class _Draft:
         row = int(free_F[0])
         self.rows_R["drawn_at"][row] = -1
         return row
+
+
+def restored(entries: list[Entry | None], drawn: dict[str, np.ndarray], **fields: Any) -> Store:
+    """A store of entries that were saved.
+
+    Args:
+        entries: of each row.
+        drawn: of each row, the marks of drawing, by their names in `rows_R`.
+        fields: the other fields of a store, without those that follow from the entries.
+    """
+    draft = _Draft(Store(**fields))
+    draft.entries, draft.rows_R = entries, np.zeros(len(entries), _ROW)
+    for row, entry in enumerate(entries):
+        if entry is not None:
+            draft.set(row, entry)
+            draft.row_of[_key(entry.group)] = row
+    for name, flags in drawn.items():
+        draft.rows_R[name] = flags
+    return draft.store()
 
 
 def _last_of_equal(rollouts: Rollouts) -> Int[np.ndarray, " M"]:
@@ -314,7 +344,7 @@ def add(store: Store, config: ReplayConfig, scored: Scored) -> Store:
     for b in np.flatnonzero(admitted_BG.any(axis=1)):
         group = take(scored, [int(b)])
         for index_N in _of_equal_prefix(group.rollouts, np.flatnonzero(admitted_BG[b])):
-            draft.put(_chosen(group, index_N), config.completions_per_prompt)
+            draft.put(chosen(group, index_N), config.completions_per_prompt)
     _make_room(draft, config.capacity)
     found = draft.store(batches=store.batches + 1)
     return dataclasses.replace(found, fruitless=0 if len(found) > before else store.fruitless + 1)
@@ -437,7 +467,7 @@ def draw(store: Store, config: ReplayConfig, key: jax.Array, num_groups: int, gr
             index_K = _newest_completions(entry.group, newest, group_size, random)
         else:
             index_K = _weighed_completions(entry.group, config.inverse_temperature, group_size, random)
-        groups.append(_chosen(entry.group, index_K))
+        groups.append(chosen(entry.group, index_K))
     return concat(groups), dataclasses.replace(store, rows_R=rows_R, begun=True)
 
 

@@ -139,6 +139,8 @@ class SearchStats:
         drafts_tested, drafts_accepted: of exact rollouts, the draft tokens that the full model tested and kept.
         scoring_seconds: seconds of decoding and scoring.
         sync_seconds: seconds until the weights had come to a searcher that works beside the learner.
+        mismatch: how far the samples are from the full model of the same version, by the names of `Health`; None where
+            it was not measured.
     """
 
     rollout_seconds: float
@@ -146,6 +148,7 @@ class SearchStats:
     drafts_accepted: int = 0
     scoring_seconds: float = 0.0
     sync_seconds: float = 0.0
+    mismatch: dict[str, float] | None = field(default=None, kw_only=True)
 
     @property
     def seconds(self) -> float:

@@ -30,8 +30,8 @@ OPTIONAL = {
 }
 
 RULES = {
-    "estimators", "losses", "curriculum", "replay", "replay_store", "dataset_reset", "kl_control", "mix_control",
-    "nesting_control",
+    "estimators", "losses", "curriculum", "replay", "replay_store", "replay_saving", "dataset_reset", "kl_control",
+    "mix_control", "nesting_control",
     "rewards", "data",
 }  # fmt: skip
 # A room imports rooms of its own line or of lines above, never in a circle.
@@ -42,6 +42,8 @@ LAYERS = [
         "literals",
         "fields",
         "json_files",
+        "host_values",
+        "diversity",
         "config_files",
         "compilation",
         "program_cache",

@@ -4,11 +4,9 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.checkpoints import Checkpoints
 from nested_reft.replay import GenerationLimitError
 from nested_reft.replay_store import (
     FRUITLESS_BATCHES,
@@ -260,27 +258,6 @@ def test_a_wait_that_nothing_ends_is_refused():
         ready(store, config)
 
 
-def test_a_store_comes_back_from_a_checkpoint_and_draws_the_same(tmp_path):
-    config = dataclasses.replace(UNIFORM, capacity=20, recent_share=0.5, inverse_temperature=1.0, max_staleness=2)
-    store = store_of(*(found([v, v + 1], v, first=v, reward=[0, 1, 2, 3]) for v in range(5)), config=config)
-    _, store = draw(without_stale(store, config, 4), config, jax.random.key(0), 3, 2)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, {"updates": jnp.zeros(())}, {"store": store.to_plain(), "empty": Store().to_plain()})
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        host = checkpoints.restore_host(1)
-    assert not len(Store.from_plain(host["empty"]))
-    again = Store.from_plain(host["store"])
-    assert again.row_of == store.row_of and np.array_equal(again.rows_R, store.rows_R)
-    for version in range(5, 8):
-        both = []
-        for kept in (store, again):
-            kept = add(without_stale(kept, config, version), config, found([version], version))
-            both.append(draw(kept, config, jax.random.key(version), 4, 3))
-        (one, store), (other, again) = both
-        jax.tree.map(np.testing.assert_array_equal, one.to_plain(), other.to_plain())
-        assert store.turned_away == again.turned_away and np.array_equal(store.rows_R, again.rows_R)
-
-
 def test_adding_and_drawing_leave_the_old_value_as_it_was():
     config = dataclasses.replace(UNIFORM, capacity=8)
     store = store_of(found([1, 2], 0), config=config)
@@ -314,6 +291,8 @@ def test_a_long_run_is_flat_in_time_and_size():
         ({"capacity": -1}, r"replay.capacity is -1; allowed is 0 \(off\) or more"),
         ({"capacity": 4, "recent_share": None}, r"replay.recent_share is None and replay.capacity 4; replay needs"),
         ({"recent_share": 1.5}, r"replay.recent_share is 1.5; allowed is 0 to 1"),
+        ({"group_size": 4}, r"replay.group_size is 4 and replay.capacity 0; without a store"),
+        ({"capacity": 4, "group_size": 1}, r"replay.group_size is 1; allowed is 2 or more"),
         ({"completions_per_prompt": 1}, r"replay.completions_per_prompt is 1; allowed is 2 or more"),
         ({"max_staleness": -1}, r"replay.max_staleness is -1; allowed is 0 or more"),
         ({"maximum_tokens": 0}, r"replay.maximum_tokens is 0; allowed is 1 or more"),

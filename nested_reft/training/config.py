@@ -121,6 +121,18 @@ class Config:
         for rule in RULES:
             rule(self)
 
+    @property
+    def trained_group_size(self) -> int:
+        """K, the completions of a group that an update trains on."""
+        return self.replay.group_size or self.rollout.group_size
+
+    @property
+    def measures_mismatch(self) -> bool:
+        """Whether searchers measure how far their samples are off for their depth: where nesting control asks, and age
+        would be in the ratios of an update as well."""
+        trains_on_old = self.replay.is_on or self.search.lag > 0 or self.search.sync_every > 1
+        return self.nesting_control.hold is not None and trains_on_old
+
     def to_json(self) -> dict[str, Any]:
         """Nested plain values; `from_json` reads them back.
 

@@ -12,6 +12,7 @@ import jax
 
 from nested_reft import replay, replay_store
 from nested_reft.replay import Buffer
+from nested_reft.replay_saving import load_store, save_store
 from nested_reft.replay_store import Store, StoreSummary
 from nested_reft.training.config import Config
 from nested_reft.types import Scored
@@ -31,9 +32,22 @@ def loaded_buffer(config: Config, plain: Any) -> Buffer | Store:
 
     Args:
         config: of the run.
-        plain: what `to_plain` of its buffer returned.
+        plain: what `saved_buffer` returned, after a way through a checkpoint.
     """
-    return Store.from_plain(plain) if config.replay.is_on else Buffer.from_plain(plain)
+    return load_store(plain) if config.replay.is_on else Buffer.from_plain(plain)
+
+
+def saved_buffer(buffer: Buffer | Store, name: str) -> tuple[Buffer | Store, Any]:
+    """What a checkpoint holds of a buffer; of a store only what is new.
+
+    Args:
+        buffer: it stays as it is.
+        name: that no checkpoint of the run has had.
+
+    Returns:
+        The buffer, which knows what has been written, and host values for `Checkpoints.save`.
+    """
+    return save_store(buffer, name) if isinstance(buffer, Store) else (buffer, buffer.to_plain())
 
 
 def without_stale(buffer: Buffer | Store, config: Config, version: int) -> Buffer | Store:
@@ -84,7 +98,7 @@ def draw(buffer: Buffer | Store, config: Config, key: jax.Array) -> tuple[Scored
     """
     num_groups = config.data.prompts_per_batch
     if isinstance(buffer, Store):
-        return replay_store.draw(buffer, config.replay, key, num_groups, config.rollout.group_size)
+        return replay_store.draw(buffer, config.replay, key, num_groups, config.trained_group_size)
     return replay.draw(buffer, config.dynamic_sampling, num_groups)
 
 

@@ -47,6 +47,8 @@ def check_memory(setup: Setup) -> None:
         # The largest part decides on the advice: batch sizes act on caches and activations only.
         is_batch = max(parts, key=lambda name: parts[name]) in ("caches", "activations")
         remedy = sizes[stage] if is_batch else f"{smaller} or take a smaller model.name"
+        if parts.get("old weights"):
+            remedy += f"; with search.lag 0 (now {config.search.lag}) and search.sync_every 1, no old weights are held"
         raise ValueError(
             f"{stage} needs at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
         )
@@ -62,12 +64,15 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     Args:
         setup: what the run starts from; it gives the sizes of model, batch and mesh.
 
+    Searchers may hold several versions of the weights; only one of them is certain, because they may be done early.
+
     Returns:
         Stage -> what holds memory in it -> bytes.
     """
     config, model = setup.config, setup.policy.model.config
     prompts, group = config.data.prompts_per_batch, config.rollout.group_size
-    own = group * (config.rollout.max_completion_tokens - 1)  # of a prompt's completions; the last is never fed
+    fed = config.rollout.max_completion_tokens - 1  # of each completion; the last is never fed
+    own = group * fed
     item = jnp.dtype(config.model.dtype).itemsize
     count = config.mesh.data * sum(math.prod(shape) for shape in parameter_shapes(model).values())
     weights = float(count * item)
@@ -78,7 +83,16 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     copy = count * jnp.dtype(config.rollout.weights).itemsize if is_copied else 0
     token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
     shared = setup.data.shared_prefix
-    tokens = shared + prompts // config.train.micro_batches * (setup.data.prompt_size - shared + own)
+    # While others search with the weights from before an update, it cannot take over their buffers. Adapters are small
+    # again, and a copy of low precision is made anew beside the one in use.
+    searches_beside = config.search.backend != "inline" and config.search.lag > 0
+    lent = 0.0 if is_copied or config.lora.rank else weights
+    old = float(copy) if searches_beside else 0.0
+    if searches_beside or config.search.sync_every > 1:
+        old += lent
+    tokens = shared + prompts // config.train.micro_batches * (
+        setup.data.prompt_size - shared + config.trained_group_size * fed
+    )
     rollouts = {
         "weights": weights + copy,
         "optimizer": moments,
@@ -89,11 +103,12 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         "weights": weights + copy,
         "optimizer": moments,
         "gradient": 0.0 if config.lora.rank else weights,
+        "old weights": old,
         # The residual stream is float32, which takes 4 bytes.
         "activations": float(4 * tokens * model.num_layers * model.width),
     }
     # Greedy evaluation alone still holds one completion per prompt.
-    evaluated = max(config.evaluation.samples_per_prompt, 1) * (config.rollout.max_completion_tokens - 1)
+    evaluated = max(config.evaluation.samples_per_prompt, 1) * fed
     evaluation = {
         "weights": weights,
         "optimizer": moments,
@@ -109,7 +124,8 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     if config.warm_start.steps:
         tokens = config.warm_start.batch_size // config.warm_start.micro_batches * setup.data.prompt_size
         activations = float(4 * tokens * model.num_layers * model.width)
-        stages["warm start"] = updates | {"weights": weights, "activations": activations}  # before any copy is made
+        # Nobody searches yet, and no copy has been made.
+        stages["warm start"] = updates | {"weights": weights, "activations": activations, "old weights": 0.0}
     return stages
 
 

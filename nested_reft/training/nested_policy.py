@@ -14,6 +14,7 @@ from jaxtyping import Float
 from nested_reft import bridging, mix_control, nesting_control
 from nested_reft.divergence import measure_layer_divergence, texts_of
 from nested_reft.estimators.health import Health
+from nested_reft.layer_plan import left_out
 from nested_reft.training.run_state import RunState
 from nested_reft.types import Rollouts, Scored
 
@@ -49,11 +50,26 @@ def renew(
     """
     # Until there are bridges the full model samples, which says nothing about how deep to nest.
     if state.nests:
-        state.nesting = nesting_control.update(state.nesting, state.config.nesting_control, health)
+        depth = _depth_health(state.nesting.num_skipped, found) if state.config.measures_mismatch else health
+        state.nesting = nesting_control.update(state.nesting, state.config.nesting_control, depth)
     # Whatever made the rollouts differ from the target, the next batch's share answers to it.
     is_of_tokens = getattr(state.config.loss, "level", "token") == "token"
     state.mix = mix_control.update(state.mix, state.config.mix_control, "token" if is_of_tokens else "sequence", health)
     return fit_and_measure(state, number, [scored.rollouts for scored in found], next_plan_key)
+
+
+def _depth_health(num_skipped: int, found: Sequence[Scored]) -> Health | None:
+    """What samples of the present depth say of it, at the version that drew them; None where there are none.
+
+    The ratios of an update also tell of the samples' age, which no depth would cure. Batches that were ordered before
+    the depth changed say nothing about the present one.
+    """
+    for scored in found:
+        mismatch = None if scored.stats is None else scored.stats.mismatch
+        if mismatch is not None and len(left_out(np.asarray(scored.rollouts.part_BGL[0, 0]))) == num_skipped:
+            # A batch without a token that counts has zeros for all that it measured.
+            return Health(**mismatch) if mismatch["ess_token"] > 0 else None
+    return None
 
 
 def fit_and_measure(state: RunState, number: int, found: Sequence[Rollouts], next_plan_key: jax.Array) -> Renewed:

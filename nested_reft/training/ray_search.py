@@ -58,7 +58,9 @@ class RaySearcher:
             The number of the process.
         """
         self._config = Config.from_json(config)
-        self._searcher = Searcher(self._config.rollout, self._config.reward, shared_prefix)
+        self._searcher = Searcher(
+            self._config.rollout, self._config.reward, shared_prefix, self._config.measures_mismatch
+        )
         # Weights come from a learner's behavior policy, so they go into one.
         self._policy = Learner(initial_policy(self._config), self._config.rollout.weights).behavior_policy()
         self._held = list[str]()

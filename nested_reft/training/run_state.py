@@ -32,7 +32,7 @@ from nested_reft.replay import Buffer
 from nested_reft.replay_store import Store
 from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config, forbidden_changes
-from nested_reft.training.group_supply import empty_buffer, loaded_buffer
+from nested_reft.training.group_supply import empty_buffer, loaded_buffer, saved_buffer
 from nested_reft.training.learner import Learner
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
@@ -108,7 +108,8 @@ class RunState:
         Raises:
             CheckpointError: this checkpoint or the one before could not be written.
         """
-        host = self._host() | {"config": self.config.to_json(), "marks": marks}
+        self.buffer, buffer = saved_buffer(self.buffer, f"replay-{number}")
+        host = self._host() | {"buffer": buffer, "config": self.config.to_json(), "marks": marks}
         arrays = self.learner.arrays(self.trained_before)
         if self.searching is not None:
             arrays["searching"] = nnx.state(self.searching.model)
@@ -141,8 +142,10 @@ class RunState:
         raise ValueError("; ".join([*damages, "there is no other to continue from"]))
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
-        host = checkpoints.restore_host(number)
+        host = checkpoints.restore_host(number, blocks=True)
         unknown = [name for name in ("mix", "bridging", "reset", "kl", "found_ahead") if name not in host]
+        if self.config.replay.is_on and "segments" not in host["buffer"]:
+            unknown.append("segments of replay")
         if unknown:
             raise ValueError(
                 f"checkpoint {number} was written by an earlier version, which kept no {' and no '.join(unknown)};"
@@ -229,7 +232,7 @@ class RunState:
         return rule.draw(key)
 
     def _host(self) -> dict[str, Any]:
-        """What lies on the host, as plain values and NumPy arrays."""
+        """What lies on the host, but for the buffer, as plain values and NumPy arrays."""
         return {
             "phase": self.phase,
             "started": self.started,
@@ -238,7 +241,6 @@ class RunState:
             "before": self.before,
             "trained_before": self.trained_before,
             "curriculum": self.curriculum.to_json(),
-            "buffer": self.buffer.to_plain(),
             "ordered": self.ordered,
             "found_ahead": [scored.to_plain() for scored in self.found_ahead],
             "searching": None if self.searching is None else self.searching.version,

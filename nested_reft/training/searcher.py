@@ -6,9 +6,11 @@ import dataclasses
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.limits import RewardError
@@ -16,7 +18,7 @@ from nested_reft.rewards.reward import FAILURES, RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.policy import Policy
-from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchStats
+from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchStats, gradient_mask
 
 
 class Searcher:
@@ -26,13 +28,17 @@ class Searcher:
     in other processes. Arrays come to the host here, once.
     """
 
-    def __init__(self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0):
+    def __init__(
+        self, rollout: RolloutConfig, reward: RewardConfig, shared_prefix: int = 0, measures_mismatch: bool = False
+    ):
         """Args:
         rollout: how completions are sampled.
         reward: how they are scored, and which of them count.
         shared_prefix: leading tokens that all prompts have in common.
+        measures_mismatch: score the completions with the full model as well, for `SearchStats.mismatch`.
         """
         self._rollout, self._reward, self._shared_prefix = rollout, reward, shared_prefix
+        self._measures_mismatch = measures_mismatch
 
     def search(self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Scored:
         """Samples completions of each prompt and scores them.
@@ -56,6 +62,7 @@ class Searcher:
         jax.block_until_ready(rollouts)
         stats = SearchStats(time.monotonic() - started, *(int(count) for count in drafts))
         sampled = time.monotonic()
+        full_BGC = self._full_logprobs(policy, rollouts) if self._measures_mismatch else None
         rollouts = jax.device_get(rollouts)
         limit = self._rollout.max_completion_tokens
         texts, reward_BG, accuracy_BG, scored_BG, parts = score_rollouts(policy, prompts, rollouts, self._reward, limit)
@@ -71,8 +78,14 @@ class Searcher:
         if self._reward.overlong_filter:
             counted_BG &= rollouts.finished_BG
         rollouts = dataclasses.replace(rollouts, counted_BG=np.asarray(counted_BG))
-        stats = dataclasses.replace(stats, scoring_seconds=time.monotonic() - sampled)
+        mismatch = None if full_BGC is None else _mismatch(rollouts, full_BGC)
+        stats = dataclasses.replace(stats, scoring_seconds=time.monotonic() - sampled, mismatch=mismatch)
         return Scored(prompts, rollouts, texts, reward_BG, accuracy_BG, scored_BG, parts, stats)
+
+    def _full_logprobs(self, policy: Policy, rollouts: Rollouts) -> Array:
+        return policy.logprobs(
+            rollouts.prompt_BP, rollouts.prompt_length_B, rollouts.tokens_BGC, shared_prefix=self._shared_prefix
+        )
 
     def _rollouts(
         self, policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array
@@ -109,3 +122,16 @@ class Searcher:
             prompts.forced,
         )
         return mixed, ()
+
+
+@jax.jit
+def _health(full_BGC: Array, behavior_BGC: Array, length_BG: Array, forced_BG: Array, counted_BG: Array) -> Health:
+    mask_BGC = gradient_mask(length_BG, forced_BG, counted_BG, full_BGC.shape[-1])
+    return off_policy_health(full_BGC, behavior_BGC, mask_BGC)
+
+
+def _mismatch(rollouts: Rollouts, full_BGC: Array) -> dict[str, float]:
+    """`Health` of samples against the full model whose nested policy drew them, so that age has no part in it."""
+    lengths = (rollouts.length_BG, rollouts.forced_BG, rollouts.counted_BG)
+    health = _health(full_BGC, *map(jnp.asarray, (rollouts.behavior_logprob_BGC, *lengths)))
+    return {f.name: float(getattr(health, f.name)) for f in dataclasses.fields(health)}

@@ -233,7 +233,7 @@ class Trainer:
         self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.decode_step = decode_step(setup)
-        self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix)
+        self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix, config.measures_mismatch)
         # Closed before the devices are waited for, because searchers use them.
         self.pool = opened.enter_context(closing(make_pool(setup, self.searcher)))
         self.orders = Orders(config, self.keys, self.pool)

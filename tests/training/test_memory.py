@@ -6,12 +6,15 @@ import pytest
 
 from nested_reft.cli.main import main
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.lora import LoraConfig
 from nested_reft.models.parameters import initial_parameters
 from nested_reft.models.transformer import Transformer
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.training import memory
 from nested_reft.training.config import load_config
 from nested_reft.training.memory import check_memory, least_bytes
+from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import Setup, prepare
 
 SHAPE = ModelConfig(
@@ -55,6 +58,34 @@ def test_least_bytes_by_hand(setup_of):
     tokens = 2 * (8 + 3 * 4)
     assert parts["rollouts"] == {"weights": WEIGHTS, "optimizer": 2 * WEIGHTS, "caches": 2 * 4 * 4 * 4 * tokens}
     assert parts["updates"]["activations"] == tokens * 4 * 12 * 4
+
+
+def test_updates_hold_the_completions_that_they_train_on(setup_of):
+    """Groups of 2 out of the 3 that are sampled: rollouts cache all of them."""
+    setup = setup_of()
+    replay = ReplayConfig(capacity=100, recent_share=0.5, group_size=2)
+    fewer = least_bytes(dataclasses.replace(setup, config=dataclasses.replace(setup.config, replay=replay)))
+    assert fewer["updates"]["activations"] == 2 * (8 + 2 * 4) * 4 * 12 * 4
+    assert fewer["rollouts"] == least_bytes(setup)["rollouts"]
+
+
+@pytest.mark.parametrize(
+    ("search", "weights", "rank", "expected"),
+    [
+        (SearchConfig(), "target", 0, 0),
+        (SearchConfig(lag=8, backend="inline"), "target", 0, 0),  # what is found ahead is held, and no weights
+        (SearchConfig(lag=8, backend="thread"), "target", 0, WEIGHTS),
+        (SearchConfig(sync_every=2), "target", 0, WEIGHTS),
+        (SearchConfig(lag=8, backend="thread"), "target", 4, 0),  # adapters share the frozen base
+        (SearchConfig(lag=8, backend="thread"), "bfloat16", 0, WEIGHTS / 2),
+        (SearchConfig(sync_every=2), "bfloat16", 0, 0),  # the one copy is counted with the weights
+    ],
+)
+def test_updates_beside_searchers_hold_old_weights(setup_of, search, weights, rank, expected):
+    setup = setup_of(weights=weights)
+    config = dataclasses.replace(setup.config, search=search, lora=LoraConfig(rank=rank))
+    parts = least_bytes(dataclasses.replace(setup, config=config))
+    assert parts["updates"]["old weights"] == expected and parts["warm start"]["old weights"] == 0
 
 
 def test_what_changes_the_bound(setup_of):

@@ -15,6 +15,8 @@ import pytest
 from nested_reft import curriculum
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.layer_skip import NestingConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.rewards.limits import RewardError
 from nested_reft.rollout.sampling import SamplingConfig
@@ -72,6 +74,23 @@ def test_without_lag_each_batch_is_sampled_just_before_its_update(tmp_path):
             state.curriculum = curriculum.update(state.curriculum, config.curriculum, expected)
         state.learner.update(state.learner.batch(found.groups, keys.acceptance))
     assert_equal_arrays(run.state.learner.state, plain.state.learner.state)
+
+
+def test_nesting_control_reads_depth_and_not_age(setup, tmp_path):
+    """Full rollouts that are two updates old: their ratios are over the budget, and one layer more is left out at once.
+
+    The two batches that were ordered before that say nothing of one layer less, whatever they are.
+    """
+    control = NestingControlConfig("kl_behavior_target", budget=1e-3, max_skipped=2, patience=1)
+    search = SearchConfig(lag=2)
+    # A first layer of its own shows little mismatch in a fresh model, so the budget decides by the age alone.
+    moved = with_search(setup, search, nesting_control=control, nesting=NestingConfig(border=1))
+    optimizer = dataclasses.replace(moved.config.optimizer, learning_rate=0.05)
+    run = trainer(dataclasses.replace(moved, config=dataclasses.replace(moved.config, optimizer=optimizer)), tmp_path)
+    records = [run.step(number) for number in range(4)]
+    assert [record.nesting.num_skipped for record in records] == [1, 1, 1, 0]
+    assert abs(float(records[2].update.health.kl_behavior_target)) > 1e-3
+    assert [record.found[0].stats.mismatch["kl_behavior_target"] > 1e-3 for record in records] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize(

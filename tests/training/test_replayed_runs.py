@@ -49,6 +49,17 @@ def test_recent_groups_alone_are_those_of_an_on_policy_run(tmp_path):
     assert [metrics_of(run, run.step(number))["staleness_max"] for number in range(2)] == [0, 0]
 
 
+def test_an_update_may_train_on_fewer_completions_than_a_search_finds(tmp_path):
+    """S = 4 are sampled of each prompt, and groups of K = 2 are the last of the newest version."""
+    replay = dataclasses.replace(REPLAY, recent_share=1.0, group_size=2, prefill=0)
+    run = trainer(nano(replay=replay, **FAST), tmp_path)
+    record = run.step(0)
+    assert record.found[0].rollouts.tokens_BGC.shape[:2] == (4, 4)
+    assert record.groups.rollouts.tokens_BGC.shape[:2] == (4, 2) and not record.update.empty
+    last = {texts[-1] for texts in record.found[0].texts}
+    assert {texts[-1] for texts in record.groups.texts} <= last
+
+
 def test_resuming_continues_what_is_kept(tmp_path):
     config = nano(replay=REPLAY, **FAST)
     first = trainer(config, tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,6 +65,21 @@ def test_rounding_and_version_come_with_the_policy(setup, prompts, key):
     """A searcher does not ask what the policy is: it hands on the number of updates that its weights have seen."""
     policy = dataclasses.replace(setup.policy, version=7)
     assert searcher(setup).search(policy, prompts, PLAN, key).rollouts.version_BG.tolist() == [[7] * 4] * 4
+
+
+def test_the_mismatch_is_that_of_the_depth(setup, prompts, key):
+    """Against the full model of the same weights, whatever the version; the full model has none."""
+    one = Searcher(setup.config.rollout, setup.config.reward, measures_mismatch=True)
+    found = one.search(dataclasses.replace(setup.policy, version=7), prompts, PLAN, key)
+    rollouts = found.rollouts
+    texts = (prompts.tokens_BP, prompts.length_B, rollouts.tokens_BGC)
+    full_BGC = np.asarray(setup.policy.logprobs(*map(jnp.asarray, texts)))
+    mask_BGC = np.arange(full_BGC.shape[-1]) < rollouts.length_BG[..., None]
+    mean = (rollouts.behavior_logprob_BGC - full_BGC)[mask_BGC].mean()
+    assert found.stats.mismatch["kl_behavior_target"] == pytest.approx(mean, rel=1e-4) and mean > 1e-4
+    full = one.search(setup.policy, prompts, LayerPlan.full(6), key).stats.mismatch
+    assert full["ess_token"] == pytest.approx(1) and full["kl_behavior_target"] == pytest.approx(0, abs=1e-5)
+    assert searcher(setup).search(setup.policy, prompts, PLAN, key).stats.mismatch is None
 
 
 def test_overlong_completions_count_unless_they_are_filtered(setup, prompts, key):

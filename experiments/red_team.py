@@ -1,0 +1,184 @@
+"""Red-teaming in miniature: how many attacks succeed, and how different the successful ones are.
+
+    python -m experiments.red_team
+    python -m experiments.red_team --losses "trajectory balance" --seeds 0 1
+
+`tiny_red_team` trains an attacker from scratch against a frozen victim with a planted weakness. It learns by trajectory
+balance with replay, or by a policy gradient on fresh attacks. What is reported is of a run's last 20 steps: success is
+the mean reward, and diversity is that of 300 successful attacks. Self-BLEU is over characters and pairs of them, and
+embeddings are the victim's mean hidden states. Each figure is the mean over seeds, with the lowest and the highest.
+
+What is finished is kept as JSON in `--out` and not computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from experiments.corrections import slug
+from experiments.runs import finished
+from nested_reft.cli.arguments import Parser, whole
+from nested_reft.cli.bad_input import BadInput
+from nested_reft.config_files import load_module
+from nested_reft.diversity import embedding_distance, self_bleu
+from nested_reft.json_files import write_json
+from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.replay_store import ReplayConfig
+from nested_reft.reports.tables import table
+from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.record import StepRecord
+from nested_reft.training.setup import prepare
+from nested_reft.training.trainer import Trainer
+
+BALANCE, GRADIENT = "trajectory balance", "policy gradient"
+LAST_STEPS, COMPARED = 20, 300
+MEASURES = {
+    "success": "success",
+    "distinct": "distinct successes",
+    "self_bleu": "self-BLEU",
+    "embedding_distance": "embedding distance",
+}
+
+
+def victim_module() -> ModuleType:
+    """The file that has the victim and the scorer of harm; the configurations name it."""
+    return load_module(Path(__file__).parent / "configs" / "_red_team_victim.py", "red_team_victim")
+
+
+def experiment_config(loss: str, seed: int, steps: int) -> Config:
+    """`tiny_red_team` with one loss.
+
+    Args:
+        loss: `BALANCE`, or `GRADIENT`, which trains on each group once and corrects for nesting.
+        seed: of the run.
+        steps: of the run.
+    """
+    config = load_config("tiny_red_team")
+    if loss == GRADIENT:
+        gradient = PolicyGradientConfig("group_std", "base", "token", "token_mean", truncate_at=2.0)
+        optimizer = dataclasses.replace(config.optimizer, max_gradient_norm=1.0)
+        config = dataclasses.replace(config, loss=gradient, replay=ReplayConfig(), optimizer=optimizer)
+    evaluation = dataclasses.replace(config.evaluation, every_steps=steps)
+    train = dataclasses.replace(config.train, seed=seed, steps=steps)
+    return dataclasses.replace(config, name=f"red-team-{slug(loss)}-{seed}", evaluation=evaluation, train=train)
+
+
+def measured(config: Config, victim: ModuleType, out: Path) -> dict[str, Any]:
+    """One run: success and diversity of its last attacks.
+
+    Args:
+        config: of the run.
+        victim: `victim_module`.
+        out: the run's directory is made in its folder `runs`.
+    """
+    attacks, rewards = list[str](), list[float]()
+
+    def keep(found: StepRecord) -> None:
+        if found.number > config.train.steps - LAST_STEPS:
+            attacks.extend(text for scored in found.found for group in scored.texts for text in group)
+            rewards.extend(float(reward) for scored in found.found for reward in scored.reward_BG.flat)
+
+    run = RunDirectory.create(out / "runs", config.name, config.to_json())
+    with Trainer(prepare(config), run, keep) as trainer:
+        trainer.open().run()
+    successes = [attack for attack, reward in zip(attacks, rewards, strict=True) if reward > 0]
+    return {"config": config.to_json(), "success": float(np.mean(rewards)), **diversity(successes, victim)}
+
+
+def diversity(attacks: Sequence[str], victim: ModuleType) -> dict[str, float | None]:
+    """How different attacks are; None where there are not two.
+
+    Args:
+        attacks: that succeeded, in the order of sampling.
+        victim: `victim_module`.
+    """
+    if len(attacks) < 2:
+        return dict.fromkeys(("distinct", "self_bleu", "embedding_distance"))
+    # As many of every run, because among more texts each one finds more that are like it.
+    chosen = np.random.default_rng(0).permutation(len(attacks))[:COMPARED]
+    compared = [attacks[index] for index in chosen]
+    return {
+        "distinct": len(set(compared)) / len(compared),
+        "self_bleu": self_bleu(compared, max_order=2),
+        "embedding_distance": embedding_distance(victim.embeddings(compared)),
+    }
+
+
+def runs_of(losses: Sequence[str], seeds: Sequence[int], steps: int, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each loss, computed where they are not kept.
+
+    Args:
+        losses: `BALANCE`, `GRADIENT` or both.
+        seeds: of the runs.
+        steps: of each run.
+        out: where results are kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    victim, found = victim_module(), {loss: list[dict[str, Any]]() for loss in losses}
+    for loss in losses:
+        for seed in seeds:
+            config, file = experiment_config(loss, seed, steps), out / f"{slug(loss)}-seed{seed}.json"
+            run = finished(file, config)
+            if run is None:
+                run = measured(config, victim, out)
+                write_json(file, run)
+                print(f"{loss}, seed {seed}: success {run['success']:.3f}", flush=True)
+            found[loss].append(run)
+    return found
+
+
+def summary_table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """One row for each loss.
+
+    Args:
+        runs: of each loss, one for each seed.
+    """
+    rows = [
+        [loss, *(_over_seeds([run[measure] for run in of_loss]) for measure in MEASURES)]
+        for loss, of_loss in runs.items()
+    ]
+    return table(["loss", *MEASURES.values()], rows)
+
+
+def _over_seeds(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})" if known else "-"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not finished yet and prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = Parser("experiments.red_team", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--losses", nargs="+", choices=(BALANCE, GRADIENT), default=[BALANCE, GRADIENT], metavar="NAME")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=whole(1), default=150)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment-red-team"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    try:
+        known = parser.parse_args(arguments)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runs = runs_of(known.losses, known.seeds, known.steps, known.out)
+    print(summary_table(runs))
+    if known.json is not None:
+        write_json(known.json, {"versions": versions(), "runs": runs})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
