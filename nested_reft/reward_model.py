@@ -1,7 +1,7 @@
 """Learned rewards: a language model with a scalar head that reads a completion and gives it a number.
 
-A reward is normalised by the rewards of held-out preferred answers: 0 is their mean, and 1 is one standard deviation
-above it. Both numbers lie beside the model, in `reward_model.json`.
+A reward is normalised by held-out answers: 0 is the mean of the preferred ones, and 1 is one standard deviation of all of
+them above it. Both numbers lie beside the model, in `reward_model.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RewardModel:
 
     Attributes:
         policy: the model with its tokenizer; it samples nothing here.
-        mean, std: of the rewards of held-out preferred answers.
+        mean: of the rewards of held-out preferred answers.
+        std: of the rewards of all held-out answers.
     """
 
     policy: Policy
@@ -109,9 +110,7 @@ def _facts(path: str) -> dict[str, float]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"'{file}' cannot be read: {error!r}") from None
     if not (math.isfinite(facts["mean"]) and math.isfinite(facts["std"]) and facts["std"] > 0):
-        raise ValueError(
-            f"'{file}' has mean {facts['mean']} and std {facts['std']}; allowed are finite numbers, std > 0"
-        )
+        raise ValueError(f"'{file}' has mean {facts['mean']} and std {facts['std']}; allowed are numbers, and std > 0")
     return facts
 
 

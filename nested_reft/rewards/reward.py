@@ -53,8 +53,8 @@ class RewardConfig:
             training. A run's configuration thus names code: look before you load a stranger's run.
         function_weight: of that number in the reward.
         model: trained reward models, whose mean takes the place of the accuracy: runs of `nested-reft reward-model`,
-            or what `nested-reft export` made of them. 0 is the mean of the preferred answers that each was
-            normalised on, and 1 a standard deviation. What was cut off gets -1, as in DR-PO. With several, the
+            or what `nested-reft export` made of them. 0 is the mean of held-out preferred answers, and 1 a standard
+            deviation of all held-out answers. What was cut off gets -1, as in DR-PO. With several models, the
             standard deviation between them is logged.
         model_weight: of that mean in the reward.
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
