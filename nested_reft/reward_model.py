@@ -1,7 +1,7 @@
 """Learned rewards: a language model with a scalar head that reads a completion and gives it a number.
 
-A reward is normalised by held-out answers: 0 is the mean of the preferred ones, and 1 is one standard deviation of all of
-them above it. Both numbers lie beside the model, in `reward_model.json`.
+A reward is normalised by held-out answers: 0 is the mean of the preferred ones, and 1 is a standard deviation of all
+above it. Both numbers lie beside the model, in `reward_model.json`.
 """
 
 from __future__ import annotations
