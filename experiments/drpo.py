@@ -347,11 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = {
         "--steps": (known.steps, known.steps >= EVERY and known.steps % EVERY == 0, f"a multiple of {EVERY}"),
         "--reward-steps": (known.reward_steps, known.reward_steps >= 1, "1 or more"),
-        "--shares": (
-            known.shares,
-            all(0 <= share <= 1 for share in known.shares) and 0 in known.shares,
-            "0 to 1 with 0",
-        ),
+        "--shares": (shares, 0 in shares and 0 <= min(shares) <= max(shares) <= 1, "0, and others up to 1"),
     }
     for name, (value, fits, allowed) in wrong.items():
         if not fits:
