@@ -114,24 +114,28 @@ def _facts(path: str) -> dict[str, float]:
     return facts
 
 
-@functools.lru_cache(maxsize=4)
-def _loaded(path: str, written: float) -> RewardModel:
-    """One copy for training and evaluation; `written` tells a file that was replaced since."""
-    return RewardModel.load(path)
+@functools.lru_cache(maxsize=16)
+def _loaded(path: str, written: float, mesh: Mesh | None) -> RewardModel:
+    """One copy for each mesh, which training and evaluation share; `written` tells a file that was replaced since."""
+    if mesh is None:
+        return RewardModel.load(path)
+    model = _loaded(path, written, None)
+    return model if model.policy.mesh == mesh else dataclasses.replace(model, policy=model.policy.on(mesh))
 
 
-def reward_models(paths: Sequence[str]) -> list[RewardModel]:
+def reward_models(paths: Sequence[str], mesh: Mesh | None = None) -> list[RewardModel]:
     """The reward models of `reward.model`; each is loaded once.
 
     Args:
         paths: runs or exported directories.
+        mesh: where they work; None is one device.
 
     Raises:
         ValueError: one holds no reward model.
     """
     for path in paths:
         _facts(path)  # which says so where there is no such file
-    return [_loaded(path, (Path(path) / FACTS).stat().st_mtime) for path in paths]
+    return [_loaded(path, (Path(path) / FACTS).stat().st_mtime, mesh) for path in paths]
 
 
 def check_reward_models(paths: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -174,13 +178,8 @@ def score_rollouts(
         The texts, and what `rewards.score` returns.
     """
     texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
-    models = [_on(model, policy.mesh) for model in reward_models(config.model)]
+    models = reward_models(config.model, policy.mesh)
     learned = np.stack([model.normalized(prompts, rollouts) for model in models]) if models else None
     return texts, *score(
         texts, prompts, rollouts.finished_BG, config, rollouts.length_BG, max_completion_tokens, learned
     )
-
-
-def _on(model: RewardModel, mesh: Mesh) -> RewardModel:
-    """The model where the policy is; one that is there already stays."""
-    return model if model.policy.mesh == mesh else dataclasses.replace(model, policy=model.policy.on(mesh))

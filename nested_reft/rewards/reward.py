@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES: tuple[str, ...] = get_args(Failure)
 CUT_OFF = -1.0  # what a reward model's number is for a completion without a stop token
+NO_MODEL = "reward.checker is 'model', but reward.model is empty; name a trained reward model there"
 TRIAL_CALLS = 3  # of the user's function, on gold answers before training
 MAX_TASK_CHARS = 10_000  # of an answer that a task's own verifier reads
 
@@ -161,6 +162,8 @@ def score(
     if (0 if learned_MBG is None else len(learned_MBG)) != len(config.model):
         raise ValueError(f"reward.model names {len(config.model)} models; score needs learned_MBG of as many")
     checkers = [checker or config.checker for checker in prompts.checkers or [None] * num_prompts]
+    if "model" in checkers and not config.model:
+        raise ValueError(NO_MODEL)
     parts, outcomes = _checked(texts_BG, prompts, finished_BG, checkers, config)
     if config.overlong_cache_tokens:
         if length_BG is None or max_completion_tokens is None:
@@ -307,7 +310,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
         if problem is not None:
             raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
     if "model" in kinds and not config.model:
-        raise ValueError("reward.checker is 'model', but reward.model is empty; name a trained reward model there")
+        raise ValueError(NO_MODEL)
     for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
