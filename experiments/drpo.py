@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("experiments.drpo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="0 to 1; 0 has to be there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=200, help=f"of each run, a multiple of {EVERY}")
+    parser.add_argument("--steps", type=int, default=120, help=f"of each run, a multiple of {EVERY}")
     parser.add_argument("--reward-steps", type=int, default=100, help="of each reward model")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-drpo"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
