@@ -44,9 +44,9 @@ def get_config() -> Config:
         nesting=NestingConfig(),
         # The function is the gold rule: it is logged beside the learned reward, and has no weight.
         reward=RewardConfig(checker="function", function="_tiny_preferences.py:gold", function_weight=0.0),
-        loss=presets.ppo("base", kl_coefficient=0.02),
-        train=dataclasses.replace(tiny.train, steps=200),
-        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear"),
+        loss=presets.ppo("base", kl_coefficient=0.01),
+        train=dataclasses.replace(tiny.train, steps=120),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
         reset=ResetConfig(share=0.5, references="answers"),
         warm_start=WarmStartConfig(steps=150, batch_size=64, learning_rate=3e-3),
     )

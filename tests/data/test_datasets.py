@@ -237,6 +237,6 @@ def test_gsm8k_svamp_and_preference_pairs():
     assert (len(train), len(heldout)) == (900, 100)
     assert {e.answer for e in train + heldout} >= {"51", "1"}
     train, heldout = load_source(DatasetSource("h", "hh_harmless_test", None, 100, 0, original_files("hh_harmless")))
-    assert (len(train), len(heldout)) == (2210, 100)  # two questions are there twice
+    assert (len(train), len(heldout)) == (2212, 100)  # two prompts have two pairs each
     for pair in heldout:
         assert pair.question.startswith("Human:") and pair.answer == pair.reference != pair.metadata["rejected"]
