@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("experiments.red_team", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--losses", nargs="+", choices=(BALANCE, GRADIENT), default=[BALANCE, GRADIENT], metavar="NAME")
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=whole(1), default=150)
+    parser.add_argument("--steps", type=whole(1), default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-red-team"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     try:
