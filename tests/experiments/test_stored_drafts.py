@@ -1,4 +1,4 @@
-"""Stored completions as drafts: what the rules keep, and why the speculative one is not exact after training on them."""
+"""Stored completions as drafts: what the rules keep, and why training on drafts makes the speculative rule inexact."""
 
 import json
 
