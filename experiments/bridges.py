@@ -47,7 +47,6 @@ from nested_reft.training.setup import Setup, prepare
 
 COUNTS = (1, 3, 6, 10, 15)
 BRIDGES = BridgeConfig("per_layer", ridge=0.02)
-ROWS = 32  # completions that are sampled, fitted on or measured at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Task:
     Attributes:
         config: gives model, prompts and sampling.
         fitted, chosen, measured: prompts to fit bridges on, to choose layers on, and held-out ones to measure on.
+        rows: completions that are sampled, fitted on or measured at once.
         group_size: completions of each prompt to fit on; layers are chosen on one, plans measured on two.
         distil_steps, distil_rate: of the distillation of each plan.
     """
@@ -65,9 +65,18 @@ class Task:
     fitted: int
     chosen: int
     measured: int
+    rows: int
     group_size: int
     distil_steps: int
     distil_rate: float
+
+    def batch_of(self, group_size: int) -> int:
+        """Prompts that are answered at once.
+
+        Args:
+            group_size: completions of each.
+        """
+        return max(self.rows // group_size, 1)
 
 
 def sums(name: str) -> Task:
@@ -79,7 +88,7 @@ def sums(name: str) -> Task:
     config = load_config(name)
     data = dataclasses.replace(config.data, sources=config.data.sources[:1])
     config = dataclasses.replace(config, data=data)
-    return Task(config, fitted=116, chosen=32, measured=48, group_size=8, distil_steps=40, distil_rate=1e-4)
+    return Task(config, fitted=116, chosen=32, measured=48, rows=32, group_size=8, distil_steps=40, distil_rate=1e-4)
 
 
 def gsm8k(name: str, folder: Path | None) -> Task:
@@ -96,19 +105,20 @@ def gsm8k(name: str, folder: Path | None) -> Task:
     data = DataConfig(sources=(source,), prompts_per_batch=8, max_prompt_tokens=256, prompt=PromptFormat("{question}"))
     rollout = dataclasses.replace(base.rollout, max_completion_tokens=64)
     config = dataclasses.replace(base, data=data, rollout=rollout)
-    return Task(config, fitted=320, chosen=32, measured=64, group_size=1, distil_steps=60, distil_rate=3e-4)
+    return Task(config, fitted=96, chosen=32, measured=64, rows=16, group_size=4, distil_steps=60, distil_rate=3e-4)
 
 
-def answers(setup: Setup, examples: Sequence[EncodedExample], group_size: int, salt: int) -> list[Texts]:
+def answers(setup: Setup, examples: Sequence[EncodedExample], size: int, group_size: int, salt: int) -> list[Texts]:
     """Completions of the full model, in batches of one shape.
 
     Args:
         setup: its policy answers.
         examples: the prompts; what is left over of the last batch is dropped.
+        size: prompts of a batch.
         group_size: completions of each.
         salt: tells the calls of this function apart.
     """
-    size, found = rows_of(group_size), []
+    found = []
     for start in tqdm(range(0, len(examples) - size + 1, size), desc="sampling", leave=False):
         prompts = batch_prompts(examples[start : start + size], [0] * size, setup.data.prompt_size)
         key = jax.random.fold_in(jax.random.key(salt), start)
@@ -116,13 +126,8 @@ def answers(setup: Setup, examples: Sequence[EncodedExample], group_size: int, s
     return found
 
 
-def rows_of(group_size: int) -> int:
-    """Prompts that are answered at once.
-
-    Args:
-        group_size: completions of each.
-    """
-    return max(ROWS // group_size, 1)
+def _answers(setup: Setup, task: Task, examples: Sequence[EncodedExample], group_size: int, salt: int) -> list[Texts]:
+    return answers(setup, examples, task.batch_of(group_size), group_size, salt)
 
 
 def check_prompts(option: str, asked: int, least: int, examples: Sequence[EncodedExample]) -> None:
@@ -137,6 +142,8 @@ def check_prompts(option: str, asked: int, least: int, examples: Sequence[Encode
     Raises:
         ValueError: names the option, the number and what is allowed.
     """
+    if len(examples) < least:
+        raise ValueError(f"{option} needs {least} prompts, a batch; the source has {len(examples)} left")
     if not least <= asked <= len(examples):
         raise ValueError(f"{option} is {asked}; allowed is {least} to {len(examples)}, a batch up to what there are")
 
@@ -158,14 +165,103 @@ def start_of(task: Task, counts: Sequence[int]) -> Setup:
     """
     setup = prepare(dataclasses.replace(task.config, nesting=NestingConfig(bridge=BRIDGES)))
     train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
-    check_prompts("--fitted", task.fitted, rows_of(task.group_size), train)
-    check_prompts("--chosen", task.chosen, rows_of(1), train[task.fitted :])
-    check_prompts("--measured", task.measured, 2 * rows_of(2), heldout)  # the error of a mean needs two batches
+    check_prompts("--fitted", task.fitted, task.batch_of(task.group_size), train)
+    check_prompts("--chosen", task.chosen, task.batch_of(1), train[task.fitted :])
+    check_prompts("--measured", task.measured, 2 * task.batch_of(2), heldout)  # the error of a mean needs two batches
     most = setup.config.nesting.most_skipped(setup.policy.num_layers)
     wrong = [count for count in counts if count > most]
     if wrong:
         raise ValueError(f"--layers has {wrong[0]}; allowed is 1 to {most}, so the first and the last one stay")
     return setup
+
+
+class Measurement:
+    """What every plan of one command is fitted and measured on.
+
+    Attributes:
+        model: the full model, whose bridges each fit and each measurement replace.
+        fitted_on, chosen_on, measured_on: answers to fit bridges on, to choose layers on, and to measure plans on.
+        fewer: answers of further fits, by their name: a quarter of `fitted_on`, and those of another task.
+        seconds: that the named parts took.
+    """
+
+    def __init__(self, setup: Setup, task: Task, other: Task | None) -> None:
+        train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
+        self.model, self._temperature = setup.policy.model, setup.config.rollout.sampling.temperature
+        self._nothing = self.model.stacked_bridges()
+        self.fitted_on = _answers(setup, task, train[: task.fitted], task.group_size, salt=1)
+        self.fewer = {"quarter": self.fitted_on[: -(-len(self.fitted_on) // 4)]}
+        if other is not None:
+            there = prepare(other.config)
+            examples = there.data.train_examples[0][: other.fitted]
+            self.fewer["other task"] = _answers(there, other, examples, other.group_size, salt=1)
+        self.chosen_on = _answers(setup, task, train[task.fitted : task.fitted + task.chosen], 1, salt=2)
+        self.measured_on = _answers(setup, task, heldout[: task.measured], 2, salt=3)
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, function: Callable[[], Any]) -> Any:
+        """What a function returns, its seconds kept under a name."""
+        started = time.monotonic()
+        result = jax.block_until_ready(function())
+        self.seconds[name] = time.monotonic() - started
+        return result
+
+    def fit(self, texts: Sequence[Texts], plan: LayerPlan | None = None) -> Parameters:
+        """Bridges of a plan, or of every layer alone; no earlier bridge is in the way of the texts."""
+        self.model.load_bridges(self._nothing)
+        return fit_bridges(self.model, texts, BRIDGES.ridge, plan)
+
+    def single_layers(self, part: Part) -> np.ndarray:
+        """Nats per token of each layer of which only a part is left, under the bridges as they are."""
+        per_batch = [measure_layer_divergence(self.model, texts, self._temperature, part) for texts in self.chosen_on]
+        return np.average(per_batch, axis=0, weights=[tokens_of([texts]) for texts in self.chosen_on])
+
+    def divergences(self, plan: LayerPlan, bridges: Parameters) -> list[float]:
+        """Nats per token of each batch."""
+        self.model.load_bridges(bridges)
+        return [self._divergence(plan, texts) for texts in self.measured_on]
+
+    def mean(self, plan: LayerPlan, bridges: Parameters) -> float:
+        """Nats per token of all batches."""
+        return self._weighted(self.divergences(plan, bridges))
+
+    def by_quarter(self, plan: LayerPlan, bridges: Parameters) -> list[float]:
+        """Nats per token in each quarter of the completions' positions."""
+        self.model.load_bridges(bridges)
+        size = self.measured_on[0][2].shape[-1]
+        ends = [size * quarter // 4 for quarter in range(5)]
+        sums, counts = np.zeros(5), np.zeros(5)
+        for prompt_BP, prompt_length_B, tokens_BGC, length_BG in self.measured_on:
+            for index, end in enumerate(ends[1:], 1):
+                texts = (prompt_BP, prompt_length_B, tokens_BGC, jnp.minimum(length_BG, end))
+                sums[index] += self._divergence(plan, texts) * tokens_of([texts])
+                counts[index] += tokens_of([texts])
+        return [round(float(kl), 4) for kl in np.diff(sums) / np.maximum(np.diff(counts), 1)]
+
+    def distilled(self, task: Task, plan: LayerPlan, bridges: Parameters) -> dict[str, float]:
+        """Nats per token after distillation, and the standard error of such a mean over batches."""
+        self.model.load_bridges(bridges)
+        plans = [plan] * task.distil_steps
+        distil = partial(distil_bridges, self.model, self.fitted_on, self._temperature, plans, task.distil_rate)
+        values = self.divergences(plan, self.timed(f"distillation, {len(plan.left_out(self.num_layers))}", distil))
+        error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+        return {"distilled": self._weighted(values), "standard error": error}
+
+    @property
+    def num_layers(self) -> int:
+        """L of the model."""
+        return self.model.config.num_layers
+
+    def tokens(self) -> dict[str, int]:
+        """Completion tokens of each set of answers."""
+        sets = {"fitted": self.fitted_on, "chosen": self.chosen_on, "measured": self.measured_on, **self.fewer}
+        return {name: tokens_of(texts) for name, texts in sets.items()}
+
+    def _divergence(self, plan: LayerPlan, texts: Texts) -> float:
+        return float(measure_plan_divergence(self.model, texts, self._temperature, [plan], "measuring")[0])
+
+    def _weighted(self, values: Sequence[float]) -> float:
+        return float(np.average(values, weights=[tokens_of([texts]) for texts in self.measured_on]))
 
 
 def measure(setup: Setup, task: Task, counts: Sequence[int], other: Task | None = None) -> dict[str, Any]:
@@ -177,97 +273,51 @@ def measure(setup: Setup, task: Task, counts: Sequence[int], other: Task | None 
         counts: layers to leave out.
         other: the task that further bridges of the same plans are fitted on, if any.
     """
-    model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
-    train, heldout = setup.data.train_examples[0], setup.data.heldout_examples[0]
-    fitted_on = answers(setup, train[: task.fitted], task.group_size, salt=1)
-    fewer = {"quarter": fitted_on[: -(-len(fitted_on) // 4)]}
-    if other is not None:
-        there = prepare(other.config)
-        examples = there.data.train_examples[0][: other.fitted]
-        fewer["other task"] = answers(there, examples, other.group_size, salt=1)
-    chosen_on = answers(setup, train[task.fitted : task.fitted + task.chosen], 1, salt=2)
-    measured_on = answers(setup, heldout[: task.measured], 2, salt=3)
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, function: Callable[[], Any]) -> Any:
-        started = time.monotonic()
-        result = jax.block_until_ready(function())
-        seconds[name] = time.monotonic() - started
-        return result
-
-    def mean(batches: Sequence[Texts], values: Sequence[float]) -> float:
-        weights = [tokens_of([texts]) for texts in batches]
-        return float(np.average(values, weights=weights))
-
-    def single(part: Part) -> np.ndarray:
-        per_batch = [measure_layer_divergence(model, texts, temperature, part) for texts in chosen_on]
-        return np.average(per_batch, axis=0, weights=[tokens_of([texts]) for texts in chosen_on])
-
-    def divergence(plan: LayerPlan, bridges: Parameters) -> list[float]:
-        model.load_bridges(bridges)
-        return [
-            float(measure_plan_divergence(model, texts, temperature, [plan], "measuring")[0]) for texts in measured_on
-        ]
-
-    def by_quarter(plan: LayerPlan) -> list[float]:
-        """The mean over each quarter of the completions' positions, under the bridges as they are."""
-        size = measured_on[0][2].shape[-1]
-        ends = [size * quarter // 4 for quarter in range(5)]
-        sums, counts = np.zeros(5), np.zeros(5)
-        for prompt_BP, prompt_length_B, tokens_BGC, length_BG in measured_on:
-            for index, end in enumerate(ends[1:], 1):
-                texts = (prompt_BP, prompt_length_B, tokens_BGC, jnp.minimum(length_BG, end))
-                found = measure_plan_divergence(model, texts, temperature, [plan], "measuring")
-                sums[index] += float(found[0]) * tokens_of([texts])
-                counts[index] += tokens_of([texts])
-        return [round(float(kl), 4) for kl in np.diff(sums) / np.maximum(np.diff(counts), 1)]
-
-    nothing = model.stacked_bridges()
-    alone = timed("fit of all layers alone", lambda: fit_bridges(model, fitted_on, BRIDGES.ridge))
-    model.load_bridges(alone)
-    layer_L = {part: timed(f"measuring {part.name.lower()}", lambda part=part: single(part)) for part in PARTS}
-    results = []
+    on = Measurement(setup, task, other)
+    alone = on.timed("fit of all layers alone", lambda: on.fit(on.fitted_on))
+    on.model.load_bridges(alone)
+    layer_L = {
+        part: on.timed(f"measuring {name}", lambda part=part: on.single_layers(part)) for part, name in PARTS.items()
+    }
+    rows = []
     for count in counts:
-        row: dict[str, Any] = {"layers": count}
-        for part, name in PARTS.items():
-            plan = best_plan(layer_L[part], count, part)
-            row[name] = mean(measured_on, divergence(plan, alone))
-            row[f"{name}, layers"] = plan.left_out(model.config.num_layers)
-        plan = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE)
-        runs = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE, per_run=True)
-        model.load_bridges(nothing)
-        fit = partial(fit_bridges, model, fitted_on, BRIDGES.ridge, plan)
-        in_sequence = timed(f"fit in sequence, {count}", fit)
-        row["in sequence"] = mean(measured_on, divergence(plan, in_sequence))
-        row["in sequence, by quarter"] = by_quarter(plan)
-        # A fit goes through the texts with no bridge in their way, as the other fits did.
-        for name, texts in fewer.items():
-            model.load_bridges(nothing)
-            row[name] = mean(measured_on, divergence(plan, fit_bridges(model, texts, BRIDGES.ridge, plan)))
-        model.load_bridges(nothing)
-        of_runs = fit_bridges(model, fitted_on, BRIDGES.ridge, runs)
-        row["per run"], row["runs"] = mean(measured_on, divergence(runs, of_runs)), runs.shape.bridged
-        model.load_bridges(in_sequence)
-        plans = [plan] * task.distil_steps
-        distil = partial(distil_bridges, model, fitted_on, temperature, plans, task.distil_rate)
-        distilled = timed(f"distillation, {count}", distil)
-        values = divergence(plan, distilled)
-        row["distilled"] = mean(measured_on, values)
-        row["standard error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-        print({name: value for name, value in row.items() if "layers" not in name or name == "layers"}, flush=True)
-        results.append(row)
+        rows.append(row_of(on, task, count, layer_L, alone))
+        print({name: value for name, value in rows[-1].items() if "layers" not in name or name == "layers"}, flush=True)
     return {
-        "tokens": {
-            "fitted": tokens_of(fitted_on),
-            "chosen": tokens_of(chosen_on),
-            "measured": tokens_of(measured_on),
-            **{name: tokens_of(texts) for name, texts in fewer.items()},
-        },
+        "tokens": on.tokens(),
         "layer": {PARTS[part]: [round(float(value), 4) for value in values] for part, values in layer_L.items()},
-        "rows": results,
-        "seconds": seconds,
+        "rows": rows,
+        "seconds": on.seconds,
         "versions": versions(),
     }
+
+
+def row_of(
+    on: Measurement, task: Task, count: int, layer_L: dict[Part, np.ndarray], alone: Parameters
+) -> dict[str, Any]:
+    """The plans that leave out so many layers, each kind with its own best ones.
+
+    Args:
+        on: the answers.
+        task: how bridges are distilled.
+        count: layers to leave out.
+        layer_L: the divergence of single layers, by what is left of them.
+        alone: bridges that were fitted without others.
+    """
+    row: dict[str, Any] = {"layers": count}
+    for part, name in PARTS.items():
+        plan = best_plan(layer_L[part], count, part)
+        row[name] = on.mean(plan, alone)
+        row[f"{name}, layers"] = plan.left_out(on.num_layers)
+    plan = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE)
+    runs = best_plan(layer_L[Part.BRIDGE], count, Part.BRIDGE, per_run=True)
+    in_sequence = on.timed(f"fit in sequence, {count}", lambda: on.fit(on.fitted_on, plan))
+    row["in sequence"] = on.mean(plan, in_sequence)
+    row["in sequence, by quarter"] = on.by_quarter(plan, in_sequence)
+    for name, texts in on.fewer.items():
+        row[name] = on.mean(plan, on.fit(texts, plan))
+    row["per run"], row["runs"] = on.mean(runs, on.fit(on.fitted_on, runs)), runs.shape.bridged
+    return row | on.distilled(task, plan, in_sequence)
 
 
 PARTS = {Part.SKIP: "skip", Part.BRIDGE: "bridge", Part.NO_ATTENTION: "no attention", Part.NO_MLP: "no mlp"}

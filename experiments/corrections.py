@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.equal_time import timed_run
-from experiments.runs import finished, shared_start
+from experiments.runs import compile_once, interval, kept_run, seed_draws
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig
@@ -40,7 +39,6 @@ from nested_reft.training.warm_start import WarmStartConfig
 
 BASELINE = "no correction"
 MIXED = "mixed to an ESS of 0.5"
-DRAWS = 10_000  # of the bootstrap
 
 Run = dict[str, Any]  # what `equal_time.timed_run` returns, with its `mismatch`, `correction` and `seed`
 
@@ -154,21 +152,24 @@ def runs_of(
         steps: of each run; None takes the task's.
         out: where results and shared starts are kept.
     """
-    out.mkdir(parents=True, exist_ok=True)
     found = []
     for seed in seeds:
         for mismatch in mismatches:
             for correction in corrections:
                 config = corrected_config(task, mismatch, correction, seed, steps)
                 file = out / f"{mismatch}-{slug(correction)}-seed{seed}.json"
-                run = finished(file, config)
-                if run is None:
-                    start = shared_start(config, out, task.base.warm_start)
-                    run = timed_run(dataclasses.replace(start, config=config))
-                    write_json(file, run)
-                    print(f"{mismatch}, {correction}, seed {seed}: mean gain {mean_gain(run):.3f}", flush=True)
+                run = kept_run(file, config, timed_run, told, task.base.warm_start)
                 found.append(run | {"mismatch": mismatch, "correction": correction, "seed": seed})
     return found
+
+
+def told(run: Run) -> str:
+    """What is printed of a run.
+
+    Args:
+        run: a new one.
+    """
+    return f"mean gain {mean_gain(run):+.3f}"
 
 
 def mean_gain(run: Run) -> float:
@@ -204,12 +205,12 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
 def _compared(runs: Sequence[Run], baselines: Sequence[Run]) -> dict[str, Any]:
     gain_S = np.array([mean_gain(run) for run in runs])
     difference_S = gain_S - np.array([mean_gain(run) for run in baselines])
-    draw_RxS = np.random.default_rng(0).integers(0, len(runs), (DRAWS, len(runs)))
+    draw_RxS = seed_draws(len(runs))
     return {
         "seeds": [run["seed"] for run in runs],
         "mean_gain": gain_S.tolist(),
         "over_baseline": float(difference_S.mean()),
-        "interval": np.quantile(difference_S[draw_RxS].mean(axis=1), [0.025, 0.975]).tolist(),
+        "interval": interval(difference_S[draw_RxS].mean(axis=1)),
         "final": [run["evaluations"]["accuracy"][-1] for run in runs],
         "tokens": float(np.mean([np.sum(run["steps"]["tokens"]) for run in runs])),
         **{name: _mean([run["steps"][name] for run in runs]) for name in ("ess_token", "kl_behavior_target")},
@@ -308,9 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --corrections lacks '{BASELINE}', which the others are compared with", file=sys.stderr)
         return 2
     out = known.out / known.task
-    # Programs of the same shapes are compiled once for all runs.
-    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(out)
     runs = runs_of(TASKS[known.task](), known.mismatch, known.corrections, known.seeds, known.steps, out)
     summary = summarise(runs)
     print(tables(summary))

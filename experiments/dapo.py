@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.runs import EVERY, finished, measured_run, shared_start
+from experiments.runs import EVERY, compile_once, kept_run, measured_run
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay import DynamicSamplingConfig
@@ -38,20 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-dapo"))
     known = parser.parse_args(arguments)
-    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
-    known.out.mkdir(parents=True, exist_ok=True)
+    compile_once(known.out)
     results = []
     for seed in known.seeds:
-        shared = None  # made when the first run of the seed needs it
         for variant in known.variants:
             config = variant_config(variant, seed, known.steps)
             file = known.out / f"{variant}-seed{seed}-steps{known.steps}.json"
-            found = finished(file, config)
-            if found is None:
-                shared = shared or shared_start(variant_config("grpo", seed, known.steps), known.out)
-                found = measured_run(dataclasses.replace(shared, config=config), known.out)
-                write_json(file, found)
-                print(f"{variant}, seed {seed}: {found['seconds']:.0f} s", flush=True)
+            found = kept_run(file, config, partial(measured_run, out=known.out), "{0[seconds]:.0f} s".format)
             results.append(found | {"variant": variant, "seed": seed})
     rows = [_row(variant, [result for result in results if result["variant"] == variant]) for variant in known.variants]
     columns = ["with", "accuracy before", "accuracy after", "entropy", "tokens", "generation batches", "seconds"]

@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.runs import EVERY, finished, measured_run, shared_start
+from experiments.runs import EVERY, compile_once, finished, interval, measured_run, seed_draws, shared_start
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
@@ -65,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.steps < SMOOTH * EVERY or known.steps % EVERY:
         print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
         return 2
-    # All runs have the same shapes, so each program is compiled once for all of them.
-    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(known.out)
     known.out.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in known.seeds:
@@ -169,7 +166,7 @@ def paired(runs: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]]) 
     baseline_time = [steps_to_reach(result, level)[0] for result, level in zip(baselines, levels, strict=True)]
     time_S, baseline_S = np.array([step for step, _ in reached]), np.array(baseline_time)
     # The same draws serve all three intervals, and a seed is drawn together with its baseline.
-    draw_RxS = np.random.default_rng(0).integers(0, len(runs), (10_000, len(runs)))
+    draw_RxS = seed_draws(len(runs))
     # A baseline that starts at its final level takes no time to it; the bound prevents a division by zero.
     share_R = time_S[draw_RxS].sum(axis=1) / np.maximum(baseline_S[draw_RxS].sum(axis=1), 1e-9)
     steps = runs[0]["steps"][-1]
@@ -180,20 +177,15 @@ def paired(runs: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]]) 
         "steps_to_level": time_S.tolist(),
         "baseline_steps_to_level": baseline_time,
         "share_of_steps": float(time_S.mean() / steps),
-        "share_of_steps_interval": _interval(time_S[draw_RxS].mean(axis=1) / steps),
+        "share_of_steps_interval": interval(time_S[draw_RxS].mean(axis=1) / steps),
         "share_of_time": float(time_S.sum() / max(baseline_S.sum(), 1e-9)),
-        "share_of_time_interval": _interval(share_R),
+        "share_of_time_interval": interval(share_R),
         "final_accuracy": float(final_S.mean()),
         "final_gain": float(gain_S.mean()),
-        "final_gain_interval": _interval(gain_S[draw_RxS].mean(axis=1)),
+        "final_gain_interval": interval(gain_S[draw_RxS].mean(axis=1)),
         "final_by_source": np.mean([result["accuracy"][-1] for result in runs], axis=0).tolist(),
         "seconds_per_run": float(np.mean([result["seconds"] for result in runs])),
     }
-
-
-def _interval(values_R: np.ndarray) -> list[float]:
-    """The middle 95% of bootstrap draws."""
-    return np.quantile(values_R, [0.025, 0.975]).tolist()
 
 
 def report(results: Sequence[dict[str, Any]], out: Path) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from experiments.equal_time_summary import draw, summarise, tables
-from experiments.runs import finished, shared_start
+from experiments.runs import compile_once, kept_run
 from nested_reft.bridging import BridgeConfig
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, exactly
@@ -290,23 +290,20 @@ def runs_of(
         steps: of each run; None takes the task's.
         out: where results and shared starts are kept.
     """
-    out.mkdir(parents=True, exist_ok=True)
     found = []
     # The variants of a seed follow each other, so that a change of the machine's load meets all of them alike.
     for seed in seeds:
         for variant in variants:
             config = variant_config(task, variant, seed, steps)
             file = out / f"{variant}-seed{seed}.json"
-            run = finished(file, config)
-            if run is None:
-                # Each variant has its own model, with bridges or without, and the same weights in it.
-                start = shared_start(config, out, task.base.warm_start)
-                run = timed_run(dataclasses.replace(start, config=config))
-                write_json(file, run)
-                seconds, accuracy = sum(run["steps"]["seconds"]), run["evaluations"]["accuracy"][-1]
-                print(f"{variant}, seed {seed}: {seconds:.1f} s, accuracy {accuracy:.3f}", flush=True)
+            # Each variant has its own model, with bridges or without, and the same weights in it.
+            run = kept_run(file, config, timed_run, _told, task.base.warm_start)
             found.append(run | {"variant": variant, "seed": seed})
     return found
+
+
+def _told(run: dict[str, Any]) -> str:
+    return f"{sum(run['steps']['seconds']):.1f} s, accuracy {run['evaluations']['accuracy'][-1]:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -330,9 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: --variants lacks full, which the others are compared with", file=sys.stderr)
         return 2
     out = known.out / known.task
-    # Programs of the same shapes are compiled once for all runs.
-    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(out)
     runs = runs_of(TASKS[known.task](), known.variants, known.seeds, known.steps, out)
     summary = summarise(runs)
     print(tables(summary))

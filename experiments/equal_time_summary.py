@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.runs import interval, seed_draws
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 
 SMOOTH = 3  # evaluations that one point of a curve is the mean of
 SHARE_OF_GAIN = 0.9
 TARGET = 0.7  # the share of the full model's time that is aimed at
-DRAWS = 10_000  # of the bootstrap
 UNITS = ("seconds", "tokens")
 NOTHING_LEARNT = "open: no full run gained accuracy"
 
@@ -97,7 +97,7 @@ def _compared(runs: Sequence[Run], full: dict[int, Run]) -> dict[str, Any]:
     levels = [level_of(baseline) for baseline in baselines]
     found: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "levels": levels}
     # The same draws serve all intervals of a variant.
-    draw_RxS = np.random.default_rng(0).integers(0, len(runs), (DRAWS, len(runs)))
+    draw_RxS = seed_draws(len(runs))
     for unit in UNITS:
         cost = [cost_to_reach(run, level, unit) for run, level in zip(runs, levels, strict=True)]
         own_S = np.array([value for value, _ in cost])
@@ -108,7 +108,7 @@ def _compared(runs: Sequence[Run], full: dict[int, Run]) -> dict[str, Any]:
             "reached": sum(reached for _, reached in cost),
             "to_level": own_S.tolist(),
             "ratio": float(own_S.sum() / max(full_S.sum(), 1e-9)),
-            "interval": np.quantile(ratio_R, [0.025, 0.975]).tolist(),
+            "interval": interval(ratio_R),
         }
     final_S, full_final_S = (np.array([curve(run, "seconds")[1][-1] for run in each]) for each in (runs, baselines))
     gain_S = final_S - full_final_S
@@ -117,7 +117,7 @@ def _compared(runs: Sequence[Run], full: dict[int, Run]) -> dict[str, Any]:
         "final": final_S.tolist(),
         "greedy": [float(np.mean([run["evaluations"]["greedy"][i] for run in runs])) for i in (0, -1)],
         "gain": float(gain_S.mean()),
-        "gain_interval": np.quantile(gain_S[draw_RxS].mean(axis=1), [0.025, 0.975]).tolist(),
+        "gain_interval": interval(gain_S[draw_RxS].mean(axis=1)),
         "verdict": verdict(found["seconds"], len(runs)),
         "steps": step_costs(runs),
         "kl_by_quarter": kl_by_quarter(runs),

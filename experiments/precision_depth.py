@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from experiments.bridges import answers, check_prompts, rows_of, tokens_of
+from experiments.bridges import answers, check_prompts, tokens_of
 from nested_reft.bridge_fitting import fit_bridges
 from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import Parser, whole
@@ -80,7 +80,8 @@ def policies_of(setup: Setup, plans: Sequence[LayerPlan], fit_prompts: int) -> P
         fit_prompts: training prompts to fit on.
     """
     policy, config = setup.policy, setup.config
-    texts = answers(setup, setup.data.train_examples[0][:fit_prompts], config.rollout.group_size, salt=1)
+    size, group_size = config.data.prompts_per_batch, config.rollout.group_size
+    texts = answers(setup, setup.data.train_examples[0][:fit_prompts], size, group_size, salt=1)
     print(f"bridges are fitted on {tokens_of(texts)} completion tokens", flush=True)
     nothing, found = policy.model.stacked_bridges(), {}
     for plan in plans:
@@ -157,8 +158,9 @@ def start_of(name: str, fit_prompts: int, measured_prompts: int) -> Setup:
     bridge = dataclasses.replace(config.nesting.bridge, kind="per_layer")
     rollout = dataclasses.replace(config.rollout, weights="target")
     setup = prepare(dataclasses.replace(config, nesting=NestingConfig(bridge=bridge), rollout=rollout))
-    check_prompts("--fit-prompts", fit_prompts, rows_of(config.rollout.group_size), setup.data.train_examples[0])
-    check_prompts("--measured-prompts", measured_prompts, config.data.prompts_per_batch, setup.data.heldout_examples[0])
+    size = config.data.prompts_per_batch
+    check_prompts("--fit-prompts", fit_prompts, size, setup.data.train_examples[0])
+    check_prompts("--measured-prompts", measured_prompts, size, setup.data.heldout_examples[0])
     return setup
 
 

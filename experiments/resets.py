@@ -22,13 +22,13 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.runs import EVERY, finished, measured_run, shared_start
+from experiments.runs import EVERY, compile_once, interval, kept_run, measured_run, seed_draws
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
@@ -38,7 +38,6 @@ from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
 PROMPT = "prompt"  # the arm that the others are compared with
-DRAWS = 10_000  # of the bootstrap
 SOLVED = 0.5  # greedy accuracy
 
 Run = dict[str, Any]  # what `measured_run` returns, with its `arm` and `seed`
@@ -91,21 +90,18 @@ def runs_of(
         out: where results and shared starts are kept.
         warm_start: what the runs of a seed share; None takes that of `tiny_reset`.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    found = []
+    warm_start, found = warm_start or load_config("tiny_reset").warm_start, []
     for seed in seeds:
         for arm in chosen:
             config, file = experiment_config(arm, seed, steps), out / f"{arm}-seed{seed}-steps{steps}.json"
-            run = finished(file, config)
-            if run is None:
-                # The weights are kept; the references of an arm are prepared with its configuration.
-                start = shared_start(config, out, warm_start or load_config("tiny_reset").warm_start)
-                run = measured_run(dataclasses.replace(start, config=config), out)
-                write_json(file, run)
-                last = run["accuracy"][-1][0]
-                print(f"{arm}, seed {seed}: {run['seconds']:.0f} s, sampled accuracy {last:.3f}", flush=True)
+            # The weights are kept; the references of an arm are prepared with its configuration.
+            run = kept_run(file, config, partial(measured_run, out=out), _told, warm_start)
             found.append(run | {"arm": arm, "seed": seed})
     return found
+
+
+def _told(run: Run) -> str:
+    return f"{run['seconds']:.0f} s, sampled accuracy {_final(run):.3f}"
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
@@ -123,14 +119,14 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         own = [run for run in runs if run["arm"] == arm]
         final_S = np.array([_final(run) for run in own])
         gain_S = final_S - np.array([baseline[run["seed"]] for run in own])
-        draw_RxS = np.random.default_rng(0).integers(0, len(own), (DRAWS, len(own)))
+        draw_RxS = seed_draws(len(own))
         found[arm] = {
             "seeds": [run["seed"] for run in own],
             "start": float(np.mean([run["accuracy"][0][0] for run in own])),
             "final": final_S.tolist(),
-            "final_interval": _interval(final_S[draw_RxS].mean(axis=1)),
+            "final_interval": interval(final_S[draw_RxS].mean(axis=1)),
             "gain": float(gain_S.mean()),
-            "gain_interval": _interval(gain_S[draw_RxS].mean(axis=1)),
+            "gain_interval": interval(gain_S[draw_RxS].mean(axis=1)),
             "solved": sum(run["greedy_accuracy"][-1][0] >= SOLVED for run in own),
             "seconds_per_run": float(np.mean([run["seconds"] for run in own])),
         }
@@ -140,11 +136,6 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 def _final(run: Run) -> float:
     """Accuracy of samples at the last evaluation, of the one source."""
     return float(run["accuracy"][-1][0])
-
-
-def _interval(values_R: np.ndarray) -> list[float]:
-    """The middle 95 % of bootstrap draws."""
-    return np.quantile(values_R, [0.025, 0.975]).tolist()
 
 
 def summary_table(summary: dict[str, dict[str, Any]]) -> str:
@@ -219,9 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if PROMPT not in known.arms:
         print(f"error: --arms lacks '{PROMPT}', which the others are compared with", file=sys.stderr)
         return 2
-    # Programs of the same shapes are compiled once for all runs.
-    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(known.out)
     runs = runs_of(known.arms, known.seeds, known.steps, known.out)
     summary = summarise(runs)
     print(summary_table(summary))

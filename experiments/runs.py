@@ -6,15 +6,17 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from nested_reft.evaluation import Evaluation
+from nested_reft.json_files import write_json
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.run_directory import RunDirectory, versions
@@ -28,6 +30,7 @@ from nested_reft.training.trainer import Trainer
 from nested_reft.training.warm_start import WarmStartConfig
 
 EVERY = 10  # steps between evaluations
+DRAWS = 10_000  # of the bootstrap over seeds
 KEPT_METRICS = ("entropy", "completion_tokens", "generation_batches", "ess_token")
 
 
@@ -48,6 +51,34 @@ def finished(file: Path, config: Config) -> dict[str, Any] | None:
         print(f"'{file}' is of another configuration and is computed again", file=sys.stderr)
         return None
     return found
+
+
+def compile_once(out: Path) -> None:
+    """Lets all runs, also those of later processes, share the programs that they compile.
+
+    Args:
+        out: the experiment's folder.
+    """
+    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def seed_draws(seeds: int) -> Int[np.ndarray, "R S"]:
+    """Which seeds each draw of the bootstrap takes; the same ones for every measure, so that runs stay paired.
+
+    Args:
+        seeds: how many there are.
+    """
+    return np.random.default_rng(0).integers(0, seeds, (DRAWS, seeds))
+
+
+def interval(values_R: Float[np.ndarray, " R"]) -> list[float]:
+    """The middle 95 % of the bootstrap's draws.
+
+    Args:
+        values_R: a measure under each draw.
+    """
+    return np.quantile(values_R, [0.025, 0.975]).tolist()
 
 
 def shared_start(config: Config, out: Path, warm_start: WarmStartConfig | None = None) -> Setup:
@@ -75,6 +106,32 @@ def shared_start(config: Config, out: Path, warm_start: WarmStartConfig | None =
     stored.write_text(about)
     print(f"warm start, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
     return dataclasses.replace(setup, policy=policy)
+
+
+def kept_run(
+    file: Path,
+    config: Config,
+    measure: Callable[[Setup], dict[str, Any]],
+    told: Callable[[dict[str, Any]], str],
+    warm_start: WarmStartConfig | None = None,
+) -> dict[str, Any]:
+    """The result of a run from the shared start of its seed: the kept one, or else a new one, which is kept.
+
+    Args:
+        file: where the result is or goes; the shared start is kept beside it.
+        config: of the run.
+        measure: trains from a setup and returns the result.
+        told: what is printed of a new result, behind the name of its configuration.
+        warm_start: as `shared_start` takes it.
+    """
+    run = finished(file, config)
+    if run is None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # The start may be of another configuration of the seed: only its weights and data are shared.
+        run = measure(dataclasses.replace(shared_start(config, file.parent, warm_start), config=config))
+        write_json(file, run)
+        print(f"{config.name}: {told(run)}", flush=True)
+    return run
 
 
 def measured_run(setup: Setup, out: Path) -> dict[str, Any]:

@@ -23,13 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from experiments.dump import SMOOTH, compare, curve, draw_accuracy
 from experiments.dump import experiment_config as curriculum_config
-from experiments.runs import EVERY, finished, measured_run, shared_start
+from experiments.runs import EVERY, compile_once, finished, measured_run, shared_start
 from nested_reft.data.splits import SplitConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.tables import table
@@ -69,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.steps < SMOOTH * EVERY or known.steps % EVERY:
         print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
         return 2
-    # All runs have the same shapes, so each program is compiled once for all of them.
-    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(known.out)
     known.out.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in known.seeds:

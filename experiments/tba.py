@@ -20,11 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from experiments.corrections import BASELINE, Run, draw, mean_gain, slug, summarise, tables
+from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables, told
 from experiments.equal_time import timed_run
-from experiments.runs import finished, shared_start
+from experiments.runs import compile_once, kept_run
 from nested_reft.cli.arguments import Parser, whole
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.evaluation import EvaluationConfig
@@ -88,21 +86,13 @@ def runs_of(lags: Sequence[int], losses: Sequence[str], seeds: Sequence[int], st
         steps: of each run.
         out: where results and shared starts are kept.
     """
-    out.mkdir(parents=True, exist_ok=True)
     warm_start, found = load_config("tiny").warm_start, list[dict[str, Any]]()
     for seed in seeds:
         for lag in lags:
             for loss in losses:
-                config, file = (
-                    experiment_config(lag, loss, seed, steps),
-                    out / f"lag{lag}-{slug(loss)}-seed{seed}.json",
-                )
-                run = finished(file, config)
-                if run is None:
-                    start = shared_start(config, out, warm_start)
-                    run = timed_run(dataclasses.replace(start, config=config))
-                    write_json(file, run)
-                    print(f"lag {lag}, {loss}, seed {seed}: mean gain {mean_gain(run):+.3f}", flush=True)
+                config = experiment_config(lag, loss, seed, steps)
+                file = out / f"lag{lag}-{slug(loss)}-seed{seed}.json"
+                run = kept_run(file, config, timed_run, told, warm_start)
                 found.append(run | {"mismatch": f"lag {lag}", "correction": loss, "seed": seed})
     return found
 
@@ -130,9 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # Programs of the same shapes are compiled once for all runs.
-    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(known.out)
     runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out)
     summary = summarise(runs)
     print(tables(summary))

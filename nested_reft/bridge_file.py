@@ -39,6 +39,28 @@ class FittedBridges:
     model: str
     parts: tuple[int, ...] | None
 
+    def check_plan(self, path: Path, plan: LayerPlan | None) -> None:
+        """Refuses bridges that a run cannot use.
+
+        Args:
+            path: of the file, for the message.
+            plan: the one plan of the run; None where plans change.
+
+        Raises:
+            BadFile: they are of another plan.
+        """
+        field = f"nesting.bridge.file is '{path}'"
+        needed = None if plan is None else plan.host_parts(len(self.divergence_L)).tolist()
+        if self.parts is not None and list(self.parts) != needed:
+            # Bridges behind the first one of a plan make up for the errors of those before them.
+            of_run = "this configuration draws others" if needed is None else f"this configuration's is {needed}"
+            raise BadFile(f"{field}, whose bridges were fitted for another plan, {list(self.parts)}; {of_run}")
+        if self.parts is None and needed is not None and Part.SKIP in needed:
+            raise BadFile(
+                f"{field}, whose bridges each stand in for one layer; those of nesting.bridge.kind 'per_run' have to be"
+                " fitted for their plan"
+            )
+
 
 def save_bridges(path: Path, fitted: FittedBridges) -> None:
     """Writes a bridge file; a file that is there already is replaced, whole or not at all.
@@ -56,17 +78,16 @@ def save_bridges(path: Path, fitted: FittedBridges) -> None:
     unfinished.replace(path)
 
 
-def load_bridges(path: Path, model: Transformer, name: str, plan: LayerPlan | None) -> FittedBridges:
+def load_bridges(path: Path, model: Transformer, name: str) -> FittedBridges:
     """Reads a bridge file for a model.
 
     Args:
         path: the file.
         model: with bridges, whose shapes the file's must have.
         name: of the model, as `model.name` has it.
-        plan: the one plan of the run; None where plans change.
 
     Raises:
-        BadFile: there is no such file, it is damaged, or it is of another model, rank or plan.
+        BadFile: there is no such file, it is damaged, or it is of another model or rank.
     """
     field = f"nesting.bridge.file is '{path}'"
     if not path.is_file():
@@ -75,6 +96,8 @@ def load_bridges(path: Path, model: Transformer, name: str, plan: LayerPlan | No
         about = stored.metadata() or {}
         arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is no dictionary
         parts = json.loads(about.get("parts", "null"))
+        if parts is not None and [type(part) for part in parts] != [int] * model.config.num_layers:
+            raise ValueError("its plan is not a part for each layer")
     if about.get("model") != name:
         raise BadFile(f"{field}, whose bridges are of the model '{about.get('model')}'; this one is '{name}'")
     divergence_L = arrays.pop(_DIVERGENCE, np.zeros(model.config.num_layers, np.float32))
@@ -86,14 +109,4 @@ def load_bridges(path: Path, model: Transformer, name: str, plan: LayerPlan | No
         )
     if not all(np.isfinite(value).all() for value in (*arrays.values(), divergence_L)):
         raise BadFile(f"{field}, which holds a value that is not finite")
-    needed = None if plan is None else plan.host_parts(model.config.num_layers).tolist()
-    if parts is not None and parts != needed:
-        # The layers that its plan keeps have no bridges.
-        of_run = "this configuration draws others" if needed is None else f"this configuration's is {needed}"
-        raise BadFile(f"{field}, whose bridges were fitted for another plan, {parts}; {of_run}")
-    if parts is None and needed is not None and Part.SKIP in needed:
-        raise BadFile(
-            f"{field}, whose bridges each stand in for one layer; those of nesting.bridge.kind 'per_run' have to be"
-            " fitted for their plan"
-        )
     return FittedBridges(arrays, divergence_L, name, None if parts is None else tuple(parts))

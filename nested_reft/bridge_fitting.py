@@ -134,7 +134,7 @@ def fit_bridges(
     """Bridges by least squares: those of a plan in sequence, or each layer's alone.
 
     Layers are gone through one by one, for all texts at once. Beside the streams of the texts, the sums of one layer
-    exist at a time. A plan costs two forward passes of its texts, layers alone one.
+    exist at a time. A plan costs two forward passes of its texts. Layers that are fitted alone cost one.
 
     Args:
         model: the full model, with the bridges so far, which the ridge draws the new ones to.

@@ -96,13 +96,26 @@ class BridgeConfig:
                 f"nesting.bridge.rank is {self.rank}; allowed is 1 to {width - 1}, less than the model's width, or None"
                 " for full rank"
             )
+        self.check_tokens(self.tokens, width, f"nesting.bridge.tokens is {self.tokens}", "raise it")
+
+    def check_tokens(self, tokens: int, width: int, what: str, remedy: str) -> None:
+        """Refuses fewer tokens than a fit needs.
+
+        Args:
+            tokens: completion tokens of the fit.
+            width: D of the model.
+            what: says in the message where they come from.
+            remedy: says how to get more.
+
+        Raises:
+            ValueError: there are too few.
+        """
         # A map of rank r has r directions to tell apart, and noise in each of them needs more than one token.
         needed = 2 * (self.rank or width)
-        if self.tokens < needed:
+        if tokens < needed:
             rank = "full rank" if self.rank is None else f"rank {self.rank}"
             raise ValueError(
-                f"nesting.bridge.tokens is {self.tokens}; a bridge of {rank} needs {needed} or more: raise it, or lower"
-                " nesting.bridge.rank"
+                f"{what}; a bridge of {rank} needs {needed} or more: {remedy}, or lower nesting.bridge.rank"
             )
 
 

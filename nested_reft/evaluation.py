@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from nested_reft.data.pipeline import batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.rewards.reward import RewardConfig, score
+from nested_reft.reward_model import score_rollouts
+from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 from nested_reft.untrusted import printable
@@ -183,10 +184,9 @@ def num_correct(
                 shared_prefix=prefix,
             )
         )
-        texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
         # Only right or wrong is reported; the shaped reward is a matter of training.
-        _, accuracy_BG, scored_BG, _ = score(
-            texts, prompts, rollouts.finished_BG, reward, rollouts.length_BG, policy.max_completion_tokens
+        texts, _, accuracy_BG, scored_BG, _ = score_rollouts(
+            policy, prompts, rollouts, reward, policy.max_completion_tokens
         )
         if completions is not None:
             completions += [

@@ -221,7 +221,8 @@ def draw_plan(
         per_layer   p_l = exp(l ln 2 / (L - 1)) - 1: how LayerSkip's dropout rates rise with depth (arXiv
                     2404.16710, section 4.1): 0 for the first layer, 1 for the last. LayerSkip drops
                     each layer by itself; here their number is given, since a plan's size compiles.
-        measured    p_l = exp(-divergence_l / temperature), this project's own
+        measured    p_l = exp(-divergence_l / temperature), this project's own. All layers cost the same and a plan
+                    leaves the same part out of each, so divergence per saved second ranks them alike.
 
     Layers less than `border` from either end are never drawn. Equal weights give equal plans,
     whatever the choice.
@@ -325,6 +326,6 @@ def nested_shape(config: NestingConfig, num_layers: int) -> PlanShape:
         config: validated for `num_layers`.
         num_layers: L of the model.
     """
-    # All plans of a configuration have one shape, so any of them tells it.
+    # All plans of a configuration that leave out as many layers have one shape, so any of them tells it.
     divergence_L = np.zeros(num_layers)
     return draw_plan(jax.random.key(0), config, num_layers, divergence_L).shape

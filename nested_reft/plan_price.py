@@ -24,7 +24,7 @@ class Ceilings:
 
     Attributes:
         bytes_per_second: read from main memory.
-        flops_per_second: of dense bfloat16 products.
+        flops_per_second: of dense products; in bfloat16 on accelerators, in float32 on a CPU.
     """
 
     bytes_per_second: float

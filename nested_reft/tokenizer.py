@@ -191,6 +191,15 @@ class Tokenizer:
         template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
         return cls(backend, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, template)
 
+    def reads_as(self, other: Tokenizer) -> bool:
+        """Whether ids mean the same to both: every token, and the one that ends an answer.
+
+        Args:
+            other: the tokenizer to compare with.
+        """
+        own, others = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
+        return own == others and self.stop_ids[0] == other.stop_ids[0]
+
     def token_ids(self) -> dict[str, Any]:
         """What Hugging Face configurations name: `eos_token_id` (every stop token), `pad_token_id`, `bos_token_id`."""
         ids: dict[str, Any] = {"eos_token_id": self.stop_ids[0] if len(self.stop_ids) == 1 else list(self.stop_ids)}

@@ -341,8 +341,8 @@ class TrainBatch:
 
     Attributes:
         prompt_BP, prompt_length_B, tokens_BGC, length_BG, forced_BG, counted_BG: as in `Rollouts`.
-        signal_BG: what the objective learns from: an advantage A(y), a reward that becomes one within the loss, or the
-            weight of a demonstration; no gradient.
+        signal_BG: what the objective learns from: an advantage A(y), a reward that becomes one within the loss, the
+            weight of a demonstration, or 1 and -1 of a pair's preferred and other completion; no gradient.
         behavior_logprob_BGC: as in `Rollouts`; `None` for demonstrations, which no policy sampled.
         full_share_BG: as in `Rollouts`, where the objective weighs by the density of a mixture.
         old_logprob_BGC: log pi_{theta_old} of the full model just before the batch's first update. `None` when one

@@ -36,7 +36,7 @@ def written(path: Path, model: str = "tiny", rank: int | None = None) -> FittedB
 
 def test_a_file_comes_back_as_it_was(tmp_path):
     fitted = written(tmp_path / "b.safetensors")
-    found = load_bridges(tmp_path / "b.safetensors", model_with_bridges(), "tiny", PLAN)
+    found = load_bridges(tmp_path / "b.safetensors", model_with_bridges(), "tiny")
     assert found.parts == fitted.parts and found.divergence_L.tolist() == [0, 1, 2, 3, 4]
     assert all(np.array_equal(found.stack[name], value) for name, value in fitted.stack.items())
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
@@ -57,24 +57,24 @@ def test_a_file_of_something_else_is_refused(tmp_path, make, message):
     path = tmp_path / "b.safetensors"
     make(path)
     with pytest.raises(BadFile, match=message):
-        load_bridges(path, model_with_bridges(), "tiny", None)
+        load_bridges(path, model_with_bridges(), "tiny")
 
 
 def test_bridges_of_another_plan_or_not_finite_are_refused(tmp_path):
     path = tmp_path / "b.safetensors"
     fitted = written(path)
     with pytest.raises(BadFile, match=r"fitted for another plan, \[1, 2, 2, 1, 1\]; this configuration's is \[1, 1, 2"):
-        load_bridges(path, model_with_bridges(), "tiny", LayerPlan.skipping(5, [2], Part.BRIDGE))
+        fitted.check_plan(path, LayerPlan.skipping(5, [2], Part.BRIDGE))
     alone = dataclasses.replace(fitted, parts=None)
-    save_bridges(path, alone)
-    assert load_bridges(path, model_with_bridges(), "tiny", PLAN).parts is None
+    alone.check_plan(path, PLAN)
+    alone.check_plan(path, None)
     run_of_layers = LayerPlan.of_parts(np.array([Part.KEEP, Part.BRIDGE, Part.SKIP, Part.KEEP, Part.KEEP]))
     with pytest.raises(BadFile, match=r"each stand in for one layer; those of nesting\.bridge\.kind 'per_run' have to"):
-        load_bridges(path, model_with_bridges(), "tiny", run_of_layers)
+        alone.check_plan(path, run_of_layers)
     fitted.stack["first"] = fitted.stack["first"] * np.inf
     save_bridges(path, fitted)
     with pytest.raises(BadFile, match="holds a value that is not finite"):
-        load_bridges(path, model_with_bridges(), "tiny", PLAN)
+        load_bridges(path, model_with_bridges(), "tiny")
 
 
 def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):
@@ -103,6 +103,14 @@ def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "b.safetensors"]) == 2
     assert "fitted for another plan, [1, 1, 2, 2, 1, 1]; this configuration draws others" in capsys.readouterr().err
+    # The cheapest layers as the file's own divergences say, always: fitted in sequence, and of no other plan.
+    cheapest = [*nesting, "--nesting.choice", "measured", "--nesting.divergence-temperature", "0"]
+    assert main([*command, *cheapest]) == 0
+    assert "bridges of layers [" in capsys.readouterr().out
+    assert main(["train", "tiny", *small, *cheapest, "--nesting.bridge.file", "b.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "b.safetensors"]) == 2
+    assert "fitted for another plan, " in capsys.readouterr().err
     assert main([*command, "--nesting.skip-ratio", "0.34"]) == 2
     assert "nesting.bridge.kind of 'tiny' is 'off'; give" in capsys.readouterr().err
     assert main(["train", "tiny", *small, *nesting, "--nesting.bridge.file", "absent"]) == 2

@@ -401,7 +401,7 @@ def test_measured_layers_can_be_trained_with(capsys):
 
 
 def test_parts_of_layers_are_measured_and_trained_with(capsys):
-    measuring = ["measure-layers", "scratch", "--config", "tiny", "--prompts", "16", "--out", "layers.json"]
+    measuring = ["measure-layers", "scratch", "--config", "tiny", "--prompts", "64", "--out", "layers.json"]
     assert main([*measuring, "--parts", "layer", "attention", "bridge"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["layer", "layer", "attention", "bridge"]
     measured = json.loads(Path("layers.json").read_text())
@@ -413,6 +413,8 @@ def test_parts_of_layers_are_measured_and_trained_with(capsys):
     assert "it has none for 'mlp'" in message and "measure-layers --parts mlp" in message
     message = refused([*measuring[:5], "1", *measuring[6:], "--parts", "bridge"], capsys)
     assert "--prompts is 1; bridges are fitted on one half" in message
+    message = refused([*measuring[:5], "2", *measuring[6:], "--parts", "bridge"], capsys)
+    assert "tokens of answers to fit bridges on; a bridge of full rank needs 128 or more: raise --prompts" in message
 
 
 def test_a_users_own_configuration_file(capsys):

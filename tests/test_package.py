@@ -60,6 +60,7 @@ LAYERS = [
     {"plan_price"},
     {"checkpoints"},
     {"rollout"},
+    {"reward_model"},
     {"evaluation", "divergence", "run_logs"},
     {"bridge_fitting", "bridge_file"},
     {"run_directory"},

@@ -44,13 +44,14 @@ def test_many_rows_cost_what_they_multiply():
 
 
 def test_each_part_is_bound_by_its_own_ceiling():
-    """4 bytes a weight at 4 a second take a second, 12 operations at 6 two; keys and values are read and not multiplied
-    with much, so attention of long caches is bound by reading."""
-    step = DecodeStep(TINY, dataclasses.replace(WORK, prompts=1, completion_tokens=1000), Ceilings(4.0, 6.0))
+    """4 bytes a weight at 4 a second take a second, 12 operations of 6 rows at 6 a second two. Keys and values are read
+    and not multiplied with much, so attention of long caches is bound by reading."""
+    step = DecodeStep(TINY, dataclasses.replace(WORK, completion_tokens=1000), Ceilings(4.0, 6.0))
     found = part_price(step)
-    assert found[Part.NO_ATTENTION] == 2 * 3 * MLP / 6  # 3 rows: 1 second of computing per weight, 1 of reading
-    assert found[Part.NO_MLP] == ATTENTION + 2 * 16 * (8 + 3 * 1000)
-    assert found[Part.NO_MLP] > 3 * (2 * ATTENTION + 4 * 32 * 1008) / 6
+    assert found[Part.NO_ATTENTION] == 2 * MLP
+    # Both prompts' 8 tokens are read once for their groups, the 1000 of every row for itself.
+    assert found[Part.NO_MLP] == ATTENTION + 2 * 16 * (2 * 8 + 6 * 1000)
+    assert found[Part.NO_MLP] > 6 * (2 * ATTENTION + 4 * 32 * 1008) / 6
 
 
 def test_a_plan_costs_its_steps_and_the_head():

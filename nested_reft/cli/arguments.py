@@ -31,16 +31,17 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def command_parser(command: str, description: str, compiles: bool = False) -> argparse.ArgumentParser:
+def command_parser(
+    command: str, description: str, compiles: bool = False, has_help: bool = True
+) -> argparse.ArgumentParser:
     """The parser of a command's own options.
 
     Args:
         command: as it is typed after `nested-reft`.
         description: one sentence for its help.
         compiles: whether it runs programs that are worth keeping; such a command has `--no-compilation-cache`.
+        has_help: whether `--help` prints this parser's help and nothing else.
     """
-    # The help of `train` comes with that of the fields, so `train` prints both itself.
-    has_help = not command.startswith("train")
     # No abbreviations: what looks like one may be a mistyped override, which has to be seen and refused.
     parser = Parser(f"nested-reft {command}", description=description, allow_abbrev=False, add_help=has_help)
     if compiles:

@@ -12,7 +12,11 @@ from nested_reft.cli.arguments import add_json, check_json, command_parser, keep
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_without, setup_of
-from nested_reft.reports.tables import evaluation_table
+from nested_reft.losses.bradley_terry import BradleyTerryConfig
+from nested_reft.losses.registry import OfflineConfig
+from nested_reft.reports.tables import evaluation_table, reward_table
+from nested_reft.rewards.reward import check_answers
+from nested_reft.training.reward_facts import reward_facts
 
 # What an evaluation reads; an override of anything else would be believed and do nothing.
 READ = ("data", "rollout", "reward", "evaluation", "mesh", "model", "train.seed")
@@ -27,6 +31,17 @@ def run(arguments: list[str]) -> None:
         _check_read(overrides)
         setup = setup_of(known.policy, known.config, overrides, known.prompts)
         plan = plan_without(setup.policy.num_layers, known.skip_layers)
+        if isinstance(setup.config.loss, BradleyTerryConfig):
+            _check_reward_options(known)
+        elif isinstance(setup.config.loss, OfflineConfig):
+            # Training read no reward, so nothing has asked yet whether the answers can be checked.
+            examples = [encoded.example for source in setup.data.heldout_examples for encoded in source]
+            check_answers(examples, setup.config.reward)
+    if isinstance(setup.config.loss, BradleyTerryConfig):
+        facts = reward_facts(setup.policy, setup.data, setup.config)
+        say(reward_table(facts))
+        keep_json(known.json, facts)
+        return
     completions: list[dict[str, Any]] = []
     found = evaluate_sources(setup, plan, samples=True, completions=completions)
     results = {name: result.to_json() for name, result in found.items()}
@@ -36,6 +51,21 @@ def run(arguments: list[str]) -> None:
         # JSON escapes whatever the model wrote.
         known.completions.write_text("".join(json.dumps(line) + "\n" for line in completions), encoding="utf-8")
         say(f"completions: {known.completions}")
+
+
+def _check_reward_options(known: argparse.Namespace) -> None:
+    """Refuses what a reward model has no use for.
+
+    Args:
+        known: the command's options.
+
+    Raises:
+        ValueError: layers or completions are asked for.
+    """
+    for name in ("skip_layers", "completions"):
+        if getattr(known, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is given, but '{known.policy}' is a reward model, which answers nothing")
 
 
 def _check_read(overrides: list[str]) -> None:

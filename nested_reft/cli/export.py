@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from nested_reft.cli.arguments import command_parser
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.models.formats.huggingface import save_huggingface
+from nested_reft.reward_model import FACTS
 from nested_reft.rollout.policy import Policy
+from nested_reft.training.setup import run_config
 
 
 def run(arguments: list[str]) -> None:
@@ -21,8 +24,15 @@ def run(arguments: list[str]) -> None:
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
         if not (known.run / "checkpoints").is_dir():
             raise ValueError(f"'{known.run}' is not a run directory: it has no checkpoints")
+        # A reward model has no meaning without what normalises its rewards.
+        facts = known.run / FACTS
+        is_reward_model = run_config(known.run).loss.kind == "bradley_terry"
+        if is_reward_model and not facts.is_file():
+            raise ValueError(f"'{known.run}' is a reward model and has no {FACTS} yet; train it to its end first")
         policy = Policy.load(known.run)
-        save_huggingface(policy.model, known.directory, policy.tokenizer)
+        save_huggingface(policy.model, known.directory, policy.tokenizer, scores=is_reward_model)
+        if is_reward_model:
+            shutil.copyfile(facts, known.directory / FACTS)
     say(f"written: {known.directory}")
 
 

@@ -40,8 +40,8 @@ def run(arguments: list[str]) -> None:
     rollouts = _rollouts(setup, state, keys)
     renewed = fit_and_measure(state, 0, rollouts, keys.step(1).plan)
     num_layers = setup.policy.num_layers
-    # With other choices each layer has a bridge, whatever plan is drawn.
-    plan = state.draw_plan(keys.step(1).plan) if nesting.choice == "fixed" else None
+    # Where plans change, each layer has a bridge that was fitted alone.
+    plan = state.draw_plan(keys.step(1).plan) if nesting.is_deterministic else None
     fitted = FittedBridges(
         stack=state.learner.policy().model.stacked_bridges(),
         divergence_L=np.zeros(num_layers) if renewed.divergence_L is None else renewed.divergence_L,

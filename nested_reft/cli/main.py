@@ -2,8 +2,11 @@
 
     train CONFIG [--FIELD VALUE ...]   train; every field of the configuration can be overridden
     train --resume RUN                 continue a run from its newest checkpoint
+    sft CONFIG                         supervised fine-tuning on a configuration's answers, without rollouts
+    reward-model CONFIG                train a reward model on preference pairs, for reward.model
+    dpo CONFIG                         train on preference pairs directly, without rollouts
     configs                            the configurations that ship, and how long each takes
-    eval POLICY                        held-out accuracy of a run or a model
+    eval POLICY                        held-out accuracy of a run or a model; of a reward model, its pairs
     sample POLICY PROMPT               full and nested completions side by side
     report RUN                         figures and tables of a run, written into RUN/report
     measure-layers POLICY              each layer's divergence, for measured plans
@@ -35,6 +38,9 @@ from nested_reft.untrusted import printable
 # bring JAX along, which takes seconds that `--help` and a mistyped name need not wait for.
 COMMANDS = {
     "train": "train",
+    "sft": "sft",
+    "reward-model": "reward_model",
+    "dpo": "dpo",
     "configs": "configs",
     "eval": "evaluate",
     "sample": "sample",
@@ -45,6 +51,9 @@ COMMANDS = {
     "compile": "compile",
     "verify-estimators": "verify_estimators",
 }
+
+
+TRAINING = ("train", "sft", "reward-model", "dpo")  # what ends with a checkpoint when it is told to stop
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,7 +110,7 @@ def _run(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
     # A run is told to stop rather than broken off, also while its modules are imported: an interrupt that is raised
     # in there may get lost.
-    with stop_requests(_leave) if command == "train" else nullcontext():
+    with stop_requests(_leave) if command in TRAINING else nullcontext():
         importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(rest)
 
 

@@ -10,13 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from nested_reft.bridge_fitting import fit_bridges
-from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import command_parser, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.divergence import measure_layer_divergence, save_divergence, texts_of
+from nested_reft.divergence import Texts, measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
 from nested_reft.layer_plan import Part
 from nested_reft.models.bridges import Bridges
@@ -39,14 +38,15 @@ def run(arguments: list[str]) -> None:
         setup = setup_of(known.policy, known.config)
     config = setup.config
     rollouts = _full_rollouts(setup, known.prompts)
-    measured = {part: _measured(setup, rollouts, part) for part in dict.fromkeys(known.parts)}
+    with checking_input():
+        measured = {part: _measured(setup, rollouts, part) for part in dict.fromkeys(known.parts)}
     about = {
         "policy": known.policy,
         "config": config.name,
         "prompts": rollouts.length_BG.shape[0],  # a source may have fewer than were asked for
         "tokens": int(rollouts.length_BG.sum()),
         "temperature": config.rollout.sampling.temperature,
-        "unit": "nats per completion token, KL(full || full without the layer or part)",
+        "unit": "nats per completion token, KL(full || full without the layer or part, or with its bridge)",
     }
     save_divergence(known.out, measured, about)
     # The cheapest layer of the first measurement comes first.
@@ -85,10 +85,19 @@ def _measured(setup: Setup, rollouts: Rollouts, part: str) -> Float[np.ndarray, 
     model, temperature = setup.policy.model, setup.config.rollout.sampling.temperature
     texts = texts_of(rollouts)
     if part == "bridge":
-        if model.bridges is None:
-            model.bridges = Bridges(model.config.num_layers, model.config.width)
         # Texts that were fitted on would make the bridges look better than they are.
         half = rollouts.length_BG.shape[0] // 2
-        model.load_bridges(fit_bridges(model, [texts_of(rollouts, half)], BridgeConfig().ridge))
+        _fit(setup, texts_of(rollouts, half))
         texts = texts_of(take(jax.device_get(rollouts), range(half, rollouts.length_BG.shape[0])))
     return measure_layer_divergence(model, texts, temperature, PARTS[part])
+
+
+def _fit(setup: Setup, texts: Texts) -> None:
+    """Gives the model new bridges of the configuration's rank and ridge, each fitted alone."""
+    model, bridge = setup.policy.model, setup.config.nesting.bridge
+    tokens = int(np.asarray(texts[-1]).sum())
+    what = f"one half of the prompts has {tokens} tokens of answers to fit bridges on"
+    bridge.check_tokens(tokens, model.config.width, what, "raise --prompts")
+    # A run's own bridges would draw the new ones to them.
+    model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank)
+    model.load_bridges(fit_bridges(model, [texts], bridge.ridge))

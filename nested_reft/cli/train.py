@@ -16,32 +16,41 @@ from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
 from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
+from nested_reft.training.offline import OfflineKind, as_offline
 from nested_reft.training.reinforcement import EmptyUpdatesError
 from nested_reft.training.setup import run_config
 
 RUNS = "runs"
 
 
-def run(arguments: list[str]) -> None:
-    """Trains to the last step, prints the summary and draws the figures."""
+def run(arguments: list[str], command: str = "train", kind: OfflineKind | None = None) -> None:
+    """Trains to the last step, prints the summary and draws the figures.
+
+    Args:
+        arguments: of the command.
+        command: its name; `sft`, `reward-model` and `dpo` are `train` with an objective of their own.
+        kind: that objective; None keeps the configuration's.
+    """
     # Taken off first: argparse would take the value of an override that follows for it.
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    parser = _parser()
+    parser = _parser(command)
     known, overrides = parser.parse_known_args(arguments[1:] if name else arguments)
     if not set(HELP).isdisjoint(overrides):
         parser.print_help()
         if name is None:
             return
         say()  # the help of the fields follows, and ends the program, where the overrides are read
-    _train(known, name, overrides)
+    _train(known, name, overrides, command, kind)
 
 
-def _train(known: argparse.Namespace, name: str | None, overrides: list[str]) -> None:
+def _train(
+    known: argparse.Namespace, name: str | None, overrides: list[str], command: str, kind: OfflineKind | None
+) -> None:
     """A run that does not come to its end says how to continue."""
     path: Path | None = known.resume
     try:
         with checking_input():
-            config = _resolve_config(name, known.resume, overrides)
+            config = _resolve_config(name, known.resume, overrides, command, kind)
             _check_places(known)
             # A run that is complete loads no model.
             if known.resume is not None and is_complete(known.resume, config):
@@ -71,9 +80,12 @@ def _how_to_continue(path: Path | None) -> str:
     return f"to continue: nested-reft train --resume {path}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(
-        "train CONFIG", "Overrides follow as --FIELD VALUE; `train CONFIG --help` lists the fields.", compiles=True
+        f"{command} CONFIG",
+        f"Overrides follow as --FIELD VALUE; `{command} CONFIG --help` lists the fields.",
+        compiles=True,
+        has_help=False,  # that of the fields comes with it, so both are printed here
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
     parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
@@ -81,15 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _resolve_config(name: str | None, resume: Path | None, overrides: list[str]) -> Config:
+def _resolve_config(
+    name: str | None, resume: Path | None, overrides: list[str], command: str, kind: OfflineKind | None
+) -> Config:
     """The configuration of a name or a run, with overrides; a resumed run keeps its own, but it may take more steps."""
+
+    def named(name: str) -> Config:
+        return load_config(name) if kind is None else as_offline(load_config(name), kind)
+
     if resume is None:
         if name is None:
-            raise ValueError("train needs the name of a configuration as its first word, or --resume RUN")
-        return override(load_config(name), overrides)
+            raise ValueError(f"{command} needs the name of a configuration as its first word, or --resume RUN")
+        return override(named(name), overrides)
     stored = with_absolute_paths(run_config(resume), Path.cwd())
     # A name or overrides may be given once more, as long as they say what the run has.
-    asked = with_absolute_paths(override(stored if name is None else load_config(name), overrides), Path.cwd())
+    asked = with_absolute_paths(override(stored if name is None else named(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
     changed = forbidden_changes(stored.to_json(), asked.to_json())
     if not changed:

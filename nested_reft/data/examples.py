@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
-Checker = Literal["exact", "math", "task", "function"]
+Checker = Literal["exact", "math", "task", "function", "model"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Example:
 
     Attributes:
         question: the text asked, without instruction or chat template.
-        answer: the gold answer; of preference pairs, the preferred reply.
+        answer: the gold answer; of preference pairs, the preferred one. The other one is `metadata["rejected"]`.
         source: name of the source that it came from.
         metadata: whatever the source's verifier needs beyond the answer.
         reference: a known-good completion, if the source has one.
@@ -32,12 +32,20 @@ class Example:
     reference: str | None = None
     checker: Checker | None = None
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What two examples must not have in common: the question, or the whole of a preference pair."""
+        if "rejected" not in self.metadata:
+            return (self.question,)
+        return (self.question, self.answer, str(self.metadata["rejected"]))
+
 
 def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example] = ()) -> list[Example]:
     """The examples whose question was not asked before, in order; what is removed is reported.
 
     A repeated question would weigh double in training, and one that is held out as well would be
-    trained on and then tested. Of two examples with one question the first stays.
+    trained on and then tested. Of two examples with one question the first stays. One prompt may have several
+    preference pairs, as long as they differ.
 
     Args:
         examples: of one source.
@@ -48,17 +56,17 @@ def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example]
         The examples that stay.
     """
     elsewhere = {example.question for example in excluded}
-    kept: dict[str, Example] = {}
+    kept: dict[tuple[str, ...], Example] = {}
     repeated, heldout = [], []
     # Rows count from 1, as an editor shows them.
     for row, example in enumerate(examples, 1):
         # A question that is held out is reported as that, even if it is also repeated.
         if example.question in elsewhere:
             heldout.append((row, example))
-        elif example.question in kept:
+        elif example.identity in kept:
             repeated.append((row, example))
         else:
-            kept[example.question] = example
+            kept[example.identity] = example
     for removed, why in ((repeated, "ask what an earlier one asks"), (heldout, "are held out as well")):
         if removed:
             # One row is enough to find the others, and thousands would drown the log.

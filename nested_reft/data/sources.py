@@ -11,8 +11,8 @@ and each has its own configuration:
 - `JsonlSource`: a user's own file.
 
 A new kind is a new configuration, told apart by the names of its fields, and a case in
-`load_source`. Keep that function's promises: no question twice, none in both lists, the same lists
-for the same configuration. The reward must be able to read the answers:
+`load_source`. Keep that function's promises: no question twice but for the preference pairs of a prompt, none in
+both lists, the same lists for the same configuration. The reward must be able to read the answers:
 `rewards.reward.check_answers` says so before training.
 """
 
@@ -248,7 +248,10 @@ def _split(
     path, generators = field_path(config), [np.random.default_rng([config.seed, part]) for part in range(2)]
     if heldout_rows is None:
         rows = _shuffled(distinct(rows, "train"), generators[0])
-        heldout, train = rows[: config.heldout_size], rows[config.heldout_size :]
+        heldout = rows[: config.heldout_size]
+        # A prompt may have several preference pairs, and all of them stay on one side.
+        asked = {example.question for example in heldout}
+        train = [example for example in rows[config.heldout_size :] if example.question not in asked]
     else:
         heldout = _shuffled(distinct(heldout_rows, "heldout"), generators[0])
         # All held-out rows are excluded here, also those that the cut below leaves out.

@@ -33,6 +33,8 @@ def group_advantages(
       (n - 1) / n and leaves its direction (Dr. GRPO, arXiv 2503.20783).
     * `group_std`: (R_i - m) / (std + 1e-6), std with n - 1 in the denominator. Biased: it weights
       prompts, and groups of one prompt, by 1 / std (GRPO, arXiv 2402.03300).
+    * `weighted_leave_one_out`: R_i, NaN without a score. `weighted_advantages` subtracts the baseline in the
+      loss, where the weights are known.
 
     Args:
         reward_BG: rewards.

@@ -1,4 +1,4 @@
-"""Budgeted rejection at scoring time: drop samples at random, the more likely the less the target likes them.
+"""Budgeted rejection: drop samples at random, the more likely the less the target likes them.
 
 With rho = pi / pi_b of a token or completion and a budget lambda > 0, a sample is accepted with probability
 

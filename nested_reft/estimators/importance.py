@@ -13,8 +13,9 @@ and the weight h_t of token t is a *variant* of it, combined over tokens by a *l
     practical  pi / pi_old              updates since the rollout, not the nesting; equal to `one` when
                                         one update follows one rollout
     retrace    lambda * min(1, rho_t)   like `base`, but never above lambda
-    interpolated                        1 - a + a w, with w `base` at its level: as much of `base` as the share a
-    mixture    see `mixture_log_weight` both, for groups drawn from nested and full model
+
+`interpolated` is 1 - a + a w instead, with w `base` at its level and a share a. `mixture` has the weight of
+`mixture_log_weight`, for groups drawn from both the nested and the full model.
 
     level      weight h_t               bias and variance of `base` at that level
     token      c_t                      exact for the token, not for its prefix or what follows: biased;

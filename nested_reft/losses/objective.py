@@ -1,8 +1,8 @@
 """What an update minimises: the contract between the learner and every loss.
 
-An objective says which passes and log-probabilities it reads (`needs`), what a completion's reward
-means to it (`signal`), and what is summed over tokens (`loss`). It does not decide how completions are
-sampled, which of them count, or what the curriculum learns from. One `make_update` serves all
+An objective says which passes and log-probabilities it reads (`needs`), and what is summed over tokens (`loss`). One
+that learns from rollouts also says what a completion's reward means to it (`signal`). It does not decide how
+completions are sampled, which of them count, or what the curriculum learns from. One `make_update` serves all
 objectives, so micro-batches, rematerialisation, shared prompts and adapters come with each.
 """
 
@@ -36,8 +36,8 @@ class Needs:
         may_reject: whether the loss may give all tokens the weight 0. Such an update is left out.
         acceptance_draw: random numbers by which samples are accepted, `acceptance_draw_BGC`.
         mix_share: the share of the importance weight, `mix_share_B`.
-        values: a value of each token's state, of the model's own head; the learner scores it before the first update,
-            `old_value_BGC`, together with log pi_old, and asks `TokenSignals` for the signals of tokens.
+        values: a value of each token's state, of the model's own head. For `TokenSignals` the learner scores it before
+            the first update as well, `old_value_BGC`, together with log pi_old.
         beta: gives `beta_B` from the number of batches that were learnt from before; None where there is none.
         reference_reset_every: after how many of them the policy becomes the reference; None for never.
     """
@@ -129,18 +129,6 @@ class Objective(Protocol):
         """
         ...
 
-    def signal(self, groups: Scored) -> Float[Array, "B G"]:
-        """What the loss learns from each completion.
-
-        Args:
-            groups: B groups with their rewards, on the host, perhaps of several policies.
-
-        Returns:
-            One number per completion. Where there is no reward it is zero, or NaN if the loss still has to know.
-            No gradient passes through it.
-        """
-        ...
-
     def metrics(self, parts: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
         """What is logged: the parts' means, and what is made of several of them.
 
@@ -158,5 +146,22 @@ class Objective(Protocol):
 
         Returns:
             Sums and their weights, not yet divided, so that parts of a batch add up.
+        """
+        ...
+
+
+@runtime_checkable
+class RolloutObjective(Objective, Protocol):
+    """An objective that learns from scored rollouts; the others learn from completions that somebody wrote."""
+
+    def signal(self, groups: Scored) -> Float[Array, "B G"]:
+        """What the loss learns from each completion.
+
+        Args:
+            groups: B groups with their rewards, on the host, perhaps of several policies.
+
+        Returns:
+            One number per completion. Where there is no reward it is zero, or NaN if the loss still has to know.
+            No gradient passes through it.
         """
         ...

@@ -11,11 +11,11 @@ With pi_b the policy that sampled, pi_old the full model just before the batch's
     two (bypass)      m min(h A, clip(h) A)                   pi / pi_b
     three (decoupled) m h min(r A, clip(r) A), r = pi/pi_old  pi_old / pi_b, frozen for all updates on the batch
 
-The mask m is 0 or 1 (`estimators.rejection`) and judges the ratio that h is made of. With `two` a token that the
-sampler underrates may be clipped before the optimizer has moved at all; with `three` the clip bounds what the
-optimizer did and nothing else (Hilton et al., 2022, arXiv 2110.00641; AReaL, arXiv 2505.24298). At pi = pi_old
-three policies give the plain weight h, and at pi_b = pi_old PPO. TIS (Yao et al., 2025), IcePop, verl's decoupled mode
-and TRL's correction of its sampler have this form.
+The mask m is 0 or 1 (`estimators.rejection`). It judges pi / pi_b, or pi_old / pi_b with three policies. With `two` a
+token that the sampler underrates may be clipped before the optimizer has moved at all; with `three` the clip bounds
+what the optimizer did and nothing else (Hilton et al., 2022, arXiv 2110.00641; AReaL, arXiv 2505.24298). At
+pi = pi_old three policies give the plain weight h, and at pi_b = pi_old PPO. TIS (Yao et al., 2025), IcePop, verl's
+decoupled mode and TRL's correction of its sampler have this form.
 
 For `base` and `practical` at `token` level this equals differentiating the PPO surrogate itself; at
 `sequence` and `geometric` level likewise, with the surrogate of the completion counted once under
@@ -36,28 +36,17 @@ A token's term is multiplied by c_t and the sum divided by a weight W, both from
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages, weighted_advantages
-from nested_reft.estimators.budgeted_rejection import accepted_log_weight, is_accepted
 from nested_reft.estimators.health import kish
-from nested_reft.estimators.importance import (
-    LOGPROB_FLOOR,
-    importance_log_weight,
-    interpolated_log_weight,
-    limited_weight,
-    mixture_log_weight,
-    token_log_ratio,
-)
+from nested_reft.estimators.importance import LOGPROB_FLOOR
 from nested_reft.estimators.kl import kl_estimate
-from nested_reft.estimators.rejection import accepted, mismatch
 from nested_reft.losses.config import Normalization, PolicyGradientConfig
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
+from nested_reft.losses.token_weights import TokenWeights, clipped_ratio, token_weights
 from nested_reft.losses.value import value_loss, with_advantages
 from nested_reft.types import Scored, TrainBatch, Weighted
 
@@ -172,7 +161,7 @@ def policy_gradient_loss(
 
         L = - sum_t c_t [ term_t - beta KL_t + eta entropy_t - gamma KL(full || nested)_t ] / W
 
-    See the module for the term, c and W, `clipped_ratio` for the clips, `estimators.kl` for the penalty
+    See the module for the term, c and W, `losses.token_weights` for weights and clips, `estimators.kl` for the penalty
     (`k1_in_reward` changes A_t instead). A token's whole weight is m h, or m h r with three policies. With
     `self_normalized`, the surrogate's W is the sum of these weights where it was a count: its gradient is then the
     weighted mean of A grad log pi, exactly the same for any split into micro-batches; c times W's count stays as above.
@@ -221,36 +210,12 @@ def policy_gradient_loss(
     total_weight = (share_BGC * whole_weight_BGC).sum() if config.self_normalized else share_BGC.sum()
     policy_loss = Weighted(-(coefficient_BGC * objective_BGC).sum(), total_weight)
 
-    def token_mean(value_BGC: Array) -> Weighted:
-        return Weighted(
-            jnp.where(mask_BGC, jax.lax.stop_gradient(value_BGC), 0.0).sum(), mask_BGC.sum(dtype=jnp.float32)
-        )
-
-    parts = {
-        "policy_loss": policy_loss,
-        "clipped_share": token_mean(clipped_BGC & weights.accepted_BGC),
-        "limited_share": token_mean(weights.truncated_BGC),
-        "weight_mean": token_mean(whole_weight_BGC),
-        "weight_square_mean": token_mean(whole_weight_BGC**2),
-    }
-    if config.may_reject:
-        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
-        parts["accepted_tokens"] = token_mean(weights.accepted_BGC)
-        parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
-    # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
-    if batch.reference_logprob_BGC is not None:
-        parts["reference_kl"] = token_mean(kl_estimate(frozen_BGC, batch.reference_logprob_BGC, "k3"))
+    parts = {"policy_loss": policy_loss} | _weight_parts(weights, clipped_BGC, mask_BGC, config)
+    penalty_BGC, penalty_parts = _penalties(
+        target_logprob_BGC, batch, config, entropy_BGC, self_distillation_kl_BGC, value_BGC
+    )
+    parts |= penalty_parts
     # The penalties are added to the surrogate without the importance weight, as GRPO adds them.
-    penalty_BGC = jnp.where(mask_BGC, _token_penalties(target_logprob_BGC, batch, config, entropy_BGC), 0.0)
-    if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
-        parts["self_distillation_kl"] = token_mean(self_distillation_kl_BGC)
-        penalty_BGC += config.self_distillation_coefficient * jnp.where(mask_BGC, self_distillation_kl_BGC, 0.0)
-    if config.critic is not None:
-        assert value_BGC is not None and batch.old_value_BGC is not None and batch.return_BGC is not None
-        limit = config.critic.value_clip
-        value_loss_BGC, stopped_BGC = value_loss(value_BGC, batch.old_value_BGC, batch.return_BGC, limit)
-        penalty_BGC += config.critic.value_coefficient * jnp.where(mask_BGC, value_loss_BGC, 0.0)
-        parts |= _critic_parts(value_loss_BGC, stopped_BGC, value_BGC, batch, token_mean)
     penalty = Weighted((coefficient_BGC * penalty_BGC).sum(), share_BGC.sum())
     if config.self_normalized and _has_penalty(config):
         # The sum of weights is a matter of the surrogate. It would blow the penalty up wherever it is small.
@@ -259,140 +224,29 @@ def policy_gradient_loss(
     return LossOutput(Weighted(policy_loss.sum + penalty.sum, total_weight), parts, whole_weight_BGC * mask_BGC)
 
 
-class TokenWeights(NamedTuple):
-    """What multiplies each token's advantage: the product of a factor and of what the clip acts on.
-
-    Attributes:
-        factor_BGC: m, or m h with three policies.
-        ratio_BGC: h, or r with three policies.
-        accepted_BGC: True at the tokens that count and that the mask or the budget keeps.
-        truncated_BGC: True where truncation changed h.
-    """
-
-    factor_BGC: Float[Array, "B G C"]
-    ratio_BGC: Float[Array, "B G C"]
-    accepted_BGC: Bool[Array, "B G C"]
-    truncated_BGC: Bool[Array, "B G C"]
+def _token_mean(value_BGC: Array, mask_BGC: Array) -> Weighted:
+    """A mean for the log, over the tokens that count."""
+    return Weighted(jnp.where(mask_BGC, jax.lax.stop_gradient(value_BGC), 0.0).sum(), mask_BGC.sum(dtype=jnp.float32))
 
 
-def token_weights(
-    target_logprob_BGC: Float[Array, "B G C"],
-    mask_BGC: Bool[Array, "B G C"],
-    batch: TrainBatch,
-    config: PolicyGradientConfig,
-) -> TokenWeights:
-    """Weight, mask and ratio of every token, frozen; see the module's first table.
-
-    Args:
-        target_logprob_BGC: log pi, frozen.
-        mask_BGC: the tokens that count.
-        batch: gives the log-probabilities of the other policies.
-        config: the parts.
-    """
-    # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
-    old_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
-    is_decoupled = config.clip_policies == "three"
-    # Decoupled, h corrects the sampler and no later update, so the model that it leads to stands still.
-    corrected_BGC = old_BGC if is_decoupled else target_logprob_BGC
-    log_weight_BGC = batch_log_weight(corrected_BGC, mask_BGC, batch, config)
-    # Positions without a token are judged as well, because a weighted baseline reads the weights there.
-    kept_BGC = jnp.ones_like(mask_BGC)
-    if config.obrs_lambda is not None:
-        assert batch.acceptance_draw_BGC is not None  # `_check_inputs` has refused a batch without it
-        draw_BGC = batch.acceptance_draw_BGC
-        # One draw decides for a whole completion.
-        draw_BGC = jnp.broadcast_to(draw_BGC[..., :1], draw_BGC.shape) if config.level == "sequence" else draw_BGC
-        kept_BGC &= is_accepted(log_weight_BGC, draw_BGC, config.obrs_lambda)
-        log_weight_BGC = accepted_log_weight(log_weight_BGC, config.obrs_lambda)
-    weight_BGC = limited_weight(log_weight_BGC, config.truncate_at)
-    if config.reject_by is not None:
-        assert batch.behavior_logprob_BGC is not None  # `_check_inputs` has refused a batch without it
-        mismatch_BGC = mismatch(corrected_BGC, batch.behavior_logprob_BGC, mask_BGC, config.reject_by)
-        kept_BGC &= accepted(mismatch_BGC, config.reject_below, config.reject_above)
-    factor_BGC, ratio_BGC = kept_BGC.astype(jnp.float32), weight_BGC
-    if is_decoupled:
-        step_BGC = importance_log_weight(
-            token_log_ratio(target_logprob_BGC, old_BGC), mask_BGC, "base", config.clip_level
-        )
-        factor_BGC, ratio_BGC = factor_BGC * weight_BGC, limited_weight(step_BGC)
-    # Without a limit given, `limited_weight` sets none.
-    is_truncated_BGC = weight_BGC != limited_weight(log_weight_BGC)
-    return TokenWeights(factor_BGC, ratio_BGC, mask_BGC & kept_BGC, is_truncated_BGC)
-
-
-def batch_log_weight(
-    target_logprob_BGC: Float[Array, "B G C"],
-    mask_BGC: Bool[Array, "B G C"],
-    batch: TrainBatch,
-    config: PolicyGradientConfig,
-) -> Float[Array, "B G C"]:
-    """log h of the configured variant, with the denominators that the batch carries.
-
-    Args:
-        target_logprob_BGC: log-probability of the policy that h leads to, frozen: pi, or pi_old with three policies.
-        mask_BGC: the tokens that count.
-        batch: gives the log-probabilities of the policies to divide by.
-        config: variant, level and lambda.
-
-    Returns:
-        log h in nats, before any limit.
-    """
-    # Without a log-probability of its own, theta_old is theta: this is the first update after the rollout.
-    old_logprob_BGC = target_logprob_BGC if batch.old_logprob_BGC is None else batch.old_logprob_BGC
-    if config.bias_mitigation == "mixture":
-        assert batch.nested_logprob_BGC is not None and batch.full_share_BG is not None
-        return mixture_log_weight(
-            target_logprob_BGC, old_logprob_BGC, batch.nested_logprob_BGC, mask_BGC, batch.full_share_BG
-        )
-    # `practical` ignores the nesting, while the other variants divide by the policy that sampled.
-    denominator_BGC = old_logprob_BGC if config.bias_mitigation == "practical" else batch.behavior_logprob_BGC
-    assert denominator_BGC is not None  # `_check_inputs` has refused a batch without it
-    log_ratio_BGC = token_log_ratio(target_logprob_BGC, denominator_BGC)
-    if config.bias_mitigation == "interpolated":
-        assert batch.mix_share_B is not None
-        base_BGC = importance_log_weight(log_ratio_BGC, mask_BGC, "base", config.level)
-        return interpolated_log_weight(base_BGC, batch.mix_share_B)
-    return importance_log_weight(log_ratio_BGC, mask_BGC, config.bias_mitigation, config.level, config.retrace_lambda)
-
-
-def clipped_ratio(
-    ratio_BGC: Float[Array, "B G C"],
-    advantage_BGC: Float[Array, "B G C"],
-    clip_low: float | None,
-    clip_high: float | None,
-    dual_clip: float | None,
-) -> tuple[Float[Array, "B G C"], Bool[Array, "B G C"]]:
-    """The ratio that PPO's pessimistic surrogate multiplies the advantage by, with a limit for each side and each sign.
-
-        min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and at least dual_clip * A where A < 0
-
-    is A times r limited to r <= 1 + clip_high where A > 0, and to 1 - clip_low <= r <= dual_clip where A < 0.
-    A token beyond its limit has no gradient; one exactly on it has.
-
-    Source: PPO (Schulman et al., 2017, eq. 7); clip-higher: DAPO (arXiv 2503.14476, eq. 10); dual
-    clip: Ye et al. (2020, eq. 5).
-
-    Args:
-        ratio_BGC: r, or the weight h with two policies; frozen, more than 0.
-        advantage_BGC: A, no gradient, zero at tokens that do not count.
-        clip_low: in (0, 1); None for no limit below.
-        clip_high: more than 0; None for no limit above.
-        dual_clip: c, more than 1; None for no limit above where A < 0.
-
-    Returns:
-        The limited ratio, and True where a limit changed it.
-    """
-    # The minimum in the formula binds on one side only, and which one it is depends on the sign of A.
-    highest_BGC = jnp.full(ratio_BGC.shape, jnp.inf)
-    if clip_high is not None:
-        highest_BGC = jnp.where(advantage_BGC > 0, 1 + clip_high, highest_BGC)
-    if dual_clip is not None:
-        highest_BGC = jnp.where(advantage_BGC < 0, dual_clip, highest_BGC)
-    lowest_BGC = jnp.zeros(ratio_BGC.shape)
-    if clip_low is not None:
-        lowest_BGC = jnp.where(advantage_BGC < 0, 1 - clip_low, lowest_BGC)
-    clipped_BGC = (ratio_BGC < lowest_BGC) | (ratio_BGC > highest_BGC)
-    return jnp.clip(ratio_BGC, lowest_BGC, highest_BGC), clipped_BGC
+def _weight_parts(
+    weights: TokenWeights, clipped_BGC: Array, mask_BGC: Array, config: PolicyGradientConfig
+) -> dict[str, Weighted]:
+    """What is logged of weights, clips and masks."""
+    whole_weight_BGC = weights.factor_BGC * weights.ratio_BGC
+    measured = {
+        "clipped_share": clipped_BGC & weights.accepted_BGC,
+        "limited_share": weights.truncated_BGC,
+        "weight_mean": whole_weight_BGC,
+        "weight_square_mean": whole_weight_BGC**2,
+    }
+    if config.may_reject:
+        measured["accepted_tokens"] = weights.accepted_BGC
+    parts = {name: _token_mean(value_BGC, mask_BGC) for name, value_BGC in measured.items()}
+    if config.may_reject:
+        has_tokens_BG, is_kept_BG = mask_BGC.any(axis=-1), weights.accepted_BGC.any(axis=-1)
+        parts["accepted_completions"] = Weighted(*(x.sum(dtype=jnp.float32) for x in (is_kept_BG, has_tokens_BG)))
+    return parts
 
 
 def normalization_shares(
@@ -444,19 +298,37 @@ def _token_advantages(
     return jnp.where(mask_BGC, advantage_BGC, 0.0)
 
 
-def _token_penalties(
-    target_logprob_BGC: Array, batch: TrainBatch, config: PolicyGradientConfig, entropy_BGC: Array | None
-) -> Array:
-    """beta KL_t - eta entropy_t; `k1_in_reward` is no part of it."""
-    penalty_BGC = jnp.zeros_like(target_logprob_BGC)
-    # `k1` as a loss has a gradient of mean zero, so it acts on the advantage alone.
-    if config.reference_kl in ("k2_loss", "k3_loss") and batch.reference_logprob_BGC is not None:
-        estimator = "k2" if config.reference_kl == "k2_loss" else "k3"
-        kl_BGC = kl_estimate(target_logprob_BGC, batch.reference_logprob_BGC, estimator)
-        penalty_BGC += config.reference_kl_coefficient * kl_BGC
+def _penalties(
+    target_logprob_BGC: Array,
+    batch: TrainBatch,
+    config: PolicyGradientConfig,
+    entropy_BGC: Array | None,
+    self_distillation_kl_BGC: Array | None,
+    value_BGC: Array | None,
+) -> tuple[Array, dict[str, Weighted]]:
+    """All that is added to the surrogate for each token that counts, and what is logged of it."""
+    mask_BGC, reference_BGC = batch.mask_BGC, batch.reference_logprob_BGC
+    penalty_BGC, parts = jnp.zeros_like(target_logprob_BGC), {}
+    if reference_BGC is not None:
+        # Whatever the penalty is, the log has k3: it is unbiased and has little noise.
+        parts["reference_kl"] = _token_mean(kl_estimate(target_logprob_BGC, reference_BGC, "k3"), mask_BGC)
+        # `k1` as a loss has a gradient of mean zero, so it acts on the advantage alone.
+        if config.reference_kl in ("k2_loss", "k3_loss"):
+            estimator = "k2" if config.reference_kl == "k2_loss" else "k3"
+            kl_BGC = kl_estimate(target_logprob_BGC, reference_BGC, estimator)
+            penalty_BGC += config.reference_kl_coefficient * kl_BGC
     if config.entropy_coefficient and entropy_BGC is not None:
         penalty_BGC -= config.entropy_coefficient * entropy_BGC
-    return penalty_BGC
+    if config.self_distillation_coefficient and self_distillation_kl_BGC is not None:
+        parts["self_distillation_kl"] = _token_mean(self_distillation_kl_BGC, mask_BGC)
+        penalty_BGC += config.self_distillation_coefficient * self_distillation_kl_BGC
+    if config.critic is not None:
+        assert value_BGC is not None and batch.old_value_BGC is not None and batch.return_BGC is not None
+        limit = config.critic.value_clip
+        value_loss_BGC, stopped_BGC = value_loss(value_BGC, batch.old_value_BGC, batch.return_BGC, limit)
+        penalty_BGC += config.critic.value_coefficient * value_loss_BGC
+        parts |= _critic_parts(value_loss_BGC, stopped_BGC, value_BGC, batch)
+    return jnp.where(mask_BGC, penalty_BGC, 0.0), parts
 
 
 def _has_penalty(config: PolicyGradientConfig) -> bool:
@@ -465,20 +337,20 @@ def _has_penalty(config: PolicyGradientConfig) -> bool:
     return config.reference_kl in ("k2_loss", "k3_loss") or any(coefficients) or config.critic is not None
 
 
-def _critic_parts(
-    loss_BGC: Array, clipped_BGC: Array, value_BGC: Array, batch: TrainBatch, token_mean: Callable[[Array], Weighted]
-) -> dict[str, Weighted]:
+def _critic_parts(loss_BGC: Array, clipped_BGC: Array, value_BGC: Array, batch: TrainBatch) -> dict[str, Weighted]:
     """What is logged of a critic. Moments of returns and errors become the explained variance."""
     assert batch.return_BGC is not None
-    parts = {
-        "value_loss": token_mean(loss_BGC),
-        "value_clipped_share": token_mean(clipped_BGC),
-        "value_mean": token_mean(value_BGC),
-        "return_mean": token_mean(batch.return_BGC),
-        "return_square_mean": token_mean(batch.return_BGC**2),
-        "value_error_mean": token_mean(batch.return_BGC - value_BGC),
-        "value_error_square_mean": token_mean((batch.return_BGC - value_BGC) ** 2),
+    error_BGC = batch.return_BGC - value_BGC
+    measured = {
+        "value_loss": loss_BGC,
+        "value_clipped_share": clipped_BGC,
+        "value_mean": value_BGC,
+        "return_mean": batch.return_BGC,
+        "return_square_mean": batch.return_BGC**2,
+        "value_error_mean": error_BGC,
+        "value_error_square_mean": error_BGC**2,
     }
+    parts = {name: _token_mean(measured_BGC, batch.mask_BGC) for name, measured_BGC in measured.items()}
     if batch.old_logprob_BGC is not None and batch.reference_logprob_BGC is not None:
         kl_BGC = jnp.where(batch.mask_BGC, kl_estimate(batch.old_logprob_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
         parts["completion_kl"] = Weighted(kl_BGC.sum(), batch.mask_BGC.any(axis=-1).sum(dtype=jnp.float32))

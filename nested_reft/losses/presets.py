@@ -12,7 +12,7 @@ for numerical mismatch between two copies of one policy. A nested policy is furt
 completion's geometric mean of 0.89 is normal, and published bounds of 0.999 to 1.001 would reject everything. So the
 defaults are wider where they must be, and the published bounds are in the docstrings. `nested-reft report` shows the
 bounds that would keep 95 % and 99 % of a run's own samples. A rejected term stays in the divisor, as in TRL and IcePop;
-verl takes it out of the divisor too, for which there is `self_normalized` with weights 1.
+verl takes it out of the divisor too. `self_normalized` does that here, with `bias_mitigation one`.
 
 What surrounds the loss (dynamic sampling, length penalties, learning rates) is not part of a preset.
 """

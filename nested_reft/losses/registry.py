@@ -9,19 +9,27 @@ import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
+from nested_reft.losses.bradley_terry import BradleyTerry, BradleyTerryConfig
 from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.dpo import Dpo, DpoConfig
 from nested_reft.losses.objective import Objective
 from nested_reft.losses.policy_gradient import PolicyGradient
-from nested_reft.losses.supervised import Supervised, SupervisedConfig
+from nested_reft.losses.supervised import SftConfig, Supervised, SupervisedConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalance, TrajectoryBalanceConfig
 
-ObjectiveConfig = PolicyGradientConfig | SupervisedConfig | TrajectoryBalanceConfig
+OfflineConfig = SftConfig | BradleyTerryConfig | DpoConfig
+"""What learns from completions that somebody wrote, and samples none."""
+
+ObjectiveConfig = PolicyGradientConfig | SupervisedConfig | TrajectoryBalanceConfig | OfflineConfig
 
 _OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Any], Objective]] = {
     PolicyGradientConfig: PolicyGradient,
     # A rollout is not a demonstration until it is found right, so `demonstrations` stays False here.
     SupervisedConfig: lambda config: Supervised(),
     TrajectoryBalanceConfig: TrajectoryBalance,
+    SftConfig: lambda config: Supervised(demonstrations=True),
+    BradleyTerryConfig: lambda config: BradleyTerry(),
+    DpoConfig: Dpo,
 }
 
 OBJECTIVE_CONFIGS: dict[str, type[ObjectiveConfig]] = {config.kind: config for config in get_args(ObjectiveConfig)}

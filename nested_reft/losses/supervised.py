@@ -34,6 +34,20 @@ class SupervisedConfig:
         check_choice("loss.kind", self.kind, Kind)
 
 
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning: cross-entropy of what the sources give, without rollouts.
+
+    Attributes:
+        kind: tells this objective from the others in a stored configuration; it has one value.
+    """
+
+    kind: Literal["sft"] = "sft"
+
+    def __post_init__(self):
+        check_choice("loss.kind", self.kind, Literal["sft"])
+
+
 class Supervised:
     """The supervised objective, for demonstrations (warm start) and for right rollouts alike.
 

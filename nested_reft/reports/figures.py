@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_reft.json_files import read_json_object
-from nested_reft.reports.tables import table
+from nested_reft.reports.tables import hacking_text, table
 from nested_reft.run_directory import read_log
 from nested_reft.untrusted import printable
 
@@ -41,6 +41,9 @@ FIGURES = {
     ),
     "entropy": ("Entropy of the target", "nats / token", ("entropy",)),
     "length": ("Length of the completions", "tokens", ("completion_tokens",)),
+    "loss": ("Loss of runs without rollouts", "nats", ("cross_entropy",)),
+    "pairs": ("Preference pairs that are ordered right", "share", ("pair_accuracy",)),
+    "margin": ("Score of preferred answers and of the others", "score", ("chosen_score", "rejected_score")),
     "gradient_norm": ("Norm of the gradient, before clipping", "norm", ("gradient_norm",)),
 }
 # A figure for all metrics of a run whose names begin alike.
@@ -104,7 +107,8 @@ def write_report(run: Path) -> dict[str, Any]:
     result = summarize(lines) | {"directory": str(directory)}
     images = "".join(f"\n![{name}]({name}.png)\n" for name in drawings)
     # Tables stand in a code block: words of the metrics are then shown as they are, and columns line up.
-    text = f"# {_one_line(run.name)}\n\n```\n{report_text(result, lines)}\n```\n{images}"
+    words = "\n\n".join([report_text(result, lines), *_reward_hacking(run)])
+    text = f"# {_one_line(run.name)}\n\n```\n{words}\n```\n{images}"
     (directory / "report.md").write_text(text, encoding="utf-8")
     return result
 
@@ -313,10 +317,20 @@ def _with_last_heldout(lines: Sequence[Line], run: Path) -> list[Line]:
         # The summary of a run that goes on is that of an earlier end.
         if not lines or summary.get("steps") != lines[-1]["step"]:
             return list(lines)
-        last = {f"heldout/{name}": result["greedy_accuracy"] for name, result in summary["after"].items()}
+        # A run without rollouts has pairs, whose accuracy is no greedy one, or none at all.
+        found = {n: each.get("greedy_accuracy", each.get("accuracy")) for n, each in summary["after"].items()}
+        last = {f"heldout/{name}": accuracy for name, accuracy in found.items() if accuracy is not None}
     except (ValueError, TypeError, KeyError, AttributeError):  # a summary that cannot be read takes nothing away
         return list(lines)
     return [*lines[:-1], lines[-1] | last]
+
+
+def _reward_hacking(run: Path) -> list[str]:
+    """What the summary says of a reward model, as at most one text."""
+    try:
+        return [hacking_text(read_json_object(run / "summary.json")["reward_hacking"])]
+    except (ValueError, TypeError, KeyError, OSError):  # no summary, or a run without a reward model
+        return []
 
 
 def _without_compiling(lines: Sequence[Line]) -> list[Line]:

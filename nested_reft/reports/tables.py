@@ -72,6 +72,8 @@ def summary_table(summary: dict[str, Any]) -> str:
     Args:
         summary: the contents of a run's `summary.json`.
     """
+    if "objective" in summary:
+        return _offline_table(summary)
     left_out = f"{summary['layers'] - summary['kept_layers']} of {summary['layers']} layers"
     bridges = f"{summary['bridges']} bridges"
     facts = [
@@ -88,8 +90,77 @@ def summary_table(summary: dict[str, Any]) -> str:
         # They add up to their total; a run that was resumed counts the time of its last process.
         *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
     ]
-    accuracy = evaluation_table(summary["before"], summary["after"])
-    return f"{accuracy}\n\n{table(['run', 'value'], facts)}\n\nrun directory: {summary['run_directory']}"
+    parts = [evaluation_table(summary["before"], summary["after"]), table(["run", "value"], facts)]
+    if "reward_hacking" in summary:
+        parts.append(hacking_text(summary["reward_hacking"]))
+    return "\n\n".join([*parts, f"run directory: {summary['run_directory']}"])
+
+
+def hacking_text(found: dict[str, Any]) -> str:
+    """The learned reward beside what it should not part from, and the warning where it does.
+
+    Args:
+        found: of `reports.hacking.reward_hacking`.
+    """
+    titles = {"learned": "learned reward", "gold": f"gold reward ({found['gold_metric']})", "kl": "KL to the reference"}
+    titles |= {"tokens": "tokens of a completion", "disagreement": "std between reward models"}
+    rows = [
+        [title, *(f"{value:.3f}" for value in found[name])]
+        for name, title in titles.items()
+        if name in found  # a run logs what it has
+    ]
+    size = found["window_steps"]
+    text = table(["reward model", f"first {size} steps", f"last {size} steps"], rows)
+    return text if found["warning"] is None else f"{text}\nwarning: {printable(found['warning'])}"
+
+
+def _offline_table(summary: dict[str, Any]) -> str:
+    """The table that ends a run without rollouts."""
+    rows = [
+        [f"{source} ({first['examples']} examples): {name}", share(first[name]), share(summary["after"][source][name])]
+        for source, first in summary["before"].items()
+        for name in ("loss", "accuracy")
+        if name in first
+    ]
+    facts = [
+        ["compiled programs", summary["compilations"]],
+        *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
+    ]
+    parts = [table(["held-out", "before", "after"], rows)]
+    if "reward_model" in summary:
+        parts.append(reward_table(summary["reward_model"]))
+    parts += [table(["run", "value"], facts), f"run directory: {summary['run_directory']}"]
+    return "\n\n".join(parts)
+
+
+def reward_table(facts: dict[str, Any]) -> str:
+    """What a reward model is worth on held-out pairs.
+
+    Args:
+        facts: of `training.reward_facts`.
+    """
+
+    def interval(each: dict[str, Any]) -> str:
+        return "{} ({:.3f} to {:.3f})".format(share(each["accuracy"]), *each["accuracy_interval"])
+
+    rows = []
+    for source, report in facts["sources"].items():
+        baseline = report["length_baseline"]
+        correlation = report["length_correlation"]
+        rows += [
+            [f"{source} ({report['pairs']} pairs): accuracy (95 %)", interval(report)],
+            [f"{source}: accuracy of a bet on the {baseline['bets_on']} answer", interval(baseline)],
+            [f"{source}: expected calibration error", share(report["calibration"]["ece"])],
+            [f"{source}: share of pairs whose longer answer it prefers", share(report["prefers_longer"])],
+            [f"{source}: correlation of reward and length", "-" if correlation is None else f"{correlation:+.3f}"],
+        ]
+        for each in report["calibration"]["bins"]:
+            title = f"{source}: right where it claims {each['claimed']:.2f} ({each['pairs']} pairs)"
+            rows.append([title, share(each["right"])])
+    rows.append(
+        [f"rewards of {facts['references']} preferred answers, mean and std", f"{facts['mean']:.3f} {facts['std']:.3f}"]
+    )
+    return table(["reward model", "held-out"], rows)
 
 
 def _step_facts(summary: dict[str, Any]) -> list[list[str]]:

@@ -29,6 +29,7 @@ from nested_reft.types import Prompts
 logger = logging.getLogger(__name__)
 
 FAILURES: tuple[str, ...] = get_args(Failure)
+CUT_OFF = -1.0  # what a reward model's number is for a completion without a stop token
 TRIAL_CALLS = 3  # of the user's function, on gold answers before training
 MAX_TASK_CHARS = 10_000  # of an answer that a task's own verifier reads
 
@@ -41,7 +42,8 @@ class RewardConfig:
         checker: what decides whether an answer is right, where a source does not say otherwise:
             `exact`, the completion is or announces one number; `math`, it marks one final answer that
             equals the gold one; `task`, the verifier of the source's reasoning-gym task gives full
-            marks; `function`, `function` returns 1 or more.
+            marks; `function`, `function` returns 1 or more; `model`, the reward of `model` is more than 0, which is
+            the average of preferred answers.
         accept_unevaluated: `math` takes arithmetic that is yet to be done for right, such as `12 * 37` for 444.
             Turn it off where the question states the arithmetic, since a policy may then copy the question.
         format_weight: reward for a completion in the checker's form, right or wrong; 0 or more.
@@ -50,6 +52,11 @@ class RewardConfig:
             and returns a number of any kind that `float` takes. It is tried on a few gold answers before
             training. A run's configuration thus names code: look before you load a stranger's run.
         function_weight: of that number in the reward.
+        model: trained reward models, whose mean takes the place of the accuracy: runs of `nested-reft reward-model`,
+            or what `nested-reft export` made of them. 0 is the mean of the preferred answers that each was
+            normalised on, and 1 a standard deviation. What was cut off gets -1, as in DR-PO. With several, the
+            standard deviation between them is logged.
+        model_weight: of that mean in the reward.
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
             tokens before `rollout.max_completion_tokens`; 0 for none.
         overlong_weight: of the punishment in the reward; 0 or more.
@@ -65,6 +72,8 @@ class RewardConfig:
     format_weight: float = 0.0
     function: str | None = None
     function_weight: float = 1.0
+    model: tuple[str, ...] = ()
+    model_weight: float = 1.0
     overlong_cache_tokens: int = 0
     overlong_weight: float = 1.0
     overlong_filter: bool = False
@@ -78,9 +87,12 @@ class RewardConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"reward.{name} is {value}; allowed is a finite number, 0 or more")
-        if not math.isfinite(self.function_weight):
-            raise ValueError(f"reward.function_weight is {self.function_weight}; allowed is a finite number")
-        for name in ("format_weight", "overlong_weight", "function_weight"):
+        for name in ("function_weight", "model_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"reward.{name} is {getattr(self, name)}; allowed is a finite number")
+        if len(set(self.model)) < len(self.model):
+            raise ValueError(f"reward.model is {self.model}; allowed is each reward model once")
+        for name in ("format_weight", "overlong_weight", "function_weight", "model_weight"):
             if abs(getattr(self, name)) > LARGEST_REWARD:
                 raise ValueError(f"reward.{name} is {getattr(self, name)}; allowed is at most {LARGEST_REWARD:g}")
         if not (math.isfinite(self.time_limit_seconds) and self.time_limit_seconds > 0):
@@ -107,6 +119,7 @@ def score(
     config: RewardConfig,
     length_BG: Int[np.ndarray, "B G"] | None = None,
     max_completion_tokens: int | None = None,
+    learned_MBG: Float[np.ndarray, "M B G"] | None = None,
 ) -> tuple[
     Float[np.ndarray, "B G"],
     Float[np.ndarray, "B G"],
@@ -117,7 +130,8 @@ def score(
 
         reward = accuracy + format_weight * format + function_weight * function + overlong_weight * overlong
 
-    where a prompt's checker is `function`, without the accuracy, which follows from the function.
+    where a prompt's checker is `function`, without the accuracy, which follows from the function. With reward models
+    it is model_weight * model in place of the accuracy.
 
     Args:
         texts_BG: decoded completions, untrusted.
@@ -126,6 +140,7 @@ def score(
         config: the checker and the weights.
         length_BG, max_completion_tokens: tokens of each completion and the limit that they were
             sampled with; needed for the overlong punishment.
+        learned_MBG: normalised rewards of M reward models; needed where the configuration names some.
 
     Returns:
         `(reward_BG, accuracy_BG, scored_BG, parts)` as in `types.Scored`, in float32. `parts` holds
@@ -143,6 +158,8 @@ def score(
             f"score got {len(prompts)} prompts, {[len(texts) for texts in texts_BG]} texts per prompt and finished_BG"
             f" of shape {finished_BG.shape}; all must agree"
         )
+    if (0 if learned_MBG is None else len(learned_MBG)) != len(config.model):
+        raise ValueError(f"reward.model names {len(config.model)} models; score needs learned_MBG of as many")
     checkers = [checker or config.checker for checker in prompts.checkers or [None] * num_prompts]
     parts, outcomes = _checked(texts_BG, prompts, finished_BG, checkers, config)
     if config.overlong_cache_tokens:
@@ -156,22 +173,39 @@ def score(
         # A completion that was cut off is not right, whatever the function says.
         right_BG = (parts["function"] >= 1) & finished_BG
         parts["accuracy"] = np.where(by_function_B1, right_BG, parts["accuracy"]).astype(np.float32)
+    if learned_MBG is not None:
+        parts |= _learned_parts(learned_MBG, finished_BG)
+        by_model_B1 = np.array([[checker == "model"] for checker in checkers]).reshape(num_prompts, 1)
+        parts["accuracy"] = np.where(by_model_B1, parts["model"] > 0, parts["accuracy"]).astype(np.float32)
     failures = _failures(outcomes, finished_BG.shape)
     # One failed part leaves the whole completion unscored: a reward without it would not be comparable.
     scored_BG = ~np.any(list(failures.values()), axis=0)
     parts = {name: np.where(scored_BG, part_BG, np.float32(0)) for name, part_BG in parts.items()}
     weights = {
         # Where the function decides on accuracy, it would otherwise count twice.
-        "accuracy": np.where(by_function_B1, 0, 1),
+        "accuracy": 0 if config.model else np.where(by_function_B1, 0, 1),
         "format": config.format_weight,
         "function": config.function_weight,
         "overlong": config.overlong_weight,
+        "model": config.model_weight,
+        "model_std": 0,
     }
     reward_BG = _weighted_sum(parts, weights)
     # Indicators of failure join after the sum, because they have no weight.
     parts |= {name: failed_BG.astype(np.float32) for name, failed_BG in failures.items()}
     # A copy, so that a change of one array does not change the other.
     return reward_BG.astype(np.float32), parts["accuracy"].copy(), scored_BG, parts
+
+
+def _learned_parts(
+    learned_MBG: Float[np.ndarray, "M B G"], finished_BG: Bool[np.ndarray, "B G"]
+) -> dict[str, Float[np.ndarray, "B G"]]:
+    """What reward models say on average and, of several, how far they disagree."""
+    # A reward model has only seen whole answers, so it knows nothing of one that was cut off.
+    parts = {"model": np.where(finished_BG, learned_MBG.mean(axis=0), CUT_OFF).astype(np.float32)}
+    if len(learned_MBG) > 1:
+        parts["model_std"] = np.where(finished_BG, learned_MBG.std(axis=0), 0.0).astype(np.float32)
+    return parts
 
 
 def _weighted_sum(parts: dict[str, Float[np.ndarray, "B G"]], weights: dict[str, Any]) -> Float[np.ndarray, "B G"]:
@@ -272,6 +306,8 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
         problem = _pool(config).check("function")
         if problem is not None:
             raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+    if "model" in kinds and not config.model:
+        raise ValueError("reward.checker is 'model', but reward.model is empty; name a trained reward model there")
     for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:
@@ -314,7 +350,7 @@ def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | No
         except (TypeError, ValueError) as error:
             raise ValueError(f"source '{example.source}' has metadata that JSON cannot keep ({error})") from None
     # A task with many right answers names none, and a function knows its own.
-    if checker == "function" or (checker == "task" and answer == "None"):
+    if checker in ("function", "model") or (checker == "task" and answer == "None"):
         return None
     if checker == "exact" and parse_number(answer) is None:
         raise ValueError(_unreadable(example, config, "the exact-answer reward needs numeric answers"))
@@ -352,7 +388,7 @@ def _check(
         cell = exact_answer(text, answer, finished)
         return _Check(cell["accuracy"], cell["format"])
     # What was cut off is not right, and no worker need look at it.
-    if checker == "function" or not finished:
+    if checker in ("function", "model") or not finished:
         return _Check()
     marked = marked_answer(text)
     form = float(marked is not None)

@@ -435,7 +435,8 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
         sampling = read(SamplingConfig, stored["rollout"]["sampling"], "rollout.sampling")
         prompt = read(PromptFormat, stored["data"]["prompt"], "data.prompt")
         nesting = read(NestingConfig, stored["nesting"], "nesting")
-        has_critic = stored["loss"].get("critic") is not None
+        # A critic, or the head of a reward model.
+        has_head = stored["loss"].get("critic") is not None or stored["loss"].get("kind") == "bradley_terry"
         seed, limit = int(stored["train"]["seed"]), int(stored["rollout"]["max_completion_tokens"])
         keep = int(stored["train"]["keep_checkpoints"])
     except FileNotFoundError:
@@ -449,7 +450,7 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     mesh = make_mesh(mesh_config)
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, nesting.bridge, seed, mesh)
-    if has_critic:
+    if has_head:
         model.value_head = ScalarHead(model.config.width)
     graph, trainable, frozen = split_trainable(model)
     # Optimizer moments are not read: sampling does not need them.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.registry import make_objective
+from nested_reft.losses.registry import OfflineConfig, make_objective
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 
 if TYPE_CHECKING:  # the configuration imports its rules
@@ -279,6 +279,26 @@ def bfloat16_weights_need_adapters(config: Config) -> None:
         )
 
 
+def offline_objectives_sample_nothing(config: Config) -> None:
+    """What decides how rollouts are drawn or kept has nothing to decide."""
+    if not isinstance(config.loss, OfflineConfig):
+        return
+    is_on = {
+        "reset.share": config.reset.is_on,
+        "replay.capacity": bool(config.replay.capacity),
+        "dynamic_sampling": config.dynamic_sampling.filters_groups,
+        "nesting_control.hold": config.nesting_control.hold is not None,
+        "data.split.kind": config.data.split.kind != "none",
+        "reward.model": bool(config.reward.model),
+    }
+    for name, value in is_on.items():
+        if value:
+            raise ValueError(
+                f"loss.kind is '{config.loss.kind}', which samples nothing, and {name} is set; leave it out, or use"
+                " `nested-reft sft`, `reward-model` or `dpo`, which do that"
+            )
+
+
 RULES: tuple[Callable[[Config], None], ...] = (
     name_is_a_directory_name,
     micro_batches_divide_prompts,
@@ -301,5 +321,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
     stale_groups_need_their_own_weight,
     mixed_temperatures_need_the_densities_that_drew,
     bfloat16_weights_need_adapters,
+    offline_objectives_sample_nothing,
 )
 """Every rule; `Config` asks all of them when it is made."""

@@ -277,6 +277,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     file, _, function = str(value["reward"]["function"]).rpartition(":")
     if file.endswith(".py"):
         value["reward"]["function"] = f"{absolute(file)}:{function}"
+    value["reward"]["model"] = [absolute(path) for path in value["reward"]["model"]]
     model = value["model"]["name"]
     # Known names come before files, so that a configuration means the same model in every directory.
     if model and model not in ("scratch", *known_models()) and (directory / os.path.expanduser(model)).exists():

@@ -21,7 +21,7 @@ from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig, TextBatch
 from nested_reft.estimators.health import Health
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.losses.objective import TokenSignals
+from nested_reft.losses.objective import LossOutput, RolloutObjective, TokenSignals
 from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import split_trainable
 from nested_reft.models.low_precision import low_precision
@@ -31,7 +31,15 @@ from nested_reft.rollout.config import Weights
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, replicate_scalars, shard_batch
-from nested_reft.training.step import BaseModel, LearnerTask, TrainState, UpdatePlans, initial_train_state, make_update
+from nested_reft.training.step import (
+    BaseModel,
+    LearnerTask,
+    TrainState,
+    UpdatePlans,
+    initial_train_state,
+    make_loss,
+    make_update,
+)
 from nested_reft.types import Scored, TrainBatch, valid_mask
 
 
@@ -277,6 +285,7 @@ class Learner:
             ValueError: a group is of an earlier version, and the objective needs the full model of that version.
         """
         rollouts, objective = groups.rollouts, self.task.objective
+        assert isinstance(objective, RolloutObjective), "the objective learns from no rollouts"
         stale_B = (np.asarray(rollouts.version_BG) != self.version).any(axis=1)
         if self.needs.fresh_rollouts and stale_B.any():
             raise ValueError(
@@ -299,16 +308,8 @@ class Learner:
             mix_share_B=jnp.full(len(groups), mix_share) if self.needs.mix_share else None,
             beta_B=None if self.needs.beta is None else jnp.full(len(groups), self.needs.beta(self.batches)),
         )
-        # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
-        arrays = shard_batch(arrays, self.mesh)
-        # Each score costs a forward pass of the whole batch, so only those that the objective names are made.
-        score = {
-            "old_logprob_BGC": lambda: self._score(self.state.trainable, arrays, None),
-            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, rollouts.part_BGL),
-            "reference_logprob_BGC": lambda: self._score(self._reference(), arrays, None),
-        }
-        arrays = dataclasses.replace(arrays, **{name: score[name]() for name in self.needs.logprobs})
-        if self.needs.values:
+        arrays = self._scored(arrays, rollouts.part_BGL)
+        if isinstance(objective, TokenSignals) and self.needs.values:
             model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
             values = _values_and_logprobs(model, arrays, self.task.temperature, self.task.shared_prefix)
             arrays = dataclasses.replace(arrays, **dict(zip(("old_value_BGC", "old_logprob_BGC"), values, strict=True)))
@@ -319,6 +320,36 @@ class Learner:
             # One plan serves the whole batch: it only says which sub-network is taught next.
             nested = replicate(LayerPlan.of_parts(np.asarray(rollouts.part_BGL[0, 0])), self.mesh)
         return LearnerBatch(arrays, UpdatePlans(nested=nested))
+
+    def written_batch(self, arrays: TrainBatch, plan: LayerPlan | None = None) -> LearnerBatch:
+        """Completions that no policy sampled, with the log-probabilities that the objective needs.
+
+        Args:
+            arrays: the batch.
+            plan: the layers that are trained; None is the full model.
+        """
+        plans = UpdatePlans() if plan is None else UpdatePlans(target=replicate(plan, self.mesh))
+        return LearnerBatch(self._scored(arrays), plans)
+
+    def evaluate(self, batch: LearnerBatch) -> LossOutput:
+        """The loss of a batch and its parts, as sums; nothing changes.
+
+        Args:
+            batch: of `written_batch`.
+        """
+        return make_loss(self.task)(self.state.trainable, self.base, batch.arrays)
+
+    def _scored(self, arrays: TrainBatch, part_BGL: Any = None) -> TrainBatch:
+        """The batch on the mesh, with the log-probabilities that the objective names."""
+        # The searcher brought the rollouts to the host. Here they go back to the devices, all fields at once.
+        arrays = shard_batch(arrays, self.mesh)
+        # Each score costs a forward pass of the whole batch, so only those that the objective names are made.
+        score = {
+            "old_logprob_BGC": lambda: self._score(self.state.trainable, arrays, None),
+            "nested_logprob_BGC": lambda: self._score_under_own_plans(arrays, part_BGL),
+            "reference_logprob_BGC": lambda: self._score(self._reference(), arrays, None),
+        }
+        return dataclasses.replace(arrays, **{name: score[name]() for name in self.needs.logprobs})
 
     def _draw(self, key: jax.Array | None, shape: tuple[int, ...], size: int) -> Float[Array, "B G C"] | None:
         """The numbers by which tokens are accepted, where the objective asks for them."""
@@ -383,6 +414,10 @@ class Learner:
         """log pi of every completion token of a batch, under other parameters or fewer layers."""
         # This model never leaves the method, so it need not be remembered as lent.
         policy = self._as_policy(self.base.with_parameters(parameters, self.task.compute_dtype))
+        # The temperature of the phase, which need not be that of the rollouts.
+        policy = dataclasses.replace(
+            policy, sampling=dataclasses.replace(policy.sampling, temperature=self.task.temperature)
+        )
         return policy.logprobs(
             arrays.prompt_BP, arrays.prompt_length_B, arrays.tokens_BGC, plan, self.task.shared_prefix
         )

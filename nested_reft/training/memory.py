@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.parameters import parameter_shapes
 from nested_reft.sharding import make_mesh
 from nested_reft.training.setup import Setup
@@ -114,6 +115,12 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         "caches": float(item * token_values * config.evaluation.batch_size * (setup.data.prompt_size + evaluated)),
     }
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
+    if isinstance(config.loss, OfflineConfig):
+        # Nothing is sampled, and completions are as long as the data say.
+        activations = float(
+            4 * prompts // config.train.micro_batches * setup.data.prompt_size * model.num_layers * model.width
+        )
+        stages = {"updates": updates | {"weights": weights, "activations": activations}}
     if config.warm_start.steps:
         tokens = config.warm_start.batch_size // config.warm_start.micro_batches * setup.data.prompt_size
         activations = float(4 * tokens * model.num_layers * model.width)

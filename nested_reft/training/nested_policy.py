@@ -39,7 +39,7 @@ class Renewed:
 def renew(
     state: RunState, number: int, found: Sequence[Scored], health: Health | None, next_plan_key: jax.Array
 ) -> Renewed:
-    """What follows a step for the nested policy. The plan of the next step is drawn by it.
+    """What follows a step for the nested policy, before the plan of the next step is drawn.
 
     Args:
         state: of the run; its nesting control, share of the mixed weight, bridges, texts and divergences change.

@@ -18,14 +18,12 @@ from tqdm.auto import tqdm
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import replicate, shard_batch
 from nested_reft.training.config import Config
 from nested_reft.training.keys import RunKeys
-from nested_reft.training.learner import LearnerBatch, Update
+from nested_reft.training.learner import Update
 from nested_reft.training.run_state import RunState, initial_run_state
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import divide, divided
-from nested_reft.training.step import UpdatePlans
 from nested_reft.training.warm_start import demonstrations, dropout_plan, sources_of, warm_start_task
 
 
@@ -121,8 +119,7 @@ class WarmStart:
         prompts = state.next_prompts(sources_of(config.batch_size, len(self._data.train_examples)))
         # An answer has at most as many tokens as a completion may have; `prepare` has checked that.
         batch = demonstrations(prompts, prompts.answers, learner.tokenizer, learner.task.max_completion_tokens)
-        plans = UpdatePlans(target=replicate(plan, learner.mesh))
-        update = learner.update(LearnerBatch(shard_batch(batch, learner.mesh), plans))
+        update = learner.update(learner.written_batch(batch, plan))
         check_finite_update(self, number + 1, update)
         return f"loss {update.loss:.3f}"
 

@@ -106,6 +106,10 @@ METRICS = (
     Metric("loss", "", "what was minimised, in the last pass over the batch"),
     Metric("policy_loss", "", "its policy-gradient part"),
     Metric("cross_entropy", "nats/token", "of the demonstrations (supervised objective)"),
+    Metric("pair_accuracy", "share", "preference pairs whose preferred answer has the higher score"),
+    Metric("margin", "reward", "mean of that score minus the other one's; of DPO, beta times log ratios"),
+    Metric("chosen_score", "reward", "mean score of preferred answers"),
+    Metric("rejected_score", "reward", "mean score of the other ones"),
     Metric("gradient_norm", "", "global norm of the gradient, before clipping"),
     Metric("clipped_share", "share", "tokens that a clip left without gradient"),
     Metric("limited_share", "share", "tokens whose weight was truncated"),
@@ -163,7 +167,8 @@ METRICS = (
     Metric("curriculum/{source}/reward", "reward", "mean reward of the step's responses to it"),
     Metric("curriculum/{source}/accuracy", "share", "share of right ones among them"),
     Metric("curriculum_audit", "", "in words, which sources rose and fell, and why"),
-    Metric("heldout/{source}", "share", "greedy accuracy on the held-out prompts of a source"),
+    Metric("heldout/{source}", "share", "greedy accuracy on the held-out prompts of a source; of pairs, ordered right"),
+    Metric("heldout_loss/{source}", "", "loss on the held-out examples of a source (sft, reward models, DPO)"),
 )
 """Every metric of a step."""
 
@@ -330,7 +335,16 @@ def metrics(record: StepRecord, config: Config, source_names: tuple[str, ...]) -
         "step_seconds": record.seconds,
         "compilations": record.compilations,
     }
-    # A metric without unit and meaning is a mistake of this module, so it stops the run.
+    return declared(found)
+
+
+def declared(found: dict[str, Any]) -> dict[str, Any]:
+    """The same metrics, each of which has its entry in `METRICS`.
+
+    Args:
+        found: values by name.
+    """
+    # A metric without unit and meaning is a mistake of this package, so it stops the run.
     undeclared = [name for name in found if not any(metric.matches(name) for metric in METRICS)]
     assert not undeclared, f"metrics {undeclared} are not declared in METRICS"
     return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from nested_reft.compilation import CompileCounter
 from nested_reft.evaluation import Evaluation
 from nested_reft.losses.registry import make_objective
 from nested_reft.run_directory import RunDirectory
@@ -22,6 +24,7 @@ from nested_reft.training.record import StepRecord
 from nested_reft.training.run_state import RunState
 from nested_reft.training.setup import RunData
 from nested_reft.training.step import LearnerTask
+from nested_reft.training.summary import run_summary
 from nested_reft.untrusted import printable
 
 OnStep = Callable[[StepRecord], None]
@@ -135,6 +138,15 @@ class Reinforcement:
                 f" train.stop_after_empty_updates: {found.why_empty(self._config)}"
             )
         return record.progress(found, self._shown_accuracy)
+
+    def summary(self, state: RunState, compilations: CompileCounter) -> dict[str, Any]:
+        """What the run ended with; see `run_summary`.
+
+        Args:
+            state: after the last step.
+            compilations: what was compiled so far.
+        """
+        return run_summary(self._config, state, self._keys, self._run.path, compilations, self._clock)
 
     def _evaluate_trained_sources(self, state: RunState, found: StepRecord) -> dict[str, Evaluation]:
         """Greedy held-out accuracy of the sources that the step trained on."""

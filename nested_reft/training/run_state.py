@@ -25,6 +25,7 @@ from nested_reft.dataset_reset import ResetState
 from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import PlanRule
+from nested_reft.losses.bradley_terry import BradleyTerryConfig
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
@@ -264,9 +265,10 @@ def initial_run_state(setup: Setup) -> RunState:
     """
     config, data = setup.config, setup.data
     critic = getattr(config.loss, "critic", None)
+    has_head = critic is not None or isinstance(config.loss, BradleyTerryConfig)
     return RunState(
         config=config,
-        learner=Learner(setup.policy, config.rollout.weights, value_head=critic is not None),
+        learner=Learner(setup.policy, config.rollout.weights, value_head=has_head),
         data=data,
         stream=PromptStream(data.train_examples, config.train.seed),
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),

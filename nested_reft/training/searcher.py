@@ -12,8 +12,9 @@ from jaxtyping import Array
 
 from nested_reft.estimators.health import Health, off_policy_health
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.limits import RewardError
-from nested_reft.rewards.reward import FAILURES, RewardConfig, score
+from nested_reft.rewards.reward import FAILURES, RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.policy import Policy
@@ -63,15 +64,8 @@ class Searcher:
         sampled = time.monotonic()
         full_BGC = self._full_logprobs(policy, rollouts) if self._measures_mismatch else None
         rollouts = jax.device_get(rollouts)
-        texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
-        reward_BG, accuracy_BG, scored_BG, parts = score(
-            texts,
-            prompts,
-            rollouts.finished_BG,
-            self._reward,
-            rollouts.length_BG,
-            self._rollout.max_completion_tokens,
-        )
+        limit = self._rollout.max_completion_tokens
+        texts, reward_BG, accuracy_BG, scored_BG, parts = score_rollouts(policy, prompts, rollouts, self._reward, limit)
         if scored_BG.size and not scored_BG.any():
             counts = ", ".join(f"{name} {int(parts[name].sum())}" for name in FAILURES)
             raise RewardError(

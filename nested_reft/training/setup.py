@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,16 @@ from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
 from nested_reft.data.sources import SourceConfig, field_path, load_source
+from nested_reft.data.written import demonstration, pair, usable
 from nested_reft.divergence import load_divergence
 from nested_reft.layer_skip import check_share, draw_plan
+from nested_reft.losses.registry import OfflineConfig
+from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
 from nested_reft.prompt_format import PromptFormat
+from nested_reft.reward_model import check_reward_models
 from nested_reft.rewards.reward import check_answers
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh, replicate
@@ -101,7 +106,8 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     prompts = [_prompt_format(config, source) for source in config.data.sources]
     for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):
         # The answers are checked before the model is loaded, so that a mistake in the data shows early.
-        check_answers([*train, *heldout], config.reward)
+        if not isinstance(config.loss, OfflineConfig):
+            check_answers([*train, *heldout], config.reward)
         check_demonstrations(prompt, heldout, field)
     # What follows needs the number of layers, the positions or the tokenizer.
     policy = initial_policy(config) if policy is None else policy
@@ -126,31 +132,54 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         # Training examples first, held-out ones second: the order within each source of `raw`.
         for part in range(2)
     )
+    check_reward_models(config.reward.model, tokenizer)
+    # Only an objective that reads given completions can do without some of them.
+    if isinstance(config.loss, OfflineConfig):
+        limit, given = config.rollout.max_completion_tokens, texts_of(config.loss)
+        train, heldout = (
+            [usable(examples, given, tokenizer.encode, limit, part) for examples in lists]
+            for part, lists in (("train", train), ("heldout", heldout))
+        )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
     forced_size = 0
     if config.reset.is_on:
         train, forced_size = usable_references(config, train, tokenizer)
-    # All training prompts get one size, so that whatever is drawn compiles nothing.
-    lengths = [len(example.tokens) for examples in train for example in examples]
+    # All training prompts get one size, so that whatever is drawn compiles nothing. The held-out ones of an offline
+    # objective go through the same programs.
+    sized = [*train, *heldout] if isinstance(config.loss, OfflineConfig) else train
+    prompt_tokens = [example.tokens for examples in sized for example in examples]
     data = RunData(
         train_examples=tuple(tuple(examples) for examples in train),
         source_names=tuple(source.name for source in config.data.sources),
         heldout_examples=tuple(tuple(examples) for examples in heldout),
         heldout_of_source=tuple(range(len(config.data.sources))),
-        prompt_size=prompt_size(lengths),
-        shared_prefix=shared_prefix([example.tokens for examples in train for example in examples]),
+        prompt_size=prompt_size([len(tokens) for tokens in prompt_tokens]),
+        shared_prefix=shared_prefix(prompt_tokens),
         forced_size=forced_size,
     )
     return Setup(config, policy, data, divergence_L)
+
+
+def texts_of(loss: OfflineConfig) -> Callable[[Example], list[str]]:
+    """The completions of an example that an offline objective learns from.
+
+    Args:
+        loss: the objective.
+    """
+    return demonstration if isinstance(loss, SftConfig) else pair
 
 
 def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     """Gives the policy the bridges of the configuration's file; their layers' divergences."""
     nesting, num_layers = config.nesting, policy.num_layers
     assert nesting.bridge.file is not None
-    plan = draw_plan(jax.random.key(0), nesting, num_layers) if nesting.choice == "fixed" else None
-    fitted = load_bridges(Path(nesting.bridge.file), policy.model, config.model.name, plan)
+    path = Path(nesting.bridge.file)
+    fitted = load_bridges(path, policy.model, config.model.name)
+    plan = None
+    if nesting.is_deterministic:
+        plan = draw_plan(jax.random.key(0), nesting, num_layers, fitted.divergence_L)
+    fitted.check_plan(path, plan)
     policy.model.load_bridges(replicate(fitted.stack, policy.mesh))
     return fitted.divergence_L
 

@@ -156,40 +156,14 @@ def make_update(task: LearnerTask) -> UpdateFunction:
     Returns:
         The compiled function. It takes the buffers of its `state`; its result is of the parameters before the step.
     """
-    needs, temperature = task.needs, task.temperature
-
-    def target_pass(model: Transformer, micro: TrainBatch, plans: UpdatePlans) -> TargetPass:
-        """Log-probabilities and entropies of the completions, the prompts run once per group."""
-        valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
-
-        def hidden(plan: LayerPlan | None) -> Array:
-            return model.completion_hidden(
-                micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
-            )
-
-        # Hidden states are kept and logits are not: those are larger by the factor V / D, and come in blocks.
-        hidden_BGCD = hidden(plans.target)
-        logprob_BGC, entropy_BGC = hidden_logprobs(
-            model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=needs.entropy_gradient
-        )
-        distillation_kl_BGC = None
-        if needs.self_distillation and plans.nested is not None:
-            # Both distributions are needed whole here, so they are made block by block too.
-            distillation_kl_BGC = over_position_blocks(
-                lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
-                model.config.vocab_size,
-                hidden_BGCD,
-                hidden(plans.nested),
-            )
-        value_BGC = model.values(hidden_BGCD) if needs.values else None
-        return TargetPass(logprob_BGC, entropy_BGC, distillation_kl_BGC, value_BGC)
+    needs = task.needs
 
     def update(state: TrainState, base: BaseModel, batch: TrainBatch, plans: UpdatePlans):
         """One optimizer step on the batch, in micro-batches whose sums are divided once."""
 
         def micro_loss(trainable: nnx.State, micro: TrainBatch):
             """The sums to differentiate, and what is kept of the pass."""
-            target = target_pass(base.with_parameters(trainable, task.compute_dtype), micro, plans)
+            target = _target_pass(base.with_parameters(trainable, task.compute_dtype), micro, plans, task)
             output = task.objective.loss(target, micro)
             # The sums are differentiated, and the division comes after all micro-batches have been added.
             sums = tuple(part.sum for part in output.sums)
@@ -233,6 +207,52 @@ def make_update(task: LearnerTask) -> UpdateFunction:
 
     # Parameters and moments are updated in place, which saves a second copy of both.
     return jax.jit(update, donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=8)
+def make_loss(task: LearnerTask) -> Callable[[nnx.State, BaseModel, TrainBatch], LossOutput]:
+    """Compiles the loss of a batch without a gradient: what held-out data are measured by.
+
+    Args:
+        task: objective and temperature; the batch runs whole.
+
+    Returns:
+        A function of trainable parameters, the rest of the model, and a batch.
+    """
+
+    def loss(trainable: nnx.State, base: BaseModel, batch: TrainBatch) -> LossOutput:
+        model = base.with_parameters(trainable, task.compute_dtype)
+        return task.objective.loss(_target_pass(model, batch, UpdatePlans(), task), batch)
+
+    return jax.jit(loss)
+
+
+def _target_pass(model: Transformer, micro: TrainBatch, plans: UpdatePlans, task: LearnerTask) -> TargetPass:
+    """Log-probabilities and entropies of the completions, the prompts run once per group."""
+    needs, temperature = task.needs, task.temperature
+    valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
+
+    def hidden(plan: LayerPlan | None) -> Array:
+        return model.completion_hidden(
+            micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
+        )
+
+    # Hidden states are kept and logits are not: those are larger by the factor V / D, and come in blocks.
+    hidden_BGCD = hidden(plans.target)
+    logprob_BGC, entropy_BGC = hidden_logprobs(
+        model, hidden_BGCD, micro.tokens_BGC, temperature, differentiable_entropy=needs.entropy_gradient
+    )
+    distillation_kl_BGC = None
+    if needs.self_distillation and plans.nested is not None:
+        # Both distributions are needed whole here, so they are made block by block too.
+        distillation_kl_BGC = over_position_blocks(
+            lambda *hidden: self_distillation_kl(*(tempered(model.logits(h), temperature) for h in hidden)),
+            model.config.vocab_size,
+            hidden_BGCD,
+            hidden(plans.nested),
+        )
+    value_BGC = model.values(hidden_BGCD) if needs.values else None
+    return TargetPass(logprob_BGC, entropy_BGC, distillation_kl_BGC, value_BGC)
 
 
 def _divided(gradient: nnx.State, weight: Array) -> nnx.State:

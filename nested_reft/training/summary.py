@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from nested_reft.compilation import CompileCounter
+from nested_reft.reports.hacking import reward_hacking
+from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.run_directory import read_log, versions
 from nested_reft.training.clock import Clock
@@ -51,6 +53,7 @@ def run_summary(
     # A value that was not finite is null in the log.
     logged = {name: [line[name] for line in history if line.get(name) is not None] for name in MEANS}
     means = {name: float(np.mean(values)) if values else None for name, values in logged.items()}
+    hacking = reward_hacking(history, _gold_metric(config.reward))
     return {
         "name": config.name,
         "run_directory": str(run),
@@ -64,4 +67,12 @@ def run_summary(
         "versions": versions(),
         **throughput.to_json(),
         **means,
+        **({} if hacking is None else {"reward_hacking": hacking}),
     }
+
+
+def _gold_metric(reward: RewardConfig) -> str | None:
+    """What is logged beside a learned reward that no model has learnt."""
+    if reward.function is not None:
+        return "reward/function"
+    return None if reward.checker == "model" else "accuracy"

@@ -23,6 +23,7 @@ from nested_reft import curriculum, dataset_reset, kl_control
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.losses.registry import OfflineConfig
 from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
@@ -31,6 +32,7 @@ from nested_reft.training.clock import Clock, advance
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
+from nested_reft.training.offline import Offline
 from nested_reft.training.orders import Orders
 from nested_reft.training.phases import Phase, check_finite_state, earlier_phases, first_checkpoint
 from nested_reft.training.pricing import decode_step
@@ -40,7 +42,6 @@ from nested_reft.training.run_state import initial_run_state
 from nested_reft.training.search_pool import make_pool
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
-from nested_reft.training.summary import run_summary
 from nested_reft.types import Scored
 
 
@@ -121,9 +122,7 @@ class Trainer:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
-            summary = run_summary(
-                self.config, self.state, self.keys, self.run_directory.path, self.compilations, self.clock
-            )
+            summary = self._last.summary(self.state, self.compilations)
             self.run_directory.write_summary(summary)
         return summary
 
@@ -155,8 +154,11 @@ class Trainer:
         """One training step: choose prompts, sample nested, score, and update the full model.
 
         Raises:
-            RuntimeError: the run is still in a phase before reinforcement, which `run` would go through.
+            RuntimeError: the run is still in a phase before reinforcement, which `run` would go through, or it has no
+                reinforcement.
         """
+        if isinstance(self._last, Offline):
+            raise RuntimeError(f"loss.kind is '{self.config.loss.kind}', which samples nothing; call run")
         if self.state.phase < len(self.phases) - 1:
             name = self.phases[self.state.phase].name
             raise RuntimeError(f"the run is in its phase '{name}', and this is a step of reinforcement; call run")
@@ -236,8 +238,12 @@ class Trainer:
         self.pool = opened.enter_context(closing(make_pool(setup, self.searcher)))
         self.orders = Orders(config, self.keys, self.pool)
         self.state = initial_run_state(setup)
-        last = Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
-        self.phases = [*earlier_phases(config, setup.data, self.keys), last]
+        self._last = (
+            Offline(config, setup.data, run, self.clock)
+            if isinstance(config.loss, OfflineConfig)
+            else Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
+        )
+        self.phases = [*earlier_phases(config, setup.data, self.keys), self._last]
 
     def _load(self) -> None:
         run = self.run_directory

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from nested_reft.data.written import written_batch
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan, layers_in
 from nested_reft.literals import check_whole
@@ -119,19 +119,7 @@ def demonstrations(prompts: Prompts, answers: Sequence[str], tokenizer: Tokenize
         tokenizer: turns the answers into tokens.
         size: C; longer answers would be cut, and `training.setup.prepare` refuses them.
     """
-    tokens_BGC = np.zeros((len(prompts), 1, size), np.int32)
-    length_BG = np.zeros((len(prompts), 1), np.int32)
-    for row, answer in enumerate(answers):
-        # The model must learn to stop as well; any one of its stop tokens will do.
-        ids = [*tokenizer.encode(answer), tokenizer.stop_ids[0]][:size]
-        tokens_BGC[row, 0, : len(ids)], length_BG[row, 0] = ids, len(ids)
-    return TrainBatch(
-        prompt_BP=jnp.asarray(prompts.tokens_BP),
-        prompt_length_B=jnp.asarray(prompts.length_B),
-        tokens_BGC=jnp.asarray(tokens_BGC),
-        length_BG=jnp.asarray(length_BG),
-        forced_BG=jnp.zeros(length_BG.shape, jnp.int32),
-        counted_BG=jnp.ones(length_BG.shape, bool),
-        # Every demonstration has the same weight.
-        signal_BG=jnp.ones(length_BG.shape),
+    # Every demonstration has the same weight.
+    return written_batch(
+        prompts, [[answer] for answer in answers], (1.0,), tokenizer.encode, tokenizer.stop_ids[0], size
     )

@@ -67,6 +67,7 @@ class EstimatorReport:
             two. A pure scale error leaves it at zero.
         scale: <E g_hat, g> / |g|^2: 1 when right, (G-1)/G for the group mean.
         variance: trace of the covariance of g_hat over groups, divided by |g|^2.
+        accepted: share of the completions of which any token has a weight above 0; masks and budgets reject others.
         ess: effective sample size of the weights that entered the loss, per token, in (0, 1].
     """
 
@@ -82,6 +83,7 @@ class EstimatorReport:
     direction_bias: float
     scale: float
     variance: float
+    accepted: float
     ess: float
 
     @property
@@ -158,12 +160,12 @@ def _report(
     index_NG: Int[np.ndarray, "N G"],
     orders_N: Int[np.ndarray, " N"],
     coefficient_ZXNGC: Float[np.ndarray, "Z X N G C"],
-    weights_ZXN3: Float[np.ndarray, "Z X N 3"],
+    weights_ZXN4: Float[np.ndarray, "Z X N 4"],
 ) -> EstimatorReport:
     """The expectations over groups, prompts and plans of one scenario."""
-    num_plans, num_prompts = weights_ZXN3.shape[:2]
+    num_plans, num_prompts = weights_ZXN4.shape[:2]
     num_groups, (num_completions, num_tokens) = len(index_NG), policies.completions.tokens_YC.shape
-    mean_M, square, weight_sums = np.zeros(policies.jacobian_XRM.shape[-1]), 0.0, np.zeros(3)
+    mean_M, square, weight_sums = np.zeros(policies.jacobian_XRM.shape[-1]), 0.0, np.zeros(4)
     for z, nested_logprob_XYC in enumerate(policies.nested_logprob_ZXYC):
         probability_XYS = slot_probabilities(estimator.sampling, policies.old_logprob_XYC, nested_logprob_XYC)
         if isinstance(estimator.loss, PolicyGradientConfig) and estimator.loss.obrs_lambda is not None:
@@ -191,13 +193,13 @@ def _report(
             # does without the threads of BLAS, which on a busy machine wait for each other longer than they compute.
             product_NR = np.einsum("nr,rs->ns", coefficient_NR, policies.gram_XRR[x])
             square += float(probability_N @ (product_NR * coefficient_NR).sum(axis=1))
-            weight_sums += probability_N @ weights_ZXN3[z, x]
+            weight_sums += probability_N @ weights_ZXN4[z, x]
     # A penalty changes the objective, so the truth changes with it.
     truth_M = policies.reward_gradient_M - estimator.kl_coefficient * policies.kl_gradient_M
     length = float(np.linalg.norm(truth_M))
     # The projection on the truth tells an error of scale from one of direction.
     along = float(mean_M @ truth_M)
-    tokens, weight, weight_square = weight_sums
+    tokens, weight, weight_square, kept = weight_sums
     return EstimatorReport(
         scenario=scenario.name,
         depth=scenario.depth,
@@ -212,6 +214,7 @@ def _report(
         scale=along / length**2,
         # The trace of the covariance is E|g_hat|^2 - |E g_hat|^2.
         variance=(square - float(mean_M @ mean_M)) / length**2,
+        accepted=float(kept) / GROUP_SIZE,
         ess=float(kish(jnp.asarray(weight / tokens), jnp.asarray(weight_square / tokens))),
     )
 
@@ -267,7 +270,7 @@ def slot_probabilities(
 
 def group_gradients(
     estimator: Estimator, policies: Sequence[EnumeratedPolicies], index_NG: Int[np.ndarray, "N G"]
-) -> list[tuple[Float[np.ndarray, "Z X N G C"], Float[np.ndarray, "Z X N 3"]]]:
+) -> list[tuple[Float[np.ndarray, "Z X N G C"], Float[np.ndarray, "Z X N 4"]]]:
     """Each group's estimate of grad J, with respect to its log-probabilities, from the production loss.
 
     Args:
@@ -276,7 +279,8 @@ def group_gradients(
         index_NG: the groups that `all_groups` listed.
 
     Returns:
-        For each scenario, the estimates under each of its plans, and the sums over each group's tokens of 1, h and h^2.
+        For each scenario, the estimates under each of its plans, and the sums over each group's tokens of 1, h and
+        h^2 with its number of completions that have a weight.
     """
     pairs = [(enumerated, z) for enumerated in policies for z in range(len(enumerated.nested_logprob_ZXYC))]
     num_prompts, num_completions = policies[0].completions.reward_XY.shape
@@ -289,7 +293,7 @@ def group_gradients(
         return jnp.asarray(values_KXNG.reshape(-1, *values_KXNG.shape[3:]))
 
     # One call for all scenarios, operation by operation: compiling each loss would take longer than running it.
-    gradient_RGC, weights_R3 = gradients_of_rows(
+    gradient_RGC, weights_R4 = gradients_of_rows(
         estimator.loss,
         rows(lambda p, z: np.broadcast_to(p.completions.length_Y, p.completions.reward_XY.shape)),
         rows(lambda p, z: p.completions.reward_XY),
@@ -304,9 +308,9 @@ def group_gradients(
     )
     shape = (len(pairs), num_prompts, len(index_NG))
     coefficient_KXNGC = np.asarray(gradient_RGC, np.float64).reshape(*shape, *gradient_RGC.shape[1:])
-    weights_KXN3 = np.asarray(weights_R3, np.float64).reshape(*shape, 3)
+    weights_KXN4 = np.asarray(weights_R4, np.float64).reshape(*shape, 4)
     ends = np.cumsum([len(enumerated.nested_logprob_ZXYC) for enumerated in policies])[:-1]
-    return list(zip(np.split(coefficient_KXNGC, ends), np.split(weights_KXN3, ends), strict=True))
+    return list(zip(np.split(coefficient_KXNGC, ends), np.split(weights_KXN4, ends), strict=True))
 
 
 def gradients_of_rows(
@@ -319,7 +323,7 @@ def gradients_of_rows(
     nested_RGC: Float[Array, "R G C"],
     behavior_RGC: Float[Array, "R G C"],
     draw_RG: Float[Array, "R G"],
-) -> tuple[Float[Array, "R G C"], Float[Array, "R 3"]]:
+) -> tuple[Float[Array, "R G C"], Float[Array, "R 4"]]:
     """For each group by itself, minus the gradient of its loss, and the sums behind its weights.
 
     Trajectory balance has the gradient of its objective times 2 / beta, which is taken off here.
@@ -361,10 +365,11 @@ def gradients_of_rows(
             one = jax.tree.map(lambda x: x[None], group)
             output = objective.loss(TargetPass(target_BGC, jnp.zeros_like(target_BGC)), one)
             weight_BGC = output.weight_BGC
-            return output.mean(), jnp.stack([one.mask_BGC.sum(), weight_BGC.sum(), (weight_BGC**2).sum()])
+            kept = (weight_BGC > 0).any(axis=-1).sum()
+            return output.mean(), jnp.stack([one.mask_BGC.sum(), weight_BGC.sum(), (weight_BGC**2).sum(), kept])
 
-        gradient_BGC, weights_3 = jax.grad(mean_loss, has_aux=True)(target_GC[None])
+        gradient_BGC, weights_4 = jax.grad(mean_loss, has_aux=True)(target_GC[None])
         # The loss is minimised and J is maximised, hence the sign.
-        return -scale * gradient_BGC[0], weights_3
+        return -scale * gradient_BGC[0], weights_4
 
     return jax.vmap(of_group)(target_RGC, groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from nested_reft.estimators.advantages import Advantage
@@ -41,9 +42,7 @@ OPTIONAL_PARTS: tuple[dict[str, Any], ...] = (
     {"self_distillation_coefficient": BETA},
 )
 Sampling = Literal["nested", "nested, accepted at random", "full", "mixture", "mixture with fixed counts"]
-Group = Literal[
-    "exact", "weights", "masks", "clips", "mixes", "divisors and penalties", "presets", "trajectory balance"
-]
+Group = Literal["exact", "weights", "masks", "clips", "mixes", "divisors", "penalties", "presets", "trajectory balance"]
 # Trajectory balance has one loss for all of them.
 BALANCED: dict[str, Sampling] = {"full rollouts": "full", "nested": "nested", "mixture": "mixture"}
 
@@ -88,21 +87,72 @@ class Estimator:
         return 0.0 if self.loss.reference_kl is None else self.loss.reference_kl_coefficient
 
 
+# This one is unbiased; each of the others changes something about it.
+EXACT = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
+
+
 def named_estimators() -> list[Estimator]:
     """Every variant, level, limit, advantage, normalisation, sampling, penalty and preset, and every claim, named."""
-    # This one is unbiased; each of the others changes something about it.
-    exact = PolicyGradientConfig("leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=1)
-    mixture = dataclasses.replace(exact, bias_mitigation="mixture")
-    interpolated = dataclasses.replace(exact, bias_mitigation="interpolated", mix_share=0.0)
+    groups = (_exact, _weights, _masks, _mixes, _clips, _divisors, _penalties, _presets, _trajectory_balance)
+    chosen = [estimator for group in groups for estimator in group()]
+    listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
+    return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]
 
-    def vary(
-        group: Group, name: str, loss: PolicyGradientConfig = exact, sampling: Sampling = "nested", **changes: Any
-    ) -> Estimator:
-        return Estimator(group, name, dataclasses.replace(loss, **changes), sampling)
 
-    divisors: Group = "divisors and penalties"
+def _vary(
+    group: Group, name: str, loss: PolicyGradientConfig = EXACT, sampling: Sampling = "nested", **changes: Any
+) -> Estimator:
+    return Estimator(group, name, dataclasses.replace(loss, **changes), sampling)
+
+
+def _exact() -> list[Estimator]:
+    """Unbiased ones, up to the scale that they claim."""
+    vary = partial(_vary, "exact")
+    mixture = dataclasses.replace(EXACT, bias_mitigation="mixture")
     fixed: Sampling = "mixture with fixed counts"
-    random: Sampling = "nested, accepted at random"
+    return [
+        vary("base, sequence, leave-one-out"),
+        vary("base, sequence, no baseline", advantage="no_baseline"),
+        vary("base, sequence, group mean", advantage="group_mean"),
+        vary("base, sequence, weighted leave-one-out", advantage="weighted_leave_one_out"),
+        vary("one, full rollouts", sampling="full", bias_mitigation="one", level="token"),
+        vary("mixture, leave-one-out", mixture, "mixture"),
+        vary("mixture, no baseline", mixture, "mixture", advantage="no_baseline"),
+        vary("mixture, weighted leave-one-out", mixture, "mixture", advantage="weighted_leave_one_out"),
+        vary("mixture, fixed counts, leave-one-out", mixture, fixed),
+        vary("mixture, fixed counts, no baseline", mixture, fixed, advantage="no_baseline"),
+    ]
+
+
+def _weights() -> list[Estimator]:
+    """Other levels, limits and traces of the weight."""
+    vary = partial(_vary, "weights")
+    return [
+        vary("base, prefix", level="prefix"),
+        vary("base, prefix, weighted leave-one-out", level="prefix", advantage="weighted_leave_one_out"),
+        vary("base, token", level="token"),
+        vary("base, token, weighted leave-one-out", level="token", advantage="weighted_leave_one_out"),
+        vary("base, geometric", level="geometric"),
+        vary("one", bias_mitigation="one", level="token"),
+        vary("practical, sequence", bias_mitigation="practical"),
+        vary("practical, token", bias_mitigation="practical", level="token"),
+        vary("retrace 1, token", bias_mitigation="retrace", level="token"),
+        vary("retrace 0.9, token", bias_mitigation="retrace", level="token", retrace_lambda=0.9),
+        vary("retrace 1, prefix", bias_mitigation="retrace", level="prefix"),
+        vary("retrace 0.9, prefix", bias_mitigation="retrace", level="prefix", retrace_lambda=0.9),
+        vary("retrace 0.7, prefix", bias_mitigation="retrace", level="prefix", retrace_lambda=0.7),
+        vary("base, token, truncated at 2", level="token", truncate_at=2.0),
+        vary("base, prefix, truncated at 2", level="prefix", truncate_at=2.0),
+        vary("base, sequence, truncated at 2", truncate_at=2.0),
+        vary("base, sequence, truncated at 5", truncate_at=5.0),
+        vary("base, sequence, truncated at 2, weighted", truncate_at=2.0, advantage="weighted_leave_one_out"),
+        vary("base, sequence, self-normalised", self_normalized=True),
+    ]
+
+
+def _masks() -> list[Estimator]:
+    """Samples that are accepted or rejected, by a bound or at random."""
+    vary = partial(_vary, "masks")
     # Bounds that act on ratios of three tokens.
     weights: dict[str, dict[str, Any]] = {"one": {"bias_mitigation": "one", "level": "token"}, "base, sequence": {}}
     masks: dict[str, dict[str, Any]] = {
@@ -110,81 +160,85 @@ def named_estimators() -> list[Estimator]:
         "geometric mean in [0.7, 1.2]": {"reject_by": "geometric_mean", "reject_below": 0.7, "reject_above": 1.2},
         "k3 below 0.1": {"reject_by": "sequence_k3", "reject_above": 0.1},
     }
-    three: dict[str, Any] = {"clip_policies": "three", "clip_low": 0.2, "clip_high": 0.2}
-    chosen = [
-        vary("exact", "base, sequence, leave-one-out"),
-        vary("exact", "base, sequence, no baseline", advantage="no_baseline"),
-        vary("exact", "base, sequence, group mean", advantage="group_mean"),
-        vary("exact", "base, sequence, weighted leave-one-out", advantage="weighted_leave_one_out"),
-        vary("exact", "one, full rollouts", sampling="full", bias_mitigation="one", level="token"),
-        vary("exact", "mixture, leave-one-out", mixture, "mixture"),
-        vary("exact", "mixture, no baseline", mixture, "mixture", advantage="no_baseline"),
-        vary("exact", "mixture, weighted leave-one-out", mixture, "mixture", advantage="weighted_leave_one_out"),
-        vary("exact", "mixture, fixed counts, leave-one-out", mixture, fixed),
-        vary("exact", "mixture, fixed counts, no baseline", mixture, fixed, advantage="no_baseline"),
-        vary("weights", "base, prefix", level="prefix"),
-        vary("weights", "base, prefix, weighted leave-one-out", level="prefix", advantage="weighted_leave_one_out"),
-        vary("weights", "base, token", level="token"),
-        vary("weights", "base, token, weighted leave-one-out", level="token", advantage="weighted_leave_one_out"),
-        vary("weights", "base, geometric", level="geometric"),
-        vary("weights", "one", bias_mitigation="one", level="token"),
-        vary("weights", "practical, sequence", bias_mitigation="practical"),
-        vary("weights", "practical, token", bias_mitigation="practical", level="token"),
-        vary("weights", "retrace 1, token", bias_mitigation="retrace", level="token"),
-        vary("weights", "retrace 0.9, token", bias_mitigation="retrace", level="token", retrace_lambda=0.9),
-        vary("weights", "retrace 1, prefix", bias_mitigation="retrace", level="prefix"),
-        vary("weights", "retrace 0.9, prefix", bias_mitigation="retrace", level="prefix", retrace_lambda=0.9),
-        vary("weights", "retrace 0.7, prefix", bias_mitigation="retrace", level="prefix", retrace_lambda=0.7),
-        vary("weights", "base, token, truncated at 2", level="token", truncate_at=2.0),
-        vary("weights", "base, prefix, truncated at 2", level="prefix", truncate_at=2.0),
-        vary("weights", "base, sequence, truncated at 2", truncate_at=2.0),
-        vary("weights", "base, sequence, truncated at 5", truncate_at=5.0),
-        vary(
-            "weights", "base, sequence, truncated at 2, weighted", truncate_at=2.0, advantage="weighted_leave_one_out"
-        ),
-        vary("weights", "base, sequence, self-normalised", self_normalized=True),
+    random: Sampling = "nested, accepted at random"
+    return [
         *(
-            vary("masks", f"base, sequence, budgeted rejection, lambda {bound:g}", sampling=random, obrs_lambda=bound)
+            vary(f"base, sequence, budgeted rejection, lambda {bound:g}", sampling=random, obrs_lambda=bound)
             for bound in (0.5, 1.0, 2.0)
         ),
         *(
-            vary("mixes", f"{level}, {share:.0%} of the weight", interpolated, level=level, mix_share=share)
-            for level in ("token", "sequence")
-            for share in (0.25, 0.5, 0.75)
-        ),
-        *(
-            vary("masks", f"{weight}, {name}", **changes, **mask)
+            vary(f"{weight}, {name}", **changes, **mask)
             for weight, changes in weights.items()
             for name, mask in masks.items()
         ),
-        vary("clips", "base, token, clipped 0.2", level="token", clip_low=0.2, clip_high=0.2),
-        vary("clips", "base, sequence, clipped 0.2", clip_low=0.2, clip_high=0.2),
-        vary("clips", "base, token, clipped 0.2, three policies", level="token", **three),
-        vary(
-            "clips", "base, token, truncated at 2, clipped 0.2, three policies", level="token", truncate_at=2.0, **three
+    ]
+
+
+def _mixes() -> list[Estimator]:
+    """A share of the weight, and the rest of one."""
+    vary = partial(_vary, "mixes")
+    interpolated = dataclasses.replace(EXACT, bias_mitigation="interpolated", mix_share=0.0)
+    return [
+        *(
+            vary(f"{level}, {share:.0%} of the weight", interpolated, level=level, mix_share=share)
+            for level in ("token", "sequence")
+            for share in (0.25, 0.5, 0.75)
         ),
-        vary("clips", "base, sequence, clipped 0.2, three policies", **three),
-        vary("clips", "base, sequence, truncated at 2, clipped 0.2, three policies", truncate_at=2.0, **three),
-        vary("clips", "one, clipped 0.2, three policies", bias_mitigation="one", level="token", **three),
-        vary(divisors, "base, sequence, group std", advantage="group_std"),
-        vary(divisors, "base, sequence, token mean", normalization="token_mean", fixed_length_tokens=None),
-        vary(divisors, "base, sequence, sequence mean", normalization="sequence_mean", fixed_length_tokens=None),
-        vary(divisors, "base, sequence, k1 in reward", reference_kl="k1_in_reward", reference_kl_coefficient=BETA),
-        vary(divisors, "base, sequence, k2 as loss", reference_kl="k2_loss", reference_kl_coefficient=BETA),
-        vary(divisors, "base, sequence, k3 as loss", reference_kl="k3_loss", reference_kl_coefficient=BETA),
+    ]
+
+
+def _clips() -> list[Estimator]:
+    """Clips that act on two policies or on three."""
+    vary = partial(_vary, "clips")
+    three: dict[str, Any] = {"clip_policies": "three", "clip_low": 0.2, "clip_high": 0.2}
+    return [
+        vary("base, token, clipped 0.2", level="token", clip_low=0.2, clip_high=0.2),
+        vary("base, sequence, clipped 0.2", clip_low=0.2, clip_high=0.2),
+        vary("base, token, clipped 0.2, three policies", level="token", **three),
+        vary("base, token, truncated at 2, clipped 0.2, three policies", level="token", truncate_at=2.0, **three),
+        vary("base, sequence, clipped 0.2, three policies", **three),
+        vary("base, sequence, truncated at 2, clipped 0.2, three policies", truncate_at=2.0, **three),
+        vary("one, clipped 0.2, three policies", bias_mitigation="one", level="token", **three),
+    ]
+
+
+def _divisors() -> list[Estimator]:
+    """Other divisors, of advantages or of losses."""
+    vary = partial(_vary, "divisors")
+    return [
+        vary("base, sequence, group std", advantage="group_std"),
+        vary("base, sequence, token mean", normalization="token_mean", fixed_length_tokens=None),
+        vary("base, sequence, sequence mean", normalization="sequence_mean", fixed_length_tokens=None),
+    ]
+
+
+def _penalties() -> list[Estimator]:
+    """Penalties, which change the objective and so the truth."""
+    vary = partial(_vary, "penalties")
+    return [
+        vary("base, sequence, k1 in reward", reference_kl="k1_in_reward", reference_kl_coefficient=BETA),
+        vary("base, sequence, k2 as loss", reference_kl="k2_loss", reference_kl_coefficient=BETA),
+        vary("base, sequence, k3 as loss", reference_kl="k3_loss", reference_kl_coefficient=BETA),
+    ]
+
+
+def _presets() -> list[Estimator]:
+    """The losses of papers, and the corrections that have a name."""
+    return [
         Estimator("presets", "GRPO", presets.grpo("base", reference_kl_coefficient=0.0)),
         Estimator("presets", "Dr. GRPO", presets.dr_grpo("base", fixed_length_tokens=1)),
         Estimator("presets", "DAPO", presets.dapo("base")),
         Estimator("presets", "GSPO", presets.gspo("base")),
         Estimator("presets", "CISPO, 1 + epsilon 2", presets.cispo("base", truncate_at=2.0)),
-        *(Estimator("presets", name, correction(exact)) for name, correction in presets.CORRECTIONS.items()),
-        *(
-            Estimator("trajectory balance", f"trajectory balance, {name}", TrajectoryBalanceConfig(BETA), sampling)
-            for name, sampling in BALANCED.items()
-        ),
+        *(Estimator("presets", name, correction(EXACT)) for name, correction in presets.CORRECTIONS.items()),
     ]
-    listed = [(estimator.loss, estimator.sampling) for estimator in chosen]
-    return chosen + [claim for claim in claims() if (claim.loss, claim.sampling) not in listed]
+
+
+def _trajectory_balance() -> list[Estimator]:
+    return [
+        Estimator("trajectory balance", f"trajectory balance, {name}", TrajectoryBalanceConfig(BETA), sampling)
+        for name, sampling in BALANCED.items()
+    ]
 
 
 def claims() -> list[Estimator]:
@@ -193,7 +247,7 @@ def claims() -> list[Estimator]:
     # With a KL the truth is that of another objective, so such an estimator stands beside its like.
     return [
         Estimator(
-            "exact" if loss.reference_kl is None else "divisors and penalties",
+            "exact" if loss.reference_kl is None else "penalties",
             _name(loss),
             loss,
             fitting_sampling(loss),

@@ -34,7 +34,7 @@ def test_bridges_of_the_tiny_model(tmp_path, capsys, monkeypatch):
 def test_precision_beside_depth_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     """The full float32 model is the target itself; rounding moves it by little, and leaving layers out by more."""
     monkeypatch.setattr(precision_depth, "PRECISIONS", ("float32", "int8"))
-    numbers = ["--fit-prompts", "4", "--measured-prompts", "16", "--repeats", "1"]
+    numbers = ["--fit-prompts", "16", "--measured-prompts", "16", "--repeats", "1"]
     arguments = ["--config", "tiny", "--leave-out", "2", "3", *numbers, "--json", str(tmp_path / "product.json")]
     assert precision_depth.main(arguments) == 0
     rows = json.loads((tmp_path / "product.json").read_text())["rows"]
@@ -56,7 +56,11 @@ def test_precision_beside_depth_of_the_tiny_model(tmp_path, capsys, monkeypatch)
         (bridges.main, ["sums", *SHORT, "--layers", "0"], "--layers is 0; allowed is a whole number from 1"),
         (bridges.main, ["sums", *SHORT, "--layers", "5"], "--layers has 5; allowed is 1 to 4"),
         (bridges.main, ["sums", *SHORT, "--chosen", "31"], "--chosen is 31; allowed is 32 to 2992"),
-        (bridges.main, ["sums", *SHORT, "--fitted", "3000"], "--chosen is 32; allowed is 32 to 0"),
+        (
+            bridges.main,
+            ["sums", *SHORT, "--fitted", "3000"],
+            "--chosen needs 32 prompts, a batch; the source has 0 left",
+        ),
         (bridges.main, ["sums", *SHORT, "--measured", "129"], "--measured is 129; allowed is 32 to 128"),
         (
             precision_depth.main,
@@ -68,7 +72,7 @@ def test_precision_beside_depth_of_the_tiny_model(tmp_path, capsys, monkeypatch)
             ["--config", "tiny", "--leave-out", "x"],
             "--leave-out is 'x'; allowed is a whole number",
         ),
-        (precision_depth.main, ["--config", "tiny", "--fit-prompts", "3"], "--fit-prompts is 3; allowed is 4 to 3000"),
+        (precision_depth.main, ["--config", "tiny", "--fit-prompts", "3"], "--fit-prompts is 3; allowed is 16 to 3000"),
         (
             precision_depth.main,
             ["--config", "tiny", "--measured-prompts", "9"],

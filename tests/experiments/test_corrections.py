@@ -77,7 +77,7 @@ def test_corrections_from_one_start(tmp_path, monkeypatch, capsys):
     arguments += ["--out", str(tmp_path), "--json", str(tmp_path / "summary.json")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.count("warm start, seed 1") == 1 and printed.count("seed 1: mean gain") == 4
+    assert printed.count("warm start, seed 1") == 1 and printed.count("-1: mean gain") == 4
     kept = [json.loads(file.read_text()) for file in sorted((tmp_path / "tiny").glob("small-*-seed1.json"))]
     # All draw the same completions at first, and learn differently from them.
     assert len(kept) == 4 and 0 < kept[0]["steps"]["ess_token"][0] < 1
@@ -86,7 +86,7 @@ def test_corrections_from_one_start(tmp_path, monkeypatch, capsys):
         assert one["steps"]["tokens"][0] == kept[0]["steps"]["tokens"][0]
     # Repeated, the command computes nothing again.
     assert main(arguments) == 0
-    assert "seed 1: mean gain" not in capsys.readouterr().out
+    assert "-1: mean gain" not in capsys.readouterr().out
     found = json.loads((tmp_path / "summary.json").read_text())["mismatches"]
     assert list(found["small"]) == chosen
     assert (tmp_path / "tiny.png").stat().st_size > 0

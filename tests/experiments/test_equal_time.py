@@ -115,11 +115,13 @@ def test_time_of_programs_within_programs_counts_once(monkeypatch):
 @pytest.mark.parametrize("name", ["tiny", "tiny_long", "smollm2", "smollm2_long"])
 def test_variants_differ_in_rollouts_and_weights_only(name):
     task = TASKS[name]()
-    one, *others = [variant_config(task, variant, 3).to_json() for variant in VARIANTS]
+    one, *others = configs = [variant_config(task, variant, 3).to_json() for variant in VARIANTS]
     assert one["train"]["seed"] == 3 and one["warm_start"]["steps"] == 0
     for other in others:
         assert {part for part in one if one[part] != other[part]} <= {"name", "nesting", "rollout", "loss"}
     assert others[-1]["loss"]["bias_mitigation"] == "mixture"
+    settings = [json.dumps({key: value for key, value in config.items() if key != "name"}) for config in configs]
+    assert len(set(settings)) == len(VARIANTS)
 
 
 @pytest.mark.slow
@@ -135,7 +137,7 @@ def test_two_variants_from_one_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "tiny", quick_task)
     arguments = ["tiny", "--variants", *variants, "--seeds", "1", "--steps", "2", "--out", str(tmp_path)]
     assert main([*arguments, "--json", str(tmp_path / "summary.json")]) == 0
-    assert "seed 1:" not in capsys.readouterr().out
+    assert "equal-time-" not in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())["variants"]
     assert list(summary) == variants
     # Two steps teach nothing, and a variant that starts at its level has not met the target.

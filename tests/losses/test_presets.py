@@ -1,13 +1,16 @@
 """Presets against slow loops written from the papers' objectives, differentiated numerically."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.rejection import accepted, mismatch
 from nested_reft.losses import presets
 from nested_reft.losses.policy_gradient import policy_gradient_loss
@@ -131,9 +134,9 @@ def unforced_batch(near: float):
 def test_value_and_gradient_equal_the_paper(config, objective, near):
     target_BGC, batch = unforced_batch(near)
     value, gradient_BGC = jax.value_and_grad(lambda t: policy_gradient_loss(t, batch, config).total.mean())(target_BGC)
-    assert float(value) == pytest.approx(-objective(completions(target_BGC, batch)), rel=1e-4, abs=1e-6)
+    assert float(value) == pytest.approx(-objective(completions(target_BGC, batch)), abs=1e-6)
     expected_BGC = numerical_gradient(objective, target_BGC, batch)
-    np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=0, atol=1e-6)
     assert np.any(expected_BGC)
 
 
@@ -144,7 +147,7 @@ def test_cispo_gradient_equals_the_paper():
     config = presets.cispo("base", truncate_at=1.2)
     gradient_BGC = jax.grad(lambda t: policy_gradient_loss(t, batch, config).total.mean())(target_BGC)
     expected_BGC = numerical_gradient(lambda groups: cispo(groups, frozen), target_BGC, batch)
-    np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(gradient_BGC, -expected_BGC, rtol=0, atol=1e-6)
 
 
 def test_practical_reads_the_old_policy():
@@ -153,7 +156,7 @@ def test_practical_reads_the_old_policy():
     config = presets.dapo("practical")
     value = policy_gradient_loss(target_BGC, batch, config).total.mean()
     as_behavior = dataclasses.replace(batch, behavior_logprob_BGC=batch.old_logprob_BGC)
-    assert float(value) == pytest.approx(-dapo(completions(target_BGC, as_behavior)), rel=1e-4)
+    assert float(value) == pytest.approx(-dapo(completions(target_BGC, as_behavior)), abs=1e-6)
 
 
 @pytest.mark.parametrize("preset", [presets.grpo, presets.dapo, presets.gspo])
@@ -282,45 +285,46 @@ def test_corrections_equal_the_published_equation(name):
     assert_value_and_gradient_equal(correction(presets.dapo("base")), objective, target_BGC, batch)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate", "token_mask", "sequence_mask"])
-def test_corrections_equal_trl(mode, loss_type):
-    """TRL's `vllm_importance_sampling_mode`: its surrogate times a ratio cut at a cap, the KL added without it."""
-    cap, beta = 1.3, 0.04 if loss_type == "grpo" else 0.0
+TRL = json.loads((Path(__file__).parent / "trl_losses.json").read_text(encoding="utf-8"))
 
-    def token_loss(y, t):
-        whole = sum(y.old) - sum(y.behavior)
-        sampling_ratio = math.exp(whole if mode.startswith("sequence") else y.old[t] - y.behavior[t])
-        cut = min(sampling_ratio, cap) if mode.endswith("truncate") else sampling_ratio * (sampling_ratio <= cap)
-        high = 0.28 if loss_type == "dapo" else 0.2
-        apart = y.reference[t] - y.target[t]
-        return -surrogate(y, t, 0.2, high) * cut + beta * (math.exp(apart) - apart - 1)
 
-    def objective(groups):
-        losses = [[token_loss(y, t) for t in range(len(y.target))] for group in groups for y in group]
-        tokens = sum(len(of_one) for of_one in losses)
-        return -{
-            "grpo": np.mean([np.mean(of_one) for of_one in losses]),
-            "dapo": sum(map(sum, losses)) / tokens,
-            "dr_grpo": sum(map(sum, losses)) / (len(losses) * 6),
-        }[loss_type]
-
+@pytest.mark.parametrize("found", TRL["losses"], ids=lambda found: f"{found['loss']}, {found['mode']}")
+def test_corrections_equal_trl(found):
+    """TRL's trainer on the same batch: its surrogate times a ratio cut at a cap, the KL added without it."""
+    values, cap = TRL["batch"], TRL["cap"]
     correction = {
         "token_truncate": lambda loss: presets.token_tis(loss, cap),
         "sequence_truncate": lambda loss: presets.sequence_tis(loss, cap),
         "token_mask": lambda loss: presets.token_mis(loss, cap),
         "sequence_mask": lambda loss: presets.sequence_mis(loss, cap),
-    }[mode]
-    made = {
-        "grpo": presets.grpo("base", reference_kl_coefficient=beta),
+    }[found["mode"]]
+    config = {
+        "grpo": presets.grpo("base", reference_kl_coefficient=0.04),
         "dapo": presets.dapo("base"),
-        "dr_grpo": presets.dr_grpo("base", fixed_length_tokens=6),
-    }
-    target_BGC, batch = unforced_batch(1.0)
-    if loss_type == "grpo":
-        # Every token has a gradient of the KL, whatever the clip does.
-        batch = dataclasses.replace(batch, reference_logprob_BGC=target_BGC)
-    assert_value_and_gradient_equal(correction(made[loss_type]), objective, target_BGC, batch)
+        "dr_grpo": presets.dr_grpo("base", fixed_length_tokens=TRL["tokens"]),
+    }[found["loss"]]
+
+    def groups(name):
+        return jnp.asarray(values[name], jnp.float32).reshape(2, 3, *np.shape(values[name])[1:])
+
+    reward_BG, length_BG = groups("reward"), groups("length").astype(jnp.int32)
+    batch = dataclasses.replace(
+        random_batch(jax.random.key(0))[1],
+        length_BG=length_BG,
+        forced_BG=jnp.zeros_like(length_BG),
+        signal_BG=group_advantages(reward_BG, jnp.ones(reward_BG.shape, bool), config.advantage),
+        behavior_logprob_BGC=groups("behavior"),
+        old_logprob_BGC=groups("old"),
+        reference_logprob_BGC=groups("reference"),
+    )
+    value, gradient_BGC = jax.value_and_grad(
+        lambda target_BGC: policy_gradient_loss(target_BGC, batch, correction(config)).total.mean()
+    )(groups("target"))
+    assert float(value) == pytest.approx(found["value"], abs=1e-6)
+    np.testing.assert_allclose(gradient_BGC.reshape(6, 4), found["gradient"], rtol=0, atol=1e-6)
+    # Some tokens push and others do not, so clips and cuts were at work.
+    pushes = np.abs(found["gradient"]) > 1e-8
+    assert (pushes.any() and not pushes[np.asarray(batch.mask_BGC).reshape(6, 4)].all()) or found["loss"] == "grpo"
 
 
 @pytest.mark.parametrize("name", presets.CORRECTIONS)

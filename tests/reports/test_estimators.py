@@ -6,7 +6,15 @@ import pytest
 
 from nested_reft.reports.estimators import best, draw_estimators, estimator_tables, frontier, regrets
 
-HERE = {"scenario": "here", "depth": "one", "updates": 0, "kl_per_token": 0.1, "sampling": "nested", "ess": 0.5}
+HERE = {
+    "scenario": "here",
+    "depth": "one",
+    "updates": 0,
+    "kl_per_token": 0.1,
+    "sampling": "nested",
+    "ess": 0.5,
+    "accepted": 1.0,
+}
 
 
 def result(estimator, direction, noise, group="weights", claimed=None, **changes):
@@ -22,7 +30,7 @@ RESULTS = [
     result("dominated", 0.2, 6.0),
     result("calm", 0.4, 2.0, "masks"),
     result("a mixture", 1e-7, 1.0, "exact", sampling="mixture", claimed=1.0),
-    result("another divisor", 0.01, 1.0, "divisors and penalties"),
+    result("a penalty", 0.01, 1.0, "penalties"),
     result("backwards", 1.0, None, "clips", scale=-0.2),
 ]
 
@@ -50,7 +58,7 @@ def test_the_table_says_what_is_claimed_and_what_is_on_the_frontier():
     assert "claimed, times 0.667" in rows["shorter"] and "0.333" in rows["shorter"]
     assert "inf" in rows["backwards"]
     groups = [line for line in printed.splitlines() if line.startswith("-- ")]
-    assert groups == ["-- exact", "-- weights", "-- masks", "-- divisors and penalties", "-- clips"]
+    assert groups == ["-- exact", "-- weights", "-- masks", "-- penalties", "-- clips"]
 
 
 def test_every_scenario_has_its_column_and_its_best():
@@ -71,7 +79,7 @@ def test_what_a_fixed_choice_costs():
     elsewhere = {"calm": math.sqrt(0.32), "middle": math.sqrt(1.01), "exact": 1.6}
     for name in here:
         assert found[name] == pytest.approx([here[name] / here["calm"], elsewhere[name] / elsewhere["calm"]])
-    assert next(iter(found)) == "calm" and "a mixture" not in found and "another divisor" not in found
+    assert next(iter(found)) == "calm" and "a mixture" not in found and "a penalty" not in found
     shown = regrets([*RESULTS, *there], 128)["middle"]
     assert f"{sum(shown) / 2:.2f}, {max(shown):.2f}" in estimator_tables([*RESULTS, *there])
 

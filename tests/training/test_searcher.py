@@ -100,7 +100,7 @@ def test_completions_without_a_reward_do_not_count(setup, prompts, key, monkeypa
     def score(texts, *_):
         return np.ones((4, 4)), np.ones((4, 4)), ~unscored_BG, {}
 
-    monkeypatch.setattr("nested_reft.training.searcher.score", score)
+    monkeypatch.setattr("nested_reft.reward_model.score", score)
     found = searcher(setup).search(setup.policy, prompts, PLAN, key)
     assert np.array_equal(found.rollouts.counted_BG, ~unscored_BG)
 

@@ -24,6 +24,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface_config import config_from_huggingface, config_to_huggingface
 from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.formats.stacking import check_tensors, stack_parameters
+from nested_reft.models.heads import HeadParam, ScalarHead
 from nested_reft.models.lora import merge_lora
 from nested_reft.models.transformer import Transformer
 from nested_reft.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ TENSOR_NAMES = {
     "layers/query_norm": "model.layers.{layer}.self_attn.q_norm.weight",
     "layers/key_norm": "model.layers.{layer}.self_attn.k_norm.weight",
 }
+SCORE = "score.weight"  # of a reward model, as transformers' sequence classifiers name it
 # A directory holds some of these; those that are there are copied with an export.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,9 +95,14 @@ def load_huggingface(directory: str | Path, dtype: Any = jnp.float32) -> Transfo
                 " which is used",
                 directory,
             )
-        return Transformer(
+        model = Transformer(
             config, stack_parameters(config, TENSOR_NAMES, lambda name: tensors[name].get_tensor(name), dtype)
         )
+        if SCORE in tensors:
+            model.value_head = ScalarHead(config.width)
+            weight_D = np.asarray(tensors[SCORE].get_tensor(SCORE), np.float32)[0]
+            model.value_head.weight = HeadParam(jnp.asarray(weight_D))
+        return model
 
 
 def check_huggingface(directory: str | Path) -> ModelConfig:
@@ -166,6 +173,8 @@ def _is_ignored(name: str, part: Any, config: ModelConfig) -> bool:
         name.endswith("rotary_emb.inv_freq")
         or part.get_dtype() in _BUFFER_TYPES
         or (name == TENSOR_NAMES["head"] and config.tied_embeddings)
+        # A classifier of one label is a reward model; other classifiers are not supported.
+        or (name == SCORE and tuple(part.get_shape()) == (1, config.width))
     )
 
 
@@ -234,6 +243,7 @@ def save_huggingface(
     directory: str | Path,
     tokenizer: Tokenizer | str | Path | None = None,
     overwrite: bool = False,
+    scores: bool = False,
 ) -> None:
     """Writes a directory that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load.
 
@@ -245,6 +255,7 @@ def save_huggingface(
         directory: where to write.
         tokenizer: a tokenizer to write, or a directory whose tokenizer files are copied, or None.
         overwrite: replace `directory` where it exists and is not empty.
+        scores: the model is a reward model: `AutoModelForSequenceClassification` loads it, with one label.
 
     Raises:
         FileExistsError: `directory` is not empty and `overwrite` is False, or it is a file.
@@ -260,7 +271,7 @@ def save_huggingface(
         temporary.chmod(0o755)  # mkdtemp's directories are private; an export is not
         # The tokenizer goes first, because config.json repeats its special ids.
         ids = _write_tokenizer(tokenizer, temporary)
-        _write_model(model, temporary, ids)
+        _write_model(model, temporary, ids, scores)
         _replace(directory, temporary)
     finally:
         # After a success there is nothing left to remove; after a failure the half-written export goes.
@@ -290,11 +301,19 @@ def _write_tokenizer(tokenizer: Tokenizer | str | Path | None, directory: Path) 
     return ids
 
 
-def _write_model(model: Transformer, directory: Path, ids: dict[str, Any]) -> None:
+def _write_model(model: Transformer, directory: Path, ids: dict[str, Any], scores: bool) -> None:
     # transformers' classes know no adapters, so they are added into the weights.
     parameters = merge_lora(model)
-    write_json(directory / "config.json", config_to_huggingface(model.config, parameters["embedding"].dtype) | ids)
+    settings = config_to_huggingface(model.config, parameters["embedding"].dtype) | ids
     tensors: dict[str, np.ndarray] = {}
+    if scores:
+        assert model.value_head is not None
+        (causal,) = settings["architectures"]
+        settings |= {"architectures": [causal.replace("CausalLM", "SequenceClassification")]}
+        settings |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        # Their classifiers have no bias, and a difference of rewards has none either.
+        tensors[SCORE] = np.asarray(model.value_head.weight[...])[None]
+    write_json(directory / "config.json", settings)
     for name, value in parameters.items():
         host = np.asarray(value)
         if not name.startswith("layers/"):
