@@ -1,6 +1,6 @@
 """Learned rewards: a language model with a scalar head that reads a completion and gives it a number.
 
-A reward is normalised by the rewards of held-out preferred answers: 0 is their mean, and 1 is one standard deviation
+A reward is normalised by held-out answers: 0 is the mean of the preferred ones, and 1 is a standard deviation of all
 above it. Both numbers lie beside the model, in `reward_model.json`.
 """
 
@@ -37,7 +37,8 @@ class RewardModel:
 
     Attributes:
         policy: the model with its tokenizer; it samples nothing here.
-        mean, std: of the rewards of held-out preferred answers.
+        mean: of the rewards of held-out preferred answers.
+        std: of the rewards of all held-out answers.
     """
 
     policy: Policy
@@ -109,30 +110,32 @@ def _facts(path: str) -> dict[str, float]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"'{file}' cannot be read: {error!r}") from None
     if not (math.isfinite(facts["mean"]) and math.isfinite(facts["std"]) and facts["std"] > 0):
-        raise ValueError(
-            f"'{file}' has mean {facts['mean']} and std {facts['std']}; allowed are finite numbers, std > 0"
-        )
+        raise ValueError(f"'{file}' has mean {facts['mean']} and std {facts['std']}; allowed are numbers, and std > 0")
     return facts
 
 
-@functools.lru_cache(maxsize=4)
-def _loaded(path: str, written: float) -> RewardModel:
-    """One copy for training and evaluation; `written` tells a file that was replaced since."""
-    return RewardModel.load(path)
+@functools.lru_cache(maxsize=16)
+def _loaded(path: str, written: float, mesh: Mesh | None) -> RewardModel:
+    """One copy for each mesh, which training and evaluation share; `written` tells a file that was replaced since."""
+    if mesh is None:
+        return RewardModel.load(path)
+    model = _loaded(path, written, None)
+    return model if model.policy.mesh == mesh else dataclasses.replace(model, policy=model.policy.on(mesh))
 
 
-def reward_models(paths: Sequence[str]) -> list[RewardModel]:
+def reward_models(paths: Sequence[str], mesh: Mesh | None = None) -> list[RewardModel]:
     """The reward models of `reward.model`; each is loaded once.
 
     Args:
         paths: runs or exported directories.
+        mesh: where they work; None is one device.
 
     Raises:
         ValueError: one holds no reward model.
     """
     for path in paths:
         _facts(path)  # which says so where there is no such file
-    return [_loaded(path, (Path(path) / FACTS).stat().st_mtime) for path in paths]
+    return [_loaded(path, (Path(path) / FACTS).stat().st_mtime, mesh) for path in paths]
 
 
 def check_reward_models(paths: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -175,13 +178,8 @@ def score_rollouts(
         The texts, and what `rewards.score` returns.
     """
     texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
-    models = [_on(model, policy.mesh) for model in reward_models(config.model)]
+    models = reward_models(config.model, policy.mesh)
     learned = np.stack([model.normalized(prompts, rollouts) for model in models]) if models else None
     return texts, *score(
         texts, prompts, rollouts.finished_BG, config, rollouts.length_BG, max_completion_tokens, learned
     )
-
-
-def _on(model: RewardModel, mesh: Mesh) -> RewardModel:
-    """The model where the policy is; one that is there already stays."""
-    return model if model.policy.mesh == mesh else dataclasses.replace(model, policy=model.policy.on(mesh))

@@ -57,6 +57,13 @@ def refused(arguments, capsys) -> str:
     [
         (["fly"], "command 'fly' is unknown; known are train"),
         (["train"], "train needs the name of a configuration"),
+        (["dpo"], "dpo needs the name of a configuration"),
+        (["reward-model", "tiny"], "train rows cannot be learnt from: 3000 with an empty answer or none"),
+        (["sft", "tiny", "--loss.beta", "0.1"], "loss.beta is no option of the command"),
+        (["dpo", "tiny_preferences", "--loss.beta", "0"], "loss.beta is 0.0; allowed is more than 0"),
+        (["dpo", "tiny_preferences", "--reset.share", "1"], "which samples nothing, and reset.share is set"),
+        (["train", "smollm2_hh"], "reward.checker is 'model', but reward.model is empty"),
+        (["train", "tiny_preferences", "--reward.model", "there"], "there', which has no reward_model.json"),
         (["train", "nothing"], "configuration 'nothing' is unknown; known are qwen_math_combined"),
         (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
         (["train", "tiny", "--no.such-field", "1"], "no.such-field"),

@@ -7,6 +7,7 @@ import pytest
 
 from nested_reft.cli.overrides import override
 from nested_reft.config_files import shipped_configs
+from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.registry import HUB_SHAPES
 from nested_reft.training.config import Config, load_config
 
@@ -28,8 +29,10 @@ def check_nesting(config: Config) -> None:
     shape = config.model.shape
     num_layers = LAYERS[config.model.name] if shape is None else shape.num_layers
     config.nesting.validate_for(num_layers)
-    # A budget chooses the number of layers itself, from none on. The two others compare curricula and losses alone.
-    may_start_full = config.nesting_control.hold is not None or config.name in ("tiny_dump", "tiny_dapo", "tiny_reset")
+    # A budget chooses the number of layers itself, from none on. These compare curricula, losses and starts alone, and
+    # an offline objective samples nothing.
+    compares = config.name in ("tiny_dump", "tiny_dapo", "tiny_reset", "tiny_preferences")
+    may_start_full = config.nesting_control.hold is not None or compares or isinstance(config.loss, OfflineConfig)
     assert config.nesting.num_skipped(num_layers) > 0 or may_start_full
 
 

@@ -157,9 +157,8 @@ def reward_table(facts: dict[str, Any]) -> str:
         for each in report["calibration"]["bins"]:
             title = f"{source}: right where it claims {each['claimed']:.2f} ({each['pairs']} pairs)"
             rows.append([title, share(each["right"])])
-    rows.append(
-        [f"rewards of {facts['references']} preferred answers, mean and std", f"{facts['mean']:.3f} {facts['std']:.3f}"]
-    )
+    rows.append([f"mean reward of {facts['references']} preferred answers", f"{facts['mean']:.3f}"])
+    rows.append(["standard deviation of the rewards of all answers", f"{facts['std']:.3f}"])
     return table(["reward model", "held-out"], rows)
 
 

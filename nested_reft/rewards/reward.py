@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES: tuple[str, ...] = get_args(Failure)
 CUT_OFF = -1.0  # what a reward model's number is for a completion without a stop token
+NO_MODEL = "reward.checker is 'model', but reward.model is empty; name a trained reward model there"
 TRIAL_CALLS = 3  # of the user's function, on gold answers before training
 MAX_TASK_CHARS = 10_000  # of an answer that a task's own verifier reads
 
@@ -53,8 +54,8 @@ class RewardConfig:
             training. A run's configuration thus names code: look before you load a stranger's run.
         function_weight: of that number in the reward.
         model: trained reward models, whose mean takes the place of the accuracy: runs of `nested-reft reward-model`,
-            or what `nested-reft export` made of them. 0 is the mean of the preferred answers that each was
-            normalised on, and 1 a standard deviation. What was cut off gets -1, as in DR-PO. With several, the
+            or what `nested-reft export` made of them. 0 is the mean of held-out preferred answers, and 1 a standard
+            deviation of all held-out answers. What was cut off gets -1, as in DR-PO. With several models, the
             standard deviation between them is logged.
         model_weight: of that mean in the reward.
         overlong_cache_tokens: L_cache of DAPO's soft overlong punishment, which begins that many
@@ -161,6 +162,8 @@ def score(
     if (0 if learned_MBG is None else len(learned_MBG)) != len(config.model):
         raise ValueError(f"reward.model names {len(config.model)} models; score needs learned_MBG of as many")
     checkers = [checker or config.checker for checker in prompts.checkers or [None] * num_prompts]
+    if "model" in checkers and not config.model:
+        raise ValueError(NO_MODEL)
     parts, outcomes = _checked(texts_BG, prompts, finished_BG, checkers, config)
     if config.overlong_cache_tokens:
         if length_BG is None or max_completion_tokens is None:
@@ -307,7 +310,7 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
         if problem is not None:
             raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
     if "model" in kinds and not config.model:
-        raise ValueError("reward.checker is 'model', but reward.model is empty; name a trained reward model there")
+        raise ValueError(NO_MODEL)
     for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
         problem = _pool(config).check(kind) if kind in kinds else None
         if problem is not None:

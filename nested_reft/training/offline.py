@@ -177,12 +177,18 @@ class Offline:
             state: after the last step.
             compilations: what was compiled so far.
         """
-        config, found = self._config, {}
-        after = self._heldout(state)
+        config, facts = self._config, None
         if isinstance(config.loss, BradleyTerryConfig):
             with self._clock.stage("evaluation"):
-                found = {"reward_model": reward_facts(state.learner.policy(), self._data, config)}
-            write_json(self._run.path / FACTS, found["reward_model"])
+                facts = reward_facts(state.learner.policy(), self._data, config)
+            write_json(self._run.path / FACTS, facts)
+            # The report has gone through the held-out pairs already.
+            after = {
+                name: {"examples": report["pairs"], "loss": report["loss"], "accuracy": report["accuracy"]}
+                for name, report in facts["sources"].items()
+            }
+        else:
+            after = self._heldout(state)
         return {
             "name": config.name,
             "run_directory": str(self._run.path),
@@ -190,7 +196,7 @@ class Offline:
             "steps": config.train.steps,
             "before": state.before,
             "after": after,
-            **found,
+            **({} if facts is None else {"reward_model": facts}),
             "training_seconds": state.seconds,
             "seconds": self._clock.seconds(),
             "compilations": compilations.count,

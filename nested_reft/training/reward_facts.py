@@ -19,7 +19,10 @@ from nested_reft.training.setup import RunData
 
 
 def reward_facts(policy: Policy, data: RunData, config: Config) -> dict[str, Any]:
-    """The report of each source, and mean and standard deviation of the rewards of held-out preferred answers.
+    """The report of each source, and what normalises rewards.
+
+    The mean is that of held-out preferred answers, as in DR-PO. The standard deviation is that of all held-out answers:
+    preferred ones alone may all get much the same reward.
 
     Args:
         policy: the reward model.
@@ -27,21 +30,22 @@ def reward_facts(policy: Policy, data: RunData, config: Config) -> dict[str, Any
         config: gives the size of a batch.
 
     Returns:
-        JSON-able values: `mean`, `std`, the number of `references` that they are of, and `sources`, the `pair_report`
-        of each by name.
+        JSON-able values: `mean`, `std`, the number of `references` that the mean is of, and `sources`, the
+        `pair_report` of each by name.
     """
     batch_size = config.data.prompts_per_batch // config.train.micro_batches
-    encode, sources, chosen = policy.tokenizer.encode, dict[str, Any](), list[np.ndarray]()
+    encode, sources, found = policy.tokenizer.encode, dict[str, Any](), list[PairScores]()
     for name, train, heldout in zip(data.source_names, data.train_examples, data.heldout_examples, strict=True):
         scores = pair_scores(RewardModel(policy), heldout, data.prompt_size, batch_size)
         # What the baseline bets on follows from training pairs, whose lengths need no model.
         lengths_E2 = np.array([[completion_tokens(text, encode) for text in pair(e.example)] for e in train])
         sources[name] = pair_report(scores, longer_wins(lengths_E2[:, 0] - lengths_E2[:, 1]))
-        chosen.append(scores.chosen_E)
-    rewards = np.concatenate(chosen).astype(np.float64)
+        found.append(scores)
+    chosen, rejected = (np.concatenate([getattr(s, f"{name}_E") for s in found]) for name in ("chosen", "rejected"))
     # Equal rewards, such as those of a model that was not trained, have no scale of their own.
-    std = float(rewards.std()) or 1.0
-    return {"mean": float(rewards.mean()), "std": std, "references": len(rewards), "sources": sources}
+    std = float(np.concatenate([chosen, rejected]).astype(np.float64).std()) or 1.0
+    mean = float(chosen.astype(np.float64).mean())
+    return {"mean": mean, "std": std, "references": len(chosen), "sources": sources}
 
 
 def pair_scores(

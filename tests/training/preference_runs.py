@@ -8,6 +8,7 @@ from typing import Any
 
 from nested_reft.data.sources import JsonlSource
 from nested_reft.evaluation import EvaluationConfig
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.training.config import Config
 from nested_reft.training.offline import OfflineKind, as_offline
@@ -49,6 +50,7 @@ def preferences(path: Path, kind: OfflineKind | None = None, **changes: Any) -> 
             "data__prompts_per_batch": 8,
             "optimizer__learning_rate": 3e-3,
             "warm_start__layer_dropout": 0.0,
+            "nesting": NestingConfig(),
             "evaluation": EvaluationConfig(every_steps=2, samples_per_prompt=0),
         }
         | changes

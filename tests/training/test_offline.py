@@ -63,7 +63,10 @@ def test_a_separable_preference_is_learnt(reward_run):
     assert report["accuracy"] > 0.95 and report["accuracy_interval"][0] > 0.75
     assert report["length_baseline"]["accuracy"] < 0.8
     assert summary["after"]["pairs"]["accuracy"] == report["accuracy"]
-    assert summary["after"]["pairs"]["loss"] == pytest.approx(report["loss"], rel=1e-4)
+    # The last step's evaluation went another way, through the objective.
+    last = lines(run)[-1]
+    assert last["heldout_loss/pairs"] == pytest.approx(report["loss"], rel=1e-3)
+    assert last["heldout/pairs"] == pytest.approx(report["accuracy"])
     assert facts == json.loads((run.run_directory.path / "reward_model.json").read_text())
     logged = lines(run)
     assert [line["step"] for line in logged] == list(range(61))
@@ -115,8 +118,10 @@ def test_the_split_into_micro_batches_changes_nothing(pairs, kind):
             # Away from its own reference, where all pairs cost the same.
             learner.reference = jax.tree.map(lambda x: x * 1.1, learner.state.trainable)
         if kind == "bradley_terry":
-            head = learner.state.trainable["value_head"]["weight"]
-            head.set_value(jnp.linspace(-1, 1, 64))
+            # A head of zeros would give the trunk no gradient.
+            trainable = learner.state.trainable
+            moved = jax.tree.map(lambda x: x + 0.1 if x.shape == (64,) else x, trainable)
+            learner.state = dataclasses.replace(learner.state, trainable=moved)
         examples = list(setup.data.train_examples[0][:8])
         prompts = batch_prompts(examples, [0] * 8, setup.data.prompt_size)
         texts, signals = [pair(e.example) for e in examples], PAIR_SIGNALS

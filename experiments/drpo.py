@@ -1,0 +1,374 @@
+"""DR-PO against PPO with a learned reward that can be over-optimised, at equal updates.
+
+    python -m experiments.drpo                             # 5 seeds of five shares of resets, about half an hour
+    python -m experiments.drpo --shares 0 0.5 --seeds 0 1
+
+The task of `tiny_preferences`: numbers whose sevens a hidden rule, gold, counts. A reward model is trained on noisy
+preferences, and PPO maximises it with a KL penalty. All runs of a seed share the reward model and the policy that they
+start from, which has imitated the preferred answers; they take the same steps and draw as many completions. They differ
+in `reset.share` alone: the probability that a rollout starts inside a preferred answer. 0 is PPO.
+
+What is finished is kept as JSON in `--out` and not computed again, so the command can be stopped and repeated. It ends
+with a table, a figure and, with `--json`, a file.
+
+The measures: gold and learned reward, and KL to the start, of completions of held-out prompts from the bare prompt,
+four for each. Resets act in training only. KL is the mean over completions of log pi - log pi_start, in nats. Intervals
+are 95 % percentile bootstraps over seeds (10,000 draws).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.runs import EVERY, finished, shared_start
+from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
+from nested_reft.data.pipeline import batch_prompts
+from nested_reft.dataset_reset import ResetConfig
+from nested_reft.evaluation import EvaluationConfig
+from nested_reft.json_files import write_json
+from nested_reft.reports.figures import figure_maker
+from nested_reft.reports.tables import table
+from nested_reft.reward_model import RewardModel
+from nested_reft.rollout.policy import Policy
+from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.training.config import Config, load_config
+from nested_reft.training.offline import as_offline
+from nested_reft.training.record import StepRecord
+from nested_reft.training.setup import Setup, prepare
+from nested_reft.training.trainer import Trainer
+from nested_reft.training.warm_start import WarmStartConfig
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SAMPLES = 4  # of each held-out prompt
+DRAWS = 10_000  # of the bootstrap
+MEASURES = ("gold", "learned", "kl", "tokens")
+
+Run = dict[str, Any]  # a row of MEASURES for each of its `steps`, with `share` and `seed`
+
+
+def reward_config(seed: int, steps: int) -> Config:
+    """The configuration of a seed's reward model.
+
+    Args:
+        seed: of parameters and order.
+        steps: of its training.
+    """
+    config = as_offline(load_config("tiny_preferences"), "bradley_terry")
+    return dataclasses.replace(
+        config,
+        name=f"drpo-reward-{seed}",
+        train=dataclasses.replace(config.train, seed=seed, steps=steps),
+        warm_start=WarmStartConfig(),
+        evaluation=EvaluationConfig(every_steps=steps, samples_per_prompt=0),
+    )
+
+
+def experiment_config(share: float, seed: int, steps: int, reward_model: str) -> Config:
+    """`tiny_preferences` with one share of resets, without the warm start, which all runs of a seed share.
+
+    Args:
+        share: beta of the resets.
+        seed: of the run.
+        steps: of the run.
+        reward_model: the run directory of the seed's reward model.
+    """
+    config = load_config("tiny_preferences")
+    return dataclasses.replace(
+        config,
+        name=f"drpo-{share:g}-{seed}",
+        reset=ResetConfig(share=share, references="answers"),
+        reward=dataclasses.replace(config.reward, model=(reward_model,)),
+        train=dataclasses.replace(config.train, seed=seed, steps=steps, checkpoint_every=steps),
+        # What is measured is measured here.
+        evaluation=EvaluationConfig(every_steps=steps, samples_per_prompt=0),
+        warm_start=WarmStartConfig(),
+    )
+
+
+def reward_model(seed: int, steps: int, out: Path) -> str:
+    """The run directory of a seed's reward model, trained where it is not kept.
+
+    Args:
+        seed: of the model.
+        steps: of its training.
+        out: where runs are kept.
+    """
+    config, file = reward_config(seed, steps), out / f"reward-seed{seed}-steps{steps}.json"
+    kept = finished(file, config)
+    if kept is None:
+        run = Trainer(prepare(config), RunDirectory.create(out / "runs", config.name, config.to_json()))
+        summary = run.open().run()
+        kept = {"config": config.to_json(), "summary": summary}
+        write_json(file, kept)
+        accuracy = summary["after"]["sevens"]["accuracy"]
+        print(f"reward model, seed {seed}: held-out accuracy {accuracy:.3f}", flush=True)
+    return str(Path(kept["summary"]["run_directory"]).absolute())
+
+
+def measured(policy: Policy, start: Policy, learned: RewardModel, setup: Setup) -> list[float]:
+    """The measures of a policy, in the order of `MEASURES`; every call draws with the same key.
+
+    Args:
+        policy: what answers.
+        start: what KL compares with.
+        learned: the reward model.
+        setup: its held-out prompts are asked.
+    """
+    # A prompt with several pairs is asked once.
+    examples = list({encoded.text: encoded for encoded in setup.data.heldout_examples[0]}.values())
+    prompts = batch_prompts(examples, [0] * len(examples), setup.data.prompt_size)
+    key = jax.random.key(setup.config.train.seed)
+    rollouts = jax.device_get(policy.generate(prompts, None, key, group_size=SAMPLES))
+    texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
+    gold = np.mean([gold_rule()(text, {}) for group in texts for text in group])
+    prompt_BP, length_B = jnp.asarray(prompts.tokens_BP), jnp.asarray(prompts.length_B)
+    start_BGC = start.logprobs(prompt_BP, length_B, jnp.asarray(rollouts.tokens_BGC))
+    ratio_BGC = rollouts.behavior_logprob_BGC - np.asarray(start_BGC)
+    valid_BGC = np.arange(ratio_BGC.shape[-1]) < rollouts.length_BG[..., None]
+    kl = np.where(valid_BGC, ratio_BGC, 0).sum(axis=-1).mean()
+    learned_BG = learned.normalized(prompts, rollouts)
+    return [float(value) for value in (gold, learned_BG.mean(), kl, rollouts.length_BG.mean())]
+
+
+def gold_rule() -> Any:
+    """The hidden rule of the task."""
+    directory = next(each for each in CONFIG_DIRECTORIES if (each / "_tiny_preferences.py").is_file())
+    return load_module(directory / "_tiny_preferences.py", "tiny_preferences_gold").gold
+
+
+def measured_run(setup: Setup, out: Path) -> dict[str, Any]:
+    """One run, measured each `EVERY` steps.
+
+    Args:
+        setup: the start and the data; its policy stays as it is.
+        out: the run's directory is made in its folder `runs`.
+
+    Returns:
+        JSON-able values: `config`, `run_directory`, `steps`, the measures at each of them, `warning` of the run's
+        summary, `seconds` and `versions`.
+    """
+    config, started = setup.config, time.monotonic()
+    learned = RewardModel.load(config.reward.model[0])
+    rows = [measured(setup.policy, setup.policy, learned, setup)]
+
+    def after_step(found: StepRecord) -> None:
+        if found.number % EVERY == 0:
+            rows.append(measured(trainer.state.learner.policy(), setup.policy, learned, setup))
+
+    trainer = Trainer(setup, RunDirectory.create(out / "runs", config.name, config.to_json()), after_step)
+    summary = trainer.open().run()
+    return {
+        "config": config.to_json(),
+        "run_directory": str(trainer.run_directory.path),
+        "steps": list(range(0, config.train.steps + 1, EVERY)),
+        **{name: list(column) for name, column in zip(MEASURES, zip(*rows, strict=True), strict=True)},
+        "warning": summary["reward_hacking"]["warning"],
+        "seconds": time.monotonic() - started,
+        "versions": versions(),
+    }
+
+
+def runs_of(
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    out: Path,
+    reward_steps: int,
+    warm_start: WarmStartConfig | None = None,
+) -> list[Run]:
+    """Every run that is asked for, computed where it is not kept.
+
+    Args:
+        shares: of resets.
+        seeds: of the runs.
+        steps: of each run.
+        out: where results, reward models and shared starts are kept.
+        reward_steps: of each reward model.
+        warm_start: what the runs of a seed share; None takes that of `tiny_preferences`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for seed in seeds:
+        model = reward_model(seed, reward_steps, out)
+        for share in shares:
+            config = experiment_config(share, seed, steps, model)
+            file = out / f"share{share:g}-seed{seed}-steps{steps}.json"
+            run = finished(file, config)
+            if run is None:
+                start = shared_start(config, out, warm_start or load_config("tiny_preferences").warm_start)
+                # The shared start is prepared with a warm start, and this run has none.
+                run = measured_run(dataclasses.replace(prepare(config, start.policy), config=config), out)
+                write_json(file, run)
+                print(
+                    f"share {share:g}, seed {seed}: {run['seconds']:.0f} s, gold {run['gold'][-1]:.3f}, learned"
+                    f" {run['learned'][-1]:.3f}, KL {run['kl'][-1]:.2f}",
+                    flush=True,
+                )
+            found.append(run | {"share": share, "seed": seed})
+    return found
+
+
+def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Each share at the last step, and beside the runs without resets of the same seeds.
+
+    Args:
+        runs: with one of share 0 for every seed.
+
+    Returns:
+        JSON-able results by share. Of each measure the values of all seeds, their mean and its interval; `gold_gain`
+        over share 0; `gold_lost`, how far gold fell from its best; `warned`, runs whose summary warned of hacking.
+    """
+    baseline = {run["seed"]: run["gold"][-1] for run in runs if run["share"] == 0}
+    found = {}
+    for share in dict.fromkeys(run["share"] for run in runs):
+        own = [run for run in runs if run["share"] == share]
+        columns = {name: [run[name][-1] for run in own] for name in MEASURES}
+        columns["gold_start"] = [run["gold"][0] for run in own]
+        columns["gold_best"] = [max(run["gold"]) for run in own]
+        columns["gold_lost"] = [max(run["gold"]) - run["gold"][-1] for run in own]
+        columns["gold_gain"] = [run["gold"][-1] - baseline[run["seed"]] for run in own]
+        found[f"{share:g}"] = {
+            "seeds": [run["seed"] for run in own],
+            **{name: _with_interval(values) for name, values in columns.items()},
+            "warned": sum(run["warning"] is not None for run in own),
+            "seconds_per_run": float(np.mean([run["seconds"] for run in own])),
+        }
+    return found
+
+
+def gold_at_kl(runs: Sequence[Run], kl: Sequence[float]) -> dict[str, list[float | None]]:
+    """Mean gold reward of each share where its runs first reach a KL, by interpolation between measurements.
+
+    Args:
+        runs: of all shares.
+        kl: levels, in nats.
+
+    Returns:
+        By share a value for each level; None where a run of the share never gets there.
+    """
+
+    def reached(run: Run, level: float) -> float | None:
+        for before, after in zip(range(len(run["kl"]) - 1), range(1, len(run["kl"])), strict=True):
+            low, high = run["kl"][before], run["kl"][after]
+            if low <= level < high:
+                part = (level - low) / (high - low)
+                return run["gold"][before] + part * (run["gold"][after] - run["gold"][before])
+        return None
+
+    found: dict[str, list[float | None]] = {}
+    for share in dict.fromkeys(run["share"] for run in runs):
+        values = [[reached(run, level) for run in runs if run["share"] == share] for level in kl]
+        found[f"{share:g}"] = [
+            None if any(v is None for v in each) else float(np.mean([v for v in each if v is not None]))
+            for each in values
+        ]
+    return found
+
+
+def _with_interval(values: Sequence[float]) -> dict[str, Any]:
+    values_S = np.array(values, np.float64)
+    draw_RxS = np.random.default_rng(0).integers(0, len(values_S), (DRAWS, len(values_S)))
+    interval = np.quantile(values_S[draw_RxS].mean(axis=1), [0.025, 0.975]).tolist()
+    return {"values": values_S.tolist(), "mean": float(values_S.mean()), "interval": interval}
+
+
+def summary_table(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as text.
+
+    Args:
+        summary: of `summarise`.
+    """
+
+    def cell(each: dict[str, Any]) -> str:
+        return "{:.3f} ({:.3f}..{:.3f})".format(each["mean"], *each["interval"])
+
+    names = ("gold_start", "gold", "gold_gain", "gold_best", "gold_lost", "learned", "kl", "tokens")
+    titles = ("gold before", "gold after", "over PPO", "best gold", "lost since", "learned", "KL", "tokens")
+    rows = [
+        [share, len(one["seeds"]), *(cell(one[name]) for name in names), one["warned"], f"{one['seconds_per_run']:.0f}"]
+        for share, one in summary.items()
+    ]
+    return table(["reset share", "seeds", *titles, "warned", "s/run"], rows)
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Gold and learned reward over steps, and gold reward over KL; means of seeds, each seed thin.
+
+    Args:
+        runs: of all shares.
+        path: the PNG file.
+    """
+    figure = figure_maker()(figsize=(14, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for index, share in enumerate(dict.fromkeys(run["share"] for run in runs)):
+        own = [run for run in runs if run["share"] == share]
+        means = {name: np.mean([run[name] for run in own], axis=0) for name in MEASURES}
+        label = "PPO" if share == 0 else f"DR-PO, {share:g}"
+        for axis, x, y in ((axes[0], "steps", "gold"), (axes[1], "steps", "learned"), (axes[2], "kl", "gold")):
+            for run in own:
+                axis.plot(run[x], run[y], color=f"C{index}", alpha=0.2, linewidth=1)
+            axis.plot(own[0]["steps"] if x == "steps" else means[x], means[y], color=f"C{index}", lw=2.5, label=label)
+    for axis, x, y in zip(axes, ("step", "step", "KL to the start (nats)"), ("gold", "learned", "gold"), strict=True):
+        axis.set(xlabel=x, ylabel=f"{y} reward from the bare prompt")
+        axis.grid(alpha=0.3)
+    axes[0].legend(title="share of resets")
+    figure.suptitle("A reward model that can be over-optimised")
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not finished yet, prints the table and draws the figure.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser("experiments.drpo", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="0 to 1; 0 has to be there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=200, help=f"of each run, a multiple of {EVERY}")
+    parser.add_argument("--reward-steps", type=int, default=100, help="of each reward model")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment-drpo"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    known = parser.parse_args(arguments)
+    shares = known.shares
+    wrong = {
+        "--steps": (known.steps, known.steps >= EVERY and known.steps % EVERY == 0, f"a multiple of {EVERY}"),
+        "--reward-steps": (known.reward_steps, known.reward_steps >= 1, "1 or more"),
+        "--shares": (shares, 0 in shares and 0 <= min(shares) <= max(shares) <= 1, "0, and others up to 1"),
+    }
+    for name, (value, fits, allowed) in wrong.items():
+        if not fits:
+            print(f"error: {name} is {value}; allowed is {allowed}", file=sys.stderr)
+            return 2
+    # Programs of the same shapes are compiled once for all runs.
+    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    runs = runs_of(known.shares, known.seeds, known.steps, known.out, known.reward_steps)
+    summary, levels = summarise(runs), [0.5, 1.0, 2.0, 4.0, 8.0]
+    print(summary_table(summary))
+    at_kl = gold_at_kl(runs, levels)
+    cells = [[share, *("-" if v is None else f"{v:.3f}" for v in values)] for share, values in at_kl.items()]
+    print(table(["gold at KL (nats) of", *(f"{level:g}" for level in levels)], cells))
+    draw(runs, known.out / "drpo.png")
+    if known.json is not None:
+        facts = {"steps": known.steps, "versions": versions(), "shares": summary}
+        write_json(known.json, facts | {"gold_at_kl": {"levels": levels, "shares": at_kl}})
+    print(f"written: {known.out / 'drpo.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
