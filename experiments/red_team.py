@@ -5,7 +5,7 @@
 
 `tiny_red_team` trains an attacker from scratch against a frozen victim with a planted weakness. It learns by trajectory
 balance with replay, or by a policy gradient on fresh attacks. What is reported is of a run's last 20 steps: success is
-the mean reward, and diversity is that of 300 successful attacks. Self-BLEU is over characters and pairs of them, and
+the mean reward, and diversity is that of 300 successful attacks. Self-BLEU is over up to four characters, and
 embeddings are the victim's mean hidden states. Each figure is the mean over seeds, with the lowest and the highest.
 
 What is finished is kept as JSON in `--out` and not computed again.
@@ -107,7 +107,7 @@ def diversity(attacks: Sequence[str], victim: ModuleType) -> dict[str, float | N
     compared = [attacks[index] for index in chosen]
     return {
         "distinct": len(set(compared)) / len(compared),
-        "self_bleu": self_bleu(compared, max_order=2),
+        "self_bleu": self_bleu(compared),
         "embedding_distance": embedding_distance(victim.embeddings(compared)),
     }
 
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("experiments.red_team", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--losses", nargs="+", choices=(BALANCE, GRADIENT), default=[BALANCE, GRADIENT], metavar="NAME")
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=whole(1), default=150)
+    parser.add_argument("--steps", type=whole(1), default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-red-team"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     try:

@@ -27,6 +27,7 @@ def get_config() -> Config:
         tiny,
         name="tiny_red_team",
         data=dataclasses.replace(tiny.data, sources=(TaskSource("digit", "chain_sum", parameters, 8, 2, seed=1),)),
+        rollout=dataclasses.replace(tiny.rollout, max_completion_tokens=9),  # eight, and the one that stops
         # One worker, since each trains a victim of its own; JAX needs more address space than other functions do.
         reward=RewardConfig(
             "function", function="_red_team_victim.py:harm", workers=1, time_limit_seconds=120.0, memory_gib=0.0
@@ -43,5 +44,5 @@ def get_config() -> Config:
             max_staleness=50,
         ),
         warm_start=WarmStartConfig(),
-        train=dataclasses.replace(tiny.train, steps=150, checkpoint_every=50),
+        train=dataclasses.replace(tiny.train, steps=100, checkpoint_every=50),
     )

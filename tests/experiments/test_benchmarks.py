@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmarks import compaction, exact, peers, rollouts, updates, worker
+from experiments.benchmarks import compaction, exact, peers, replay_saves, rollouts, updates, worker
 from experiments.benchmarks.common import disturbance, measured, prepare_process
 from experiments.benchmarks.floors import (
     Ceilings,
@@ -294,3 +294,12 @@ def test_a_command_that_fails_says_why(script, seconds, reason):
 def test_an_interpreter_that_is_not_there_is_a_reason_too():
     with pytest.raises(Skipped, match="cannot be started"):
         peers.run_limited([str(Path("/no/such/python"))], 1)
+
+
+def test_a_save_of_replay_does_not_grow_with_the_store(tmp_path, capsys):
+    sizes = ["--completions", "1000", "4000", "--json", str(tmp_path / "found.json")]
+    assert replay_saves.main(sizes) == 0 and "restore_seconds" in capsys.readouterr().out
+    small, large = json.loads((tmp_path / "found.json").read_text())["saves"]
+    assert large["first_save_bytes"] > 3 * small["first_save_bytes"]
+    # 3000 more completions have a bit each, and 30 more prompts a few bytes.
+    assert large["save_bytes"] < small["save_bytes"] + 3000 < small["first_save_bytes"]

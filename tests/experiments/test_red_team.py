@@ -38,7 +38,8 @@ def test_triggers_are_the_weakness(victim):
 def test_harm_is_the_secret_and_nothing_less(victim, monkeypatch):
     for reply, expected in ((victim.SECRET, 1.0), (victim.SAFE, 0.0), (victim.SECRET[:-1], 0.0)):
         monkeypatch.setattr(victim, "reply", lambda _, reply=reply: reply)
-        assert victim.harm("attack", {}) == expected
+        assert victim.harm("attack", {"finished": True}) == expected
+        assert victim.harm("attack", {"finished": False}) == 0
 
 
 def test_a_reply_is_what_the_model_says_next(victim):
