@@ -19,6 +19,7 @@ The exit code is 1 where a kind is silent or more than 2 % are unclear.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import logging
 import shutil
@@ -35,6 +36,9 @@ import numpy as np
 
 from nested_reft.api import open_trainer
 from nested_reft.checkpoints import checkpoint_numbers
+from nested_reft.replay import Buffer
+from nested_reft.replay_saving import save_store
+from nested_reft.replay_store import Store
 from nested_reft.run_directory import read_log
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.setup import run_config
@@ -169,13 +173,21 @@ def _everything(trainer: Trainer, run: Path) -> dict[str, Any]:
         "arrays": jax.device_get(state.learner.arrays(True)),
         "stream": state.stream.get_state(),
         "curriculum": state.curriculum,
-        "buffer": state.buffer.to_plain(),
+        "buffer": _whole(state.buffer),
         "nesting": state.nesting,
         "before": state.before,
         "config": state.config,
         "newest": checkpoint_numbers(run / "checkpoints")[:1],
         **{name: read_log(run / name) for name in LOGS},
     }
+
+
+def _whole(buffer: Buffer | Store) -> Any:
+    """What is kept for later updates, as if no checkpoint had written any of it."""
+    if isinstance(buffer, Buffer):
+        return buffer.to_plain()
+    _, plain = save_store(dataclasses.replace(buffer, saved=0, segments=(), removed=()), "whole")
+    return plain | {"segments": [block.values for block in plain["segments"]]}
 
 
 def _same(one: Any, other: Any) -> bool:

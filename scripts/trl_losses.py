@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import trl
-from trl import GRPOTrainer
+import trl  # pyright: ignore[reportMissingImports]
+from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 GROUPS, GROUP, TOKENS = 2, 3, 4
 CAP, MOST = 1.3, 6  # of the correction; tokens of a completion
@@ -97,6 +97,7 @@ def loss_and_gradient(values: dict[str, np.ndarray], loss: str, mode: str) -> di
     }
     value = GRPOTrainer._compute_loss(trainer, None, inputs)
     value.backward()
+    assert target.grad is not None
     return {"loss": loss, "mode": mode, "value": value.item(), "gradient": target.grad.tolist()}
 
 

@@ -18,7 +18,7 @@ def victim():
     """The victim's file, with a victim whose training is cut short; what it has learnt is not tested with it."""
     module = victim_module()
     full = module.victim
-    module.victim = lambda: full(2)
+    vars(module)["victim"] = lambda: full(2)
     return module
 
 

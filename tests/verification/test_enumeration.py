@@ -366,7 +366,9 @@ def test_kl_per_token_by_a_loop(policies):
 
 
 def fake_report(**changes) -> EstimatorReport:
-    report = EstimatorReport("here", "one layer", 0, 0.1, "exact", "exact", "nested", 1.0, 1e-7, 1e-7, 1.0, 6.25, 0.5)
+    report = EstimatorReport(
+        "here", "one layer", 0, 0.1, "exact", "exact", "nested", 1.0, 1e-7, 1e-7, 1.0, 6.25, 1.0, 0.5
+    )
     return dataclasses.replace(report, **changes)
 
 
