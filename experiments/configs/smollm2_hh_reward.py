@@ -4,7 +4,7 @@ Command: nested-reft reward-model smollm2_hh_reward, with --model.name DIRECTORY
 The paper: batch 64, learning rate 3e-6, one epoch, from the model after SFT; held-out accuracy 66.2 % on TL;DR.
 Departures: batch 16 and a learning rate of 1e-5, since there are a hundred times fewer pairs. Pairs with a prompt of
 more than 192 tokens or an answer of more than 96 are left out.
-Time: about an hour on two cores.
+Time: a minute or more a step on two cores; not run to its end here.
 """
 
 import dataclasses

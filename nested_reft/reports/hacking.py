@@ -9,7 +9,8 @@ from typing import Any
 from nested_reft.untrusted import printable
 
 Line = dict[str, Any]
-SHARE = 5  # a window is this part of the steps
+SHARE = 10  # a window is this part of the steps; a peak may be short
+LEAST = 2  # steps of a window, which need a spread
 ERRORS = 3.0  # standard errors that a fall must exceed
 GROWTH = 1.5  # of length, or of the disagreement between reward models
 # The first of these that a run logs.
@@ -34,7 +35,7 @@ def reward_hacking(lines: Sequence[Line], gold: str | None) -> dict[str, Any] | 
     steps = [line for line in lines if line.get("reward/model") is not None]
     if not steps:
         return None
-    size = max(len(steps) // SHARE, 1)
+    size = min(max(len(steps) // SHARE, LEAST), len(steps))
     kl = next((name for name in DIVERGENCES if any(line.get(name) is not None for line in steps)), None)
     names = {"learned": "reward/model", "gold": gold, "kl": kl}
     names |= {"tokens": "completion_tokens", "disagreement": "reward/model_std"}
