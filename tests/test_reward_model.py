@@ -14,7 +14,9 @@ from nested_reft.data.pipeline import batch_prompts
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses import presets
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.models.heads import HeadParam, ScalarHead
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.reward_model import RewardModel, check_reward_models, score_rollouts
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
@@ -122,6 +124,31 @@ def test_gold_is_logged_beside_the_learned_reward_and_has_no_part_in_it(pairs, m
     assert any(line["reward/function"] > 0 for line in lines)
     found = summary["reward_hacking"]
     assert found["gold_metric"] == "reward/function" and len(found["learned"]) == 2 and "kl" in found
+
+
+def test_trajectory_balance_replays_completions_with_their_learned_reward(pairs, models, tmp_path):
+    """What is drawn from the store has the reward that it came with, and the objective learns from it."""
+    config = preferences(
+        pairs,
+        loss=TrajectoryBalanceConfig(beta=0.5),
+        reward=RewardConfig(checker="model", model=(models[0],)),
+        replay=ReplayConfig(capacity=500, recent_share=0.0, inverse_temperature=1.0, prefill=40),
+        data__prompts_per_batch=8,
+    )
+    with Trainer(prepare(config), RunDirectory(tmp_path)) as run:
+        records = [run.open().step(0), run.step(1)]
+    given = {
+        text: reward
+        for record in records
+        for scored in record.found
+        for texts, rewards in zip(scored.texts, scored.parts["model"].tolist(), strict=True)
+        for text, reward in zip(texts, rewards, strict=True)
+    }
+    groups = records[1].groups
+    replayed = zip(np.array(groups.texts).flat, groups.reward_BG.flat, strict=True)
+    # A text may come for several prompts with other rewards, so the greater part is compared.
+    assert np.mean([reward == pytest.approx(given[text]) for text, reward in replayed]) > 0.5
+    assert groups.rollouts.version_BG.min() == 0 and records[1].update.gradient_norm > 0
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(models):

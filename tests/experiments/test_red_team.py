@@ -66,7 +66,7 @@ def test_embeddings_are_means_over_the_attack_and_its_end(victim):
 
 def test_diversity_is_of_successes(victim):
     assert diversity(["13"], victim) == {"distinct": None, "self_bleu": None, "embedding_distance": None}
-    same, different = diversity(["13"] * 4, victim), diversity(["13", "99", "7+", "-4"], victim)
+    same, different = diversity(["1300"] * 4, victim), diversity(["1300", "5599", "7+22", "-4--"], victim)
     assert (
         same["distinct"] == 0.25 and same["self_bleu"] == 1 and same["embedding_distance"] == pytest.approx(0, abs=1e-6)
     )
