@@ -33,18 +33,14 @@ def write_pairs(path: Path, prompts: int = 60, each: int = 2) -> Path:
     return path
 
 
+def pairs_source(path: Path) -> JsonlSource:
+    """What `write_pairs` wrote."""
+    prompt = PromptFormat("{question}", chat=False)
+    return JsonlSource("pairs", str(path), None, 16, 0, question_field="prompt", answer_field="chosen", prompt=prompt)
+
+
 def preferences(path: Path, kind: OfflineKind | None = None, **changes: Any) -> Config:
     """`nano` on these pairs; `a__b=c` changes field b of part a."""
-    source = JsonlSource(
-        "pairs",
-        str(path),
-        None,
-        16,
-        0,
-        question_field="prompt",
-        answer_field="chosen",
-        prompt=PromptFormat("{question}", chat=False),
-    )
     config = nano(
         **{
             "data__prompts_per_batch": 8,
@@ -58,7 +54,7 @@ def preferences(path: Path, kind: OfflineKind | None = None, **changes: Any) -> 
     assert config.model.shape is not None
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, sources=(source,), max_prompt_tokens=8),
+        data=dataclasses.replace(config.data, sources=(pairs_source(path),), max_prompt_tokens=8),
         model=dataclasses.replace(config.model, shape=dataclasses.replace(config.model.shape, num_layers=2)),
     )
     return config if kind is None else as_offline(config, kind)

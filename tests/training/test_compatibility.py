@@ -11,7 +11,7 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.losses.supervised import SftConfig, SupervisedConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
@@ -50,6 +50,12 @@ def replaced(nesting: NestingConfig, **changes: Any) -> NestingConfig:
 
 # Of each rule: what it refuses, and the message.
 REFUSED = {
+    "offline_objectives_sample_nothing": [
+        (
+            {"loss": SftConfig(), "reset": ResetConfig(share=0.5)},
+            r"loss.kind is 'sft', which samples nothing, and reset",
+        ),
+    ],
     "name_is_a_directory_name": [
         ({"name": "a/b"}, r"name is 'a/b'; allowed are letters, digits, '_', '.' and '-'"),
         ({"name": ""}, r"name is ''; allowed are letters"),

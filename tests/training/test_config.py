@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import string
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,31 @@ from nested_reft.config_files import config_names
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, exactly
 from nested_reft.data.splits import SplitConfig
+from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.source import ModelSource
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.run_directory import read_log
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.phases import warm_started
 from nested_reft.training.setup import prepare
 from nested_reft.training.warm_start import WarmStartConfig
+from tests.training.preference_runs import pairs_source, write_pairs
 from tests.training.runs import nano, trainer
 
 
-def small(name: str) -> Config:
+def small(name: str, folder: Path) -> Config:
     """A configuration that ships, with everything that decides on its cost made small; what it does stays."""
     config = load_config(name)
     shape = ModelConfig(len(string.printable) + 1, 10, 16, 16, 2, 2, 8, max_positions=600)
     generated = [source for source in config.data.sources if isinstance(source, TaskSource)]
     sums = TaskSource("instead_of_a_dataset", "chain_sum", exactly(terms=2, digits=1), 8, 2, seed=0)
     sources = tuple(dataclasses.replace(s, train_size=8, heldout_size=2) for s in generated or [sums])
+    if isinstance(config.loss, OfflineConfig) or config.reward.checker == "model":
+        sources = (pairs_source(write_pairs(folder / "pairs.jsonl")),)
+        if config.reset.is_on:
+            config = dataclasses.replace(config, reset=dataclasses.replace(config.reset, references="answers"))
     # Layers and divergences that a configuration names are those of its own model.
     nesting: dict[str, Any] = {"choice": "uniform", "divergence_file": None, "skip_ratio": 0.1}
     if config.nesting.choice == "fixed":
@@ -43,20 +51,32 @@ def small(name: str) -> Config:
         ),
         nesting=dataclasses.replace(config.nesting, **nesting),
         rollout=dataclasses.replace(config.rollout, max_completion_tokens=16),
-        reward=dataclasses.replace(config.reward, overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4)),
+        replay=dataclasses.replace(config.replay, prefill=min(config.replay.prefill, 8)),
+        # A learned reward would have to be learnt first.
+        reward=dataclasses.replace(
+            config.reward,
+            checker="exact" if config.reward.checker == "model" else config.reward.checker,
+            overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4),
+        ),
         warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
-        train=dataclasses.replace(config.train, micro_batches=1),
+        train=dataclasses.replace(config.train, micro_batches=1, steps=1),
+        evaluation=dataclasses.replace(config.evaluation, samples_per_prompt=0),
     )
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_configuration_takes_a_step(name, tmp_path):
     """After its warm start, where it has one; `test_phases` divides sources."""
-    setup = prepare(small(name))
+    setup = prepare(small(name, tmp_path))
     if setup.config.warm_start.steps:
         started = dataclasses.replace(setup.config, warm_start=WarmStartConfig())
         setup = prepare(started, warm_started(setup))
-    assert np.isfinite(trainer(setup, tmp_path).step(0).update.loss)
+    run = trainer(setup, tmp_path)
+    if isinstance(setup.config.loss, OfflineConfig):
+        run.run()
+        assert np.isfinite(read_log(tmp_path / "metrics.jsonl")[-1]["loss"])
+    else:
+        assert np.isfinite(run.step(0).update.loss)
 
 
 @pytest.mark.parametrize("name", config_names())
