@@ -23,6 +23,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runs import EVERY, finished, shared_start
+from experiments.runs import EVERY, compile_once, finished, interval, kept_run, seed_draws
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.dataset_reset import ResetConfig
@@ -50,7 +51,6 @@ from nested_reft.training.warm_start import WarmStartConfig
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES = 4  # of each held-out prompt
-DRAWS = 10_000  # of the bootstrap
 MEASURES = ("gold", "learned", "kl", "tokens")
 
 Run = dict[str, Any]  # a row of MEASURES for each of its `steps`, with `share` and `seed`
@@ -196,26 +196,22 @@ def runs_of(
         reward_steps: of each reward model.
         warm_start: what the runs of a seed share; None takes that of `tiny_preferences`.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    warm_start = warm_start or load_config("tiny_preferences").warm_start
     found = []
     for seed in seeds:
         model = reward_model(seed, reward_steps, out)
         for share in shares:
             config = experiment_config(share, seed, steps, model)
             file = out / f"share{share:g}-seed{seed}-steps{steps}.json"
-            run = finished(file, config)
-            if run is None:
-                start = shared_start(config, out, warm_start or load_config("tiny_preferences").warm_start)
-                # The shared start is prepared with a warm start, and this run has none.
-                run = measured_run(dataclasses.replace(prepare(config, start.policy), config=config), out)
-                write_json(file, run)
-                print(
-                    f"share {share:g}, seed {seed}: {run['seconds']:.0f} s, gold {run['gold'][-1]:.3f}, learned"
-                    f" {run['learned'][-1]:.3f}, KL {run['kl'][-1]:.2f}",
-                    flush=True,
-                )
+            run = kept_run(file, config, partial(measured_run, out=out), _told, warm_start)
             found.append(run | {"share": share, "seed": seed})
     return found
+
+
+def _told(run: Run) -> str:
+    return (
+        f"{run['seconds']:.0f} s, gold {run['gold'][-1]:.3f}, learned {run['learned'][-1]:.3f}, KL {run['kl'][-1]:.2f}"
+    )
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
@@ -277,9 +273,8 @@ def gold_at_kl(runs: Sequence[Run], kl: Sequence[float]) -> dict[str, list[float
 
 def _with_interval(values: Sequence[float]) -> dict[str, Any]:
     values_S = np.array(values, np.float64)
-    draw_RxS = np.random.default_rng(0).integers(0, len(values_S), (DRAWS, len(values_S)))
-    interval = np.quantile(values_S[draw_RxS].mean(axis=1), [0.025, 0.975]).tolist()
-    return {"values": values_S.tolist(), "mean": float(values_S.mean()), "interval": interval}
+    of_mean = interval(values_S[seed_draws(len(values_S))].mean(axis=1))
+    return {"values": values_S.tolist(), "mean": float(values_S.mean()), "interval": of_mean}
 
 
 def summary_table(summary: dict[str, dict[str, Any]]) -> str:
@@ -353,9 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not fits:
             print(f"error: {name} is {value}; allowed is {allowed}", file=sys.stderr)
             return 2
-    # Programs of the same shapes are compiled once for all runs.
-    jax.config.update("jax_compilation_cache_dir", str((known.out / "compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_once(known.out)
     runs = runs_of(known.shares, known.seeds, known.steps, known.out, known.reward_steps)
     summary, levels = summarise(runs), [0.5, 1.0, 2.0, 4.0, 8.0]
     print(summary_table(summary))
