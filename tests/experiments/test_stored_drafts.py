@@ -1,11 +1,14 @@
 """Stored completions as drafts: what the rules keep, and why training on drafts makes the speculative rule inexact."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from experiments import stored_drafts
 from experiments.stored_drafts import kept, main
+from nested_reft.training.config import load_config
 
 
 def test_what_is_kept_by_hand():
@@ -37,10 +40,15 @@ def test_the_speculative_rule_is_exact_only_where_the_policy_does_not_depend_on_
 
 
 @pytest.mark.slow
-def test_a_run_compares_both_sets_at_both_ages(tmp_path, capsys):
+def test_a_run_compares_both_sets_at_both_ages(tmp_path, capsys, monkeypatch):
+    """Of a model that was warmed for two steps."""
+    tiny = load_config("tiny")
+    quick = dataclasses.replace(tiny, warm_start=dataclasses.replace(tiny.warm_start, steps=2))
+    monkeypatch.setattr(stored_drafts, "load_config", lambda name: quick)
     arguments = ["--seeds", "0", "--starts", "0", "--ages", "1", "--json", str(tmp_path / "found.json")]
     assert main(arguments) == 0 and "not trained on" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["found"]
     assert {each["set"] for each in found} == {"trained on", "not trained on"}
     for each in found:
-        assert 0 < each["matched_whole"] <= each["matched_tokens"] < each["speculative_tokens"] <= 1
+        assert 0 < each["matched_whole"] < each["speculative_whole"] <= 1
+        assert 0 < each["matched_tokens"] < each["speculative_tokens"] <= 1
