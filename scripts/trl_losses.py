@@ -62,6 +62,7 @@ def loss_and_gradient(values: dict[str, np.ndarray], loss: str, mode: str) -> di
     if loss != "dr_grpo":
         advantage = advantage / (reward.std(1, keepdim=True) + 1e-6)
     high, beta = LOSSES[loss]
+    # The trainer reads these of itself; whatever it does not need for the loss is left out.
     arguments = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (target, torch.zeros_like(mask), None),

@@ -361,6 +361,7 @@ def gradients_of_rows(
     )
 
     def of_group(target_GC: Array, group: TrainBatch) -> tuple[Array, Array]:
+        # The loss takes a batch, here of one group.
         def mean_loss(target_BGC: Array):
             one = jax.tree.map(lambda x: x[None], group)
             output = objective.loss(TargetPass(target_BGC, jnp.zeros_like(target_BGC)), one)
