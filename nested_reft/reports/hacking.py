@@ -52,7 +52,8 @@ def reward_hacking(lines: Sequence[Line], gold: str | None) -> dict[str, Any] | 
 def _gold_best(steps: Sequence[Line], gold: str, size: int) -> dict[str, Any]:
     """The best of the windows that do not overlap, and where it ends."""
     starts = range(0, len(steps) - size + 1, size)
-    means = {start: _mean(steps[start : start + size], gold) or -math.inf for start in starts}
+    # A window may hold no gold reward at all. A mean of exactly 0 is not such a one.
+    means = {start: mean for start in starts if (mean := _mean(steps[start : start + size], gold)) is not None}
     best = max(means, key=lambda start: means[start])
     return {"gold_best": means[best], "gold_best_step": steps[best + size - 1]["step"]}
 
