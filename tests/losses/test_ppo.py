@@ -75,7 +75,7 @@ def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) ->
     if critic.whiten_rewards:
         mean = sum(reward.values()) / len(reward)
         deviation = math.sqrt(sum((x - mean) ** 2 for x in reward.values()) / len(reward) + 1e-8)
-        reward = {place: x / deviation for place, x in reward.items()}
+        reward = {place: mean + (x - mean) / deviation for place, x in reward.items()}
     advantage, returns = {}, {}
     for row in rows:
         later, following = 0.0, 0.0
