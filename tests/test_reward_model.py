@@ -126,6 +126,19 @@ def test_gold_is_logged_beside_the_learned_reward_and_has_no_part_in_it(pairs, m
     assert found["gold_metric"] == "reward/function" and len(found["learned"]) == 2 and "kl" in found
 
 
+def test_a_verifier_judges_references_where_a_model_rewards(pairs, models, tmp_path):
+    """The function calls answers of four digits right, and the others start no rollout."""
+    (tmp_path / "gold.py").write_text("def gold(text, example):\n    return float(len(text) == 4)\n")
+    reward = RewardConfig(
+        checker="function", function=f"{tmp_path / 'gold.py'}:gold", function_weight=0.0, model=(models[0],)
+    )
+    reset = ResetConfig(share=0.5, references="answers", only_right=True)
+    data = prepare(preferences(pairs, loss=presets.ppo("base"), reward=reward, reset=reset)).data
+    examples = [encoded.example for encoded in data.train_examples[0]]
+    assert [example.reference is not None for example in examples] == [len(example.answer) == 4 for example in examples]
+    assert 0 < sum(example.reference is None for example in examples) < len(examples)
+
+
 def test_trajectory_balance_replays_completions_with_their_learned_reward(pairs, models, tmp_path):
     """What is drawn from the store has the reward that it came with, and the objective learns from it."""
     config = preferences(

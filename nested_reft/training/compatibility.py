@@ -153,6 +153,17 @@ def one_normaliser_needs_one_start(config: Config) -> None:
         )
 
 
+def right_references_need_a_verifier(config: Config) -> None:
+    """A reward model compares answers and calls none of them right."""
+    reset, checkers = config.reset, [source.checker or config.reward.checker for source in config.data.sources]
+    if reset.is_on and reset.only_right and "model" in checkers:
+        raise ValueError(
+            f"reset.only_right is True, but the answers of source '{config.data.sources[checkers.index('model')].name}'"
+            " have the checker 'model', which tells no right reference from a wrong one; set only_right False, or"
+            " another checker"
+        )
+
+
 def dynamic_sampling_needs_a_group(config: Config) -> None:
     """A group of one completion is never mixed."""
     if config.dynamic_sampling.filters_groups and config.rollout.group_size < 2:
@@ -311,6 +322,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     one_normaliser_needs_one_start,
+    right_references_need_a_verifier,
     dynamic_sampling_needs_a_group,
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,

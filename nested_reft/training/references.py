@@ -70,8 +70,9 @@ def _add_wrong_ones(why: list[str | None], examples: Sequence[EncodedExample], r
     chosen = [examples[row] for row in rows]
     prompts = batch_prompts(chosen, [0] * len(chosen), max(len(encoded.tokens) for encoded in chosen))
     texts = [[encoded.example.reference or ""] for encoded in chosen]
-    # The punishment of long completions has no part in being right, and it would ask for their lengths.
-    reward = dataclasses.replace(reward, overlong_cache_tokens=0)
+    # Neither a learned reward nor the punishment of long completions has a part in being right, and both would need
+    # more than texts.
+    reward = dataclasses.replace(reward, model=(), overlong_cache_tokens=0)
     _, accuracy_BG, scored_BG, _ = score(texts, prompts, np.ones((len(chosen), 1), bool), reward)
     for row, is_right in zip(rows, (scored_BG & (accuracy_BG >= 1))[:, 0], strict=True):
         why[row] = None if is_right else "not right"

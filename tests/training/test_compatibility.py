@@ -244,6 +244,12 @@ REFUSED = {
             r"search.temperatures is \(0.5,\), but rollout.mode is 'exact'",
         ),
     ],
+    "right_references_need_a_verifier": [
+        (
+            {"reset": ResetConfig(share=0.5, only_right=True), "reward": RewardConfig(checker="model", model=("m",))},
+            r"reset.only_right is True, but the answers of source '\w+' have the checker 'model'",
+        ),
+    ],
     "bfloat16_weights_need_adapters": [
         (
             {"model__dtype": "bfloat16"},
@@ -290,6 +296,8 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
         {"reset": ResetConfig(share=0.5, references="answers"), "loss": BALANCE},
+        {"reset": ResetConfig(share=0.5, only_right=True), "reward": RewardConfig(model=("m",))},
+        {"reset": ResetConfig(only_right=True), "reward": RewardConfig(checker="model", model=("m",))},  # no resets
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},
         {"lora": LoraConfig(rank=1), "warm_start__steps": 5},  # the warm start trains the adapters
