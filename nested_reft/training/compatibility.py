@@ -28,17 +28,26 @@ def name_is_a_directory_name(config: Config) -> None:
         )
 
 
-def micro_batches_divide_prompts(config: Config) -> None:
-    """A batch is split along its prompts."""
-    prompts, parts = config.data.prompts_per_batch, config.train.micro_batches
+def mini_batches_divide_prompts(config: Config) -> None:
+    """A batch is dealt to mini-batches by its prompts, so that groups stay whole."""
+    prompts, parts = config.data.prompts_per_batch, config.train.mini_batches
     if prompts % parts:
-        raise ValueError(f"train.micro_batches is {parts}; it must divide data.prompts_per_batch, which is {prompts}")
+        raise ValueError(f"train.mini_batches is {parts}; it must divide data.prompts_per_batch, which is {prompts}")
+
+
+def micro_batches_divide_prompts(config: Config) -> None:
+    """An update is split along its prompts."""
+    prompts, parts = config.data.prompts_per_batch // config.train.mini_batches, config.train.micro_batches
+    if prompts % parts:
+        raise ValueError(
+            f"train.micro_batches is {parts}; it must divide data.prompts_per_batch / train.mini_batches, which is"
+            f" {prompts}"
+        )
 
 
 def mesh_divides_batches(config: Config) -> None:
     """Devices share the prompts of each micro-batch, in training and in the warm start."""
-    data, warm_start = config.mesh.data, config.warm_start
-    micro_batch = config.data.prompts_per_batch // config.train.micro_batches
+    data, warm_start, micro_batch = config.mesh.data, config.warm_start, config.prompts_per_micro_batch
     if micro_batch % data:
         raise ValueError(f"mesh.data is {data}; it must divide the prompts of a micro-batch, {micro_batch}")
     # A warm start that does not run may keep sizes that would not fit.
@@ -301,6 +310,7 @@ def offline_objectives_sample_nothing(config: Config) -> None:
 
 RULES: tuple[Callable[[Config], None], ...] = (
     name_is_a_directory_name,
+    mini_batches_divide_prompts,
     micro_batches_divide_prompts,
     mesh_divides_batches,
     overlong_cache_fits_completions,
