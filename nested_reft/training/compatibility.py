@@ -162,6 +162,15 @@ def one_normaliser_needs_one_start(config: Config) -> None:
         )
 
 
+def own_references_need_a_store(config: Config) -> None:
+    """The policy's past completions are those that are kept for replay."""
+    if config.reset.is_on and config.reset.references == "replay" and not config.replay.is_on:
+        raise ValueError(
+            "reset.references is 'replay' and replay.capacity 0: no completions are kept that a rollout could start"
+            " from. Set replay.capacity, or reset.references 'given' or 'answers'"
+        )
+
+
 def dynamic_sampling_needs_a_group(config: Config) -> None:
     """A group of one completion is never mixed."""
     if config.dynamic_sampling.filters_groups and config.rollout.group_size < 2:
@@ -321,6 +330,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     one_normaliser_needs_one_start,
+    own_references_need_a_store,
     dynamic_sampling_needs_a_group,
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,

@@ -142,6 +142,12 @@ REFUSED = {
             r"reset.per is 'completion', with loss.kind 'trajectory_balance': .* Set reset.per 'group'",
         ),
     ],
+    "own_references_need_a_store": [
+        (
+            {"reset": ResetConfig(share=0.5, references="replay")},
+            r"reset.references is 'replay' and replay.capacity 0: .* Set replay.capacity, or reset.references 'given'",
+        ),
+    ],
     "replay_needs_weights_for_old_completions": [
         (
             {"replay": REPLAY, "loss": PRACTICAL},
@@ -296,6 +302,8 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         ),
         {"loss": UNBIASED},
         {"nesting": FROM_FILE},
+        {"reset": ResetConfig(share=0.0, references="replay")},
+        {"reset": ResetConfig(share=0.5, references="replay"), "replay": REPLAY, "loss": BALANCE},
         *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
