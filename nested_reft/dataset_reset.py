@@ -41,7 +41,7 @@ from nested_reft.types import ForcedPrefixes, Prompts, Scored
 
 Schedule = Literal["uniform", "fixed", "annealed", "backward"]
 Per = Literal["group", "completion"]
-References = Literal["given", "answers"]
+References = Literal["given", "answers", "replay"]
 
 MAX_STEPS = 10**8
 # The fields that a schedule reads; the others do not, so there they stay None.
@@ -60,8 +60,10 @@ class ResetConfig:
         share: beta, the probability that a group (or a completion) is reset; 0 turns resets off. Where a prompt has no
             reference that can serve, it is not reset.
         references: `given` takes the references that sources have (`reference_field` of a JSONL file, the solutions of
-            published datasets, `answer_cot` of a task); `answers` takes the gold answers themselves.
-        only_right: leave out references that the run's verifier does not find right.
+            published datasets, `answer_cot` of a task); `answers` takes the gold answers themselves; `replay` takes the
+            policy's own best right completion of the prompt among those that are kept for replay, and resets nothing
+            before there is one.
+        only_right: leave out references that the run's verifier does not find right; those of `replay` always are.
         per: `group` gives all completions of a prompt one prefix, so that they are comparable; `completion` draws for
             each of them anew, so that a baseline of the group compares completions that started elsewhere.
         schedule: where a reset starts; see the module's table.

@@ -90,7 +90,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     old = float(copy) if searches_beside else 0.0
     if searches_beside or config.search.sync_every > 1:
         old += lent
-    tokens = shared + prompts // config.train.micro_batches * (
+    tokens = shared + config.prompts_per_micro_batch * (
         setup.data.prompt_size - shared + config.trained_group_size * fed
     )
     rollouts = {
@@ -118,7 +118,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     if isinstance(config.loss, OfflineConfig):
         # Nothing is sampled, and completions are as long as the data say.
         activations = float(
-            4 * prompts // config.train.micro_batches * setup.data.prompt_size * model.num_layers * model.width
+            4 * config.prompts_per_micro_batch * setup.data.prompt_size * model.num_layers * model.width
         )
         stages = {"updates": updates | {"weights": weights, "activations": activations}}
     if config.warm_start.steps:

@@ -37,6 +37,7 @@ from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training import record
 from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.learner import LearnerBatch, completion_bucket
 from nested_reft.training.optimizer import make_optimizer
 from nested_reft.training.phases import check_finite_update, take_whole_sources
@@ -70,6 +71,7 @@ def offline_task(config: Config, shared_prefix: int, longest: int) -> LearnerTas
         shared_prefix=shared_prefix,
         max_completion_tokens=longest,
         compute_dtype=train.compute_dtype,
+        mini_batches=train.mini_batches,
     )
 
 
@@ -112,15 +114,16 @@ class Offline:
 
     trains, rate = True, "optimizer.learning_rate"
 
-    def __init__(self, config: Config, data: RunData, run: RunDirectory, clock: Clock):
+    def __init__(self, config: Config, data: RunData, keys: RunKeys, run: RunDirectory, clock: Clock):
         """Args:
         config: of the run; its loss is an `OfflineConfig`.
         data: its examples.
+        keys: its random keys.
         run: where steps are logged.
         clock: counts the time of evaluations.
         """
         assert isinstance(config.loss, OfflineConfig)
-        self._config, self._data, self._run, self._clock = config, data, run, clock
+        self._config, self._data, self._keys, self._run, self._clock = config, data, keys, run, clock
         self.name, self.steps = config.name, config.train.steps
         self._texts_of: Callable[[Example], list[str]] = texts_of(config.loss)
         self._signals = (1.0,) if isinstance(config.loss, SftConfig) else PAIR_SIGNALS
@@ -158,7 +161,7 @@ class Offline:
         # Each step goes on where the one before ended, also where sources are more than the examples of a batch.
         source_B = (np.arange(size) + number * size) % len(self._data.train_examples)
         examples = [state.stream.next(int(source)) for source in source_B]
-        update = state.learner.update(self._batch(state, examples))
+        update = state.learner.update(self._batch(state, examples), self._keys.step(number).mini_batches)
         check_finite_update(self, number + 1, update)
         found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
         if (number + 1) % config.evaluation.every_steps == 0:
@@ -222,7 +225,7 @@ class Offline:
         """The loss on each source's held-out examples and, of pairs, the share that is ordered right."""
         config = self._config
         # As many as a training step holds in memory at once.
-        size = config.data.prompts_per_batch // config.train.micro_batches
+        size = config.prompts_per_micro_batch
         found: dict[str, dict[str, Any]] = {}
         with self._clock.stage("evaluation"):
             for name, examples in zip(self._data.source_names, self._data.heldout_examples, strict=True):

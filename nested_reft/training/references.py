@@ -35,6 +35,9 @@ def usable_references(
     Raises:
         ValueError: no reference of any source can serve.
     """
+    if config.reset.references == "replay":
+        # They are the policy's own, so there are none yet; any but the last of their tokens may be forced.
+        return [list(examples) for examples in train], config.rollout.max_completion_tokens - 1
     found, longest, reasons = list[list[EncodedExample]](), 0, Counter[str]()
     for examples in train:
         if config.reset.references == "answers":

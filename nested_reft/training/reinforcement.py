@@ -50,6 +50,7 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
         shared_prefix=shared_prefix,
         max_completion_tokens=config.rollout.max_completion_tokens,
         compute_dtype=train.compute_dtype,
+        mini_batches=train.mini_batches,
     )
 
 

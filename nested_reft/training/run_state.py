@@ -29,7 +29,7 @@ from nested_reft.losses.bradley_terry import BradleyTerryConfig
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
-from nested_reft.replay_store import Store
+from nested_reft.replay_store import Store, best_right
 from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config, forbidden_changes
 from nested_reft.training.group_supply import empty_buffer, loaded_buffer, saved_buffer
@@ -209,13 +209,19 @@ class RunState:
             key: PRNG key of its resets.
             step: of reinforcement, counted from 0.
         """
-        config, tokenizer = self.config, self.learner.tokenizer
+        config = self.config
         if not config.reset.is_on:
             return prompts
-        stop_id = tokenizer.stop_ids[0]
-        tokens = [dataset_reset.completion_tokens(text, tokenizer.encode, stop_id) for text in prompts.references]
-        group_size, forced_size = config.rollout.group_size, self.data.forced_size
+        tokens, group_size, forced_size = self._references(prompts), config.rollout.group_size, self.data.forced_size
         return dataset_reset.choose(self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size)
+
+    def _references(self, prompts: Prompts) -> list[list[int]]:
+        """The tokens of each prompt's reference; empty where it has none that can serve."""
+        if self.config.reset.references == "replay":
+            assert isinstance(self.buffer, Store)  # the configuration has checked it
+            return best_right(self.buffer, prompts)
+        encode, stop_id = self.learner.tokenizer.encode, self.learner.tokenizer.stop_ids[0]
+        return [dataset_reset.completion_tokens(text, encode, stop_id) for text in prompts.references]
 
     @property
     def nests(self) -> bool:

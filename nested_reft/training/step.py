@@ -34,13 +34,14 @@ class LearnerTask:
         objective: the loss.
         optimizer: applied once per update.
         temperature: at which log-probabilities are taken; that of the rollouts, or 1 for demonstrations.
-        updates_per_batch: passes over each batch. From the second on the target has moved, and the
+        updates_per_batch: updates that each batch gets in all. From the second on the target has moved, and the
             log-probabilities of the full model at rollout time are scored first.
-        micro_batches: parts that a batch is computed in.
+        micro_batches: parts that an update is computed in.
         remat: recompute activations in the backward pass.
         shared_prefix: leading tokens that all prompts of every batch have in common.
         max_completion_tokens: C, the longest completion of a batch.
         compute_dtype: of the inputs of matrix products in every pass over a batch; they are summed in float32.
+        mini_batches: disjoint parts of a batch that get an update each.
     """
 
     objective: Objective
@@ -52,6 +53,7 @@ class LearnerTask:
     shared_prefix: int
     max_completion_tokens: int
     compute_dtype: str = "float32"
+    mini_batches: int = 1
 
     @property
     def needs(self) -> Needs:

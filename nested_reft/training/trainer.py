@@ -176,7 +176,7 @@ class Trainer:
         groups, state.buffer = group_supply.draw(state.buffer, config, keys.replay)
         search = self.orders.end_step(state, number)
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
-        update = state.learner.update(batch)
+        update = state.learner.update(batch, keys.mini_batches)
         critic = getattr(config.loss, "critic", None)
         state.kl = kl_control.update(state.kl, critic, update.parts.get("completion_kl"))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
@@ -239,7 +239,7 @@ class Trainer:
         self.orders = Orders(config, self.keys, self.pool)
         self.state = initial_run_state(setup)
         self._last = (
-            Offline(config, setup.data, run, self.clock)
+            Offline(config, setup.data, self.keys, run, self.clock)
             if isinstance(config.loss, OfflineConfig)
             else Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
         )

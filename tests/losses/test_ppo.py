@@ -53,8 +53,9 @@ def random_batch(seed: int = 0) -> tuple[TargetPass, TrainBatch]:
     return TargetPass(target, jnp.zeros(SHAPE), None, value), batch
 
 
-def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) -> float:
-    """The same loss as loops over completions and tokens, in double precision."""
+def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig, groups=(0, 1)) -> float:
+    """The same loss as loops over completions and tokens, in double precision: of some groups, with the advantages of
+    all."""
     critic = config.critic
     arrays = {
         f.name: np.asarray(getattr(batch, f.name), float)
@@ -85,8 +86,8 @@ def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) ->
             advantage[place], returns[place], following = later, later + now, now
     mean = sum(advantage.values()) / len(advantage)
     deviation = math.sqrt(sum((x - mean) ** 2 for x in advantage.values()) / len(advantage) + 1e-8)
-    total = 0.0
-    for place, raw in advantage.items():
+    total, seen = 0.0, {place: raw for place, raw in advantage.items() if place[0] in groups}
+    for place, raw in seen.items():
         scaled = (raw - mean) / deviation
         ratio = math.exp(target[place] - arrays["old_logprob_BGC"][place])
         clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
@@ -95,7 +96,7 @@ def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) ->
         near = min(max(value[place], old - critic.value_clip), old + critic.value_clip)
         squares = (value[place] - returns[place]) ** 2, (near - returns[place]) ** 2
         total += critic.value_coefficient * max(squares) / 2
-    return total / len(advantage)
+    return total / len(seen)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -136,6 +137,23 @@ def test_parts_of_the_batch_add_up_to_the_whole():
     halves = [objective.loss(*jax.tree.map(lambda x, b=b: x[b : b + 1], (target, ready))) for b in range(2)]
     total = halves[0].total + halves[1].total
     assert total.mean() == pytest.approx(float(whole.total.mean()), rel=1e-5)
+
+
+def test_a_mini_batch_has_the_advantages_of_the_whole_batch():
+    """An update on one group of two is the slow loop over its tokens, whose advantages the whole batch has scaled.
+    Scaling them within the mini-batch would give another loss."""
+    target, batch = random_batch()
+    objective, arrays = PolicyGradient(PPO), [np.asarray(x, float) for x in (target.logprob_BGC, target.value_BGC)]
+    ready = objective.with_token_signals(batch, CRITIC.kl_coefficient)
+    for group in range(2):
+
+        def only(value, group=group):
+            return jax.tree.map(lambda x: x[group : group + 1], value)
+
+        found = objective.loss(only(target), only(ready)).mean()
+        assert found == pytest.approx(slow_loss(*arrays, batch, PPO, (group,)), abs=1e-5)
+        alone = objective.loss(only(target), objective.with_token_signals(only(batch), CRITIC.kl_coefficient)).mean()
+        assert abs(alone - found) > 0.01
 
 
 def test_the_value_loss_by_hand():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ from nested_reft.data.sources import JsonlSource, TaskSource
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
-from nested_reft.rewards.reward import score
+from nested_reft.replay_store import ReplayConfig
+from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.training.record import samples
 from nested_reft.training.setup import prepare
 from nested_reft.types import gradient_mask, valid_mask
 from tests.training.runs import (
     MOVING,
     assert_equal_arrays,
+    comparable,
     comparable_steps,
     metrics_of,
     nano,
@@ -233,6 +236,42 @@ def test_a_run_without_any_reference_is_refused(tmp_path):
     data = own_questions(tmp_path, {10: "12345678", 11: "123456789"})
     with pytest.raises(ValueError, match=r"2 longer than rollout.max_completion_tokens, which is 8"):
         prepare(nano(data=data, reset=ResetConfig(share=0.5)))
+
+
+def test_rollouts_start_from_the_policys_own_best(tmp_path):
+    """Every batch asks the same four questions. What a group is reset into is the latest right completion of the batch
+    before, since all right ones have the same reward; a question without one is not reset."""
+    functions = Path(__file__).parents[1] / "rewards" / "reward_functions.py"
+    changes = {
+        "data": own_questions(tmp_path, {number: str(number) for number in range(10, 14)}),
+        "reset": ResetConfig(share=1.0, references="replay"),
+        "replay": ReplayConfig(capacity=64, recent_share=0.5),
+        "reward": RewardConfig(checker="function", function=f"{functions}:even", workers=1),
+    }
+    run = reset_run(tmp_path / "straight", **changes)
+    records = [run.step(number) for number in range(2)]
+    first, second = (metrics_of(run, record) for record in records)
+    assert first["reset/referenced"] == first["reset/share"] == first["reset/forced_tokens"] == 0
+    before, after = (record.all for record in records)
+    referenced = 0
+    for row, forced_G in zip(map(before.prompts.texts.index, after.prompts.texts), after.rollouts.forced_BG, strict=True):
+        right_G = (before.accuracy_BG[row] == 1) & (before.rollouts.length_BG[row] > 1)
+        b = after.prompts.texts.index(before.prompts.texts[row])
+        assert (forced_G == forced_G[0]).all() and (forced_G[0] > 0) == right_G.any()
+        if right_G.any():
+            best, forced, referenced = np.flatnonzero(right_G)[-1], forced_G[0], referenced + 1
+            assert forced < before.rollouts.length_BG[row, best] == after.prompts.reference_length_B[b]
+            own_F = before.rollouts.tokens_BGC[row, best, :forced]
+            assert (after.rollouts.tokens_BGC[b, :, :forced] == own_F).all()
+    assert second["reset/referenced"] == second["reset/share"] == referenced / 4 > 0
+    # The store comes back with a checkpoint, and its completions serve as before.
+    resumed = reset_run(tmp_path / "resumed", **changes)
+    resumed.step(0)
+    save_after(resumed, 1)
+    resumed.close()
+    again = trainer(resumed.config, tmp_path / "resumed", resume=True)
+    assert comparable_steps(again, range(1, 2)) == [comparable(second)]
+    assert_equal_arrays(run.state.learner.state, again.state.learner.state)
 
 
 def test_tasks_with_a_way_to_the_answer_have_references():
