@@ -26,7 +26,7 @@ from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.types import Prompts, Rollouts, valid_mask
+from nested_reft.types import Prompts, valid_mask
 
 FACTS = "reward_model.json"
 
@@ -73,12 +73,12 @@ class RewardModel:
         placed = shard_batch(arrays, mesh) if len(prompt_BP) % mesh.shape["data"] == 0 else replicate(arrays, mesh)
         return _rewards(self.policy.model, *placed)
 
-    def normalized(self, prompts: Prompts, rollouts: Rollouts) -> Float[np.ndarray, "B G"]:
+    def normalized(self, prompts: Prompts, rollouts: Any) -> Float[np.ndarray, "B G"]:
         """The normalised reward of each completion, on the host.
 
         Args:
             prompts: what was asked.
-            rollouts: the completions.
+            rollouts: the completions; of `Rollouts`, only their tokens and lengths are read.
         """
         found = self.rewards(prompts.tokens_BP, prompts.length_B, rollouts.tokens_BGC, rollouts.length_BG)
         return ((np.asarray(found) - self.mean) / self.std).astype(np.float32)

@@ -61,6 +61,7 @@ class Prompts:
         checkers: how each answer is checked; None leaves it to the reward.
         forced: prefixes that the completions must begin with; None samples whole completions.
         reference_length_B: tokens of each reference as a completion, 0 where none can serve; None without resets.
+        reference_score_B: what decided how often each reference serves; None where all serve alike.
     """
 
     tokens_BP: Int[np.ndarray, "B P"]
@@ -73,6 +74,7 @@ class Prompts:
     checkers: tuple[str | None, ...] = ()
     forced: ForcedPrefixes | None = None
     reference_length_B: Int[np.ndarray, " B"] | None = None
+    reference_score_B: Float[np.ndarray, " B"] | None = None
 
     def __post_init__(self):
         # An empty tuple stands for None in every row, so that rows can be taken and batches joined.

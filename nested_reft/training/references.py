@@ -1,4 +1,5 @@
-"""Which training questions have a known-good completion that a rollout can start from (dataset reset)."""
+"""Which training questions have a known-good completion that a rollout can start from, and which of these serve more
+often (dataset reset)."""
 
 from __future__ import annotations
 
@@ -6,15 +7,22 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from nested_reft import dataset_reset
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
+from nested_reft.diversity import bleu_of_each
+from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.reward import RewardConfig, score
+from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import shard_batch
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config
+from nested_reft.types import Prompts
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,80 @@ def usable_references(
             f" ({_counts(reasons)}); name the reference_field of a JSONL source, or set reset.references to 'answers'"
         )
     return found, longest - 1
+
+
+def num_candidates(config: Config, train: Sequence[Sequence[EncodedExample]]) -> int:
+    """How many references could serve: those that are left of the training examples.
+
+    Args:
+        config: says which references there are; of `replay`, every prompt may come to have one.
+        train: what `usable_references` returned.
+    """
+    if not config.reset.is_on:
+        return 0
+    # Two pairs of a prompt may have one preferred answer, which is one reference.
+    return len(
+        {
+            (source, encoded.text, encoded.example.answer)
+            for source, examples in enumerate(train)
+            for encoded in examples
+            if config.reset.references == "replay" or encoded.example.reference is not None
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Completions:
+    """One completion of each prompt, as scoring reads it."""
+
+    tokens_BGC: Int[np.ndarray, "B 1 C"]
+    length_BG: Int[np.ndarray, "B 1"]
+    finished_BG: Bool[np.ndarray, "B 1"]
+
+
+def reference_scores(
+    config: Config, policy: Policy, prompts: Prompts, tokens: Sequence[Sequence[int]], size: int, shared_prefix: int
+) -> Float[np.ndarray, " B"]:
+    """The score by which references serve more or less often (`reset.prefer`); higher is more often.
+
+    Args:
+        config: names the score, other than `none`, and the reward.
+        policy: the one that is trained, as it is now.
+        prompts: B prompts.
+        tokens: the reference of each as a completion; empty where it has none.
+        size: C, the same for all batches of a run, so that they compile one program; at least the longest reference.
+        shared_prefix: leading tokens that all prompts have in common.
+
+    Returns:
+        The scores, which mean nothing where there is no reference.
+    """
+    prefer, length_B = config.reset.prefer, np.array([len(each) for each in tokens], np.int32)
+    if prefer in ("short", "long"):
+        return np.where(prefer == "long", length_B, -length_B).astype(np.float32)
+    if prefer == "distinct":
+        return _distinctness(tokens)
+    tokens_B1C = np.zeros((len(tokens), 1, size), np.int32)
+    for row_C, reference in zip(tokens_B1C[:, 0], tokens, strict=True):
+        row_C[: len(reference)] = reference
+    if prefer == "reward":
+        given = _Completions(tokens_B1C, length_B[:, None], np.ones((len(tokens), 1), bool))
+        limit = config.rollout.max_completion_tokens
+        _, reward_BG, *_ = score_rollouts(policy, prompts, given, config.reward, limit)
+        return reward_BG[:, 0]
+    placed = shard_batch((prompts.tokens_BP, prompts.length_B, tokens_B1C), policy.mesh)
+    logprob_BC = np.asarray(policy.logprobs(*placed, shared_prefix=shared_prefix))[:, 0]
+    total_B = np.where(np.arange(size) < length_B[:, None], logprob_BC, 0).sum(axis=1)
+    likelihood_B = (total_B / np.maximum(length_B, 1)).astype(np.float32)
+    return likelihood_B if prefer == "likely" else -likelihood_B
+
+
+def _distinctness(tokens: Sequence[Sequence[int]]) -> Float[np.ndarray, " B"]:
+    """Less the BLEU of each reference against the batch's others."""
+    score_B, rows = np.zeros(len(tokens), np.float32), [row for row, each in enumerate(tokens) if each]
+    # A single reference has nothing to differ from.
+    if len(rows) > 1:
+        score_B[rows] = -bleu_of_each([tokens[row] for row in rows])
+    return score_B
 
 
 def _with_reference(encoded: EncodedExample, reference: str | None) -> EncodedExample:

@@ -34,6 +34,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config, forbidden_changes
 from nested_reft.training.group_supply import empty_buffer, loaded_buffer, saved_buffer
 from nested_reft.training.learner import Learner
+from nested_reft.training.references import num_candidates, reference_scores
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
 from nested_reft.types import Prompts, Scored
@@ -209,11 +210,17 @@ class RunState:
             key: PRNG key of its resets.
             step: of reinforcement, counted from 0.
         """
-        config = self.config
+        config, data = self.config, self.data
         if not config.reset.is_on:
             return prompts
-        tokens, group_size, forced_size = self._references(prompts), config.rollout.group_size, self.data.forced_size
-        return dataset_reset.choose(self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size)
+        tokens, group_size, forced_size = self._references(prompts), config.rollout.group_size, data.forced_size
+        score_B = None
+        if config.reset.prefer != "none":
+            policy = self.learner.policy()
+            score_B = reference_scores(config, policy, prompts, tokens, forced_size + 1, data.shared_prefix)
+        return dataset_reset.choose(
+            self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size, score_B
+        )
 
     def _references(self, prompts: Prompts) -> list[list[int]]:
         """The tokens of each prompt's reference; empty where it has none that can serve."""
@@ -281,6 +288,7 @@ def initial_run_state(setup: Setup) -> RunState:
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
         mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
         kl=kl_control.initial_state(critic),
+        reset=ResetState(candidates=num_candidates(config, data.train_examples)),
         divergence_L=setup.divergence_L,
         buffer=empty_buffer(config),
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from nested_reft.data.sources import JsonlSource, TaskSource
-from nested_reft.dataset_reset import ResetConfig
+from nested_reft.dataset_reset import ResetConfig, completion_tokens
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.training.record import samples
+from nested_reft.training.references import reference_scores
 from nested_reft.training.setup import prepare
 from nested_reft.types import gradient_mask, valid_mask
 from tests.training.runs import (
@@ -32,6 +33,7 @@ from tests.training.runs import (
 
 MOSTLY = ResetConfig(share=0.7, references="answers", per="completion")
 BACKWARD = ResetConfig(share=0.8, references="answers", schedule="backward", stages=4, promote_at=0.05, window=4)
+UNLIKELY = ResetConfig(share=0.7, references="answers", per="completion", prefer="unlikely")
 MIXTURE = PolicyGradientConfig("leave_one_out", "mixture", "sequence", "fixed_length", 8)
 
 
@@ -174,8 +176,8 @@ def test_every_way_to_sample_takes_prefixes(tmp_path, changes):
 
 
 def test_new_resets_compile_nothing(tmp_path):
-    """The bare prompt, the schedule's end and any start share one program."""
-    annealed = ResetConfig(share=0.7, references="answers", schedule="annealed", fraction=0.9, steps=2)
+    """The bare prompt, the schedule's end and any start share one program, and so do the scores of references."""
+    annealed = dataclasses.replace(UNLIKELY, schedule="annealed", fraction=0.9, steps=2)
     run = reset_run(tmp_path, reset=annealed)
     forced = [run.step(number).all.rollouts.forced_BG for number in range(2)]
     compiled = run.compilations.count
@@ -183,7 +185,50 @@ def test_new_resets_compile_nothing(tmp_path):
     assert forced[0].any() and forced[1].any() and not last.any() and run.compilations.count == compiled
 
 
-@pytest.mark.parametrize("reset", [MOSTLY, BACKWARD])
+def test_scores_of_references(tmp_path):
+    """By hand, but for the likelihood, which is that of each reference alone and without padding."""
+    texts = {10: "10", 11: "1111", 12: "1111", 13: "12345"}
+    run = reset_run(tmp_path, data=own_questions(tmp_path, texts), reset=ResetConfig(share=0.5))
+    config, policy = run.config, run.state.learner.policy()
+    prompts = run.state.next_prompts(np.zeros(4, np.int32))
+    stop_id = policy.tokenizer.stop_ids[0]
+    tokens = [completion_tokens(text, policy.tokenizer.encode, stop_id) for text in prompts.references]
+
+    def scores(prefer: str):
+        reset = dataclasses.replace(config.reset, prefer=prefer)
+        return reference_scores(dataclasses.replace(config, reset=reset), policy, prompts, tokens, 7, 0)
+
+    length_B = np.array([len(each) for each in tokens])
+    assert np.array_equal(scores("long"), length_B) and np.array_equal(scores("short"), -length_B)
+    # The reference of the first question alone is its answer.
+    pairs = zip(prompts.references, prompts.answers, strict=True)
+    expected = [float(reference == answer) for reference, answer in pairs]
+    assert scores("reward").tolist() == expected and sum(expected) == 1
+    alone = []
+    for b, each in enumerate(tokens):
+        prompt_P = prompts.tokens_BP[b : b + 1, : prompts.length_B[b]]
+        logprob = policy.logprobs(prompt_P, prompts.length_B[b : b + 1], np.array([[each]], np.int32))
+        alone.append(float(np.asarray(logprob).mean()))
+    np.testing.assert_allclose(scores("likely"), alone, atol=1e-4)
+    np.testing.assert_allclose(scores("unlikely"), -np.array(alone), atol=1e-4)
+    # Two are equal, and the others have no four tokens in common with any.
+    assert sorted(scores("distinct").tolist()) == [-1, -1, 0, 0]
+
+
+def test_long_references_serve_more_often(tmp_path):
+    """Eight of the batch's 16 completions are reset on average, and those of the longer references more often."""
+    references = {number: "1" * (1 + number % 6) for number in range(10, 30)}
+    changes = {"data": own_questions(tmp_path, references), "rollout__max_completion_tokens": 8}
+    run = reset_run(tmp_path, reset=ResetConfig(share=0.5, per="completion", prefer="long"), **changes)
+    metrics = [metrics_of(run, run.step(number)) for number in range(3)]
+    assert 0.3 < np.mean([each["reset/share"] for each in metrics]) < 0.7
+    bias = [each["reset/length_bias"] for each in metrics]
+    assert np.mean(bias) > 0.2 and bias == [pytest.approx(each["reset/score_bias"]) for each in metrics]
+    coverage = [each["reset/coverage"] for each in metrics]
+    assert coverage == sorted(coverage) and 1 / 20 <= coverage[0] < coverage[-1] <= 12 / 20
+
+
+@pytest.mark.parametrize("reset", [MOSTLY, BACKWARD, UNLIKELY])
 def test_resuming_continues_resets_bit_for_bit(tmp_path, reset):
     straight = reset_run(tmp_path / "straight", reset=reset)
     expected = comparable_steps(straight, range(3))
