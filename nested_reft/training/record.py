@@ -142,7 +142,7 @@ METRICS = (
     Metric("value_mean", "reward", "mean value of the tokens' states"),
     Metric("return_mean", "reward", "mean of what the critic learns"),
     Metric("explained_variance", "share", "of the returns, by the values; 1 is a perfect critic, 0 a constant one"),
-    Metric("completion_kl", "nats", "KL(pi || reference) of a completion before the update; its token rewards pay it"),
+    Metric("completion_kl", "nats", "KL(pi || reference) before the update, over a completion without what was forced"),
     Metric("kl_coefficient", "", "weight of that penalty in the next step"),
     Metric("warning", "", "in words, with a remedy: too far off-policy, no plan meets the budget, most rejected"),
     Metric("next_num_left_out", "layers", "layers that the next batch leaves out (nesting control)"),

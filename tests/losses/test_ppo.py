@@ -197,6 +197,36 @@ def test_weights_multiply_the_advantages_of_tokens_and_not_the_values(changes):
     np.testing.assert_allclose(np.asarray(gradient)[moving], -weight[moving] / divisor, rtol=1e-4)
 
 
+@pytest.mark.parametrize("forced", [0, 1])
+def test_the_divergence_is_that_of_the_full_model_whoever_sampled(forced):
+    """Of two tokens pi_old draws the first with 0.9, the reference with 0.6, the sampler with 0.5; so each comes once:
+    0.9 ln(0.9 / 0.6) + 0.1 ln(0.1 / 0.4) = 0.2263 nats. The mean of log(pi_old / pi_ref) over the two is -0.4904. A
+    forced token in front does not count, however far the policies are apart there."""
+
+    def logprob(first: float, given: float) -> jax.Array:
+        own = jnp.log(jnp.array([[[first], [1 - first]]]))
+        return jnp.pad(own, ((0, 0), (0, 0), (forced, 0)), constant_values=given)
+
+    shape, count = (1, 2, 1 + forced), jnp.full((1, 2), forced, jnp.int32)
+    batch = TrainBatch(
+        prompt_BP=jnp.zeros((1, 1), jnp.int32),
+        prompt_length_B=jnp.ones(1, jnp.int32),
+        tokens_BGC=jnp.zeros(shape, jnp.int32),
+        length_BG=count + 1,
+        forced_BG=count,
+        counted_BG=jnp.ones((1, 2), bool),
+        signal_BG=jnp.zeros((1, 2)),
+        behavior_logprob_BGC=logprob(0.5, 0.0),
+        old_logprob_BGC=logprob(0.9, -1.0),
+        reference_logprob_BGC=logprob(0.6, -9.0),
+        old_value_BGC=jnp.zeros(shape),
+    )
+    ready = PolicyGradient(PPO).with_token_signals(batch, 0.4)
+    target = TargetPass(logprob(0.9, -1.0), jnp.zeros(shape), None, jnp.zeros(shape))
+    found = PolicyGradient(PPO).loss(target, ready).parts["completion_kl"].mean()
+    assert found == pytest.approx(0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4), abs=1e-6)
+
+
 def test_a_completion_that_does_not_count_has_no_part():
     _, batch = random_batch()
     ready = PolicyGradient(PPO).with_token_signals(batch, 0.4)
