@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.compilation import CompileCounter
 from nested_reft.data.examples import Example
+from nested_reft.data.packing import packed_batch
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.written import completion_tokens, written_batch
@@ -161,7 +162,8 @@ class Offline:
         # Each step goes on where the one before ended, also where sources are more than the examples of a batch.
         source_B = (np.arange(size) + number * size) % len(self._data.train_examples)
         examples = [state.stream.next(int(source)) for source in source_B]
-        update = state.learner.update(self._batch(state, examples), self._keys.step(number).mini_batches)
+        batch = self._packed(state, examples, self._batch(state, examples))
+        update = state.learner.update(batch, self._keys.step(number).mini_batches)
         check_finite_update(self, number + 1, update)
         found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
         if (number + 1) % config.evaluation.every_steps == 0:
@@ -220,6 +222,28 @@ class Offline:
             counted_BG = jnp.broadcast_to(jnp.arange(len(examples))[:, None] < count, batch.counted_BG.shape)
             batch = dataclasses.replace(batch, counted_BG=counted_BG)
         return learner.written_batch(batch)
+
+    def _packed(self, state: RunState, examples: Sequence[EncodedExample], plain: LearnerBatch) -> LearnerBatch:
+        """The examples of a batch with several demonstrations in a row; as it is where that computes no less."""
+        config, data, learner = self._config, self._data, state.learner
+        if not isinstance(config.loss, SftConfig):
+            return plain
+        prefix, count, own = data.shared_prefix, len(examples), data.prompt_size - data.shared_prefix
+        # A row has room for any text, and the number of rows takes one of eight values, so few programs are compiled.
+        size = own + learner.task.max_completion_tokens
+        parts = config.train.mini_batches * config.train.micro_batches * config.mesh.data
+        batch = packed_batch(
+            batch_prompts(examples, [0] * count, data.prompt_size),
+            [self._texts_of(encoded.example)[0] for encoded in examples],
+            learner.tokenizer.encode,
+            learner.tokenizer.stop_ids[0],
+            prefix,
+            size,
+            parts * -(-count // (8 * parts)),
+        )
+        computed = len(batch.tokens_BGC) * (prefix + size)
+        plain_computed = count * (own + plain.arrays.tokens_BGC.shape[-1])
+        return learner.written_batch(batch) if computed < plain_computed else plain
 
     def _heldout(self, state: RunState) -> dict[str, dict[str, Any]]:
         """The loss on each source's held-out examples and, of pairs, the share that is ordered right."""

@@ -233,10 +233,12 @@ def _target_pass(model: Transformer, micro: TrainBatch, plans: UpdatePlans, task
     """Log-probabilities and entropies of the completions, the prompts run once per group."""
     needs, temperature = task.needs, task.temperature
     valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
+    # The prompt of a packed row is what all prompts share, so it has no tokens of its own to run apart from that.
+    shared_prefix = task.shared_prefix if micro.segment_BGC is None else 0
 
     def hidden(plan: LayerPlan | None) -> Array:
         return model.completion_hidden(
-            micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
+            micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, shared_prefix, micro.segment_BGC
         )
 
     # Hidden states are kept and logits are not: those are larger by the factor V / D, and come in blocks.

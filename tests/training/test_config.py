@@ -59,6 +59,7 @@ def small(name: str, folder: Path) -> Config:
             overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4),
         ),
         warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
+        lora=dataclasses.replace(config.lora, rank=min(config.lora.rank, 2)),
         train=dataclasses.replace(config.train, micro_batches=1, steps=1),
         evaluation=dataclasses.replace(config.evaluation, samples_per_prompt=0),
     )
