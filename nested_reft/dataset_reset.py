@@ -193,7 +193,7 @@ def why_unusable(tokens: Sequence[int], max_completion_tokens: int) -> str | Non
     if len(tokens) < 2:
         return "shorter than two tokens"
     if len(tokens) > max_completion_tokens:
-        return f"longer than rollout.max_completion_tokens, which is {max_completion_tokens}"
+        return f"longer than rollout.max_completion_tokens ({max_completion_tokens})"
     return None
 
 

@@ -278,7 +278,7 @@ def test_references_become_completions():
         ([7], "shorter than two tokens"),
         ([1, 7], None),
         ([1, 2, 3, 7], None),
-        ([1, 2, 3, 4, 7], "longer than rollout.max_completion_tokens, which is 4"),
+        ([1, 2, 3, 4, 7], "longer than rollout.max_completion_tokens (4)"),
     ],
 )
 def test_what_cannot_serve(tokens, reason):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +12,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nested_reft import dataset_reset
+from nested_reft.data.examples import Example, counted_by_reason
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.diversity import bleu_of_each
 from nested_reft.reward_model import score_rollouts
-from nested_reft.rewards.reward import RewardConfig, score
+from nested_reft.rewards.reward import score
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import shard_batch
 from nested_reft.tokenizer import Tokenizer
@@ -46,25 +46,30 @@ def usable_references(
     if config.reset.references == "replay":
         # They are the policy's own, so there are none yet; any but the last of their tokens may be forced.
         return [list(examples) for examples in train], config.rollout.max_completion_tokens - 1
-    found, longest, reasons = list[list[EncodedExample]](), 0, Counter[str]()
+    found, longest, unusable = list[list[EncodedExample]](), 0, list[tuple[Example, str]]()
     for examples in train:
         if config.reset.references == "answers":
             examples = [_with_reference(encoded, encoded.example.answer) for encoded in examples]
         texts = [encoded.example.reference for encoded in examples]
         tokens = [dataset_reset.completion_tokens(text, tokenizer.encode, tokenizer.stop_ids[0]) for text in texts]
         why = [dataset_reset.why_unusable(each, config.rollout.max_completion_tokens) for each in tokens]
-        if config.reset.only_right:
-            _add_wrong_ones(why, examples, config.reward)
-        _report_unusable(examples, why)
-        reasons.update(reason for reason in why if reason is not None)
+        _add_wrong_ones(why, examples, config)
+        removed = [(e.example, reason) for e, reason in zip(examples, why, strict=True) if reason is not None]
+        _report(removed, len(examples))
+        unusable += removed
         longest = max([longest, *(len(each) for each, reason in zip(tokens, why, strict=True) if reason is None)])
         # What cannot serve is removed here, so that all later steps see usable references only.
         kept = zip(examples, why, strict=True)
         found.append([encoded if reason is None else _with_reference(encoded, None) for encoded, reason in kept])
     if not longest:
+        other = (
+            "name the reference_field of a JSONL source, or set reset.references to 'answers'"
+            if config.reset.references == "given"
+            else "set reset.references to 'given' and name the reference_field of a JSONL source"
+        )
         raise ValueError(
-            f"reset.share is {config.reset.share}, and no training question has a reference to start from"
-            f" ({_counts(reasons)}); name the reference_field of a JSONL source, or set reset.references to 'answers'"
+            f"reset.share is {config.reset.share}, and no training question has a reference to start from:"
+            f" {counted_by_reason(unusable)}; {other}"
         )
     return found, longest - 1
 
@@ -147,9 +152,16 @@ def _with_reference(encoded: EncodedExample, reference: str | None) -> EncodedEx
     return dataclasses.replace(encoded, example=dataclasses.replace(encoded.example, reference=reference))
 
 
-def _add_wrong_ones(why: list[str | None], examples: Sequence[EncodedExample], reward: RewardConfig) -> None:
-    """Marks the references that the verifier does not find right, among those that could serve so far."""
-    rows = [row for row, reason in enumerate(why) if reason is None]
+def _add_wrong_ones(why: list[str | None], examples: Sequence[EncodedExample], config: Config) -> None:
+    """Marks the references that the verifier is asked about and does not find right, of those that could serve so far.
+
+    `reset.only_right` has it asked about all.
+    """
+    rows = [
+        row
+        for row, encoded in enumerate(examples)
+        if why[row] is None and (config.reset.only_right or _may_be_no_completion(encoded.example, config))
+    ]
     if not rows:
         return
     chosen = [examples[row] for row in rows]
@@ -157,27 +169,28 @@ def _add_wrong_ones(why: list[str | None], examples: Sequence[EncodedExample], r
     texts = [[encoded.example.reference or ""] for encoded in chosen]
     # Neither a learned reward nor the punishment of long completions has a part in being right, and both would need
     # more than texts.
-    reward = dataclasses.replace(reward, model=(), overlong_cache_tokens=0)
+    reward = dataclasses.replace(config.reward, model=(), overlong_cache_tokens=0)
     _, accuracy_BG, scored_BG, _ = score(texts, prompts, np.ones((len(chosen), 1), bool), reward)
     for row, is_right in zip(rows, (scored_BG & (accuracy_BG >= 1))[:, 0], strict=True):
         why[row] = None if is_right else "not right"
 
 
-def _report_unusable(examples: Sequence[EncodedExample], why: Sequence[str | None]) -> None:
-    """Says how many references of a source cannot serve, and names the first question."""
-    unusable = [(encoded.example, reason) for encoded, reason in zip(examples, why, strict=True) if reason is not None]
-    if unusable:
-        first = unusable[0][0]
+def _may_be_no_completion(example: Example, config: Config) -> bool:
+    """Whether a gold answer, as it is written, might be no right completion.
+
+    `math` reads only marked answers, and some tasks have no one answer. To `exact` every gold answer is right, which
+    `check_answers` has seen to; preferred answers have no verifier.
+    """
+    return config.reset.references == "answers" and (example.checker or config.reward.checker) in ("math", "task")
+
+
+def _report(removed: Sequence[tuple[Example, str]], number: int) -> None:
+    """Says how many references of a source cannot serve, and why."""
+    if removed:
         logger.warning(
-            "source '%s': %d of %d training questions have no reference to start from (%s); the first is %.80r",
-            first.source,
-            len(unusable),
-            len(examples),
-            _counts(Counter(reason for _, reason in unusable)),
-            first.question,
+            "source '%s': %d of %d training questions have no reference to start from: %s",
+            removed[0][0].source,
+            len(removed),
+            number,
+            counted_by_reason(removed),
         )
-
-
-def _counts(reasons: Counter[str]) -> str:
-    """Such as "3 missing, 1 not right"."""
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

@@ -271,15 +271,27 @@ def test_references_that_cannot_serve_are_counted_and_named(tmp_path, caplog):
     assert usable == {False: {"10", "11", "15", "16"}, True: {"10", "11"}}
     first, second = [record.getMessage() for record in caplog.records if "no reference" in record.getMessage()]
     assert "source 'own': 1 of 5 training questions have no reference to start from" in first
-    assert "(1 longer than rollout.max_completion_tokens, which is 8); the first is '14'" in first
-    assert "3 of 5" in second and "2 not right" in second
+    assert "1 longer than rollout.max_completion_tokens (8), the first to '14'" in first
+    assert "3 of 5" in second and "(8), the first to '14'" in second and "2 not right, the first to '1" in second
+
+
+def test_gold_answers_that_are_no_right_completions_are_no_references(tmp_path):
+    """`math` reads marked answers alone, so a rollout that begins with a bare "10" could never be right."""
+    pytest.importorskip("math_verify")
+    data = own_questions(tmp_path, {10: "10", 11: "11"})
+    answers = ResetConfig(share=0.5, references="answers")
+    message = r"2 not right, the first to '1[01]'; set reset.references to 'given' and name the reference_field"
+    with pytest.raises(ValueError, match=message):
+        prepare(nano(data=data, reset=answers, reward=RewardConfig(checker="math")))
+    examples = prepare(nano(data=data, reset=answers)).data.train_examples[0]
+    assert [encoded.example.reference for encoded in examples] == [encoded.example.answer for encoded in examples]
 
 
 def test_a_run_without_any_reference_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"reset.share is 0.5, and no training question has a reference .*20 missing"):
         prepare(nano(reset=ResetConfig(share=0.5)))
     data = own_questions(tmp_path, {10: "12345678", 11: "123456789"})
-    with pytest.raises(ValueError, match=r"2 longer than rollout.max_completion_tokens, which is 8"):
+    with pytest.raises(ValueError, match=r"2 longer than rollout.max_completion_tokens .8., the first to '1[01]'; name"):
         prepare(nano(data=data, reset=ResetConfig(share=0.5)))
 
 
