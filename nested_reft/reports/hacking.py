@@ -11,6 +11,7 @@ from nested_reft.untrusted import printable
 Line = dict[str, Any]
 SHARE = 10  # a window is this part of the steps; a peak may be short
 LEAST = 2  # steps of a window, which need a spread
+EARLIEST = 50  # steps before a run that goes on is judged; shorter windows have too little to tell a fall by
 ERRORS = 3.0  # standard errors that a fall must exceed
 GROWTH = 1.5  # of length, or of the disagreement between reward models
 # The first of these that a run logs.
