@@ -311,7 +311,7 @@ class Learner:
             beta_B=None if self.needs.beta is None else jnp.full(len(groups), self.needs.beta(self.batches)),
         )
         arrays = self._scored(arrays, rollouts.part_BGL)
-        if isinstance(objective, TokenSignals) and self.needs.values:
+        if self.needs.values:
             model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
             values = _values_and_logprobs(model, arrays, self.task.temperature, self.task.shared_prefix)
             arrays = dataclasses.replace(arrays, **dict(zip(("old_value_BGC", "old_logprob_BGC"), values, strict=True)))

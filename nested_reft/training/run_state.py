@@ -25,7 +25,7 @@ from nested_reft.dataset_reset import ResetState
 from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import PlanRule
-from nested_reft.losses.bradley_terry import BradleyTerryConfig
+from nested_reft.losses.registry import make_objective
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
@@ -277,8 +277,7 @@ def initial_run_state(setup: Setup) -> RunState:
         setup: what the run starts from; it stays as it is.
     """
     config, data = setup.config, setup.data
-    critic = getattr(config.loss, "critic", None)
-    has_head = critic is not None or isinstance(config.loss, BradleyTerryConfig)
+    has_head = make_objective(config.loss).needs(config.train.updates_per_batch).values
     return RunState(
         config=config,
         learner=Learner(setup.policy, config.rollout.weights, value_head=has_head),
@@ -287,7 +286,7 @@ def initial_run_state(setup: Setup) -> RunState:
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
         mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
-        kl=kl_control.initial_state(critic),
+        kl=kl_control.initial_state(config.loss),
         reset=ResetState(candidates=num_candidates(config, data.train_examples)),
         divergence_L=setup.divergence_L,
         buffer=empty_buffer(config),

@@ -177,8 +177,7 @@ class Trainer:
         search = self.orders.end_step(state, number)
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
         update = state.learner.update(batch, keys.mini_batches)
-        critic = getattr(config.loss, "critic", None)
-        state.kl = kl_control.update(state.kl, critic, update.parts.get("completion_kl"))
+        state.kl = kl_control.update(state.kl, config.loss, update.parts.get("completion_kl"))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         plan = LayerPlan.of_parts(np.asarray(found[0].rollouts.part_BGL[0, 0]))
