@@ -170,7 +170,7 @@ class ResetState:
         return cls(value["stage"], tuple(value["recent"]), served, value.get("candidates", 0))
 
 
-def completion_tokens(reference: str | None, encode: Callable[[str], list[int]], stop_id: int) -> list[int]:
+def reference_tokens(reference: str | None, encode: Callable[[str], list[int]], stop_id: int) -> list[int]:
     """A reference as the policy would have written it: its tokens and a stop token; empty where there is none.
 
     Args:
@@ -181,11 +181,11 @@ def completion_tokens(reference: str | None, encode: Callable[[str], list[int]],
     return [] if reference is None else [*encode(reference), stop_id]
 
 
-def why_unusable(tokens: Sequence[int], max_completion_tokens: int) -> str | None:
+def why_no_start(tokens: Sequence[int], max_completion_tokens: int) -> str | None:
     """In words, why a reference cannot serve; None where it can.
 
     Args:
-        tokens: of `completion_tokens`.
+        tokens: of `reference_tokens`.
         max_completion_tokens: C, which the whole reference must fit into: its end is known to be good as well.
     """
     if not tokens:
@@ -273,12 +273,12 @@ def choose(
         share_B1[length_B > 0, 0] = serving_shares(score_B[length_B > 0], config.share)
     draws = (len(prompts), group_size if config.per == "completion" else 1)
     # Whether and where are drawn apart, so that a change of one leaves the other as it was.
-    is_reset_key, start_key = jax.random.split(key)
+    resets_key, start_key = jax.random.split(key)
     fraction = forced_fraction(state, config, step)
     # A schedule that has reached the prompt resets nothing.
-    is_reset = (np.asarray(jax.random.uniform(is_reset_key, draws)) < share_B1) & (fraction != 0)
+    resets = (np.asarray(jax.random.uniform(resets_key, draws)) < share_B1) & (fraction != 0)
     start = _start(np.asarray(jax.random.uniform(start_key, draws), np.float64), length_B[:, None], fraction)
-    forced_BG = np.broadcast_to(np.where(is_reset & (length_B[:, None] > 0), start, 0), (len(prompts), group_size))
+    forced_BG = np.broadcast_to(np.where(resets & (length_B[:, None] > 0), start, 0), (len(prompts), group_size))
     tokens_BF = np.zeros((len(prompts), forced_size), np.int32)
     for row_F, reference in zip(tokens_BF, tokens, strict=True):
         # The last token is never forced, so a prefix always leaves something to choose.

@@ -11,12 +11,12 @@ from nested_reft.dataset_reset import (
     ResetConfig,
     ResetState,
     choose,
-    completion_tokens,
     forced_fraction,
+    reference_tokens,
     serving_shares,
     step_metrics,
     update,
-    why_unusable,
+    why_no_start,
 )
 from nested_reft.training.config import load_config
 from nested_reft.types import Prompts, Scored, concat, take
@@ -267,8 +267,8 @@ def test_metrics_by_hand():
 
 
 def test_references_become_completions():
-    assert completion_tokens("12", lambda text: [int(digit) for digit in text], 7) == [1, 2, 7]
-    assert completion_tokens(None, lambda text: [], 7) == []
+    assert reference_tokens("12", lambda text: [int(digit) for digit in text], 7) == [1, 2, 7]
+    assert reference_tokens(None, lambda text: [], 7) == []
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_references_become_completions():
     ],
 )
 def test_what_cannot_serve(tokens, reason):
-    assert why_unusable(tokens, 4) == reason
+    assert why_no_start(tokens, 4) == reason
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.training import reinforcement
+from nested_reft.training import reinforcement, setup
 from nested_reft.training.setup import prepare
 from nested_reft.training.summary import gold_metric
 from nested_reft.training.trainer import Trainer
@@ -190,7 +190,8 @@ def test_before_anything_is_computed(pairs, models):
         ('{"mean": 0.0, "std": 0.0}', "has mean 0.0 and std 0.0; allowed are numbers, and std > 0"),
     ],
 )
-def test_what_is_no_reward_model_is_refused(pairs, models, tmp_path, facts, message):
+def test_what_is_no_reward_model_is_refused_before_data_are_read(pairs, tmp_path, monkeypatch, facts, message):
+    monkeypatch.setattr(setup, "load_source", lambda source: pytest.fail("the data were read first"))
     if facts is not None:
         (tmp_path / "reward_model.json").write_text(facts)
     with pytest.raises(ValueError, match=message):

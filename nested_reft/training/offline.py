@@ -128,7 +128,6 @@ class Offline:
         self.name, self.steps = config.name, config.train.steps
         self._texts_of: Callable[[Example], list[str]] = texts_of(config.loss)
         self._signals = (1.0,) if isinstance(config.loss, SftConfig) else PAIR_SIGNALS
-        self._shown = ""
 
     def prepare(self, state: RunState) -> None:
         """A fresh optimizer, a fresh pass over the data, and the reference where the objective has one."""

@@ -51,8 +51,8 @@ def usable_references(
         if config.reset.references == "answers":
             examples = [_with_reference(encoded, encoded.example.answer) for encoded in examples]
         texts = [encoded.example.reference for encoded in examples]
-        tokens = [dataset_reset.completion_tokens(text, tokenizer.encode, tokenizer.stop_ids[0]) for text in texts]
-        why = [dataset_reset.why_unusable(each, config.rollout.max_completion_tokens) for each in tokens]
+        tokens = [dataset_reset.reference_tokens(text, tokenizer.encode, tokenizer.stop_ids[0]) for text in texts]
+        why = [dataset_reset.why_no_start(each, config.rollout.max_completion_tokens) for each in tokens]
         _add_wrong_ones(why, examples, config)
         removed = [(e.example, reason) for e, reason in zip(examples, why, strict=True) if reason is not None]
         _report(removed, len(examples))

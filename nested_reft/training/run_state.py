@@ -228,7 +228,7 @@ class RunState:
             assert isinstance(self.buffer, Store)  # the configuration has checked it
             return best_right(self.buffer, prompts)
         encode, stop_id = self.learner.tokenizer.encode, self.learner.tokenizer.stop_ids[0]
-        return [dataset_reset.completion_tokens(text, encode, stop_id) for text in prompts.references]
+        return [dataset_reset.reference_tokens(text, encode, stop_id) for text in prompts.references]
 
     @property
     def nests(self) -> bool:
