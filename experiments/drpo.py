@@ -14,8 +14,7 @@ with a table, a figure and, with `--json`, a file.
 The measures: gold and learned reward, and KL to the start, of completions of held-out prompts from the bare prompt,
 four for each. Resets act in training only. KL is the mean over completions of log pi - log pi_start, in nats. What gold
 has lost is counted from the step at which the other seeds had the best mean, since the best step of a noisy curve is
-partly luck. Intervals
-are 95 % percentile bootstraps over seeds (10,000 draws).
+partly luck. Intervals are 95 % percentile bootstraps over seeds (10,000 draws).
 """
 
 from __future__ import annotations
