@@ -109,7 +109,9 @@ def test_a_share_that_draws_nothing_is_ppo_step_for_step(tmp_path):
         assert without.all.prompts.forced is None
         assert np.array_equal(with_prefixes.all.rollouts.tokens_BGC, without.all.rollouts.tokens_BGC)
         parts = with_prefixes.update.parts
-        assert {"value_loss", "completion_kl"} <= parts.keys() and parts == pytest.approx(without.update.parts, abs=1e-5)
+        assert {"value_loss", "completion_kl"} <= parts.keys() and parts == pytest.approx(
+            without.update.parts, abs=1e-5
+        )
     states = [jax.tree.leaves(run.state.learner.state.trainable) for run in runs]
     for one, other in zip(*states, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -298,7 +298,9 @@ def test_a_run_without_any_reference_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"reset.share is 0.5, and no training question has a reference .*20 missing"):
         prepare(nano(reset=ResetConfig(share=0.5)))
     data = own_questions(tmp_path, {10: "12345678", 11: "123456789"})
-    with pytest.raises(ValueError, match=r"2 longer than rollout.max_completion_tokens .8., the first to '1[01]'; name"):
+    with pytest.raises(
+        ValueError, match=r"2 longer than rollout.max_completion_tokens .8., the first to '1[01]'; name"
+    ):
         prepare(nano(data=data, reset=ResetConfig(share=0.5)))
 
 
@@ -318,7 +320,9 @@ def test_rollouts_start_from_the_policys_own_best(tmp_path):
     assert first["reset/referenced"] == first["reset/share"] == first["reset/forced_tokens"] == 0
     before, after = (record.all for record in records)
     referenced = 0
-    for row, forced_G in zip(map(before.prompts.texts.index, after.prompts.texts), after.rollouts.forced_BG, strict=True):
+    for row, forced_G in zip(
+        map(before.prompts.texts.index, after.prompts.texts), after.rollouts.forced_BG, strict=True
+    ):
         right_G = (before.accuracy_BG[row] == 1) & (before.rollouts.length_BG[row] > 1)
         b = after.prompts.texts.index(before.prompts.texts[row])
         assert (forced_G == forced_G[0]).all() and (forced_G[0] > 0) == right_G.any()
