@@ -12,8 +12,9 @@ What is finished is kept as JSON in `--out` and not computed again, so the comma
 with a table, a figure and, with `--json`, a file.
 
 The measures: gold and learned reward, and KL to the start, of completions of held-out prompts from the bare prompt,
-four for each. Resets act in training only. KL is the mean over completions of log pi - log pi_start, in nats. Intervals
-are 95 % percentile bootstraps over seeds (10,000 draws).
+four for each. Resets act in training only. KL is the mean over completions of log pi - log pi_start, in nats. What gold
+has lost is counted from the step at which the other seeds had the best mean, since the best step of a noisy curve is
+partly luck. Intervals are 95 % percentile bootstraps over seeds (10,000 draws).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ import numpy as np
 from experiments.runs import EVERY, compile_once, finished, interval, kept_run, seed_draws
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.dataset_reset import ResetConfig
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
@@ -86,7 +86,7 @@ def experiment_config(share: float, seed: int, steps: int, reward_model: str) ->
     return dataclasses.replace(
         config,
         name=f"drpo-{share:g}-{seed}",
-        reset=ResetConfig(share=share, references="answers"),
+        reset=dataclasses.replace(config.reset, share=share),
         reward=dataclasses.replace(config.reward, model=(reward_model,)),
         train=dataclasses.replace(config.train, seed=seed, steps=steps, checkpoint_every=steps),
         # What is measured is measured here.
@@ -140,8 +140,9 @@ def measured(policy: Policy, start: Policy, learned: RewardModel, setup: Setup) 
     return [float(value) for value in (gold, learned_BG.mean(), kl, rollouts.length_BG.mean())]
 
 
+@cache
 def gold_rule() -> Any:
-    """The hidden rule of the task."""
+    """The hidden rule of the task; its file is read once."""
     directory = next(each for each in CONFIG_DIRECTORIES if (each / "_tiny_preferences.py").is_file())
     return load_module(directory / "_tiny_preferences.py", "tiny_preferences_gold").gold
 
@@ -222,7 +223,8 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
     Returns:
         JSON-able results by share. Of each measure the values of all seeds, their mean and its interval; `gold_gain`
-        over share 0; `gold_lost`, how far gold fell from its best; `warned`, runs whose summary warned of hacking.
+        over share 0; `gold_best`, gold at the best step that `_best_steps` names, and `gold_lost`, how far it fell
+        since; `warned`, runs whose summary warned of hacking.
     """
     baseline = {run["seed"]: run["gold"][-1] for run in runs if run["share"] == 0}
     found = {}
@@ -230,8 +232,8 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         own = [run for run in runs if run["share"] == share]
         columns = {name: [run[name][-1] for run in own] for name in MEASURES}
         columns["gold_start"] = [run["gold"][0] for run in own]
-        columns["gold_best"] = [max(run["gold"]) for run in own]
-        columns["gold_lost"] = [max(run["gold"]) - run["gold"][-1] for run in own]
+        columns["gold_best"] = [run["gold"][best] for run, best in zip(own, _best_steps(own), strict=True)]
+        columns["gold_lost"] = [best - run["gold"][-1] for run, best in zip(own, columns["gold_best"], strict=True)]
         columns["gold_gain"] = [run["gold"][-1] - baseline[run["seed"]] for run in own]
         found[f"{share:g}"] = {
             "seeds": [run["seed"] for run in own],
@@ -242,15 +244,26 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def gold_at_kl(runs: Sequence[Run], kl: Sequence[float]) -> dict[str, list[float | None]]:
-    """Mean gold reward of each share where its runs first reach a KL, by interpolation between measurements.
+def _best_steps(runs: Sequence[Run]) -> list[int]:
+    """For each run the measurement at which the other seeds have the best mean gold.
+
+    A run's own best is partly the luck of that measurement, so gold would seem to fall since then even where it stays.
+    """
+    gold_SxM = np.array([run["gold"] for run in runs])
+    others_SxM = gold_SxM.sum(axis=0) - gold_SxM if len(runs) > 1 else gold_SxM
+    return others_SxM.argmax(axis=1).tolist()
+
+
+def gold_at_kl(runs: Sequence[Run], kl: Sequence[float]) -> dict[str, list[dict[str, Any] | None]]:
+    """Gold reward of each share where its runs first reach a KL, by interpolation between measurements.
 
     Args:
         runs: of all shares.
         kl: levels, in nats.
 
     Returns:
-        By share a value for each level; None where a run of the share never gets there.
+        By share, for each level, the values of all seeds, their mean and its interval; None where a run of the share
+        never gets there.
     """
 
     def reached(run: Run, level: float) -> float | None:
@@ -261,13 +274,12 @@ def gold_at_kl(runs: Sequence[Run], kl: Sequence[float]) -> dict[str, list[float
                 return run["gold"][before] + part * (run["gold"][after] - run["gold"][before])
         return None
 
-    found: dict[str, list[float | None]] = {}
+    found: dict[str, list[dict[str, Any] | None]] = {}
     for share in dict.fromkeys(run["share"] for run in runs):
-        values = [[reached(run, level) for run in runs if run["share"] == share] for level in kl]
-        found[f"{share:g}"] = [
-            None if any(v is None for v in each) else float(np.mean([v for v in each if v is not None]))
-            for each in values
-        ]
+        own = [run for run in runs if run["share"] == share]
+        values = [[gold for run in own if (gold := reached(run, level)) is not None] for level in kl]
+        # A mean over the runs that get there alone would be of other seeds at each level.
+        found[f"{share:g}"] = [_with_interval(each) if len(each) == len(own) else None for each in values]
     return found
 
 
@@ -277,20 +289,27 @@ def _with_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"values": values_S.tolist(), "mean": float(values_S.mean()), "interval": of_mean}
 
 
+def _cell(each: dict[str, Any] | None) -> str:
+    """A mean and its interval as text."""
+    return "-" if each is None else "{:.3f} ({:.3f}..{:.3f})".format(each["mean"], *each["interval"])
+
+
 def summary_table(summary: dict[str, dict[str, Any]]) -> str:
     """The summary as text.
 
     Args:
         summary: of `summarise`.
     """
-
-    def cell(each: dict[str, Any]) -> str:
-        return "{:.3f} ({:.3f}..{:.3f})".format(each["mean"], *each["interval"])
-
     names = ("gold_start", "gold", "gold_gain", "gold_best", "gold_lost", "learned", "kl", "tokens")
     titles = ("gold before", "gold after", "over PPO", "best gold", "lost since", "learned", "KL", "tokens")
     rows = [
-        [share, len(one["seeds"]), *(cell(one[name]) for name in names), one["warned"], f"{one['seconds_per_run']:.0f}"]
+        [
+            share,
+            len(one["seeds"]),
+            *(_cell(one[name]) for name in names),
+            one["warned"],
+            f"{one['seconds_per_run']:.0f}",
+        ]
         for share, one in summary.items()
     ]
     return table(["reset share", "seeds", *titles, "warned", "s/run"], rows)
@@ -353,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary, levels = summarise(runs), [0.5, 1.0, 2.0, 4.0, 8.0]
     print(summary_table(summary))
     at_kl = gold_at_kl(runs, levels)
-    cells = [[share, *("-" if v is None else f"{v:.3f}" for v in values)] for share, values in at_kl.items()]
+    cells = [[share, *map(_cell, values)] for share, values in at_kl.items()]
     print(table(["gold at KL (nats) of", *(f"{level:g}" for level in levels)], cells))
     draw(runs, known.out / "drpo.png")
     if known.json is not None:

@@ -17,6 +17,21 @@ from jaxtyping import Float
 def self_bleu(texts: Sequence[Sequence[Hashable]], max_order: int = 4) -> float:
     """How much texts repeat each other: the mean BLEU of each text against all others; 1 for equal texts.
 
+    Args:
+        texts, max_order: as `bleu_of_each` takes them.
+
+    Returns:
+        0 to 1; lower is more diverse.
+
+    Raises:
+        ValueError: fewer than two texts, or no order.
+    """
+    return float(bleu_of_each(texts, max_order).mean())
+
+
+def bleu_of_each(texts: Sequence[Sequence[Hashable]], max_order: int = 4) -> Float[np.ndarray, " N"]:
+    """The BLEU of each text against all others.
+
         BLEU = min(1, exp(1 - r / c)) * (prod_n p_n)^(1 / max_order)
 
     p_n is the share of a text's n-grams that another text has too; each counts at most as often as the one text that
@@ -30,19 +45,19 @@ def self_bleu(texts: Sequence[Sequence[Hashable]], max_order: int = 4) -> float:
         max_order: the longest n-grams, 1 or more.
 
     Returns:
-        0 to 1; lower is more diverse.
+        0 to 1 for each text; lower is more of its own.
 
     Raises:
         ValueError: fewer than two texts, or no order.
     """
     if len(texts) < 2 or max_order < 1:
-        raise ValueError(f"self_bleu got {len(texts)} texts and max_order {max_order}; give two, and 1 or more")
+        raise ValueError(f"self-BLEU got {len(texts)} texts and max_order {max_order}; give two, and 1 or more")
     lengths = sorted(map(len, texts))
     log_precision_N = np.zeros(len(texts))
     for order in range(1, max_order + 1):
         log_precision_N += np.array(_log_precisions(texts, order)) / max_order
     penalty_N = [_log_brevity_penalty(len(text), lengths) for text in texts]
-    return float(np.exp(log_precision_N + penalty_N).mean())
+    return np.exp(log_precision_N + penalty_N)
 
 
 def _log_precisions(texts: Sequence[Sequence[Hashable]], order: int) -> list[float]:

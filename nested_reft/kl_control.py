@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.registry import ObjectiveConfig
 from nested_reft.losses.value import CriticConfig
 
 LARGEST_ERROR = 0.2  # of one step, relative to the target
@@ -43,28 +45,34 @@ class KlControlState:
         return cls(value["coefficient"])
 
 
-def initial_state(config: CriticConfig | None) -> KlControlState:
+def initial_state(loss: ObjectiveConfig) -> KlControlState:
     """Starts at the configured coefficient.
 
     Args:
-        config: the critic; None without one.
+        loss: the objective; only one with a critic has such a penalty.
     """
-    return KlControlState(0.0 if config is None else config.kl_coefficient)
+    critic = _critic(loss)
+    return KlControlState(0.0 if critic is None else critic.kl_coefficient)
 
 
-def update(state: KlControlState, config: CriticConfig | None, completion_kl: float | None) -> KlControlState:
+def update(state: KlControlState, loss: ObjectiveConfig, completion_kl: float | None) -> KlControlState:
     """Takes in the divergence that one step measured.
 
     Args:
         state: before the step.
-        config: the critic; None without one.
+        loss: the objective.
         completion_kl: KL(pi || pi_ref) of a completion, in nats; None where the step measured none.
 
     Returns:
         The state after the step; unchanged where nothing is held or known.
     """
-    if config is None or config.kl_target is None or completion_kl is None or not math.isfinite(completion_kl):
+    critic = _critic(loss)
+    if critic is None or critic.kl_target is None or completion_kl is None or not math.isfinite(completion_kl):
         return state
-    # An estimate from samples may be below zero, and a single batch far above; neither moves beta by much.
-    error = min(max(completion_kl / config.kl_target - 1, -LARGEST_ERROR), LARGEST_ERROR)
-    return KlControlState(state.coefficient * (1 + config.kl_gain * error))
+    # A single batch may be far off the target, and must not move beta by much.
+    error = min(max(completion_kl / critic.kl_target - 1, -LARGEST_ERROR), LARGEST_ERROR)
+    return KlControlState(state.coefficient * (1 + critic.kl_gain * error))
+
+
+def _critic(loss: ObjectiveConfig) -> CriticConfig | None:
+    return loss.critic if isinstance(loss, PolicyGradientConfig) else None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ from jaxtyping import Bool, Int
 
 from nested_reft.literals import check_whole
 from nested_reft.replay import GenerationLimitError
-from nested_reft.types import Rollouts, Scored, concat, over_completions, take
+from nested_reft.types import Prompts, Rollouts, Scored, concat, over_completions, take
 from nested_reft.untrusted import MAX_WHOLE
 
 FRUITLESS_BATCHES = 100  # in a row that leave the store as small as it was, and the wait for a prefill ends
@@ -114,6 +115,7 @@ _ROW = np.dtype(
         ("drawn_at", np.int64),  # the newest version for which it was drawn as a recent one
     ]
 )
+_PromptKey = tuple[int, str, bytes]
 _Key = tuple[int, str, bytes, bytes]
 
 
@@ -202,12 +204,17 @@ def chosen(group: Scored, index_N: Int[np.ndarray, " N"]) -> Scored:
     return over_completions(lambda column: column[:, index_N], group)
 
 
+def _prompt_key(prompts: Prompts, row: int, tokens_P: np.ndarray) -> _PromptKey:
+    """What tells a prompt of these tokens from others."""
+    return int(prompts.source_B[row]), prompts.answers[row], np.asarray(tokens_P, np.int32).tobytes()
+
+
 def _key(group: Scored) -> _Key:
     """What tells the prompt of one group from others. A forced prefix belongs to it: log Z is that of what follows."""
     rollouts = group.rollouts
     prompt_P = rollouts.prompt_BP[0, : rollouts.prompt_length_B[0]]
     prefix_F = rollouts.tokens_BGC[0, 0, : rollouts.forced_BG[0, 0]]
-    return int(group.prompts.source_B[0]), group.prompts.answers[0], prompt_P.tobytes(), prefix_F.tobytes()
+    return (*_prompt_key(group.prompts, 0, np.asarray(prompt_P)), prefix_F.tobytes())
 
 
 class _Draft:
@@ -514,6 +521,39 @@ def _weighed_completions(
     probability_N = np.exp(logit_N - logit_N.max())
     repeated = random.choice(len(logit_N), number - len(index_N), p=probability_N / probability_N.sum())
     return np.concatenate([index_N, repeated])
+
+
+def best_right(store: Store, prompts: Prompts) -> list[list[int]]:
+    """The policy's own best completion of each prompt, as a reference that a rollout can start from (dataset reset).
+
+    It is right, and of those the one with the highest reward, the latest where several have it. What was forced on it
+    belongs to it.
+
+    Args:
+        store: what is kept.
+        prompts: B prompts.
+
+    Returns:
+        Its tokens, the stop token included; none where the store has no right completion of two tokens or more.
+    """
+    rows_of = defaultdict[_PromptKey, list[int]](list)
+    for key, row in store.row_of.items():
+        rows_of[key[:3]].append(row)
+    found = []
+    for b, length in enumerate(prompts.length_B):
+        rows = rows_of.get(_prompt_key(prompts, b, prompts.tokens_BP[b, :length]), [])
+        entries = [store.entries[row] for row in rows]
+        right = [each for entry in entries if entry is not None for each in _right_completions(entry)]
+        found.append(max(right)[-1] if right else [])
+    return found
+
+
+def _right_completions(entry: Entry) -> Iterator[tuple[float, int, list[int]]]:
+    """Reward, number and tokens of each right completion of one prompt that leaves something to force."""
+    group, length_N = entry.group, entry.group.rollouts.length_BG[0]
+    for index in np.flatnonzero((group.accuracy_BG[0] >= 1) & (length_N > 1)):
+        tokens_C = group.rollouts.tokens_BGC[0, index, : length_N[index]]
+        yield float(group.reward_BG[0, index]), int(entry.number_N[index]), tokens_C.tolist()
 
 
 @dataclass(frozen=True)

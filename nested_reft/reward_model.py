@@ -26,7 +26,7 @@ from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, shard_batch
 from nested_reft.tokenizer import Tokenizer
-from nested_reft.types import Prompts, Rollouts, valid_mask
+from nested_reft.types import Prompts, valid_mask
 
 FACTS = "reward_model.json"
 
@@ -55,7 +55,7 @@ class RewardModel:
         Raises:
             ValueError: it holds no reward model, or one that was not trained to its end.
         """
-        facts = _facts(path)
+        facts = read_facts(path)
         policy = Policy.load(path)
         if policy.model.value_head is None:
             raise ValueError(f"'{path}' has a {FACTS}, but its model has no scalar head; train or export it again")
@@ -73,12 +73,12 @@ class RewardModel:
         placed = shard_batch(arrays, mesh) if len(prompt_BP) % mesh.shape["data"] == 0 else replicate(arrays, mesh)
         return _rewards(self.policy.model, *placed)
 
-    def normalized(self, prompts: Prompts, rollouts: Rollouts) -> Float[np.ndarray, "B G"]:
+    def normalized(self, prompts: Prompts, rollouts: Any) -> Float[np.ndarray, "B G"]:
         """The normalised reward of each completion, on the host.
 
         Args:
             prompts: what was asked.
-            rollouts: the completions.
+            rollouts: the completions; of `Rollouts`, only their tokens and lengths are read.
         """
         found = self.rewards(prompts.tokens_BP, prompts.length_B, rollouts.tokens_BGC, rollouts.length_BG)
         return ((np.asarray(found) - self.mean) / self.std).astype(np.float32)
@@ -97,7 +97,15 @@ def _rewards(model: Transformer, prompt_BP: Array, prompt_length_B: Array, token
     return rewards_BG - model.value_head.bias[...]
 
 
-def _facts(path: str) -> dict[str, float]:
+def read_facts(path: str) -> dict[str, float]:
+    """What normalises a reward model's rewards: `mean` and `std`.
+
+    Args:
+        path: a run directory, or what was exported of one.
+
+    Raises:
+        ValueError: it holds no reward model, or a broken one.
+    """
     file = Path(path) / FACTS
     if not file.is_file():
         raise ValueError(
@@ -134,7 +142,7 @@ def reward_models(paths: Sequence[str], mesh: Mesh | None = None) -> list[Reward
         ValueError: one holds no reward model.
     """
     for path in paths:
-        _facts(path)  # which says so where there is no such file
+        read_facts(path)  # which says so where there is no such file
     return [_loaded(path, (Path(path) / FACTS).stat().st_mtime, mesh) for path in paths]
 
 

@@ -61,6 +61,7 @@ class Prompts:
         checkers: how each answer is checked; None leaves it to the reward.
         forced: prefixes that the completions must begin with; None samples whole completions.
         reference_length_B: tokens of each reference as a completion, 0 where none can serve; None without resets.
+        reference_score_B: what decided how often each reference serves; None where all serve alike.
     """
 
     tokens_BP: Int[np.ndarray, "B P"]
@@ -73,6 +74,7 @@ class Prompts:
     checkers: tuple[str | None, ...] = ()
     forced: ForcedPrefixes | None = None
     reference_length_B: Int[np.ndarray, " B"] | None = None
+    reference_score_B: Float[np.ndarray, " B"] | None = None
 
     def __post_init__(self):
         # An empty tuple stands for None in every row, so that rows can be taken and batches joined.
@@ -359,6 +361,9 @@ class TrainBatch:
             `None` where the signal is one for the whole completion.
         old_value_BGC: V_t of the critic before the batch's first update; `None` without a critic.
         return_BGC: R_t, what the critic learns, no gradient; `None` without one.
+        segment_BGC: the text that each token belongs to, where a row holds several (`data.packing`); `None` where a row
+            is one completion.
+        learnt_BGC: True at the answers' tokens of such a row; `None` as well.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -379,11 +384,14 @@ class TrainBatch:
     token_signal_BGC: Float[Array, "B G C"] | None = None
     old_value_BGC: Float[Array, "B G C"] | None = None
     return_BGC: Float[Array, "B G C"] | None = None
+    segment_BGC: Int[Array, "B G C"] | None = None
+    learnt_BGC: Bool[Array, "B G C"] | None = None
 
     @property
     def mask_BGC(self) -> Bool[Array, "B G C"]:
         """True at the tokens that enter the loss."""
-        return gradient_mask(self.length_BG, self.forced_BG, self.counted_BG, self.tokens_BGC.shape[-1])
+        mask_BGC = gradient_mask(self.length_BG, self.forced_BG, self.counted_BG, self.tokens_BGC.shape[-1])
+        return mask_BGC if self.learnt_BGC is None else mask_BGC & self.learnt_BGC
 
 
 @struct.dataclass

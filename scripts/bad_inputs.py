@@ -139,6 +139,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "train.steps": ("0", "-1", "1.5", "abc", "", "None", str(2**31), str(2**64), "9" * 400, "True"),
     "train.seed": ("-1", str(2**32), str(2**64), "1e3", "x"),
     "train.updates_per_batch": ("0", "100000000", "x"),
+    "train.mini_batches": ("0", "7", "x"),
     "train.micro_batches": ("0", "7", "x"),
     "train.remat": ("1", "maybe"),
     "train.checkpoint_every": ("0", "-5", "x"),

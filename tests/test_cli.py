@@ -64,7 +64,7 @@ def refused(arguments, capsys) -> str:
         (["dpo", "tiny_preferences", "--reset.share", "1"], "which samples nothing, and reset.share is set"),
         (["train", "smollm2_hh"], "reward.checker is 'model', but reward.model is empty"),
         (["train", "tiny_preferences", "--reward.model", "there"], "there', which has no reward_model.json"),
-        (["train", "nothing"], "configuration 'nothing' is unknown; known are qwen_math_combined"),
+        (["train", "nothing"], "configuration 'nothing' is unknown; known are qwen_hh"),
         (["train", "missing.py"], "configuration file 'missing.py' does not exist"),
         (["train", "tiny", "--no.such-field", "1"], "no.such-field"),
         (["train", "tiny", "--nesting.skip-ratio", "1.5"], "nesting.skip_ratio is 1.5; allowed is 0 <= skip_ratio < 1"),

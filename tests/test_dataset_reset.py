@@ -11,11 +11,12 @@ from nested_reft.dataset_reset import (
     ResetConfig,
     ResetState,
     choose,
-    completion_tokens,
     forced_fraction,
+    reference_tokens,
+    serving_shares,
     step_metrics,
     update,
-    why_unusable,
+    why_no_start,
 )
 from nested_reft.training.config import load_config
 from nested_reft.types import Prompts, Scored, concat, take
@@ -127,16 +128,27 @@ def test_forced_fractions_by_hand():
 
 
 def test_backward_moves_on_once_a_full_window_is_right_often_enough():
-    """Three of four is 0.75. Free completions and those without a score do not count."""
-    forced_BG = [[3, 3, 0, 0]]
-    state = update(ResetState(), BACKWARD, with_prefixes([[1, 1, 0, 0]], forced_BG))
+    """Three of four is 0.75. The first stage forces 9 of 10 tokens. Free completions and those without a score do not
+    count."""
+    forced_BG = [[9, 9, 0, 0]]
+    state = remembered(update(ResetState(), BACKWARD, with_prefixes([[1, 1, 0, 0]], forced_BG)))
     assert state == ResetState(0, (1.0, 1.0))
     unscored = with_prefixes([[0, 0, 0, 0]], forced_BG, scored_BG=[[False, False, True, True]])
-    assert update(state, BACKWARD, unscored) == state
-    mastered = update(state, BACKWARD, with_prefixes([[0, 1, 0, 0]], forced_BG))
+    assert remembered(update(state, BACKWARD, unscored)) == state
+    mastered = remembered(update(state, BACKWARD, with_prefixes([[0, 1, 0, 0]], forced_BG)))
     # What came before belongs to the stage that was mastered, so the memory is empty.
     assert mastered == ResetState(1, ())
-    assert update(state, BACKWARD, with_prefixes([[0, 0, 1, 1]], forced_BG)) == ResetState(0, (1.0, 1.0, 0.0, 0.0))
+    wrong = update(state, BACKWARD, with_prefixes([[0, 0, 1, 1]], forced_BG))
+    assert remembered(wrong) == ResetState(0, (1.0, 1.0, 0.0, 0.0))
+
+
+def test_backward_does_not_count_completions_of_an_earlier_stage():
+    """A searcher that is ahead brings them after the stage has changed. The second of 4 stages forces 8 of 10 tokens;
+    right answers from 9 would promote it."""
+    late = with_prefixes([[1, 1, 1, 1]], [[9, 9, 9, 9]])
+    assert remembered(update(ResetState(1), BACKWARD, late)) == ResetState(1)
+    both = with_prefixes([[1, 1, 0, 1]], [[9, 8, 8, 9]])
+    assert remembered(update(ResetState(1), BACKWARD, both)) == ResetState(1, (1.0, 0.0))
 
 
 def test_backward_ends_at_the_prompt():
@@ -144,14 +156,91 @@ def test_backward_ends_at_the_prompt():
     assert update(state, BACKWARD, with_prefixes([[1, 1, 1, 1]], [[1, 1, 1, 1]])).stage == 4
 
 
-def test_other_schedules_remember_nothing():
+def test_other_schedules_remember_what_served_alone():
     batch = with_prefixes([[1, 1, 1, 1]], [[1, 1, 1, 1]])
-    assert update(ResetState(), ResetConfig(share=1.0), batch) == ResetState()
+    assert remembered(update(ResetState(), ResetConfig(share=1.0), batch)) == ResetState()
+    assert update(ResetState(), ResetConfig(), batch) == ResetState()
+
+
+def remembered(state: ResetState) -> ResetState:
+    """All but which references have served."""
+    return dataclasses.replace(state, served=frozenset())
+
+
+def test_a_reference_has_served_once_any_rollout_started_from_it():
+    """Of three prompts the first and the last are reset. Another text, answer or source is another reference."""
+    first = with_prefixes([[0, 0], [0, 0], [0, 0]], [[1, 0], [0, 0], [2, 2]])
+    names = dataclasses.replace(first.prompts, texts=("a", "b", "b"), answers=("1", "1", "2"))
+    state = update(ResetState(candidates=5), ResetConfig(share=0.5), dataclasses.replace(first, prompts=names))
+    assert len(state.served) == 2
+    again = dataclasses.replace(first, prompts=dataclasses.replace(names, texts=("c", "b", "b")))
+    assert len(update(state, ResetConfig(share=0.5), again).served) == 3
+    other = dataclasses.replace(first, prompts=dataclasses.replace(names, source_B=names.source_B + 1))
+    assert len(update(state, ResetConfig(share=0.5), other).served) == 4
+    found = step_metrics(state, ResetConfig(share=0.5), dataclasses.replace(first, prompts=names))
+    assert found["reset/coverage"] == 2 / 5
 
 
 def test_the_state_survives_json():
-    state = ResetState(2, (1.0, 0.0))
+    state = ResetState(2, (1.0, 0.0), frozenset({"b", "a"}), 7)
     assert ResetState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    # An earlier version kept two of the fields.
+    assert ResetState.from_json({"stage": 2, "recent": [1.0]}) == ResetState(2, (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("scores", "share", "expected"),
+    [
+        # beta 1/2: the mean quantile. Of four different scores that is 1/8, 3/8, 5/8, 7/8.
+        ([3.0, -1.0, 7.0, 5.0], 0.5, [3 / 8, 1 / 8, 7 / 8, 5 / 8]),
+        # Two equal scores share the quantiles from 1/4 to 3/4, wherever they stand.
+        ([2.0, 1.0, 9.0, 2.0], 0.5, [1 / 2, 1 / 8, 7 / 8, 1 / 2]),
+        # beta 1/3: the mean of q^2, (1/2)^3 / 3 / (1/2) = 1/12 and (1 - 1/8) / 3 / (1/2) = 7/12.
+        ([0.0, 1.0], 1 / 3, [1 / 12, 7 / 12]),
+        ([4.0, 4.0, 4.0], 0.3, [0.3] * 3),
+        ([1.0], 0.8, [0.8]),
+        ([1.0, 2.0], 1.0, [1.0, 1.0]),
+    ],
+)
+def test_how_often_references_serve_by_hand(scores, share, expected):
+    np.testing.assert_allclose(serving_shares(np.array(scores), share), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("share", [1e-3, 0.25, 0.9])
+def test_a_preference_leaves_the_mean_share_alone(share):
+    score_N = np.random.default_rng(0).integers(0, 40, 64).astype(float)
+    found_N = serving_shares(score_N, share)
+    assert found_N.mean() == pytest.approx(share) and found_N.min() >= 0 and found_N.max() <= 1
+    assert (np.diff(found_N[np.argsort(score_N)]) >= -1e-12).all() and found_N.max() > found_N.min()
+
+
+def test_references_serve_as_often_as_their_score_says():
+    """beta 1/2. Half of the prompts have no reference, and are not ranked whatever their score; of the others the lower
+    half serves with 1/4 and the upper half with 3/4. 1000 draws have a deviation of 14 in each."""
+    tokens, score_B = [[1, 2, 3], [], [1, 2, 3], []] * 1000, np.array([1.0, 9.0, 2.0, -9.0] * 1000)
+    config, key = ResetConfig(share=0.5, prefer="likely"), jax.random.key(0)
+    prompts = choose(ResetState(), config, prompts_of(4000), tokens, key, 0, 1, 9, score_B)
+    served = (lengths_of(prompts)[:, 0] > 0).reshape(1000, 4).sum(axis=0)
+    assert served[1] == served[3] == 0
+    assert abs(served[0] - 250) < 4 * 14 and abs(served[2] - 750) < 4 * 14
+    assert np.array_equal(prompts.reference_score_B, score_B)
+
+
+def test_bias_by_hand():
+    """Lengths 2, 4 and 6 have mean 4 and deviation 1.63; the prompt without a reference is not among them. The shortest
+    served once and the longest three times, so served ones have 5 on average. The scores served are those of 0 and 3,
+    with mean 2.25 over 1."""
+    batch = with_prefixes([[0, 0, 0]] * 4, [[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]])
+    prompts = dataclasses.replace(
+        batch.prompts,
+        reference_length_B=np.array([2, 4, 6, 0]),
+        reference_score_B=np.array([0.0, 0.0, 3.0, 99.0], np.float32),
+    )
+    found = step_metrics(ResetState(), ResetConfig(share=0.5), dataclasses.replace(batch, prompts=prompts))
+    assert found["reset/length_bias"] == pytest.approx((5 - 4) / np.sqrt(8 / 3))
+    assert found["reset/score_bias"] == pytest.approx((2.25 - 1) / np.sqrt(2))
+    nothing = with_prefixes([[0, 0]], [[0, 0]])
+    assert "reset/length_bias" not in step_metrics(ResetState(), ResetConfig(share=0.5), nothing)
 
 
 def test_prefixes_stay_with_their_prompts():
@@ -178,8 +267,8 @@ def test_metrics_by_hand():
 
 
 def test_references_become_completions():
-    assert completion_tokens("12", lambda text: [int(digit) for digit in text], 7) == [1, 2, 7]
-    assert completion_tokens(None, lambda text: [], 7) == []
+    assert reference_tokens("12", lambda text: [int(digit) for digit in text], 7) == [1, 2, 7]
+    assert reference_tokens(None, lambda text: [], 7) == []
 
 
 @pytest.mark.parametrize(
@@ -189,11 +278,11 @@ def test_references_become_completions():
         ([7], "shorter than two tokens"),
         ([1, 7], None),
         ([1, 2, 3, 7], None),
-        ([1, 2, 3, 4, 7], "longer than rollout.max_completion_tokens, which is 4"),
+        ([1, 2, 3, 4, 7], "longer than rollout.max_completion_tokens (4)"),
     ],
 )
 def test_what_cannot_serve(tokens, reason):
-    assert why_unusable(tokens, 4) == reason
+    assert why_no_start(tokens, 4) == reason
 
 
 @pytest.mark.parametrize(
@@ -214,6 +303,7 @@ def test_what_cannot_serve(tokens, reason):
         ({"schedule": "backward", "stages": 0}, r"reset.stages is 0; allowed is 1 or more"),
         ({"window": 0}, r"reset.window is 0; allowed is 1 or more"),
         ({"promote_at": 0.0}, r"reset.promote_at is 0.0; allowed is 0 < promote_at <= 1"),
+        ({"share": 1.0, "prefer": "short"}, r"reset.prefer is .short. and reset.share 1: every reference serves"),
     ],
 )
 def test_bad_fields_are_refused(fields, message):
@@ -221,7 +311,9 @@ def test_bad_fields_are_refused(fields, message):
         ResetConfig(**fields)
 
 
-@pytest.mark.parametrize(("name", "value"), [("schedule", "late"), ("per", "token"), ("references", "best")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("schedule", "late"), ("per", "token"), ("references", "best"), ("prefer", "new")]
+)
 def test_unknown_choices_are_refused(name, value):
     with pytest.raises(ValueError, match=f"reset.{name} is '{value}'"):
         load_config("tiny", reset={name: value})

@@ -44,7 +44,7 @@ def test_embedding_distance_is_the_mean_over_pairs():
 
 
 def test_what_has_no_diversity_is_refused():
-    with pytest.raises(ValueError, match="self_bleu got 1 texts and max_order 4"):
+    with pytest.raises(ValueError, match="self-BLEU got 1 texts and max_order 4"):
         self_bleu(["a"])
     with pytest.raises(ValueError, match="embedding_distance got 2 embeddings, the shortest 0"):
         embedding_distance(np.zeros((2, 3)))

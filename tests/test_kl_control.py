@@ -1,13 +1,17 @@
 """The weight of the KL penalty: by hand, and in a loop with a policy that it pushes back."""
 
+import dataclasses
 import json
 
 import pytest
 
 from nested_reft.kl_control import KlControlState, initial_state, update
+from nested_reft.losses import presets
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.losses.value import CriticConfig
 
-HELD = CriticConfig(kl_coefficient=0.5, kl_target=4.0, kl_gain=0.1)
+PPO = presets.ppo("base")
+HELD = dataclasses.replace(PPO, critic=CriticConfig(kl_coefficient=0.5, kl_target=4.0, kl_gain=0.1))
 
 
 @pytest.mark.parametrize(
@@ -16,7 +20,7 @@ HELD = CriticConfig(kl_coefficient=0.5, kl_target=4.0, kl_gain=0.1)
         (4.4, 0.5 * 1.01),  # 10 % over the target, a tenth of which is 1 %
         (40.0, 0.5 * 1.02),  # the error is clipped to 0.2
         (3.8, 0.5 * 0.995),
-        (-1.0, 0.5 * 0.98),  # a noisy estimate below zero
+        (0.0, 0.5 * 0.98),
         (4.0, 0.5),
         (None, 0.5),
         (float("nan"), 0.5),
@@ -36,9 +40,10 @@ def test_it_holds_the_target():
 
 
 def test_nothing_is_held_without_a_target():
-    fixed = CriticConfig(kl_coefficient=0.5)
+    fixed = dataclasses.replace(PPO, critic=CriticConfig(kl_coefficient=0.5))
+    without = TrajectoryBalanceConfig(beta=0.1)
     assert update(initial_state(fixed), fixed, 40.0) == KlControlState(0.5)
-    assert update(initial_state(None), None, 40.0) == KlControlState(0.0)
+    assert update(initial_state(without), without, 40.0) == KlControlState(0.0)
 
 
 def test_the_state_survives_json():

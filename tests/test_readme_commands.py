@@ -10,10 +10,12 @@ from nested_reft.config_files import shipped_configs
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.registry import HUB_SHAPES
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.offline import OfflineKind, as_offline
 
 # The depth of each model that a command names and that is no download of its shape.
 LAYERS = {"smollm2-135m": 30} | {name: shape.num_layers for name, shape in HUB_SHAPES.items()}
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+OBJECTIVES: dict[str, OfflineKind | None] = {"train": None, "sft": "sft", "reward-model": "bradley_terry", "dpo": "dpo"}
 
 
 def train_commands() -> list[str]:
@@ -49,3 +51,31 @@ def test_every_training_command_of_the_readme_nests(command):
 
 def test_the_readme_has_training_commands():
     assert len(train_commands()) >= 3 and any("qwen" in command for command in train_commands())
+
+
+def header_commands() -> list[str]:
+    """The training commands that the headers of configurations give, with the values of their shell variables."""
+    found = []
+    for path in shipped_configs().values():
+        values = dict[str, str]()
+        for line in re.findall(r"^    (\S.*)$", path.read_text(encoding="utf-8").split('"""')[1], re.MULTILINE):
+            for name, value in values.items():
+                line = line.replace(f"${name}", value)
+            if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', line):
+                values[assigned[1]] = assigned[2]
+            # What a command makes stands behind it, some spaces apart.
+            elif line.split()[0] == "nested-reft" and line.split()[1] in OBJECTIVES:
+                found.append(re.split(r" {3,}", line)[0].removeprefix("nested-reft "))
+    return found
+
+
+@pytest.mark.parametrize("command", header_commands())
+def test_every_training_command_of_a_header_is_a_configuration(command):
+    kind, name, *overrides = command.split()
+    objective, config = OBJECTIVES[kind], load_config(name)
+    changed = override(config if objective is None else as_offline(config, objective), overrides)
+    assert changed.loss.kind == (objective or config.loss.kind)
+
+
+def test_headers_have_training_commands():
+    assert {"train", "sft", "reward-model", "dpo"} <= {command.split()[0] for command in header_commands()}

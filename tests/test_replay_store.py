@@ -13,6 +13,7 @@ from nested_reft.replay_store import (
     ReplayConfig,
     Store,
     add,
+    best_right,
     draw,
     ready,
     summary,
@@ -303,3 +304,30 @@ def test_a_long_run_is_flat_in_time_and_size():
 def test_refusals(fields, message):
     with pytest.raises(ValueError, match=message):
         ReplayConfig(**{"recent_share": 0.5} | fields)
+
+
+def test_the_best_right_completion_by_hand():
+    """Of prompt 7: completion 3 has the highest reward and is wrong; 1 and 2 are right and alike, and 2 came later.
+    Prompt 8 has no right one. Prompt 9 has one of a single token, which leaves nothing to force."""
+    batch = found([7, 8, 9], 1, reward=[1.0, 2.0, 2.0, 5.0])
+    right_BG = np.array([[True, True, True, False], [False] * 4, [False, True, False, False]])
+    length_BG = np.where(np.arange(3)[:, None] == 2, 1, 3) + np.zeros((3, 4), np.int32)
+    batch = dataclasses.replace(
+        batch,
+        accuracy_BG=right_BG.astype(np.float32),
+        prompts=dataclasses.replace(batch.prompts, tokens_BP=np.asarray(batch.rollouts.prompt_BP)),
+        rollouts=dataclasses.replace(batch.rollouts, length_BG=length_BG),
+    )
+    store = store_of(batch)
+    assert best_right(Store(), batch.prompts) == [[], [], []]
+    assert best_right(store, batch.prompts) == [[2, 0, 0], [], []]
+    # What began with a prefix is stored apart, and is a completion of the same prompt.
+    rollouts = dataclasses.replace(batch.rollouts, forced_BG=np.ones((3, 4), np.int32))
+    better = dataclasses.replace(batch, reward_BG=batch.reward_BG + 1, rollouts=rollouts)
+    assert best_right(add(store, UNIFORM, better), batch.prompts) == [[2, 0, 0], [], []]
+    first = np.arange(4) == np.zeros((3, 1))
+    better = dataclasses.replace(better, reward_BG=batch.reward_BG + 9 * first)
+    assert best_right(add(store, UNIFORM, better), batch.prompts) == [[0, 0, 0], [], []]
+    # Another source has prompts of its own.
+    other = dataclasses.replace(batch.prompts, source_B=batch.prompts.source_B + 1)
+    assert best_right(store, other) == [[], [], []]

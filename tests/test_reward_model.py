@@ -22,7 +22,9 @@ from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.tokenizer import Tokenizer
+from nested_reft.training import reinforcement, setup
 from nested_reft.training.setup import prepare
+from nested_reft.training.summary import gold_metric
 from nested_reft.training.trainer import Trainer
 from tests.training.preference_runs import preferences, write_pairs
 
@@ -126,6 +128,19 @@ def test_gold_is_logged_beside_the_learned_reward_and_has_no_part_in_it(pairs, m
     assert found["gold_metric"] == "reward/function" and len(found["learned"]) == 2 and "kl" in found
 
 
+def test_a_verifier_judges_references_where_a_model_rewards(pairs, models, tmp_path):
+    """The function calls answers of four digits right, and the others start no rollout."""
+    (tmp_path / "gold.py").write_text("def gold(text, example):\n    return float(len(text) == 4)\n")
+    reward = RewardConfig(
+        checker="function", function=f"{tmp_path / 'gold.py'}:gold", function_weight=0.0, model=(models[0],)
+    )
+    reset = ResetConfig(share=0.5, references="answers", only_right=True)
+    data = prepare(preferences(pairs, loss=presets.ppo("base"), reward=reward, reset=reset)).data
+    examples = [encoded.example for encoded in data.train_examples[0]]
+    assert [example.reference is not None for example in examples] == [len(example.answer) == 4 for example in examples]
+    assert 0 < sum(example.reference is None for example in examples) < len(examples)
+
+
 def test_trajectory_balance_replays_completions_with_their_learned_reward(pairs, models, tmp_path):
     """What is drawn from the store has the reward that it came with, and the objective learns from it."""
     config = preferences(
@@ -175,7 +190,8 @@ def test_before_anything_is_computed(pairs, models):
         ('{"mean": 0.0, "std": 0.0}', "has mean 0.0 and std 0.0; allowed are numbers, and std > 0"),
     ],
 )
-def test_what_is_no_reward_model_is_refused(pairs, models, tmp_path, facts, message):
+def test_what_is_no_reward_model_is_refused_before_data_are_read(pairs, tmp_path, monkeypatch, facts, message):
+    monkeypatch.setattr(setup, "load_source", lambda source: pytest.fail("the data were read first"))
     if facts is not None:
         (tmp_path / "reward_model.json").write_text(facts)
     with pytest.raises(ValueError, match=message):
@@ -243,3 +259,44 @@ def test_an_unfinished_reward_model_is_not_exported(models, tmp_path, capsys):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 2
     assert "train it to its end first" in capsys.readouterr().err and not (tmp_path / "exported").exists()
     assert Policy.load(tmp_path / "run").model.value_head is not None
+
+
+@pytest.mark.parametrize(
+    ("reward", "source_checker", "gold"),
+    [
+        ({"function": "f.py:f", "function_weight": 0.0}, None, "reward/function"),
+        ({"function": "f.py:f", "function_weight": 0.0, "checker": "function"}, None, "reward/function"),
+        # The policy is paid for what these say, so they show no hacking.
+        ({"function": "f.py:f", "function_weight": 0.1, "checker": "function"}, None, None),
+        ({"checker": "model"}, None, None),
+        ({"checker": "math"}, "model", None),
+        # Beside a reward model, the verifier is not in the reward.
+        ({"checker": "math"}, None, "accuracy"),
+        ({"function": "f.py:f", "function_weight": 0.1}, None, "accuracy"),
+    ],
+)
+def test_gold_is_what_the_policy_is_not_paid_for(pairs, reward, source_checker, gold):
+    config = preferences(pairs, loss=presets.ppo("base"), reward=RewardConfig(model=("m",), **reward))
+    source = dataclasses.replace(config.data.sources[0], checker=source_checker)
+    assert gold_metric(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(source,)))) == gold
+
+
+def test_hacking_is_told_while_the_run_goes_on(pairs, models, tmp_path, monkeypatch, capsys):
+    """Once, with the evaluation after which the log shows it, and not before there are steps enough."""
+    seen = []
+
+    def found(lines, gold):
+        seen.append((len(lines), gold))
+        return {"warning": None if len(lines) < 5 else "the policy exploits the reward model"}
+
+    monkeypatch.setattr(reinforcement, "reward_hacking", found)
+    monkeypatch.setattr(reinforcement, "EARLIEST", 3)
+    reward = RewardConfig(checker="model", model=(models[0],))
+    config = preferences(pairs, loss=presets.ppo("base"), reward=reward, train__steps=8)
+    with Trainer(prepare(config), RunDirectory.create(tmp_path, "run", config.to_json())) as run:
+        run.open()
+        for number in range(8):
+            run.phases[-1].step(run.state, number)
+    # The line of step 0 is the evaluation before training, which this run leaves out.
+    assert seen == [(4, None), (6, None)]
+    assert "step 6: the policy exploits the reward model (later ones: summary.json)" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """SmolLM2-135M becomes harmless by DR-PO: PPO from inside preferred answers (arXiv 2404.08495).
 
-2,012 training pairs of HH harmless-base and 300 held-out ones, of those whose prompts and answers are short enough. One
-configuration for four commands, in this order:
+2,012 training pairs of HH harmless-base and 300 held-out ones, of those that are short enough. Three configurations for
+six commands, in this order:
 
     nested-reft sft smollm2_hh_sft                                     SFT: a run
     nested-reft export SFT_RUN sft                                     its model, as a directory

@@ -47,6 +47,7 @@ def get_config() -> Config:
         loss=presets.ppo("base", kl_coefficient=0.01),
         train=dataclasses.replace(tiny.train, steps=120),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear"),
-        reset=ResetConfig(share=0.5, references="answers"),
+        # PPO compares with no group, so each completion has a start of its own, as in the paper.
+        reset=ResetConfig(share=0.5, references="answers", per="completion"),
         warm_start=WarmStartConfig(steps=150, batch_size=64, learning_rate=3e-3),
     )

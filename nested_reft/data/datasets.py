@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nested_reft.data.boxes import last_boxed
+from nested_reft.data.dialogues import dialogue_pair
 
 # The limit is on each read and not on the whole file, so slow connections still finish.
 DOWNLOAD_TIMEOUT_SECONDS = 60
@@ -111,13 +112,10 @@ def _harmless(folder: Path, split: str) -> Iterator[Row]:
     with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            # Raters compared the last replies, so the dialogue is cut there.
-            dialogue, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
-            rejected_dialogue, rejected = row["rejected"].rsplit("\n\nAssistant:", 1)
-            metadata = {"rejected": rejected.strip()}
-            if rejected_dialogue != dialogue:  # a few pairs part before the last reply
-                metadata["rejected_dialogue"] = rejected_dialogue.strip()
-            yield Row(dialogue.strip(), chosen.strip(), chosen.strip(), metadata)
+            pair = dialogue_pair(row["chosen"], row["rejected"])
+            assert pair is not None  # the file is the published one
+            question, chosen, metadata = pair
+            yield Row(question, chosen, chosen, metadata)
 
 
 _GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,3 +82,16 @@ def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example]
                 first.question,
             )
     return list(kept.values())
+
+
+def counted_by_reason(removed: Sequence[tuple[Example, str]]) -> str:
+    """What is wrong with examples, for a message: each reason with its count and the first question that has it.
+
+    Such as "2 missing, the first to 'Why?'; 1 not right, the first to 'Who?'".
+
+    Args:
+        removed: examples and their reasons, in order.
+    """
+    first = {reason: example.question for example, reason in reversed(removed)}
+    counts = Counter(reason for _, reason in removed)
+    return "; ".join(f"{count} {reason}, the first to {first[reason][:60]!r}" for reason, count in counts.items())

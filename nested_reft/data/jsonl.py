@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nested_reft.data.dialogues import dialogue_pair
 from nested_reft.data.examples import Example
 
 
@@ -20,7 +21,9 @@ def read_jsonl(
     """The examples of a JSONL file, in order; empty lines are skipped.
 
     Fields that are neither question, answer nor reference become the example's metadata, so that
-    templates and user-defined rewards can name them. Answers may be numbers, and stay as they are written.
+    templates and user-defined rewards can name them. Answers may be numbers, and stay as they are written. A row with
+    the field `rejected` is a preference pair, and its answer may be empty. Without a question it may be two dialogues,
+    as in HH.
 
     Args:
         path: the file, UTF-8.
@@ -44,12 +47,15 @@ def read_jsonl(
             if not line.strip():
                 continue
             where = f"{field} is '{path}': row {number}"
-            row, written = _parse(line, where)
+            row, written = _with_replies(*_parse(line, where), question_field, answer_field)
             question = _text(written, question_field, where)
-            answer = _text(written, answer_field, where)
+            # Pairs that teach nothing are skipped where pairs are learnt from, since published ones have a few.
+            answer = _text(written, answer_field, where, may_be_empty="rejected" in written)
             reference = None if reference_field is None else _text(written, reference_field, where)
             # A verifier or a template may need any other field, so none is lost.
             metadata = {k: v for k, v in row.items() if k not in (question_field, answer_field, reference_field)}
+            if isinstance(written.get("rejected"), str):
+                metadata["rejected"] = _text(written, "rejected", where, may_be_empty=True)
             examples.append(Example(question, answer, source, metadata, reference))
     if not examples:
         raise ValueError(f"{field} is '{path}', which has no rows; it needs at least one")
@@ -73,12 +79,27 @@ def _parse(line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return row, written
 
 
-def _text(written: dict[str, Any], name: str, where: str) -> str:
-    """A field as text that is not empty; `written` has numbers as text, but not true, null, NaN and Infinity."""
+def _with_replies(
+    row: dict[str, Any], written: dict[str, Any], question_field: str, answer_field: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A pair of two dialogues as prompt and replies; any other row as it is."""
+    chosen, rejected = written.get(answer_field), written.get("rejected")
+    if question_field in written or not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return row, written
+    pair = dialogue_pair(chosen, rejected)
+    if pair is None:
+        return row, written
+    question, answer, metadata = pair
+    fields = {question_field: question, answer_field: answer, **metadata}
+    return row | fields, written | fields
+
+
+def _text(written: dict[str, Any], name: str, where: str, may_be_empty: bool = False) -> str:
+    """A field as text; `written` has numbers as text, but not true, null, NaN and Infinity."""
     if name not in written:
         raise ValueError(f"{where} has no field '{name}'; it has {', '.join(map(repr, written)) or 'none'}")
     value = written[name]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise ValueError(f"{where} has the {name} {str(value)[:80]!r}; allowed is text that is not empty, or a number")
     # JSON can write half of a character, which no tokenizer takes.
     if any("\ud800" <= character <= "\udfff" for character in value):

@@ -113,6 +113,7 @@ class JsonlSource:
         seed: 0 or more.
         heldout_file: a second file for the held-out questions; None takes them out of `file`.
         question_field, answer_field: names of the fields; all other fields go to the metadata.
+            Two dialogues in the answer's field and in `rejected` need no question (HH).
         reference_field: name of the field with a known-good completion, if there is one.
         prompt: how its questions become prompts; None leaves it to `data.prompt`.
         checker: how its answers are checked; None leaves it to `reward.checker`.

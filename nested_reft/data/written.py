@@ -7,13 +7,12 @@ A preference pair is an example whose metadata have a `rejected` answer beside i
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from nested_reft.data.examples import Example
+from nested_reft.data.examples import Example, counted_by_reason
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.types import Prompts, TrainBatch
 
@@ -78,9 +77,7 @@ def usable(
     unusable = [(encoded.example, reason) for encoded, reason in zip(examples, why, strict=True) if reason is not None]
     if not unusable:
         return list(examples)
-    first = {reason: example.question for example, reason in reversed(unusable)}
-    counts = Counter(reason for _, reason in unusable)
-    listed = "; ".join(f"{count} {reason}, the first to {first[reason][:60]!r}" for reason, count in counts.items())
+    listed = counted_by_reason(unusable)
     said = f"source '{unusable[0][0].source}': {len(unusable)} of {len(examples)} {part} rows cannot be learnt from"
     if len(unusable) == len(examples):
         hint = "pairs need the fields of the question, the answer and `rejected`; longer answers need a larger"

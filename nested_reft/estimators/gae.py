@@ -88,18 +88,18 @@ def whitened(
 ) -> Float[Array, "B G C"]:
     """Values scaled to the variance 1 over the tokens that count, and moved to the mean 0 unless told otherwise.
 
-        (x - m) / sqrt(v + 1e-8),    or x / sqrt(v + 1e-8), which moves no sign
+        (x - m) / sqrt(v + 1e-8),    or (x - m) / sqrt(v + 1e-8) + m, as the released code of DR-PO scales rewards
 
     Args:
         values_BGC: x.
         mask_BGC: the tokens that count.
-        shift_mean: False keeps the mean's sign: a reward of zero stays zero.
+        shift_mean: False keeps the mean m.
 
     Returns:
-        Zero outside the mask. Equal values give zero, or with their mean kept what 1e-4 divides.
+        Zero outside the mask. Equal values give zero, or themselves where the mean is kept.
     """
     count = jnp.maximum(mask_BGC.sum(), 1)
     mean = jnp.where(mask_BGC, values_BGC, 0.0).sum() / count
     variance = jnp.where(mask_BGC, (values_BGC - mean) ** 2, 0.0).sum() / count
-    moved_BGC = values_BGC - mean if shift_mean else values_BGC
-    return jnp.where(mask_BGC, moved_BGC / jnp.sqrt(variance + VARIANCE_EPSILON), 0.0)
+    scaled_BGC = (values_BGC - mean) / jnp.sqrt(variance + VARIANCE_EPSILON)
+    return jnp.where(mask_BGC, scaled_BGC if shift_mean else scaled_BGC + mean, 0.0)

@@ -42,7 +42,7 @@ from jaxtyping import Array, Bool, Float
 
 from nested_reft.estimators.advantages import group_advantages, weighted_advantages
 from nested_reft.estimators.health import kish
-from nested_reft.estimators.importance import LOGPROB_FLOOR
+from nested_reft.estimators.importance import LOG_RATIO_LIMIT, LOGPROB_FLOOR, token_log_ratio
 from nested_reft.estimators.kl import kl_estimate
 from nested_reft.losses.config import Normalization, PolicyGradientConfig
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
@@ -351,10 +351,21 @@ def _critic_parts(loss_BGC: Array, clipped_BGC: Array, value_BGC: Array, batch: 
         "value_error_square_mean": error_BGC**2,
     }
     parts = {name: _token_mean(measured_BGC, batch.mask_BGC) for name, measured_BGC in measured.items()}
-    if batch.old_logprob_BGC is not None and batch.reference_logprob_BGC is not None:
-        kl_BGC = jnp.where(batch.mask_BGC, kl_estimate(batch.old_logprob_BGC, batch.reference_logprob_BGC, "k1"), 0.0)
+    if batch.reference_logprob_BGC is not None:
+        kl_BGC = jnp.where(batch.mask_BGC, _sampled_kl(batch, batch.reference_logprob_BGC), 0.0)
         parts["completion_kl"] = Weighted(kl_BGC.sum(), batch.mask_BGC.any(axis=-1).sum(dtype=jnp.float32))
     return parts
+
+
+def _sampled_kl(batch: TrainBatch, reference_logprob_BGC: Array) -> Array:
+    """KL(pi_old || pi_ref) at each token's state, from the token that the behavior policy drew there: rho_t k3_t.
+
+    Without rho = pi_old / pi_b it would say how the sampler's tokens fare, and could be negative.
+    """
+    assert batch.old_logprob_BGC is not None and batch.behavior_logprob_BGC is not None
+    log_ratio_BGC = token_log_ratio(batch.old_logprob_BGC, batch.behavior_logprob_BGC)
+    ratio_BGC = jnp.exp(jnp.minimum(log_ratio_BGC, LOG_RATIO_LIMIT))
+    return ratio_BGC * kl_estimate(batch.old_logprob_BGC, reference_logprob_BGC, "k3")
 
 
 def _check_inputs(

@@ -9,7 +9,9 @@ t, so it has seen the prompt, what was forced, and the tokens before t.
     value loss = 1/2 max[ (V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2 ]
 
 Nested rollouts: pi_old is the full model, whoever drew the tokens. The policy's terms carry the importance weight. The
-values are regressed without one, so they are those of the policy that samples.
+values are regressed without one, so they are those of the policy that samples. The divergence that `kl_target` holds is
+the sum of rho_t k3_t over a completion's own tokens, rho = pi_old / pi_b: KL(pi_old || pi_ref) at the states that the
+sampler reached, and never negative.
 
 Source: PPO (Schulman et al., 2017, arXiv 1707.06347), with the rewards and the value clip of RLHF (Ziegler et al.,
 2019, arXiv 1909.08593). Departure from the released code of DR-PO: forced tokens enter no part of it.
@@ -40,8 +42,8 @@ class CriticConfig:
         value_clip: c; how far a value may move in the updates of one batch before it loses its gradient. None for no
             limit.
         kl_coefficient: beta of the reward; 0 for none. With a target it is where the control begins.
-        kl_target: KL(pi || pi_ref) of a completion, in nats, that `kl_control` holds by changing beta. None leaves
-            beta alone.
+        kl_target: KL(pi || pi_ref), summed over the tokens of a completion that the policy chose, in nats, that
+            `kl_control` holds by changing beta. None leaves beta alone.
         kl_gain: the largest relative change of beta in a step is 0.2 times this.
         whiten_rewards: scale the token rewards of a batch to the variance 1, with their mean kept.
         whiten_advantages: give the advantages of a batch the mean 0 and the variance 1.

@@ -27,6 +27,8 @@ HUB_MODELS = {
     "smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen2.5-math-1.5b-instruct": "Qwen/Qwen2.5-Math-1.5B-Instruct",
     "qwen2.5-math-7b-instruct": "Qwen/Qwen2.5-Math-7B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
@@ -48,17 +50,28 @@ QWEN2_5_SHAPE = ModelConfig(
     max_positions=4096,
     family="qwen2",
 )
+_QWEN2_5_7B = dataclasses.replace(
+    QWEN2_5_SHAPE,
+    vocab_size=152_064,
+    width=3584,
+    hidden_width=18_944,
+    num_heads=28,
+    num_kv_heads=4,
+    tied_embeddings=False,
+)
 HUB_SHAPES = {
-    "qwen2.5-math-1.5b-instruct": QWEN2_5_SHAPE,
-    "qwen2.5-math-7b-instruct": dataclasses.replace(
+    "qwen2.5-3b": dataclasses.replace(
         QWEN2_5_SHAPE,
-        vocab_size=152_064,
-        width=3584,
-        hidden_width=18_944,
-        num_heads=28,
-        num_kv_heads=4,
-        tied_embeddings=False,
+        num_layers=36,
+        width=2048,
+        hidden_width=11_008,
+        num_heads=16,
+        rope_theta=1_000_000.0,
+        max_positions=32_768,
     ),
+    "qwen2.5-7b": dataclasses.replace(_QWEN2_5_7B, rope_theta=1_000_000.0, max_positions=131_072),
+    "qwen2.5-math-1.5b-instruct": QWEN2_5_SHAPE,
+    "qwen2.5-math-7b-instruct": _QWEN2_5_7B,
 }
 """Shapes of hub models that can be compiled for without their files."""
 

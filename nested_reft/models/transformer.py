@@ -37,6 +37,7 @@ from nested_reft.models.layer import (
     stored_as,
 )
 from nested_reft.models.layer_loop import Attention, LayerLoop, Layers, entry
+from nested_reft.models.packing import places
 from nested_reft.models.parameters import Parameters, parameter_axes, parameter_shapes
 from nested_reft.models.prompt_pass import PromptPass
 
@@ -365,6 +366,7 @@ class Transformer(nnx.Module):
         plan: LayerPlan | None = None,
         remat: bool = False,
         shared_prefix: int = 0,
+        segment_BGC: Int[Array, "B G C"] | None = None,
     ) -> Float[Array, "B G C D"]:
         """Hidden states that predict each completion token, the prompt run once per group.
 
@@ -377,12 +379,14 @@ class Transformer(nnx.Module):
             plan: layers to run; None is the full model.
             remat: recompute each layer in the backward pass instead of storing its activations.
             shared_prefix: leading tokens that all prompts have in common; they run once for all of them.
+            segment_BGC: the text that each token belongs to, where a completion's row holds several (`models.packing`).
+                A text sees the prompt and itself, and its positions go on from the prompt.
 
         Returns:
             Final hidden states after the norm; `logits` turns them into logits.
         """
         streams = self.text_streams(prompt_BP, tokens_BGC, shared_prefix)
-        *prompts, completion = self.run_texts(streams, valid_BP, plan, remat, shared_prefix)
+        *prompts, completion = self.run_texts(streams, valid_BP, plan, remat, shared_prefix, segment_BGC)
         # The first completion token is predicted at the prompt's last token, the others by the completion itself.
         prompt_BPD = PromptPass(self.config, valid_BP, shared_prefix).join(tuple(prompts))
         first_BD = _last_valid(self._final_norm(prompt_BPD), valid_BP)
@@ -412,18 +416,19 @@ class Transformer(nnx.Module):
         plan: LayerPlan | None = None,
         remat: bool = False,
         shared_prefix: int = 0,
+        segment_BGC: Int[Array, "B G C"] | None = None,
     ) -> tuple[Array, ...]:
         """The streams of `text_streams` after the steps of a plan, which may begin at any layer.
 
         Args:
             streams: before the plan's first layer.
-            valid_BP, plan, remat, shared_prefix: as in `completion_hidden`.
+            valid_BP, plan, remat, shared_prefix, segment_BGC: as in `completion_hidden`.
         """
         config, completion_size = self.config, streams[-1].shape[2]
         prompts = PromptPass(config, valid_BP, shared_prefix)
+        position, own_mask = places(completion_size, segment_BGC)
         # A completion goes on where its own prompt ends; the padding between takes no position.
-        rotation = rope(config, valid_BP.sum(axis=-1)[:, None, None] + jnp.arange(completion_size))
-        own_mask = jnp.tril(jnp.ones((completion_size, completion_size), bool))
+        rotation = rope(config, valid_BP.sum(axis=-1)[:, None, None] + position)
         shared_mask = valid_BP[:, None, None]
 
         def attention(streams, _, layer, slot):

@@ -28,17 +28,26 @@ def name_is_a_directory_name(config: Config) -> None:
         )
 
 
-def micro_batches_divide_prompts(config: Config) -> None:
-    """A batch is split along its prompts."""
-    prompts, parts = config.data.prompts_per_batch, config.train.micro_batches
+def mini_batches_divide_prompts(config: Config) -> None:
+    """A batch is dealt to mini-batches by its prompts, so that groups stay whole."""
+    prompts, parts = config.data.prompts_per_batch, config.train.mini_batches
     if prompts % parts:
-        raise ValueError(f"train.micro_batches is {parts}; it must divide data.prompts_per_batch, which is {prompts}")
+        raise ValueError(f"train.mini_batches is {parts}; it must divide data.prompts_per_batch, which is {prompts}")
+
+
+def micro_batches_divide_prompts(config: Config) -> None:
+    """An update is split along its prompts."""
+    prompts, parts = config.data.prompts_per_batch // config.train.mini_batches, config.train.micro_batches
+    if prompts % parts:
+        raise ValueError(
+            f"train.micro_batches is {parts}; it must divide data.prompts_per_batch / train.mini_batches, which is"
+            f" {prompts}"
+        )
 
 
 def mesh_divides_batches(config: Config) -> None:
     """Devices share the prompts of each micro-batch, in training and in the warm start."""
-    data, warm_start = config.mesh.data, config.warm_start
-    micro_batch = config.data.prompts_per_batch // config.train.micro_batches
+    data, warm_start, micro_batch = config.mesh.data, config.warm_start, config.prompts_per_micro_batch
     if micro_batch % data:
         raise ValueError(f"mesh.data is {data}; it must divide the prompts of a micro-batch, {micro_batch}")
     # A warm start that does not run may keep sizes that would not fit.
@@ -150,6 +159,27 @@ def one_normaliser_needs_one_start(config: Config) -> None:
         raise ValueError(
             "reset.per is 'completion', with loss.kind 'trajectory_balance': completions that start elsewhere have"
             " another normaliser. Set reset.per 'group'"
+        )
+
+
+def right_references_need_a_verifier(config: Config) -> None:
+    """A reward model compares answers and calls none of them right."""
+    reset, checkers = config.reset, [source.checker or config.reward.checker for source in config.data.sources]
+    # Those of replay are scored as all completions are.
+    if reset.is_on and reset.only_right and reset.references != "replay" and "model" in checkers:
+        raise ValueError(
+            f"reset.only_right is True, but the answers of source '{config.data.sources[checkers.index('model')].name}'"
+            " have the checker 'model', which tells no right reference from a wrong one; set only_right False, or"
+            " another checker"
+        )
+
+
+def own_references_need_a_store(config: Config) -> None:
+    """The policy's past completions are those that are kept for replay."""
+    if config.reset.is_on and config.reset.references == "replay" and not config.replay.is_on:
+        raise ValueError(
+            "reset.references is 'replay' and replay.capacity 0: no completions are kept that a rollout could start"
+            " from. Set replay.capacity, or reset.references 'given' or 'answers'"
         )
 
 
@@ -301,6 +331,7 @@ def offline_objectives_sample_nothing(config: Config) -> None:
 
 RULES: tuple[Callable[[Config], None], ...] = (
     name_is_a_directory_name,
+    mini_batches_divide_prompts,
     micro_batches_divide_prompts,
     mesh_divides_batches,
     overlong_cache_fits_completions,
@@ -311,6 +342,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     remeasuring_fits_the_batch,
     baseline_needs_a_group,
     one_normaliser_needs_one_start,
+    right_references_need_a_verifier,
+    own_references_need_a_store,
     dynamic_sampling_needs_a_group,
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,

@@ -47,9 +47,11 @@ class TrainConfig:
 
     Attributes:
         steps: rollout batches.
-        updates_per_batch: passes over each batch. From the second on the target has moved, and
-            the log-probabilities of the full model at rollout time are scored first.
-        micro_batches: parts that a batch is computed in, to save memory; the gradient is the same.
+        updates_per_batch: updates that each batch gets: passes over it, times `mini_batches`. From the second on the
+            target has moved, and the log-probabilities of the full model at rollout time are scored first.
+        mini_batches: disjoint parts of a batch, which get an update each (PPO). Every pass deals the batch's groups to
+            them anew, at random, and groups stay whole. Advantages are made once, of the whole batch.
+        micro_batches: parts that an update is computed in, to save memory; the gradient is the same.
         remat: recompute activations in the backward pass, to save more.
         compute_dtype: of the inputs of matrix products in updates, scoring passes and least-squares fits. Parameters,
             sums and all else are float32. bfloat16 is faster on devices that multiply it in hardware: TPUs, GPUs, and
@@ -65,6 +67,7 @@ class TrainConfig:
 
     steps: int
     updates_per_batch: int = 1
+    mini_batches: int = 1
     micro_batches: int = 1
     remat: bool = False
     compute_dtype: ComputeDtype = "float32"
@@ -75,13 +78,19 @@ class TrainConfig:
     stop_after_empty_updates: int | None = None
 
     def __post_init__(self):
-        for name in ("steps", "updates_per_batch", "micro_batches", "checkpoint_every", "keep_checkpoints"):
+        whole = ("steps", "updates_per_batch", "mini_batches", "micro_batches", "checkpoint_every", "keep_checkpoints")
+        for name in whole:
             check_whole(f"train.{name}", getattr(self, name), 1, MAX_STEPS)
         # The optimizer counts updates in 32 bits.
         if self.steps * self.updates_per_batch > MAX_STEPS:
             raise ValueError(
                 f"train.steps is {self.steps} and train.updates_per_batch {self.updates_per_batch}; allowed are at"
                 f" most {MAX_STEPS} updates in all"
+            )
+        if self.updates_per_batch % self.mini_batches:
+            raise ValueError(
+                f"train.updates_per_batch is {self.updates_per_batch} and train.mini_batches {self.mini_batches};"
+                " allowed is a multiple of it, since each pass over a batch is one update on every mini-batch"
             )
         check_choice("train.compute_dtype", self.compute_dtype, ComputeDtype)
         if not 0 < self.ess_warning < 1:
@@ -125,6 +134,11 @@ class Config:
     def trained_group_size(self) -> int:
         """K, the completions of a group that an update trains on."""
         return self.replay.group_size or self.rollout.group_size
+
+    @property
+    def prompts_per_micro_batch(self) -> int:
+        """Prompts that a training step holds in memory at once."""
+        return self.data.prompts_per_batch // self.train.mini_batches // self.train.micro_batches
 
     @property
     def measures_mismatch(self) -> bool:
@@ -203,8 +217,8 @@ def load_config(name: str, /, **overrides: Any) -> Config:
     >>> load_config("tiny", train={"stepz": 3})
     Traceback (most recent call last):
     ...
-    ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, micro_batches, \
-remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates
+    ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, mini_batches, \
+micro_batches, remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates
 
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.

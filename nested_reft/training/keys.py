@@ -13,7 +13,7 @@ import jax
 # These numbers decide what a seed means: changing one changes every run. `models.source` folds two others into the key
 # of the seed, for parameters and adapters.
 _CURRICULUM, _PLAN, _ROLLOUT, _EVALUATION, _WARM_START, _THROUGHPUT, _SPLIT, _THROUGHPUT_PLAN, _MEASUREMENT = range(9)
-_ACCEPTANCE, _REPLAY, _RESET = 9, 10, 11
+_ACCEPTANCE, _REPLAY, _RESET, _MINI_BATCHES = 9, 10, 11, 12
 _FIRST_GENERATION = 100  # and up: the generation batches of a step
 _FIRST_STEP = 1000  # and up: the steps of a run
 
@@ -73,6 +73,7 @@ class StepKeys:
         self.plan = jax.random.fold_in(key, _PLAN)
         self.acceptance = jax.random.fold_in(key, _ACCEPTANCE)
         self.replay = jax.random.fold_in(key, _REPLAY)
+        self.mini_batches = jax.random.fold_in(key, _MINI_BATCHES)
 
     def evaluation(self, source: int) -> jax.Array:
         """The key of a held-out evaluation before the step.

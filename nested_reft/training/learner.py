@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig, TextBatch
@@ -31,11 +31,13 @@ from nested_reft.rollout.config import Weights
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate, replicate_scalars, shard_batch
+from nested_reft.training.mini_batches import deal
 from nested_reft.training.step import (
     BaseModel,
     LearnerTask,
     TrainState,
     UpdatePlans,
+    UpdateResult,
     initial_train_state,
     make_loss,
     make_update,
@@ -47,12 +49,12 @@ from nested_reft.types import Scored, TrainBatch, valid_mask
 class Update:
     """What the updates on one batch did, as numbers on the host.
 
-    How far off-policy the rollouts were is read off the first pass: from the second on, the optimizer
-    has moved the target itself. So are the bounds. Everything else is of the last pass.
+    How far off-policy the rollouts were is read off the first update: from the second on, the optimizer has moved the
+    target itself. So are the bounds. Everything else is of the last pass, with the mean over its mini-batches.
 
     Attributes:
         empty: nothing changed, because no token counted, which makes the numbers below zero, or because a mask rejected
-            all tokens in every pass.
+            all tokens in every update.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
@@ -309,7 +311,7 @@ class Learner:
             beta_B=None if self.needs.beta is None else jnp.full(len(groups), self.needs.beta(self.batches)),
         )
         arrays = self._scored(arrays, rollouts.part_BGL)
-        if isinstance(objective, TokenSignals) and self.needs.values:
+        if self.needs.values:
             model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
             values = _values_and_logprobs(model, arrays, self.task.temperature, self.task.shared_prefix)
             arrays = dataclasses.replace(arrays, **dict(zip(("old_value_BGC", "old_logprob_BGC"), values, strict=True)))
@@ -359,43 +361,47 @@ class Learner:
         # Drawn for the longest completion that there can be, so that the draws do not depend on the cut.
         return jax.random.uniform(key, shape)[..., :size]
 
-    def update(self, batch: LearnerBatch) -> Update:
-        """Every pass over a batch. A batch without a token that counts changes nothing, not even momentum; nor does a
-        pass in which a mask rejects all tokens.
+    def update(self, batch: LearnerBatch, key: jax.Array | None = None) -> Update:
+        """Every pass over a batch. A mini-batch without a token that counts changes nothing, not even momentum; nor
+        does an update in which a mask rejects all tokens.
 
         Args:
             batch: what `batch` made of some groups, or demonstrations.
+            key: deals the groups to mini-batches, where there are several.
         """
-        arrays = batch.arrays
+        arrays, before, passes = batch.arrays, self.batches, list[_Pass]()
+        teaches_B = self._teaches(arrays)
+        if not teaches_B.any():
+            return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
+        parts = self.task.mini_batches
+        for rows_KM in deal(len(teaches_B), parts, self.task.updates_per_batch // parts, key):
+            taught = [rows_M for rows_M in rows_KM if teaches_B[rows_M].any()]
+            passes.append([(rows_M, self._update_once(arrays, rows_M, batch.plans)) for rows_M in taught])
+        every = self.needs.reference_reset_every
+        if every and self.batches // every > before // every:
+            self.keep_reference()
+        return _summary(passes, arrays.tokens_BGC.shape)
+
+    def _teaches(self, arrays: TrainBatch) -> Bool[np.ndarray, " B"]:
+        """True at the groups that have something to learn."""
         # A gradient of zero would still move the parameters, by the momentum of earlier updates.
         teaches_BG = arrays.counted_BG & (arrays.forced_BG < arrays.length_BG)
         # Where the signal is NaN there is no reward to learn from.
         teaches_BG &= ~jnp.isnan(arrays.signal_BG)
         if self.needs.signal_is_weight:
             teaches_BG &= arrays.signal_BG != 0
-        if not bool(np.any(np.asarray(teaches_BG))):
-            return Update(True, 0.0, 0.0, {}, None, None, np.zeros(arrays.tokens_BGC.shape, np.float32))
-        passes = []
-        for _ in range(self.task.updates_per_batch):
-            # A policy that another thread asks for gets the state before this pass or after it.
-            with self._taking_turns:
-                state, result = self._update(self._own_state(), self.base, arrays, batch.plans)
-                self.state, self._rounded = state, None
-            passes.append(jax.device_get(result))
-        every = self.needs.reference_reset_every
-        if every and self.batches % every == 0:
-            self.keep_reference()
-        first, last = passes[0], passes[-1]
-        return Update(
-            empty=all(bool(result.rejected) for result in passes),
-            loss=float(last.loss),
-            gradient_norm=float(last.gradient_norm),
-            parts={name: float(value) for name, value in last.parts.items()},
-            health=first.health,
-            entropy=None if first.entropy is None else float(first.entropy),
-            weight_BGC=last.weight_BGC,
-            bounds={name: [float(bound) for bound in bounds] for name, bounds in (first.bounds or {}).items()},
-        )
+        return np.asarray(teaches_BG).any(axis=1)
+
+    def _update_once(self, arrays: TrainBatch, rows_M: Int[np.ndarray, " M"], plans: UpdatePlans) -> UpdateResult:
+        """One update on some groups of a batch, with its result on the host."""
+        if len(rows_M) < len(arrays.prompt_BP):
+            # The groups come from all devices, and each device gets its share of them again.
+            arrays = shard_batch(_groups(arrays, jnp.asarray(rows_M)), self.mesh)
+        # A policy that another thread asks for gets the state before this update or after it.
+        with self._taking_turns:
+            state, result = self._update(self._own_state(), self.base, arrays, plans)
+            self.state, self._rounded = state, None
+        return jax.device_get(result)
 
     def _own_state(self) -> TrainState:
         """The state in buffers that an update may take: a copy while a policy that was handed out is in use."""
@@ -456,6 +462,34 @@ def _values_and_logprobs(
     valid_BP = valid_mask(arrays.prompt_length_B, arrays.prompt_BP.shape[1])
     hidden_BGCD = model.completion_hidden(arrays.prompt_BP, valid_BP, arrays.tokens_BGC, shared_prefix=shared_prefix)
     return model.values(hidden_BGCD), hidden_logprobs(model, hidden_BGCD, arrays.tokens_BGC, temperature)[0]
+
+
+# The updates of one pass over a batch: the groups of each, and what it found.
+_Pass = list[tuple[np.ndarray, UpdateResult]]
+
+
+def _summary(passes: Sequence[_Pass], shape: tuple[int, ...]) -> Update:
+    """What `Update` says of the updates on one batch; `shape` is that of its tokens."""
+    first, last = passes[0][0][1], [result for _, result in passes[-1]]
+    weight_BGC = np.zeros(shape, np.float32)
+    for rows_M, result in passes[-1]:
+        weight_BGC[rows_M] = result.weight_BGC
+    return Update(
+        empty=all(bool(result.rejected) for each in passes for _, result in each),
+        loss=float(np.mean([result.loss for result in last])),
+        gradient_norm=float(np.mean([result.gradient_norm for result in last])),
+        parts={name: float(np.mean([result.parts[name] for result in last])) for name in last[0].parts},
+        health=first.health,
+        entropy=None if first.entropy is None else float(first.entropy),
+        weight_BGC=weight_BGC,
+        bounds={name: [float(bound) for bound in bounds] for name, bounds in (first.bounds or {}).items()},
+    )
+
+
+@jax.jit
+def _groups(arrays: TrainBatch, rows_M: Int[Array, " M"]) -> TrainBatch:
+    """Some groups of a batch; one program for all choices of them."""
+    return jax.tree.map(lambda x: x[rows_M], arrays)
 
 
 @jax.jit

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nested_reft.losses.registry import OfflineConfig
+from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.parameters import parameter_shapes
 from nested_reft.sharding import make_mesh
 from nested_reft.training.setup import Setup
@@ -90,7 +91,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     old = float(copy) if searches_beside else 0.0
     if searches_beside or config.search.sync_every > 1:
         old += lent
-    tokens = shared + prompts // config.train.micro_batches * (
+    tokens = shared + config.prompts_per_micro_batch * (
         setup.data.prompt_size - shared + config.trained_group_size * fed
     )
     rollouts = {
@@ -116,10 +117,10 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     }
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
     if isinstance(config.loss, OfflineConfig):
-        # Nothing is sampled, and completions are as long as the data say.
-        activations = float(
-            4 * prompts // config.train.micro_batches * setup.data.prompt_size * model.num_layers * model.width
-        )
+        # Nothing is sampled, and completions are as long as the data say. Packed demonstrations may have no padding.
+        own = [len(encoded.tokens) - shared for examples in setup.data.train_examples for encoded in examples]
+        prompt = sum(own) / len(own) if isinstance(config.loss, SftConfig) else setup.data.prompt_size
+        activations = float(4 * config.prompts_per_micro_batch * prompt * model.num_layers * model.width)
         stages = {"updates": updates | {"weights": weights, "activations": activations}}
     if config.warm_start.steps:
         tokens = config.warm_start.batch_size // config.warm_start.micro_batches * setup.data.prompt_size

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.compilation import CompileCounter
 from nested_reft.data.examples import Example
+from nested_reft.data.packing import packed_batch
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.written import completion_tokens, written_batch
@@ -37,6 +38,7 @@ from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training import record
 from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
+from nested_reft.training.keys import RunKeys
 from nested_reft.training.learner import LearnerBatch, completion_bucket
 from nested_reft.training.optimizer import make_optimizer
 from nested_reft.training.phases import check_finite_update, take_whole_sources
@@ -70,6 +72,7 @@ def offline_task(config: Config, shared_prefix: int, longest: int) -> LearnerTas
         shared_prefix=shared_prefix,
         max_completion_tokens=longest,
         compute_dtype=train.compute_dtype,
+        mini_batches=train.mini_batches,
     )
 
 
@@ -112,19 +115,19 @@ class Offline:
 
     trains, rate = True, "optimizer.learning_rate"
 
-    def __init__(self, config: Config, data: RunData, run: RunDirectory, clock: Clock):
+    def __init__(self, config: Config, data: RunData, keys: RunKeys, run: RunDirectory, clock: Clock):
         """Args:
         config: of the run; its loss is an `OfflineConfig`.
         data: its examples.
+        keys: its random keys.
         run: where steps are logged.
         clock: counts the time of evaluations.
         """
         assert isinstance(config.loss, OfflineConfig)
-        self._config, self._data, self._run, self._clock = config, data, run, clock
+        self._config, self._data, self._keys, self._run, self._clock = config, data, keys, run, clock
         self.name, self.steps = config.name, config.train.steps
         self._texts_of: Callable[[Example], list[str]] = texts_of(config.loss)
         self._signals = (1.0,) if isinstance(config.loss, SftConfig) else PAIR_SIGNALS
-        self._shown = ""
 
     def prepare(self, state: RunState) -> None:
         """A fresh optimizer, a fresh pass over the data, and the reference where the objective has one."""
@@ -158,7 +161,8 @@ class Offline:
         # Each step goes on where the one before ended, also where sources are more than the examples of a batch.
         source_B = (np.arange(size) + number * size) % len(self._data.train_examples)
         examples = [state.stream.next(int(source)) for source in source_B]
-        update = state.learner.update(self._batch(state, examples))
+        batch = self._packed(state, examples, self._batch(state, examples))
+        update = state.learner.update(batch, self._keys.step(number).mini_batches)
         check_finite_update(self, number + 1, update)
         found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
         if (number + 1) % config.evaluation.every_steps == 0:
@@ -218,11 +222,33 @@ class Offline:
             batch = dataclasses.replace(batch, counted_BG=counted_BG)
         return learner.written_batch(batch)
 
+    def _packed(self, state: RunState, examples: Sequence[EncodedExample], plain: LearnerBatch) -> LearnerBatch:
+        """The examples of a batch with several demonstrations in a row; as it is where that computes no less."""
+        config, data, learner = self._config, self._data, state.learner
+        if not isinstance(config.loss, SftConfig):
+            return plain
+        prefix, count, own = data.shared_prefix, len(examples), data.prompt_size - data.shared_prefix
+        # A row has room for any text, and the number of rows takes one of eight values, so few programs are compiled.
+        size = own + learner.task.max_completion_tokens
+        parts = config.train.mini_batches * config.train.micro_batches * config.mesh.data
+        batch = packed_batch(
+            batch_prompts(examples, [0] * count, data.prompt_size),
+            [self._texts_of(encoded.example)[0] for encoded in examples],
+            learner.tokenizer.encode,
+            learner.tokenizer.stop_ids[0],
+            prefix,
+            size,
+            parts * -(-count // (8 * parts)),
+        )
+        computed = len(batch.tokens_BGC) * (prefix + size)
+        plain_computed = count * (own + plain.arrays.tokens_BGC.shape[-1])
+        return learner.written_batch(batch) if computed < plain_computed else plain
+
     def _heldout(self, state: RunState) -> dict[str, dict[str, Any]]:
         """The loss on each source's held-out examples and, of pairs, the share that is ordered right."""
         config = self._config
         # As many as a training step holds in memory at once.
-        size = config.data.prompts_per_batch // config.train.micro_batches
+        size = config.prompts_per_micro_batch
         found: dict[str, dict[str, Any]] = {}
         with self._clock.stage("evaluation"):
             for name, examples in zip(self._data.source_names, self._data.heldout_examples, strict=True):

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from nested_reft.compilation import CompileCounter
 from nested_reft.evaluation import Evaluation
 from nested_reft.losses.registry import make_objective
-from nested_reft.run_directory import RunDirectory
+from nested_reft.reports.hacking import EARLIEST, reward_hacking
+from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training import record
 from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
@@ -24,7 +25,7 @@ from nested_reft.training.record import StepRecord
 from nested_reft.training.run_state import RunState
 from nested_reft.training.setup import RunData
 from nested_reft.training.step import LearnerTask
-from nested_reft.training.summary import run_summary
+from nested_reft.training.summary import gold_metric, run_summary
 from nested_reft.untrusted import printable
 
 OnStep = Callable[[StepRecord], None]
@@ -50,6 +51,7 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
         shared_prefix=shared_prefix,
         max_completion_tokens=config.rollout.max_completion_tokens,
         compute_dtype=train.compute_dtype,
+        mini_batches=train.mini_batches,
     )
 
 
@@ -127,9 +129,10 @@ class Reinforcement:
         if self._on_step is not None:
             self._on_step(found)
         # A run that is off-policy warns at every step, and one line of each kind above the bar is enough.
-        for kind, warning in found.warnings(self._config).items():
+        for kind, warning in (found.warnings(self._config) | self._hacking(found.number)).items():
             if kind not in self._warned:
-                tqdm.write(f"step {found.number}: {warning} (later ones: metrics.jsonl)")
+                again = "summary.json" if kind == "hacking" else "metrics.jsonl"
+                tqdm.write(f"step {found.number}: {warning} (later ones: {again})")
                 self._warned.add(kind)
         state.empty_updates = state.empty_updates + 1 if found.update.empty else 0
         if state.empty_updates == self._config.train.stop_after_empty_updates:
@@ -147,6 +150,16 @@ class Reinforcement:
             compilations: what was compiled so far.
         """
         return run_summary(self._config, state, self._keys, self._run.path, compilations, self._clock)
+
+    def _hacking(self, number: int) -> dict[str, str]:
+        """That the policy exploits its reward model, by what is logged so far; asked with each evaluation, until it
+        does."""
+        config = self._config
+        is_due = number % config.evaluation.every_steps == 0 and number >= EARLIEST
+        if not (config.reward.model and is_due) or "hacking" in self._warned:
+            return {}
+        found = reward_hacking(read_log(self._run.path / "metrics.jsonl"), gold_metric(config))
+        return {} if found is None or found["warning"] is None else {"hacking": found["warning"]}
 
     def _evaluate_trained_sources(self, state: RunState, found: StepRecord) -> dict[str, Evaluation]:
         """Greedy held-out accuracy of the sources that the step trained on."""

@@ -33,7 +33,7 @@ def reward_facts(policy: Policy, data: RunData, config: Config) -> dict[str, Any
         JSON-able values: `mean`, `std`, the number of `references` that the mean is of, and `sources`, the
         `pair_report` of each by name.
     """
-    batch_size = config.data.prompts_per_batch // config.train.micro_batches
+    batch_size = config.prompts_per_micro_batch
     encode, sources, found = policy.tokenizer.encode, dict[str, Any](), list[PairScores]()
     for name, train, heldout in zip(data.source_names, data.train_examples, data.heldout_examples, strict=True):
         scores = pair_scores(RewardModel(policy), heldout, data.prompt_size, batch_size)

@@ -25,15 +25,16 @@ from nested_reft.dataset_reset import ResetState
 from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import PlanRule
-from nested_reft.losses.bradley_terry import BradleyTerryConfig
+from nested_reft.losses.registry import make_objective
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
 from nested_reft.replay import Buffer
-from nested_reft.replay_store import Store
+from nested_reft.replay_store import Store, best_right
 from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config, forbidden_changes
 from nested_reft.training.group_supply import empty_buffer, loaded_buffer, saved_buffer
 from nested_reft.training.learner import Learner
+from nested_reft.training.references import num_candidates, reference_scores
 from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.split import Division
 from nested_reft.types import Prompts, Scored
@@ -209,13 +210,25 @@ class RunState:
             key: PRNG key of its resets.
             step: of reinforcement, counted from 0.
         """
-        config, tokenizer = self.config, self.learner.tokenizer
+        config, data = self.config, self.data
         if not config.reset.is_on:
             return prompts
-        stop_id = tokenizer.stop_ids[0]
-        tokens = [dataset_reset.completion_tokens(text, tokenizer.encode, stop_id) for text in prompts.references]
-        group_size, forced_size = config.rollout.group_size, self.data.forced_size
-        return dataset_reset.choose(self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size)
+        tokens, group_size, forced_size = self._references(prompts), config.rollout.group_size, data.forced_size
+        score_B = None
+        if config.reset.prefer != "none":
+            policy = self.learner.policy()
+            score_B = reference_scores(config, policy, prompts, tokens, forced_size + 1, data.shared_prefix)
+        return dataset_reset.choose(
+            self.reset, config.reset, prompts, tokens, key, step, group_size, forced_size, score_B
+        )
+
+    def _references(self, prompts: Prompts) -> list[list[int]]:
+        """The tokens of each prompt's reference; empty where it has none that can serve."""
+        if self.config.reset.references == "replay":
+            assert isinstance(self.buffer, Store)  # the configuration has checked it
+            return best_right(self.buffer, prompts)
+        encode, stop_id = self.learner.tokenizer.encode, self.learner.tokenizer.stop_ids[0]
+        return [dataset_reset.reference_tokens(text, encode, stop_id) for text in prompts.references]
 
     @property
     def nests(self) -> bool:
@@ -264,8 +277,7 @@ def initial_run_state(setup: Setup) -> RunState:
         setup: what the run starts from; it stays as it is.
     """
     config, data = setup.config, setup.data
-    critic = getattr(config.loss, "critic", None)
-    has_head = critic is not None or isinstance(config.loss, BradleyTerryConfig)
+    has_head = make_objective(config.loss).needs(config.train.updates_per_batch).values
     return RunState(
         config=config,
         learner=Learner(setup.policy, config.rollout.weights, value_head=has_head),
@@ -274,7 +286,8 @@ def initial_run_state(setup: Setup) -> RunState:
         curriculum=CurriculumState.start([len(examples) for examples in data.train_examples]),
         nesting=initial_state(config.nesting_control, config.nesting.num_skipped(setup.policy.num_layers)),
         mix=mix_control.initial_state(config.mix_control, getattr(config.loss, "mix_share", None)),
-        kl=kl_control.initial_state(critic),
+        kl=kl_control.initial_state(config.loss),
+        reset=ResetState(candidates=num_candidates(config, data.train_examples)),
         divergence_L=setup.divergence_L,
         buffer=empty_buffer(config),
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),

@@ -26,7 +26,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
 from nested_reft.prompt_format import PromptFormat
-from nested_reft.reward_model import check_reward_models
+from nested_reft.reward_model import check_reward_models, read_facts
 from nested_reft.rewards.reward import NO_MODEL, check_answers
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh, replicate
@@ -102,9 +102,11 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     if policy is None and config.model.name != "scratch":
         # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)
-    # As is a reward model that nobody named; one that is named waits for the tokenizer.
+    # A reward model that is missing is found before the data are read, too. Its tokenizer is compared later on.
     if config.reward.checker == "model" and not (config.reward.model or isinstance(config.loss, OfflineConfig)):
         raise ValueError(NO_MODEL)
+    for path in config.reward.model:
+        read_facts(path)
     raw = _without_held_out(config, [load_source(source) for source in config.data.sources])
     prompts = [_prompt_format(config, source) for source in config.data.sources]
     for (train, heldout), (prompt, field) in zip(raw, prompts, strict=True):

@@ -34,13 +34,14 @@ class LearnerTask:
         objective: the loss.
         optimizer: applied once per update.
         temperature: at which log-probabilities are taken; that of the rollouts, or 1 for demonstrations.
-        updates_per_batch: passes over each batch. From the second on the target has moved, and the
+        updates_per_batch: updates that each batch gets in all. From the second on the target has moved, and the
             log-probabilities of the full model at rollout time are scored first.
-        micro_batches: parts that a batch is computed in.
+        micro_batches: parts that an update is computed in.
         remat: recompute activations in the backward pass.
         shared_prefix: leading tokens that all prompts of every batch have in common.
         max_completion_tokens: C, the longest completion of a batch.
         compute_dtype: of the inputs of matrix products in every pass over a batch; they are summed in float32.
+        mini_batches: disjoint parts of a batch that get an update each.
     """
 
     objective: Objective
@@ -52,6 +53,7 @@ class LearnerTask:
     shared_prefix: int
     max_completion_tokens: int
     compute_dtype: str = "float32"
+    mini_batches: int = 1
 
     @property
     def needs(self) -> Needs:
@@ -231,10 +233,12 @@ def _target_pass(model: Transformer, micro: TrainBatch, plans: UpdatePlans, task
     """Log-probabilities and entropies of the completions, the prompts run once per group."""
     needs, temperature = task.needs, task.temperature
     valid_BP = valid_mask(micro.prompt_length_B, micro.prompt_BP.shape[1])
+    # The prompt of a packed row is what all prompts share, so it has no tokens of its own to run apart from that.
+    shared_prefix = task.shared_prefix if micro.segment_BGC is None else 0
 
     def hidden(plan: LayerPlan | None) -> Array:
         return model.completion_hidden(
-            micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, task.shared_prefix
+            micro.prompt_BP, valid_BP, micro.tokens_BGC, plan, task.remat, shared_prefix, micro.segment_BGC
         )
 
     # Hidden states are kept and logits are not: those are larger by the factor V / D, and come in blocks.

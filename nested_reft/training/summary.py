@@ -9,7 +9,6 @@ import numpy as np
 
 from nested_reft.compilation import CompileCounter
 from nested_reft.reports.hacking import reward_hacking
-from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.throughput import compare_throughput
 from nested_reft.run_directory import read_log, versions
 from nested_reft.training.clock import Clock
@@ -53,7 +52,7 @@ def run_summary(
     # A value that was not finite is null in the log.
     logged = {name: [line[name] for line in history if line.get(name) is not None] for name in MEANS}
     means = {name: float(np.mean(values)) if values else None for name, values in logged.items()}
-    hacking = reward_hacking(history, _gold_metric(config.reward))
+    hacking = reward_hacking(history, gold_metric(config))
     return {
         "name": config.name,
         "run_directory": str(run),
@@ -71,8 +70,18 @@ def run_summary(
     }
 
 
-def _gold_metric(reward: RewardConfig) -> str | None:
-    """What is logged beside a learned reward that no model has learnt."""
-    if reward.function is not None:
+def gold_metric(config: Config) -> str | None:
+    """The metric beside a learned reward that nobody optimises: a function of weight 0, or what a verifier says.
+
+    Args:
+        config: of a run with reward models.
+
+    Returns:
+        None where there is none, because all that checks answers is in the reward.
+    """
+    reward = config.reward
+    if reward.function is not None and reward.function_weight == 0:
         return "reward/function"
-    return None if reward.checker == "model" else "accuracy"
+    checkers = {source.checker or reward.checker for source in config.data.sources}
+    # Accuracy is no part of the reward beside a reward model, unless the model or the function decides on it.
+    return None if checkers & {"model", "function"} else "accuracy"

@@ -176,9 +176,8 @@ class Trainer:
         groups, state.buffer = group_supply.draw(state.buffer, config, keys.replay)
         search = self.orders.end_step(state, number)
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
-        update = state.learner.update(batch)
-        critic = getattr(config.loss, "critic", None)
-        state.kl = kl_control.update(state.kl, critic, update.parts.get("completion_kl"))
+        update = state.learner.update(batch, keys.mini_batches)
+        state.kl = kl_control.update(state.kl, config.loss, update.parts.get("completion_kl"))
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         plan = LayerPlan.of_parts(np.asarray(found[0].rollouts.part_BGL[0, 0]))
@@ -239,7 +238,7 @@ class Trainer:
         self.orders = Orders(config, self.keys, self.pool)
         self.state = initial_run_state(setup)
         self._last = (
-            Offline(config, setup.data, run, self.clock)
+            Offline(config, setup.data, self.keys, run, self.clock)
             if isinstance(config.loss, OfflineConfig)
             else Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
         )

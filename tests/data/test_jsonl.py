@@ -107,3 +107,59 @@ def test_bad_configuration_is_refused(write):
         load_source(mine(heldout_file="no.jsonl"))
     with pytest.raises(ValueError, match="each needs a field of its own"):
         mine(answer_field="question")
+
+
+def pairs_file(**changes):
+    return mine(question_field="prompt", answer_field="chosen", **changes)
+
+
+def by_question(source):
+    return {example.question: example for part in load_source(source) for example in part}
+
+
+def test_pairs_keep_numbers_as_they_are_written_and_may_lack_an_answer(write):
+    """What a pair lacks is counted where pairs are learnt from, so the file is not refused for it."""
+    write(
+        b'{"prompt": "a", "chosen": 0.50, "rejected": 7e-05}',
+        {"prompt": "b", "chosen": " ", "rejected": "no"},
+        {"prompt": "c", "chosen": "yes", "rejected": ""},
+        {"prompt": "d", "chosen": "yes", "rejected": None},
+    )
+    found = by_question(pairs_file())
+    assert [(found[q].answer, found[q].metadata["rejected"]) for q in "abcd"] == [
+        ("0.50", "7e-05"),
+        (" ", "no"),
+        ("yes", ""),
+        ("yes", None),
+    ]
+
+
+def test_dialogues_become_a_prompt_and_two_replies(write):
+    """The last reply of each is cut off. Pairs that part before it keep the other dialogue, and are skipped later."""
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?"
+    write(
+        {"chosen": f"{start}\n\nAssistant: Because.", "rejected": f"{start}\n\nAssistant: No.\n"},
+        {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: y\n\nAssistant: b", "level": 1},
+        {"prompt": "own", "chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "b"},
+        {"chosen": "\n\nHuman: z\n\nAssistant:", "rejected": "\n\nHuman: z\n\nAssistant: b"},
+    )
+    found = by_question(pairs_file())
+    first, parted, own, empty = (found[q] for q in (start.strip(), "Human: x", "own", "Human: z"))
+    assert (first.answer, first.metadata) == ("Because.", {"rejected": "No."})
+    assert parted.metadata == {"rejected": "b", "rejected_dialogue": "Human: y", "level": 1} and parted.answer == "a"
+    assert own.answer == "\n\nHuman: x\n\nAssistant: a" and empty.answer == ""
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "row 1 has no field 'prompt'; it has 'chosen', 'rejected'"),
+        ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "row 1 has the prompt ''; allowed is text"),
+        ({"prompt": "a", "chosen": "a", "rejected": "\ud800"}, "row 1 has the rejected .*half of a surrogate pair"),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "row 1 has the chosen 'None'; allowed is text"),
+    ],
+)
+def test_pairs_that_cannot_be_read_are_refused(write, row, message):
+    write(row, {"prompt": "b", "chosen": "1", "rejected": "2"})
+    with pytest.raises(ValueError, match=message):
+        load_source(pairs_file())

@@ -28,7 +28,7 @@ def test_pairs_that_teach_nothing_are_counted_and_named(caplog):
     bad = [
         example("same", "same", "equal?"),
         example("a", "  ", "empty?"),
-        example("a", 3, "number?"),
+        example("a", None, "none?"),
         example("abcde", "a", "long?"),
         example("a", "b", "parted?", rejected_dialogue="other"),
     ]

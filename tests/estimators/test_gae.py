@@ -69,9 +69,12 @@ def test_rewards_by_hand():
 
 
 def test_whitening_by_hand():
-    """1 and 3 have mean 2 and variance 1; what is masked has no part. Without the shift they stay 1 and 3."""
-    values, mask = rows([1, 3, 99]), jnp.array([[[True, True, False]]])
+    """0 and 4 have mean 2 and variance 4; what is masked has no part. With the mean kept they are 2 -+ 1. Dividing by
+    the deviation alone would give 0 and 2, whose mean is 1."""
+    values, mask = rows([0, 4, 99]), jnp.array([[[True, True, False]]])
     np.testing.assert_allclose(whitened(values, mask), rows([-1, 1, 0]), atol=1e-5)
     np.testing.assert_allclose(whitened(values, mask, shift_mean=False), rows([1, 3, 0]), atol=1e-5)
-    assert not whitened(rows([2, 2, 5]), mask).any()
+    equal = rows([2, 2, 5])
+    assert not whitened(equal, mask).any()
+    np.testing.assert_allclose(whitened(equal, mask, shift_mean=False), rows([2, 2, 0]))
     assert np.isfinite(whitened(values, jnp.zeros_like(mask))).all()

@@ -57,16 +57,29 @@ def test_shares_are_compared_with_the_same_seed():
     assert "0.400 (0.400..0.400)" in summary_table(found)
 
 
+def test_noise_alone_is_no_loss():
+    """Both seeds stay at 0.5 but for one lucky measurement. Each is judged by the other's best step: 0.5 - 0.5 and
+    0.5 - 0.6. By their own best steps they would have lost 0.1 and 0."""
+    runs = [run(0, 0, [0.0, 0.6, 0.5, 0.5], [0.0] * 4), run(0, 1, [0.0, 0.5, 0.5, 0.6], [0.0] * 4)]
+    found = summarise(runs)["0"]
+    assert found["gold_lost"]["values"] == pytest.approx([0, -0.1]) and found["gold_best"]["values"] == [0.5, 0.5]
+    assert summarise(runs[:1])["0"]["gold_lost"]["mean"] == pytest.approx(0.1)  # a single run has only its own
+
+
 def test_gold_at_a_divergence_is_interpolated():
-    """PPO at 1 nat: 0.8 of seed 0, and half way from 0.2 to 1.0 of seed 1. No run of 0.5 gets to 1 nat."""
+    """PPO at 1 nat: 0.8 of seed 0, and half way from 0.2 to 1.0 of seed 1, so draws of two seeds go from 0.6 to 0.8. No
+    run of 0.5 gets to 1 nat."""
     found = gold_at_kl(RUNS, [0.5, 1.0])
-    assert found["0"] == [pytest.approx((0.4 + 0.4) / 2), pytest.approx((0.8 + 0.6) / 2)]
-    assert found["0.5"] == [pytest.approx((0.5 + 0.7) / 2), None]
+    assert [each["values"] for each in found["0"]] == [pytest.approx([0.4, 0.4]), pytest.approx([0.8, 0.6])]
+    assert found["0"][1]["mean"] == pytest.approx(0.7)
+    np.testing.assert_allclose(found["0"][1]["interval"], [0.6, 0.8])
+    assert found["0.5"][0]["mean"] == pytest.approx(0.6) and found["0.5"][1] is None
 
 
 def test_runs_differ_in_the_share_only():
     plain, *others = [experiment_config(share, 3, 200, "model").to_json() for share in SHARES]
     assert plain["reset"]["share"] == 0 and plain["train"]["seed"] == 3 and plain["warm_start"]["steps"] == 0
+    assert plain["reset"]["per"] == "completion"
     for other in others:
         assert {part for part in plain if plain[part] != other[part]} == {"name", "reset"}
     assert reward_config(3, 50).loss.kind == "bradley_terry"

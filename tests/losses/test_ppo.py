@@ -53,8 +53,9 @@ def random_batch(seed: int = 0) -> tuple[TargetPass, TrainBatch]:
     return TargetPass(target, jnp.zeros(SHAPE), None, value), batch
 
 
-def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) -> float:
-    """The same loss as loops over completions and tokens, in double precision."""
+def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig, groups=(0, 1)) -> float:
+    """The same loss as loops over completions and tokens, in double precision: of some groups, with the advantages of
+    all."""
     critic = config.critic
     arrays = {
         f.name: np.asarray(getattr(batch, f.name), float)
@@ -75,7 +76,7 @@ def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) ->
     if critic.whiten_rewards:
         mean = sum(reward.values()) / len(reward)
         deviation = math.sqrt(sum((x - mean) ** 2 for x in reward.values()) / len(reward) + 1e-8)
-        reward = {place: x / deviation for place, x in reward.items()}
+        reward = {place: mean + (x - mean) / deviation for place, x in reward.items()}
     advantage, returns = {}, {}
     for row in rows:
         later, following = 0.0, 0.0
@@ -85,8 +86,8 @@ def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) ->
             advantage[place], returns[place], following = later, later + now, now
     mean = sum(advantage.values()) / len(advantage)
     deviation = math.sqrt(sum((x - mean) ** 2 for x in advantage.values()) / len(advantage) + 1e-8)
-    total = 0.0
-    for place, raw in advantage.items():
+    total, seen = 0.0, {place: raw for place, raw in advantage.items() if place[0] in groups}
+    for place, raw in seen.items():
         scaled = (raw - mean) / deviation
         ratio = math.exp(target[place] - arrays["old_logprob_BGC"][place])
         clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
@@ -95,7 +96,7 @@ def slow_loss(target, value, batch: TrainBatch, config: PolicyGradientConfig) ->
         near = min(max(value[place], old - critic.value_clip), old + critic.value_clip)
         squares = (value[place] - returns[place]) ** 2, (near - returns[place]) ** 2
         total += critic.value_coefficient * max(squares) / 2
-    return total / len(advantage)
+    return total / len(seen)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -138,6 +139,23 @@ def test_parts_of_the_batch_add_up_to_the_whole():
     assert total.mean() == pytest.approx(float(whole.total.mean()), rel=1e-5)
 
 
+def test_a_mini_batch_has_the_advantages_of_the_whole_batch():
+    """An update on one group of two is the slow loop over its tokens, whose advantages the whole batch has scaled.
+    Scaling them within the mini-batch would give another loss."""
+    target, batch = random_batch()
+    objective, arrays = PolicyGradient(PPO), [np.asarray(x, float) for x in (target.logprob_BGC, target.value_BGC)]
+    ready = objective.with_token_signals(batch, CRITIC.kl_coefficient)
+    for group in range(2):
+
+        def only(value, group=group):
+            return jax.tree.map(lambda x: x[group : group + 1], value)
+
+        found = objective.loss(only(target), only(ready)).mean()
+        assert found == pytest.approx(slow_loss(*arrays, batch, PPO, (group,)), abs=1e-5)
+        alone = objective.loss(only(target), objective.with_token_signals(only(batch), CRITIC.kl_coefficient)).mean()
+        assert abs(alone - found) > 0.01
+
+
 def test_the_value_loss_by_hand():
     """V_old 0, c 0.2, R 1. A value of 0.5 has moved past the limit towards R: (0.2 - 1)^2 / 2 = 0.32 and no gradient.
     One of -0.5 has moved away: (-0.5 - 1)^2 / 2 = 1.125 with its gradient. Taking the smaller error would swap them."""
@@ -177,6 +195,36 @@ def test_weights_multiply_the_advantages_of_tokens_and_not_the_values(changes):
     divisor = weight.sum() if loss.self_normalized else np.asarray(batch.mask_BGC).sum()
     moving = np.asarray(gradient) != 0
     np.testing.assert_allclose(np.asarray(gradient)[moving], -weight[moving] / divisor, rtol=1e-4)
+
+
+@pytest.mark.parametrize("forced", [0, 1])
+def test_the_divergence_is_that_of_the_full_model_whoever_sampled(forced):
+    """Of two tokens pi_old draws the first with 0.9, the reference with 0.6, the sampler with 0.5; so each comes once:
+    0.9 ln(0.9 / 0.6) + 0.1 ln(0.1 / 0.4) = 0.2263 nats. The mean of log(pi_old / pi_ref) over the two is -0.4904. A
+    forced token in front does not count, however far the policies are apart there."""
+
+    def logprob(first: float, given: float) -> jax.Array:
+        own = jnp.log(jnp.array([[[first], [1 - first]]]))
+        return jnp.pad(own, ((0, 0), (0, 0), (forced, 0)), constant_values=given)
+
+    shape, count = (1, 2, 1 + forced), jnp.full((1, 2), forced, jnp.int32)
+    batch = TrainBatch(
+        prompt_BP=jnp.zeros((1, 1), jnp.int32),
+        prompt_length_B=jnp.ones(1, jnp.int32),
+        tokens_BGC=jnp.zeros(shape, jnp.int32),
+        length_BG=count + 1,
+        forced_BG=count,
+        counted_BG=jnp.ones((1, 2), bool),
+        signal_BG=jnp.zeros((1, 2)),
+        behavior_logprob_BGC=logprob(0.5, 0.0),
+        old_logprob_BGC=logprob(0.9, -1.0),
+        reference_logprob_BGC=logprob(0.6, -9.0),
+        old_value_BGC=jnp.zeros(shape),
+    )
+    ready = PolicyGradient(PPO).with_token_signals(batch, 0.4)
+    target = TargetPass(logprob(0.9, -1.0), jnp.zeros(shape), None, jnp.zeros(shape))
+    found = PolicyGradient(PPO).loss(target, ready).parts["completion_kl"].mean()
+    assert found == pytest.approx(0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4), abs=1e-6)
 
 
 def test_a_completion_that_does_not_count_has_no_part():

@@ -50,6 +50,15 @@ def test_no_warning_without_a_sign(learned, gold):
     assert found is not None and found["warning"] is None
 
 
+def test_a_gold_reward_that_is_zero_at_its_best():
+    """A mean of 0 counts: it is the best of a reward of 0 and less, and what nothing is above when all are 0."""
+    found = reward_hacking(lines((0.0, 9.0), [0.0] * 5 + [-1.0] * 5), "accuracy")
+    assert found is not None and (found["gold_best"], found["gold_best_step"]) == (0.0, 2)
+    assert found["warning"].startswith("the gold reward (accuracy) fell from 0 around step 2 to -1")
+    never = reward_hacking(lines((0.0, 9.0), [0.0] * 10), "accuracy")
+    assert never is not None and never["gold_best"] == 0 and never["warning"] is None
+
+
 def test_without_gold_length_and_disagreement_are_signs():
     long = {"completion_tokens": (10.0, 20.0), "reward/model_std": (0.1, 0.1)}
     found = reward_hacking(lines((0.0, 1.0), **long), None)

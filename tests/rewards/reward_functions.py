@@ -36,6 +36,11 @@ def misbehave(text, example):
     return float(text == example["answer"])
 
 
+def even(text, example):
+    """Right at even lengths, which an untrained model hits often."""
+    return float(len(text) % 2 == 0)
+
+
 def show(text, example):
     assert example == {"answer": "7", "prompt": "3 + 4 =", "metadata": {"level": 2}, "finished": False}
     return 0.25

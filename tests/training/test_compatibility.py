@@ -61,10 +61,20 @@ REFUSED = {
         ({"name": ""}, r"name is ''; allowed are letters"),
         ({"name": ".hidden"}, r"name is '.hidden'; allowed are letters"),
     ],
+    "mini_batches_divide_prompts": [
+        (
+            {"train__mini_batches": 3, "train__updates_per_batch": 3},
+            r"train.mini_batches is 3; it must divide data.prompts_per_batch, which is 4",
+        ),
+    ],
     "micro_batches_divide_prompts": [
         (
             {"train__micro_batches": 3},
-            r"train.micro_batches is 3; it must divide data.prompts_per_batch, which is 4",
+            r"train.micro_batches is 3; it must divide data.prompts_per_batch / train.mini_batches, which is 4",
+        ),
+        (
+            {"train__micro_batches": 4, "train__mini_batches": 2, "train__updates_per_batch": 2},
+            r"train.micro_batches is 4; it must divide data.prompts_per_batch / train.mini_batches, which is 2",
         ),
     ],
     "mesh_divides_batches": [
@@ -130,6 +140,12 @@ REFUSED = {
         (
             {"reset": ResetConfig(share=0.5, references="answers", per="completion"), "loss": BALANCE},
             r"reset.per is 'completion', with loss.kind 'trajectory_balance': .* Set reset.per 'group'",
+        ),
+    ],
+    "own_references_need_a_store": [
+        (
+            {"reset": ResetConfig(share=0.5, references="replay")},
+            r"reset.references is 'replay' and replay.capacity 0: .* Set replay.capacity, or reset.references 'given'",
         ),
     ],
     "replay_needs_weights_for_old_completions": [
@@ -244,6 +260,12 @@ REFUSED = {
             r"search.temperatures is \(0.5,\), but rollout.mode is 'exact'",
         ),
     ],
+    "right_references_need_a_verifier": [
+        (
+            {"reset": ResetConfig(share=0.5, only_right=True), "reward": RewardConfig(checker="model", model=("m",))},
+            r"reset.only_right is True, but the answers of source '\w+' have the checker 'model'",
+        ),
+    ],
     "bfloat16_weights_need_adapters": [
         (
             {"model__dtype": "bfloat16"},
@@ -286,10 +308,14 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         ),
         {"loss": UNBIASED},
         {"nesting": FROM_FILE},
+        {"reset": ResetConfig(share=0.0, references="replay")},
+        {"reset": ResetConfig(share=0.5, references="replay"), "replay": REPLAY, "loss": BALANCE},
         *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
         {"reset": ResetConfig(share=0.5, references="answers"), "loss": BALANCE},
+        {"reset": ResetConfig(share=0.5, only_right=True), "reward": RewardConfig(model=("m",))},
+        {"reset": ResetConfig(only_right=True), "reward": RewardConfig(checker="model", model=("m",))},  # no resets
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},
         {"lora": LoraConfig(rank=1), "warm_start__steps": 5},  # the warm start trains the adapters

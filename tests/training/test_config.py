@@ -59,6 +59,7 @@ def small(name: str, folder: Path) -> Config:
             overlong_cache_tokens=min(config.reward.overlong_cache_tokens, 4),
         ),
         warm_start=dataclasses.replace(config.warm_start, steps=min(config.warm_start.steps, 1)),
+        lora=dataclasses.replace(config.lora, rank=min(config.lora.rank, 2)),
         train=dataclasses.replace(config.train, micro_batches=1, steps=1),
         evaluation=dataclasses.replace(config.evaluation, samples_per_prompt=0),
     )
@@ -182,6 +183,11 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
         ({"train__steps": 0}, "train.steps is 0"),
         ({"train__steps": 10**9}, "train.steps is 1000000000; allowed is 1 or more, up to 100000000"),
         ({"train__steps": 10**8, "train__updates_per_batch": 2}, "train.updates_per_batch 2; allowed are at most"),
+        ({"train__mini_batches": 0}, "train.mini_batches is 0; allowed is 1 or more"),
+        (
+            {"train__mini_batches": 2, "train__updates_per_batch": 3},
+            "train.updates_per_batch is 3 and train.mini_batches 2; allowed is a multiple of it",
+        ),
         ({"train__seed": 2**32}, "train.seed is 4294967296; allowed is 0 or more, up to 2147483647"),
         ({"warm_start__steps": 2**31}, "warm_start.steps is 2147483648; allowed is 0 or more"),
         ({"reward__workers": 10**6}, "reward.workers is 1000000; allowed is 1 or more, up to 1024"),

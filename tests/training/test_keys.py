@@ -40,6 +40,7 @@ def test_no_two_purposes_of_a_seed_share_a_key(monkeypatch):
         used[f"evaluation {number}"] = keys.evaluation(number)
         step = keys.step(number)
         used[f"plan {number}"] = step.plan
+        used[f"mini-batches {number}"] = step.mini_batches
         for index in (0, 1):
             used[f"evaluation {number} {index}"] = step.evaluation(index)
             batch = step.batch(index)
@@ -50,7 +51,7 @@ def test_no_two_purposes_of_a_seed_share_a_key(monkeypatch):
         for drawn in draws(key):
             assert drawn not in seen, f"{purpose} and {seen[drawn]}"
         seen |= dict.fromkeys(draws(key), purpose)
-    assert len(used) == 27
+    assert len(used) == 29
 
 
 def test_each_evaluated_source_draws_with_a_key_of_its_own(monkeypatch):

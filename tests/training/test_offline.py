@@ -10,6 +10,7 @@ import pytest
 
 from nested_reft.api import Run, is_complete, train
 from nested_reft.curriculum import CurriculumConfig
+from nested_reft.data.packing import packed_batch
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.written import pair, written_batch
 from nested_reft.dataset_reset import ResetConfig
@@ -22,7 +23,7 @@ from nested_reft.replay_store import ReplayConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training.config import Config, load_config
-from nested_reft.training.learner import Learner
+from nested_reft.training.learner import Learner, LearnerBatch
 from nested_reft.training.offline import as_offline, offline_task
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
@@ -211,3 +212,50 @@ def test_rollouts_are_no_pairs(pairs, tmp_path):
     run = trainer(preferences(pairs, "bradley_terry"), tmp_path)
     with pytest.raises(RuntimeError, match="samples nothing"):
         run.step(0)
+
+
+def demonstrations_of(path, config_changes=None) -> Config:
+    """Supervised fine-tuning on prompts of 4 to 6 tokens that all begin with "12"; few answers have 7 digits, most one."""
+    numbers = [12, *range(120, 130), *range(1200, 1217)]
+    rows = [{"prompt": f"{n} =", "chosen": "7" * 7 if n % 6 == 0 else str(n % 7)} for n in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = preferences(path, "sft", **(config_changes or {}))
+    sources = tuple(dataclasses.replace(source, heldout_size=4) for source in config.data.sources)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+
+
+@pytest.mark.parametrize(("shared", "micro_batches"), [(0, 1), (2, 1), (2, 2)])
+def test_packed_demonstrations_have_the_loss_and_the_gradient_of_those_in_rows_of_their_own(
+    tmp_path, shared, micro_batches
+):
+    config = demonstrations_of(tmp_path / "rows.jsonl", {"train__micro_batches": micro_batches})
+    setup = prepare(config)
+    tokenizer, examples = setup.policy.tokenizer, list(setup.data.train_examples[0][:8])
+    prompts, texts = batch_prompts(examples, [0] * 8, setup.data.prompt_size), [e.example.answer for e in examples]
+    ending = tokenizer.encode, tokenizer.stop_ids[0]
+    packed = packed_batch(prompts, texts, *ending, shared, 16 - shared, multiple=2)
+    batches = [written_batch(prompts, [[text] for text in texts], (1.0,), *ending, 8), packed]
+    # A wrong version: every text sees those to its left.
+    batches.append(dataclasses.replace(packed, segment_BGC=jnp.ones_like(packed.segment_BGC)))
+    found = []
+    for batch in batches:
+        learner = Learner(setup.policy)
+        learner.begin(offline_task(config, shared, 16))
+        found.append(learner.update(learner.written_batch(batch)))
+    plain, packed, wrong = found
+    assert len(batches[1].tokens_BGC) < 8 and packed.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert packed.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-4)
+    assert abs(wrong.loss - plain.loss) > 1e-3
+
+
+def test_demonstrations_share_rows_where_that_computes_less(pairs, tmp_path, monkeypatch):
+    """Answers of the pairs are about as long as the longest, so two of them never fit into one row."""
+    seen, update = list[LearnerBatch](), Learner.update
+    monkeypatch.setattr(Learner, "update", lambda self, batch, key: (seen.append(batch), update(self, batch, key))[1])
+    changes = {"train__steps": 4, "evaluation__every_steps": 4}
+    run, _ = finished(demonstrations_of(tmp_path / "rows.jsonl", changes), tmp_path / "short")
+    assert all(each.arrays.segment_BGC is not None and len(each.arrays.tokens_BGC) < 8 for each in seen)
+    assert lines(run)[4]["loss"] < lines(run)[1]["loss"]
+    seen.clear()
+    finished(preferences(pairs, "sft", **changes), tmp_path / "even")
+    assert seen and all(each.arrays.segment_BGC is None for each in seen)

@@ -1,5 +1,7 @@
 """Runs with a critic on the policy's trunk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,25 @@ def test_resuming_continues_policy_and_critic_bit_for_bit(stepped, tmp_path):
     assert comparable_steps(second, range(1, 2)) == expected
     assert_equal_arrays(first.state.learner.state, second.state.learner.state)
     assert second.state.kl == first.state.kl and head_of(second).any()
+
+
+def test_a_share_that_draws_nothing_is_ppo_step_for_step(tmp_path):
+    """Completions may begin with a prefix, and none does: the same samples, losses and parameters as without resets."""
+    never = dataclasses.replace(CONFIG, reset=ResetConfig(share=1e-30, references="answers", per="completion"))
+    plain = dataclasses.replace(CONFIG, reset=ResetConfig())
+    runs = [trainer(config, tmp_path / str(index)) for index, config in enumerate((never, plain))]
+    for number in range(2):
+        with_prefixes, without = (run.step(number) for run in runs)
+        assert with_prefixes.all.prompts.forced is not None and not with_prefixes.all.rollouts.forced_BG.any()
+        assert without.all.prompts.forced is None
+        assert np.array_equal(with_prefixes.all.rollouts.tokens_BGC, without.all.rollouts.tokens_BGC)
+        parts = with_prefixes.update.parts
+        assert {"value_loss", "completion_kl"} <= parts.keys() and parts == pytest.approx(
+            without.update.parts, abs=1e-5
+        )
+    states = [jax.tree.leaves(run.state.learner.state.trainable) for run in runs]
+    for one, other in zip(*states, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_checkpoint_is_a_policy_with_its_critic(stepped):
