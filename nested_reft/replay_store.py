@@ -6,12 +6,13 @@ old, `ready` says whether an update can go ahead, `draw` makes its groups. A dra
 Completions are stored by prompt. A prompt's group may join completions of several versions, plans and searchers, and
 each completion says what drew it. What is decided for each group:
 
-    with probability m           a prompt that has completions of the newest version in the store; the newest of them
+    with probability m           a prompt that has completions of the newest version in the store; its newest ones
     otherwise                    any prompt; completions with probability proportional to exp(reward / temperature)
 
-Either way all prompts have their turn before one comes again. A prompt with fewer than K completions has each of them
-once and fills its group with repetitions. A prompt with a single one is taken where there is no other, since a group
-of equal completions has nothing to compare.
+Either way all prompts have their turn before one comes again. A group of newest completions takes those of older
+versions where the newest version left fewer than K. A prompt with fewer than K in all has each of them once, and
+repetitions fill its group. A prompt with a single completion is drawn only where every prompt of the same kind has but
+one, because a group of equal completions has nothing to compare.
 
 Source: TBA (Bartoldson et al., 2025, arXiv 2503.18929, section 4). Departures: "newest" goes by the version whose
 weights sampled and not by the time of arrival, and repetitions come only after every stored completion.
@@ -46,7 +47,8 @@ class ReplayConfig:
 
     Attributes:
         capacity: completions that are kept, the newest ones; 0 trains on each group once, as it is found.
-        recent_share: m, in [0, 1]: probability with which a group is made of a prompt's newest completions.
+        recent_share: m, in [0, 1]: probability with which a group is made of the newest completions of a prompt
+            that the newest version sampled for.
         inverse_temperature: of the softmax over rewards that chooses the completions of the other groups; 0 is uniform.
         completions_per_prompt: kept of each prompt, the newest ones.
         group_size: K, completions of a group that an update trains on; None for `rollout.group_size`, which a search
@@ -464,7 +466,7 @@ def draw(store: Store, config: ReplayConfig, key: jax.Array, num_groups: int, gr
         entry = store.entries[row]
         assert entry is not None
         if is_recent:
-            index_K = _newest_completions(entry.group, newest, group_size, random)
+            index_K = _newest_completions(entry.group, group_size, random)
         else:
             index_K = _weighed_completions(entry.group, config.inverse_temperature, group_size, random)
         groups.append(chosen(entry.group, index_K))
@@ -498,9 +500,11 @@ def _take_turns(
     return np.array(found, np.int64)
 
 
-def _newest_completions(group: Scored, version: int, number: int, random: np.random.Generator) -> Int[np.ndarray, " K"]:
-    """The last ones of the version, each once, and repetitions of them where there are too few."""
-    index_N = np.flatnonzero(group.rollouts.version_BG[0] == version)[-number:]
+def _newest_completions(group: Scored, number: int, random: np.random.Generator) -> Int[np.ndarray, " K"]:
+    """Those of the newest versions, each once, and repetitions of them where there are too few."""
+    # De-duplication may leave one completion of the newest version, and copies of it alone would teach nothing. The
+    # sort is stable, so completions of one version go by their arrival.
+    index_N = np.argsort(group.rollouts.version_BG[0], kind="stable")[-number:]
     return np.concatenate([index_N, random.choice(index_N, number - len(index_N))])
 
 

@@ -167,7 +167,7 @@ def test_stale_completions_go_by_the_version_that_sampled_and_not_by_arrival():
     assert not len(without_stale(fresh, config, 7)) and without_stale(fresh, config, 7).row_of == {}
 
 
-def test_recent_groups_are_of_the_newest_version_alone():
+def test_recent_groups_are_of_the_newest_version_where_it_found_enough():
     """With versions every k steps, m = 1 trains on versions at most 2k - 1 behind: here k = 1, so none behind.
 
     A store that went by arrival would take the late completions of version 1.
@@ -177,6 +177,23 @@ def test_recent_groups_are_of_the_newest_version_alone():
     for drawn in draws(store, RECENT, 20, 2, 3):
         assert (drawn.rollouts.version_BG == 2).all() and set(drawn.prompts.texts) == {"2", "3"}
         assert {text.split(":")[1] for texts in drawn.texts for text in texts} == {"11", "12", "13"}
+
+
+def test_a_recent_group_is_filled_from_older_versions_before_anything_is_repeated():
+    """Version 1 found one text four times, which leaves one of it. Copies of it alone would have no variance.
+
+    The others are the last of version 0, though a batch of it came late. With five completions, one is repeated.
+    """
+    same = found([1], 1, first=9)
+    tokens_BGC = np.full_like(same.rollouts.tokens_BGC, 9)
+    same = dataclasses.replace(
+        same, texts=(("1:9",) * 4,), rollouts=dataclasses.replace(same.rollouts, tokens_BGC=tokens_BGC)
+    )
+    store = store_of(found([1], 0, group=2), same, found([1], 0, group=2, first=5), config=RECENT)
+    (drawn,) = draws(store, RECENT, 1, 1, 4)
+    assert sorted(drawn.texts[0]) == ["1:1", "1:5", "1:6", "1:9"]
+    (drawn,) = draws(store, RECENT, 1, 1, 6)
+    assert len(drawn.texts[0]) == 6 and set(drawn.texts[0]) == {"1:0", "1:1", "1:5", "1:6", "1:9"}
 
 
 def test_the_share_of_recent_groups_is_m():
