@@ -54,7 +54,8 @@ class ReplayConfig:
         group_size: K, completions of a group that an update trains on; None for `rollout.group_size`, which a search
             finds of each prompt.
         prefill: completions that the store has before the first update.
-        max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit.
+        max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit. New
+            batches must be within it, so where searchers work ahead it is at least the age of those.
         minimum_reward: a completion with less is not kept; None for no limit.
         maximum_tokens: a longer completion is not kept; None for no limit.
     """

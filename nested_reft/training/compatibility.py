@@ -189,6 +189,18 @@ def replay_holds_a_batch(config: Config) -> None:
         )
 
 
+def staleness_limit_lets_new_batches_in(config: Config) -> None:
+    """A batch that searchers ordered ahead has an age when it comes, and its step trains on it at once."""
+    search, limit = config.search, config.replay.max_staleness
+    age = (search.lag + search.sync_every - 1) * config.train.updates_per_batch
+    if config.replay.is_on and limit is not None and limit < age:
+        raise ValueError(
+            f"replay.max_staleness is {limit}, but with search.lag {search.lag}, search.sync_every {search.sync_every}"
+            f" and train.updates_per_batch {config.train.updates_per_batch} new batches are up to {age} versions old"
+            f" when they come; allowed is {age} or more, or None"
+        )
+
+
 def replay_chooses_alone(config: Config) -> None:
     """A store admits completions one by one, and its groups are of several depths and ages."""
     if not config.replay.is_on:
@@ -314,6 +326,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     dynamic_sampling_needs_a_group,
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,
+    staleness_limit_lets_new_batches_in,
     replay_chooses_alone,
     ratios_need_full_support,
     static_weights_name_every_source,

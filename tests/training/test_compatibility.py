@@ -152,6 +152,17 @@ REFUSED = {
             r"replay.maximum_tokens is 8, which no completion exceeds; .* rollout.max_completion_tokens, which is 8",
         ),
     ],
+    "staleness_limit_lets_new_batches_in": [
+        (
+            {"replay": dataclasses.replace(REPLAY, max_staleness=2), "loss": BALANCE, "search": SearchConfig(lag=3)},
+            r"replay.max_staleness is 2, but with search.lag 3, .* up to 3 versions old .*; allowed is 3 or more",
+        ),
+        (
+            {"replay": dataclasses.replace(REPLAY, max_staleness=5), "loss": BALANCE, "train__updates_per_batch": 2}
+            | {"search": SearchConfig(lag=1, sync_every=3)},
+            r"replay.max_staleness is 5, but .* and train.updates_per_batch 2 new batches are up to 6 versions old",
+        ),
+    ],
     "replay_chooses_alone": [
         (
             {"replay": REPLAY, "dynamic_sampling": DynamicSamplingConfig(3)},
@@ -289,6 +300,8 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
+        {"replay": dataclasses.replace(REPLAY, max_staleness=3), "loss": BALANCE, "search": SearchConfig(lag=3)},
+        {"replay": dataclasses.replace(REPLAY, max_staleness=0), "loss": BALANCE, "train__updates_per_batch": 2},
         {"reset": ResetConfig(share=0.5, references="answers"), "loss": BALANCE},
         {"curriculum": STATIC},
         {"model__dtype": "bfloat16", "lora": LoraConfig(rank=1)},

@@ -8,6 +8,7 @@ import pytest
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.replay_store import ReplayConfig, Store
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.training.search_config import SearchConfig
 from tests.training.runs import MOVING, comparable_steps, metrics_of, nano, save_after, trainer
 
 REPLAY = ReplayConfig(capacity=64, recent_share=0.5, inverse_temperature=1.0, prefill=24, max_staleness=2)
@@ -58,6 +59,16 @@ def test_an_update_may_train_on_fewer_completions_than_a_search_finds(tmp_path):
     assert record.groups.rollouts.tokens_BGC.shape[:2] == (4, 2) and not record.update.empty
     last = {texts[-1] for texts in record.found[0].texts}
     assert {texts[-1] for texts in record.groups.texts} <= last
+
+
+def test_no_completion_is_older_than_the_limit_where_searchers_work_ahead(tmp_path):
+    """With a lag of 2, batches are two versions old when they come, and a limit of 3 replays each for one step more."""
+    replay = dataclasses.replace(REPLAY, prefill=0, max_staleness=3)
+    run = trainer(nano(replay=replay, search=SearchConfig(lag=2), **FAST), tmp_path)
+    metrics = [metrics_of(run, run.step(number)) for number in range(8)]
+    assert max(each["staleness_max"] for each in metrics) == 3
+    # Two batches of four prompts; without the limit, the capacity would leave twice as many.
+    assert metrics[-1]["replay/prompts"] == 8 and metrics[-1]["turned_away/stale"] > 0
 
 
 def test_resuming_continues_what_is_kept(tmp_path):
