@@ -19,6 +19,7 @@ from nested_reft.training.search_pool import (
     InlinePool,
     Order,
     SearcherLost,
+    SearchError,
     ThreadedPool,
     make_pool,
     searcher_meshes,
@@ -140,13 +141,13 @@ def test_replacements_have_a_limit(order):
     searchers = pool(search, searchers=1, max_replacements=2)
     searchers.submit(order(0))
     with pytest.raises(
-        RuntimeError, match=r"search.max_replacements is 2, and one more searcher was lost: killed by signal 9"
+        SearchError, match=r"search.max_replacements is 2, and one more searcher was lost: killed by signal 9"
     ):
         searchers.take()
     searchers.close()
 
 
-def test_a_searcher_that_stands_still_ends_the_run_in_time(order):
+def test_a_searcher_that_stands_still_ends_the_run_in_time(order, caplog):
     released = threading.Event()
 
     def search(order):
@@ -163,7 +164,27 @@ def test_a_searcher_that_stands_still_ends_the_run_in_time(order):
     ):
         searchers.take()
     searchers.close()  # it does not wait for ever either
+    assert searchers.left == ["searcher-0"]
+    assert "searcher-0 is still at batch 0 after 0.05 seconds; the run ends without it" in caplog.text
+    caplog.clear()
+    searchers.close()
+    assert not caplog.text
     released.set()
+
+
+def test_a_searcher_that_cannot_start_is_heard_before_anything_is_taken(order):
+    def open_site(index, closed):
+        raise ValueError("no such file on this host")
+
+    searchers = ThreadedPool(open_site, SearchConfig(lag=1, backend="thread"))
+    for thread in threading.enumerate():
+        if thread.name.startswith("searcher-"):
+            thread.join(30)
+    for ask in (searchers.check, lambda: searchers.submit(order(0))):
+        with pytest.raises(ValueError, match="no such file on this host"):
+            ask()
+    searchers.close()
+    assert not searchers.left
 
 
 def test_searchers_that_never_start_are_counted(order):
