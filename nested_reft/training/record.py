@@ -87,7 +87,7 @@ METRICS = (
     Metric("staleness_mean", "versions", "mean age of the trained completions: updates since their weights"),
     Metric("staleness_max", "versions", "age of the oldest of them"),
     Metric("staleness_completions", "completions", "trained completions of each age, from 0 to the oldest"),
-    Metric("search_wait_seconds", "seconds", "time that the learner waited for search, or sampled itself"),
+    Metric("search_wait_seconds", "seconds", "the learner's wait for search, also for a checkpoint, or its sampling"),
     Metric("searchers_busy", "share", "time of the searchers for the step's batches, over all the time that they had"),
     Metric("searched_tokens_per_second", "tokens/second", "sampled tokens over all time since the step before"),
     Metric("trained_tokens_per_second", "tokens/second", "tokens of the update over the time that was no waiting"),
@@ -495,7 +495,7 @@ def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     stats = [scored.stats for scored in record.found if scored.stats is not None]
     busy_seconds = sum(each.seconds for each in stats)
     return {
-        "search_wait_seconds": search.waited_seconds,
+        "search_wait_seconds": search.waited_seconds + search.drained_seconds,
         "searchers_busy": busy_seconds / (config.search.searchers * search.period_seconds),
         "searched_tokens_per_second": record.sampled_tokens / search.period_seconds,
         "trained_tokens_per_second": float(

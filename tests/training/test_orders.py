@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,7 @@ from tests.training.runs import (
     assert_equal_arrays,
     comparable,
     comparable_steps,
+    metrics_of,
     nano,
     save_after,
     trainer,
@@ -180,6 +183,47 @@ def test_a_resumed_run_is_the_uninterrupted_one(search, steps, setup, tmp_path):
         run.close()
 
 
+def test_a_checkpoint_whose_wait_fails_loses_nothing_that_was_found(setup, tmp_path, monkeypatch):
+    """Batches 1 and 2 are under way after step 0. The second wait fails, and the next one goes on from there."""
+    started = with_search(setup, SearchConfig(lag=2))
+    expected = comparable_steps(trainer(started, tmp_path / "straight"), range(3))
+    run = trainer(started, tmp_path / "run")
+    found = comparable_steps(run, range(1))
+    take = run.pool.take
+
+    def fails():
+        if len(run.pool) == 1:
+            raise TimeoutError("batch 2 was not found in that time")
+        return take()
+
+    monkeypatch.setattr(run.pool, "take", fails)
+    with pytest.raises(TimeoutError):
+        run.save()
+    assert (len(run.state.found_ahead), len(run.pool)) == (1, 1)
+    monkeypatch.undo()
+    assert found + comparable_steps(run, range(1, 3)) == expected
+
+
+def test_the_wait_of_a_checkpoint_is_waiting_and_no_time_of_the_step(setup, tmp_path, monkeypatch):
+    """Each of two results takes three seconds of a clock that nothing else moves."""
+    run = trainer(with_search(setup, SearchConfig(lag=2)), tmp_path)
+    run.step(0)
+    now, take = [1000.0], run.pool.take
+    monkeypatch.setattr("nested_reft.training.orders.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow():
+        now[0] += 3.0
+        return take()
+
+    monkeypatch.setattr(run.pool, "take", slow)
+    run.orders.drain(run.state)
+    record = run.step(1)
+    assert (record.search.drained_seconds, record.search.waited_seconds) == (6.0, 0.0)
+    metrics = metrics_of(run, record)
+    assert metrics["search_wait_seconds"] == 6.0 and metrics["trained_tokens_per_second"] > 0
+    assert run.step(2).search.drained_seconds == 0.0
+
+
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -243,6 +287,39 @@ def test_an_interrupt_waits_for_what_is_under_way_and_a_resumed_run_begins_with_
     second = trainer(started, tmp_path, resume=True)
     assert len(second.state.found_ahead) == 2
     second.close()
+
+
+def test_a_second_signal_leaves_a_searcher_that_hangs(setup, tmp_path, monkeypatch, caplog):
+    """It would be waited for as long as a batch may take, which is an hour."""
+    monkeypatch.setattr("nested_reft.training.search_pool.CLOSE_SECONDS", 0.05)
+    main, released = threading.main_thread().ident, threading.Event()
+
+    def hangs(*_):
+        # Two kinds, because equal signals may come as one.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.pthread_kill(main, number)
+        released.wait()
+
+    run = Trainer(with_search(setup, SearchConfig(lag=1, backend="thread")), RunDirectory(tmp_path)).open()
+    monkeypatch.setattr(run.searcher, "search", hangs)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    released.set()
+    assert "searcher-0 is still at batch 0" in caplog.text
+
+
+def test_a_searcher_that_cannot_start_ends_an_earlier_phase(tmp_path, monkeypatch):
+    def no_place(*_):
+        raise ValueError("no such device")
+
+    monkeypatch.setattr("nested_reft.training.search_pool.DeviceSite", no_place)
+    run = trainer(nano(warm_start__steps=3, search=SearchConfig(lag=1, backend="thread")), tmp_path)
+    for thread in threading.enumerate():
+        if thread.name.startswith("searcher-"):
+            thread.join(30)
+    with pytest.raises(ValueError, match="no such device"):
+        run.run()
+    assert (run.state.phase, run.state.step) == (0, 0)
 
 
 @pytest.mark.parametrize(
