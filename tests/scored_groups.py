@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nested_reft.replay_store import Store
 from nested_reft.types import Prompts, Rollouts, Scored
 
 TOKENS = 5
@@ -43,3 +44,8 @@ def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None, counted_BG=None
         scored_BG=np.ones(shape, bool) if scored_BG is None else np.array(scored_BG),
         parts={"accuracy": accuracy_BG},
     )
+
+
+def texts_of(store: Store) -> list[str]:
+    """All completions of a store, in an order of their own."""
+    return sorted(text for entry in store.entries if entry is not None for text in entry.group.texts[0])

@@ -19,7 +19,7 @@ from nested_reft.replay_store import (
     without_stale,
 )
 from nested_reft.types import Scored
-from tests.scored_groups import TOKENS, scored
+from tests.scored_groups import TOKENS, scored, texts_of
 
 UNIFORM = ReplayConfig(capacity=10_000, recent_share=0.0)
 RECENT = dataclasses.replace(UNIFORM, recent_share=1.0)
@@ -50,10 +50,6 @@ def store_of(*batches: Scored, config: ReplayConfig = UNIFORM) -> Store:
     for batch in batches:
         store = add(store, config, batch)
     return store
-
-
-def texts_of(store: Store) -> list[str]:
-    return sorted(text for entry in store.entries if entry is not None for text in entry.group.texts[0])
 
 
 def draws(store: Store, config: ReplayConfig, steps: int, groups: int, size: int):
@@ -168,7 +164,7 @@ def test_stale_completions_go_by_the_version_that_sampled_and_not_by_arrival():
 
 
 def test_recent_groups_are_of_the_newest_version_where_it_found_enough():
-    """With versions every k steps, m = 1 trains on versions at most 2k - 1 behind: here k = 1, so none behind.
+    """Completions of an older version come in only where there are too few: here there are four of each prompt.
 
     A store that went by arrival would take the late completions of version 1.
     """

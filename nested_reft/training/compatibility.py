@@ -202,20 +202,12 @@ def staleness_limit_lets_new_batches_in(config: Config) -> None:
 
 
 def replay_chooses_alone(config: Config) -> None:
-    """A store admits completions one by one, and its groups are of several depths and ages."""
-    if not config.replay.is_on:
-        return
-    if config.dynamic_sampling.filters_groups:
+    """A store admits completions one by one, and not by their groups."""
+    if config.replay.is_on and config.dynamic_sampling.filters_groups:
         raise ValueError(
             f"replay.capacity is {config.replay.capacity} and dynamic_sampling.max_generation_batches"
             f" {config.dynamic_sampling.max_generation_batches}: both decide what is trained on. Set"
             " max_generation_batches 1 or replay.capacity 0"
-        )
-    if config.nesting_control.hold is not None:
-        raise ValueError(
-            f"replay.capacity is {config.replay.capacity} and nesting_control.hold '{config.nesting_control.hold}': the"
-            " age of replayed completions would count as divergence of the nested policy. Use replay.capacity 0, or no"
-            " nesting_control"
         )
 
 

@@ -168,10 +168,6 @@ REFUSED = {
             {"replay": REPLAY, "dynamic_sampling": DynamicSamplingConfig(3)},
             r"replay.capacity is 64 and dynamic_sampling.max_generation_batches 3: both decide what is trained on",
         ),
-        (
-            {"replay": REPLAY, "nesting_control": CONTROL},
-            r"replay.capacity is 64 and nesting_control.hold 'ess_token': the age of replayed completions",
-        ),
     ],
     "dynamic_sampling_needs_a_group": [
         (
@@ -300,6 +296,7 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
+        {"replay": REPLAY, "loss": BALANCE, "nesting_control": CONTROL},  # searchers measure depth alone
         {"replay": dataclasses.replace(REPLAY, max_staleness=3), "loss": BALANCE, "search": SearchConfig(lag=3)},
         {"replay": dataclasses.replace(REPLAY, max_staleness=0), "loss": BALANCE, "train__updates_per_batch": 2},
         {"reset": ResetConfig(share=0.5, references="answers"), "loss": BALANCE},

@@ -18,14 +18,18 @@ from nested_reft import curriculum
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.limits import RewardError
+from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training.search_config import SearchConfig, check_backend
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
+from tests.scored_groups import texts_of
 from tests.training.runs import (
     MOVING,
     assert_equal_arrays,
@@ -40,6 +44,13 @@ from tests.training.runs import (
 
 THREADS = SearchConfig(lag=2, backend="thread", searchers=3)
 MOVES = {"loss": MOVING, "optimizer__learning_rate": 0.01}
+# An untrained model is always wrong, so its rewards differ by length.
+REPLAYED = {
+    "loss": TrajectoryBalanceConfig(beta=0.5),
+    "reward": RewardConfig(overlong_cache_tokens=8),
+    "replay": ReplayConfig(capacity=64, recent_share=0.5, inverse_temperature=1.0, prefill=24, max_staleness=4),
+    "optimizer__learning_rate": 0.01,
+}
 NO_EVALUATION = {"evaluation__samples_per_prompt": 0, "evaluation__every_steps": 100}
 
 
@@ -246,10 +257,16 @@ run.run()
 
 
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
-    """By signal 9 in step 3, with batches under way and the newest checkpoint after step 2."""
-    config = nano(**MOVES, **NO_EVALUATION, search=SearchConfig(lag=2, backend="thread", searchers=2), train__steps=4)
+    """By signal 9 in step 3, with batches under way and the newest checkpoint after step 2.
+
+    It is one of trajectory balance: what is kept for replay survives as well, and so do weights in the middle of a
+    period of three steps.
+    """
+    search = SearchConfig(lag=2, sync_every=3, backend="thread", searchers=2)
+    config = nano(**REPLAYED, **NO_EVALUATION, search=search, train__steps=4)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    trainer(config, straight).run()
+    whole = trainer(config, straight)
+    whole.run()
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(killed)],
         input=json.dumps(config.to_json()),
@@ -261,7 +278,10 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert newest_checkpoint(killed / "checkpoints") == 2
-    trainer(config, killed, resume=True).run()
+    resumed = trainer(config, killed, resume=True)
+    resumed.run()
+    assert texts_of(resumed.state.buffer) == texts_of(whole.state.buffer)
+    assert_equal_arrays(resumed.state.learner.state, whole.state.learner.state)
     for name in ("metrics", "samples"):
         lines = {path: [comparable(line) for line in read_log(path / f"{name}.jsonl")] for path in (straight, killed)}
         assert lines[killed] == lines[straight]

@@ -27,6 +27,7 @@ from nested_reft.training.learner import Learner
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.search_pool import Order, SearchError
 from nested_reft.training.setup import prepare
+from tests.scored_groups import texts_of
 from tests.training.runs import assert_equal_arrays, comparable_steps, nano, trainer
 from tests.training.test_ppo_runs import PPO
 
@@ -181,10 +182,6 @@ def test_the_learner_has_its_buffers_back_once_an_order_is_sent(ray_here, monkey
 def prompts_and_plan(setup) -> tuple[Any, Any]:
     prompts = batch_prompts(list(setup.data.train_examples[0][:4]), [0] * 4, setup.data.prompt_size)
     return prompts, LayerPlan.skipping(6, [2])
-
-
-def texts_of(store) -> list[str]:
-    return sorted(text for entry in store.entries if entry is not None for text in entry.group.texts[0])
 
 
 def test_what_is_missing_on_a_host_is_a_line_that_names_the_host(monkeypatch):
