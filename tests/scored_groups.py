@@ -26,6 +26,7 @@ def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None, counted_BG=None
         full_share_BG=np.zeros(shape, np.float32),
         part_BGL=np.ones((*shape, 2), np.int8),
         version_BG=np.broadcast_to(number_B[:, None], shape),
+        temperature_BG=np.ones(shape, np.float32),
     )
     names = tuple(str(number) for number in number_B)
     return Scored(

@@ -374,6 +374,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
                 "forced_tokens": int(rollouts.forced_BG[b, g]),
+                "temperature": float(f"{rollouts.temperature_BG[b, g]:.6g}"),
                 # A mixture draws some completions of the group from the full model.
                 "left_out_layers": left_out(np.asarray(rollouts.part_BGL[b, g])) if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),

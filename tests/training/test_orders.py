@@ -26,6 +26,7 @@ from nested_reft.rewards.limits import RewardError
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import RunDirectory, read_log
+from nested_reft.training.record import samples
 from nested_reft.training.search_config import SearchConfig, check_backend
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
@@ -137,6 +138,8 @@ def test_batches_take_turns_in_their_temperatures(setup, tmp_path):
     found += [run.step(number) for number in (1, 2, 3)]
     for record, temperature in zip(found, (1.0, 0.5, 2.0, 1.0), strict=True):
         rollouts = record.groups.rollouts
+        assert (rollouts.temperature_BG == temperature).all()
+        assert {line["temperature"] for line in samples(record)} == {temperature}
         # The first two batches are of the first weights, which the setup still holds.
         if record.number <= 2:
             policy = dataclasses.replace(setup.policy, sampling=SamplingConfig(temperature))
