@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nested_reft.host_values import Block
-from nested_reft.replay_store import Entry, Segment, Store, chosen, restored, side_by_side
+from nested_reft.replay_store import REASONS, Entry, Segment, Store, chosen, restored, side_by_side
 from nested_reft.types import Scored, completion_columns, concat, over_completions, take, with_completions
 
 _MARKS = ("drawn", "drawn_at")  # of a row, which do not follow from its completions
@@ -114,7 +114,7 @@ def load_store(plain: dict[str, Any]) -> Store:
         _entries(segments, [block.values for block in plain["segments"]], len(marks["drawn"])),
         marks,
         segments=segments,
-        turned_away=plain["turned_away"],
+        turned_away=dict.fromkeys(REASONS, 0) | plain["turned_away"],  # earlier versions had fewer
         **{field: plain[field] for field in _FIELDS},
     )
 

@@ -36,9 +36,10 @@ from nested_reft.types import Rollouts, Scored, concat, over_completions, take
 from nested_reft.untrusted import MAX_WHOLE
 
 FRUITLESS_BATCHES = 100  # in a row that leave the store as small as it was, and the wait for a prefill ends
-REASONS = ("unscored", "uncounted", "low_reward", "long", "duplicate", "crowded", "full", "stale")
-"""Why a completion is turned away or taken out: it has no reward; it does not count; its reward is too low; it is too
-long; the same tokens came again; its prompt has too many newer ones; the store has; it is too old."""
+REASONS = ("unscored", "uncounted", "unsafe", "low_reward", "long", "duplicate", "crowded", "full", "stale")
+"""Why a completion is turned away or taken out: it has no reward; it does not count; `reward.safety` gave it 0 or less;
+its reward is too low; it is too long; the same tokens came again; its prompt has too many newer ones; the store has; it
+is too old."""
 
 
 @dataclass(frozen=True)
@@ -356,11 +357,13 @@ def add(store: Store, config: ReplayConfig, scored: Scored) -> Store:
 def _admitted(draft: _Draft, config: ReplayConfig, scored: Scored) -> Bool[np.ndarray, "B G"]:
     """The completions that may be kept; the others are counted under the first reason that holds."""
     rollouts, low, high = scored.rollouts, config.minimum_reward, config.maximum_tokens
+    safety_BG, nothing_BG = scored.parts.get("safety"), np.zeros_like(scored.scored_BG)
     refused = {
         "unscored": ~scored.scored_BG,
         "uncounted": ~np.asarray(rollouts.counted_BG),
-        "low_reward": np.zeros_like(scored.scored_BG) if low is None else scored.reward_BG < low,
-        "long": np.zeros_like(scored.scored_BG) if high is None else np.asarray(rollouts.length_BG) > high,
+        "unsafe": nothing_BG if safety_BG is None else safety_BG <= 0,
+        "low_reward": nothing_BG if low is None else scored.reward_BG < low,
+        "long": nothing_BG if high is None else np.asarray(rollouts.length_BG) > high,
     }
     admitted_BG = np.ones_like(scored.scored_BG)
     for reason, refused_BG in refused.items():

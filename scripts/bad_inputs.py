@@ -184,6 +184,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "reward.checker": ("guess", "function"),
     "reward.format_weight": ("-1", "nan", "inf", "1e39", "x"),
     "reward.function": ("nothing", "none.py:f", "json:none", "json:dumps:x"),
+    "reward.safety": ("nothing", "none.py:f", "json:none"),
     "reward.function_weight": ("nan", "1e39"),
     "reward.overlong_cache_tokens": ("-1", "100000", "x"),
     "reward.overlong_weight": ("-1", "nan"),

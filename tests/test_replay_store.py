@@ -138,6 +138,13 @@ def test_what_is_refused_is_counted_under_its_reason():
     assert summary(store, 0).turned_away == {"unscored": 1, "uncounted": 1, "low_reward": 1, "long": 1}
 
 
+def test_what_is_not_safe_is_not_kept():
+    batch = found([1], 0)
+    batch = dataclasses.replace(batch, parts=batch.parts | {"safety": np.array([[1, 0, -1, 0.5]], np.float32)})
+    store = add(Store(), UNIFORM, batch)
+    assert texts_of(store) == ["1:0", "1:3"] and summary(store, 0).turned_away == {"unsafe": 2}
+
+
 def test_completions_of_another_forced_prefix_are_another_prompts():
     """log Z is that of what follows the prefix, so prefixes are never mixed in a group."""
     batch = found([1], 0)

@@ -201,6 +201,15 @@ def staleness_limit_lets_new_batches_in(config: Config) -> None:
         )
 
 
+def safety_needs_a_store(config: Config) -> None:
+    """It decides what is kept for replay, and nothing else."""
+    if config.reward.safety is not None and not config.replay.is_on:
+        raise ValueError(
+            f"reward.safety is '{config.reward.safety}' and replay.capacity 0: it judges what is kept for replay. Set"
+            " replay.capacity, or leave reward.safety out"
+        )
+
+
 def replay_chooses_alone(config: Config) -> None:
     """A store admits completions one by one, and not by their groups."""
     if config.replay.is_on and config.dynamic_sampling.filters_groups:
@@ -319,6 +328,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,
     staleness_limit_lets_new_batches_in,
+    safety_needs_a_store,
     replay_chooses_alone,
     ratios_need_full_support,
     static_weights_name_every_source,

@@ -163,6 +163,12 @@ REFUSED = {
             r"replay.max_staleness is 5, but .* and train.updates_per_batch 2 new batches are up to 6 versions old",
         ),
     ],
+    "safety_needs_a_store": [
+        (
+            {"reward": RewardConfig(safety="mine:is_safe")},
+            r"reward.safety is 'mine:is_safe' and replay.capacity 0: it judges what is kept for replay",
+        ),
+    ],
     "replay_chooses_alone": [
         (
             {"replay": REPLAY, "dynamic_sampling": DynamicSamplingConfig(3)},
