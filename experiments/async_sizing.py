@@ -1,6 +1,7 @@
 """How many searchers does a learner need? A simulation of searching ahead, from the times of a batch and of an update.
 
     python -m experiments.async_sizing --sample-seconds 8 --update-seconds 2   (a second)
+    python -m experiments.async_sizing --checkpoint-every 20   with checkpoints, which wait for all that is under way
     python -m experiments.async_sizing --check [CONFIG]   also runs it here, and compares   (a minute on two cores)
 
 The rules are those of `training.orders`: in each step the learner orders batches until `lag` of them are under way
@@ -11,10 +12,10 @@ the standard deviation of their logarithm.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import heapq
 import itertools
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft.json_files import write_json
+from nested_reft.cli.arguments import Parser, check_json, keep_json, number, whole
+from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.reports.tables import table
-from nested_reft.run_directory import RunDirectory
+from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.record import StepRecord
 from nested_reft.training.search_config import SearchConfig
@@ -36,6 +38,9 @@ from nested_reft.training.trainer import Trainer
 SEARCHERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SYNC_PERIODS = (1, 4)
 STEPS = 1000
+POSITIVE = number("more than 0, up to 1e6", lambda seconds: 0 < seconds <= 1e6)
+SECONDS = number("0 to 1e6", lambda seconds: 0 <= seconds <= 1e6)
+SPREAD = number("0 to 3", lambda spread: 0 <= spread <= 3)
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,19 @@ class Prediction:
         return 1 - self.waited / self.seconds
 
 
-def simulate(times: Times, search: SearchConfig) -> Prediction:
+def simulate(times: Times, search: SearchConfig, checkpoint_every: int | None = None) -> Prediction:
     """Goes from event to event; nothing here depends on a clock.
 
     Args:
         times: of the batches and updates; there are `lag` more batches than updates.
         search: searchers, lag and sync period; `inline` samples in the learner's own time, as it orders.
+        checkpoint_every: steps after which the learner waits for all that is under way, as a checkpoint does; None for
+            no checkpoints.
     """
     now = waited = worked = 0.0
     # Of each searcher, when it is free and which weights it has.
     free = [(0.0, index, -1) for index in range(search.searchers)]
-    ends, versions, staleness = list[float](), list[int](), list[int]()
+    ends, sent, staleness = list[float](), list[int](), list[int]()
     for step, update in enumerate(times.update_T):
         ordered = now
         while len(ends) <= step + search.lag:
@@ -95,29 +102,35 @@ def simulate(times: Times, search: SearchConfig) -> Prediction:
             end = max(now, is_free) + took
             heapq.heappush(free, (end, index, version))
             ends.append(end)
-            versions.append(version)
+            sent.append(version)
             worked += took
             if search.backend == "inline":
                 now = end
         now = max(now, ends[step])
         waited += now - ordered
-        staleness.append(step - versions[step])
+        staleness.append(step - sent[step])
         now += update
+        if checkpoint_every is not None and (step + 1) % checkpoint_every == 0:
+            drained = max(now, *ends)
+            waited, now = waited + drained - now, drained
     # What searchers do after the last step helps nobody.
     late = sum(max(0.0, end - now) for end in ends)
     return Prediction(now, waited, (worked - late) / (search.searchers * now), staleness)
 
 
-def table_of_sizes(sample_seconds: float, update_seconds: float, sync_seconds: float, spread: float) -> str:
-    """Utilisation and staleness for 1 to 256 searchers, as a Markdown table.
+def sizes(
+    sample_seconds: float, update_seconds: float, sync_seconds: float, spread: float, checkpoint_every: int | None
+) -> list[dict[str, float]]:
+    """Utilisation and staleness for 1 to 256 searchers, a row for each.
 
     Args:
         sample_seconds: mean time of a batch at one searcher.
         update_seconds: of an update.
         sync_seconds: until new weights have come to a searcher.
         spread: standard deviation of the logarithm of a batch's time; 0 makes all batches alike.
+        checkpoint_every: as `simulate` takes it.
     """
-    rows = []
+    rows = list[dict[str, float]]()
     for searchers in SEARCHERS:
         # As many batches as searchers keep all of them at work while the learner updates. More of them make up for
         # batches that take long.
@@ -125,21 +138,20 @@ def table_of_sizes(sample_seconds: float, update_seconds: float, sync_seconds: f
             search = SearchConfig(lag=lag, sync_every=sync_every, backend="thread", searchers=searchers)
             draws = np.random.default_rng(0).normal(-(spread**2) / 2, spread, STEPS + lag)
             times = Times(sample_seconds * np.exp(draws), np.full(STEPS, update_seconds), sync_seconds)
-            found = simulate(times, search)
+            found = simulate(times, search, checkpoint_every)
             rows.append(
-                [
-                    searchers,
-                    search.lag,
-                    sync_every,
-                    f"{3600 * STEPS / found.seconds:.0f}",
-                    f"{found.learner_busy:.2f}",
-                    f"{found.searchers_busy:.2f}",
-                    f"{np.mean(found.staleness_T):.1f}",
-                    max(found.staleness_T),
-                ]
+                {
+                    "searchers": searchers,
+                    "lag": search.lag,
+                    "k": sync_every,
+                    "steps per hour": round(3600 * STEPS / found.seconds),
+                    "learner busy": round(found.learner_busy, 2),
+                    "searchers busy": round(found.searchers_busy, 2),
+                    "mean age": round(float(np.mean(found.staleness_T)), 1),
+                    "oldest": max(found.staleness_T),
+                }
             )
-    columns = ["searchers", "lag", "k", "steps per hour", "learner busy", "searchers busy", "mean age", "oldest"]
-    return table(columns, rows)
+    return rows
 
 
 def measured_and_predicted(name: str, steps: int, judge_seconds: float, search: SearchConfig) -> dict[str, float]:
@@ -190,39 +202,64 @@ def _stats(record: StepRecord) -> Any:
     return record.found[0].stats
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, and the comparison with runs.
 
     Args:
         arguments: words of the command line; None takes those of the process.
+
+    Returns:
+        The exit code.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample-seconds", type=float, default=8.0, help="of a batch at one searcher")
-    parser.add_argument("--update-seconds", type=float, default=1.0, help="of an update")
-    parser.add_argument("--sync-seconds", type=float, default=0.0, help="until new weights have come to a searcher")
-    parser.add_argument("--spread", type=float, default=0.3, help="of the logarithm of a batch's time")
+    parser = Parser("experiments.async_sizing", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sample-seconds", type=POSITIVE, default=8.0, help="of a batch at one searcher")
+    parser.add_argument("--update-seconds", type=POSITIVE, default=1.0, help="of an update")
+    parser.add_argument("--sync-seconds", type=SECONDS, default=0.0, help="until new weights have come to a searcher")
+    parser.add_argument("--spread", type=SPREAD, default=0.3, help="of the logarithm of a batch's time")
+    parser.add_argument("--checkpoint-every", type=whole(1), help="steps; left out, there are no checkpoints")
     parser.add_argument("--check", nargs="?", const="tiny", metavar="CONFIG", help="also runs a configuration here")
-    parser.add_argument("--judge-seconds", type=float, default=0.5, help="of the slow judge, for each completion")
-    parser.add_argument("--steps", type=int, default=40, help="of each run")
-    parser.add_argument("--json", type=Path, help="keeps the comparison")
-    known = parser.parse_args(arguments)
-    print(table_of_sizes(known.sample_seconds, known.update_seconds, known.sync_seconds, known.spread))
-    if known.check is None:
-        return
-    found = {
-        f"{words}, {judge}": measured_and_predicted(known.check, known.steps, seconds, search)
-        for judge, seconds in {"no judge": 0.0, "slow judge": known.judge_seconds}.items()
+    parser.add_argument("--judge-seconds", type=SECONDS, default=0.5, help="of the slow judge, for each completion")
+    parser.add_argument("--steps", type=whole(1), default=40, help="of each run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the tables here")
+    try:
+        known = parser.parse_args(arguments)
+        with checking_input():
+            check_json(known.json)
+            if known.check is not None:
+                load_config(known.check)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    times = known.sample_seconds, known.update_seconds, known.sync_seconds, known.spread
+    rows = sizes(*times, known.checkpoint_every)
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    found = {} if known.check is None else compared(known.check, known.steps, known.judge_seconds)
+    if found:
+        columns = list(next(iter(found.values())))
+        cells = [[name, *(f"{row[column]:.2f}" for column in columns)] for name, row in found.items()]
+        print(f"\n{table(['searchers', *columns], cells)}")
+    keep_json(known.json, {"versions": versions(), "sizes": rows, "runs": found})
+    return 0
+
+
+def compared(name: str, steps: int, judge_seconds: float) -> dict[str, dict[str, float]]:
+    """Real runs beside what the simulation makes of their times, with and without a slow judge.
+
+    Args:
+        name: of the configuration.
+        steps: of each run.
+        judge_seconds: of the slow judge.
+    """
+    return {
+        f"{words}, {judge}": measured_and_predicted(name, steps, seconds, search)
+        for judge, seconds in {"no judge": 0.0, "slow judge": judge_seconds}.items()
         for words, search in {
             "inline": SearchConfig(),
             "one thread": SearchConfig(lag=1, backend="thread"),
             "three threads": SearchConfig(lag=3, backend="thread", searchers=3),
         }.items()
     }
-    columns = list(next(iter(found.values())))
-    print(table(["searchers", *columns], [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in found.items()]))
-    if known.json is not None:
-        write_json(known.json, found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

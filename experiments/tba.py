@@ -31,13 +31,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.async_sizing import SEARCHERS, Times, simulate
+from experiments.async_sizing import SEARCHERS, SECONDS, Times, simulate
 from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables, told
 from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, kept_run
-from nested_reft.cli.arguments import Parser, number, whole
+from nested_reft.cli.arguments import Parser, whole
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.json_files import write_json
@@ -63,7 +63,6 @@ LOSSES: dict[str, ObjectiveConfig] = {
     ),
     "trajectory balance": TrajectoryBalanceConfig(beta=0.3),
 }
-SECONDS = number("0 to 1000", lambda seconds: 0 <= seconds <= 1000)
 
 
 def experiment_config(lag: int, loss: str, seed: int, steps: int, searchers: int = 0) -> Config:

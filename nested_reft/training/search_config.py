@@ -16,7 +16,7 @@ MOST = 2**16  # orders, searchers or steps; far beyond what helps
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Searching ahead of the learner. Its groups are at most `lag + sync_every - 1` steps old when they are trained on.
+    """Searching ahead of the learner. A batch is at most `lag + sync_every - 1` steps old when it comes to the learner.
 
     Attributes:
         lag: generation batches that are under way beside the one that the learner waits for. 0 samples each batch just
@@ -30,9 +30,9 @@ class SearchConfig:
         max_replacements: searchers that may die in one process before the run ends. Each one is replaced and its batch
             is sampled again.
         gpus_per_searcher, tpus_per_searcher: what Ray reserves for each.
-        temperatures: of the batches, which take turns in them (mixed exploration). The importance weight corrects for
-            each, since a sample keeps the log-probabilities that it was drawn with. Empty takes
-            `rollout.sampling.temperature` for all.
+        temperatures: of the batches, which take turns in them (mixed exploration). Importance weights correct for that,
+            since a sample keeps the log-probabilities that it was drawn with. Trajectory balance has none and scores
+            all samples at `rollout.sampling.temperature`. Empty takes that one for all.
     """
 
     lag: int = 0
