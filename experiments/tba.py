@@ -52,7 +52,8 @@ from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.warm_start import WarmStartConfig
 
 PLAIN = PolicyGradientConfig("group_std", "one", "token", "token_mean")
-# The clip of GRPO takes the policy that sampled for the one at rollout time: with old batches that is not the same.
+# GRPO clips the ratio to the policy before the update. Where batches are old, another policy drew them, and the ratio
+# here is to that one.
 LOSSES: dict[str, ObjectiveConfig] = {
     BASELINE: PLAIN,
     "GRPO, clip to the sampler": dataclasses.replace(PLAIN, bias_mitigation="base", clip_low=0.2, clip_high=0.2),

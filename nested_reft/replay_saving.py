@@ -4,8 +4,7 @@ Completions are written once, in segments. A segment is a block: a file that nev
 share. Beside the segments a checkpoint holds one bit for each of their completions, and the marks of each row.
 
 A segment of which more than half is gone is given up: what is left of it is written anew, with the next segment. So
-files hold at most about twice what the store does, and each completion that is removed pays for at most one that is
-written again.
+files hold at most about twice what the store does. No more completions are written again than were removed.
 """
 
 from __future__ import annotations

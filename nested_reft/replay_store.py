@@ -21,6 +21,7 @@ weights sampled and not by the time of arrival, and repetitions come only after 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -221,6 +222,7 @@ class _Draft:
         self._before = store
         self.entries, self.row_of, self.rows_R = list(store.entries), dict(store.row_of), store.rows_R.copy()
         self.turned_away, self.numbered, self.removed = dict(store.turned_away), store.numbered, list(store.removed)
+        self._free: Iterator[int] = iter(())  # rows that no prompt has, found when one is needed
 
     def store(self, **changes: Any) -> Store:
         """What it became."""
@@ -291,14 +293,18 @@ class _Draft:
             self.rows_R[name][row] = value
 
     def _free_row(self) -> int:
-        free_F = np.flatnonzero(self.rows_R["count"] == 0)
-        if not len(free_F):
-            # Doubling keeps the cost of growth in proportion to what is stored.
-            more = max(len(self.rows_R), 16)
-            free_F = np.array([len(self.rows_R)])
-            self.rows_R = np.concatenate([self.rows_R, np.zeros(more, _ROW)])
-            self.entries += [None] * more
-        row = int(free_F[0])
+        row = next(self._free, None)
+        if row is None:
+            # All at once, so that a batch of new prompts looks at the rows once.
+            free_F = np.flatnonzero(self.rows_R["count"] == 0)
+            if not len(free_F):
+                # Doubling keeps the cost of growth in proportion to what is stored.
+                size, more = len(self.rows_R), max(len(self.rows_R), 16)
+                free_F = np.arange(size, size + more)
+                self.rows_R = np.concatenate([self.rows_R, np.zeros(more, _ROW)])
+                self.entries += [None] * more
+            self._free = iter(free_F.tolist())
+            row = next(self._free)
         self.rows_R["drawn_at"][row] = -1
         return row
 
@@ -387,15 +393,27 @@ def _of_equal_prefix(rollouts: Rollouts, index_N: Int[np.ndarray, " N"]) -> Iter
 
 def _make_room(draft: _Draft, capacity: int) -> None:
     """Takes the completions that arrived first out, prompt by prompt, until the others fit."""
-    while draft.rows_R["count"].sum() > capacity:
-        count_R, arrival_R = draft.rows_R["count"], draft.rows_R["arrival"]
-        first = arrival_R[count_R > 0].min()
-        row = int(np.flatnonzero((count_R > 0) & (arrival_R == first))[0])
+    surplus = int(draft.rows_R["count"].sum()) - capacity
+    if surplus <= 0:
+        return
+    row_R = np.flatnonzero(draft.rows_R["count"] > 0)
+    arrival_R = draft.rows_R["arrival"][row_R]
+    # Each turn takes out one completion at least, so only so many rows can have one, and those that are as old as the
+    # last of them. A row that keeps some of its completions waits again, with the oldest that is left.
+    last = np.partition(arrival_R, surplus - 1)[surplus - 1] if surplus < len(row_R) else arrival_R.max()
+    is_old_R = arrival_R <= last
+    waiting = list(zip(arrival_R[is_old_R].tolist(), row_R[is_old_R].tolist(), strict=True))
+    heapq.heapify(waiting)
+    while surplus > 0:
+        first, row = heapq.heappop(waiting)
         entry = draft.entries[row]
         assert entry is not None
         # No more of them than there are too many.
-        surplus = int(count_R.sum()) - capacity
-        draft.keep(row, (entry.arrival_N > first) | (np.cumsum(entry.arrival_N == first) > surplus), "full")
+        kept_N = (entry.arrival_N > first) | (np.cumsum(entry.arrival_N == first) > surplus)
+        surplus -= int((~kept_N).sum())
+        draft.keep(row, kept_N, "full")
+        if kept_N.any():
+            heapq.heappush(waiting, (int(draft.rows_R["arrival"][row]), row))
 
 
 def without_stale(store: Store, config: ReplayConfig, version: int) -> Store:

@@ -123,6 +123,27 @@ def test_the_whole_store_drops_what_arrived_first_and_no_more_than_it_must():
     assert summary(store, 2).prompts == 3
 
 
+def test_what_goes_is_the_oldest_row_by_row():
+    """Against the rule in one line: the smallest by arrival, then row, then place in the row. Rows mix five arrivals."""
+    random, roomy = np.random.default_rng(0), dataclasses.replace(UNIFORM, capacity=10**6)
+    store = Store()
+    for number in range(5):
+        prompts = random.permutation(12)[:7].tolist()
+        store = add(store, roomy, found(prompts, number, group=3, first=10 * number))
+    batch = found([3, 20], 5, first=90)
+    whole = add(store, roomy, batch)
+    order = sorted(
+        (int(arrival), row, place, text)
+        for row, entry in enumerate(whole.entries)
+        if entry is not None
+        for place, (arrival, text) in enumerate(zip(entry.arrival_N, entry.group.texts[0], strict=True))
+    )
+    for capacity in (len(whole) - 1, 60, 31, 8, 1):
+        kept = add(store, dataclasses.replace(UNIFORM, capacity=capacity), batch)
+        assert texts_of(kept) == sorted(text for *_, text in order[len(order) - capacity :])
+        assert kept.turned_away["full"] == len(whole) - capacity
+
+
 def test_what_is_refused_is_counted_under_its_reason():
     """Of six completions one has no score, one does not count, one has too little reward and one is too long."""
     config = dataclasses.replace(UNIFORM, minimum_reward=0.5, maximum_tokens=4)

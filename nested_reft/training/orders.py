@@ -30,6 +30,7 @@ class SearchReport:
         period_seconds: time since the report before.
         under_way: batches that were ordered and not yet trained on.
         replaced: searchers that were lost and replaced since the process began.
+        started: searchers that are ready or at work.
     """
 
     waited_seconds: float
@@ -37,6 +38,7 @@ class SearchReport:
     period_seconds: float
     under_way: int
     replaced: int
+    started: int
 
 
 class Orders:
@@ -113,6 +115,7 @@ class Orders:
             period_seconds=now - self._reported,
             under_way=self._under_way(state),
             replaced=self._pool.replaced,
+            started=self._pool.started,
         )
         self._waited, self._drained, self._reported, self._issued_in_step = 0.0, 0.0, now, 0
         return report

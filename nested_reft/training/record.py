@@ -75,7 +75,7 @@ METRICS = (
     Metric("trained_groups", "groups", "mixed groups that the update trained on (dynamic sampling)"),
     Metric("shortfall", "", "in words, that dynamic sampling found too few mixed groups"),
     Metric("sources", "prompts", "prompts drawn from each training source, in their order"),
-    Metric("replay/recent", "share", "trained completions that the present version sampled"),
+    Metric("replay/recent", "share", "trained completions of the version that sampled the step's newest batch"),
     Metric("replay/completions", "completions", "kept for replay, after the step's own came in"),
     Metric("replay/prompts", "prompts", "that they belong to"),
     Metric("replay/age", "versions", "mean number of versions that a kept completion is behind"),
@@ -93,6 +93,7 @@ METRICS = (
     Metric("trained_tokens_per_second", "tokens/second", "tokens of the update over the time that was no waiting"),
     Metric("sync_seconds", "seconds", "time until new weights had come to the searchers of the step's batches"),
     Metric("orders_under_way", "batches", "batches that are being searched or wait for an update"),
+    Metric("searchers_started", "searchers", "searchers that are ready or at work; search.searchers are asked for"),
     Metric("searchers_replaced", "searchers", "searchers that were lost and replaced since the process began"),
     Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
     Metric("left_out_layers", "", "indices of the layers that the nested policy does not run whole"),
@@ -471,6 +472,7 @@ def _age_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     behind_BG, stored = record.staleness_BG, record.stored
     if stored is None and not config.search.makes_stale and not behind_BG.any():
         return {}
+    newest = record.all.rollouts.version_BG.max()
     found: dict[str, Any] = {
         "staleness_mean": float(behind_BG.mean()),
         "staleness_max": int(behind_BG.max()),
@@ -479,7 +481,7 @@ def _age_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     if stored is None:
         return found
     return found | {
-        "replay/recent": float((behind_BG == 0).mean()),
+        "replay/recent": float((record.groups.rollouts.version_BG >= newest).mean()),
         "replay/completions": stored.completions,
         "replay/prompts": stored.prompts,
         "replay/age": stored.age,
@@ -504,6 +506,7 @@ def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
         ),
         "sync_seconds": sum(each.sync_seconds for each in stats),
         "orders_under_way": search.under_way,
+        "searchers_started": search.started,
         "searchers_replaced": search.replaced,
     }
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+import jax
+
 from nested_reft.literals import check_choice, check_whole
 from nested_reft.rollout.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
 
@@ -81,15 +83,25 @@ class SearchConfig:
         return self.lag > 0 or self.sync_every > 1
 
 
-def check_backend(config: SearchConfig) -> None:
-    """Refuses a backend that is not installed.
+def check_backend(config: SearchConfig, mesh_devices: int = 1) -> None:
+    """Refuses a backend that is not installed, and threads for which there are no devices.
 
     Args:
         config: names the backend.
+        mesh_devices: of the learner's mesh.
 
     Raises:
         ImportError: says how to install it.
+        ValueError: several threads would run programs of several devices on the same ones.
     """
+    # Such programs wait for each other on every device. Two of them that begin in another order on each never end.
+    places = (jax.local_device_count() - mesh_devices) // mesh_devices
+    if config.backend == "thread" and mesh_devices > 1 and config.searchers > places:
+        raise ValueError(
+            f"search.searchers is {config.searchers} with backend 'thread', and a mesh of {mesh_devices} devices"
+            f" (mesh.data * mesh.model); each thread needs as many of its own, and of {jax.local_device_count()} here"
+            f" the learner leaves room for {places}. Allowed is at most that; or use backend 'inline' or 'ray'"
+        )
     if config.backend == "ray" and find_spec("ray") is None:
         raise ImportError(
             "search.backend is 'ray', which is not installed: pip install 'nested_reft[ray]', or use backend 'thread'"

@@ -75,6 +75,11 @@ class SearchPool(Protocol):
     replaced: int
     left: Sequence[str]
 
+    @property
+    def started(self) -> int:
+        """Searchers that are ready or at work."""
+        ...
+
     def __len__(self) -> int:
         """Orders that were submitted and whose results were not taken."""
         ...
@@ -113,7 +118,7 @@ class SearchPool(Protocol):
 class InlinePool:
     """The learner's own thread searches, as soon as an order comes, so that old weights need not be kept."""
 
-    replaced = 0
+    replaced, started = 0, 1
     left: Sequence[str] = ()
 
     def __init__(self, searcher: Searcher):
@@ -199,6 +204,11 @@ class ThreadedPool:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def started(self) -> int:
+        """Searchers that are ready or at work; others are starting, or have failed."""
+        return len(self.sites)
+
     def __len__(self) -> int:
         return len(self._submitted)
 
@@ -209,6 +219,11 @@ class ThreadedPool:
     def _give(self, number: int, work: Any) -> None:
         """Gives an order, in the form that the sites of this pool take, to the next searcher that is free."""
         self.check()
+        if len(self) > self._config.lag:
+            raise RuntimeError(
+                f"{len(self)} batches were ordered and not taken, and search.lag is {self._config.lag}: take one before"
+                " another is ordered"
+            )
         with self._changed:
             self._submitted.append(number)
             heapq.heappush(self._waiting, (number, work))
@@ -398,7 +413,7 @@ def searcher_meshes(mesh: Mesh, searchers: int) -> list[Mesh]:
 
     Returns:
         Meshes of devices that the learner does not use, taking turns where there are too few; without any, the
-        learner's own.
+        learner's own. Only meshes of one device are shared, because `check_backend` refuses the others.
     """
     used = set(mesh.devices.flat)
     free = [device for device in jax.local_devices() if device not in used]

@@ -99,6 +99,17 @@ def test_results_come_in_the_order_of_issue_and_not_of_completion(order):
     assert not searcher_threads()
 
 
+def test_a_queue_that_nobody_reads_does_not_grow(order):
+    searchers = pool(numbered, lag=2)
+    for number in range(3):
+        searchers.submit(order(number))
+    with pytest.raises(RuntimeError, match=r"3 batches were ordered and not taken, and search.lag is 2: take one"):
+        searchers.submit(order(3))
+    assert number_of(searchers.take()) == 0 and len(searchers) == 2
+    searchers.submit(order(3))
+    searchers.close()
+
+
 def test_what_a_searcher_raises_ends_the_wait(order):
     def search(order):
         raise ValueError("no such table")
@@ -219,8 +230,6 @@ def test_searchers_take_the_devices_that_are_free(setup):
     mesh = setup.policy.mesh
     ids = [mesh.devices.flat[0].id for mesh in searcher_meshes(mesh, 9)]
     assert ids == [1, 2, 3, 4, 5, 6, 7, 1, 2]
-    wide = jax.make_mesh((2, 3), mesh.axis_names, mesh.axis_types, devices=jax.devices()[:6])
-    assert searcher_meshes(wide, 2) == [wide, wide]  # two devices are left, which are too few
 
 
 def test_every_pool_finds_the_same(setup, order):
