@@ -255,6 +255,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "search.gpus_per_searcher": ("-1", "nan", "1"),
     "search.tpus_per_searcher": ("-1",),
     "search.temperatures": ("0", "x"),
+    "search.skip_ratios": ("1", "-0.1", "0.01", "x"),
     "warm_start.steps": ("-1", "x", str(2**31)),
     "warm_start.batch_size": ("0", "x", str(2**31 - 1)),
     "warm_start.learning_rate": ("0", "nan", "1e999"),

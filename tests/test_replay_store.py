@@ -124,7 +124,7 @@ def test_the_whole_store_drops_what_arrived_first_and_no_more_than_it_must():
 
 
 def test_what_goes_is_the_oldest_row_by_row():
-    """Against the rule in one line: the smallest by arrival, then row, then place in the row. Rows mix five arrivals."""
+    """Against the rule in one line: the smallest by arrival, row and place in the row. Rows mix five arrivals."""
     random, roomy = np.random.default_rng(0), dataclasses.replace(UNIFORM, capacity=10**6)
     store = Store()
     for number in range(5):

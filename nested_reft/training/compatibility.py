@@ -283,6 +283,17 @@ def mixed_temperatures_need_the_densities_that_drew(config: Config) -> None:
         )
 
 
+def depths_take_turns_alone(config: Config) -> None:
+    """Where batches take turns in how deep they nest, nothing else may decide it."""
+    nesting, hold = config.nesting, config.nesting_control.hold
+    if config.search.skip_ratios and (nesting.choice == "fixed" or nesting.bridge.is_on or hold is not None):
+        raise ValueError(
+            f"search.skip_ratios is {config.search.skip_ratios}, with nesting.choice '{nesting.choice}',"
+            f" nesting.bridge.kind '{nesting.bridge.kind}' and nesting_control.hold {hold!r}: allowed is a choice that"
+            " draws layers, without bridges and without control"
+        )
+
+
 def bfloat16_weights_need_adapters(config: Config) -> None:
     """Small updates round away in bfloat16 weights."""
     if config.model.dtype == "bfloat16" and config.lora.rank == 0:
@@ -335,6 +346,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     static_weights_need_undivided_sources,
     stale_groups_need_their_own_weight,
     mixed_temperatures_need_the_densities_that_drew,
+    depths_take_turns_alone,
     bfloat16_weights_need_adapters,
     offline_objectives_sample_nothing,
 )

@@ -137,15 +137,15 @@ class Orders:
         keys = self._keys.step(step)
         key = keys.batch(self._issued_in_step)
         source_B = curriculum.choose(state.curriculum, config.curriculum, key.curriculum, config.data.prompts_per_batch)
-        temperatures = config.search.temperatures
+        temperatures, ratios = config.search.temperatures, config.search.skip_ratios
         if state.searching is None:
             state.searching = state.learner.behavior_policy()
         order = Order(
             number=state.ordered,
             policy=state.searching,
             prompts=state.with_prefixes(state.next_prompts(source_B), key.reset, step),
-            # All batches that a step orders share its plan, so one size of the nested model is compiled for them.
-            plan=state.draw_plan(keys.plan),
+            # All batches that a step orders share its plan, but for its size where that takes turns.
+            plan=state.draw_plan(keys.plan, ratios[state.ordered % len(ratios)] if ratios else None),
             key=key.rollout,
             temperature=temperatures[state.ordered % len(temperatures)] if temperatures else None,
         )

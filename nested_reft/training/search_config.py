@@ -35,6 +35,8 @@ class SearchConfig:
         temperatures: of the batches, which take turns in them (mixed exploration). Importance weights correct for that,
             since a sample keeps the log-probabilities that it was drawn with. Trajectory balance has none and scores
             all samples at `rollout.sampling.temperature`. Empty takes that one for all.
+        skip_ratios: of the batches' plans, which take turns in them as well: some batches nest deeper than others, and 0
+            is the full model. Each one compiles. Empty takes `nesting.skip_ratio` for all.
     """
 
     lag: int = 0
@@ -46,6 +48,7 @@ class SearchConfig:
     gpus_per_searcher: float = 0.0
     tpus_per_searcher: float = 0.0
     temperatures: tuple[float, ...] = ()
+    skip_ratios: tuple[float, ...] = ()
 
     def __post_init__(self):
         check_choice("search.backend", self.backend, Backend)
@@ -68,6 +71,9 @@ class SearchConfig:
                 raise ValueError(
                     f"search.temperatures holds {temperature}; allowed is {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
                 )
+        for ratio in self.skip_ratios:
+            if not 0 <= ratio < 1:
+                raise ValueError(f"search.skip_ratios holds {ratio}; allowed is 0 <= skip_ratio < 1")
         # With fewer orders than searchers, some of them would never work.
         most = 1 if self.backend == "inline" else self.lag + 1
         if self.searchers > most:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     policy = initial_policy(config) if policy is None else policy
     tokenizer, num_layers = policy.tokenizer, policy.num_layers
     config.nesting.validate_for(num_layers)
+    for skip_ratio in config.search.skip_ratios:
+        dataclasses.replace(config.nesting, skip_ratio=skip_ratio).validate_for(num_layers)
     if config.warm_start.steps:
         check_share("warm_start.layer_dropout", config.warm_start.layer_dropout, num_layers)
     _warn_of_warmup(config)
@@ -194,8 +197,8 @@ def _check_prefill(config: Config, prompts: int) -> None:
     most = prompts * replay.completions_per_prompt
     if replay.prefill > most and not config.reset.is_on:
         raise ValueError(
-            f"replay.prefill is {replay.prefill}; allowed is 0 to {most}, since there are {prompts} training prompts and"
-            f" replay.completions_per_prompt is {replay.completions_per_prompt}"
+            f"replay.prefill is {replay.prefill}; allowed is 0 to {most}, since there are {prompts} training prompts"
+            f" and replay.completions_per_prompt is {replay.completions_per_prompt}"
         )
 
 

@@ -257,6 +257,17 @@ REFUSED = {
             r"search.temperatures is \(0.5,\), but rollout.mode is 'exact'",
         ),
     ],
+    "depths_take_turns_alone": [
+        (
+            {"search": SearchConfig(skip_ratios=(0.0, 0.2))} | changes,
+            r"search.skip_ratios is \(0.0, 0.2\), with nesting.choice .*: allowed is a choice that draws layers",
+        )
+        for changes in (
+            {"nesting": NestingConfig(choice="fixed", layers=(2,))},
+            {"nesting": NestingConfig(skip_ratio=0.2, bridge=BridgeConfig("per_layer"))},
+            {"nesting_control": CONTROL},
+        )
+    ],
     "bfloat16_weights_need_adapters": [
         (
             {"model__dtype": "bfloat16"},

@@ -155,6 +155,19 @@ def test_batches_take_turns_in_their_temperatures(setup, tmp_path):
     assert means[1] > max(means[0], means[2], means[3])
 
 
+def test_batches_take_turns_in_how_deep_they_nest(setup, tmp_path):
+    """Of six layers none is left out and two are; a resumed run goes on with the next."""
+    started = with_search(setup, SearchConfig(lag=1, skip_ratios=(0.0, 0.34)))
+    run = trainer(started, tmp_path)
+    found = [run.step(0)]
+    save_after(run, 1)
+    run.close()
+    run = trainer(started, tmp_path, resume=True)
+    found += [run.step(number) for number in (1, 2)]
+    assert [len(record.plan.left_out(6)) for record in found] == [0, 2, 0]
+    assert [(record.groups.rollouts.part_BGL != 0).all() for record in found] == [True, False, True]
+
+
 def test_a_run_does_not_depend_on_who_searches(setup, tmp_path):
     """Nor does it skip a prompt: what the steps train on are the stream's prompts in their order."""
     inline = trainer(with_search(setup, SearchConfig(lag=2)), tmp_path / "inline")
@@ -357,6 +370,7 @@ def test_a_searcher_that_cannot_start_ends_an_earlier_phase(tmp_path, monkeypatc
         ),
         ({"timeout_seconds": 0.0}, r"search.timeout_seconds is 0.0; allowed is more than 0"),
         ({"timeout_seconds": float("nan")}, r"search.timeout_seconds is nan"),
+        ({"skip_ratios": (0.2, 1.0)}, r"search.skip_ratios holds 1.0; allowed is 0 <= skip_ratio < 1"),
         ({"temperatures": (1.0, 0.0)}, r"search.temperatures holds 0.0; allowed is 0.001 to 1000"),
         ({"gpus_per_searcher": 1.0}, r"search.gpus_per_searcher is 1.0; with search.backend 'inline' allowed is 0"),
         ({"tpus_per_searcher": -1.0, "backend": "ray"}, r"search.tpus_per_searcher is -1.0; allowed is 0 to"),
