@@ -7,7 +7,8 @@
 The rules are those of `training.orders`: in each step the learner orders batches until `lag` of them are under way
 beside the one that it waits for, takes the oldest and updates. Searchers take the oldest order that waits. New weights
 go out every k steps, and a searcher fetches them before its next order. Times of batches are log-normal; `--spread` is
-the standard deviation of their logarithm.
+the standard deviation of their logarithm. `--kept`, `--recent-share` and `--prefill` describe a store for replay, in
+batches of the size of a search; the column "trained age" is that of what is trained on.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SYNC_PERIODS = (1, 4)
 STEPS = 1000
 POSITIVE = number("more than 0, up to 1e6", lambda seconds: 0 < seconds <= 1e6)
 SECONDS = number("0 to 1e6", lambda seconds: 0 <= seconds <= 1e6)
+SHARE = number("0 to 1", lambda share: 0 <= share <= 1)
 SPREAD = number("0 to 3", lambda spread: 0 <= spread <= 3)
 
 
@@ -59,6 +61,21 @@ class Times:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """A store for replay, in batches of the size of a search; as it is made here, each is trained on once.
+
+    Attributes:
+        kept: batches that are stored, the newest ones.
+        recent_share: m, the share of groups of the newest version.
+        prefill: batches that the first update waits for.
+    """
+
+    kept: int = 1
+    recent_share: float = 1.0
+    prefill: int = 1
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the simulation says.
 
@@ -67,12 +84,14 @@ class Prediction:
         waited: of them, seconds that the learner waited.
         searchers_busy: share of the searchers' time in which they worked.
         staleness_T: age in steps of the batch of each step.
+        trained_age: mean age in steps of what is trained on.
     """
 
     seconds: float
     waited: float
     searchers_busy: float
     staleness_T: list[int]
+    trained_age: float
 
     @property
     def learner_busy(self) -> float:
@@ -80,46 +99,58 @@ class Prediction:
         return 1 - self.waited / self.seconds
 
 
-def simulate(times: Times, search: SearchConfig, checkpoint_every: int | None = None) -> Prediction:
+def simulate(
+    times: Times, search: SearchConfig, checkpoint_every: int | None = None, replay: Replay | None = None
+) -> Prediction:
     """Goes from event to event; nothing here depends on a clock.
 
     Args:
-        times: of the batches and updates; there are `lag` more batches than updates.
+        times: of the batches and updates; there are `lag` more batches than updates, and those of a prefill.
         search: searchers, lag and sync period; `inline` samples in the learner's own time, as it orders.
         checkpoint_every: steps after which the learner waits for all that is under way, as a checkpoint does; None for
             no checkpoints.
+        replay: what is stored; None trains on each batch as it comes.
     """
-    now = waited = worked = 0.0
+    replay = replay or Replay()
+    now, waited, worked, taken = 0.0, 0.0, 0.0, 0
     # Of each searcher, when it is free and which weights it has.
     free = [(0.0, index, -1) for index in range(search.searchers)]
-    ends, sent, staleness = list[float](), list[int](), list[int]()
+    ends, sent, staleness, trained = list[float](), list[int](), list[int](), list[float]()
     for step, update in enumerate(times.update_T):
-        ordered = now
-        while len(ends) <= step + search.lag:
-            version = step - step % search.sync_every
-            is_free, index, held = heapq.heappop(free)
-            took = times.sample_T[len(ends)] + (times.sync if held != version else 0.0)
-            end = max(now, is_free) + took
-            heapq.heappush(free, (end, index, version))
-            ends.append(end)
-            sent.append(version)
-            worked += took
-            if search.backend == "inline":
-                now = end
-        now = max(now, ends[step])
+        ordered, version = now, step - step % search.sync_every
+        while taken < step + replay.prefill:
+            while len(ends) <= taken + search.lag:
+                is_free, index, held = heapq.heappop(free)
+                took = times.sample_T[len(ends)] + (times.sync if held != version else 0.0)
+                end = max(now, is_free) + took
+                heapq.heappush(free, (end, index, version))
+                ends.append(end)
+                sent.append(version)
+                worked += took
+                if search.backend == "inline":
+                    now = end
+            now = max(now, ends[taken])
+            taken += 1
         waited += now - ordered
-        staleness.append(step - sent[step])
+        staleness.append(step - sent[taken - 1])
+        stored = sent[max(taken - replay.kept, 0) : taken]
+        trained.append(step - replay.recent_share * max(stored) - (1 - replay.recent_share) * float(np.mean(stored)))
         now += update
         if checkpoint_every is not None and (step + 1) % checkpoint_every == 0:
             drained = max(now, *ends)
             waited, now = waited + drained - now, drained
     # What searchers do after the last step helps nobody.
     late = sum(max(0.0, end - now) for end in ends)
-    return Prediction(now, waited, (worked - late) / (search.searchers * now), staleness)
+    return Prediction(now, waited, (worked - late) / (search.searchers * now), staleness, float(np.mean(trained)))
 
 
 def sizes(
-    sample_seconds: float, update_seconds: float, sync_seconds: float, spread: float, checkpoint_every: int | None
+    sample_seconds: float,
+    update_seconds: float,
+    sync_seconds: float,
+    spread: float,
+    checkpoint_every: int | None,
+    replay: Replay,
 ) -> list[dict[str, float]]:
     """Utilisation and staleness for 1 to 256 searchers, a row for each.
 
@@ -128,7 +159,7 @@ def sizes(
         update_seconds: of an update.
         sync_seconds: until new weights have come to a searcher.
         spread: standard deviation of the logarithm of a batch's time; 0 makes all batches alike.
-        checkpoint_every: as `simulate` takes it.
+        checkpoint_every, replay: as `simulate` takes them.
     """
     rows = list[dict[str, float]]()
     for searchers in SEARCHERS:
@@ -136,9 +167,9 @@ def sizes(
         # batches that take long.
         for lag, sync_every in itertools.product((searchers, 2 * searchers), SYNC_PERIODS):
             search = SearchConfig(lag=lag, sync_every=sync_every, backend="thread", searchers=searchers)
-            draws = np.random.default_rng(0).normal(-(spread**2) / 2, spread, STEPS + lag)
+            draws = np.random.default_rng(0).normal(-(spread**2) / 2, spread, STEPS + lag + replay.prefill - 1)
             times = Times(sample_seconds * np.exp(draws), np.full(STEPS, update_seconds), sync_seconds)
-            found = simulate(times, search, checkpoint_every)
+            found = simulate(times, search, checkpoint_every, replay)
             rows.append(
                 {
                     "searchers": searchers,
@@ -149,6 +180,7 @@ def sizes(
                     "searchers busy": round(found.searchers_busy, 2),
                     "mean age": round(float(np.mean(found.staleness_T)), 1),
                     "oldest": max(found.staleness_T),
+                    "trained age": round(found.trained_age, 1),
                 }
             )
     return rows
@@ -217,6 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sync-seconds", type=SECONDS, default=0.0, help="until new weights have come to a searcher")
     parser.add_argument("--spread", type=SPREAD, default=0.3, help="of the logarithm of a batch's time")
     parser.add_argument("--checkpoint-every", type=whole(1), help="steps; left out, there are no checkpoints")
+    parser.add_argument("--kept", type=whole(1), default=1, help="batches that a store for replay holds")
+    parser.add_argument("--recent-share", type=SHARE, default=1.0, help="m, of groups of the newest version")
+    parser.add_argument("--prefill", type=whole(1), default=1, help="batches that the first update waits for")
     parser.add_argument("--check", nargs="?", const="tiny", metavar="CONFIG", help="also runs a configuration here")
     parser.add_argument("--judge-seconds", type=SECONDS, default=0.5, help="of the slow judge, for each completion")
     parser.add_argument("--steps", type=whole(1), default=40, help="of each run")
@@ -231,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     times = known.sample_seconds, known.update_seconds, known.sync_seconds, known.spread
-    rows = sizes(*times, known.checkpoint_every)
+    rows = sizes(*times, known.checkpoint_every, Replay(known.kept, known.recent_share, known.prefill))
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     found = {} if known.check is None else compared(known.check, known.steps, known.judge_seconds)
     if found:

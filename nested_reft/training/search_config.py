@@ -35,8 +35,8 @@ class SearchConfig:
         temperatures: of the batches, which take turns in them (mixed exploration). Importance weights correct for that,
             since a sample keeps the log-probabilities that it was drawn with. Trajectory balance has none and scores
             all samples at `rollout.sampling.temperature`. Empty takes that one for all.
-        skip_ratios: of the batches' plans, which take turns in them as well: some batches nest deeper than others, and 0
-            is the full model. Each one compiles. Empty takes `nesting.skip_ratio` for all.
+        skip_ratios: of the batches' plans, which take turns in them as well: some batches nest deeper than others. 0 is
+            the full model. Each one compiles. Empty takes `nesting.skip_ratio` for all.
     """
 
     lag: int = 0

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.async_sizing import Times, main, measured_and_predicted, simulate
+from experiments.async_sizing import Replay, Times, main, measured_and_predicted, simulate
 from nested_reft.training.search_config import SearchConfig
 
 
@@ -62,6 +62,22 @@ def test_a_checkpoint_waits_for_all_that_is_under_way():
     assert found.staleness_T == [0, 1]
 
 
+def test_a_store_makes_what_is_trained_on_older():
+    """Batches of two steps are kept. From the second step on, half of the groups are 0 or 1 steps old."""
+    found = simulate(times(3.0, 1.0, 4, 0), SearchConfig(), replay=Replay(kept=2, recent_share=0.5))
+    assert found.trained_age == pytest.approx(3 * 0.5 * 0.5 / 4) and found.staleness_T == [0, 0, 0, 0]
+    assert found.seconds == 16.0
+
+
+def test_the_first_update_waits_for_the_prefill():
+    """Three batches in turns, then one for each update: 6 x 3 + 4 seconds."""
+    search = SearchConfig()
+    found = simulate(times(3.0, 1.0, 4, 2), search, replay=Replay(kept=3, recent_share=0.0, prefill=3))
+    assert (found.seconds, found.waited) == (22.0, 18.0)
+    # Versions 0 0 0, then 0 0 1, 0 1 2 and 1 2 3.
+    assert found.trained_age == pytest.approx((0 + 2 / 3 + 1 + 1) / 4)
+
+
 @pytest.mark.slow
 def test_a_real_run_is_predicted():
     """The learner samples in turns, and each of three batches waits half a second for its judge."""
@@ -79,6 +95,7 @@ def test_a_real_run_is_predicted():
         (["--sample-seconds", "-1"], "--sample-seconds is -1.0; allowed is more than 0, up to 1e6"),
         (["--update-seconds", "0"], "--update-seconds is 0.0; allowed is more than 0"),
         (["--sync-seconds", "nan"], "--sync-seconds is nan; allowed is 0 to 1e6"),
+        (["--recent-share", "2"], "--recent-share is 2.0; allowed is 0 to 1"),
         (["--spread", "100"], "--spread is 100.0; allowed is 0 to 3"),
         (["--checkpoint-every", "0"], "--checkpoint-every is 0; allowed is a whole number from 1"),
         (["--check", "tinny"], "configuration 'tinny' is unknown"),
