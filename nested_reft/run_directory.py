@@ -145,7 +145,7 @@ class RunDirectory:
         """
         self.check_in_place()
         self._metrics.write([{"step": step} | metrics])
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        numbers: dict[str, float] = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self._events.write(step, numbers, {name: metrics[name] for name in HISTOGRAMS if name in metrics})
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
