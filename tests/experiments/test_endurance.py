@@ -8,10 +8,11 @@ import pytest
 from experiments.endurance import main
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_a_row_at_the_beginning_and_at_each_quarter(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    assert main(["--steps", "4", "--json", str(file)]) == 0
+    assert main(["--backend", "inline", "--steps", "4", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     # Two batches are under way when a step ends, whoever searches.
