@@ -33,16 +33,20 @@ from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, exactly
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.json_files import write_json
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training import record
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
+from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.training.trainer import Trainer
 from nested_reft.training.warm_start import WarmStartConfig
+from nested_reft.types import Prompts, Scored
 
 DIGITS = 128  # of the numbers of `tiny_long`
 KEPT_METRICS = (
@@ -226,37 +230,34 @@ class CompilingTime:
         return total
 
 
-def timed_run(setup: Setup) -> dict[str, Any]:
+def timed_run(setup: Setup, judge_seconds: float = 0.0) -> dict[str, Any]:
     """One run: what each step cost, and held-out greedy accuracy where it is evaluated.
 
     Args:
         setup: the start and the data; its policy stays as it is, so that other runs can start from it.
+        judge_seconds: that the rewards of each batch wait for a judge elsewhere.
 
     Returns:
         JSON-able values. `config` is what `finished` compares. `steps` holds a list for each measure, one value for
-        each step: `seconds` (without `compiling_seconds`), `rollout_seconds`, `tokens` that were sampled, and
-        `KEPT_METRICS`, None where a step has none. `evaluations` holds `step`, `greedy` and `accuracy`, from step 0 on.
+        each step: `seconds` (without `compiling_seconds`), `rollout_seconds`, `search_seconds` of its batches at their
+        searchers, `update_seconds` of all but waiting for them, `tokens` that were sampled, and `KEPT_METRICS`, None
+        where a step has none. `evaluations` holds `step`, `greedy` and `accuracy`, from step 0 on.
         `load` is the machine's load average before and after.
     """
     config, load = setup.config, [os.getloadavg()[0]]
-    steps: list[dict[str, Any]] = []
+    steps, evaluations, due = list[dict[str, Any]](), list[dict[str, Any]](), list[tuple[int, Policy]]()
     with tempfile.TemporaryDirectory() as directory, Trainer(setup, RunDirectory(Path(directory))).open() as trainer:
-        evaluations = [{"step": 0} | _heldout(trainer)]
-        for number in range(1, config.train.steps + 1):
-            with CompilingTime() as compiling:
-                found = trainer.step(number - 1)
-            metrics = record.metrics(found, config, trainer.state.data.source_names)
-            steps.append(
-                {
-                    "seconds": found.seconds - compiling.seconds,
-                    "compiling_seconds": compiling.seconds,
-                    "rollout_seconds": found.rollout_seconds,
-                    "tokens": round(found.tokens_per_second * found.rollout_seconds),
-                }
-                | {name: metrics.get(name) for name in KEPT_METRICS}
-            )
+        if judge_seconds:
+            _wait_for_judge(trainer.searcher, judge_seconds)
+        for number in range(config.train.steps + 1):
+            if number > 0:
+                steps.append(_timed_step(trainer, number))
             if number % config.evaluation.every_steps == 0 or number == config.train.steps:
-                evaluations.append({"step": number} | _heldout(trainer))
+                due.append((number, trainer.state.learner.policy()))
+            # Evaluations do not count, and searchers beside the learner would work on meanwhile, so theirs come last.
+            if config.search.backend == "inline" or number == config.train.steps:
+                evaluations += [{"step": at} | _heldout(trainer, policy) for at, policy in due]
+                due.clear()
     return {
         "config": config.to_json(),
         "steps": _columns(steps),
@@ -266,10 +267,39 @@ def timed_run(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _heldout(trainer: Trainer) -> dict[str, float]:
-    """Held-out accuracy of the full model: greedy, and the one that curves are of; every task has one source."""
+def _timed_step(trainer: Trainer, number: int) -> dict[str, Any]:
+    """Takes a step, counted from 1; what it cost."""
+    with CompilingTime() as compiling:
+        found = trainer.step(number - 1)
+    metrics = record.metrics(found, trainer.config, trainer.state.data.source_names)
+    return {
+        "seconds": found.seconds - compiling.seconds,
+        "compiling_seconds": compiling.seconds,
+        "rollout_seconds": found.rollout_seconds,
+        "search_seconds": sum(scored.stats.seconds for scored in found.found if scored.stats is not None),
+        "update_seconds": found.seconds - found.search.waited_seconds - compiling.seconds,
+        "tokens": round(found.tokens_per_second * found.rollout_seconds),
+    } | {name: metrics.get(name) for name in KEPT_METRICS}
+
+
+def _wait_for_judge(searcher: Searcher, seconds: float) -> None:
+    """Makes every batch wait as long for its rewards; no core works meanwhile, so searchers can wait side by side."""
+    search = searcher.search
+
+    def judged(policy: Policy, prompts: Prompts, plan: LayerPlan, key: jax.Array) -> Scored:
+        scored = search(policy, prompts, plan, key)
+        time.sleep(seconds)
+        assert scored.stats is not None
+        stats = dataclasses.replace(scored.stats, scoring_seconds=scored.stats.scoring_seconds + seconds)
+        return dataclasses.replace(scored, stats=stats)
+
+    searcher.search = judged
+
+
+def _heldout(trainer: Trainer, policy: Policy) -> dict[str, float]:
+    """Held-out accuracy of a full model: greedy, and the one that curves are of; every task has one source."""
     state = trainer.state
-    (found,) = heldout_results(state.learner.policy(), state.data, trainer.config, trainer.keys.evaluation).values()
+    (found,) = heldout_results(policy, state.data, trainer.config, trainer.keys.evaluation).values()
     sampled = found.sampled_accuracy
     return {"greedy": found.greedy_accuracy, "accuracy": found.greedy_accuracy if sampled is None else sampled}
 

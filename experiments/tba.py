@@ -2,26 +2,40 @@
 
     python -m experiments.tba
     python -m experiments.tba --lags 0 32 --losses "no correction" "trajectory balance" --seeds 0 1
+    python -m experiments.tba --lags 0 8 --searchers 8 --judge-seconds 1 --losses "no correction" "trajectory balance"
 
 `tiny` without nesting, so that age alone is off-policy. Searchers run `search.lag` batches ahead, and each batch is
 trained on in two passes, so it is 2 x lag updates old. All runs of a seed start from the same weights, take the same
 steps and draw as many completions; they differ in loss and lag. What is finished is kept as JSON in `--out` and not
-computed again. The command ends with a table for each lag and a figure.
+computed again. The command ends with a table for each lag, a table of seconds and a figure.
 
 A run's speed is its mean gain: held-out accuracy above that of the start, averaged over all evaluations. It is compared
 with the run of the same seed and lag without a correction. Intervals are 95 % percentile bootstraps over seeds.
+
+With lag 0 among the lags, the last table compares times: seconds until a run reaches 0.9 of what the run without a lag
+gains, for each loss. Those of lag 0 are synchronous. With `--searchers`, threads search beside the learner wherever
+there is a lag; without, the learner samples in turns, and only the simulation says what searchers would save. It takes
+the run's own times of batches and updates. With `--judge-seconds`, each batch waits for its rewards without a core at
+work, so a machine of few cores shows what many searchers give. Keep such runs in an `--out` of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from experiments.async_sizing import SEARCHERS, SECONDS, Times, simulate
 from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables, told
 from experiments.equal_time import timed_run
+from experiments.equal_time_summary import cost_to_reach
+from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, kept_run
 from nested_reft.cli.arguments import Parser, whole
 from nested_reft.cli.bad_input import BadInput
@@ -31,13 +45,15 @@ from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
+from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.warm_start import WarmStartConfig
 
 PLAIN = PolicyGradientConfig("group_std", "one", "token", "token_mean")
-# The clip of GRPO takes the policy that sampled for the one at rollout time: with old batches that is not the same.
+# GRPO clips the ratio to the policy before the update. Where batches are old, another policy drew them, and the ratio
+# here is to that one.
 LOSSES: dict[str, ObjectiveConfig] = {
     BASELINE: PLAIN,
     "GRPO, clip to the sampler": dataclasses.replace(PLAIN, bias_mitigation="base", clip_low=0.2, clip_high=0.2),
@@ -50,7 +66,7 @@ LOSSES: dict[str, ObjectiveConfig] = {
 }
 
 
-def experiment_config(lag: int, loss: str, seed: int, steps: int) -> Config:
+def experiment_config(lag: int, loss: str, seed: int, steps: int, searchers: int = 0) -> Config:
     """`tiny` with one lag and one loss, without the warm start, which all runs of a seed share.
 
     Args:
@@ -58,9 +74,11 @@ def experiment_config(lag: int, loss: str, seed: int, steps: int) -> Config:
         loss: one of `LOSSES`.
         seed: of the run.
         steps: of the run.
+        searchers: threads that search ahead, no more than a lag has batches; 0 where the learner samples in turns.
     """
     config = load_config("tiny")
     is_balance = loss == "trajectory balance"
+    threads = {"backend": "thread", "searchers": min(searchers, lag)} if searchers and lag else {}
     return dataclasses.replace(
         config,
         name=f"tba-lag{lag}-{slug(loss)}-{seed}",
@@ -69,14 +87,22 @@ def experiment_config(lag: int, loss: str, seed: int, steps: int) -> Config:
         loss=LOSSES[loss],
         # The residuals of trajectory balance are in units of 1 / beta; Adam divides the length of gradients out.
         optimizer=dataclasses.replace(config.optimizer, max_gradient_norm=1e6) if is_balance else config.optimizer,
-        search=SearchConfig(lag=lag),
+        search=SearchConfig(lag=lag, **threads),
         train=dataclasses.replace(config.train, seed=seed, steps=steps, updates_per_batch=2),
         evaluation=EvaluationConfig(10, 4, pass_k=4, batch_size=64),
         warm_start=WarmStartConfig(),
     )
 
 
-def runs_of(lags: Sequence[int], losses: Sequence[str], seeds: Sequence[int], steps: int, out: Path) -> list[Run]:
+def runs_of(
+    lags: Sequence[int],
+    losses: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    out: Path,
+    searchers: int = 0,
+    judge_seconds: float = 0.0,
+) -> list[Run]:
     """Every run that is asked for, computed where it is not kept.
 
     Args:
@@ -85,16 +111,106 @@ def runs_of(lags: Sequence[int], losses: Sequence[str], seeds: Sequence[int], st
         seeds: of the runs.
         steps: of each run.
         out: where results and shared starts are kept.
+        searchers: as `experiment_config` takes it.
+        judge_seconds: as `timed_run` takes it.
     """
     warm_start, found = load_config("tiny").warm_start, list[dict[str, Any]]()
     for seed in seeds:
         for lag in lags:
             for loss in losses:
-                config = experiment_config(lag, loss, seed, steps)
-                file = out / f"lag{lag}-{slug(loss)}-seed{seed}.json"
-                run = kept_run(file, config, timed_run, told, warm_start)
+                config = experiment_config(lag, loss, seed, steps, searchers)
+                # The judge is no part of the configuration, which says what a kept run is of.
+                judge = f"-judge{judge_seconds:g}" if judge_seconds else ""
+                file = out / f"lag{lag}-{slug(loss)}-seed{seed}{judge}.json"
+                measure = partial(timed_run, judge_seconds=judge_seconds)
+                run = kept_run(file, config, measure, told, warm_start)
                 found.append(run | {"mismatch": f"lag {lag}", "correction": loss, "seed": seed})
     return found
+
+
+def times_to_level(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Seconds to the level of the synchronous run of the same seed and loss.
+
+    Args:
+        runs: with one of lag 0 for every seed and loss.
+
+    Returns:
+        JSON-able results by loss and lag: seconds of each seed in which the run came to the level, measured and
+        simulated for several numbers of searchers, how many seeds `reached` it, and the `ratio` of the sums with its
+        `interval`.
+    """
+    found = dict[str, dict[str, dict[str, Any]]]()
+    for loss in dict.fromkeys(run["correction"] for run in runs):
+        # The summary calls the runs that others are compared with `full`.
+        names = {run["mismatch"]: run["mismatch"] if _lag(run) else "full" for run in runs}
+        own = [run | {"variant": names[run["mismatch"]]} for run in runs if run["correction"] == loss]
+        found[loss] = {}
+        for variant, summary in summarise_times(own).items():
+            chosen = [run for run in own if run["variant"] == variant and run["seed"] in summary["seeds"]]
+            reached = [steps_to_reach(run, level) for run, level in zip(chosen, summary["levels"], strict=True)]
+            found[loss][chosen[0]["mismatch"]] = summary["seconds"] | {
+                "steps_to_level": reached,
+                "simulated": {
+                    searchers: [simulated(run, steps, searchers) for run, steps in zip(chosen, reached, strict=True)]
+                    for searchers in SEARCHERS
+                    if searchers <= max(_lag(chosen[0]), 1)
+                },
+            }
+    return found
+
+
+def steps_to_reach(run: Run, level: float) -> float:
+    """Steps until a run first reached a level; all of them where it never did.
+
+    Args:
+        run: of one seed.
+        level: accuracy, as a share.
+    """
+    steps = {"step": [1.0] * len(run["steps"]["seconds"])}
+    return cost_to_reach(run | {"steps": steps}, level, "step")[0]
+
+
+def simulated(run: Run, steps: float, searchers: int) -> float:
+    """Seconds of the first steps if searchers worked beside the learner, each with devices of its own.
+
+    Args:
+        run: whose batches and updates say how long these take.
+        steps: how many; rounded up.
+        searchers: how many; a run without a lag has none and samples in turns.
+    """
+    lag, updates = _lag(run), max(math.ceil(steps), 1)
+    # A median, because the first steps compile.
+    sample, update = (float(np.median(run["steps"][name])) for name in ("search_seconds", "update_seconds"))
+    search = SearchConfig(lag=lag, backend="thread", searchers=searchers) if lag else SearchConfig()
+    return simulate(Times(np.full(updates + lag, sample), np.full(updates, update)), search).seconds
+
+
+def _lag(run: Run) -> int:
+    return run["config"]["search"]["lag"]
+
+
+def table_of_times(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Those times as text.
+
+    Args:
+        found: of `times_to_level`.
+    """
+    rows = [
+        [
+            loss,
+            lag,
+            f"{one['reached']} of {len(one['to_level'])}",
+            f"{np.mean(one['steps_to_level']):.0f}",
+            f"{np.mean(one['to_level']):.1f}",
+            f"{one['ratio']:.2f}",
+            "{:.2f}..{:.2f}".format(*one["interval"]),
+            ", ".join(f"{searchers}: {np.mean(seconds):.1f}" for searchers, seconds in one["simulated"].items()),
+        ]
+        for loss, lags in found.items()
+        for lag, one in lags.items()
+    ]
+    header = ["loss", "searching", "reached", "steps", "s to level", "of lag 0's", "95 %", "simulated s, by searchers"]
+    return table(header, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="NAME")
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=whole(1), default=100)
+    parser.add_argument("--searchers", type=whole(0), default=0, help="threads beside the learner; 0 samples in turns")
+    parser.add_argument("--judge-seconds", type=SECONDS, default=0.0, help="that each batch waits for its rewards")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment-tba"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
     try:
@@ -121,13 +239,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     compile_once(known.out)
-    runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out)
-    summary = summarise(runs)
+    options = known.searchers, known.judge_seconds
+    runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out, *options)
+    summary, times = summarise(runs), times_to_level(runs) if 0 in known.lags else {}
     print(tables(summary))
+    if times:
+        print(f"\nSeconds to the level\n\n{table_of_times(times)}")
     figure = known.out / "tba.png"
     draw(runs, figure, title="tiny, old completions")
     if known.json is not None:
-        write_json(known.json, {"versions": versions(), "lags": summary})
+        write_json(known.json, {"versions": versions(), "lags": summary, "times": times})
     print(f"written: {figure}")
     return 0
 

@@ -4,8 +4,7 @@ Completions are written once, in segments. A segment is a block: a file that nev
 share. Beside the segments a checkpoint holds one bit for each of their completions, and the marks of each row.
 
 A segment of which more than half is gone is given up: what is left of it is written anew, with the next segment. So
-files hold at most about twice what the store does, and each completion that is removed pays for at most one that is
-written again.
+files hold at most about twice what the store does. No more completions are written again than were removed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nested_reft.host_values import Block
-from nested_reft.replay_store import Entry, Segment, Store, chosen, restored, side_by_side
+from nested_reft.replay_store import REASONS, Entry, Segment, Store, chosen, codes, restored, side_by_side
 from nested_reft.types import Scored, completion_columns, concat, over_completions, take, with_completions
 
 _MARKS = ("drawn", "drawn_at")  # of a row, which do not follow from its completions
@@ -114,7 +113,7 @@ def load_store(plain: dict[str, Any]) -> Store:
         _entries(segments, [block.values for block in plain["segments"]], len(marks["drawn"])),
         marks,
         segments=segments,
-        turned_away=plain["turned_away"],
+        turned_away=dict.fromkeys(REASONS, 0) | plain["turned_away"],  # earlier versions had fewer
         **{field: plain[field] for field in _FIELDS},
     )
 
@@ -143,5 +142,5 @@ def _entries(segments: Sequence[Segment], values: Sequence[dict[str, Any]], num_
         own = {name: column[:, start:end].copy() for name, column in columns.items()}
         group = with_completions(take(prompts, [index_of[row]]), own)
         index_N = order_M[start:end]
-        entries[row] = Entry(group, arrival_M[index_N], number_M[index_N])
+        entries[row] = Entry(group, arrival_M[index_N], number_M[index_N], codes(group.rollouts))
     return entries

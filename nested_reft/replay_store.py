@@ -6,12 +6,13 @@ old, `ready` says whether an update can go ahead, `draw` makes its groups. A dra
 Completions are stored by prompt. A prompt's group may join completions of several versions, plans and searchers, and
 each completion says what drew it. What is decided for each group:
 
-    with probability m           a prompt that has completions of the newest version in the store; the newest of them
+    with probability m           a prompt that has completions of the newest version in the store; its newest ones
     otherwise                    any prompt; completions with probability proportional to exp(reward / temperature)
 
-Either way all prompts have their turn before one comes again. A prompt with fewer than K completions has each of them
-once and fills its group with repetitions. A prompt with a single one is taken where there is no other, since a group
-of equal completions has nothing to compare.
+Either way all prompts have their turn before one comes again. A group of newest completions takes those of older
+versions where the newest version left fewer than K. A prompt with fewer than K in all has each of them once, and
+repetitions fill its group. A prompt with a single completion is drawn only where every prompt of the same kind has but
+one, because a group of equal completions has nothing to compare.
 
 Source: TBA (Bartoldson et al., 2025, arXiv 2503.18929, section 4). Departures: "newest" goes by the version whose
 weights sampled and not by the time of arrival, and repetitions come only after every stored completion.
@@ -20,6 +21,8 @@ weights sampled and not by the time of arrival, and repetitions come only after 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,7 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt64
 
 from nested_reft.literals import check_whole
 from nested_reft.replay import GenerationLimitError
@@ -36,9 +39,10 @@ from nested_reft.types import Prompts, Rollouts, Scored, concat, over_completion
 from nested_reft.untrusted import MAX_WHOLE
 
 FRUITLESS_BATCHES = 100  # in a row that leave the store as small as it was, and the wait for a prefill ends
-REASONS = ("unscored", "uncounted", "low_reward", "long", "duplicate", "crowded", "full", "stale")
-"""Why a completion is turned away or taken out: it has no reward; it does not count; its reward is too low; it is too
-long; the same tokens came again; its prompt has too many newer ones; the store has; it is too old."""
+REASONS = ("unscored", "uncounted", "unsafe", "low_reward", "long", "duplicate", "crowded", "full", "stale")
+"""Why a completion is turned away or taken out: it has no reward; it does not count; `reward.safety` gave it 0 or less;
+its reward is too low; it is too long; the same tokens came again; its prompt has too many newer ones; the store has; it
+is too old."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,15 @@ class ReplayConfig:
 
     Attributes:
         capacity: completions that are kept, the newest ones; 0 trains on each group once, as it is found.
-        recent_share: m, in [0, 1]: probability with which a group is made of a prompt's newest completions.
+        recent_share: m, in [0, 1]: probability with which a group is made of the newest completions of a prompt
+            that the newest version sampled for.
         inverse_temperature: of the softmax over rewards that chooses the completions of the other groups; 0 is uniform.
         completions_per_prompt: kept of each prompt, the newest ones.
         group_size: K, completions of a group that an update trains on; None for `rollout.group_size`, which a search
             finds of each prompt.
         prefill: completions that the store has before the first update.
-        max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit.
+        max_staleness: versions that a completion may be behind; older ones are taken out. None for no limit. New
+            batches must be within it, so where searchers work ahead it is at least the age of those.
         minimum_reward: a completion with less is not kept; None for no limit.
         maximum_tokens: a longer completion is not kept; None for no limit.
     """
@@ -127,11 +133,22 @@ class Entry:
         group: one group of N completions, in the order of their arrival.
         arrival_N: the number of the batch that each came with.
         number_N: the completions' own numbers, which grow in the order of arrival.
+        code_N: a number of their tokens, as `codes` gives it.
     """
 
     group: Scored
     arrival_N: Int[np.ndarray, " N"]
     number_N: Int[np.ndarray, " N"]
+    code_N: UInt64[np.ndarray, " N"]
+
+    def take(self, index_M: Int[np.ndarray, " M"]) -> Entry:
+        """Some of the completions, in that order.
+
+        Args:
+            index_M: which.
+        """
+        columns = (column[index_M] for column in (self.arrival_N, self.number_N, self.code_N))
+        return Entry(chosen(self.group, index_M), *columns)
 
 
 @dataclass(frozen=True)
@@ -224,6 +241,7 @@ class _Draft:
         self._before = store
         self.entries, self.row_of, self.rows_R = list(store.entries), dict(store.row_of), store.rows_R.copy()
         self.turned_away, self.numbered, self.removed = dict(store.turned_away), store.numbered, list(store.removed)
+        self._free: Iterator[int] = iter(())  # rows that no prompt has, found when one is needed
 
     def store(self, **changes: Any) -> Store:
         """What it became."""
@@ -240,23 +258,25 @@ class _Draft:
 
     def put(self, group: Scored, per_prompt: int) -> None:
         """Adds the completions of one group behind those of its prompt."""
-        key = _key(group)
-        row, arrival_N = self.row_of.get(key), np.full(len(group.texts[0]), self._before.batches, np.int64)
-        number_N = self.numbered + np.arange(len(arrival_N))
-        self.numbered += len(arrival_N)
+        key, new = _key(group), len(group.texts[0])
+        row, arrival_N = self.row_of.get(key), np.full(new, self._before.batches, np.int64)
+        entry = Entry(group, arrival_N, self.numbered + np.arange(new), codes(group.rollouts))
+        self.numbered += new
         old = None if row is None else self.entries[row]
         if old is not None:
             group = over_completions(side_by_side, old.group, group)
-            arrival_N = np.concatenate([old.arrival_N, arrival_N])
-            number_N = np.concatenate([old.number_N, number_N])
-        kept_N = _last_of_equal(group.rollouts)
-        self.turned_away["duplicate"] += len(arrival_N) - len(kept_N)
+            names = ("arrival_N", "number_N", "code_N")
+            joined = {name: np.concatenate([getattr(old, name), getattr(entry, name)]) for name in names}
+            entry = Entry(group, **joined)
+        kept_N = _last_of_equal(entry, new)
+        self.turned_away["duplicate"] += len(entry.number_N) - len(kept_N)
         self.turned_away["crowded"] += max(len(kept_N) - per_prompt, 0)
         kept_N = kept_N[-per_prompt:]
-        self._note_removed(np.delete(number_N, kept_N))
+        self._note_removed(np.delete(entry.number_N, kept_N))
         if row is None:
             row = self.row_of[key] = self._free_row()
-        self.set(row, Entry(chosen(group, kept_N), arrival_N[kept_N], number_N[kept_N]))
+        # Taking all of many would copy them for nothing.
+        self.set(row, entry if len(kept_N) == len(entry.number_N) else entry.take(kept_N))
 
     def keep(self, row: int, kept_N: Bool[np.ndarray, " N"], reason: str) -> None:
         """Takes the other completions out of a row."""
@@ -265,8 +285,7 @@ class _Draft:
         self.turned_away[reason] += int((~kept_N).sum())
         self._note_removed(entry.number_N[~kept_N])
         if kept_N.any():
-            index_N = np.flatnonzero(kept_N)
-            self.set(row, Entry(chosen(entry.group, index_N), entry.arrival_N[index_N], entry.number_N[index_N]))
+            self.set(row, entry.take(np.flatnonzero(kept_N)))
         else:
             del self.row_of[_key(entry.group)]
             self.entries[row] = None
@@ -294,14 +313,18 @@ class _Draft:
             self.rows_R[name][row] = value
 
     def _free_row(self) -> int:
-        free_F = np.flatnonzero(self.rows_R["count"] == 0)
-        if not len(free_F):
-            # Doubling keeps the cost of growth in proportion to what is stored.
-            more = max(len(self.rows_R), 16)
-            free_F = np.array([len(self.rows_R)])
-            self.rows_R = np.concatenate([self.rows_R, np.zeros(more, _ROW)])
-            self.entries += [None] * more
-        row = int(free_F[0])
+        row = next(self._free, None)
+        if row is None:
+            # All at once, so that a batch of new prompts looks at the rows once.
+            free_F = np.flatnonzero(self.rows_R["count"] == 0)
+            if not len(free_F):
+                # Doubling keeps the cost of growth in proportion to what is stored.
+                size, more = len(self.rows_R), max(len(self.rows_R), 16)
+                free_F = np.arange(size, size + more)
+                self.rows_R = np.concatenate([self.rows_R, np.zeros(more, _ROW)])
+                self.entries += [None] * more
+            self._free = iter(free_F.tolist())
+            row = next(self._free)
         self.rows_R["drawn_at"][row] = -1
         return row
 
@@ -325,13 +348,37 @@ def restored(entries: list[Entry | None], drawn: dict[str, np.ndarray], **fields
     return draft.store()
 
 
-def _last_of_equal(rollouts: Rollouts) -> Int[np.ndarray, " M"]:
-    """The indices of one group's completions without those that come again later, in order."""
-    # The length tells a completion from one that ends with padding's token.
-    rows_NC = np.concatenate([rollouts.length_BG[0][:, None], rollouts.tokens_BGC[0]], axis=1)
-    rows_N = np.ascontiguousarray(rows_NC[::-1]).view(f"V{rows_NC.itemsize * rows_NC.shape[1]}")[:, 0]
-    _, first_M = np.unique(rows_N, return_index=True)
-    return np.sort(len(rows_N) - 1 - first_M)
+def codes(rollouts: Rollouts) -> UInt64[np.ndarray, " N"]:
+    """A number for each completion of one group. Equal completions have equal ones, and others hardly ever do.
+
+    Args:
+        rollouts: of one group.
+    """
+    rows_NC = _told_apart(rollouts, np.arange(rollouts.length_BG.shape[1])).astype(np.uint64)
+    return rows_NC @ _multipliers(rows_NC.shape[1])
+
+
+@functools.cache
+def _multipliers(size: int) -> UInt64[np.ndarray, " C"]:
+    return np.random.default_rng(0).integers(0, 2**63, size, np.uint64)
+
+
+def _told_apart(rollouts: Rollouts, index_M: Int[np.ndarray, " M"]) -> Int[np.ndarray, "M C"]:
+    """What tells completions of one group apart: the tokens, and the length where they end with padding's token."""
+    return np.concatenate([rollouts.length_BG[0, index_M, None], rollouts.tokens_BGC[0, index_M]], axis=1)
+
+
+def _last_of_equal(entry: Entry, new: int) -> Int[np.ndarray, " M"]:
+    """The indices of completions without those that come again later, in order.
+
+    Only the `new` last ones come again. Their codes spare looking at the tokens of all that are stored.
+    """
+    may_N = np.isin(entry.code_N, entry.code_N[-new:])
+    index_M = np.flatnonzero(may_N)
+    rows_MC = _told_apart(entry.group.rollouts, index_M)
+    rows_M = np.ascontiguousarray(rows_MC[::-1]).view(f"V{rows_MC.itemsize * rows_MC.shape[1]}")[:, 0]
+    _, first_K = np.unique(rows_M, return_index=True)
+    return np.sort(np.concatenate([np.flatnonzero(~may_N), index_M[len(rows_M) - 1 - first_K]]))
 
 
 def add(store: Store, config: ReplayConfig, scored: Scored) -> Store:
@@ -360,11 +407,13 @@ def add(store: Store, config: ReplayConfig, scored: Scored) -> Store:
 def _admitted(draft: _Draft, config: ReplayConfig, scored: Scored) -> Bool[np.ndarray, "B G"]:
     """The completions that may be kept; the others are counted under the first reason that holds."""
     rollouts, low, high = scored.rollouts, config.minimum_reward, config.maximum_tokens
+    safety_BG, nothing_BG = scored.parts.get("safety"), np.zeros_like(scored.scored_BG)
     refused = {
         "unscored": ~scored.scored_BG,
         "uncounted": ~np.asarray(rollouts.counted_BG),
-        "low_reward": np.zeros_like(scored.scored_BG) if low is None else scored.reward_BG < low,
-        "long": np.zeros_like(scored.scored_BG) if high is None else np.asarray(rollouts.length_BG) > high,
+        "unsafe": nothing_BG if safety_BG is None else safety_BG <= 0,
+        "low_reward": nothing_BG if low is None else scored.reward_BG < low,
+        "long": nothing_BG if high is None else np.asarray(rollouts.length_BG) > high,
     }
     admitted_BG = np.ones_like(scored.scored_BG)
     for reason, refused_BG in refused.items():
@@ -388,15 +437,27 @@ def _of_equal_prefix(rollouts: Rollouts, index_N: Int[np.ndarray, " N"]) -> Iter
 
 def _make_room(draft: _Draft, capacity: int) -> None:
     """Takes the completions that arrived first out, prompt by prompt, until the others fit."""
-    while draft.rows_R["count"].sum() > capacity:
-        count_R, arrival_R = draft.rows_R["count"], draft.rows_R["arrival"]
-        first = arrival_R[count_R > 0].min()
-        row = int(np.flatnonzero((count_R > 0) & (arrival_R == first))[0])
+    surplus = int(draft.rows_R["count"].sum()) - capacity
+    if surplus <= 0:
+        return
+    row_R = np.flatnonzero(draft.rows_R["count"] > 0)
+    arrival_R = draft.rows_R["arrival"][row_R]
+    # Each turn takes out one completion at least, so only so many rows can have one, and those that are as old as the
+    # last of them. A row that keeps some of its completions waits again, with the oldest that is left.
+    last = np.partition(arrival_R, surplus - 1)[surplus - 1] if surplus < len(row_R) else arrival_R.max()
+    is_old_R = arrival_R <= last
+    waiting = list(zip(arrival_R[is_old_R].tolist(), row_R[is_old_R].tolist(), strict=True))
+    heapq.heapify(waiting)
+    while surplus > 0:
+        first, row = heapq.heappop(waiting)
         entry = draft.entries[row]
         assert entry is not None
         # No more of them than there are too many.
-        surplus = int(count_R.sum()) - capacity
-        draft.keep(row, (entry.arrival_N > first) | (np.cumsum(entry.arrival_N == first) > surplus), "full")
+        kept_N = (entry.arrival_N > first) | (np.cumsum(entry.arrival_N == first) > surplus)
+        surplus -= int((~kept_N).sum())
+        draft.keep(row, kept_N, "full")
+        if kept_N.any():
+            heapq.heappush(waiting, (int(draft.rows_R["arrival"][row]), row))
 
 
 def without_stale(store: Store, config: ReplayConfig, version: int) -> Store:
@@ -471,7 +532,7 @@ def draw(store: Store, config: ReplayConfig, key: jax.Array, num_groups: int, gr
         entry = store.entries[row]
         assert entry is not None
         if is_recent:
-            index_K = _newest_completions(entry.group, newest, group_size, random)
+            index_K = _newest_completions(entry.group, group_size, random)
         else:
             index_K = _weighed_completions(entry.group, config.inverse_temperature, group_size, random)
         groups.append(chosen(entry.group, index_K))
@@ -505,9 +566,11 @@ def _take_turns(
     return np.array(found, np.int64)
 
 
-def _newest_completions(group: Scored, version: int, number: int, random: np.random.Generator) -> Int[np.ndarray, " K"]:
-    """The last ones of the version, each once, and repetitions of them where there are too few."""
-    index_N = np.flatnonzero(group.rollouts.version_BG[0] == version)[-number:]
+def _newest_completions(group: Scored, number: int, random: np.random.Generator) -> Int[np.ndarray, " K"]:
+    """Those of the newest versions, each once, and repetitions of them where there are too few."""
+    # De-duplication may leave one completion of the newest version, and copies of it alone would teach nothing. The
+    # sort is stable, so completions of one version go by their arrival.
+    index_N = np.argsort(group.rollouts.version_BG[0], kind="stable")[-number:]
     return np.concatenate([index_N, random.choice(index_N, number - len(index_N))])
 
 

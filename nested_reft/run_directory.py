@@ -21,6 +21,7 @@ from nested_reft.run_logs import Events, Log, cut, mend
 
 # The step of the first line, of a log with one line for each step; None of the other.
 LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}
+HISTOGRAMS = ("staleness_completions",)  # metrics that are counts of 0, of 1 and so on
 # These are the packages whose versions can change a result.
 PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -133,7 +134,7 @@ class RunDirectory:
                 mend(path, step, first_step)
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends a line, and a TensorBoard point for every number.
+        """Appends a line, a TensorBoard point for every number, and a histogram of the ages.
 
         Args:
             step: counted from 1; 0 is before the first.
@@ -144,7 +145,8 @@ class RunDirectory:
         """
         self.check_in_place()
         self._metrics.write([{"step": step} | metrics])
-        self._events.write(step, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
+        numbers: dict[str, float] = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        self._events.write(step, numbers, {name: metrics[name] for name in HISTOGRAMS if name in metrics})
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Appends a line per completion. JSON escapes whatever the model wrote.

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nested_reft.json_files import json_text
 
 logger = logging.getLogger(__name__)
@@ -81,13 +83,23 @@ class Events:
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
             self._writer.write_event(self._proto.Event(step=purge_step, wall_time=time.time(), session_log=start))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One point of each value, by its name."""
-        from tensorboardX.summary import scalar
+    def write(self, step: int, values: dict[str, float], histograms: dict[str, list[int]]) -> None:
+        """One point of each value and one histogram of each list of counts, by name.
 
-        for name, value in values.items():
-            event = self._proto.Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-            self._writer.write_event(event)
+        Args:
+            step: of all of them.
+            values: by name.
+            histograms: how often 0 was seen, and 1, and so on.
+        """
+        from tensorboardX.summary import histogram_raw, scalar
+
+        summaries = [scalar(name, value) for name, value in values.items()]
+        for name, count_A in histograms.items():
+            age_A, most = np.arange(len(count_A)), len(count_A) - 1
+            moments = sum(count_A), float(age_A @ count_A), float(age_A**2 @ count_A)
+            summaries.append(histogram_raw(name, 0, most, *moments, (age_A + 0.5).tolist(), count_A))
+        for summary in summaries:
+            self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
 
     def close(self) -> None:

@@ -108,8 +108,9 @@ class Rollouts:
         part_BGL: what its nested policy runs of each layer, as a `Part`, also where the full model drew it; with
             exact rollouts, what drafted.
         version_BG: number of updates that the sampled weights had seen in their phase.
+        temperature_BG: at which it was sampled.
 
-    The last three are equal within a group that was searched at once. Replay joins completions of several.
+    The last four are equal within a group that was searched at once. Replay joins completions of several.
     """
 
     prompt_BP: Int[Array, "B P"]
@@ -124,6 +125,7 @@ class Rollouts:
     full_share_BG: Float[Array, "B G"]
     part_BGL: Int8[Array, "B G L"]
     version_BG: Int[Array, "B G"]
+    temperature_BG: Float[Array, "B G"]
 
 
 def completion_fields() -> tuple[str, ...]:
@@ -196,7 +198,7 @@ class Scored:
         Args:
             value: what `to_plain` returned, with lists in place of tuples where it went through JSON.
         """
-        prompts, stats = dict(value["prompts"]), value["stats"]
+        prompts, stats, shape = dict(value["prompts"]), value["stats"], np.shape(value["reward_BG"])
         forced = prompts.pop("forced")
         rows: dict[str, Any] = {
             name: tuple(column) if isinstance(column, list) else column for name, column in prompts.items()
@@ -205,7 +207,8 @@ class Scored:
             **value
             | {
                 "prompts": Prompts(**rows, forced=None if forced is None else ForcedPrefixes(**forced)),
-                "rollouts": Rollouts(**value["rollouts"]),
+                # Checkpoints of earlier versions do not say at which temperature a completion was sampled.
+                "rollouts": Rollouts(**{"temperature_BG": np.full(shape, np.nan, np.float32)} | value["rollouts"]),
                 "texts": tuple(tuple(group) for group in value["texts"]),
                 "stats": None if stats is None else SearchStats(**stats),
             }

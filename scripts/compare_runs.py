@@ -18,7 +18,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.run_directory import read_log
 
-UNTIMED = ("seconds", "tokens_per_second", "compilations")  # parts of names whose values may differ
+UNTIMED = ("seconds", "tokens_per_second", "compilations", "searchers_")  # parts of names whose values may differ
 
 
 def differing_lines(run: Path, other: Path, name: str) -> list[str]:

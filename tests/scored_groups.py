@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nested_reft.replay_store import Store
 from nested_reft.types import Prompts, Rollouts, Scored
 
 TOKENS = 5
@@ -25,6 +26,7 @@ def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None, counted_BG=None
         full_share_BG=np.zeros(shape, np.float32),
         part_BGL=np.ones((*shape, 2), np.int8),
         version_BG=np.broadcast_to(number_B[:, None], shape),
+        temperature_BG=np.ones(shape, np.float32),
     )
     names = tuple(str(number) for number in number_B)
     return Scored(
@@ -43,3 +45,8 @@ def scored(accuracy_BG, first=0, reward_BG=None, scored_BG=None, counted_BG=None
         scored_BG=np.ones(shape, bool) if scored_BG is None else np.array(scored_BG),
         parts={"accuracy": accuracy_BG},
     )
+
+
+def texts_of(store: Store) -> list[str]:
+    """All completions of a store, in an order of their own."""
+    return sorted(text for entry in store.entries if entry is not None for text in entry.group.texts[0])

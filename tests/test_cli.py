@@ -26,6 +26,7 @@ from nested_reft.prompt_format import PromptFormat
 from nested_reft.run_directory import read_log
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import load_config
+from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import initial_policy
 
 ROOT = Path(__file__).parents[1]
@@ -457,6 +458,8 @@ def test_a_signal_while_train_is_imported_is_not_lost(monkeypatch, capsys):
             1,
             ["error: [Errno 28] No space", "to continue: "],
         ),
+        (SearchError("search.max_replacements is 2"), 1, ["error: search.max_replacements is 2", "to continue: "]),
+        (TimeoutError("batch 3 was not found"), 1, ["error: batch 3 was not found", "to continue: "]),
         (KeyboardInterrupt(), 130, ["to continue: nested-reft train --resume ", "interrupted"]),
         (FloatingPointError("step 2: loss is nan"), 1, ["error: step 2: loss is nan"]),
     ],

@@ -20,7 +20,7 @@ from nested_reft.replay_store import (
     without_stale,
 )
 from nested_reft.types import Scored
-from tests.scored_groups import TOKENS, scored
+from tests.scored_groups import TOKENS, scored, texts_of
 
 UNIFORM = ReplayConfig(capacity=10_000, recent_share=0.0)
 RECENT = dataclasses.replace(UNIFORM, recent_share=1.0)
@@ -51,10 +51,6 @@ def store_of(*batches: Scored, config: ReplayConfig = UNIFORM) -> Store:
     for batch in batches:
         store = add(store, config, batch)
     return store
-
-
-def texts_of(store: Store) -> list[str]:
-    return sorted(text for entry in store.entries if entry is not None for text in entry.group.texts[0])
 
 
 def draws(store: Store, config: ReplayConfig, steps: int, groups: int, size: int):
@@ -128,6 +124,27 @@ def test_the_whole_store_drops_what_arrived_first_and_no_more_than_it_must():
     assert summary(store, 2).prompts == 3
 
 
+def test_what_goes_is_the_oldest_row_by_row():
+    """Against the rule in one line: the smallest by arrival, row and place in the row. Rows mix five arrivals."""
+    random, roomy = np.random.default_rng(0), dataclasses.replace(UNIFORM, capacity=10**6)
+    store = Store()
+    for number in range(5):
+        prompts = random.permutation(12)[:7].tolist()
+        store = add(store, roomy, found(prompts, number, group=3, first=10 * number))
+    batch = found([3, 20], 5, first=90)
+    whole = add(store, roomy, batch)
+    order = sorted(
+        (int(arrival), row, place, text)
+        for row, entry in enumerate(whole.entries)
+        if entry is not None
+        for place, (arrival, text) in enumerate(zip(entry.arrival_N, entry.group.texts[0], strict=True))
+    )
+    for capacity in (len(whole) - 1, 60, 31, 8, 1):
+        kept = add(store, dataclasses.replace(UNIFORM, capacity=capacity), batch)
+        assert texts_of(kept) == sorted(text for *_, text in order[len(order) - capacity :])
+        assert kept.turned_away["full"] == len(whole) - capacity
+
+
 def test_what_is_refused_is_counted_under_its_reason():
     """Of six completions one has no score, one does not count, one has too little reward and one is too long."""
     config = dataclasses.replace(UNIFORM, minimum_reward=0.5, maximum_tokens=4)
@@ -141,6 +158,13 @@ def test_what_is_refused_is_counted_under_its_reason():
     store = add(Store(), config, dataclasses.replace(batch, rollouts=rollouts, scored_BG=scored_BG))
     assert texts_of(store) == ["1:4", "1:5"]
     assert summary(store, 0).turned_away == {"unscored": 1, "uncounted": 1, "low_reward": 1, "long": 1}
+
+
+def test_what_is_not_safe_is_not_kept():
+    batch = found([1], 0)
+    batch = dataclasses.replace(batch, parts=batch.parts | {"safety": np.array([[1, 0, -1, 0.5]], np.float32)})
+    store = add(Store(), UNIFORM, batch)
+    assert texts_of(store) == ["1:0", "1:3"] and summary(store, 0).turned_away == {"unsafe": 2}
 
 
 def test_completions_of_another_forced_prefix_are_another_prompts():
@@ -168,8 +192,8 @@ def test_stale_completions_go_by_the_version_that_sampled_and_not_by_arrival():
     assert not len(without_stale(fresh, config, 7)) and without_stale(fresh, config, 7).row_of == {}
 
 
-def test_recent_groups_are_of_the_newest_version_alone():
-    """With versions every k steps, m = 1 trains on versions at most 2k - 1 behind: here k = 1, so none behind.
+def test_recent_groups_are_of_the_newest_version_where_it_found_enough():
+    """Completions of an older version come in only where there are too few: here there are four of each prompt.
 
     A store that went by arrival would take the late completions of version 1.
     """
@@ -178,6 +202,23 @@ def test_recent_groups_are_of_the_newest_version_alone():
     for drawn in draws(store, RECENT, 20, 2, 3):
         assert (drawn.rollouts.version_BG == 2).all() and set(drawn.prompts.texts) == {"2", "3"}
         assert {text.split(":")[1] for texts in drawn.texts for text in texts} == {"11", "12", "13"}
+
+
+def test_a_recent_group_is_filled_from_older_versions_before_anything_is_repeated():
+    """Version 1 found one text four times, which leaves one of it. Copies of it alone would have no variance.
+
+    The others are the last of version 0, though a batch of it came late. With five completions, one is repeated.
+    """
+    same = found([1], 1, first=9)
+    tokens_BGC = np.full_like(same.rollouts.tokens_BGC, 9)
+    same = dataclasses.replace(
+        same, texts=(("1:9",) * 4,), rollouts=dataclasses.replace(same.rollouts, tokens_BGC=tokens_BGC)
+    )
+    store = store_of(found([1], 0, group=2), same, found([1], 0, group=2, first=5), config=RECENT)
+    (drawn,) = draws(store, RECENT, 1, 1, 4)
+    assert sorted(drawn.texts[0]) == ["1:1", "1:5", "1:6", "1:9"]
+    (drawn,) = draws(store, RECENT, 1, 1, 6)
+    assert len(drawn.texts[0]) == 6 and set(drawn.texts[0]) == {"1:0", "1:1", "1:5", "1:6", "1:9"}
 
 
 def test_the_share_of_recent_groups_is_m():

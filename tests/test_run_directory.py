@@ -98,6 +98,13 @@ def test_one_process_at_a_time_works_on_a_run(tmp_path):
 def tensorboard_points(path):
     """(step, name, value) of each point on the disk, and the steps from which on earlier files are hidden."""
     points, purged = [], []
+    for event in tensorboard_events(path):
+        points += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        purged += [event.step] * event.HasField("session_log")
+    return points, purged
+
+
+def tensorboard_events(path):
     for file in sorted(path.glob("events.out.tfevents*")):
         data, place = file.read_bytes(), 0
         while place < len(data):
@@ -105,10 +112,8 @@ def tensorboard_points(path):
             (length,) = struct.unpack_from("<Q", data, place)
             event = event_pb2.Event()  # pyright: ignore[reportAttributeAccessIssue] generated at import
             event.ParseFromString(data[place + 12 : place + 12 + length])
-            points += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            purged += [event.step] * event.HasField("session_log")
+            yield event
             place += length + 16
-    return points, purged
 
 
 def test_points_are_on_the_disk_when_a_step_is_logged(tmp_path):
@@ -118,6 +123,18 @@ def test_points_are_on_the_disk_when_a_step_is_logged(tmp_path):
         run.log_metrics(step, {"reward": 0.5, "unscored": 2, "left_out_layers": [1], "warning": "far"})
         points, _ = tensorboard_points(tmp_path)
         assert points[-2:] == [(step, "reward", 0.5), (step, "unscored", 2)] and len(points) == 2 * (step + 1)
+
+
+def test_ages_become_a_histogram(tmp_path):
+    """One completion of age 0, none of age 1 and three of age 2: their sum is 6, that of squares 12."""
+    with closing(RunDirectory(tmp_path)) as run:
+        run.log_metrics(1, {"reward": 0.5, "staleness_completions": [1, 0, 3]})
+    values = [value for event in tensorboard_events(tmp_path) for value in event.summary.value]
+    (value,) = [value for value in values if value.HasField("histo")]
+    assert value.tag == "staleness_completions" and list(value.histo.bucket) == [1, 0, 3]
+    assert list(value.histo.bucket_limit) == [0.5, 1.5, 2.5]
+    assert (value.histo.min, value.histo.max, value.histo.num) == (0, 2, 4)
+    assert (value.histo.sum, value.histo.sum_squares) == (6, 12)
 
 
 def test_resuming_hides_tensorboard_points_after_the_checkpoint(tmp_path):

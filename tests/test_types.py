@@ -75,6 +75,7 @@ def rollouts(numbers: Numbers) -> Rollouts:
         full_share_BG=numbers.array(B, G, dtype=np.float32),
         part_BGL=numbers.coin(B, G, L).astype(np.int8),
         version_BG=numbers.array(B, G),
+        temperature_BG=numbers.array(B, G, dtype=np.float32),
     )
 
 
@@ -216,7 +217,7 @@ def test_completion_fields_are_those_with_a_value_for_each_completion():
     """A mixture takes them from the component that drew each completion; a new field must not be forgotten there."""
     assert set(completion_fields()) == {
         "tokens_BGC", "length_BG", "finished_BG", "forced_BG", "counted_BG", "behavior_logprob_BGC", "nested_BG",
-        "full_share_BG", "part_BGL", "version_BG",
+        "full_share_BG", "part_BGL", "version_BG", "temperature_BG",
     }  # fmt: skip
 
 
@@ -234,3 +235,10 @@ def test_scored_groups_come_back_from_a_checkpoint(forced, tmp_path):
         assert type(found[name]) is type(value), name
         assert np.array_equal(found[name], value), name
         assert not isinstance(value, np.ndarray) or found[name].dtype == value.dtype, name
+
+
+def test_a_checkpoint_from_before_samples_knew_their_temperature_can_be_read():
+    plain = scored(Numbers()).to_plain()
+    del plain["rollouts"]["temperature_BG"]
+    found = Scored.from_plain(plain).rollouts.temperature_BG
+    assert found.shape == (B, G) and found.dtype == np.float32 and np.isnan(found).all()

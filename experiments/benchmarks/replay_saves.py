@@ -62,6 +62,7 @@ def batch(first: int, prompts: int, group: int, random: np.random.Generator) -> 
         full_share_BG=np.zeros(shape, np.float32),
         part_BGL=np.ones((*shape, 2), np.int8),
         version_BG=ones_BG,
+        temperature_BG=np.ones(shape, np.float32),
     )
     rollouts = Rollouts(**fields)
     asked = Prompts(number_B[:, None], length_B, 0 * number_B, names, names, ({},) * prompts)

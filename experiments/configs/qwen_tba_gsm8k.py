@@ -1,6 +1,7 @@
 """Trajectory balance with replay (TBA, arXiv 2503.18929) on GSM8K, from `qwen_math_gsm8k`.
 
-Searches and updates take turns here; the paper runs them side by side.
+Searches and updates take turns here. The paper runs three searchers beside the learner: add --search.backend thread
+--search.searchers 3 --search.lag 3 where devices are free for them.
 
 Values of the paper's GSM8K runs (tables 2 to 4, appendix B): 7 prompts by 20 of 24 completions, temperature 0.7, 512
 tokens, 1000 steps, learning rate 1e-5 with 50 steps of warm-up, beta 0.012 to 0.004 by step 500, m = 0.95, uniform

@@ -2,8 +2,9 @@
 
 The victim is a frozen transformer of two layers with a planted weakness, in `_red_team_victim.py` beside this file.
 `harm` there is an ordinary reward function: the victim reads the completion, and its reply is scored. The paper's
-beta is 0.05, and its buffer keeps the newest 100,000 attacks. Sampling by reward is the half of the groups that is not
-recent. `experiments/red_team.py` reports reward and diversity of the attacks together.
+beta is 0.05, and its buffer keeps the newest 100,000 attacks. This one keeps 40,000, which are 5,000 for each of eight
+prompts. Sampling by reward is the half of the groups that is not recent. `experiments/red_team.py` reports reward and
+diversity of the attacks together.
 Command: nested-reft train tiny_red_team
 Time: about two minutes on two cores. 96 of 100 attacks succeed then.
 """
@@ -36,7 +37,7 @@ def get_config() -> Config:
         # The residual is in units of 1 / beta, so the gradient is long; Adam divides its length out.
         optimizer=OptimizerConfig(learning_rate=1e-3, max_gradient_norm=1e6),
         replay=ReplayConfig(
-            capacity=100_000,
+            capacity=40_000,
             recent_share=0.5,
             inverse_temperature=4.0,
             completions_per_prompt=5000,

@@ -18,6 +18,7 @@ from nested_reft.rewards.limits import RewardError
 from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
 from nested_reft.training.offline import OfflineKind, as_offline
 from nested_reft.training.reinforcement import EmptyUpdatesError
+from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import run_config
 
 RUNS = "runs"
@@ -66,7 +67,8 @@ def _train(
     except KeyboardInterrupt:
         complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
-    except OSError as error:  # a checkpoint, a log or a result could not be written
+    # A checkpoint, a log or a result could not be written, or there are no searchers any more.
+    except (OSError, SearchError) as error:
         complain(f"\nerror: {error}\n{_how_to_continue(path)}")
         raise SystemExit(1) from None
     except (GenerationLimitError, EmptyUpdatesError, RewardError) as error:

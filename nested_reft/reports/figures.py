@@ -19,14 +19,19 @@ from nested_reft.untrusted import printable
 Line = dict[str, Any]
 CURRICULUM = "curriculum/"
 BOUNDS = "bounds/"
+AGES = "staleness_completions"  # counts of trained completions, by age
 SPEEDS = ("tokens_per_second", "searched_tokens_per_second", "trained_tokens_per_second")  # what compiling slows down
 # Title, unit of the axis, and the metrics that a plain figure shows.
 FIGURES = {
     "accuracy": ("Accuracy of the sampled completions", "share right", ("accuracy",)),
-    "reward": ("Reward", "mean reward", ("reward",)),
+    "reward": ("Reward", "mean reward", ("reward", "replay/reward")),
     "ess": ("Effective sample size", "share of the samples", ("ess_token", "ess_sequence")),
     "speed": ("Speed of sampling and learning, without steps that compile", "tokens / second", SPEEDS),
-    "staleness": ("Age of the completions that were trained on", "versions", ("staleness_mean", "staleness_max")),
+    "staleness": (
+        "Age of the completions that were trained on, and of those that are kept",
+        "versions",
+        ("staleness_mean", "staleness_max", "replay/age"),
+    ),
     "waiting": (
         "Waiting for searchers, and for their weights",
         "seconds / step",
@@ -287,6 +292,8 @@ def _drawings(lines: Sequence[Line]) -> dict[str, Callable[[Any], None]]:
     if any(line.get("left_out_layers") for line in lines):
         # A figure of the full model would be empty, so it is drawn only where a step left layers out.
         drawings["left_out_layers"] = lambda figure: _draw_left_out(figure, lines)
+    if any(len(line.get(AGES) or ()) > 1 for line in lines):
+        drawings["ages"] = lambda figure: _draw_ages(figure, lines)
     if curriculum_sources(lines):
         drawings["curriculum"] = lambda figure: draw_curriculum(figure, lines)
     return drawings
@@ -361,6 +368,20 @@ def _draw_left_out(figure: Any, lines: Sequence[Line]) -> None:
     points = [(line["step"], layer) for line in lines for layer in line.get("left_out_layers") or ()]
     axis.scatter([step for step, _ in points], [layer for _, layer in points], s=6, marker="s")
     axis.set(title="Layers that the rollouts left out", xlabel="step", ylabel="layer")
+
+
+def _draw_ages(figure: Any, lines: Sequence[Line]) -> None:
+    axis = figure.subplots()
+    points = [
+        (line["step"], age, count / sum(line[AGES]))
+        for line in lines
+        for age, count in enumerate(line.get(AGES) or ())
+        if count
+    ]
+    steps, ages, shares = zip(*points, strict=True)
+    shown = axis.scatter(steps, ages, c=shares, s=6, marker="s", vmin=0, vmax=1)
+    axis.set(title="Ages of the completions that were trained on", xlabel="step", ylabel="versions")
+    figure.colorbar(shown, label="share of the step's completions")
 
 
 def _label(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -53,6 +54,8 @@ class RewardConfig:
             and returns a number of any kind that `float` takes. It is tried on a few gold answers before
             training. A run's configuration thus names code: look before you load a stranger's run.
         function_weight: of that number in the reward.
+        safety: another such function, which judges whether a completion may be kept for replay. What gets 0 or less is
+            scored and logged, but not kept.
         model: trained reward models, whose mean takes the place of the accuracy: runs of `nested-reft reward-model`,
             or what `nested-reft export` made of them. 0 is the mean of held-out preferred answers, and 1 a standard
             deviation of all held-out answers. What was cut off gets -1, as in DR-PO. With several models, the
@@ -72,6 +75,7 @@ class RewardConfig:
     accept_unevaluated: bool = True
     format_weight: float = 0.0
     function: str | None = None
+    safety: str | None = None
     function_weight: float = 1.0
     model: tuple[str, ...] = ()
     model_weight: float = 1.0
@@ -105,10 +109,12 @@ class RewardConfig:
             raise ValueError(f"reward.memory_gib is {self.memory_gib}; allowed is 0 (no limit), or 0.1 to {2**20}")
         if self.overlong_cache_tokens < 0:
             raise ValueError(f"reward.overlong_cache_tokens is {self.overlong_cache_tokens}; allowed is 0 or more")
-        if self.function is not None and not all(self.function.rpartition(":")):
-            raise ValueError(
-                f"reward.function is '{self.function}'; allowed is 'package.module:function' or 'path/file.py:function'"
-            )
+        for name in ("function", "safety"):
+            value = getattr(self, name)
+            if value is not None and not all(value.rpartition(":")):
+                raise ValueError(
+                    f"reward.{name} is '{value}'; allowed is 'package.module:function' or 'path/file.py:function'"
+                )
         if self.checker == "function" and self.function is None:
             raise ValueError("reward.checker is 'function', but reward.function is None; name the function there")
 
@@ -192,6 +198,7 @@ def score(
         "overlong": config.overlong_weight,
         "model": config.model_weight,
         "model_std": 0,
+        "safety": 0,
     }
     reward_BG = _weighted_sum(parts, weights)
     # Indicators of failure join after the sum, because they have no weight.
@@ -238,10 +245,12 @@ def _checked(
 ) -> tuple[dict[str, Float[np.ndarray, "B G"]], dict[Any, Outcome]]:
     """Accuracy, format and function of every completion, and what the workers said of those that they checked."""
     # The names depend on the configuration alone, so that batches of different prompts can be joined.
-    names = ["accuracy", "format", *(["function"] if config.function else [])]
+    functions = {name: value for name in ("function", "safety") if (value := getattr(config, name))}
+    names = ["accuracy", "format", *functions]
     parts = {name: np.zeros(finished_BG.shape, np.float32) for name in names}
     # Requests are gathered first and run together, so that all workers are busy.
     requests: dict[tuple[str, int, int], dict[str, Any]] = {}
+    safety = dict[tuple[str, int, int], dict[str, Any]]()  # of another function, so for other workers
     for b, g in itertools.product(*map(range, finished_BG.shape)):
         text, finished = texts_BG[b][g], bool(finished_BG[b, g])
         check = _check(checkers[b], text, prompts.answers[b], prompts.metadata[b], finished, config)
@@ -250,11 +259,12 @@ def _checked(
             parts["accuracy"][b, g] = check.accuracy
         else:
             requests["accuracy", b, g] = check.request
-        if config.function:
-            requests["function", b, g] = _function_request(
-                text, prompts.answers[b], prompts.texts[b], prompts.metadata[b], finished
-            )
+        for name in functions:
+            asked = _function_request(text, prompts.answers[b], prompts.texts[b], prompts.metadata[b], finished)
+            (requests if name == "function" else safety)[name, b, g] = asked
     outcomes = _run(requests, config)
+    if config.safety:
+        outcomes |= _run(safety, dataclasses.replace(config, function=config.safety))
     for (name, b, g), outcome in outcomes.items():
         # A request that failed has the value None; `scored_BG` tells it from a real 0.
         parts[name][b, g] = outcome.value or 0.0
@@ -306,9 +316,9 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
             raise ValueError(
                 "a source has the checker 'function', but reward.function is None; name the function there"
             )
-        problem = _pool(config).check("function")
-        if problem is not None:
-            raise ValueError(f"reward.function is '{config.function}', which does not load: {problem}")
+        _check_loads("function", config)
+    if config.safety:
+        _check_loads("safety", dataclasses.replace(config, function=config.safety))
     if "model" in kinds and not config.model:
         raise ValueError(NO_MODEL)
     for kind, package in (("math", "math-verify"), ("task", "reasoning-gym")):
@@ -325,6 +335,12 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
         # The gold answer is checked against itself: a checker that refuses it would refuse every completion.
         if outcome.value != 1.0:
             raise ValueError(_unreadable(examples[index], config, outcome.message or "it is not scored as right"))
+
+
+def _check_loads(field: str, config: RewardConfig) -> None:
+    problem = _pool(config).check("function")
+    if problem is not None:
+        raise ValueError(f"reward.{field} is '{config.function}', which does not load: {problem}")
 
 
 def _check_function(examples: Sequence[Example], config: RewardConfig) -> None:
@@ -346,7 +362,7 @@ def _gold_request(example: Example, config: RewardConfig) -> dict[str, Any] | No
     checker, answer = example.checker or config.checker, example.answer
     if checker == "task" and "source_dataset" not in example.metadata:
         raise ValueError(f"source '{example.source}' has the checker 'task', which is for reasoning-gym tasks only")
-    if checker in ("task", "function") or config.function:
+    if checker in ("task", "function") or config.function or config.safety:
         try:
             # Metadata cross a pipe as JSON, so what cannot is found before training.
             json.dumps(example.metadata, default=str)
@@ -454,7 +470,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _shared_pool(workers: int, time_limit_seconds: float, memory_gib: float, function: str | None) -> WorkerPool:
     """One pool for training and evaluation alike: starting workers takes a second or more."""
     return WorkerPool(workers, time_limit_seconds, memory_gib, function)

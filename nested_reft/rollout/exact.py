@@ -140,6 +140,7 @@ def generate_exact(
         full_share_BG=jnp.ones(rows),
         part_BGL=jnp.broadcast_to(plan.to_parts(num_layers), (*rows, num_layers)),
         version_BG=jnp.full(rows, policy_version, jnp.int32),
+        temperature_BG=jnp.full(rows, sampling.temperature, jnp.float32),
     )
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
 

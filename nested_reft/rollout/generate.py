@@ -101,6 +101,7 @@ def generate(
         full_share_BG=jnp.zeros(shape),
         part_BGL=jnp.broadcast_to(plan.to_parts(model.config.num_layers), (*shape, model.config.num_layers)),
         version_BG=jnp.full(shape, policy_version, jnp.int32),
+        temperature_BG=jnp.full(shape, sampling.temperature, jnp.float32),
     )
 
 

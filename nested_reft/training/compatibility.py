@@ -219,21 +219,34 @@ def replay_holds_a_batch(config: Config) -> None:
         )
 
 
+def staleness_limit_lets_new_batches_in(config: Config) -> None:
+    """A batch that searchers ordered ahead has an age when it comes, and its step trains on it at once."""
+    search, limit = config.search, config.replay.max_staleness
+    age = (search.lag + search.sync_every - 1) * config.train.updates_per_batch
+    if config.replay.is_on and limit is not None and limit < age:
+        raise ValueError(
+            f"replay.max_staleness is {limit}, but with search.lag {search.lag}, search.sync_every {search.sync_every}"
+            f" and train.updates_per_batch {config.train.updates_per_batch} new batches are up to {age} versions old"
+            f" when they come; allowed is {age} or more, or None"
+        )
+
+
+def safety_needs_a_store(config: Config) -> None:
+    """It decides what is kept for replay, and nothing else."""
+    if config.reward.safety is not None and not config.replay.is_on:
+        raise ValueError(
+            f"reward.safety is '{config.reward.safety}' and replay.capacity 0: it judges what is kept for replay. Set"
+            " replay.capacity, or leave reward.safety out"
+        )
+
+
 def replay_chooses_alone(config: Config) -> None:
-    """A store admits completions one by one, and its groups are of several depths and ages."""
-    if not config.replay.is_on:
-        return
-    if config.dynamic_sampling.filters_groups:
+    """A store admits completions one by one, and not by their groups."""
+    if config.replay.is_on and config.dynamic_sampling.filters_groups:
         raise ValueError(
             f"replay.capacity is {config.replay.capacity} and dynamic_sampling.max_generation_batches"
             f" {config.dynamic_sampling.max_generation_batches}: both decide what is trained on. Set"
             " max_generation_batches 1 or replay.capacity 0"
-        )
-    if config.nesting_control.hold is not None:
-        raise ValueError(
-            f"replay.capacity is {config.replay.capacity} and nesting_control.hold '{config.nesting_control.hold}': the"
-            " age of replayed completions would count as divergence of the nested policy. Use replay.capacity 0, or no"
-            " nesting_control"
         )
 
 
@@ -300,6 +313,17 @@ def mixed_temperatures_need_the_densities_that_drew(config: Config) -> None:
         )
 
 
+def depths_take_turns_alone(config: Config) -> None:
+    """Where batches take turns in how deep they nest, nothing else may decide it."""
+    nesting, hold = config.nesting, config.nesting_control.hold
+    if config.search.skip_ratios and (nesting.choice == "fixed" or nesting.bridge.is_on or hold is not None):
+        raise ValueError(
+            f"search.skip_ratios is {config.search.skip_ratios}, with nesting.choice '{nesting.choice}',"
+            f" nesting.bridge.kind '{nesting.bridge.kind}' and nesting_control.hold {hold!r}: allowed is a choice that"
+            " draws layers, without bridges and without control"
+        )
+
+
 def bfloat16_weights_need_adapters(config: Config) -> None:
     """Small updates round away in bfloat16 weights."""
     if config.model.dtype == "bfloat16" and config.lora.rank == 0:
@@ -347,12 +371,15 @@ RULES: tuple[Callable[[Config], None], ...] = (
     dynamic_sampling_needs_a_group,
     replay_needs_weights_for_old_completions,
     replay_holds_a_batch,
+    staleness_limit_lets_new_batches_in,
+    safety_needs_a_store,
     replay_chooses_alone,
     ratios_need_full_support,
     static_weights_name_every_source,
     static_weights_need_undivided_sources,
     stale_groups_need_their_own_weight,
     mixed_temperatures_need_the_densities_that_drew,
+    depths_take_turns_alone,
     bfloat16_weights_need_adapters,
     offline_objectives_sample_nothing,
 )

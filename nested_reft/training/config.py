@@ -288,9 +288,10 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
         # Sources of the other kinds lack the field, and None names no file.
         if isinstance(part.get(name), str):
             part[name] = absolute(part[name])
-    file, _, function = str(value["reward"]["function"]).rpartition(":")
-    if file.endswith(".py"):
-        value["reward"]["function"] = f"{absolute(file)}:{function}"
+    for name in ("function", "safety"):
+        file, _, function = str(value["reward"][name]).rpartition(":")
+        if file.endswith(".py"):
+            value["reward"][name] = f"{absolute(file)}:{function}"
     value["reward"]["model"] = [absolute(path) for path in value["reward"]["model"]]
     model = value["model"]["name"]
     # Known names come before files, so that a configuration means the same model in every directory.

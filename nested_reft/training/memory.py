@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 
@@ -15,11 +16,14 @@ from nested_reft.models.parameters import parameter_shapes
 from nested_reft.sharding import make_mesh
 from nested_reft.training.setup import Setup
 
+logger = logging.getLogger(__name__)
+
 
 def check_memory(setup: Setup) -> None:
     """Refuses training whose batches and caches cannot fit the mesh's devices together.
 
-    The figures are lower bounds (`least_bytes`), so what passes may still not fit.
+    The figures are lower bounds (`least_bytes`), so what passes may still not fit. A warning says where all versions
+    that searchers may hold (`old_weights`) would not fit.
 
     Args:
         setup: what the run starts from, before any training.
@@ -53,6 +57,56 @@ def check_memory(setup: Setup) -> None:
         raise ValueError(
             f"{stage} needs at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
         )
+    parts, held = least_bytes(setup)["updates"], old_weights(setup)
+    most = sum(parts.values()) - parts["old weights"] + held[1]
+    if most > capacity:
+        logger.warning(
+            "updates may need up to %s, of which %s are old weights for searchers; there are %s. Lower search.lag"
+            " (%d), raise search.sync_every (%d), or train adapters (lora.rank)",
+            *map(_size, (most, held[1], capacity)),
+            config.search.lag,
+            config.search.sync_every,
+        )
+
+
+def old_weights(setup: Setup) -> tuple[float, float]:
+    """Bytes of earlier versions on the learner's devices during an update: those that are certain, and the most.
+
+    Threads hold the weights of an order until it is carried out, so slow searchers hold several versions; fast ones may
+    be done early, and then no more than one is certain. Ray's searchers find theirs in its object store.
+
+    Args:
+        setup: what the run starts from; it gives the sizes of the model.
+    """
+    config, search = setup.config, setup.config.search
+    if isinstance(config.loss, OfflineConfig):
+        return 0.0, 0.0
+    # An update cannot take over the buffers of weights that others hold. A copy of low precision is made anew beside
+    # those in use. Adapters are small, and share what they adapt.
+    is_copied = config.rollout.weights != "target"
+    each = _copy_bytes(setup) if is_copied else 0.0 if config.lora.rank else _weight_bytes(setup)
+    # Within a period the weights of its start are kept for further orders; without a copy they are one version more.
+    kept = int(search.sync_every > 1 and not is_copied)
+    if search.backend != "thread" or search.lag == 0:
+        return kept * each, kept * each
+    # The orders of `lag` steps are under way, and a period shares its version.
+    return each, (1 + math.ceil((search.lag - 1) / search.sync_every)) * each
+
+
+def _weight_bytes(setup: Setup) -> float:
+    """Of the model's parameters; they lie once on each share of the batch."""
+    return float(_parameters(setup) * jnp.dtype(setup.config.model.dtype).itemsize)
+
+
+def _copy_bytes(setup: Setup) -> float:
+    """Of the copy that rollouts read, where they do not read the model's own parameters."""
+    weights = setup.config.rollout.weights
+    return 0.0 if weights == "target" else float(_parameters(setup) * jnp.dtype(weights).itemsize)
+
+
+def _parameters(setup: Setup) -> int:
+    shapes = parameter_shapes(setup.policy.model.config).values()
+    return setup.config.mesh.data * sum(math.prod(shape) for shape in shapes)
 
 
 def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
@@ -60,12 +114,11 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
 
     Weights, their moments and gradients lie once on each share of the batch (`mesh.data`). Caches are keys and values
     of all layers, for a run ends by timing the full model too; activations are each layer's input, of every token of
-    a micro-batch whose completions take all their tokens.
+    a micro-batch whose completions take all their tokens. Of the versions that searchers may hold, those that are
+    certain count (`old_weights`).
 
     Args:
         setup: what the run starts from; it gives the sizes of model, batch and mesh.
-
-    Searchers may hold several versions of the weights; only one of them is certain, because they may be done early.
 
     Returns:
         Stage -> what holds memory in it -> bytes.
@@ -75,22 +128,13 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     fed = config.rollout.max_completion_tokens - 1  # of each completion; the last is never fed
     own = group * fed
     item = jnp.dtype(config.model.dtype).itemsize
-    count = config.mesh.data * sum(math.prod(shape) for shape in parameter_shapes(model).values())
-    weights = float(count * item)
+    weights, copy = _weight_bytes(setup), _copy_bytes(setup)
     # AdamW keeps two moments of each weight in its dtype. Those of adapters are small enough for a lower bound
     # without them.
     moments = 0.0 if config.lora.rank else 2.0 * weights
     is_copied = config.rollout.weights != "target"
-    copy = count * jnp.dtype(config.rollout.weights).itemsize if is_copied else 0
     token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
     shared = setup.data.shared_prefix
-    # While others search with the weights from before an update, it cannot take over their buffers. Adapters are small
-    # again, and a copy of low precision is made anew beside the one in use.
-    searches_beside = config.search.backend != "inline" and config.search.lag > 0
-    lent = 0.0 if is_copied or config.lora.rank else weights
-    old = float(copy) if searches_beside else 0.0
-    if searches_beside or config.search.sync_every > 1:
-        old += lent
     tokens = shared + config.prompts_per_micro_batch * (
         setup.data.prompt_size - shared + config.trained_group_size * fed
     )
@@ -104,7 +148,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         "weights": weights + copy,
         "optimizer": moments,
         "gradient": 0.0 if config.lora.rank else weights,
-        "old weights": old,
+        "old weights": old_weights(setup)[0],
         # The residual stream is float32, which takes 4 bytes.
         "activations": float(4 * tokens * model.num_layers * model.width),
     }

@@ -26,15 +26,19 @@ class SearchReport:
 
     Attributes:
         waited_seconds: time that the learner waited for results, or sampled itself.
+        drained_seconds: time that a checkpoint after the step before waited for all that was under way.
         period_seconds: time since the report before.
         under_way: batches that were ordered and not yet trained on.
         replaced: searchers that were lost and replaced since the process began.
+        started: searchers that are ready or at work.
     """
 
     waited_seconds: float
+    drained_seconds: float
     period_seconds: float
     under_way: int
     replaced: int
+    started: int
 
 
 class Orders:
@@ -49,7 +53,7 @@ class Orders:
         self._config, self._keys, self._pool = config, keys, pool
         # The batches that a step orders have keys of their own, which count from 0 in each step.
         self._issued_in_step = 0
-        self._waited, self._reported = 0.0, time.monotonic()
+        self._waited, self._drained, self._reported = 0.0, 0.0, time.monotonic()
 
     def next(self, state: RunState, step: int) -> Scored:
         """The result of the oldest order; `search.lag` younger ones are under way when it returns.
@@ -78,6 +82,9 @@ class Orders:
     def drain(self, state: RunState) -> None:
         """Waits for all that is under way and puts it into the state, where a checkpoint finds it.
 
+        Searchers have nothing to do then until the next step. The last checkpoint of a run needs the results as well,
+        because the run may be continued with more steps.
+
         Args:
             state: of the run.
 
@@ -85,7 +92,11 @@ class Orders:
             TimeoutError: a result did not come in time.
             Exception: whatever a searcher raised.
         """
-        state.found_ahead += tuple(self._pool.take() for _ in range(len(self._pool)))
+        started = time.monotonic()
+        # One by one, so that a wait that fails or is interrupted loses nothing that was taken before.
+        while len(self._pool):
+            state.found_ahead = (*state.found_ahead, self._pool.take())
+        self._drained += time.monotonic() - started
 
     def end_step(self, state: RunState, step: int) -> SearchReport:
         """What searching took in a step; called before its update.
@@ -100,11 +111,13 @@ class Orders:
         now = time.monotonic()
         report = SearchReport(
             waited_seconds=self._waited,
+            drained_seconds=self._drained,
             period_seconds=now - self._reported,
             under_way=self._under_way(state),
             replaced=self._pool.replaced,
+            started=self._pool.started,
         )
-        self._waited, self._reported, self._issued_in_step = 0.0, now, 0
+        self._waited, self._drained, self._reported, self._issued_in_step = 0.0, 0.0, now, 0
         return report
 
     def _under_way(self, state: RunState) -> int:
@@ -124,15 +137,15 @@ class Orders:
         keys = self._keys.step(step)
         key = keys.batch(self._issued_in_step)
         source_B = curriculum.choose(state.curriculum, config.curriculum, key.curriculum, config.data.prompts_per_batch)
-        temperatures = config.search.temperatures
+        temperatures, ratios = config.search.temperatures, config.search.skip_ratios
         if state.searching is None:
             state.searching = state.learner.behavior_policy()
         order = Order(
             number=state.ordered,
             policy=state.searching,
             prompts=state.with_prefixes(state.next_prompts(source_B), key.reset, step),
-            # All batches that a step orders share its plan, so one size of the nested model is compiled for them.
-            plan=state.draw_plan(keys.plan),
+            # All batches that a step orders share its plan, but for its size where that takes turns.
+            plan=state.draw_plan(keys.plan, ratios[state.ordered % len(ratios)] if ratios else None),
             key=key.rollout,
             temperature=temperatures[state.ordered % len(temperatures)] if temperatures else None,
         )

@@ -31,7 +31,14 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Learner
 from nested_reft.training.search_config import SearchConfig
-from nested_reft.training.search_pool import Order, SearcherLost, ThreadedPool, at_temperature, with_sync_seconds
+from nested_reft.training.search_pool import (
+    Order,
+    SearcherLost,
+    SearchError,
+    ThreadedPool,
+    at_temperature,
+    with_sync_seconds,
+)
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup, initial_policy
 from nested_reft.types import Prompts, Scored, take
@@ -56,13 +63,19 @@ class RaySearcher:
 
         Returns:
             The number of the process.
+
+        Raises:
+            SearchError: what the configuration names is not on this host.
         """
         self._config = Config.from_json(config)
         self._searcher = Searcher(
             self._config.rollout, self._config.reward, shared_prefix, self._config.measures_mismatch
         )
-        # Weights come from a learner's behavior policy, so they go into one.
-        self._policy = Learner(initial_policy(self._config), self._config.rollout.weights).behavior_policy()
+        try:
+            # Weights come from a learner's behavior policy, so they go into one.
+            self._policy = Learner(initial_policy(self._config), self._config.rollout.weights).behavior_policy()
+        except (ValueError, ImportError, OSError) as error:
+            raise SearchError(f"a searcher cannot start on {socket.gethostname()}: {error}") from error
         self._held = list[str]()
         return os.getpid()
 
@@ -99,12 +112,13 @@ class RaySearcher:
 
 
 def named_arrays(model: Transformer) -> dict[str, jax.Array]:
-    """All arrays of a model by their places in it.
+    """What sampling reads of a model: its arrays by their places in it, but for the head of a critic.
 
     Args:
         model: any, also a copy in fewer bits.
     """
-    return {jax.tree_util.keystr(path): array for path, array in jax.tree.leaves_with_path(model)}
+    found = {jax.tree_util.keystr(path): array for path, array in jax.tree.leaves_with_path(model)}
+    return {name: array for name, array in found.items() if "value_head" not in name}
 
 
 def with_weights(model: Transformer, given: dict[str, np.ndarray], whole: bool, name: str) -> Transformer:
@@ -117,18 +131,21 @@ def with_weights(model: Transformer, given: dict[str, np.ndarray], whole: bool, 
         name: of the model, for the message.
 
     Raises:
-        ValueError: the arrays are of another model.
+        SearchError: the arrays are of another model.
     """
     own = named_arrays(model)
     missing = own.keys() - given.keys() if whole else ()
     for place in (*sorted(given), *sorted(missing)):
         here, there = (_shape(arrays.get(place)) for arrays in (own, given))
         if here != there:
-            raise ValueError(
+            raise SearchError(
                 f"the learner's weights are of another model than '{name}', which the searcher on"
                 f" {socket.gethostname()} has: {place} is {there} there and {here} here. Start both with the same files"
             )
-    leaves = [jax.device_put(given.get(place, array), array.sharding) for place, array in own.items()]
+    leaves = [
+        jax.device_put(given.get(jax.tree_util.keystr(path), array), array.sharding)
+        for path, array in jax.tree.leaves_with_path(model)
+    ]
     return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(model), leaves))
 
 
@@ -140,22 +157,20 @@ class _Weights:
     """The learner's weights in the object store: what never changes once, and the rest once for each version."""
 
     def __init__(self):
-        self._taking_turns = threading.Lock()
         self._fixed: Any = None
         self._latest: tuple[weakref.ref[Policy], Any] | None = None
 
     def of(self, policy: Policy) -> list[Any]:
-        """References to the weights of a policy."""
-        with self._taking_turns:
-            if self._latest is None or self._latest[0]() is not policy:
-                arrays = named_arrays(policy.model)
-                # Adapters and bridges change where there are adapters; without any, everything does.
-                has_adapters = any("_lora_" in name for name in arrays)
-                changing = {name for name in arrays if not has_adapters or "_lora_" in name or "bridges" in name}
-                if self._fixed is None:
-                    self._fixed = _put(arrays, arrays.keys() - changing)
-                self._latest = weakref.ref(policy), _put(arrays, changing)
-            return [self._fixed, self._latest[1]]
+        """References to the weights of a policy, which is not held."""
+        if self._latest is None or self._latest[0]() is not policy:
+            arrays = named_arrays(policy.model)
+            # Adapters and bridges change where there are adapters; without any, everything does.
+            has_adapters = any("_lora_" in name for name in arrays)
+            changing = {name for name in arrays if not has_adapters or "_lora_" in name or "bridges" in name}
+            if self._fixed is None:
+                self._fixed = _put(arrays, arrays.keys() - changing)
+            self._latest = weakref.ref(policy), _put(arrays, changing)
+        return [self._fixed, self._latest[1]]
 
 
 def _put(arrays: dict[str, jax.Array], names: set[str]) -> Any:
@@ -165,19 +180,18 @@ def _put(arrays: dict[str, jax.Array], names: set[str]) -> Any:
 class RaySite:
     """One actor."""
 
-    def __init__(self, setup: tuple[dict[str, Any], int], search: SearchConfig, weights: _Weights, closed: Any):
+    def __init__(self, setup: tuple[dict[str, Any], int], search: SearchConfig, closed: Any):
         """Starts an actor, and waits until the cluster has room for it.
 
         Args:
             setup: what `RaySearcher.start` takes.
             search: says what Ray reserves.
-            weights: of the learner.
             closed: an event that is set when the pool closes.
 
         Raises:
             SearcherLost: it died, or the pool was closed.
         """
-        self._weights, self._closed = weights, closed
+        self._closed = closed
         resources = {"TPU": search.tpus_per_searcher} if search.tpus_per_searcher else None
         options = _ray().remote(RaySearcher).options(num_cpus=0, num_gpus=search.gpus_per_searcher, resources=resources)
         self._actor = options.remote()
@@ -187,25 +201,16 @@ class RaySite:
             self.close()
             raise
 
-    def search(self, order: Order) -> Scored:
+    def search(self, work: tuple[Any, ...]) -> Scored:
         """Sends an order to the actor and waits for its result.
+
+        Args:
+            work: what `RaySearcher.search` takes.
 
         Raises:
             SearcherLost: the actor died, or the pool was closed.
         """
-        prompts = order.prompts
-        if prompts.forced is not None:
-            prompts = dataclasses.replace(prompts, forced=jax.device_get(prompts.forced))
-        scored = self._result(
-            self._actor.search.remote(
-                self._weights.of(order.policy),
-                order.policy.version,
-                prompts,
-                order.plan.host_parts(order.policy.num_layers),
-                np.asarray(jax.random.key_data(order.key)),
-                order.temperature,
-            )
-        )
+        scored = self._result(self._actor.search.remote(*work))
         # Arrays that Ray returns lie in its object store. Taking rows copies them, so that the store can let go.
         return dataclasses.replace(take(scored, range(len(scored))), stats=scored.stats)
 
@@ -234,19 +239,43 @@ class RayPool(ThreadedPool):
         setup: what the run starts from.
         """
         config = setup.config
-        self._owns_cluster = _connect()
-        weights, start = _Weights(), (config.to_json(), setup.data.shared_prefix)
-        super().__init__(lambda _, closed: RaySite(start, config.search, weights, closed), config.search)
+        self._owns_cluster, self._weights = _connect(), _Weights()
+        start = config.to_json(), setup.data.shared_prefix
+        super().__init__(lambda _, closed: RaySite(start, config.search, closed), config.search)
+
+    def submit(self, order: Order) -> None:
+        """Gives an order to the next searcher that is free.
+
+        Its weights go into the object store at once, so the learner gets their buffers back before its next update.
+        """
+        prompts = order.prompts
+        if prompts.forced is not None:
+            prompts = dataclasses.replace(prompts, forced=jax.device_get(prompts.forced))
+        work = (
+            self._weights.of(order.policy),
+            order.policy.version,
+            prompts,
+            order.plan.host_parts(order.policy.num_layers),
+            np.asarray(jax.random.key_data(order.key)),
+            order.temperature,
+        )
+        self._give(order.number, work)
 
     def close(self) -> None:
-        """Ends the actors, and the cluster if it is this run's own."""
-        super().close()
-        if self._owns_cluster:
-            _ray().shutdown()
+        """Ends the actors, and leaves the cluster; one that this run started ends."""
+        try:
+            super().close()
+        finally:
+            if self._owns_cluster:
+                _ray().shutdown()
 
 
 def _connect() -> bool:
-    """Joins the cluster, or starts one; whether it was started here, or at least joined here."""
+    """Joins the cluster that `RAY_ADDRESS` names or this machine has, or else starts one.
+
+    Returns:
+        False where this process had joined one before; whoever did that leaves it as well.
+    """
     if _ray().is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -75,7 +75,7 @@ METRICS = (
     Metric("trained_groups", "groups", "mixed groups that the update trained on (dynamic sampling)"),
     Metric("shortfall", "", "in words, that dynamic sampling found too few mixed groups"),
     Metric("sources", "prompts", "prompts drawn from each training source, in their order"),
-    Metric("replay/recent", "share", "trained completions that the present version sampled"),
+    Metric("replay/recent", "share", "trained completions of the version that sampled the step's newest batch"),
     Metric("replay/completions", "completions", "kept for replay, after the step's own came in"),
     Metric("replay/prompts", "prompts", "that they belong to"),
     Metric("replay/age", "versions", "mean number of versions that a kept completion is behind"),
@@ -87,12 +87,13 @@ METRICS = (
     Metric("staleness_mean", "versions", "mean age of the trained completions: updates since their weights"),
     Metric("staleness_max", "versions", "age of the oldest of them"),
     Metric("staleness_completions", "completions", "trained completions of each age, from 0 to the oldest"),
-    Metric("search_wait_seconds", "seconds", "time that the learner waited for search, or sampled itself"),
+    Metric("search_wait_seconds", "seconds", "the learner's wait for search, also for a checkpoint, or its sampling"),
     Metric("searchers_busy", "share", "time of the searchers for the step's batches, over all the time that they had"),
     Metric("searched_tokens_per_second", "tokens/second", "sampled tokens over all time since the step before"),
     Metric("trained_tokens_per_second", "tokens/second", "tokens of the update over the time that was no waiting"),
     Metric("sync_seconds", "seconds", "time until new weights had come to the searchers of the step's batches"),
     Metric("orders_under_way", "batches", "batches that are being searched or wait for an update"),
+    Metric("searchers_started", "searchers", "searchers that are ready or at work; search.searchers are asked for"),
     Metric("searchers_replaced", "searchers", "searchers that were lost and replaced since the process began"),
     Metric("compilations", "programs", "programs compiled since the run started; it must stand still"),
     Metric("left_out_layers", "", "indices of the layers that the nested policy does not run whole"),
@@ -377,6 +378,7 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
                 "forced_tokens": int(rollouts.forced_BG[b, g]),
+                "temperature": float(f"{rollouts.temperature_BG[b, g]:.6g}"),
                 # A mixture draws some completions of the group from the full model.
                 "left_out_layers": left_out(np.asarray(rollouts.part_BGL[b, g])) if rollouts.nested_BG[b, g] else [],
                 "mean_weight": float(mean_weight_BG[b, g]),
@@ -473,6 +475,7 @@ def _age_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     behind_BG, stored = record.staleness_BG, record.stored
     if stored is None and not config.search.makes_stale and not behind_BG.any():
         return {}
+    newest = record.all.rollouts.version_BG.max()
     found: dict[str, Any] = {
         "staleness_mean": float(behind_BG.mean()),
         "staleness_max": int(behind_BG.max()),
@@ -481,7 +484,7 @@ def _age_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     if stored is None:
         return found
     return found | {
-        "replay/recent": float((behind_BG == 0).mean()),
+        "replay/recent": float((record.groups.rollouts.version_BG >= newest).mean()),
         "replay/completions": stored.completions,
         "replay/prompts": stored.prompts,
         "replay/age": stored.age,
@@ -498,7 +501,7 @@ def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     stats = [scored.stats for scored in record.found if scored.stats is not None]
     busy_seconds = sum(each.seconds for each in stats)
     return {
-        "search_wait_seconds": search.waited_seconds,
+        "search_wait_seconds": search.waited_seconds + search.drained_seconds,
         "searchers_busy": busy_seconds / (config.search.searchers * search.period_seconds),
         "searched_tokens_per_second": record.sampled_tokens / search.period_seconds,
         "trained_tokens_per_second": float(
@@ -506,6 +509,7 @@ def _search_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
         ),
         "sync_seconds": sum(each.sync_seconds for each in stats),
         "orders_under_way": search.under_way,
+        "searchers_started": search.started,
         "searchers_replaced": search.replaced,
     }
 

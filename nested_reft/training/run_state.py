@@ -24,7 +24,7 @@ from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.dataset_reset import ResetState
 from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.layer_skip import PlanRule
+from nested_reft.layer_skip import PlanRule, layers_in
 from nested_reft.losses.registry import make_objective
 from nested_reft.mix_control import MixControlState
 from nested_reft.nesting_control import NestingControlState, initial_state
@@ -235,13 +235,17 @@ class RunState:
         """Whether rollouts are nested by now."""
         return self.bridging.fits > 0 or not self.config.nesting.bridge.is_on
 
-    def draw_plan(self, key: jax.Array) -> LayerPlan:
+    def draw_plan(self, key: jax.Array, skip_ratio: float | None = None) -> LayerPlan:
         """The layers of the next batch's nested policy: all of them until its bridges are fitted.
 
         Args:
             key: PRNG key of the plan.
+            skip_ratio: of the plan; None leaves out as many layers as the run does at present.
         """
-        rule = PlanRule(self.config.nesting, self.divergence_L, self.nesting.num_skipped, self.nests)
+        num_skipped = self.nesting.num_skipped
+        if skip_ratio is not None:
+            num_skipped = layers_in(skip_ratio, self.learner.num_layers)
+        rule = PlanRule(self.config.nesting, self.divergence_L, num_skipped, self.nests)
         return rule.draw(key)
 
     def _host(self) -> dict[str, Any]:

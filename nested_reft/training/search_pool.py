@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import logging
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -28,6 +29,9 @@ from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.types import Prompts, Scored
+
+logger = logging.getLogger(__name__)
+CLOSE_SECONDS = 10.0  # that a pool waits for its searchers when a run ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +59,45 @@ class SearcherLost(RuntimeError):
     """A searcher is gone, with what it was searching; another one can carry the order out."""
 
 
+class SearchError(RuntimeError):
+    """Searching cannot go on, though nothing of this run is wrong: it can continue once the searchers are mended."""
+
+
 @runtime_checkable
 class SearchPool(Protocol):
     """Whoever carries orders out.
 
     Attributes:
         replaced: searchers that were lost and replaced so far.
+        left: searchers that had not ended when the pool was closed.
     """
 
     replaced: int
+    left: Sequence[str]
+
+    @property
+    def started(self) -> int:
+        """Searchers that are ready or at work."""
+        ...
 
     def __len__(self) -> int:
         """Orders that were submitted and whose results were not taken."""
         ...
 
     def submit(self, order: Order) -> None:
-        """Accepts an order, whose number is larger than those before; does not wait for it where others search."""
+        """Accepts an order, whose number is larger than those before; does not wait for it where others search.
+
+        Raises:
+            Exception: whatever a searcher raised before.
+        """
+        ...
+
+    def check(self) -> None:
+        """Does nothing, unless a searcher has failed while nobody waited for it.
+
+        Raises:
+            Exception: whatever it raised.
+        """
         ...
 
     def take(self) -> Scored:
@@ -78,19 +105,21 @@ class SearchPool(Protocol):
 
         Raises:
             TimeoutError: it took longer than `search.timeout_seconds`.
+            SearchError: too many searchers were lost.
             Exception: whatever a searcher raised.
         """
         ...
 
     def close(self) -> None:
-        """Ends all searchers; what they were searching is dropped."""
+        """Ends all searchers; what they were searching is dropped. Closing it again does nothing."""
         ...
 
 
 class InlinePool:
     """The learner's own thread searches, as soon as an order comes, so that old weights need not be kept."""
 
-    replaced = 0
+    replaced, started = 0, 1
+    left: Sequence[str] = ()
 
     def __init__(self, searcher: Searcher):
         """Args:
@@ -110,6 +139,9 @@ class InlinePool:
         """The oldest result."""
         return self._found.popleft()
 
+    def check(self) -> None:
+        """Does nothing: what the learner's thread raises is heard at once."""
+
     def close(self) -> None:
         """Drops all results."""
         self._found.clear()
@@ -119,8 +151,11 @@ class InlinePool:
 class Site(Protocol):
     """One place where a searcher works: devices of this process, or another process."""
 
-    def search(self, order: Order) -> Scored:
+    def search(self, work: Any) -> Scored:
         """Carries an order out.
+
+        Args:
+            work: the order, in the form in which its pool gives it.
 
         Raises:
             SearcherLost: the searcher is gone; another site can carry the order out.
@@ -143,6 +178,7 @@ class ThreadedPool:
 
     Attributes:
         sites: places that have been opened, where searchers work.
+        left: searchers that had not ended when the pool was closed.
     """
 
     def __init__(self, open_site: OpenSite, config: SearchConfig):
@@ -152,11 +188,14 @@ class ThreadedPool:
         """
         self._open_site, self._config = open_site, config
         self.replaced, self.sites = 0, set[Site]()
-        self._submitted, self._waiting = deque[int](), list[tuple[int, Order]]()
+        self.left: Sequence[str] = ()
+        self._submitted, self._waiting = deque[int](), list[tuple[int, Any]]()
         self._found = dict[int, Scored]()
         self._error: BaseException | None = None
         # It guards all of the above.
         self._changed, self._closed = threading.Condition(), threading.Event()
+        # The orders that are being carried out, by the names of the threads, each of which writes its own.
+        self._at = dict[str, int]()
         # A daemon does not keep the process alive if its searcher never comes back.
         self._threads = [
             threading.Thread(target=self._work, args=(index,), name=f"searcher-{index}", daemon=True)
@@ -165,14 +204,29 @@ class ThreadedPool:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def started(self) -> int:
+        """Searchers that are ready or at work; others are starting, or have failed."""
+        return len(self.sites)
+
     def __len__(self) -> int:
         return len(self._submitted)
 
     def submit(self, order: Order) -> None:
         """Gives an order to the next searcher that is free."""
+        self._give(order.number, order)
+
+    def _give(self, number: int, work: Any) -> None:
+        """Gives an order, in the form that the sites of this pool take, to the next searcher that is free."""
+        self.check()
+        if len(self) > self._config.lag:
+            raise RuntimeError(
+                f"{len(self)} batches were ordered and not taken, and search.lag is {self._config.lag}: take one before"
+                " another is ordered"
+            )
         with self._changed:
-            self._submitted.append(order.number)
-            heapq.heappush(self._waiting, (order.number, order))
+            self._submitted.append(number)
+            heapq.heappush(self._waiting, (number, work))
             self._changed.notify_all()
 
     def take(self) -> Scored:
@@ -195,16 +249,33 @@ class ThreadedPool:
             self._submitted.popleft()
             return self._found.pop(number)
 
+    def check(self) -> None:
+        """Does nothing, unless a searcher has failed while nobody waited for it."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+
     def close(self) -> None:
-        """Lets each searcher end what it is at, and waits for that."""
+        """Lets each searcher end what it is at, and waits for that a short while; a warning names who takes longer."""
+        # Who was interrupted while it waited does not want to wait again.
+        if self._closed.is_set():
+            return
         self._closed.set()
         with self._changed:
             self._waiting.clear()
             self._changed.notify_all()
-        deadline = time.monotonic() + self._config.timeout_seconds
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self._found.clear()
+        limit = min(CLOSE_SECONDS, self._config.timeout_seconds)
+        deadline = time.monotonic() + limit
+        try:
+            for thread in self._threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            self.left = [thread.name for thread in self._threads if thread.is_alive()]
+            for name in self.left:
+                number = self._at.get(name)
+                doing = "has not started yet" if number is None else f"is still at batch {number}"
+                logger.warning("%s %s after %g seconds; the run ends without it", name, doing, limit)
+            self._found.clear()
 
     def _work(self, index: int) -> None:
         """The life of a thread: a searcher, and those that replace it."""
@@ -224,30 +295,34 @@ class ThreadedPool:
             self.sites.add(site)
         try:
             while (order := self._next()) is not None:
-                self._search(site, order)
+                self._search(site, *order)
                 # A thread that waits must not hold a policy, or the learner could not train in its buffers.
                 del order
         finally:
             with self._changed:
                 self.sites.remove(site)
 
-    def _search(self, site: Site, order: Order) -> None:
+    def _search(self, site: Site, number: int, work: Any) -> None:
+        name = threading.current_thread().name
+        self._at[name] = number
         try:
-            scored = site.search(order)
+            scored = site.search(work)
         except SearcherLost:
             with self._changed:
-                heapq.heappush(self._waiting, (order.number, order))
+                heapq.heappush(self._waiting, (number, work))
                 self._changed.notify_all()
             raise
+        finally:
+            del self._at[name]
         with self._changed:
-            self._found[order.number] = scored
+            self._found[number] = scored
             self._changed.notify_all()
 
-    def _next(self) -> Order | None:
-        """The oldest order that waits, once there is one; None when the pool is closed."""
+    def _next(self) -> tuple[int, Any] | None:
+        """Number and form of the oldest order that waits, once there is one; None when the pool is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed.is_set())
-            return None if self._closed.is_set() else heapq.heappop(self._waiting)[1]
+            return None if self._closed.is_set() else heapq.heappop(self._waiting)
 
     def _replace(self, lost: SearcherLost) -> None:
         with self._changed:
@@ -255,7 +330,7 @@ class ThreadedPool:
             if self._closed.is_set():
                 return
             if self.replaced == self._config.max_replacements:
-                raise RuntimeError(
+                raise SearchError(
                     f"search.max_replacements is {self.replaced}, and one more searcher was lost: {lost}"
                 ) from lost
             self.replaced += 1
@@ -277,13 +352,13 @@ class DeviceSite:
         self._searcher, self._mesh = searcher, mesh
         self._placed: tuple[weakref.ref[Policy], Policy] | None = None
 
-    def search(self, order: Order) -> Scored:
+    def search(self, work: Order) -> Scored:
         """Brings the weights here, unless they are, and searches."""
         started = time.monotonic()
-        policy = self._here(order.policy)
+        policy = self._here(work.policy)
         sync_seconds = time.monotonic() - started
-        policy = at_temperature(policy, order.temperature)
-        scored = self._searcher.search(policy, order.prompts, order.plan, replicate(order.key, self._mesh))
+        policy = at_temperature(policy, work.temperature)
+        scored = self._searcher.search(policy, work.prompts, work.plan, replicate(work.key, self._mesh))
         return with_sync_seconds(scored, sync_seconds)
 
     def close(self) -> None:
@@ -338,7 +413,7 @@ def searcher_meshes(mesh: Mesh, searchers: int) -> list[Mesh]:
 
     Returns:
         Meshes of devices that the learner does not use, taking turns where there are too few; without any, the
-        learner's own.
+        learner's own. Only meshes of one device are shared, because `check_backend` refuses the others.
     """
     used = set(mesh.devices.flat)
     free = [device for device in jax.local_devices() if device not in used]

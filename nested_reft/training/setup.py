@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -97,8 +98,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     if Config.from_json(config.to_json()) != config:
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
     # The mesh is made for its checks alone, before data and model are loaded.
-    make_mesh(config.mesh)
-    check_backend(config.search)
+    check_backend(config.search, make_mesh(config.mesh).size)
     if policy is None and config.model.name != "scratch":
         # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)
@@ -118,6 +118,8 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     policy = initial_policy(config) if policy is None else policy
     tokenizer, num_layers = policy.tokenizer, policy.num_layers
     config.nesting.validate_for(num_layers)
+    for skip_ratio in config.search.skip_ratios:
+        dataclasses.replace(config.nesting, skip_ratio=skip_ratio).validate_for(num_layers)
     if config.warm_start.steps:
         check_share("warm_start.layer_dropout", config.warm_start.layer_dropout, num_layers)
     _warn_of_warmup(config)
@@ -147,6 +149,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         )
     if config.warm_start.steps:
         check_answer_lengths(train, tokenizer, config.rollout.max_completion_tokens)
+    _check_prefill(config, sum(map(len, train)))
     forced_size = 0
     if config.reset.is_on:
         train, forced_size = usable_references(config, train, tokenizer)
@@ -187,6 +190,18 @@ def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     fitted.check_plan(path, plan)
     policy.model.load_bridges(replicate(fitted.stack, policy.mesh))
     return fitted.divergence_L
+
+
+def _check_prefill(config: Config, prompts: int) -> None:
+    """Refuses a prefill that so many prompts cannot reach."""
+    replay = config.replay
+    # With resets, a prompt and its prefix count as one of many.
+    most = prompts * replay.completions_per_prompt
+    if replay.prefill > most and not config.reset.is_on:
+        raise ValueError(
+            f"replay.prefill is {replay.prefill}; allowed is 0 to {most}, since there are {prompts} training prompts"
+            f" and replay.completions_per_prompt is {replay.completions_per_prompt}"
+        )
 
 
 def _warn_of_warmup(config: Config) -> None:

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -39,10 +41,12 @@ from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
-from nested_reft.training.search_pool import make_pool
+from nested_reft.training.search_pool import CLOSE_SECONDS, make_pool
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.types import Scored
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -65,7 +69,7 @@ class Trainer:
         self.config, self.run_directory, self._on_step = setup.config, run, on_step
         # It is kept until `open` only, because it holds the buffers that training takes over.
         self._setup: Setup | None = setup
-        self._opened = ExitStack()
+        self._opened, self._searching = ExitStack(), ExitStack()
 
     def __enter__(self) -> Trainer:
         return self
@@ -74,9 +78,15 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Waits for checkpoints and whatever else is under way, and closes the logs."""
-        with finishing():
-            self._opened.close()
+        """Waits for checkpoints and whatever else is under way, and closes the logs.
+
+        A second signal ends the wait for searchers, and no other: what they find is not needed any more.
+        """
+        try:
+            self._searching.close()
+        finally:
+            with finishing():
+                self._opened.close()
 
     def open(self, resume: bool = False) -> Trainer:
         """Makes the state of a new run, or takes over that of the run's newest checkpoint.
@@ -115,7 +125,8 @@ class Trainer:
             FloatingPointError: an update or a parameter was not finite; the last checkpoint is from before it.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
             EmptyUpdatesError: as many updates in a row changed nothing as the configuration allows.
-            OSError: a checkpoint or a log could not be written.
+            SearchError: searchers cannot start, or too many of them were lost.
+            OSError: a checkpoint or a log could not be written, or a searcher took too long (TimeoutError).
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
         with stop_requests() as stop_requested, self:
@@ -227,14 +238,13 @@ class Trainer:
         self.clock = Clock(lambda: self.compilations.seconds)
         opened.callback(self.compilations.close)
         opened.callback(run.close)
-        # A process must not end while devices still work for it.
-        opened.callback(lambda: jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()]))
+        opened.callback(self._wait_for_devices)
         self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
         self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
         self.decode_step = decode_step(setup)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix, config.measures_mismatch)
         # Closed before the devices are waited for, because searchers use them.
-        self.pool = opened.enter_context(closing(make_pool(setup, self.searcher)))
+        self.pool = self._searching.enter_context(closing(make_pool(setup, self.searcher)))
         self.orders = Orders(config, self.keys, self.pool)
         self.state = initial_run_state(setup)
         self._last = (
@@ -243,6 +253,20 @@ class Trainer:
             else Reinforcement(config, setup.data, self.keys, run, self.clock, self.step, self._on_step)
         )
         self.phases = [*earlier_phases(config, setup.data, self.keys), self._last]
+
+    def _wait_for_devices(self) -> None:
+        """A process must not end while devices still work for it, but for a searcher that may never come back."""
+        arrays = [array for array in jax.live_arrays() if not array.is_deleted()]
+        left = getattr(getattr(self, "pool", None), "left", ())  # it may be that no pool could be made
+        if not left:
+            jax.block_until_ready(arrays)
+            return
+        # JAX waits without a limit.
+        waiting = threading.Thread(target=jax.block_until_ready, args=(arrays,), daemon=True)
+        waiting.start()
+        waiting.join(CLOSE_SECONDS)
+        if waiting.is_alive():
+            logger.warning("devices still work, perhaps for %s; the run ends all the same", ", ".join(left))
 
     def _load(self) -> None:
         run = self.run_directory
@@ -268,6 +292,8 @@ class Trainer:
         with tqdm(initial=first, total=phase.steps, unit="step", desc=phase.name) as bar:
             bar.set_postfix_str("compiling")
             for number in range(first, phase.steps):
+                # In phases that search nothing, nobody else hears of a searcher that cannot start.
+                self.pool.check()
                 with self.clock.stage("training" if phase is self.phases[-1] else phase.name):
                     shown = phase.step(state, number)
                 advance(bar, shown, timed=number > first)

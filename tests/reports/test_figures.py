@@ -58,6 +58,21 @@ def test_report_of_a_run(tmp_path, capsys):
     assert result["curriculum"]["group/b"]["count"] == 24 and result["curriculum"]["group/b"]["reward"] is None
 
 
+def test_ages_of_what_is_trained_on_and_of_what_is_kept(tmp_path):
+    """Three of four completions are of version 0 in step 2; a step without ages has no point."""
+    kept = {"replay/age": 0.5, "replay/reward": 0.75}
+    ages = [{"staleness_completions": [4]}, {"staleness_completions": [1, 3]} | kept, {}]
+    run(tmp_path, [line(step, **more) for step, more in enumerate(ages, start=1)])
+    found = write_report(tmp_path)
+    assert {"ages", "staleness", "reward"} <= {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert found["metrics"]["replay/age"]["last"] == 0.5 and found["metrics"]["replay/reward"]["last"] == 0.75
+    # Where everything is fresh, there is nothing to see.
+    (tmp_path / "fresh").mkdir()
+    run(tmp_path / "fresh", [line(1, staleness_completions=[4])])
+    write_report(tmp_path / "fresh")
+    assert not (tmp_path / "fresh" / "report" / "ages.png").exists()
+
+
 def test_a_run_without_curriculum_or_nesting_or_ess(tmp_path):
     run(tmp_path, [{"step": 1, "reward": 0.5, "accuracy": 0.5, "left_out_layers": []}])
     write_report(tmp_path)

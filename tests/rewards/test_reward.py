@@ -229,6 +229,14 @@ def test_a_function_adds_to_the_reward_or_decides_it():
     np.testing.assert_allclose(reward, [[-0.05, -1.0]])
 
 
+def test_safety_is_a_part_that_changes_no_reward():
+    """It has a function of its own beside that of the reward; where it fails, the completion has no score."""
+    config = RewardConfig(function=f"{FUNCTIONS}:length", safety=f"{FUNCTIONS}:misbehave")
+    reward, _, scored, parts = score_texts([["7", "77", "raise"]], ["7"], config)
+    assert parts["safety"].tolist() == [[1, 0, 0]] and scored.tolist() == [[True, True, False]]
+    np.testing.assert_allclose(reward, [[1 + 0.1, 0.2, 0]], rtol=1e-6)
+
+
 def test_a_completion_that_was_cut_off_is_not_right_whatever_the_checker():
     config = RewardConfig(function=f"{FUNCTIONS}:length")
     prompts = dataclasses.replace(make_prompts(["7"] * 3), checkers=("exact", "math", "function"))
@@ -300,6 +308,7 @@ def test_overlong_completions_are_punished():
     [
         ({"function": "rewards"}, "reward.function is 'rewards'; allowed is 'package.module:function' or"),
         ({"function": "rewards:"}, "reward.function is 'rewards:'; allowed"),
+        ({"safety": "safe"}, "reward.safety is 'safe'; allowed is 'package.module:function' or"),
         ({"checker": "function"}, "reward.checker is 'function', but reward.function is None"),
         ({"function_weight": float("nan")}, "reward.function_weight is nan; allowed"),
         ({"function_weight": -1e39}, r"reward.function_weight is -1e\+39; allowed is at most 1e\+16"),
@@ -335,6 +344,11 @@ def test_bad_configuration_is_refused(changes, message):
             Example("q", "7", "s"),
             RewardConfig(function="no_such_package:f"),
             "reward.function is 'no_such_package:f', which",
+        ),
+        (
+            Example("q", "7", "s"),
+            RewardConfig(safety="no_such_package:f"),
+            "reward.safety is 'no_such_package:f', which does not load",
         ),
         (
             Example("q", "9" * 65, "s"),

@@ -52,6 +52,7 @@ def labelled_rollouts(shape, full, plan):
         full_share_BG=jnp.zeros(shape),
         part_BGL=jnp.broadcast_to(plan.to_parts(5), (*shape, 5)),
         version_BG=jnp.zeros(shape, jnp.int32),
+        temperature_BG=jnp.ones(shape),
     )
 
 

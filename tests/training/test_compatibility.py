@@ -168,14 +168,27 @@ REFUSED = {
             r"replay.maximum_tokens is 8, which no completion exceeds; .* rollout.max_completion_tokens, which is 8",
         ),
     ],
+    "staleness_limit_lets_new_batches_in": [
+        (
+            {"replay": dataclasses.replace(REPLAY, max_staleness=2), "loss": BALANCE, "search": SearchConfig(lag=3)},
+            r"replay.max_staleness is 2, but with search.lag 3, .* up to 3 versions old .*; allowed is 3 or more",
+        ),
+        (
+            {"replay": dataclasses.replace(REPLAY, max_staleness=5), "loss": BALANCE, "train__updates_per_batch": 2}
+            | {"search": SearchConfig(lag=1, sync_every=3)},
+            r"replay.max_staleness is 5, but .* and train.updates_per_batch 2 new batches are up to 6 versions old",
+        ),
+    ],
+    "safety_needs_a_store": [
+        (
+            {"reward": RewardConfig(safety="mine:is_safe")},
+            r"reward.safety is 'mine:is_safe' and replay.capacity 0: it judges what is kept for replay",
+        ),
+    ],
     "replay_chooses_alone": [
         (
             {"replay": REPLAY, "dynamic_sampling": DynamicSamplingConfig(3)},
             r"replay.capacity is 64 and dynamic_sampling.max_generation_batches 3: both decide what is trained on",
-        ),
-        (
-            {"replay": REPLAY, "nesting_control": CONTROL},
-            r"replay.capacity is 64 and nesting_control.hold 'ess_token': the age of replayed completions",
         ),
     ],
     "dynamic_sampling_needs_a_group": [
@@ -266,6 +279,17 @@ REFUSED = {
             r"reset.only_right is True, but the answers of source '\w+' have the checker 'model'",
         ),
     ],
+    "depths_take_turns_alone": [
+        (
+            {"search": SearchConfig(skip_ratios=(0.0, 0.2))} | changes,
+            r"search.skip_ratios is \(0.0, 0.2\), with nesting.choice .*: allowed is a choice that draws layers",
+        )
+        for changes in (
+            {"nesting": NestingConfig(choice="fixed", layers=(2,))},
+            {"nesting": NestingConfig(skip_ratio=0.2, bridge=BridgeConfig("per_layer"))},
+            {"nesting_control": CONTROL},
+        )
+    ],
     "bfloat16_weights_need_adapters": [
         (
             {"model__dtype": "bfloat16"},
@@ -313,6 +337,9 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
         *({"replay": REPLAY, "loss": loss} for loss in (BALANCE, UNBIASED, RETRACE, ONE, SupervisedConfig())),
         {"replay": REPLAY, "loss": BALANCE, "rollout__mixture_alpha": 0.5},
         {"replay": REPLAY, "loss": BALANCE, "rollout": EXACT},
+        {"replay": REPLAY, "loss": BALANCE, "nesting_control": CONTROL},  # searchers measure depth alone
+        {"replay": dataclasses.replace(REPLAY, max_staleness=3), "loss": BALANCE, "search": SearchConfig(lag=3)},
+        {"replay": dataclasses.replace(REPLAY, max_staleness=0), "loss": BALANCE, "train__updates_per_batch": 2},
         {"reset": ResetConfig(share=0.5, references="answers"), "loss": BALANCE},
         {"reset": ResetConfig(share=0.5, only_right=True), "reward": RewardConfig(model=("m",))},
         {"reset": ResetConfig(only_right=True), "reward": RewardConfig(checker="model", model=("m",))},  # no resets

@@ -23,6 +23,7 @@ import numpy as np
 import nested_reft as nr
 from nested_reft.data.sources import DatasetSource, JsonlSource
 from nested_reft.prompt_format import PromptFormat
+from nested_reft.replay_store import ReplayConfig
 tiny = nr.load_config("tiny")
 
 
@@ -45,7 +46,8 @@ def get_config():
     return dataclasses.replace(
         tiny,
         data=dataclasses.replace(tiny.data, sources=sources),
-        reward=dataclasses.replace(tiny.reward, function="mine.py:reward"),
+        replay=ReplayConfig(capacity=1000, recent_share=0.5),
+        reward=dataclasses.replace(tiny.reward, function="mine.py:reward", safety="mine.py:safety"),
         nesting=dataclasses.replace(tiny.nesting, divergence_file="smollm2_chain_sum_layers.json"),
     )
 """
@@ -143,6 +145,7 @@ def test_paths_lead_from_the_file_and_are_absolute(load, tmp_path, monkeypatch):
     assert field(config, "heldout_file") == str(tmp_path / "held.jsonl")
     assert field(config, "folder", source=1) == str(there / "gsm8k")
     assert config.reward.function == f"{there / 'mine.py'}:reward"
+    assert config.reward.safety == f"{there / 'mine.py'}:safety"
     # A file that ships is found by its name, unless the user has one of that name.
     shipped = next(d for d in CONFIG_DIRECTORIES if (d / "smollm2_chain_sum_layers.json").exists())
     assert config.nesting.divergence_file == str(shipped / "smollm2_chain_sum_layers.json")

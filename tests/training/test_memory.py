@@ -13,7 +13,7 @@ from nested_reft.replay_store import ReplayConfig
 from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.training import memory
 from nested_reft.training.config import load_config
-from nested_reft.training.memory import check_memory, least_bytes
+from nested_reft.training.memory import check_memory, least_bytes, old_weights
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import Setup, prepare
 
@@ -79,6 +79,8 @@ def test_updates_hold_the_completions_that_they_train_on(setup_of):
         (SearchConfig(lag=8, backend="thread"), "target", 4, 0),  # adapters share the frozen base
         (SearchConfig(lag=8, backend="thread"), "bfloat16", 0, WEIGHTS / 2),
         (SearchConfig(sync_every=2), "bfloat16", 0, 0),  # the one copy is counted with the weights
+        (SearchConfig(lag=8, backend="ray"), "target", 0, 0),  # in the object store
+        (SearchConfig(lag=8, backend="ray", sync_every=2), "target", 0, WEIGHTS),  # for the orders of the second step
     ],
 )
 def test_updates_beside_searchers_hold_old_weights(setup_of, search, weights, rank, expected):
@@ -86,6 +88,42 @@ def test_updates_beside_searchers_hold_old_weights(setup_of, search, weights, ra
     config = dataclasses.replace(setup.config, search=search, lora=LoraConfig(rank=rank))
     parts = least_bytes(dataclasses.replace(setup, config=config))
     assert parts["updates"]["old weights"] == expected and parts["warm start"]["old weights"] == 0
+
+
+@pytest.mark.parametrize(
+    ("search", "weights", "most"),
+    [
+        # Slow searchers still hold the orders of `lag` steps, that of the step which is to update among them.
+        (SearchConfig(lag=3, backend="thread"), "target", 3),
+        # Steps 0 and 1 share weights, and 2 and 3: the update of step 2 meets orders of 0, 1 and 2.
+        (SearchConfig(lag=3, backend="thread", sync_every=2), "target", 2),
+        # The update of step 3, which begins a period, meets orders of 2 and 3.
+        (SearchConfig(lag=2, backend="thread", sync_every=3), "target", 2),
+        (SearchConfig(sync_every=4), "target", 1),
+        (SearchConfig(lag=2, backend="thread"), "bfloat16", 2 / 2),
+        (SearchConfig(lag=3), "target", 0),
+        (SearchConfig(lag=3, backend="ray"), "target", 0),
+    ],
+)
+def test_slow_searchers_hold_more_versions(setup_of, search, weights, most):
+    setup = setup_of(weights=weights)
+    setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, search=search))
+    assert old_weights(setup)[1] == most * WEIGHTS
+
+
+def test_versions_that_would_not_fit_are_a_warning(setup_of, monkeypatch, caplog):
+    setup = setup_of()
+    evaluation = dataclasses.replace(setup.config.evaluation, batch_size=1)
+    config = dataclasses.replace(setup.config, search=SearchConfig(9, 1, "thread"), evaluation=evaluation)
+    setup = dataclasses.replace(setup, config=config)
+    certain = sum(least_bytes(setup)["updates"].values())
+    monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: certain + 7.9 * WEIGHTS)
+    check_memory(setup)
+    assert "updates may need up to" in caplog.text and "Lower search.lag (9)" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: certain + 8.1 * WEIGHTS)
+    check_memory(setup)
+    assert not caplog.text
 
 
 def test_what_changes_the_bound(setup_of):

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +18,25 @@ from nested_reft import curriculum
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay import DynamicSamplingConfig
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.limits import RewardError
+from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import RunDirectory, read_log
+from nested_reft.training.record import samples
 from nested_reft.training.search_config import SearchConfig, check_backend
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
+from tests.scored_groups import texts_of
 from tests.training.runs import (
     MOVING,
     assert_equal_arrays,
     comparable,
     comparable_steps,
+    metrics_of,
     nano,
     save_after,
     trainer,
@@ -37,6 +45,13 @@ from tests.training.runs import (
 
 THREADS = SearchConfig(lag=2, backend="thread", searchers=3)
 MOVES = {"loss": MOVING, "optimizer__learning_rate": 0.01}
+# An untrained model is always wrong, so its rewards differ by length.
+REPLAYED = {
+    "loss": TrajectoryBalanceConfig(beta=0.5),
+    "reward": RewardConfig(overlong_cache_tokens=8),
+    "replay": ReplayConfig(capacity=64, recent_share=0.5, inverse_temperature=1.0, prefill=24, max_staleness=4),
+    "optimizer__learning_rate": 0.01,
+}
 NO_EVALUATION = {"evaluation__samples_per_prompt": 0, "evaluation__every_steps": 100}
 
 
@@ -123,6 +138,8 @@ def test_batches_take_turns_in_their_temperatures(setup, tmp_path):
     found += [run.step(number) for number in (1, 2, 3)]
     for record, temperature in zip(found, (1.0, 0.5, 2.0, 1.0), strict=True):
         rollouts = record.groups.rollouts
+        assert (rollouts.temperature_BG == temperature).all()
+        assert {line["temperature"] for line in samples(record)} == {temperature}
         # The first two batches are of the first weights, which the setup still holds.
         if record.number <= 2:
             policy = dataclasses.replace(setup.policy, sampling=SamplingConfig(temperature))
@@ -136,6 +153,19 @@ def test_batches_take_turns_in_their_temperatures(setup, tmp_path):
     rollouts = [record.groups.rollouts for record in found]
     means = [each.behavior_logprob_BGC.sum() / each.length_BG.sum() for each in rollouts]
     assert means[1] > max(means[0], means[2], means[3])
+
+
+def test_batches_take_turns_in_how_deep_they_nest(setup, tmp_path):
+    """Of six layers none is left out and two are; a resumed run goes on with the next."""
+    started = with_search(setup, SearchConfig(lag=1, skip_ratios=(0.0, 0.34)))
+    run = trainer(started, tmp_path)
+    found = [run.step(0)]
+    save_after(run, 1)
+    run.close()
+    run = trainer(started, tmp_path, resume=True)
+    found += [run.step(number) for number in (1, 2)]
+    assert [len(record.plan.left_out(6)) for record in found] == [0, 2, 0]
+    assert [(record.groups.rollouts.part_BGL != 0).all() for record in found] == [True, False, True]
 
 
 def test_a_run_does_not_depend_on_who_searches(setup, tmp_path):
@@ -180,6 +210,47 @@ def test_a_resumed_run_is_the_uninterrupted_one(search, steps, setup, tmp_path):
         run.close()
 
 
+def test_a_checkpoint_whose_wait_fails_loses_nothing_that_was_found(setup, tmp_path, monkeypatch):
+    """Batches 1 and 2 are under way after step 0. The second wait fails, and the next one goes on from there."""
+    started = with_search(setup, SearchConfig(lag=2))
+    expected = comparable_steps(trainer(started, tmp_path / "straight"), range(3))
+    run = trainer(started, tmp_path / "run")
+    found = comparable_steps(run, range(1))
+    take = run.pool.take
+
+    def fails():
+        if len(run.pool) == 1:
+            raise TimeoutError("batch 2 was not found in that time")
+        return take()
+
+    monkeypatch.setattr(run.pool, "take", fails)
+    with pytest.raises(TimeoutError):
+        run.save()
+    assert (len(run.state.found_ahead), len(run.pool)) == (1, 1)
+    monkeypatch.undo()
+    assert found + comparable_steps(run, range(1, 3)) == expected
+
+
+def test_the_wait_of_a_checkpoint_is_waiting_and_no_time_of_the_step(setup, tmp_path, monkeypatch):
+    """Each of two results takes three seconds of a clock that nothing else moves."""
+    run = trainer(with_search(setup, SearchConfig(lag=2)), tmp_path)
+    run.step(0)
+    now, take = [1000.0], run.pool.take
+    monkeypatch.setattr("nested_reft.training.orders.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow():
+        now[0] += 3.0
+        return take()
+
+    monkeypatch.setattr(run.pool, "take", slow)
+    run.orders.drain(run.state)
+    record = run.step(1)
+    assert (record.search.drained_seconds, record.search.waited_seconds) == (6.0, 0.0)
+    metrics = metrics_of(run, record)
+    assert metrics["search_wait_seconds"] == 6.0 and metrics["trained_tokens_per_second"] > 0
+    assert run.step(2).search.drained_seconds == 0.0
+
+
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -202,10 +273,16 @@ run.run()
 
 
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
-    """By signal 9 in step 3, with batches under way and the newest checkpoint after step 2."""
-    config = nano(**MOVES, **NO_EVALUATION, search=SearchConfig(lag=2, backend="thread", searchers=2), train__steps=4)
+    """By signal 9 in step 3, with batches under way and the newest checkpoint after step 2.
+
+    It is one of trajectory balance: what is kept for replay survives as well, and so do weights in the middle of a
+    period of three steps.
+    """
+    search = SearchConfig(lag=2, sync_every=3, backend="thread", searchers=2)
+    config = nano(**REPLAYED, **NO_EVALUATION, search=search, train__steps=4)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    trainer(config, straight).run()
+    whole = trainer(config, straight)
+    whole.run()
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(killed)],
         input=json.dumps(config.to_json()),
@@ -217,7 +294,10 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert newest_checkpoint(killed / "checkpoints") == 2
-    trainer(config, killed, resume=True).run()
+    resumed = trainer(config, killed, resume=True)
+    resumed.run()
+    assert texts_of(resumed.state.buffer) == texts_of(whole.state.buffer)
+    assert_equal_arrays(resumed.state.learner.state, whole.state.learner.state)
     for name in ("metrics", "samples"):
         lines = {path: [comparable(line) for line in read_log(path / f"{name}.jsonl")] for path in (straight, killed)}
         assert lines[killed] == lines[straight]
@@ -245,6 +325,39 @@ def test_an_interrupt_waits_for_what_is_under_way_and_a_resumed_run_begins_with_
     second.close()
 
 
+def test_a_second_signal_leaves_a_searcher_that_hangs(setup, tmp_path, monkeypatch, caplog):
+    """It would be waited for as long as a batch may take, which is an hour."""
+    monkeypatch.setattr("nested_reft.training.search_pool.CLOSE_SECONDS", 0.05)
+    main, released = threading.main_thread().ident, threading.Event()
+
+    def hangs(*_):
+        # Two kinds, because equal signals may come as one.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.pthread_kill(main, number)
+        released.wait()
+
+    run = Trainer(with_search(setup, SearchConfig(lag=1, backend="thread")), RunDirectory(tmp_path)).open()
+    monkeypatch.setattr(run.searcher, "search", hangs)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    released.set()
+    assert "searcher-0 is still at batch 0" in caplog.text
+
+
+def test_a_searcher_that_cannot_start_ends_an_earlier_phase(tmp_path, monkeypatch):
+    def no_place(*_):
+        raise ValueError("no such device")
+
+    monkeypatch.setattr("nested_reft.training.search_pool.DeviceSite", no_place)
+    run = trainer(nano(warm_start__steps=3, search=SearchConfig(lag=1, backend="thread")), tmp_path)
+    for thread in threading.enumerate():
+        if thread.name.startswith("searcher-"):
+            thread.join(30)
+    with pytest.raises(ValueError, match="no such device"):
+        run.run()
+    assert (run.state.phase, run.state.step) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -257,6 +370,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_a_resumed_run_begins_with_
         ),
         ({"timeout_seconds": 0.0}, r"search.timeout_seconds is 0.0; allowed is more than 0"),
         ({"timeout_seconds": float("nan")}, r"search.timeout_seconds is nan"),
+        ({"skip_ratios": (0.2, 1.0)}, r"search.skip_ratios holds 1.0; allowed is 0 <= skip_ratio < 1"),
         ({"temperatures": (1.0, 0.0)}, r"search.temperatures holds 0.0; allowed is 0.001 to 1000"),
         ({"gpus_per_searcher": 1.0}, r"search.gpus_per_searcher is 1.0; with search.backend 'inline' allowed is 0"),
         ({"tpus_per_searcher": -1.0, "backend": "ray"}, r"search.tpus_per_searcher is -1.0; allowed is 0 to"),

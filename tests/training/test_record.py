@@ -80,6 +80,7 @@ ONLY_SOMETIMES = {
     "trained_tokens_per_second",
     "sync_seconds",
     "orders_under_way",
+    "searchers_started",
     "searchers_replaced",
 }
 

@@ -5,9 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
+from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.replay_store import ReplayConfig, Store
 from nested_reft.rewards.reward import RewardConfig
+from nested_reft.training.search_config import SearchConfig
 from tests.training.runs import MOVING, comparable_steps, metrics_of, nano, save_after, trainer
 
 REPLAY = ReplayConfig(capacity=64, recent_share=0.5, inverse_temperature=1.0, prefill=24, max_staleness=2)
@@ -58,6 +61,38 @@ def test_an_update_may_train_on_fewer_completions_than_a_search_finds(tmp_path):
     assert record.groups.rollouts.tokens_BGC.shape[:2] == (4, 2) and not record.update.empty
     last = {texts[-1] for texts in record.found[0].texts}
     assert {texts[-1] for texts in record.groups.texts} <= last
+
+
+def test_no_completion_is_older_than_the_limit_where_searchers_work_ahead(tmp_path):
+    """With a lag of 2, batches are two versions old when they come, and a limit of 3 replays each for one step more."""
+    replay = dataclasses.replace(REPLAY, prefill=0, max_staleness=3)
+    run = trainer(nano(replay=replay, search=SearchConfig(lag=2), **FAST), tmp_path)
+    metrics = [metrics_of(run, run.step(number)) for number in range(8)]
+    assert max(each["staleness_max"] for each in metrics) == 3
+    # The newest batch is two versions old, and yet it is the recent one.
+    assert metrics[-1]["replay/recent"] > 0 and min(each["replay/recent"] for each in metrics) < 1
+    # Two batches of four prompts; without the limit, the capacity would leave twice as many.
+    assert metrics[-1]["replay/prompts"] == 8 and metrics[-1]["turned_away/stale"] > 0
+
+
+def test_nesting_control_reads_depth_and_not_the_age_of_what_is_replayed(tmp_path):
+    """Full rollouts have no mismatch of depth, so after two steps a layer is left out, however old the groups are."""
+    control = NestingControlConfig("kl_behavior_target", budget=1e-3, max_skipped=2, patience=2)
+    replay = dataclasses.replace(REPLAY, recent_share=0.0)
+    changes = FAST | {"optimizer__learning_rate": 0.05}
+    run = trainer(nano(replay=replay, nesting_control=control, nesting=NestingConfig(border=1), **changes), tmp_path)
+    records = [run.step(number) for number in range(2)]
+    assert records[1].staleness_BG.any() and abs(float(records[1].update.health.kl_behavior_target)) > 1e-3
+    assert [record.nesting.num_skipped for record in records] == [0, 1]
+
+
+def test_ages_where_weights_are_sent_every_other_step(tmp_path):
+    """k = 2 with as large a lag, and m = 1: at most 2 k - 1 = 3 versions behind, the same every k steps."""
+    replay = dataclasses.replace(REPLAY, recent_share=1.0, group_size=2, prefill=0, max_staleness=3)
+    run = trainer(nano(replay=replay, search=SearchConfig(lag=2, sync_every=2), **FAST), tmp_path)
+    ages = [set(run.step(number).staleness_BG.ravel().tolist()) for number in range(6)]
+    # The batches of steps 0 to 3 are of version 0, and those of steps 4 and 5 of version 2.
+    assert ages == [{0}, {1}, {2}, {3}, {2}, {3}]
 
 
 def test_resuming_continues_what_is_kept(tmp_path):

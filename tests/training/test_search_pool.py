@@ -19,6 +19,7 @@ from nested_reft.training.search_pool import (
     InlinePool,
     Order,
     SearcherLost,
+    SearchError,
     ThreadedPool,
     make_pool,
     searcher_meshes,
@@ -98,6 +99,17 @@ def test_results_come_in_the_order_of_issue_and_not_of_completion(order):
     assert not searcher_threads()
 
 
+def test_a_queue_that_nobody_reads_does_not_grow(order):
+    searchers = pool(numbered, lag=2)
+    for number in range(3):
+        searchers.submit(order(number))
+    with pytest.raises(RuntimeError, match=r"3 batches were ordered and not taken, and search.lag is 2: take one"):
+        searchers.submit(order(3))
+    assert number_of(searchers.take()) == 0 and len(searchers) == 2
+    searchers.submit(order(3))
+    searchers.close()
+
+
 def test_what_a_searcher_raises_ends_the_wait(order):
     def search(order):
         raise ValueError("no such table")
@@ -140,13 +152,13 @@ def test_replacements_have_a_limit(order):
     searchers = pool(search, searchers=1, max_replacements=2)
     searchers.submit(order(0))
     with pytest.raises(
-        RuntimeError, match=r"search.max_replacements is 2, and one more searcher was lost: killed by signal 9"
+        SearchError, match=r"search.max_replacements is 2, and one more searcher was lost: killed by signal 9"
     ):
         searchers.take()
     searchers.close()
 
 
-def test_a_searcher_that_stands_still_ends_the_run_in_time(order):
+def test_a_searcher_that_stands_still_ends_the_run_in_time(order, caplog):
     released = threading.Event()
 
     def search(order):
@@ -163,7 +175,27 @@ def test_a_searcher_that_stands_still_ends_the_run_in_time(order):
     ):
         searchers.take()
     searchers.close()  # it does not wait for ever either
+    assert searchers.left == ["searcher-0"]
+    assert "searcher-0 is still at batch 0 after 0.05 seconds; the run ends without it" in caplog.text
+    caplog.clear()
+    searchers.close()
+    assert not caplog.text
     released.set()
+
+
+def test_a_searcher_that_cannot_start_is_heard_before_anything_is_taken(order):
+    def open_site(index, closed):
+        raise ValueError("no such file on this host")
+
+    searchers = ThreadedPool(open_site, SearchConfig(lag=1, backend="thread"))
+    for thread in threading.enumerate():
+        if thread.name.startswith("searcher-"):
+            thread.join(30)
+    for ask in (searchers.check, lambda: searchers.submit(order(0))):
+        with pytest.raises(ValueError, match="no such file on this host"):
+            ask()
+    searchers.close()
+    assert not searchers.left
 
 
 def test_searchers_that_never_start_are_counted(order):
@@ -198,8 +230,6 @@ def test_searchers_take_the_devices_that_are_free(setup):
     mesh = setup.policy.mesh
     ids = [mesh.devices.flat[0].id for mesh in searcher_meshes(mesh, 9)]
     assert ids == [1, 2, 3, 4, 5, 6, 7, 1, 2]
-    wide = jax.make_mesh((2, 3), mesh.axis_names, mesh.axis_types, devices=jax.devices()[:6])
-    assert searcher_meshes(wide, 2) == [wide, wide]  # two devices are left, which are too few
 
 
 def test_every_pool_finds_the_same(setup, order):

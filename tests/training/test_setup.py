@@ -1,5 +1,6 @@
 """From a configuration to a start: everything that cannot work is refused before any compute."""
 
+import dataclasses
 import json
 import re
 
@@ -7,8 +8,11 @@ import pytest
 
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import JsonlSource, TaskSource, exactly
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
+from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.sharding import MeshConfig
+from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import prepare, run_config
 from tests.training.runs import nano
 
@@ -55,6 +59,22 @@ def test_a_template_that_cannot_be_filled_is_refused(template):
 def test_a_template_that_would_fill_the_memory_is_refused(template):
     with pytest.raises(ValueError, match=r"^data.prompt.template is .*has a width; allowed is a number up to 999"):
         prepare(nano(data__prompt=PromptFormat(template, chat=False)))
+
+
+def test_a_prefill_beyond_what_all_prompts_may_keep_is_refused():
+    replay = ReplayConfig(capacity=100, recent_share=0.5, completions_per_prompt=3, prefill=60)
+    prepare(nano(replay=replay, loss=TrajectoryBalanceConfig(beta=0.5)))
+    with pytest.raises(ValueError, match=r"replay.prefill is 61; allowed is 0 to 60, since there are 20 training"):
+        prepare(nano(replay=dataclasses.replace(replay, prefill=61), loss=TrajectoryBalanceConfig(beta=0.5)))
+
+
+def test_threads_share_no_mesh_of_several_devices():
+    """Of eight devices the learner takes four, which leaves one place for a searcher."""
+    search = SearchConfig(lag=1, backend="thread", searchers=1)
+    prepare(nano(mesh=MeshConfig(data=4), search=search))
+    message = r"search.searchers is 2 with backend 'thread', and a mesh of 4 devices .*; .* of 8 here .* room for 1"
+    with pytest.raises(ValueError, match=message):
+        prepare(nano(mesh=MeshConfig(data=4), search=dataclasses.replace(search, searchers=2)))
 
 
 @pytest.mark.parametrize(
