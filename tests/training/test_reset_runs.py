@@ -254,7 +254,9 @@ def test_rollouts_start_from_the_policys_own_best(tmp_path):
     assert first["reset/referenced"] == first["reset/share"] == first["reset/forced_tokens"] == 0
     before, after = (record.all for record in records)
     referenced = 0
-    for row, forced_G in zip(map(before.prompts.texts.index, after.prompts.texts), after.rollouts.forced_BG, strict=True):
+    for row, forced_G in zip(
+        map(before.prompts.texts.index, after.prompts.texts), after.rollouts.forced_BG, strict=True
+    ):
         right_G = (before.accuracy_BG[row] == 1) & (before.rollouts.length_BG[row] > 1)
         b = after.prompts.texts.index(before.prompts.texts[row])
         assert (forced_G == forced_G[0]).all() and (forced_G[0] > 0) == right_G.any()
