@@ -58,6 +58,7 @@ def prompts(numbers: Numbers, forced: bool = True) -> Prompts:
         checkers=("exact", "math", "task", "function", None),
         forced=ForcedPrefixes(numbers.array(B, G, F), numbers.array(B, G)) if forced else None,
         reference_length_B=numbers.array(B),
+        reference_score_B=numbers.array(B, dtype=np.float32),
     )
 
 

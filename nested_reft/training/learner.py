@@ -390,7 +390,7 @@ class Learner:
         teaches_BG &= ~jnp.isnan(arrays.signal_BG)
         if self.needs.signal_is_weight:
             teaches_BG &= arrays.signal_BG != 0
-        return np.asarray(teaches_BG).any(axis=1)
+        return np.any(np.asarray(teaches_BG), axis=1)
 
     def _update_once(self, arrays: TrainBatch, rows_M: Int[np.ndarray, " M"], plans: UpdatePlans) -> UpdateResult:
         """One update on some groups of a batch, with its result on the host."""

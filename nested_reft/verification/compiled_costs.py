@@ -298,7 +298,8 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
     sharded = _Shapes(mesh)
     task = reinforcement_task(training, shared_prefix=0)
     state, base = state_shapes(config, training, task.optimizer, mesh)
-    rows, size = (workload.prompts, workload.group_size), workload.completion_tokens
+    # An update is on one mini-batch.
+    rows, size = (workload.prompts // task.mini_batches, workload.group_size), workload.completion_tokens
     tokens = {name: sharded((*rows, size), jnp.float32, "batch") for name in task.needs.logprobs}
     batch = TrainBatch(
         prompt_BP=sharded((rows[0], workload.prompt_tokens), jnp.int32, "batch"),

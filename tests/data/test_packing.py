@@ -39,7 +39,7 @@ def test_a_packed_row_by_hand(shared):
     """Three prompts that begin with 8 8, their answers, and the stop token 9. With `shared` they are given once."""
     prompts = prompts_of([8, 8, 1], [8, 8, 2, 3], [8, 8, 4])
     batch = packed_batch(prompts, ["5", "", "66"], encode, 9, shared, size=10 - shared, multiple=4)
-    whole = [[[8, 8, 4], [6, 6, 9]], [[8, 8, 2, 3], [9]], [[8, 8, 1], [5, 9]]]
+    whole = [[[8, 8, 4], [6, 6, 9]], [[8, 8, 1], [5, 9]], [[8, 8, 2, 3], [9]]]
     texts = [(prompt[shared:], answer) for prompt, answer in whole]
     # Lengths are 6, 5, 5 of 10 and, without the shared tokens, 4, 3, 3 of 8: one row holds two of them.
     rows = [texts[:1], texts[1:]] if shared == 0 else [texts[:2], texts[2:]]

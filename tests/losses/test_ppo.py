@@ -151,7 +151,7 @@ def test_a_mini_batch_has_the_advantages_of_the_whole_batch():
             return jax.tree.map(lambda x: x[group : group + 1], value)
 
         found = objective.loss(only(target), only(ready)).mean()
-        assert found == pytest.approx(slow_loss(*arrays, batch, PPO, (group,)), abs=1e-5)
+        assert found == pytest.approx(slow_loss(arrays[0], arrays[1], batch, PPO, (group,)), abs=1e-5)
         alone = objective.loss(only(target), objective.with_token_signals(only(batch), CRITIC.kl_coefficient)).mean()
         assert abs(alone - found) > 0.01
 

@@ -63,7 +63,7 @@ REFUSED = {
     ],
     "mini_batches_divide_prompts": [
         (
-            {"train__mini_batches": 3, "train__updates_per_batch": 3},
+            {"train__updates_per_batch": 3, "train__mini_batches": 3},
             r"train.mini_batches is 3; it must divide data.prompts_per_batch, which is 4",
         ),
     ],
@@ -73,7 +73,7 @@ REFUSED = {
             r"train.micro_batches is 3; it must divide data.prompts_per_batch / train.mini_batches, which is 4",
         ),
         (
-            {"train__micro_batches": 4, "train__mini_batches": 2, "train__updates_per_batch": 2},
+            {"train__micro_batches": 4, "train__updates_per_batch": 2, "train__mini_batches": 2},
             r"train.micro_batches is 4; it must divide data.prompts_per_batch / train.mini_batches, which is 2",
         ),
     ],

@@ -185,7 +185,7 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
         ({"train__steps": 10**8, "train__updates_per_batch": 2}, "train.updates_per_batch 2; allowed are at most"),
         ({"train__mini_batches": 0}, "train.mini_batches is 0; allowed is 1 or more"),
         (
-            {"train__mini_batches": 2, "train__updates_per_batch": 3},
+            {"train__updates_per_batch": 3, "train__mini_batches": 2},
             "train.updates_per_batch is 3 and train.mini_batches 2; allowed is a multiple of it",
         ),
         ({"train__seed": 2**32}, "train.seed is 4294967296; allowed is 0 or more, up to 2147483647"),

@@ -215,7 +215,7 @@ def test_rollouts_are_no_pairs(pairs, tmp_path):
 
 
 def demonstrations_of(path, config_changes=None) -> Config:
-    """Supervised fine-tuning on prompts of 4 to 6 tokens that all begin with "12"; few answers have 7 digits, most one."""
+    """Prompts of 4 to 6 tokens that all begin with "12"; most answers have one digit, a few seven."""
     numbers = [12, *range(120, 130), *range(1200, 1217)]
     rows = [{"prompt": f"{n} =", "chosen": "7" * 7 if n % 6 == 0 else str(n % 7)} for n in numbers]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

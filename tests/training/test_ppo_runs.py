@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nested_reft.dataset_reset import ResetConfig
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.value import CriticConfig
 from nested_reft.models.heads import ScalarHead
@@ -115,6 +116,32 @@ def test_a_share_that_draws_nothing_is_ppo_step_for_step(tmp_path):
     states = [jax.tree.leaves(run.state.learner.state.trainable) for run in runs]
     for one, other in zip(*states, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_heavy_penalty_keeps_the_policy_at_the_reference(tmp_path):
+    """No sample is rewarded. At the reference nothing pulls, so nothing moves, to the last bit. Away from it the
+    penalty pulls the policy back; with the other sign the divergence would grow."""
+    critic = CriticConfig(kl_coefficient=1.0, value_coefficient=0.5, whiten_advantages=False)
+    config = nano(
+        loss=dataclasses.replace(PPO, entropy_coefficient=0.0, critic=critic),
+        nesting=NestingConfig(),
+        optimizer__learning_rate=1e-3,
+        rollout__group_size=8,
+        rollout__max_completion_tokens=4,
+        evaluation__samples_per_prompt=0,
+    )
+    run = trainer(config, tmp_path)
+    learner = run.state.learner
+    before = jax.tree.map(jnp.copy, learner.state.trainable)
+    found = run.step(0)
+    assert found.reward == 0 and found.update.parts["completion_kl"] == 0
+    assert_equal_arrays(learner.state.trainable, before)
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(before))))
+    moved = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), before)
+    learner.state = dataclasses.replace(learner.state, trainable=moved)
+    records = [run.step(number) for number in range(1, 17)]
+    divergence = [record.update.parts["completion_kl"] for record in records]
+    assert all(record.reward == 0 for record in records) and np.mean(divergence[-5:]) < divergence[0] / 2
 
 
 def test_a_checkpoint_is_a_policy_with_its_critic(stepped):

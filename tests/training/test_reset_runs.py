@@ -176,7 +176,9 @@ def test_every_way_to_sample_takes_prefixes(tmp_path, changes):
         tokens = run.state.learner.tokenizer.encode(answer)
         for g, forced in enumerate(rollouts.forced_BG[b]):
             assert rollouts.tokens_BGC[b, g, :forced].tolist() == tokens[:forced]
-    assert (rollouts.forced_BG > 0).any() and 0 < found.update.gradient_norm < np.inf
+    assert (rollouts.forced_BG > 0).any() and not found.update.empty and np.isfinite(found.update.gradient_norm)
+    if isinstance(run.config.loss, TrajectoryBalanceConfig):
+        assert found.update.gradient_norm > 0
     if run.config.rollout.mode == "exact":
         # Samples of the full model: the ratio of every free token is 1, whatever was given before it.
         assert metrics_of(run, found)["ess_token"] == pytest.approx(1, abs=1e-3)
@@ -213,8 +215,9 @@ def test_scores_of_references(tmp_path):
     assert scores("reward").tolist() == expected and sum(expected) == 1
     alone = []
     for b, each in enumerate(tokens):
-        prompt_P = prompts.tokens_BP[b : b + 1, : prompts.length_B[b]]
-        logprob = policy.logprobs(prompt_P, prompts.length_B[b : b + 1], np.array([[each]], np.int32))
+        prompt_BP = jnp.asarray(prompts.tokens_BP[b : b + 1, : prompts.length_B[b]])
+        size_B = jnp.asarray(prompts.length_B[b : b + 1])
+        logprob = policy.logprobs(prompt_BP, size_B, jnp.array([[each]], jnp.int32))
         alone.append(float(np.asarray(logprob).mean()))
     np.testing.assert_allclose(scores("likely"), alone, atol=1e-4)
     np.testing.assert_allclose(scores("unlikely"), -np.array(alone), atol=1e-4)
