@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nested_reft.host_values import Block
-from nested_reft.replay_store import REASONS, Entry, Segment, Store, chosen, codes, restored, side_by_side
+from nested_reft.replay_store import REASONS, Entry, Segment, Store, chosen, restored, side_by_side
 from nested_reft.types import Scored, completion_columns, concat, over_completions, take, with_completions
 
 _MARKS = ("drawn", "drawn_at")  # of a row, which do not follow from its completions
@@ -142,5 +142,5 @@ def _entries(segments: Sequence[Segment], values: Sequence[dict[str, Any]], num_
         own = {name: column[:, start:end].copy() for name, column in columns.items()}
         group = with_completions(take(prompts, [index_of[row]]), own)
         index_N = order_M[start:end]
-        entries[row] = Entry(group, arrival_M[index_N], number_M[index_N], codes(group.rollouts))
+        entries[row] = Entry(group, arrival_M[index_N], number_M[index_N])
     return entries

@@ -21,7 +21,6 @@ weights sampled and not by the time of arrival, and repetitions come only after 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import math
 from collections import defaultdict
@@ -31,7 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Bool, Int
 
 from nested_reft.literals import check_whole
 from nested_reft.replay import GenerationLimitError
@@ -133,22 +132,11 @@ class Entry:
         group: one group of N completions, in the order of their arrival.
         arrival_N: the number of the batch that each came with.
         number_N: the completions' own numbers, which grow in the order of arrival.
-        code_N: a number of their tokens, as `codes` gives it.
     """
 
     group: Scored
     arrival_N: Int[np.ndarray, " N"]
     number_N: Int[np.ndarray, " N"]
-    code_N: UInt64[np.ndarray, " N"]
-
-    def take(self, index_M: Int[np.ndarray, " M"]) -> Entry:
-        """Some of the completions, in that order.
-
-        Args:
-            index_M: which.
-        """
-        columns = (column[index_M] for column in (self.arrival_N, self.number_N, self.code_N))
-        return Entry(chosen(self.group, index_M), *columns)
 
 
 @dataclass(frozen=True)
@@ -258,25 +246,23 @@ class _Draft:
 
     def put(self, group: Scored, per_prompt: int) -> None:
         """Adds the completions of one group behind those of its prompt."""
-        key, new = _key(group), len(group.texts[0])
-        row, arrival_N = self.row_of.get(key), np.full(new, self._before.batches, np.int64)
-        entry = Entry(group, arrival_N, self.numbered + np.arange(new), codes(group.rollouts))
-        self.numbered += new
+        key = _key(group)
+        row, arrival_N = self.row_of.get(key), np.full(len(group.texts[0]), self._before.batches, np.int64)
+        number_N = self.numbered + np.arange(len(arrival_N))
+        self.numbered += len(arrival_N)
         old = None if row is None else self.entries[row]
         if old is not None:
             group = over_completions(side_by_side, old.group, group)
-            names = ("arrival_N", "number_N", "code_N")
-            joined = {name: np.concatenate([getattr(old, name), getattr(entry, name)]) for name in names}
-            entry = Entry(group, **joined)
-        kept_N = _last_of_equal(entry, new)
-        self.turned_away["duplicate"] += len(entry.number_N) - len(kept_N)
+            arrival_N = np.concatenate([old.arrival_N, arrival_N])
+            number_N = np.concatenate([old.number_N, number_N])
+        kept_N = _last_of_equal(group.rollouts)
+        self.turned_away["duplicate"] += len(arrival_N) - len(kept_N)
         self.turned_away["crowded"] += max(len(kept_N) - per_prompt, 0)
         kept_N = kept_N[-per_prompt:]
-        self._note_removed(np.delete(entry.number_N, kept_N))
+        self._note_removed(np.delete(number_N, kept_N))
         if row is None:
             row = self.row_of[key] = self._free_row()
-        # Taking all of many would copy them for nothing.
-        self.set(row, entry if len(kept_N) == len(entry.number_N) else entry.take(kept_N))
+        self.set(row, Entry(chosen(group, kept_N), arrival_N[kept_N], number_N[kept_N]))
 
     def keep(self, row: int, kept_N: Bool[np.ndarray, " N"], reason: str) -> None:
         """Takes the other completions out of a row."""
@@ -285,7 +271,8 @@ class _Draft:
         self.turned_away[reason] += int((~kept_N).sum())
         self._note_removed(entry.number_N[~kept_N])
         if kept_N.any():
-            self.set(row, entry.take(np.flatnonzero(kept_N)))
+            index_N = np.flatnonzero(kept_N)
+            self.set(row, Entry(chosen(entry.group, index_N), entry.arrival_N[index_N], entry.number_N[index_N]))
         else:
             del self.row_of[_key(entry.group)]
             self.entries[row] = None
@@ -348,37 +335,13 @@ def restored(entries: list[Entry | None], drawn: dict[str, np.ndarray], **fields
     return draft.store()
 
 
-def codes(rollouts: Rollouts) -> UInt64[np.ndarray, " N"]:
-    """A number for each completion of one group. Equal completions have equal ones, and others hardly ever do.
-
-    Args:
-        rollouts: of one group.
-    """
-    rows_NC = _told_apart(rollouts, np.arange(rollouts.length_BG.shape[1])).astype(np.uint64)
-    return rows_NC @ _multipliers(rows_NC.shape[1])
-
-
-@functools.cache
-def _multipliers(size: int) -> UInt64[np.ndarray, " C"]:
-    return np.random.default_rng(0).integers(0, 2**63, size, np.uint64)
-
-
-def _told_apart(rollouts: Rollouts, index_M: Int[np.ndarray, " M"]) -> Int[np.ndarray, "M C"]:
-    """What tells completions of one group apart: the tokens, and the length where they end with padding's token."""
-    return np.concatenate([rollouts.length_BG[0, index_M, None], rollouts.tokens_BGC[0, index_M]], axis=1)
-
-
-def _last_of_equal(entry: Entry, new: int) -> Int[np.ndarray, " M"]:
-    """The indices of completions without those that come again later, in order.
-
-    Only the `new` last ones come again. Their codes spare looking at the tokens of all that are stored.
-    """
-    may_N = np.isin(entry.code_N, entry.code_N[-new:])
-    index_M = np.flatnonzero(may_N)
-    rows_MC = _told_apart(entry.group.rollouts, index_M)
-    rows_M = np.ascontiguousarray(rows_MC[::-1]).view(f"V{rows_MC.itemsize * rows_MC.shape[1]}")[:, 0]
-    _, first_K = np.unique(rows_M, return_index=True)
-    return np.sort(np.concatenate([np.flatnonzero(~may_N), index_M[len(rows_M) - 1 - first_K]]))
+def _last_of_equal(rollouts: Rollouts) -> Int[np.ndarray, " M"]:
+    """The indices of one group's completions without those that come again later, in order."""
+    # The length tells a completion from one that ends with padding's token.
+    rows_NC = np.concatenate([rollouts.length_BG[0][:, None], rollouts.tokens_BGC[0]], axis=1)
+    rows_N = np.ascontiguousarray(rows_NC[::-1]).view(f"V{rows_NC.itemsize * rows_NC.shape[1]}")[:, 0]
+    _, first_M = np.unique(rows_N, return_index=True)
+    return np.sort(len(rows_N) - 1 - first_M)
 
 
 def add(store: Store, config: ReplayConfig, scored: Scored) -> Store:
