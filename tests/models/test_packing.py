@@ -31,7 +31,7 @@ def test_each_text_of_a_row_has_the_states_that_it_has_alone():
     rows = [jnp.concatenate([one, other]), jnp.pad(one, (0, 7)), jnp.pad(other, (0, 5))]
     row_BGC, segment_BGC = jnp.stack(rows)[:, None], jnp.tile(jnp.array([1] * 5 + [2] * 7), (3, 1, 1))
 
-    .jit
+    @jax.jit
     def states(segment_BGC):
         return model.completion_hidden(
             jnp.tile(prompt, (3, 1)), jnp.ones((3, 4), bool), row_BGC, segment_BGC=segment_BGC
