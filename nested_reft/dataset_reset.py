@@ -387,7 +387,7 @@ def step_metrics(state: ResetState, config: ResetConfig, found: Scored) -> dict[
 def _bias(value_N: np.ndarray, reset_NG: np.ndarray) -> float | None:
     """How far the references that served lie above all of the step, in standard deviations; None where they are none
     or all alike. One that served twice as many completions counts twice."""
-    deviation, weight_N = value_N.std(), reset_NG.sum(axis=1)
-    if not weight_N.any() or deviation == 0:
+    weight_N = reset_NG.sum(axis=1)
+    if not weight_N.any() or (deviation := value_N.std()) == 0:
         return None
     return float((np.average(value_N, weights=weight_N) - value_N.mean()) / deviation)
