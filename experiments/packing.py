@@ -1,43 +1,40 @@
-"""What packing saves in supervised fine-tuning: padding on HH and GSM8K, and the time of an update.
+"""How much padding packing saves in supervised fine-tuning on HH and GSM8K.
 
-    python -m experiments.packing --data FOLDER [--json FILE]        (about five minutes on two idle cores)
+    python -m experiments.packing --data FOLDER [--json FILE]
 
-FOLDER has the original files of both in `hh_harmless` and `gsm8k`. Three arrangements of the same examples, drawn at
-random into batches of 64:
+FOLDER has the original files in `hh_harmless` and `gsm8k`. One pass over the training examples in random batches of 64,
+as SmolLM2 reads them, in three arrangements:
 
     longest   every prompt and every answer as long as the longest of all
-    buckets   answers as long as a quarter of that that holds the batch's longest: what runs without packing do
-    packed    several examples in a row
+    buckets   answers as long as the quarter of that which holds the batch's longest: what runs without packing do
+    packed    several examples in a row; the number of rows is a multiple of 8
 
-`padding` is the share of computed tokens that are of no example. Times are of SmolLM2-135M, one update on a batch.
+`padding` is the share of the computed tokens that are of no example. `products` are the matrix products of a pass,
+relative to `buckets`: a packed row computes the vocabulary's part for its prompts' tokens as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from nested_reft.cli.arguments import Parser, whole
-from nested_reft.data.packing import packed_batch
-from nested_reft.data.pipeline import batch_prompts
-from nested_reft.data.prompts import EncodedExample
+from nested_reft.cli.arguments import Parser
+from nested_reft.data.packing import fitted
 from nested_reft.data.sources import DatasetSource
-from nested_reft.data.written import completion_tokens, demonstration, written_batch
+from nested_reft.data.written import completion_tokens, demonstration
 from nested_reft.json_files import write_json
+from nested_reft.models.parameters import parameter_shapes
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.training.config import Config, load_config
-from nested_reft.training.learner import Learner, completion_bucket
-from nested_reft.training.offline import offline_task
+from nested_reft.training.learner import completion_bucket
 from nested_reft.training.setup import Setup, prepare
-from nested_reft.types import TrainBatch
 
-BATCH = 64
+BATCH, MULTIPLE = 64, 8
 
 
 def configs(data: Path) -> dict[str, Config]:
@@ -56,79 +53,49 @@ def configs(data: Path) -> dict[str, Config]:
     return {"HH": on("hh", "hh_harmless_test", "hh_harmless"), "GSM8K": on("gsm8k", "gsm8k", "gsm8k")}
 
 
-def arrangements(setup: Setup, examples: list[EncodedExample], longest: int) -> dict[str, TrainBatch]:
-    """One batch in each of the three arrangements.
+def computed(prompts: list[int], answers: list[int], prompt_size: int, longest: int) -> dict[str, tuple[int, int]]:
+    """Tokens that a pass over one batch computes in each arrangement, and how many of them the vocabulary is put to.
 
     Args:
-        setup: of the run.
-        examples: of the batch.
-        longest: tokens of the longest answer of all.
+        prompts: tokens of each prompt of its own, without what all share.
+        answers: tokens of each answer, with its stop token.
+        prompt_size, longest: the largest of each in all batches.
     """
-    data, tokenizer = setup.data, setup.policy.tokenizer
-    encode, stop_id = tokenizer.encode, tokenizer.stop_ids[0]
-    prompts = batch_prompts(examples, [0] * len(examples), data.prompt_size)
-    texts = [demonstration(each.example)[0] for each in examples]
-    bucket = completion_bucket(max(completion_tokens(text, encode) for text in texts), longest)
-    rows = [[text] for text in texts]
-    size, multiple = data.prompt_size - data.shared_prefix + longest, -(-len(examples) // 8)
+    bucket = completion_bucket(max(answers), longest)
+    lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = math.ceil(len(fitted(lengths, prompt_size + longest)) / MULTIPLE) * MULTIPLE
+    count, packed = len(prompts), rows * (prompt_size + longest)
     return {
-        "longest": written_batch(prompts, rows, (1.0,), encode, stop_id, longest),
-        "buckets": written_batch(prompts, rows, (1.0,), encode, stop_id, bucket),
-        "packed": packed_batch(prompts, texts, encode, stop_id, data.shared_prefix, size, multiple),
+        "longest": (count * (prompt_size + longest), count * longest),
+        "buckets": (count * (prompt_size + bucket), count * bucket),
+        "packed": (packed, packed),
     }
 
 
-def computed_tokens(batch: TrainBatch, shared_prefix: int) -> int:
-    """Tokens that a pass over a batch computes; those that all prompts share count where each row has them anew.
+def measure(setup: Setup) -> dict[str, dict[str, float]]:
+    """Padding and matrix products of one pass over the data, by arrangement.
 
     Args:
-        batch: in any arrangement.
-        shared_prefix: leading tokens that all prompts have in common.
+        setup: gives the examples, the tokenizer and the sizes of the model.
     """
-    once = 0 if batch.segment_BGC is not None else shared_prefix
-    return len(batch.prompt_BP) * (batch.prompt_BP.shape[1] - once + batch.tokens_BGC.shape[-1])
-
-
-def seconds_of(setup: Setup, batch: TrainBatch, longest: int) -> tuple[float, float]:
-    """Time of an update, once it is compiled, and its loss.
-
-    Args:
-        setup: its policy is trained.
-        batch: in any arrangement.
-        longest: tokens of the longest answer of all.
-    """
-    learner = Learner(setup.policy)
-    learner.begin(offline_task(setup.config, setup.data.shared_prefix, longest))
-    loss = learner.update(learner.written_batch(batch)).loss
-    started = time.monotonic()
-    learner.update(learner.written_batch(batch))
-    return time.monotonic() - started, loss
-
-
-def measure(name: str, setup: Setup, timed: int) -> list[dict[str, Any]]:
-    """Padding of one pass over the data in each arrangement, and the time of an update on a first few examples.
-
-    Args:
-        name: of the data set.
-        setup: its run.
-        timed: how many examples.
-    """
-    examples, encode = list(setup.data.train_examples[0]), setup.policy.tokenizer.encode
-    order = np.random.default_rng(0).permutation(len(examples))
-    lengths = [completion_tokens(demonstration(each.example)[0], encode) for each in examples]
-    longest, prefix = max(lengths), setup.data.shared_prefix
-    kept, computed = 0, dict[str, int]()
-    for start in range(0, len(order) - BATCH + 1, BATCH):
-        rows = order[start : start + BATCH].tolist()
-        kept += sum(len(examples[row].tokens) - prefix + lengths[row] for row in rows)
-        for arrangement, batch in arrangements(setup, [examples[row] for row in rows], longest).items():
-            computed[arrangement] = computed.get(arrangement, 0) + computed_tokens(batch, prefix)
-    found = []
-    for arrangement, batch in arrangements(setup, [examples[row] for row in order[:timed]], longest).items():
-        seconds, loss = seconds_of(setup, batch, longest)
-        share = 1 - kept / computed[arrangement]
-        found.append({"data": name, "arrangement": arrangement, "padding": share, "seconds": seconds, "loss": loss})
-    return found
+    data, examples, encode = setup.data, setup.data.train_examples[0], setup.policy.tokenizer.encode
+    prompt_E = np.array([len(each.tokens) - data.shared_prefix for each in examples])
+    answer_E = np.array([completion_tokens(demonstration(each.example)[0], encode) for each in examples])
+    order_E, kept, sums = np.random.default_rng(0).permutation(len(examples)), 0, dict[str, np.ndarray]()
+    for start in range(0, len(order_E) - BATCH + 1, BATCH):
+        rows = order_E[start : start + BATCH]
+        kept += int(prompt_E[rows].sum() + answer_E[rows].sum())
+        size = data.prompt_size - data.shared_prefix
+        for name, counts in computed(prompt_E[rows].tolist(), answer_E[rows].tolist(), size, answer_E.max()).items():
+            sums[name] = sums.get(name, 0) + np.array(counts)
+    shapes = parameter_shapes(setup.policy.model.config)
+    layers = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers") and len(shape) == 3)
+    vocabulary = setup.policy.model.config.vocab_size * setup.policy.model.config.width
+    products = {name: float(tokens * layers + scored * vocabulary) for name, (tokens, scored) in sums.items()}
+    return {
+        name: {"padding": 1 - kept / float(tokens), "products": products[name] / products["buckets"]}
+        for name, (tokens, _) in sums.items()
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,18 +104,17 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: of the command line; None takes those of the program.
     """
-    parser = Parser("python -m experiments.packing", description="What packing saves in supervised fine-tuning.")
+    parser = Parser("python -m experiments.packing", description="How much padding packing saves.")
     parser.add_argument("--data", type=Path, required=True, help="folder with hh_harmless and gsm8k")
-    parser.add_argument("--examples", type=whole(8), default=BATCH, help="of the timed update")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     known = parser.parse_args(arguments)
-    found = []
-    for name, config in configs(known.data).items():
-        found += measure(name, prepare(config), known.examples)
-        jax.clear_caches()
-    columns = ("data", "arrangement", "padding", "seconds", "loss")
-    rows = [[f"{line[c]:.4g}" if isinstance(line[c], float) else line[c] for c in columns] for line in found]
-    print(table(list(columns), rows))
+    found: dict[str, Any] = {name: measure(prepare(config)) for name, config in configs(known.data).items()}
+    rows = [
+        [data, name, f"{values['padding']:.2f}", f"{values['products']:.2f}"]
+        for data, arrangements in found.items()
+        for name, values in arrangements.items()
+    ]
+    print(table(["data", "arrangement", "padding", "products"], rows))
     if known.json is not None:
         write_json(known.json, {"versions": versions(), "found": found})
 

@@ -23,17 +23,22 @@ def test_places_by_hand():
 
 
 def test_each_text_of_a_row_has_the_states_that_it_has_alone():
-    """After a prompt that all share. Without segments the second text would see the first."""
+    """After a prompt that all share. Without segments the second text sees the first."""
     model, key = tiny_model(), jax.random.key(1)
     prompt, one, other = (
-        jax.random.randint(jax.random.fold_in(key, n), (1, size), 0, TINY.vocab_size)
-        for n, size in enumerate((4, 5, 7))
+        jax.random.randint(jax.random.fold_in(key, n), (size,), 0, TINY.vocab_size) for n, size in enumerate((4, 5, 7))
     )
-    valid = jnp.ones((1, 4), bool)
-    row, segment = jnp.concatenate([one, other], axis=1)[None], jnp.array([[[1] * 5 + [2] * 7]])
-    packed = model.completion_hidden(prompt, valid, row, segment_BGC=segment)[0, 0]
-    alone = [model.completion_hidden(prompt, valid, text[None])[0, 0] for text in (one, other)]
-    np.testing.assert_allclose(packed[:5], alone[0], atol=1e-5)
+    rows = [jnp.concatenate([one, other]), jnp.pad(one, (0, 7)), jnp.pad(other, (0, 5))]
+    row_BGC, segment_BGC = jnp.stack(rows)[:, None], jnp.tile(jnp.array([1] * 5 + [2] * 7), (3, 1, 1))
+
+    @jax.jit
+    def states(segment_BGC):
+        return model.completion_hidden(
+            jnp.tile(prompt, (3, 1)), jnp.ones((3, 4), bool), row_BGC, segment_BGC=segment_BGC
+        )[:, 0]
+
+    packed, unpacked = states(segment_BGC)[0], states(None)
+    np.testing.assert_allclose(packed[:5], unpacked[1, :5], atol=1e-5)
     # The state that predicts a text's first token is that of its left neighbour, so it is nobody's.
-    np.testing.assert_allclose(packed[6:], alone[1][1:], atol=1e-5)
-    assert not np.allclose(model.completion_hidden(prompt, valid, row)[0, 0, 6:], alone[1][1:], atol=1e-2)
+    np.testing.assert_allclose(packed[6:], unpacked[2, 1:7], atol=1e-5)
+    assert not np.allclose(unpacked[0, 6:], unpacked[2, 1:7], atol=1e-2)
