@@ -1,7 +1,7 @@
 """Harmless and helpful answers by DR-PO at the paper's largest size: Qwen2.5-7B on HH (arXiv 2404.08495).
 
-`hh_train.jsonl` and `hh_test.jsonl` have the dialogue up to its last reply as `prompt`, and the two last replies as
-`chosen` and `rejected`; github.com/anthropics/hh-rlhf has each pair as two whole dialogues. The preferred replies serve
+`hh_train.jsonl` and `hh_test.jsonl` are the unpacked files of github.com/anthropics/hh-rlhf: each row has two whole
+dialogues, `chosen` and `rejected`, which are read as a prompt and its two last replies. The preferred replies serve
 SFT, the reward model and the resets. The commands, in this order:
 
     ONCE="--data.prompts-per-batch 64 --train.updates-per-batch 1 --train.micro-batches 16"

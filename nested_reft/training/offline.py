@@ -161,7 +161,8 @@ class Offline:
         # Each step goes on where the one before ended, also where sources are more than the examples of a batch.
         source_B = (np.arange(size) + number * size) % len(self._data.train_examples)
         examples = [state.stream.next(int(source)) for source in source_B]
-        batch = self._packed(state, examples, self._batch(state, examples))
+        packed = self._packed(state, examples) if isinstance(config.loss, SftConfig) else None
+        batch = self._batch(state, examples) if packed is None else packed
         update = state.learner.update(batch, self._keys.step(number).mini_batches)
         check_finite_update(self, number + 1, update)
         found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
@@ -213,27 +214,33 @@ class Offline:
         learner, tokenizer = state.learner, state.learner.tokenizer
         prompts = batch_prompts(examples, [0] * len(examples), self._data.prompt_size)
         texts_BG = [self._texts_of(encoded.example) for encoded in examples]
-        longest = max(completion_tokens(text, tokenizer.encode) for texts_G in texts_BG for text in texts_G)
         # A reward is read off the state after the last token, which takes one place more.
-        size = completion_bucket(longest, learner.task.max_completion_tokens) + learner.needs.values
+        size = self._completion_size(state, texts_BG) + learner.needs.values
         batch = written_batch(prompts, texts_BG, self._signals, tokenizer.encode, tokenizer.stop_ids[0], size)
         if count is not None:
             counted_BG = jnp.broadcast_to(jnp.arange(len(examples))[:, None] < count, batch.counted_BG.shape)
             batch = dataclasses.replace(batch, counted_BG=counted_BG)
         return learner.written_batch(batch)
 
-    def _packed(self, state: RunState, examples: Sequence[EncodedExample], plain: LearnerBatch) -> LearnerBatch:
-        """The examples of a batch with several demonstrations in a row; as it is where that computes no less."""
+    @staticmethod
+    def _completion_size(state: RunState, texts_BG: Sequence[Sequence[str]]) -> int:
+        """Tokens that a row of a batch has room for: one of few sizes that holds the longest text."""
+        encode, limit = state.learner.tokenizer.encode, state.learner.task.max_completion_tokens
+        return completion_bucket(
+            max(completion_tokens(text, encode) for texts_G in texts_BG for text in texts_G), limit
+        )
+
+    def _packed(self, state: RunState, examples: Sequence[EncodedExample]) -> LearnerBatch | None:
+        """The examples of a batch with several demonstrations in a row; None where that computes no less."""
         config, data, learner = self._config, self._data, state.learner
-        if not isinstance(config.loss, SftConfig):
-            return plain
+        texts_BG = [self._texts_of(encoded.example) for encoded in examples]
         prefix, count, own = data.shared_prefix, len(examples), data.prompt_size - data.shared_prefix
         # A row has room for any text, and the number of rows takes one of eight values, so few programs are compiled.
         size = own + learner.task.max_completion_tokens
         parts = config.train.mini_batches * config.train.micro_batches * config.mesh.data
         batch = packed_batch(
             batch_prompts(examples, [0] * count, data.prompt_size),
-            [self._texts_of(encoded.example)[0] for encoded in examples],
+            [texts_G[0] for texts_G in texts_BG],
             learner.tokenizer.encode,
             learner.tokenizer.stop_ids[0],
             prefix,
@@ -241,8 +248,8 @@ class Offline:
             parts * -(-count // (8 * parts)),
         )
         computed = len(batch.tokens_BGC) * (prefix + size)
-        plain_computed = count * (own + plain.arrays.tokens_BGC.shape[-1])
-        return learner.written_batch(batch) if computed < plain_computed else plain
+        is_less = computed < count * (own + self._completion_size(state, texts_BG))
+        return learner.written_batch(batch) if is_less else None
 
     def _heldout(self, state: RunState) -> dict[str, dict[str, Any]]:
         """The loss on each source's held-out examples and, of pairs, the share that is ordered right."""

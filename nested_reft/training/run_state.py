@@ -152,7 +152,8 @@ class RunState:
                 f"checkpoint {number} was written by an earlier version, which kept no {' and no '.join(unknown)};"
                 " continue the run with the version that versions.json names"
             )
-        changed = forbidden_changes(host["config"], self.config.to_json())
+        # Fields that an earlier version did not have take their defaults, which is what it did.
+        changed = forbidden_changes(Config.from_json(host["config"]).to_json(), self.config.to_json())
         if changed:
             listed = "; ".join(f"{name} is {now!r}, and was {was!r}" for name, was, now in changed)
             raise ValueError(f"the configuration is not that of checkpoint {number}: {listed}. Change config.json back")

@@ -11,6 +11,7 @@ from nested_reft.data.sources import difficulty_ladder, exactly
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
+from nested_reft.losses.value import CriticConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training import record
@@ -21,6 +22,18 @@ from nested_reft.training.trainer import OnStep, Trainer
 
 WITH_KL = PolicyGradientConfig(
     "leave_one_out", "base", "token", "token_mean", reference_kl="k3_loss", reference_kl_coefficient=0.1
+)
+# PPO with a critic, which corrects for whoever sampled.
+PPO = PolicyGradientConfig(
+    "gae",
+    "base",
+    "token",
+    "token_mean",
+    clip_policies="three",
+    clip_low=0.2,
+    clip_high=0.2,
+    entropy_coefficient=0.1,
+    critic=CriticConfig(kl_coefficient=0.1, value_coefficient=0.5),
 )
 # Every update moves the model, whether or not an untrained one earns any reward.
 MOVING = dataclasses.replace(WITH_KL, entropy_coefficient=1.0)

@@ -9,8 +9,6 @@ import pytest
 
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.value import CriticConfig
 from nested_reft.sharding import MeshConfig, shard_batch
 from nested_reft.training.learner import Learner
 from nested_reft.training.mini_batches import deal
@@ -20,19 +18,8 @@ from nested_reft.training.setup import Setup, prepare
 from nested_reft.training.step import make_update
 from nested_reft.training.trainer import Trainer
 from nested_reft.types import Scored
-from tests.training.runs import assert_equal_arrays, comparable_steps, nano, save_after, trainer
+from tests.training.runs import PPO, assert_equal_arrays, comparable_steps, nano, save_after, trainer
 
-PPO = PolicyGradientConfig(
-    "gae",
-    "base",
-    "token",
-    "token_mean",
-    clip_policies="three",
-    clip_low=0.2,
-    clip_high=0.2,
-    entropy_coefficient=0.1,
-    critic=CriticConfig(kl_coefficient=0.1, value_coefficient=0.5),
-)
 # Two passes over two mini-batches of two groups each.
 PARTS = {"train__updates_per_batch": 4, "train__mini_batches": 2}
 KEY = jax.random.key(5)

@@ -9,7 +9,6 @@ import pytest
 
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.layer_skip import NestingConfig
-from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.value import CriticConfig
 from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
@@ -18,23 +17,12 @@ from nested_reft.run_directory import RunDirectory
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
 from tests.tiny_models import tiny_model
-from tests.training.runs import assert_equal_arrays, comparable_steps, metrics_of, nano, save_after, trainer
+from tests.training.runs import PPO, assert_equal_arrays, comparable_steps, metrics_of, nano, save_after, trainer
 
-CRITIC = CriticConfig(kl_coefficient=0.1, kl_target=0.01, value_coefficient=0.5)
-PPO = PolicyGradientConfig(
-    "gae",
-    "base",
-    "token",
-    "token_mean",
-    clip_policies="three",
-    clip_low=0.2,
-    clip_high=0.2,
-    entropy_coefficient=0.1,
-    critic=CRITIC,
-)
+LOSS = dataclasses.replace(PPO, critic=CriticConfig(kl_coefficient=0.1, kl_target=0.01, value_coefficient=0.5))
 # Nested rollouts, two passes over each batch, and every completion with a start of its own.
 CONFIG = nano(
-    loss=PPO,
+    loss=LOSS,
     train__updates_per_batch=2,
     optimizer__learning_rate=0.01,
     reset=ResetConfig(share=0.5, references="answers", per="completion"),
@@ -123,7 +111,7 @@ def test_a_heavy_penalty_keeps_the_policy_at_the_reference(tmp_path):
     penalty pulls the policy back; with the other sign the divergence would grow."""
     critic = CriticConfig(kl_coefficient=1.0, value_coefficient=0.5, whiten_advantages=False)
     config = nano(
-        loss=dataclasses.replace(PPO, entropy_coefficient=0.0, critic=critic),
+        loss=dataclasses.replace(LOSS, entropy_coefficient=0.0, critic=critic),
         nesting=NestingConfig(),
         optimizer__learning_rate=1e-3,
         rollout__group_size=8,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nested_reft import replay
-from nested_reft.checkpoints import newest_checkpoint
+from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.models.lora import LoraConfig
@@ -58,6 +58,26 @@ def warm_steps(run: Trainer, numbers: range) -> None:
     """Steps of the warm start, taken by hand."""
     for number in numbers:
         run.phases[0].step(run.state, number)
+
+
+def test_a_field_that_an_earlier_version_did_not_have_takes_its_default(tmp_path, monkeypatch):
+    first = trainer(nano(**NO_EVALUATION), tmp_path)
+    save_after(first, 0)
+    first.close()
+    whole = Checkpoints.restore_host
+
+    def earlier(self, number, blocks=False):
+        host = whole(self, number, blocks)
+        host["config"]["train"].pop("mini_batches")
+        return host
+
+    monkeypatch.setattr(Checkpoints, "restore_host", earlier)
+    with Trainer(prepare(nano(**NO_EVALUATION)), RunDirectory(tmp_path)).open(resume=True) as resumed:
+        assert_equal_arrays(resumed.state.learner.state, first.state.learner.state)
+    # Another value than the default is a change, since the run had none.
+    changed = nano(**NO_EVALUATION, train__updates_per_batch=2, train__mini_batches=2)
+    with pytest.raises(ValueError, match=r"train\.mini_batches is 2, and was 1"):
+        Trainer(prepare(changed), RunDirectory(tmp_path)).open(resume=True)
 
 
 def test_same_seed_same_metrics_and_resuming_continues_bit_for_bit(tmp_path):
