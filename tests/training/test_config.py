@@ -186,7 +186,7 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
         ({"train__mini_batches": 0}, "train.mini_batches is 0; allowed is 1 or more"),
         (
             {"train__updates_per_batch": 3, "train__mini_batches": 2},
-            "train.updates_per_batch is 3 and train.mini_batches 2; allowed is a multiple of it",
+            "train.updates_per_batch is 3; allowed are multiples of train.mini_batches, which is 2",
         ),
         ({"train__seed": 2**32}, "train.seed is 4294967296; allowed is 0 or more, up to 2147483647"),
         ({"warm_start__steps": 2**31}, "warm_start.steps is 2147483648; allowed is 0 or more"),
