@@ -89,8 +89,8 @@ class TrainConfig:
             )
         if self.updates_per_batch % self.mini_batches:
             raise ValueError(
-                f"train.updates_per_batch is {self.updates_per_batch}; allowed are multiples of train.mini_batches, which"
-                f" is {self.mini_batches}, since each pass over a batch is one update on every mini-batch"
+                f"train.updates_per_batch is {self.updates_per_batch}; allowed are multiples of train.mini_batches,"
+                f" which is {self.mini_batches}, since each pass over a batch is one update on every mini-batch"
             )
         check_choice("train.compute_dtype", self.compute_dtype, ComputeDtype)
         if not 0 < self.ess_warning < 1:
