@@ -30,6 +30,7 @@ from contextlib import nullcontext
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED
 from nested_reft.cli.output import complain, say
 from nested_reft.training.interrupts import stop_requests
 from nested_reft.untrusted import printable
@@ -70,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # whoever read the output went away, as `| head` does
-            return 141  # as a shell reports a program that SIGPIPE ended
-        return _refusal(error, 1)
+            return BROKEN_PIPE
+        return _refusal(error, FAILED)
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -82,15 +83,15 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         _run(arguments)
     except BadInput as error:
-        return _refusal(error, 2)
-    except FloatingPointError as error:  # an update was not finite
-        return _refusal(error, 1)
+        return _refusal(error, BAD_INPUT)
+    except FloatingPointError as error:  # updates or parameters were not finite
+        return _refusal(error, FAILED)
     except KeyboardInterrupt:
         complain("interrupted")
-        return 130  # as a shell reports a program that SIGINT ended
+        return INTERRUPTED
     except SystemExit as stop:  # help was printed, or a command says itself how it ends
-        return stop.code if isinstance(stop.code, int) else 0
-    return 0
+        return stop.code if isinstance(stop.code, int) else DONE
+    return DONE
 
 
 def _run(arguments: list[str]) -> None:
@@ -131,4 +132,4 @@ def _refusal(error: Exception, code: int) -> int:
 def _leave() -> None:
     """What a second signal does while nothing is written: an exception could get lost in an import or a callback."""
     os.write(2, b"interrupted\n")
-    os._exit(130)
+    os._exit(INTERRUPTED)

@@ -9,6 +9,7 @@ from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.exit_codes import FAILED
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
 from nested_reft.replay import GenerationLimitError
@@ -70,10 +71,10 @@ def _train(
     # A checkpoint, a log or a result could not be written, or there are no searchers any more.
     except (OSError, SearchError) as error:
         complain(f"\nerror: {error}\n{_how_to_continue(path)}")
-        raise SystemExit(1) from None
+        raise SystemExit(FAILED) from None
     except (GenerationLimitError, EmptyUpdatesError, RewardError) as error:
         complain(f"\nerror: {error}")
-        raise SystemExit(1) from None
+        raise SystemExit(FAILED) from None
 
 
 def _how_to_continue(path: Path | None) -> str:
