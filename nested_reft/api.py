@@ -21,13 +21,18 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.failed_update import DIRECTORY as FAILED_UPDATE
+from nested_reft.training.failed_update import load_failed_update
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.memory import check_memory
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
+from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import Setup, prepare, run_config
+from nested_reft.training.step import UpdateResult
 from nested_reft.training.trainer import Trainer
+from nested_reft.types import TrainBatch
 from nested_reft.untrusted import printable
 
 
@@ -53,7 +58,7 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
     Raises:
         ValueError: the configuration cannot work; names the field, its value and what is allowed.
         KeyboardInterrupt: the run was asked to stop; continue it with `train(Run(directory))`.
-        FloatingPointError: an update was not finite.
+        FloatingPointError: too many updates in a row, or a parameter, were not finite.
     """
     if on_step is not None and not callable(on_step):
         raise ValueError(f"on_step is {on_step!r}; allowed is a function that takes a StepRecord, or None")
@@ -208,7 +213,11 @@ def is_complete(path: Path, config: Config) -> bool:
 
 
 def open_trainer(
-    config: Config, runs: str, resume: Path | None = None, on_step: Callable[[StepRecord], None] | None = None
+    config: Config,
+    runs: str,
+    resume: Path | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_stall: Callable[[str], None] | None = None,
 ) -> Trainer:
     """The trainer of a new run, or of one to continue, ready for its next step.
 
@@ -219,6 +228,7 @@ def open_trainer(
         runs: where a new run's directory is made.
         resume: the run directory to continue.
         on_step: called with the record of each training step.
+        on_stall: called where nothing goes on any more; see `Trainer`.
 
     Raises:
         ValueError: the configuration cannot work, or the run cannot be continued.
@@ -235,7 +245,7 @@ def open_trainer(
         on_failure.pop_all()
     print(f"run directory: {printable(str(directory.path))}")
     _say_idle_devices(config)
-    trainer = Trainer(setup, directory, on_step)
+    trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
     if resume is not None:
@@ -246,6 +256,45 @@ def open_trainer(
         if run_config(resume) != config:
             write_json(resume / "config.json", config.to_json())
     return trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedUpdate:
+    """An update that a run has kept, done once more.
+
+    Attributes:
+        batch: what it read.
+        result: what it found; on the host.
+        not_finite: a parameter that was not finite before it, by name; None where all were.
+    """
+
+    batch: TrainBatch
+    result: UpdateResult
+    not_finite: str | None
+
+
+def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
+    """Repeats the update for which a run ended, because loss or gradient was not finite. The run stays as it is.
+
+    Args:
+        run: a run directory.
+
+    Raises:
+        ValueError: it is none, it is in use, or it has kept no update.
+    """
+    path = Path(run)
+    # Whoever searches has nothing to do here.
+    config = dataclasses.replace(run_config(path), search=SearchConfig())
+    if newest_checkpoint(path / FAILED_UPDATE) is None:
+        raise ValueError(
+            f"run '{path}' has no {FAILED_UPDATE}; a run keeps one when train.stop_after_nonfinite_updates ends it"
+        )
+    # The directory is taken first, as for a run that goes on, and closed also where the model cannot be loaded.
+    with closing(RunDirectory(path)) as directory, Trainer(prepare(config, resumes=True), directory).open() as trainer:
+        learner = trainer.state.learner
+        batch = load_failed_update(path, trainer.state, trainer.phases)
+        not_finite = learner.not_finite()
+        return RepeatedUpdate(batch.arrays, learner.update_once(batch), not_finite)
 
 
 def _say_idle_devices(config: Config) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from nested_reft.heartbeat import beat
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
@@ -185,6 +186,7 @@ def score_rollouts(
     Returns:
         The texts, and what `rewards.score` returns.
     """
+    beat()  # whoever scores has sampled a batch
     texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
     models = reward_models(config.model, policy.mesh)
     learned = np.stack([model.normalized(prompts, rollouts) for model in models]) if models else None

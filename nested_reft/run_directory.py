@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -145,7 +146,12 @@ class RunDirectory:
         """
         self.check_in_place()
         self._metrics.write([{"step": step} | metrics])
-        numbers: dict[str, float] = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        # TensorBoard shows no number that is not finite, and would warn of each.
+        numbers: dict[str, float] = {
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
         self._events.write(step, numbers, {name: metrics[name] for name in HISTOGRAMS if name in metrics})
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:

@@ -146,6 +146,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "train.keep_checkpoints": ("0", "x"),
     "train.ess_warning": ("0", "1", "nan", "x"),
     "train.stop_after_empty_updates": ("0", "-1", "x"),
+    "train.stop_after_nonfinite_updates": ("0", "-1", "None"),
+    "train.stall_seconds": ("0", "-1", "nan", "x"),
     "model.name": ("", "gpt-9", "./none.gguf", "runs/none", "a/b/c", "/dev/null", "~nobody/model"),
     "model.dtype": ("float16", "int8"),
     "data.prompts_per_batch": ("0", "-1", "x", str(2**40)),

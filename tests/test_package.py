@@ -46,6 +46,7 @@ LAYERS = [
         "diversity",
         "config_files",
         "compilation",
+        "heartbeat",
         "program_cache",
         "prompt_format",
         "user_files",

@@ -11,12 +11,14 @@
     report RUN                         figures and tables of a run, written into RUN/report
     measure-layers POLICY              each layer's divergence, for measured plans
     fit-bridges POLICY --out FILE      bridges for the layers that a configuration leaves out
+    replay-batch RUN                   repeats the update for which a run ended as not finite
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
     compile CONFIG --topology NAME     what a decode step and an update cost on a TPU that is not here
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
-Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 130 interrupted.
+Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 76 stalled (nothing went on
+for train.stall_seconds; the run can be resumed), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ COMMANDS = {
     "report": "report",
     "measure-layers": "measure_layers",
     "fit-bridges": "fit_bridges",
+    "replay-batch": "replay_batch",
     "export": "export",
     "compile": "compile",
     "verify-estimators": "verify_estimators",

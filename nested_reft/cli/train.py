@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
-from nested_reft.cli.exit_codes import FAILED
+from nested_reft.cli.exit_codes import FAILED, STALLED
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
 from nested_reft.replay import GenerationLimitError
@@ -21,6 +22,7 @@ from nested_reft.training.offline import OfflineKind, as_offline
 from nested_reft.training.reinforcement import EmptyUpdatesError
 from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import run_config
+from nested_reft.untrusted import printable
 
 RUNS = "runs"
 
@@ -59,7 +61,7 @@ def _train(
                 say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
                 keep_json(known.json, Run(known.resume).summary())
                 return
-            trainer = open_trainer(config, known.runs, known.resume)
+            trainer = open_trainer(config, known.runs, known.resume, None, _end_stalled)
         path = trainer.run_directory.path
         summary = trainer.run()
         say(f"\n{summary_table(summary)}")
@@ -75,6 +77,12 @@ def _train(
     except (GenerationLimitError, EmptyUpdatesError, RewardError) as error:
         complain(f"\nerror: {error}")
         raise SystemExit(FAILED) from None
+
+
+def _end_stalled(words: str) -> None:
+    """Ends the process at once: what stalls would hold up every orderly way to end."""
+    os.write(2, f"\nerror: {printable(words)}; to continue, start the run again with --resume\n".encode())
+    os._exit(STALLED)
 
 
 def _how_to_continue(path: Path | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.exit_codes import FAILED
 from nested_reft.cli.output import complain, say
 from nested_reft.json_files import check_writable
 from nested_reft.reports.estimators import draw_estimators, estimator_tables
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> None:
     broken = [f"{report.estimator} ({report.scenario})" for report in reports if not report.keeps_claim]
     if broken:
         complain(f"\nerror: not as unbiased as claimed: {'; '.join(broken)}")
-        raise SystemExit(1)
+        raise SystemExit(FAILED)
 
 
 def _check_figure(path: Path) -> None:

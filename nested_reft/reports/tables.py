@@ -87,6 +87,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         ["effective sample size, per completion", share(summary["ess_sequence"])],
         ["KL(behavior || target), nats per token", share(summary["kl_behavior_target"])],
         ["compiled programs", summary["compilations"]],
+        *_left_out(summary),
         # They add up to their total; a run that was resumed counts the time of its last process.
         *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
     ]
@@ -114,6 +115,12 @@ def hacking_text(found: dict[str, Any]) -> str:
     return text if found["warning"] is None else f"{text}\nwarning: {printable(found['warning'])}"
 
 
+def _left_out(summary: dict[str, Any]) -> list[list[Any]]:
+    """A row for the updates that were not finite, if there were any; runs of earlier versions have no count."""
+    count = summary.get("nonfinite_updates", 0)
+    return [["updates left out, since loss or gradient was not finite", count]] if count else []
+
+
 def _offline_table(summary: dict[str, Any]) -> str:
     """The table that ends a run without rollouts."""
     rows = [
@@ -124,6 +131,7 @@ def _offline_table(summary: dict[str, Any]) -> str:
     ]
     facts = [
         ["compiled programs", summary["compilations"]],
+        *_left_out(summary),
         *([f"seconds, {stage}", f"{seconds:.1f}"] for stage, seconds in summary["seconds"].items()),
     ]
     parts = [table(["held-out", "before", "after"], rows)]

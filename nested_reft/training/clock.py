@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-OTHER = "other"  # loading, saving, and whatever else has no stage
+OTHER = "other"  # loading, and whatever else has no stage
 
 
 class Clock:
-    """Seconds of each stage since the clock was made. Compiling is a stage of its own, wherever it happens."""
+    """Seconds of each stage since the clock was made. Compiling is a stage of its own, wherever it happens.
+
+    Attributes:
+        now_in: the stage that is going on.
+        changes: how often a stage began or ended.
+    """
 
     def __init__(self, compile_seconds: Callable[[], float], now: Callable[[], float] = time.monotonic):
         """Args:
@@ -23,7 +28,8 @@ class Clock:
         """
         self._compile_seconds, self._now = compile_seconds, now
         self._seconds: dict[str, float] = {}
-        self._stage, self._last, self._compiled = OTHER, now(), compile_seconds()
+        self.now_in, self.changes = OTHER, 0
+        self._last, self._compiled = now(), compile_seconds()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -33,12 +39,13 @@ class Clock:
             name: of the stage.
         """
         self._count()
-        outer, self._stage = self._stage, name
+        outer = self.now_in
+        self._enter(name)
         try:
             yield
         finally:
             self._count()
-            self._stage = outer
+            self._enter(outer)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage in the order in which they began, and their `total`."""
@@ -48,13 +55,16 @@ class Clock:
         stages[OTHER] = self._seconds.get(OTHER, 0.0)
         return stages | {"total": sum(stages.values())}
 
+    def _enter(self, name: str) -> None:
+        self.now_in, self.changes = name, self.changes + 1
+
     def _count(self) -> None:
         """Counts the time since the last call for the stage that is going on."""
         now, compiled = self._now(), self._compile_seconds()
         passed = now - self._last
         # Programs may be compiled side by side, in less time than their sum.
         compiling = min(compiled - self._compiled, passed)
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + passed - compiling
+        self._seconds[self.now_in] = self._seconds.get(self.now_in, 0.0) + passed - compiling
         self._seconds["compiling"] = self._seconds.get("compiling", 0.0) + compiling
         self._last, self._compiled = now, compiled
 

@@ -63,6 +63,11 @@ class TrainConfig:
             a remedy.
         stop_after_empty_updates: a run stops after so many updates in a row that changed nothing, because no token
             counted or all were rejected; None goes on.
+        stop_after_nonfinite_updates: an update whose loss or gradient is not finite is left out and changes nothing.
+            After so many of them in a row a run stops, and keeps the last one's batch in `failed_update`.
+        stall_seconds: the longest time that may pass without a sign of progress, compiling not counted. Then the
+            stacks of all threads are written into the run's directory, and the command ends with exit code 76. None
+            watches nothing.
     """
 
     steps: int
@@ -76,6 +81,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     ess_warning: float = 0.1
     stop_after_empty_updates: int | None = None
+    stop_after_nonfinite_updates: int = 3
+    stall_seconds: float | None = 1800.0
 
     def __post_init__(self):
         whole = ("steps", "updates_per_batch", "mini_batches", "micro_batches", "checkpoint_every", "keep_checkpoints")
@@ -97,6 +104,9 @@ class TrainConfig:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
         if self.stop_after_empty_updates is not None:
             check_whole("train.stop_after_empty_updates", self.stop_after_empty_updates, 1, MAX_STEPS)
+        check_whole("train.stop_after_nonfinite_updates", self.stop_after_nonfinite_updates, 1, MAX_STEPS)
+        if self.stall_seconds is not None and not 0 < self.stall_seconds <= 1e6:
+            raise ValueError(f"train.stall_seconds is {self.stall_seconds}; allowed is more than 0, up to 1e6, or None")
         check_whole("train.seed", self.seed, 0, MAX_WHOLE)
 
 
@@ -218,7 +228,8 @@ def load_config(name: str, /, **overrides: Any) -> Config:
     Traceback (most recent call last):
     ...
     ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, mini_batches, \
-micro_batches, remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates
+micro_batches, remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates, \
+stop_after_nonfinite_updates, stall_seconds
 
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.

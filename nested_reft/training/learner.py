@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig, TextBatch
 from nested_reft.estimators.health import Health
+from nested_reft.heartbeat import beat
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.objective import LossOutput, RolloutObjective, TokenSignals
 from nested_reft.models.heads import ScalarHead
@@ -52,6 +53,9 @@ class Update:
     How far off-policy the rollouts were is read off the first update: from the second on, the optimizer has moved the
     target itself. So are the bounds. Everything else is of the last pass, with the mean over its mini-batches.
 
+    An update whose loss or gradient was not finite changed nothing, and its numbers enter none of these. Where there
+    was no other, loss and norm are those that were not finite, and nothing else is known.
+
     Attributes:
         empty: nothing changed, because no token counted, which makes the numbers below zero, or because a mask rejected
             all tokens in every update.
@@ -62,6 +66,8 @@ class Update:
         entropy: mean entropy of the next-token distributions, in nats; None where health is.
         weight_BGC: the weight of each token's gradient.
         bounds: of masks that would keep most of the rollouts, as `keeping_bounds` says; empty where health is None.
+        nonfinite: how many updates changed nothing because loss or gradient was not finite.
+        nonfinite_last: how many of them came after the last update that was finite.
     """
 
     empty: bool
@@ -72,6 +78,13 @@ class Update:
     entropy: float | None
     weight_BGC: Float[np.ndarray, "B G C"]
     bounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    nonfinite: int = 0
+    nonfinite_last: int = 0
+
+    @property
+    def all_nonfinite(self) -> bool:
+        """Whether there were updates, and none of them was finite."""
+        return bool(self.nonfinite) and not np.isfinite(self.loss + self.gradient_norm)
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ class Learner:
     Attributes:
         state: parameters, optimizer state and number of updates.
         reference: the parameters that a KL penalty compares with; None without one.
+        failed: what the latest update read, if its loss or gradient was not finite; None after any other.
     """
 
     def __init__(self, start: Policy, weights: Weights = "target", value_head: bool = False):
@@ -118,6 +132,7 @@ class Learner:
         # Until `begin` there is no optimizer.
         self.state = TrainState(trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
         self.reference: nnx.State | None = None
+        self.failed: LearnerBatch | None = None
         # Models whose buffers are those of `state`: while one of them is in use, an update must not take them.
         self._lent = [weakref.ref(start.model)]
         self._rounded: Transformer | None = None
@@ -363,7 +378,7 @@ class Learner:
 
     def update(self, batch: LearnerBatch, key: jax.Array | None = None) -> Update:
         """Every pass over a batch. A mini-batch without a token that counts changes nothing, not even momentum; nor
-        does an update in which a mask rejects all tokens.
+        does an update in which a mask rejects all tokens, or whose loss or gradient is not finite.
 
         Args:
             batch: what `batch` made of some groups, or demonstrations.
@@ -376,7 +391,7 @@ class Learner:
         parts = self.task.mini_batches
         for rows_KM in deal(len(teaches_B), parts, self.task.updates_per_batch // parts, key):
             taught = [rows_M for rows_M in rows_KM if teaches_B[rows_M].any()]
-            passes.append([(rows_M, self._update_once(arrays, rows_M, batch.plans)) for rows_M in taught])
+            passes.append([(rows_M, self._update_rows(arrays, rows_M, batch.plans)) for rows_M in taught])
         every = self.needs.reference_reset_every
         if every and self.batches // every > before // every:
             self.keep_reference()
@@ -392,16 +407,27 @@ class Learner:
             teaches_BG &= arrays.signal_BG != 0
         return np.any(np.asarray(teaches_BG), axis=1)
 
-    def _update_once(self, arrays: TrainBatch, rows_M: Int[np.ndarray, " M"], plans: UpdatePlans) -> UpdateResult:
-        """One update on some groups of a batch, with its result on the host."""
+    def _update_rows(self, arrays: TrainBatch, rows_M: Int[np.ndarray, " M"], plans: UpdatePlans) -> UpdateResult:
+        """One update on some groups of a batch."""
         if len(rows_M) < len(arrays.prompt_BP):
             # The groups come from all devices, and each device gets its share of them again.
             arrays = shard_batch(_groups(arrays, jnp.asarray(rows_M)), self.mesh)
+        return self.update_once(LearnerBatch(arrays, plans))
+
+    def update_once(self, batch: LearnerBatch) -> UpdateResult:
+        """One update on a whole batch, with its result on the host.
+
+        Args:
+            batch: as in `update`, or what `failed` kept.
+        """
         # A policy that another thread asks for gets the state before this update or after it.
         with self._taking_turns:
-            state, result = self._update(self._own_state(), self.base, arrays, plans)
+            state, result = self._update(self._own_state(), self.base, batch.arrays, batch.plans)
             self.state, self._rounded = state, None
-        return jax.device_get(result)
+        result = jax.device_get(result)
+        beat()
+        self.failed = batch if result.nonfinite else None
+        return result
 
     def _own_state(self) -> TrainState:
         """The state in buffers that an update may take: a copy while a policy that was handed out is in use."""
@@ -470,12 +496,21 @@ _Pass = list[tuple[np.ndarray, UpdateResult]]
 
 def _summary(passes: Sequence[_Pass], shape: tuple[int, ...]) -> Update:
     """What `Update` says of the updates on one batch; `shape` is that of its tokens."""
-    first, last = passes[0][0][1], [result for _, result in passes[-1]]
+    results = [result for each in passes for _, result in each]
+    nonfinite = sum(bool(result.nonfinite) for result in results)
+    last_finite = max((number for number, result in enumerate(results, 1) if not result.nonfinite), default=0)
     weight_BGC = np.zeros(shape, np.float32)
-    for rows_M, result in passes[-1]:
+    if not last_finite:
+        latest = results[-1]
+        loss, norm = float(latest.loss), float(latest.gradient_norm)
+        return Update(False, loss, norm, {}, None, None, weight_BGC, nonfinite=nonfinite, nonfinite_last=nonfinite)
+    finite = [[(rows_M, result) for rows_M, result in each if not result.nonfinite] for each in passes]
+    *_, last_pass = counted = [each for each in finite if each]
+    first, last = counted[0][0][1], [result for _, result in last_pass]
+    for rows_M, result in last_pass:
         weight_BGC[rows_M] = result.weight_BGC
     return Update(
-        empty=all(bool(result.rejected) for each in passes for _, result in each),
+        empty=all(bool(result.rejected) for result in results),
         loss=float(np.mean([result.loss for result in last])),
         gradient_norm=float(np.mean([result.gradient_norm for result in last])),
         parts={name: float(np.mean([result.parts[name] for result in last])) for name in last[0].parts},
@@ -483,6 +518,8 @@ def _summary(passes: Sequence[_Pass], shape: tuple[int, ...]) -> Update:
         entropy=None if first.entropy is None else float(first.entropy),
         weight_BGC=weight_BGC,
         bounds={name: [float(bound) for bound in bounds] for name, bounds in (first.bounds or {}).items()},
+        nonfinite=nonfinite,
+        nonfinite_last=len(results) - last_finite,
     )
 
 

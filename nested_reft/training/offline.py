@@ -23,6 +23,7 @@ from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.written import completion_tokens, written_batch
 from nested_reft.dataset_reset import ResetConfig
+from nested_reft.heartbeat import beat
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.bradley_terry import PAIR_SIGNALS, BradleyTerryConfig
@@ -41,7 +42,7 @@ from nested_reft.training.config import Config
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.learner import LearnerBatch, completion_bucket
 from nested_reft.training.optimizer import make_optimizer
-from nested_reft.training.phases import check_finite_update, take_whole_sources
+from nested_reft.training.phases import count_nonfinite, take_whole_sources
 from nested_reft.training.reward_facts import reward_facts
 from nested_reft.training.run_state import RunState
 from nested_reft.training.search_config import SearchConfig
@@ -154,7 +155,7 @@ class Offline:
             number: of the step, counted from 0.
 
         Raises:
-            FloatingPointError: the update was not finite.
+            NonFiniteUpdatesError: it was one update too many that was not finite.
         """
         config, started = self._config, time.monotonic()
         size = config.data.prompts_per_batch
@@ -164,14 +165,14 @@ class Offline:
         packed = self._packed(state, examples) if isinstance(config.loss, SftConfig) else None
         batch = self._batch(state, examples) if packed is None else packed
         update = state.learner.update(batch, self._keys.step(number).mini_batches)
-        check_finite_update(self, number + 1, update)
-        found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
+        found: dict[str, Any] = record.update_metrics(update)
         if (number + 1) % config.evaluation.every_steps == 0:
             results = self._heldout(state)
             self._say(f"step {number + 1}", results)
             found |= _heldout_metrics(results)
         found["step_seconds"] = time.monotonic() - started
         self._run.log_metrics(number + 1, record.declared(found))
+        count_nonfinite(self, number + 1, update, state)
         accuracy = update.parts.get("pair_accuracy")
         return f"loss {update.loss:.3f}" + ("" if accuracy is None else f", accuracy {accuracy:.2f}")
 
@@ -202,6 +203,7 @@ class Offline:
             "before": state.before,
             "after": after,
             **({} if facts is None else {"reward_model": facts}),
+            "nonfinite_updates": state.nonfinite_updates,
             "training_seconds": state.seconds,
             "seconds": self._clock.seconds(),
             "compilations": compilations.count,
@@ -265,6 +267,7 @@ class Offline:
                     chunk = list(examples[start : start + size])
                     padded = chunk + [chunk[-1]] * (size - len(chunk))
                     output = state.learner.evaluate(self._batch(state, padded, len(chunk)))
+                    beat()
                     sums.append(jax.device_get((output.total, output.parts)))
                 total, parts = jax.tree.map(lambda *values: np.sum(values), *sums)
                 accuracy = parts.get("pair_accuracy")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft.curriculum import CurriculumState
@@ -111,7 +110,7 @@ class WarmStart:
             number: of the step, counted from 0.
 
         Raises:
-            FloatingPointError: the update was not finite.
+            NonFiniteUpdatesError: it was one update too many that was not finite.
         """
         config, learner = self._config.warm_start, state.learner
         # The key follows from the number of the step, so a resumed warm start drops the same layers.
@@ -120,7 +119,7 @@ class WarmStart:
         # An answer has at most as many tokens as a completion may have; `prepare` has checked that.
         batch = demonstrations(prompts, prompts.answers, learner.tokenizer, learner.task.max_completion_tokens)
         update = learner.update(learner.written_batch(batch, plan))
-        check_finite_update(self, number + 1, update)
+        count_nonfinite(self, number + 1, update, state)
         return f"loss {update.loss:.3f}"
 
 
@@ -221,21 +220,42 @@ def warm_started(setup: Setup) -> Policy:
     return dataclasses.replace(state.learner.policy(), version=0)
 
 
-def check_finite_update(phase: Phase, number: int, update: Update) -> None:
-    """Stops before a broken model replaces a good checkpoint.
+class NonFiniteUpdatesError(FloatingPointError):
+    """As many updates in a row as the configuration allows had a loss or a gradient that was not finite."""
+
+
+def count_nonfinite(phase: Phase, number: int, update: Update, state: RunState) -> None:
+    """Counts the updates that were left out because their loss or gradient was not finite, and says the first of them.
+
+    One of them may come from a batch that is out of the ordinary. Several in a row come from the model.
 
     Args:
         phase: that took the step.
         number: of the step, counted from 1.
         update: what the step did.
+        state: of the run; its counts change.
 
     Raises:
-        FloatingPointError: its loss or its gradient is not finite.
+        NonFiniteUpdatesError: there were too many of them in a row.
     """
-    if not (np.isfinite(update.loss) and np.isfinite(update.gradient_norm)):
-        raise FloatingPointError(
-            f"{phase.name}, step {number}: loss is {update.loss} and gradient_norm {update.gradient_norm};"
-            f" the newest checkpoint is from before. Lower {phase.rate}"
+    if update.all_nonfinite:
+        state.nonfinite_in_a_row += update.nonfinite
+    elif not update.empty:  # an empty batch says nothing of the model
+        state.nonfinite_in_a_row = update.nonfinite_last
+    if not update.nonfinite:
+        return
+    is_first, limit = not state.nonfinite_updates, state.config.train.stop_after_nonfinite_updates
+    state.nonfinite_updates += update.nonfinite
+    if state.nonfinite_in_a_row >= limit:
+        raise NonFiniteUpdatesError(
+            f"{phase.name}, step {number}: {state.nonfinite_in_a_row} updates in a row were left out, since loss or"
+            f" gradient was not finite; train.stop_after_nonfinite_updates is {limit}. Loss is {update.loss:.4g} and"
+            f" gradient_norm {update.gradient_norm:.4g}; the newest checkpoint is from before. Lower {phase.rate}"
+        )
+    if is_first:
+        tqdm.write(
+            f"{phase.name}, step {number}: {update.nonfinite} of the step's updates changed nothing, since loss or"
+            f" gradient was not finite (later ones: metrics.jsonl); lower {phase.rate} if there are many"
         )
 
 

@@ -104,6 +104,7 @@ METRICS = (
     Metric("draft_length", "tokens", "tokens drafted before each verification (exact rollouts)"),
     Metric("draft_acceptance", "share", "share of tested draft tokens that the full model kept"),
     Metric("empty", "", "true where no token counted or all were rejected, so that nothing changed"),
+    Metric("nonfinite_updates", "updates", "left out in the step, since loss or gradient was not finite"),
     Metric("loss", "", "what was minimised, in the last pass over the batch (mean of its mini-batches)"),
     Metric("policy_loss", "", "its policy-gradient part"),
     Metric("cross_entropy", "nats/token", "of the demonstrations (supervised objective)"),
@@ -354,6 +355,16 @@ def declared(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def update_metrics(update: Update) -> dict[str, Any]:
+    """What every kind of update measures: loss, norm, the objective's parts, and what was left out.
+
+    Args:
+        update: of one step.
+    """
+    found = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
+    return found | {"nonfinite_updates": update.nonfinite} if update.nonfinite else found
+
+
 def samples(record: StepRecord) -> list[dict[str, Any]]:
     """The completions of the first prompts of a step, with what explains their rewards: lines of `samples.jsonl`.
 
@@ -409,7 +420,7 @@ def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:
 
 def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     update = record.update
-    found: dict[str, Any] = {"loss": update.loss, "gradient_norm": update.gradient_norm} | update.parts
+    found = update_metrics(update)
     # The zeros of an empty update would look like measurements, so the line says that it was empty.
     if update.empty:
         found["empty"] = True

@@ -20,7 +20,7 @@ from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.optimizer import make_optimizer
-from nested_reft.training.phases import check_finite_update, take_divided_sources
+from nested_reft.training.phases import count_nonfinite, take_divided_sources
 from nested_reft.training.record import StepRecord
 from nested_reft.training.run_state import RunState
 from nested_reft.training.setup import RunData
@@ -108,19 +108,17 @@ class Reinforcement:
         self._run.log_metrics(0, {f"heldout/{name}": result.greedy_accuracy for name, result in found.items()})
 
     def step(self, state: RunState, number: int) -> str:
-        """One step of the trainer, checked and logged.
+        """One step of the trainer, logged and checked.
 
         Args:
             state: the trainer's own, which its step changes.
             number: of the step, counted from 0.
 
         Raises:
-            FloatingPointError: the update was not finite.
+            NonFiniteUpdatesError: it was one update too many that was not finite.
             EmptyUpdatesError: it was one too many that changed nothing. The newest checkpoint is from before it.
         """
         found = self._train_step(number)
-        # The check comes before anything is logged or saved.
-        check_finite_update(self, found.number, found.update)
         # Evaluation belongs to the record, so it happens before the step is logged.
         if found.number % self._config.evaluation.every_steps == 0:
             found = dataclasses.replace(found, heldout=self._evaluate_trained_sources(state, found))
@@ -134,6 +132,7 @@ class Reinforcement:
                 again = "summary.json" if kind == "hacking" else "metrics.jsonl"
                 tqdm.write(f"step {found.number}: {warning} (later ones: {again})")
                 self._warned.add(kind)
+        count_nonfinite(self, found.number, found.update, state)
         state.empty_updates = state.empty_updates + 1 if found.update.empty else 0
         if state.empty_updates == self._config.train.stop_after_empty_updates:
             raise EmptyUpdatesError(

@@ -10,6 +10,7 @@ import numpy as np
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.written import completion_tokens, pair, written_batch
+from nested_reft.heartbeat import beat
 from nested_reft.losses.bradley_terry import PAIR_SIGNALS
 from nested_reft.reward_model import RewardModel
 from nested_reft.rewards.pair_report import PairScores, longer_wins, pair_report
@@ -70,6 +71,7 @@ def pair_scores(
         batch = written_batch(prompts, texts_BG, PAIR_SIGNALS, tokenizer.encode, tokenizer.stop_ids[0], size)
         found = model.rewards(batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, batch.length_BG)
         rewards.append(np.asarray(found)[: len(chunk)])
+        beat()
         lengths.append(np.asarray(batch.length_BG)[: len(chunk)])
     (chosen_E, rejected_E), (chosen_tokens_E, rejected_tokens_E) = (
         np.concatenate(parts).T for parts in (rewards, lengths)

@@ -62,6 +62,8 @@ class RunState:
         reset: where in their references the next rollouts may start.
         divergence_L: measured divergence of each layer, for `measured` plans.
         empty_updates: updates in a row, up to the latest, that changed nothing.
+        nonfinite_updates: updates of the whole run that were left out, since loss or gradient was not finite.
+        nonfinite_in_a_row: those of them that came after the last update that was finite.
         bridging: the texts that the bridges are fitted on, and when they were.
         data: the prompts; the phase decides how they are divided, so they are not stored.
         division: the parts that the sources were divided into; None before, or where there is no split.
@@ -88,6 +90,8 @@ class RunState:
     searching: Policy | None = None
     bridging: BridgeState = field(default_factory=BridgeState)
     empty_updates: int = 0
+    nonfinite_updates: int = 0
+    nonfinite_in_a_row: int = 0
     kl: KlControlState = field(default_factory=KlControlState)
     reset: ResetState = field(default_factory=ResetState)
     division: Division | None = None
@@ -173,7 +177,10 @@ class RunState:
         self.mix = MixControlState.from_json(host["mix"])
         self.divergence_L = host["divergence"]
         self.bridging = BridgeState.from_plain(host["bridging"])
-        self.empty_updates = host.get("empty_updates", 0)  # earlier versions kept no count
+        # Earlier versions kept none of these counts.
+        self.empty_updates = host.get("empty_updates", 0)
+        self.nonfinite_updates = host.get("nonfinite_updates", 0)
+        self.nonfinite_in_a_row = host.get("nonfinite_in_a_row", 0)
         self.reset = ResetState.from_json(host["reset"])
         self.kl = KlControlState.from_json(host["kl"])
         self.started, self.step = host["started"], host["step"]
@@ -268,6 +275,8 @@ class RunState:
             "divergence": np.asarray(self.divergence_L),
             "bridging": self.bridging.to_plain(),
             "empty_updates": self.empty_updates,
+            "nonfinite_updates": self.nonfinite_updates,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "reset": self.reset.to_json(),
             "kl": self.kl.to_json(),
             "division": self.division,

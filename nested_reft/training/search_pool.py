@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.sharding import Mesh
 
+from nested_reft.heartbeat import beat
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import replicate
@@ -31,6 +32,7 @@ from nested_reft.training.setup import Setup
 from nested_reft.types import Prompts, Scored
 
 logger = logging.getLogger(__name__)
+WAIT_SECONDS = 10.0  # between two signs that a result is waited for
 CLOSE_SECONDS = 10.0  # that a pool waits for its searchers when a run ends
 
 
@@ -245,7 +247,9 @@ class ThreadedPool:
                         f" '{self._config.backend}') have started, and {len(self._waiting)} batches wait for one."
                         " Raise the limit, or see what holds them up"
                     )
-                self._changed.wait(left)
+                # This wait has a limit of its own, so it is no stall before that.
+                beat()
+                self._changed.wait(min(left, WAIT_SECONDS))
             self._submitted.popleft()
             return self._found.pop(number)
 

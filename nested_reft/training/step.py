@@ -121,6 +121,7 @@ class UpdateResult:
 
     Attributes:
         rejected: whether a mask left no token any weight, so that the state did not change.
+        nonfinite: whether the loss or the norm of its gradient was not finite, so that the state did not change.
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts by name, each divided by its own weight.
@@ -131,6 +132,7 @@ class UpdateResult:
     """
 
     rejected: Bool[Array, ""]
+    nonfinite: Bool[Array, ""]
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     parts: dict[str, Float[Array, ""]]
@@ -151,6 +153,9 @@ def make_update(task: LearnerTask) -> UpdateFunction:
     The batch is split along its prompts into micro-batches that run one after the other. Their loss
     sums and gradients are added up and divided once by the weight of the whole batch, so the split
     changes memory and nothing else. The state's buffers are donated.
+
+    An update whose loss or gradient is not finite changes nothing: parameters, optimizer state and the number of
+    updates stay as they are, bit for bit. So it is with one whose tokens were all rejected.
 
     Args:
         task: objective, optimizer, temperature and the split.
@@ -188,11 +193,15 @@ def make_update(task: LearnerTask) -> UpdateFunction:
             bounds = keeping_bounds(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
             entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
         rejected = ~jnp.any(output.weight_BGC != 0) if needs.may_reject else jnp.asarray(False)
+        # The optimizer clips its own copy, so this norm still shows what would have been too large.
+        loss, gradient_norm = output.mean(), optax.global_norm(gradient)
+        # One value that is not finite makes the norm so, and one step along it would spoil the model for good.
+        nonfinite = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
         result = UpdateResult(
             rejected=rejected,
-            loss=output.mean(),
-            # The optimizer clips its own copy, so this norm still shows what would have been too large.
-            gradient_norm=optax.global_norm(gradient),
+            nonfinite=nonfinite,
+            loss=loss,
+            gradient_norm=gradient_norm,
             parts=task.objective.metrics({name: part.mean() for name, part in output.parts.items()}),
             health=health,
             entropy=entropy,
@@ -201,11 +210,10 @@ def make_update(task: LearnerTask) -> UpdateFunction:
         )
         trainable: Any = optax.apply_updates(state.trainable, updates)
         new = TrainState(trainable, optimizer_state, state.updates + 1)
-        if needs.may_reject:
-            # A gradient of zero would still move the parameters by the momentum of earlier updates, and penalties
-            # would pull them. Elementwise, this choice is part of the optimizer's own pass over the arrays.
-            new = jax.tree.map(lambda before, after: jnp.where(rejected, before, after), state, new)
-        return new, result
+        # A gradient of zero would still move the parameters by the momentum of earlier updates, and penalties would
+        # pull them. Elementwise, this choice is part of the optimizer's own pass over the arrays.
+        left_out = rejected | nonfinite
+        return jax.tree.map(lambda before, after: jnp.where(left_out, before, after), state, new), result
 
     # Parameters and moments are updated in place, which saves a second copy of both.
     return jax.jit(update, donate_argnums=0)

@@ -59,6 +59,7 @@ def run_summary(
         "steps": config.train.steps,
         "before": state.before,
         "after": {name: result.to_json() for name, result in after.items()},
+        "nonfinite_updates": state.nonfinite_updates,
         "training_seconds": state.seconds,
         "seconds": clock.seconds(),
         "compilations": compilations.count,

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from nested_reft import curriculum, dataset_reset, kl_control
 from nested_reft.checkpoints import Checkpoints
 from nested_reft.compilation import CompileCounter
+from nested_reft.heartbeat import beats
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.plan_price import plan_price
@@ -31,12 +32,19 @@ from nested_reft.run_directory import RunDirectory
 from nested_reft.sharding import replicate
 from nested_reft.training import group_supply
 from nested_reft.training.clock import Clock, advance
+from nested_reft.training.failed_update import keep_failed_update
 from nested_reft.training.interrupts import finishing, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
 from nested_reft.training.offline import Offline
 from nested_reft.training.orders import Orders
-from nested_reft.training.phases import Phase, check_finite_state, earlier_phases, first_checkpoint
+from nested_reft.training.phases import (
+    NonFiniteUpdatesError,
+    Phase,
+    check_finite_state,
+    earlier_phases,
+    first_checkpoint,
+)
 from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import OnStep, Reinforcement
@@ -44,6 +52,7 @@ from nested_reft.training.run_state import initial_run_state
 from nested_reft.training.search_pool import CLOSE_SECONDS, make_pool
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
+from nested_reft.training.watchdog import Watchdog
 from nested_reft.types import Scored
 
 logger = logging.getLogger(__name__)
@@ -60,13 +69,21 @@ class Trainer:
         state: everything that a resumed run needs.
     """
 
-    def __init__(self, setup: Setup, run: RunDirectory, on_step: OnStep | None = None):
+    def __init__(
+        self,
+        setup: Setup,
+        run: RunDirectory,
+        on_step: OnStep | None = None,
+        on_stall: Callable[[str], None] | None = None,
+    ):
         """Args:
         setup: what `prepare` made of the configuration; it can be used again.
         run: where everything is written.
         on_step: called with the record of each training step, after it was logged.
+        on_stall: called with words where nothing goes on for `train.stall_seconds`, from another thread. By default
+            they are a warning.
         """
-        self.config, self.run_directory, self._on_step = setup.config, run, on_step
+        self.config, self.run_directory, self._on_step, self._on_stall = setup.config, run, on_step, on_stall
         # It is kept until `open` only, because it holds the buffers that training takes over.
         self._setup: Setup | None = setup
         self._opened, self._searching = ExitStack(), ExitStack()
@@ -122,18 +139,21 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: it was asked to stop.
-            FloatingPointError: an update or a parameter was not finite; the last checkpoint is from before it.
+            FloatingPointError: too many updates in a row, or a parameter, were not finite; the last checkpoint is from
+                before.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
             EmptyUpdatesError: as many updates in a row changed nothing as the configuration allows.
             SearchError: searchers cannot start, or too many of them were lost.
             OSError: a checkpoint or a log could not be written, or a searcher took too long (TimeoutError).
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
-        with stop_requests() as stop_requested, self:
+        with stop_requests() as stop_requested, self._watchdog(), self:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
             summary = self._last.summary(self.state, self.compilations)
+            # A run whose last checkpoint is not on the disk has not ended.
+            self.checkpoints.wait()
             self.run_directory.write_summary(summary)
         return summary
 
@@ -225,10 +245,22 @@ class Trainer:
         # Batches under way are waited for, so that a resumed run begins with them and needs no old weights. A second
         # signal ends this wait.
         self.orders.drain(state)
-        with finishing():
+        with finishing(), self.clock.stage("saving"):
             check_finite_state(self.phases[state.phase], state)
             number = first_checkpoint(self.phases, state.phase) + state.step
             state.save(self.checkpoints, number, self.run_directory.marks())
+
+    def _watchdog(self) -> Watchdog:
+        """Watches what goes on between the opening of a run and the end of its closing."""
+        clock, state = self.clock, self.state
+        return Watchdog(
+            self.config.train.stall_seconds,
+            self.run_directory.path,
+            # Stages that take long give signs of their own.
+            signs=lambda: (clock.changes, beats()),
+            where=lambda: f"{self.phases[state.phase].name}, step {state.step + 1}, stage '{clock.now_in}'",
+            on_stall=self._on_stall,
+        )
 
     def _make(self, setup: Setup) -> None:
         """Everything that has a life while the run is open, and the state of a run that has not begun."""
@@ -288,22 +320,38 @@ class Trainer:
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
         _stop_if(stop_requested())
-        first = state.step
+        first, is_due = state.step, False
         with tqdm(initial=first, total=phase.steps, unit="step", desc=phase.name) as bar:
             bar.set_postfix_str("compiling")
             for number in range(first, phase.steps):
                 # In phases that search nothing, nobody else hears of a searcher that cannot start.
                 self.pool.check()
                 with self.clock.stage("training" if phase is self.phases[-1] else phase.name):
-                    shown = phase.step(state, number)
+                    shown = self._step_of(phase, number)
                 advance(bar, shown, timed=number > first)
                 state.step, state.seconds = number + 1, time.monotonic() - started
                 # The request is read once, because it may come between the two uses below.
                 stop = stop_requested()
-                if stop or state.step == phase.steps or state.step % train.checkpoint_every == 0:
+                is_due |= state.step % train.checkpoint_every == 0
+                # A model whose updates fail at present may have gone wrong before. Its checkpoint would take the place
+                # of one from before that, so it waits.
+                if stop or state.step == phase.steps or (is_due and not state.nonfinite_in_a_row):
                     self.save()
+                    is_due = False
                 _stop_if(stop)
                 self.checkpoints.check()
+
+    def _step_of(self, phase: Phase, number: int) -> str:
+        """One step of a phase. Where it ends the run for its updates, the last of them is kept."""
+        try:
+            return phase.step(self.state, number)
+        except NonFiniteUpdatesError as error:
+            try:
+                path = keep_failed_update(self.run_directory.path, self.state)
+                kept = f"The last of them is kept in '{path}'; to repeat it: nested-reft replay-batch {path.parent}"
+            except OSError as failure:
+                kept = f"The last of them could not be kept: {failure}"
+            raise NonFiniteUpdatesError(f"{error}. {kept}") from None
 
 
 def _stop_if(requested: bool) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.losses.objective import Objective, TargetPass
+from nested_reft.losses.objective import LossOutput, Objective, TargetPass
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.supervised import Supervised
 from nested_reft.losses.trajectory_balance import TrajectoryBalance, TrajectoryBalanceConfig
@@ -135,7 +135,7 @@ def update_once(made: LearnerTask, batch: TrainBatch, plans: UpdatePlans, data: 
     state = replicate(initial_train_state(jax.tree.map(jnp.copy, trainable), made.optimizer), mesh)
     base = BaseModel(replicate(frozen, mesh), graph)
     state, result = compiled_update(made)(state, base, shard_batch(batch, mesh), replicate(plans, mesh))
-    assert int(state.updates) == 1 - int(result.rejected)
+    assert int(state.updates) == 1 - int(result.rejected) and not result.nonfinite
     return jax.device_get((state.optimizer_state, result))
 
 
@@ -272,6 +272,50 @@ def test_a_demonstration_batch_needs_its_own_objective():
     assert Supervised().needs(1).off_policy and not Supervised(demonstrations=True).needs(1).off_policy
     with pytest.raises(ValueError, match=r"needs batch\.behavior_logprob_BGC"):
         update_once(task("everything"), batch_of("supervised"), plans_of("everything"))
+
+
+class SteepAtZero(Supervised):
+    """A loss that is finite with a gradient that is not: the slope of a root at zero, times zero."""
+
+    def loss(self, target: TargetPass, batch: TrainBatch) -> LossOutput:
+        output = super().loss(target, batch)
+        root = jnp.sqrt(0 * target.logprob_BGC.sum())
+        return dataclasses.replace(output, total=dataclasses.replace(output.total, sum=output.total.sum + root))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_an_update_that_is_not_finite_leaves_the_state_bit_for_bit(what, micro_batches):
+    """Moments and momentum are there from an update before; one value of one completion is enough."""
+    objective = "supervised" if what == "gradient" else "everything"
+    made = dataclasses.replace(task(objective, micro_batches), optimizer=optax.adamw(0.1, weight_decay=0.1))
+    update, (graph, trainable, frozen) = make_update(made), parts_of_model(False)
+    base, batch, plans = BaseModel(frozen, graph), batch_of(objective), plans_of(objective)
+    state = initial_train_state(jax.tree.map(jnp.copy, trainable), made.optimizer)
+    state, result = update(state, base, batch, plans)
+    assert not result.nonfinite and int(state.updates) == 1
+    before = jax.device_get(state)
+    if what == "gradient":
+        # The update that goes wrong is another program, on the same state.
+        steep = dataclasses.replace(made, objective=SteepAtZero(demonstrations=True))
+        state, result = make_update(steep)(state, base, batch, plans)
+        assert np.isfinite(result.loss) and not np.isfinite(result.gradient_norm)
+    else:
+        counter = CompileCounter()
+        signal_BG = np.array(batch.signal_BG)
+        b, g = np.argwhere(np.asarray(batch.mask_BGC).any(axis=-1))[0]
+        signal_BG[b, g] = np.inf
+        state, result = update(state, base, dataclasses.replace(batch, signal_BG=jax.device_put(signal_BG)), plans)
+        assert not np.isfinite(result.loss) and counter.count == 0
+        counter.close()
+    assert result.nonfinite and not result.rejected
+    for (path, kept), (_, value) in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves_with_path(before), strict=True
+    ):
+        assert np.asarray(kept).tobytes() == np.asarray(value).tobytes(), path
+    # It is the state that a later update goes on from.
+    state, result = update(state, base, batch, plans)
+    assert not result.nonfinite and int(state.updates) == 2
 
 
 def test_another_batch_and_another_plan_compile_nothing():

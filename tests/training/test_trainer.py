@@ -137,13 +137,16 @@ def test_whatever_ends_a_run_closes_logs_and_waits_for_checkpoints(tmp_path):
         run.run_directory.log_metrics(2, {})
 
 
-def test_an_update_that_is_not_finite_ends_the_run(tmp_path):
-    """The first update throws the weights so far that the second loss overflows."""
-    config = nano(loss=MOVING, optimizer__learning_rate=1e38, train__checkpoint_every=1, **NO_EVALUATION)
-    with pytest.raises(FloatingPointError, match=r"step 2: loss is \S+ and .* from before. Lower optimizer.learn"):
+def test_updates_that_stay_not_finite_end_the_run(tmp_path):
+    """The first update throws the weights so far that every later loss overflows; no checkpoint holds them."""
+    config = nano(loss=MOVING, optimizer__learning_rate=1e38, train__checkpoint_every=2, **NO_EVALUATION)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 4: 3 updates in a row .* Loss is \S+ and gradient_norm nan; .* from before. Lower optimizer.learn",
+    ):
         trainer(config, tmp_path).run()
-    assert [line["step"] for line in read_log(tmp_path / "metrics.jsonl")] == [0, 1]
-    assert newest_checkpoint(tmp_path / "checkpoints") == 1
+    assert [line["step"] for line in read_log(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert newest_checkpoint(tmp_path / "checkpoints") == 0
 
 
 def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
@@ -165,9 +168,10 @@ def test_the_loss_of_a_warm_start_is_looked_at_in_every_step(tmp_path):
     config = nano(warm_start__steps=100, warm_start__batch_size=8, warm_start__learning_rate=1e30, **NO_EVALUATION)
     with pytest.raises(
         FloatingPointError,
-        match=r"step 2: loss is .* and gradient_norm nan; .* Lower warm_start.learning_rate",
+        match=r"step 4: 3 updates .* gradient_norm nan; .* Lower warm_start.learning_rate. .* nested-reft replay-batch",
     ):
         trainer(config, tmp_path).run()
+    assert newest_checkpoint(tmp_path / "failed_update") == 4
 
 
 def test_a_model_that_starts_with_nan_is_named(tmp_path):
