@@ -34,6 +34,7 @@ from nested_reft.layer_plan import LayerPlan, Part, PlanShape
 from nested_reft.models.bridges import BridgeVariable, add_bridge, stream_rms
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
+from nested_reft.sharding import to_host
 from nested_reft.types import valid_mask
 
 Streams = tuple[Array, ...]
@@ -78,7 +79,7 @@ def solve(
         W with the bias as its last column, and the directions U, `[D, r]`, None of full rank. The map of rank r is
         `U (U^T W)`.
     """
-    a_ZZ, b_DZ = (np.asarray(x, np.float64) for x in (equations.a_ZZ, equations.b_DZ))
+    a_ZZ, b_DZ = (x.astype(np.float64) for x in to_host((equations.a_ZZ, equations.b_DZ)))
     # Ridge keeps directions finite in which the tokens do not vary at all. The bias, which they all share, needs none.
     strength_Z = np.full(len(a_ZZ), ridge * np.trace(a_ZZ[:-1, :-1]) / (len(a_ZZ) - 1))
     strength_Z[-1] = 0.0
@@ -162,7 +163,7 @@ def fit_bridges(
             ahead = advanced(ahead, layer)
         if part == Part.BRIDGE:
             sums = [_equations(*each, shared_prefix) for each in zip(nested, ahead, batches, strict=True)]
-            start = {name: np.asarray(value[first], np.float32) for name, value in stack.items()}
+            start = {name: to_host(value[first]).astype(np.float32) for name, value in stack.items()}
             bridge = _solved(functools.reduce(operator.add, sums), ridge, start)
             stack = {name: value.at[first].set(bridge[name].astype(value.dtype)) for name, value in stack.items()}
             nested = ahead if plan is None else [_bridged(bridge, x) for x in nested]
@@ -188,7 +189,8 @@ def _spans(plan: LayerPlan | None, num_layers: int) -> list[tuple[int, int, Part
 
 def _solved(equations: NormalEquations, ridge: float, start: dict[str, np.ndarray]) -> Parameters:
     """One layer's bridge by name, of the rank that `start` has."""
-    found = {"first": np.asarray(equations.first_D) / np.asarray(equations.prompts)}
+    first_D, prompts = to_host((equations.first_D, equations.prompts))
+    found = {"first": first_D / prompts}
     if "map" in start:
         w_DZ, _ = solve(equations, ridge, np.column_stack([start["map"], start["map_bias"]]))
         found |= {"map": w_DZ[:, :-1], "map_bias": w_DZ[:, -1]}

@@ -19,6 +19,7 @@ from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
+from nested_reft.sharding import to_host
 from nested_reft.untrusted import printable
 
 
@@ -173,7 +174,7 @@ def num_correct(
         # The last batch is filled up, so that its shape is that of the others.
         padded = chunk + [chunk[-1]] * (batch_size - len(chunk))
         prompts = batch_prompts(padded, [0] * batch_size, size)
-        rollouts = jax.device_get(
+        rollouts = to_host(
             policy.generate(
                 prompts,
                 plan,

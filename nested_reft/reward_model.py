@@ -25,7 +25,7 @@ from nested_reft.heartbeat import beat
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import replicate, shard_batch
+from nested_reft.sharding import replicate, shard_batch, to_host
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.types import Prompts, valid_mask
 
@@ -82,7 +82,7 @@ class RewardModel:
             rollouts: the completions; of `Rollouts`, only their tokens and lengths are read.
         """
         found = self.rewards(prompts.tokens_BP, prompts.length_B, rollouts.tokens_BGC, rollouts.length_BG)
-        return ((np.asarray(found) - self.mean) / self.std).astype(np.float32)
+        return ((to_host(found) - self.mean) / self.std).astype(np.float32)
 
 
 @jax.jit

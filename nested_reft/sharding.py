@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from nested_reft import processes
 
 # Axes not named here are replicated. `batch` is the leading axis of every batch array.
 MESH_AXIS = {"batch": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "hidden": "model"}
@@ -37,15 +43,19 @@ def make_mesh(config: MeshConfig) -> Mesh:
         config: how many devices each axis has.
 
     Raises:
-        ValueError: there are fewer devices than the mesh needs, or several processes.
+        ValueError: there are fewer devices than the mesh needs, or several processes have more.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes are running; training across hosts is not supported yet")
     needed, devices = config.data * config.model, jax.devices()
     if needed > len(devices):
         raise ValueError(
             f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; allowed are 1 to"
             f" {len(devices)}, which are here"
+        )
+    if processes.count() > 1 and needed < len(devices):
+        # A process whose devices are left out would have no part in the arrays, and the others would wait for it.
+        raise ValueError(
+            f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; allowed is {len(devices)},"
+            f" all devices of the {processes.count()} processes"
         )
     # With Auto axes the compiler chooses how intermediate values are split.
     return jax.make_mesh(
@@ -70,6 +80,76 @@ def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*mesh_axes)
 
 
+def place(tree: Any, mesh: Mesh, axes: Sequence[str] = ()) -> Any:
+    """Makes values of the host, or arrays that lie elsewhere, arrays of a mesh. All arrays of a run are placed here.
+
+    Several processes hold equal host values. Each takes from them what its own devices hold, and nothing is sent.
+
+    Args:
+        tree: any tree of NumPy arrays, numbers, device arrays and typed PRNG keys.
+        mesh: the devices that hold the arrays, perhaps those of several processes.
+        axes: logical axes of every leaf, in their order; what is not named is whole on every device.
+    """
+    return place_as(tree, NamedSharding(mesh, partition_spec(tuple(axes))))
+
+
+def place_as(tree: Any, sharding: Sharding) -> Any:
+    """Like `place`, by a partition that is known already.
+
+    Args:
+        tree: as in `place`.
+        sharding: of every leaf.
+    """
+    leaves = jax.tree.leaves(tree)
+    if sharding.is_fully_addressable and all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        return jax.device_put(tree, sharding)  # all leaves in one call
+    return jax.tree.map(lambda leaf: _placed(leaf, sharding), tree)
+
+
+def _placed(value: Any, sharding: Sharding) -> jax.Array:
+    """A value on devices of several processes, or from them."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        if not sharding.is_fully_addressable:
+            return _moved(sharding)(value)
+        value = to_host(value)
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        words = _placed(jax.random.key_data(value), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
+    host = np.asarray(value)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype))
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+
+def to_host(tree: Any) -> Any:
+    """The same tree with NumPy arrays. All arrays of a run come to the host here.
+
+    Arrays that are split over several processes are gathered, all of them by one program, so every process must call it
+    for the same arrays.
+
+    Args:
+        tree: any tree of arrays.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    far = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]
+    if not far:
+        return jax.device_get(tree)
+    split = [i for i in far if not leaves[i].is_fully_replicated]
+    if split:
+        mesh = leaves[split[0]].sharding.mesh
+        gathered = _moved(NamedSharding(mesh, PartitionSpec()))([leaves[i] for i in split])
+        for i, whole in zip(split, gathered, strict=True):
+            leaves[i] = whole
+    for i in far:
+        leaves[i] = leaves[i].addressable_data(0)
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+@lru_cache
+def _moved(sharding: Sharding) -> Callable[[Any], Any]:
+    """The program that gives arrays another partition."""
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
 def shard_parameters(
     parameters: dict[str, jax.Array], axes: dict[str, tuple[str, ...]], mesh: Mesh
 ) -> dict[str, jax.Array]:
@@ -86,12 +166,9 @@ def shard_parameters(
     Raises:
         ValueError: a split axis is not a multiple of the mesh axis.
     """
-    # `device_put` would refuse an uneven split as well, but without naming the field to change.
+    # JAX would refuse an uneven split as well, but without naming the field to change.
     check_divisible({name: value.shape for name, value in parameters.items()}, axes, mesh)
-    return {
-        name: jax.device_put(value, NamedSharding(mesh, partition_spec(axes[name])))
-        for name, value in parameters.items()
-    }
+    return {name: place(value, mesh, axes[name]) for name, value in parameters.items()}
 
 
 def check_divisible(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str, ...]], mesh: Mesh) -> None:
@@ -121,7 +198,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         batch: a tree of arrays whose leading axis is B, a multiple of `mesh.data`.
         mesh: the devices that hold the arrays.
     """
-    return jax.device_put(batch, NamedSharding(mesh, partition_spec(("batch",))))
+    return place(batch, mesh, ("batch",))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -131,7 +208,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         tree: any tree of arrays.
         mesh: the devices that hold the arrays.
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return place(tree, mesh)
 
 
 def replicate_scalars(tree: Any, mesh: Mesh) -> Any:

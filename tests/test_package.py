@@ -50,6 +50,7 @@ LAYERS = [
         "program_cache",
         "prompt_format",
         "user_files",
+        "processes",
     },
     {"layer_plan"},
     {"types"},
@@ -153,6 +154,21 @@ def unpickling(root: Path) -> list[str]:
     return found
 
 
+def moves_of_arrays(root: Path) -> list[str]:
+    """Every place but the sharding room that puts arrays on devices or fetches them by JAX's own functions.
+
+    They know one process only: of several, they exchange more than is needed, or raise.
+    """
+    found = []
+    for path in source_files(root, "nested_reft"):
+        if room_of(path, root) == "sharding":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in {"device_put", "device_get", "process_allgather"}:
+                found.append(f"{path.relative_to(root)}:{node.lineno}: {node.attr}")
+    return found
+
+
 def run_python(code: str):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -219,6 +235,16 @@ def test_signatures_are_checked_here():
 
 def test_rooms_depend_one_way():
     assert dependency_violations(ROOT) == []
+
+
+def test_arrays_move_in_one_place():
+    # A row of each process is no array of the mesh.
+    assert [each for each in moves_of_arrays(ROOT) if not each.startswith("nested_reft/processes.py")] == []
+
+
+def test_a_move_elsewhere_is_found(tmp_path):
+    files = {"nested_reft/sharding.py": "jax.device_put(x)", "nested_reft/rollout/a.py": "x = 1\njax.device_get(x)"}
+    assert moves_of_arrays(write_tree(tmp_path, files)) == ["nested_reft/rollout/a.py:2: device_get"]
 
 
 def test_nothing_is_unpickled():

@@ -16,6 +16,7 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.json_files import check_writable
+from nested_reft.sharding import to_host
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import fit_and_measure
 from nested_reft.training.run_state import RunState, initial_run_state
@@ -75,9 +76,9 @@ def _rollouts(setup: Setup, state: RunState, keys: RunKeys) -> list[Rollouts]:
         while tokens < needed:
             key = jax.random.fold_in(keys.measurement, len(found))
             prompts = state.next_prompts(sources)
-            rollouts = setup.policy.generate(prompts, None, key, group_size=config.rollout.group_size)
-            found.append(jax.device_get(rollouts))
-            sampled = int(np.asarray(rollouts.length_BG).sum())
+            rollouts = to_host(setup.policy.generate(prompts, None, key, group_size=config.rollout.group_size))
+            found.append(rollouts)
+            sampled = int(rollouts.length_BG.sum())
             tokens += sampled
             bar.update(sampled)
     return found

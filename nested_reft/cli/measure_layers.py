@@ -20,6 +20,7 @@ from nested_reft.json_files import check_writable
 from nested_reft.layer_plan import Part
 from nested_reft.models.bridges import Bridges
 from nested_reft.reports.tables import table
+from nested_reft.sharding import to_host
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.setup import Setup
 from nested_reft.types import Rollouts, take
@@ -88,14 +89,14 @@ def _measured(setup: Setup, rollouts: Rollouts, part: str) -> Float[np.ndarray, 
         # Texts that were fitted on would make the bridges look better than they are.
         half = rollouts.length_BG.shape[0] // 2
         _fit(setup, texts_of(rollouts, half))
-        texts = texts_of(take(jax.device_get(rollouts), range(half, rollouts.length_BG.shape[0])))
+        texts = texts_of(take(to_host(rollouts), range(half, rollouts.length_BG.shape[0])))
     return measure_layer_divergence(model, texts, temperature, PARTS[part])
 
 
 def _fit(setup: Setup, texts: Texts) -> None:
     """Gives the model new bridges of the configuration's rank and ridge, each fitted alone."""
     model, bridge = setup.policy.model, setup.config.nesting.bridge
-    tokens = int(np.asarray(texts[-1]).sum())
+    tokens = int(to_host(texts[-1]).sum())
     what = f"one half of the prompts has {tokens} tokens of answers to fit bridges on"
     bridge.check_tokens(tokens, model.config.width, what, "raise --prompts")
     # A run's own bridges would draw the new ones to them.

@@ -36,7 +36,7 @@ from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.sharding import MeshConfig, make_mesh, replicate, shard_batch
+from nested_reft.sharding import MeshConfig, make_mesh, place_as, replicate, shard_batch, to_host
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.types import ForcedPrefixes, Prompts, Rollouts
 
@@ -127,7 +127,7 @@ class Policy:
         def moved(array: jax.Array) -> jax.Array:
             # What lies on one device, and not on a mesh, is replicated.
             spec = array.sharding.spec if isinstance(array.sharding, NamedSharding) else PartitionSpec()
-            return jax.device_put(array, NamedSharding(mesh, spec))
+            return place_as(array, NamedSharding(mesh, spec))
 
         return dataclasses.replace(self, model=jax.tree.map(moved, self.model), mesh=mesh)
 
@@ -167,7 +167,8 @@ class Policy:
             # Rollouts record the kept layers, so the full model is a plan here too.
             replicate(LayerPlan.full(self.num_layers) if plan is None else plan, self.mesh),
             self._stop_ids(stops),
-            key,
+            # Keys of a run stay on the host, where plans and prompts are drawn too.
+            replicate(key, self.mesh),
             # A number that may change from call to call is an argument; as a constant it would recompile.
             self.version,
             self._spread(_fitting(prompts.forced if forced is None else forced, limit)),
@@ -204,7 +205,8 @@ class Policy:
             self._spread(prompts.length_B),
             replicate(plan, self.mesh),
             self._stop_ids(stops),
-            key,
+            # Keys of a run stay on the host, where plans and prompts are drawn too.
+            replicate(key, self.mesh),
             self.version,
             self._spread(_fitting(prompts.forced, self.max_completion_tokens)),
             group_size=group_size,
@@ -278,7 +280,7 @@ class Policy:
             # Top-k and top-p stay: they are another part of the policy, and the caller has not changed it.
             sampling = dataclasses.replace(sampling, temperature=temperature)
         # All fields come to the host in one transfer, because the texts are made there.
-        rollouts = jax.device_get(
+        rollouts = to_host(
             self.generate(
                 batch,
                 plan,
@@ -328,7 +330,7 @@ class Policy:
         for row, tokens in enumerate(ids):
             tokens_BGC[row, 0, : len(tokens)] = tokens
         self._check_room(batch, tokens_BGC.shape[-1])
-        found = np.asarray(
+        found = to_host(
             self.logprobs(jnp.asarray(batch.tokens_BP), jnp.asarray(batch.length_B), jnp.asarray(tokens_BGC), plan)
         )
         # Attention is causal, so padding after a completion changed nothing before it.

@@ -11,6 +11,7 @@ import numpy as np
 
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import to_host
 from nested_reft.types import Prompts
 
 
@@ -66,7 +67,7 @@ def compare_throughput(
         rollouts = policy.generate(
             prompts, layers, key, group_size=group_size, shared_prefix=shared_prefix, stops=False
         )
-        return int(np.asarray(jax.block_until_ready(rollouts).length_BG).sum())
+        return int(to_host(jax.block_until_ready(rollouts).length_BG).sum())
 
     plans = (LayerPlan.full(policy.num_layers), plan)
     # These calls compile, so they are not timed.

@@ -11,11 +11,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.sharding import replicate, shard_batch
+from nested_reft.sharding import replicate, shard_batch, to_host
 from nested_reft.training.learner import LearnerBatch
 from nested_reft.training.phases import Phase
 from nested_reft.training.run_state import RunState
@@ -46,7 +44,7 @@ def keep_failed_update(run: Path, state: RunState) -> Path:
         "phase": state.phase,
         "trained_before": state.trained_before,
         "division": state.division,
-        "batch": {name: np.asarray(array) for name, array in arrays.items() if array is not None},
+        "batch": {name: to_host(array) for name, array in arrays.items() if array is not None},
         "plans": {
             name: None if plan is None else plan.host_parts(learner.num_layers)
             for name, plan in (("target", failed.plans.target), ("nested", failed.plans.nested))

@@ -31,7 +31,7 @@ from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.config import Weights
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import replicate, replicate_scalars, shard_batch
+from nested_reft.sharding import replicate, replicate_scalars, shard_batch, to_host
 from nested_reft.training.mini_batches import deal
 from nested_reft.training.step import (
     BaseModel,
@@ -221,7 +221,7 @@ class Learner:
             FloatingPointError: they hold a value that is not finite.
         """
         # Their computation ends here, so that its time does not count for what follows.
-        if not all(bool(jnp.isfinite(array).all()) for array in stack.values()):
+        if not all(to_host(_are_finite(stack))):
             raise FloatingPointError(
                 "a fit of bridges gave a value that is not finite; raise nesting.bridge.ridge or lower"
                 " nesting.bridge.distil_learning_rate"
@@ -241,7 +241,7 @@ class Learner:
             Its place in the state.
         """
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(self.state)]
-        are_finite = jax.device_get(_are_finite(self.state))
+        are_finite = to_host(_are_finite(self.state))
         return next((path for path, is_finite in zip(paths, are_finite, strict=True) if not is_finite), None)
 
     def keep_reference(self) -> None:
@@ -405,7 +405,7 @@ class Learner:
         teaches_BG &= ~jnp.isnan(arrays.signal_BG)
         if self.needs.signal_is_weight:
             teaches_BG &= arrays.signal_BG != 0
-        return np.any(np.asarray(teaches_BG), axis=1)
+        return np.any(to_host(teaches_BG), axis=1)
 
     def _update_rows(self, arrays: TrainBatch, rows_M: Int[np.ndarray, " M"], plans: UpdatePlans) -> UpdateResult:
         """One update on some groups of a batch."""
@@ -424,7 +424,7 @@ class Learner:
         with self._taking_turns:
             state, result = self._update(self._own_state(), self.base, batch.arrays, batch.plans)
             self.state, self._rounded = state, None
-        result = jax.device_get(result)
+        result = to_host(result)
         beat()
         self.failed = batch if result.nonfinite else None
         return result
@@ -530,7 +530,7 @@ def _groups(arrays: TrainBatch, rows_M: Int[Array, " M"]) -> TrainBatch:
 
 
 @jax.jit
-def _are_finite(state: TrainState) -> list[Bool[Array, ""]]:
+def _are_finite(state: Any) -> list[Bool[Array, ""]]:
     return [jnp.isfinite(array).all() for array in jax.tree.leaves(state)]
 
 

@@ -36,6 +36,7 @@ from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.replay_store import ReplayConfig
 from nested_reft.reward_model import FACTS
 from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.sharding import to_host
 from nested_reft.training import record
 from nested_reft.training.clock import Clock
 from nested_reft.training.config import Config
@@ -268,7 +269,7 @@ class Offline:
                     padded = chunk + [chunk[-1]] * (size - len(chunk))
                     output = state.learner.evaluate(self._batch(state, padded, len(chunk)))
                     beat()
-                    sums.append(jax.device_get((output.total, output.parts)))
+                    sums.append(to_host((output.total, output.parts)))
                 total, parts = jax.tree.map(lambda *values: np.sum(values), *sums)
                 accuracy = parts.get("pair_accuracy")
                 found[name] = {"examples": len(examples), "loss": float(total.mean())}

@@ -28,6 +28,7 @@ from jaxtyping import Int8, UInt32
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import place_as, to_host
 from nested_reft.training.config import Config
 from nested_reft.training.learner import Learner
 from nested_reft.training.search_config import SearchConfig
@@ -143,7 +144,7 @@ def with_weights(model: Transformer, given: dict[str, np.ndarray], whole: bool, 
                 f" {socket.gethostname()} has: {place} is {there} there and {here} here. Start both with the same files"
             )
     leaves = [
-        jax.device_put(given.get(jax.tree_util.keystr(path), array), array.sharding)
+        place_as(given.get(jax.tree_util.keystr(path), array), array.sharding)
         for path, array in jax.tree.leaves_with_path(model)
     ]
     return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(model), leaves))
@@ -174,7 +175,7 @@ class _Weights:
 
 
 def _put(arrays: dict[str, jax.Array], names: set[str]) -> Any:
-    return _ray().put({name: np.asarray(arrays[name]) for name in sorted(names)})
+    return _ray().put({name: to_host(arrays[name]) for name in sorted(names)})
 
 
 class RaySite:
@@ -250,7 +251,7 @@ class RayPool(ThreadedPool):
         """
         prompts = order.prompts
         if prompts.forced is not None:
-            prompts = dataclasses.replace(prompts, forced=jax.device_get(prompts.forced))
+            prompts = dataclasses.replace(prompts, forced=to_host(prompts.forced))
         work = (
             self._weights.of(order.policy),
             order.policy.version,

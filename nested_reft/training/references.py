@@ -19,7 +19,7 @@ from nested_reft.diversity import bleu_of_each
 from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.reward import score
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import shard_batch
+from nested_reft.sharding import shard_batch, to_host
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config
 from nested_reft.types import Prompts
@@ -133,7 +133,7 @@ def reference_scores(
         _, reward_BG, *_ = score_rollouts(policy, prompts, given, config.reward, limit)
         return reward_BG[:, 0]
     placed = shard_batch((prompts.tokens_BP, prompts.length_B, tokens_B1C), policy.mesh)
-    logprob_BC = np.asarray(policy.logprobs(*placed, shared_prefix=shared_prefix))[:, 0]
+    logprob_BC = to_host(policy.logprobs(*placed, shared_prefix=shared_prefix))[:, 0]
     total_B = np.where(np.arange(size) < length_B[:, None], logprob_BC, 0).sum(axis=1)
     likelihood_B = (total_B / np.maximum(length_B, 1)).astype(np.float32)
     return likelihood_B if prefer == "likely" else -likelihood_B

@@ -15,6 +15,7 @@ from nested_reft.losses.bradley_terry import PAIR_SIGNALS
 from nested_reft.reward_model import RewardModel
 from nested_reft.rewards.pair_report import PairScores, longer_wins, pair_report
 from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import to_host
 from nested_reft.training.config import Config
 from nested_reft.training.setup import RunData
 
@@ -70,9 +71,9 @@ def pair_scores(
         texts_BG = [pair(encoded.example) for encoded in padded]
         batch = written_batch(prompts, texts_BG, PAIR_SIGNALS, tokenizer.encode, tokenizer.stop_ids[0], size)
         found = model.rewards(batch.prompt_BP, batch.prompt_length_B, batch.tokens_BGC, batch.length_BG)
-        rewards.append(np.asarray(found)[: len(chunk)])
+        rewards.append(to_host(found)[: len(chunk)])
         beat()
-        lengths.append(np.asarray(batch.length_BG)[: len(chunk)])
+        lengths.append(to_host(batch.length_BG)[: len(chunk)])
     (chosen_E, rejected_E), (chosen_tokens_E, rejected_tokens_E) = (
         np.concatenate(parts).T for parts in (rewards, lengths)
     )

@@ -18,6 +18,7 @@ from nested_reft.rewards.reward import FAILURES, RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import to_host
 from nested_reft.types import ForcedPrefixes, Prompts, Rollouts, Scored, SearchStats, gradient_mask
 
 
@@ -60,10 +61,10 @@ class Searcher:
         rollouts, drafts = self._rollouts(policy, prompts, plan, key)
         # JAX returns before the devices are done, and the time must be that of the sampling.
         jax.block_until_ready(rollouts)
-        stats = SearchStats(time.monotonic() - started, *(int(count) for count in drafts))
+        stats = SearchStats(time.monotonic() - started, *(int(count) for count in to_host(drafts)))
         sampled = time.monotonic()
         full_BGC = self._full_logprobs(policy, rollouts) if self._measures_mismatch else None
-        rollouts = jax.device_get(rollouts)
+        rollouts = to_host(rollouts)
         limit = self._rollout.max_completion_tokens
         texts, reward_BG, accuracy_BG, scored_BG, parts = score_rollouts(policy, prompts, rollouts, self._reward, limit)
         if scored_BG.size and not scored_BG.any():
@@ -133,5 +134,5 @@ def _health(full_BGC: Array, behavior_BGC: Array, length_BG: Array, forced_BG: A
 def _mismatch(rollouts: Rollouts, full_BGC: Array) -> dict[str, float]:
     """`Health` of samples against the full model whose nested policy drew them, so that age has no part in it."""
     lengths = (rollouts.length_BG, rollouts.forced_BG, rollouts.counted_BG)
-    health = _health(full_BGC, *map(jnp.asarray, (rollouts.behavior_logprob_BGC, *lengths)))
+    health = to_host(_health(full_BGC, *map(jnp.asarray, (rollouts.behavior_logprob_BGC, *lengths))))
     return {f.name: float(getattr(health, f.name)) for f in dataclasses.fields(health)}

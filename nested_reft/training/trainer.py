@@ -29,7 +29,6 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.plan_price import plan_price
 from nested_reft.run_directory import RunDirectory
-from nested_reft.sharding import replicate
 from nested_reft.training import group_supply
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.failed_update import keep_failed_update
@@ -272,7 +271,7 @@ class Trainer:
         opened.callback(run.close)
         opened.callback(self._wait_for_devices)
         self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
-        self.keys = RunKeys(replicate(jax.random.key(config.train.seed), setup.policy.mesh))
+        self.keys = RunKeys(jax.random.key(config.train.seed))
         self.decode_step = decode_step(setup)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix, config.measures_mismatch)
         # Closed before the devices are waited for, because searchers use them.

@@ -1,0 +1,281 @@
+"""The processes of one run: how they find each other, and what they tell each other on the host.
+
+Several processes run in lockstep. All of them hold equal host values and issue the same programs in the same order;
+only device arrays are split. So there is little to say: texts at the start and the end, a row of numbers each step.
+All functions here are called by every process, in the same order, and with one process they cost nothing.
+
+Texts go through JAX's coordination service, which needs no devices and knows time limits. Rows go through a device
+program, as the arrays of a step do.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+# The slowest preparation that the others wait for: a model is downloaded, or read from a slow disk.
+WAIT_SECONDS = 1800.0
+_PREFIX = "nested_reft"
+# Each exchange has a number. All processes exchange in the same order, so they count alike.
+_exchanges = itertools.count()
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Where this process belongs among those of a run.
+
+    Attributes:
+        coordinator: HOST:PORT where process 0 can be reached by all; None where there is one process only.
+        count: processes of the run.
+        index: of this process, from 0.
+        local_devices: indices of the devices that it uses; None is all of its machine.
+        connect_seconds: how long it waits for the others at the start.
+        heartbeat_seconds: a process that was silent for so long counts as dead, and the others end.
+    """
+
+    coordinator: str | None = None
+    count: int = 1
+    index: int = 0
+    local_devices: tuple[int, ...] | None = None
+    connect_seconds: int = 300
+    heartbeat_seconds: int = 100
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"processes is {self.count}; allowed is 1 or more")
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"process is {self.index}; allowed are 0 to {self.count - 1}, of {self.count} processes")
+        if self.count > 1 and self.coordinator is None:
+            raise ValueError(f"processes is {self.count} and coordinator is not given; give HOST:PORT of process 0")
+        host, _, port = (self.coordinator or "HOST:1").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError(f"coordinator is '{self.coordinator}'; allowed is HOST:PORT")
+
+
+def start(config: ProcessConfig) -> None:
+    """Joins the processes of a run. It must come before anything asks JAX for its devices.
+
+    Args:
+        config: which process this is; with one process nothing happens.
+
+    Raises:
+        ConnectionError: process 0 could not be reached within the time limit. Where it can, and another process does
+            not come in time, this process ends with a line and code 1: JAX cannot be interrupted while it waits.
+    """
+    if config.count == 1:
+        return
+    # JAX's own service would take SIGTERM away from Python, and with it the checkpoint at the end of a step.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Without it several processes on CPUs cannot exchange arrays. Other devices do not read it.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    began = time.monotonic()
+    if config.index:
+        _check_reachable(config)
+    # JAX does not raise when its limit is over. It aborts, with a dump instead of a line, so its limit must come later.
+    late = threading.Timer(config.connect_seconds - (time.monotonic() - began), _end_late, (config,))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.count,
+            config.index,
+            config.local_devices,
+            # All is given, so no cluster need be asked.
+            cluster_detection_method="deactivate",
+            initialization_timeout=config.connect_seconds + 60,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+        )
+    finally:
+        late.cancel()
+
+
+def _check_reachable(config: ProcessConfig) -> None:
+    """Waits until process 0 listens."""
+    assert config.coordinator is not None
+    host, _, port = config.coordinator.rpartition(":")
+    end, reason = time.monotonic() + config.connect_seconds, ""
+    while (left := end - time.monotonic()) > 0:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
+            return
+        except OSError as error:  # it may start later than this process
+            reason = error.strerror or str(error)
+        time.sleep(min(0.2, left))
+    raise ConnectionError(
+        f"process {config.index} could not reach process 0 at coordinator '{config.coordinator}' within"
+        f" {config.connect_seconds} s: {reason}"
+    )
+
+
+def _end_late(config: ProcessConfig) -> None:
+    """Ends a process that is still waiting, in a thread beside it."""
+    print(
+        f"error: process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}', and"
+        f" not all of the {config.count} processes came",
+        file=sys.stderr,
+    )
+    end_now(1)
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return _state().process_id if _together() else 0
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return _state().num_processes if _together() else 1
+
+
+def is_writer() -> bool:
+    """Whether this process writes logs, summaries and the host's part of checkpoints: the first one does."""
+    return index() == 0
+
+
+def gather_text(text: str, seconds: float = WAIT_SECONDS) -> tuple[str, ...]:
+    """A text of each process, by process.
+
+    Args:
+        text: of this process.
+        seconds: how long to wait for the others.
+
+    Raises:
+        TimeoutError: another process did not come here in time.
+    """
+    if not _together():
+        return (text,)
+    number, client = next(_exchanges), _state().client
+    # The sign in front keeps an empty text from being an empty value, which stores may treat as none.
+    client.key_value_set(_place(number, index()), f"={text}")
+    texts = tuple(_read(number, process, seconds)[1:] for process in range(count()))
+    # Whoever wrote a text of this exchange has read all those of the one before, so ours of that one can go.
+    if number:
+        client.key_value_delete(_place(number - 1, index()))
+    return texts
+
+
+def broadcast_text(text: str | None, seconds: float = WAIT_SECONDS) -> str:
+    """The text of process 0, on all processes.
+
+    Args:
+        text: of process 0; the others' is not read.
+        seconds: how long to wait for the others.
+
+    Raises:
+        TimeoutError: another process did not come here in time.
+    """
+    # Everybody's text is gathered, so that no process goes on while another has not begun.
+    return gather_text((text or "") if is_writer() else "", seconds)[0]
+
+
+def gather_rows(row: np.ndarray) -> np.ndarray:
+    """Rows of numbers of all processes, `[processes, *row]`.
+
+    It is one small device program, for what is said in every step. It waits without a limit.
+
+    Args:
+        row: of this process, of one shape and type on all of them; 32 bits per number at most.
+    """
+    if not _together():
+        return row[None]
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(row))
+
+
+def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
+    """The result of an action that every process takes; where it fails on one of them, it fails on all.
+
+    Without it the others would wait for a process that has ended.
+
+    Args:
+        action: what is done on each process. It must not run device programs that span processes, because a process
+            that failed before them would leave the others waiting.
+        seconds: how long to wait for the slowest.
+
+    Raises:
+        Exception: what the action raised on the first process that failed. The other processes raise the same kind of
+            error, with the number of that process.
+        TimeoutError: another process did not come here in time.
+    """
+    result: Any = None
+    mine: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        mine = error
+    kinds = [] if mine is None else [kind.__name__ for kind in type(mine).__mro__ if kind.__module__ == "builtins"]
+    failures = gather_text("" if mine is None else f"{kinds[0]}\n{mine}", seconds)
+    first = next((process for process, failure in enumerate(failures) if failure), None)
+    if first is None:
+        return result
+    if mine is not None and first == index():
+        raise mine
+    kind, _, text = failures[first].partition("\n")
+    # Only kinds that Python itself has cross over, so that every process ends with the same exit code.
+    raise getattr(builtins, kind)(f"process {first}: {text}") from mine
+
+
+def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
+    """Waits until every process is here.
+
+    Args:
+        name: of the place, for the message.
+        seconds: how long to wait.
+
+    Raises:
+        TimeoutError: another process did not come here in time, or came to another place.
+    """
+    places = gather_text(name, seconds)
+    if any(place != name for place in places):
+        listed = ", ".join(f"process {process} at '{place}'" for process, place in enumerate(places))
+        raise TimeoutError(f"processes wait for each other at different places: {listed}")
+
+
+def end_now(code: int) -> None:
+    """Ends this process without waiting for devices or other processes, whose turn will not come.
+
+    JAX would wait for minutes at its end for processes that are in the middle of something else.
+
+    Args:
+        code: exit code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _together() -> bool:
+    return jax.distributed.is_initialized()
+
+
+def _state() -> Any:
+    # The service is what `jax.distributed` itself uses; its texts have no public name yet.
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
+def _place(number: int, process: int) -> str:
+    return f"{_PREFIX}/{number}/{process}"
+
+
+def _read(number: int, process: int, seconds: float) -> str:
+    try:
+        return _state().client.blocking_key_value_get(_place(number, process), int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(f"process {process} did not answer process {index()} within {seconds:g} s") from error
