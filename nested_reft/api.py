@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 
+from nested_reft import processes
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.evaluation import Evaluation
-from nested_reft.json_files import write_json
+from nested_reft.json_files import differences, write_json
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
-from nested_reft.run_directory import RunDirectory, read_log
+from nested_reft.run_directory import RunDirectory, SilentRunDirectory, read_log, versions
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.failed_update import DIRECTORY as FAILED_UPDATE
@@ -235,20 +236,34 @@ def open_trainer(
     """
     if resume is not None and newest_checkpoint(resume / "checkpoints") is None:
         raise ValueError(f"run '{resume}' has no complete checkpoint to resume from")
+    _check_same_run(config, resume)
     with ExitStack() as on_failure:
-        # A run that another process works on is refused before the model is loaded.
-        directory = None if resume is None else on_failure.enter_context(closing(RunDirectory(resume)))
-        setup = prepare(config, resumes=resume is not None)
-        check_memory(setup)
-        if directory is None:
-            directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
+
+        def begin() -> tuple[RunDirectory | None, Setup]:
+            # A run that another process works on is refused before the model is loaded.
+            directory = None
+            if resume is not None:
+                kind = RunDirectory if processes.is_writer() else SilentRunDirectory
+                directory = on_failure.enter_context(closing(kind(resume)))
+            setup = prepare(config, resumes=resume is not None)
+            check_memory(setup)
+            if directory is None and processes.is_writer():
+                directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
+                on_failure.callback(directory.close)
+            return directory, setup
+
+        # What fails on one process would leave the others waiting for it.
+        directory, setup = processes.agreed(begin)
+        path = Path(processes.broadcast_text(None if directory is None else str(directory.path)))
+        directory = directory or SilentRunDirectory(path)
         on_failure.pop_all()
-    print(f"run directory: {printable(str(directory.path))}")
-    _say_idle_devices(config)
+    if processes.is_writer():
+        print(f"run directory: {printable(str(directory.path))}")
+        _say_idle_devices(config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
-    if resume is not None:
+    if resume is not None and processes.is_writer():
         # Said always: it shows also where a checkpoint has gone without a trace.
         state, phase = trainer.state, trainer.phases[trainer.state.phase]
         print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
@@ -295,6 +310,28 @@ def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
         batch = load_failed_update(path, trainer.state, trainer.phases)
         not_finite = learner.not_finite()
         return RepeatedUpdate(batch.arrays, learner.update_once(batch), not_finite)
+
+
+def _check_same_run(config: Config, resume: Path | None) -> None:
+    """Refuses processes that would not run the same.
+
+    Raises:
+        ValueError: names the first process that differs, the field and both values.
+    """
+    if processes.count() == 1:
+        return
+    if resume is not None:
+        raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
+    mine = {"config": config.to_json(), "versions": versions(), "resume": str(resume)}
+    mine["versions"]["devices of this process"] = jax.local_device_count()
+    texts = processes.gather_text(json.dumps(mine))
+    first = json.loads(texts[0])
+    for process, text in enumerate(texts):
+        for name, theirs, other in differences(first, json.loads(text)):
+            raise ValueError(
+                f"process {process} has {other!r} for {name.removeprefix('config.')}, and process 0 has {theirs!r};"
+                " start all processes with the same command, configuration and versions"
+            )
 
 
 def _say_idle_devices(config: Config) -> None:

@@ -11,6 +11,7 @@ program, as the arrays of a step do.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import itertools
 import os
 import socket
@@ -31,6 +32,7 @@ WAIT_SECONDS = 1800.0
 _PREFIX = "nested_reft"
 # Each exchange has a number. All processes exchange in the same order, so they count alike.
 _exchanges = itertools.count()
+_in_agreed_action = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,25 @@ def start(config: ProcessConfig) -> None:
         )
     finally:
         late.cancel()
+
+
+def start_detected(connect_seconds: int = 300, heartbeat_seconds: int = 100) -> None:
+    """Joins the processes of a run as its cluster says: Cloud TPU, GKE, Slurm and what else JAX detects.
+
+    Args:
+        connect_seconds, heartbeat_seconds: as in `ProcessConfig`.
+
+    Raises:
+        ValueError: there is no cluster that JAX detects.
+    """
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(initialization_timeout=connect_seconds, heartbeat_timeout_seconds=heartbeat_seconds)
+    # What JAX raises where it finds nothing depends on what it looked for.
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--coordinator is 'auto', and no cluster was detected ({reason}); give HOST:PORT") from error
 
 
 def _check_reachable(config: ProcessConfig) -> None:
@@ -203,8 +224,8 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     Without it the others would wait for a process that has ended.
 
     Args:
-        action: what is done on each process. It must not run device programs that span processes, because a process
-            that failed before them would leave the others waiting.
+        action: what is done on each process. It must not run device programs that span processes, nor exchange
+            anything, because a process that failed before that would leave the others waiting.
         seconds: how long to wait for the slowest.
 
     Raises:
@@ -212,12 +233,16 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
             error, with the number of that process.
         TimeoutError: another process did not come here in time.
     """
+    global _in_agreed_action
     result: Any = None
     mine: Exception | None = None
+    _in_agreed_action = True
     try:
         result = action()
     except Exception as error:
         mine = error
+    finally:
+        _in_agreed_action = False
     kinds = [] if mine is None else [kind.__name__ for kind in type(mine).__mro__ if kind.__module__ == "builtins"]
     failures = gather_text("" if mine is None else f"{kinds[0]}\n{mine}", seconds)
     first = next((process for process, failure in enumerate(failures) if failure), None)
@@ -228,6 +253,11 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     kind, _, text = failures[first].partition("\n")
     # Only kinds that Python itself has cross over, so that every process ends with the same exit code.
     raise getattr(builtins, kind)(f"process {first}: {text}") from mine
+
+
+def shares_work() -> bool:
+    """Whether work on the host may be divided among processes here: not with one, nor within an agreed action."""
+    return count() > 1 and not _in_agreed_action
 
 
 def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
@@ -244,6 +274,23 @@ def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
     if any(place != name for place in places):
         listed = ", ".join(f"process {process} at '{place}'" for process, place in enumerate(places))
         raise TimeoutError(f"processes wait for each other at different places: {listed}")
+
+
+def end_together(code: int, seconds: float = 10.0) -> None:
+    """Ends this process, at the same time as the others if they end too.
+
+    The others' connection breaks when process 0 ends. A process that still had to say why it ends would be aborted.
+
+    Args:
+        code: exit code.
+        seconds: how long to wait for the others.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not an exchange: processes that do not end may be in the middle of one.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _state().client.wait_at_barrier(f"{_PREFIX}_end", int(1000 * seconds))
+    end_now(code)
 
 
 def end_now(code: int) -> None:

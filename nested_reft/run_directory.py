@@ -178,6 +178,35 @@ class RunDirectory:
             self._lock = None
 
 
+class SilentRunDirectory(RunDirectory):
+    """The directory of a run for a process that writes nothing into it, since another one does."""
+
+    def __init__(self, path: Path):
+        """Args:
+        path: which the writing process has made.
+        """
+        self.path, self._lock = path, None
+
+    def marks(self) -> dict[str, list[int]]:
+        """None: the writing process has them."""
+        return {}
+
+    def check_logs(self) -> None:
+        """Nothing."""
+
+    def continue_from(self, step: int, marks: dict[str, list[int]]) -> None:
+        """Nothing."""
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` or `samples.jsonl`; a last line that is cut short is left out.
 

@@ -28,11 +28,13 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from contextlib import nullcontext
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED
+from nested_reft.cli.joining import join, take_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.training.interrupts import stop_requests
 from nested_reft.untrusted import printable
@@ -64,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     try:
         code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+        _leave_others(code)
         # What is still buffered would otherwise be written, and fail, after the last line of Python.
         sys.stdout.flush()
         return code
@@ -76,6 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno == errno.EPIPE:  # whoever read the output went away, as `| head` does
             return BROKEN_PIPE
         return _refusal(error, FAILED)
+
+
+def _leave_others(code: int) -> None:
+    """Ends one of several processes that failed or was stopped; JAX would wait at its end for those that still work."""
+    processes = sys.modules.get("nested_reft.processes")
+    if code != DONE and processes is not None and processes.count() > 1:
+        processes.end_together(code)
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -94,6 +104,12 @@ def _exit_code(arguments: list[str]) -> int:
         return INTERRUPTED
     except SystemExit as stop:  # help was printed, or a command says itself how it ends
         return stop.code if isinstance(stop.code, int) else DONE
+    except Exception:
+        # After a bug none of several processes may wait for the others, as Python's end would.
+        if "nested_reft.processes" in sys.modules and sys.modules["nested_reft.processes"].count() > 1:
+            traceback.print_exc()
+            return FAILED
+        raise
     return DONE
 
 
@@ -112,6 +128,9 @@ def _run(arguments: list[str]) -> None:
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
+    if command in TRAINING:
+        rest, flags = take_flags(rest, os.environ)
+        join(flags)
     # A run is told to stop rather than broken off, also while its modules are imported: an interrupt that is raised
     # in there may get lost.
     with stop_requests(_leave) if command in TRAINING else nullcontext():

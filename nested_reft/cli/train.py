@@ -11,6 +11,7 @@ from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.exit_codes import FAILED, STALLED
+from nested_reft.cli.joining import add_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
 from nested_reft.replay import GenerationLimitError
@@ -101,6 +102,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
     parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
     add_json(parser, "the summary")
+    add_flags(parser)
     return parser
 
 

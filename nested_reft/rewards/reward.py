@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from nested_reft import processes
 from nested_reft.data.examples import Checker, Example
 from nested_reft.literals import check_choice, check_whole
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
@@ -437,9 +438,9 @@ def _run(requests: dict[tuple[str, int, int], dict[str, Any]], config: RewardCon
     """The outcome of each request, and one warning for those that have no score."""
     if not requests:
         return {}
-    outcomes = dict(zip(requests, _pool(config).run(list(requests.values())), strict=True))
+    outcomes = dict(zip(requests, _outcomes(list(requests.values()), config), strict=True))
     failed = [outcome for outcome in outcomes.values() if outcome.failure is not None]
-    if failed:
+    if failed and processes.is_writer():
         counts = Counter(outcome.failure for outcome in failed)
         logger.warning(
             "reward: %d of %d checks have no score and do not count (%s); the first: %s",
@@ -449,6 +450,19 @@ def _run(requests: dict[tuple[str, int, int], dict[str, Any]], config: RewardCon
             failed[0].message,
         )
     return outcomes
+
+
+def _outcomes(requests: list[dict[str, Any]], config: RewardConfig) -> list[Outcome]:
+    """The outcomes of requests, in their order. Several processes do a share each, and all get the same.
+
+    Limits of time make an outcome depend on who works on it and when, so no two processes may do the same request.
+    """
+    if not processes.shares_work():
+        return _pool(config).run(requests)
+    mine, count = _pool(config).run(requests[processes.index() :: processes.count()]), processes.count()
+    text = json.dumps([[outcome.value, outcome.failure, outcome.message] for outcome in mine])
+    shares = [[Outcome(*outcome) for outcome in json.loads(share)] for share in processes.gather_text(text)]
+    return [shares[number % count][number // count] for number in range(len(requests))]
 
 
 def _failures(outcomes: dict[Any, Outcome], shape: tuple[int, ...]) -> dict[str, Bool[np.ndarray, "B G"]]:

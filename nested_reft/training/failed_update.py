@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from nested_reft import processes
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.sharding import replicate, shard_batch, to_host
@@ -51,8 +52,9 @@ def keep_failed_update(run: Path, state: RunState) -> Path:
         },
     }
     directory = run / DIRECTORY
-    if directory.exists():
+    if directory.exists() and processes.is_writer():
         shutil.rmtree(directory)
+    processes.barrier("failed update")
     with Checkpoints(directory, keep=1) as kept:
         # The step that is under way, counted from 1.
         kept.save(state.step + 1, learner.arrays(with_reference=False), host)

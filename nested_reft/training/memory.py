@@ -183,11 +183,12 @@ def mesh_bytes(mesh: Mesh) -> float:
     Returns:
         Bytes; infinite where they are not known, so that nothing is refused.
     """
-    devices = list(mesh.devices.flat)
+    # Only devices of this process can be asked; those of the others are of the same kind.
+    devices = list(mesh.local_devices)
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     # Some backends report no limit, and a sum over the others would be wrong.
     if devices[0].platform != "cpu" and all(limits):
-        return float(sum(limit for limit in limits if limit))
+        return float(sum(limit for limit in limits if limit)) * mesh.size / len(devices)
     if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return math.inf  # not known

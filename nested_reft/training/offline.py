@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from nested_reft import processes
 from nested_reft.compilation import CompileCounter
 from nested_reft.data.examples import Example
 from nested_reft.data.packing import packed_batch
@@ -188,7 +189,8 @@ class Offline:
         if isinstance(config.loss, BradleyTerryConfig):
             with self._clock.stage("evaluation"):
                 facts = reward_facts(state.learner.policy(), self._data, config)
-            write_json(self._run.path / FACTS, facts)
+            if processes.is_writer():
+                write_json(self._run.path / FACTS, facts)
             # The report has gone through the held-out pairs already.
             after = {
                 name: {"examples": report["pairs"], "loss": report["loss"], "accuracy": report["accuracy"]}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from nested_reft import processes
 from nested_reft.compilation import CompileCounter
 from nested_reft.evaluation import Evaluation
 from nested_reft.losses.registry import make_objective
@@ -155,7 +156,8 @@ class Reinforcement:
         does."""
         config = self._config
         is_due = number % config.evaluation.every_steps == 0 and number >= EARLIEST
-        if not (config.reward.model and is_due) or "hacking" in self._warned:
+        # The log is written by one process.
+        if not (config.reward.model and is_due and processes.is_writer()) or "hacking" in self._warned:
             return {}
         found = reward_hacking(read_log(self._run.path / "metrics.jsonl"), gold_metric(config))
         return {} if found is None or found["warning"] is None else {"hacking": found["warning"]}

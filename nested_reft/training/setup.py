@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from nested_reft import processes
 from nested_reft.bridge_file import load_bridges
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
@@ -99,6 +100,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
     # The mesh is made for its checks alone, before data and model are loaded.
     check_backend(config.search, make_mesh(config.mesh).size)
+    _check_processes(config)
     if policy is None and config.model.name != "scratch":
         # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)
@@ -167,6 +169,27 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         forced_size=forced_size,
     )
     return Setup(config, policy, data, divergence_L)
+
+
+def _check_processes(config: Config) -> None:
+    """Refuses what several processes cannot do."""
+    count = processes.count()
+    if count == 1:
+        return
+    if config.search.backend != "inline":
+        raise ValueError(
+            f"search.backend is '{config.search.backend}', with {count} processes; allowed is 'inline', since all"
+            " processes search together"
+        )
+    if config.replay.is_on:
+        raise ValueError(
+            f"replay.capacity is {config.replay.capacity}, with {count} processes; allowed is 0, since their"
+            " checkpoints do not hold a store yet"
+        )
+    if config.reward.model:
+        raise ValueError(
+            f"reward.model names {len(config.reward.model)} models, with {count} processes; they take one process yet"
+        )
 
 
 def texts_of(loss: OfflineConfig) -> Callable[[Example], list[str]]:

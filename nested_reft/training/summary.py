@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_reft import processes
 from nested_reft.compilation import CompileCounter
 from nested_reft.reports.hacking import reward_hacking
 from nested_reft.rollout.throughput import compare_throughput
@@ -47,7 +48,8 @@ def run_summary(
             config.rollout.group_size,
             state.data.shared_prefix,
         )
-    history = read_log(run / "metrics.jsonl")
+    # The log is written by one process, whose summary is kept.
+    history = read_log(run / "metrics.jsonl") if processes.is_writer() else []
     # A run whose updates were all empty has measured none of them.
     # A value that was not finite is null in the log.
     logged = {name: [line[name] for line in history if line.get(name) is not None] for name in MEANS}

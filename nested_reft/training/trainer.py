@@ -21,15 +21,17 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from nested_reft import curriculum, dataset_reset, kl_control
-from nested_reft.checkpoints import Checkpoints
+from nested_reft import curriculum, dataset_reset, kl_control, processes
+from nested_reft.checkpoints import CheckpointError, Checkpoints
 from nested_reft.compilation import CompileCounter
 from nested_reft.heartbeat import beats
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.plan_price import plan_price
+from nested_reft.replay import GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training import group_supply
+from nested_reft.training.agreement import agree, any_process, digest
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.failed_update import keep_failed_update
 from nested_reft.training.interrupts import finishing, stop_requests
@@ -46,7 +48,7 @@ from nested_reft.training.phases import (
 )
 from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
-from nested_reft.training.reinforcement import OnStep, Reinforcement
+from nested_reft.training.reinforcement import EmptyUpdatesError, OnStep, Reinforcement
 from nested_reft.training.run_state import initial_run_state
 from nested_reft.training.search_pool import CLOSE_SECONDS, make_pool
 from nested_reft.training.searcher import Searcher
@@ -55,6 +57,10 @@ from nested_reft.training.watchdog import Watchdog
 from nested_reft.types import Scored
 
 logger = logging.getLogger(__name__)
+
+
+# Every process of a run raises these in the same step, so that they can end in order.
+ENDS_OF_ALL = (KeyboardInterrupt, FloatingPointError, EmptyUpdatesError, GenerationLimitError)
 
 
 class Trainer:
@@ -86,11 +92,16 @@ class Trainer:
         # It is kept until `open` only, because it holds the buffers that training takes over.
         self._setup: Setup | None = setup
         self._opened, self._searching = ExitStack(), ExitStack()
+        self._digests: dict[str, int] = {}
 
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # After an error of one process the others are not there any more, and what needs them would never end.
+        if kind is not None and not issubclass(kind, ENDS_OF_ALL) and processes.count() > 1:
+            self.run_directory.close()
+            return
         self.close()
 
     def close(self) -> None:
@@ -208,6 +219,12 @@ class Trainer:
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
         update = state.learner.update(batch, keys.mini_batches)
         state.kl = kl_control.update(state.kl, config.loss, update.parts.get("completion_kl"))
+        if processes.count() > 1:
+            self._digests = {
+                "tokens": digest(groups.rollouts.tokens_BGC, groups.rollouts.length_BG),
+                "rewards": digest(groups.reward_BG),
+                "loss": digest(np.array([update.loss], np.float32)),
+            }
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         plan = LayerPlan.of_parts(np.asarray(found[0].rollouts.part_BGL[0, 0]))
@@ -314,11 +331,11 @@ class Trainer:
         started = time.monotonic() - state.seconds
         # The first checkpoint of a phase holds what `start` measured, so a resumed run does not measure it again.
         if not state.started:
-            _stop_if(stop_requested())
+            _stop_if(any_process(stop_requested()))
             phase.start(state)
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
-        _stop_if(stop_requested())
+        _stop_if(any_process(stop_requested()))
         first, is_due = state.step, False
         with tqdm(initial=first, total=phase.steps, unit="step", desc=phase.name) as bar:
             bar.set_postfix_str("compiling")
@@ -330,7 +347,7 @@ class Trainer:
                 advance(bar, shown, timed=number > first)
                 state.step, state.seconds = number + 1, time.monotonic() - started
                 # The request is read once, because it may come between the two uses below.
-                stop = stop_requested()
+                stop = self._agreed_stop(phase, stop_requested(), shown)
                 is_due |= state.step % train.checkpoint_every == 0
                 # A model whose updates fail at present may have gone wrong before. Its checkpoint would take the place
                 # of one from before that, so it waits.
@@ -338,7 +355,27 @@ class Trainer:
                     self.save()
                     is_due = False
                 _stop_if(stop)
-                self.checkpoints.check()
+
+    def _agreed_stop(self, phase: Phase, stop: bool, shown: str) -> bool:
+        """Whether any process was asked to stop; ends a step on all of them.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written, by this process or another.
+            DivergedError: processes hold different values.
+        """
+        error = None
+        try:
+            self.checkpoints.check()
+        except CheckpointError as found:
+            error = found
+        # A step of reinforcement has left its digests. What others show of theirs says it all.
+        digests = self._digests or {"progress": digest(np.frombuffer(shown.encode(), np.uint8))}
+        step = f"{phase.name}, step {self.state.step}"
+        stop, failed = agree(step, stop, error is not None, digests | {"updates": self.state.learner.version})
+        self._digests = {}
+        if failed is not None:
+            raise error or CheckpointError(f"process {failed} could not write its part of a checkpoint")
+        return stop
 
     def _step_of(self, phase: Phase, number: int) -> str:
         """One step of a phase. Where it ends the run for its updates, the last of them is kept."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
-import jax
+from nested_reft import processes
 
 logger = logging.getLogger(__name__)
 DIRECTORY = "stalls"  # within the run's
@@ -90,7 +90,7 @@ class Watchdog:
 
     def _dump(self, words: str) -> str:
         """Writes the stacks of all threads; in words, where they are."""
-        path = self._run / DIRECTORY / f"process_{jax.process_index()}.txt"
+        path = self._run / DIRECTORY / f"process_{processes.index()}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             with path.open("a", encoding="utf-8") as file:

@@ -1,0 +1,86 @@
+"""The flags and variables by which a command joins other processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nested_reft import processes
+from nested_reft.cli import joining
+from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.joining import join, take_flags
+from nested_reft.cli.main import main
+from tests.process_pairs import free_port
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_flags_are_taken_out_of_the_other_arguments_and_win_over_the_environment():
+    arguments = ["tiny", "--coordinator", "a:1", "--train.steps", "2", "--processes=4"]
+    environment = {"NESTED_REFT_PROCESSES": "8", "NESTED_REFT_PROCESS": "3", "HOME": "/"}
+    rest, values = take_flags(arguments, environment)
+    assert rest == ["tiny", "--train.steps", "2"]
+    assert values == {"--coordinator": "a:1", "--processes": "4", "--process": "3"}
+    assert take_flags(["tiny"], {}) == (["tiny"], {})
+
+
+def test_nothing_is_joined_without_flags(monkeypatch):
+    monkeypatch.setattr(processes, "start", lambda config: pytest.fail("joined"))
+    join({})
+
+
+def test_values_become_the_place_among_the_processes(monkeypatch):
+    found = []
+    monkeypatch.setattr(processes, "start", found.append)
+    join({"--coordinator": "a:1", "--processes": "4", "--process": "3", "--local-devices": "0,2"})
+    assert found == [processes.ProcessConfig("a:1", 4, 3, (0, 2))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator"], "--coordinator needs a value"),
+        (["--processes", "two"], "--processes is 'two'; allowed is a whole number"),
+        (["--processes", "2"], "coordinator is not given; give HOST:PORT of process 0"),
+        (["--coordinator", "here", "--processes", "2"], "coordinator is 'here'; allowed is HOST:PORT"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process is 2; allowed are 0 to 1"),
+        (["--local-devices", "0,x"], "--local-devices is 'x'; allowed is a whole number"),
+    ],
+)
+def test_refusals(arguments, message, capsys):
+    assert main(["train", "tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_but_the_first_process_are_silent(monkeypatch):
+    monkeypatch.setattr(processes, "start", lambda config: None)
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
+    monkeypatch.setattr(joining.sys, "stdout", sys.stdout)
+    monkeypatch.setattr(os, "environ", {})
+    join({"--coordinator": "a:1", "--processes": "2", "--process": "1"})
+    assert sys.stdout.name == os.devnull and os.environ["TQDM_DISABLE"] == "1"
+    sys.stdout.close()
+
+
+def test_an_unreachable_coordinator_is_one_line(monkeypatch):
+    address = f"127.0.0.1:{free_port()}"
+
+    def start(config):
+        raise ConnectionError(f"process 1 could not reach process 0 at coordinator '{address}' within 1 s: refused")
+
+    monkeypatch.setattr(processes, "start", start)
+    with pytest.raises(BadInput, match=f"at coordinator '{address}' within 1 s"):
+        join({"--coordinator": address, "--processes": "2", "--process": "1"})
+
+
+def test_detection_without_a_cluster_says_what_to_give():
+    code = (
+        "import sys; from nested_reft.cli.main import main; sys.exit(main(['train', 'tiny', '--coordinator', 'auto']))"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMPI", "TPU"))}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 2 and "no cluster was detected" in ended.stderr and "give HOST:PORT" in ended.stderr
