@@ -234,7 +234,7 @@ def open_trainer(
             directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
         on_failure.pop_all()
     print(f"run directory: {printable(str(directory.path))}")
-    _say_idle_devices(config)
+    _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
@@ -250,6 +250,6 @@ def open_trainer(
 
 def _say_idle_devices(config: Config) -> None:
     """Says so where a run leaves devices of this machine without work."""
-    used, here = config.mesh.data * config.mesh.model, jax.device_count()
+    used, here = config.mesh.size, jax.device_count()
     if used < here:
-        print(f"devices: {used} of {here} are used; --mesh.data shares prompts and --mesh.model layers among more")
+        print(f"devices: {used} of {here} are used; --mesh.data shares prompts and --mesh.tensor layers among more")
