@@ -259,7 +259,7 @@ def open_trainer(
         on_failure.pop_all()
     if processes.is_writer():
         print(f"run directory: {printable(str(directory.path))}")
-        _say_idle_devices(config)
+        _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
@@ -336,6 +336,6 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
 
 def _say_idle_devices(config: Config) -> None:
     """Says so where a run leaves devices of this machine without work."""
-    used, here = config.mesh.data * config.mesh.model, jax.device_count()
+    used, here = config.mesh.size, jax.device_count()
     if used < here:
-        print(f"devices: {used} of {here} are used; --mesh.data shares prompts and --mesh.model layers among more")
+        print(f"devices: {used} of {here} are used; --mesh.data shares prompts and --mesh.tensor layers among more")

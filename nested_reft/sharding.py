@@ -2,68 +2,182 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nested_reft import processes
 
-# Axes not named here are replicated. `batch` is the leading axis of every batch array.
-MESH_AXIS = {"batch": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "hidden": "model"}
+MOST_LISTED = 4096  # no axis of a mesh is larger
+
+AXES = ("slice", "data", "fsdp", "tensor")
+"""Names of the mesh's axes. The connection between devices is the slowest along the first and the fastest along the
+last: what is exchanged most often goes along the last."""
+BATCH = AXES[:3]
+
+# Axes not named here are replicated. `batch` is the leading axis of every batch array. `layer` stays whole, so that
+# every device takes the layers of a plan out of its own part of the stack. `width` is split where arrays are stored;
+# programs gather it before they use a matrix (`used_axes`).
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH,
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "hidden": ("tensor",),
+    "width": ("fsdp",),
+}
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out.
+    """How devices are laid out. All sizes together are the number of devices.
 
     Attributes:
-        data: devices that share a batch's prompts.
-        model: devices that share each layer's heads and hidden units.
+        slices: groups of devices with a slow connection between them, such as several TPU slices; they share a batch's
+            prompts, and each holds all parameters.
+        data: devices of a slice that share a batch's prompts, and each hold all parameters. `auto` takes all devices
+            that there are; where `fsdp` and `tensor` are 1, it also chooses these by the size of the model.
+        fsdp: devices that share a batch's prompts and also the storage of parameters, gradients and moments.
+        tensor: devices that share each layer's heads and hidden units.
     """
 
-    data: int = 1
-    model: int = 1
+    slices: int = 1
+    data: int | Literal["auto"] = 1
+    fsdp: int = 1
+    tensor: int = 1
 
     def __post_init__(self):
-        for name in ("data", "model"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"mesh.{name} is {getattr(self, name)}; allowed is 1 or more")
+        for name, size in dataclasses.asdict(self).items():
+            if size != "auto" and size < 1:
+                raise ValueError(f"mesh.{name} is {size}; allowed is 1 or more{', or auto' if name == 'data' else ''}")
+
+    @property
+    def size(self) -> int:
+        """How many devices there are."""
+        return self.batch * self.tensor
+
+    @property
+    def batch(self) -> int:
+        """How many shares a batch has."""
+        if self.data == "auto":
+            raise ValueError("mesh.data is 'auto', which has no size before the devices are known")
+        return self.slices * self.data * self.fsdp
+
+    def over(self, devices: int) -> MeshConfig:
+        """The same with `data` in numbers: as many as the other axes leave of all devices.
+
+        Args:
+            devices: how many there are.
+        """
+        if self.data != "auto":
+            return self
+        return dataclasses.replace(self, data=max(devices // (self.slices * self.fsdp * self.tensor), 1))
+
+    def describe(self) -> str:
+        """The sizes that are not 1, as a message names them."""
+        sizes = [f"mesh.{name} {size}" for name, size in dataclasses.asdict(self).items() if size != 1]
+        return f"{' x '.join(sizes) or 'mesh'} is {self.size} device{'s' if self.size > 1 else ''}"
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A `data` x `model` mesh over the first devices.
+    """A mesh of the four axes `AXES` over the first devices.
 
     Args:
         config: how many devices each axis has.
 
     Raises:
-        ValueError: there are fewer devices than the mesh needs, or several processes have more.
+        ValueError: there are fewer devices than the mesh needs, several processes have more, or they form another
+            number of slices.
     """
-    needed, devices = config.data * config.model, jax.devices()
-    if needed > len(devices):
-        raise ValueError(
-            f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; allowed are 1 to"
-            f" {len(devices)}, which are here"
-        )
-    if processes.count() > 1 and needed < len(devices):
+    devices = jax.devices()
+    config = config.over(len(devices))
+    if config.size > len(devices):
+        raise ValueError(f"{config.describe()}; allowed are 1 to {len(devices)}, which are here")
+    if processes.count() > 1 and config.size < len(devices):
         # A process whose devices are left out would have no part in the arrays, and the others would wait for it.
         raise ValueError(
-            f"mesh.data x mesh.model is {config.data} x {config.model} = {needed} devices; allowed is {len(devices)},"
-            f" all devices of the {processes.count()} processes"
+            f"{config.describe()}; allowed is {len(devices)}, all devices of the {processes.count()} processes"
         )
+    return mesh_of(devices[: config.size], config)
+
+
+def mesh_of(devices: Sequence[Any], config: MeshConfig) -> Mesh:
+    """A mesh over given devices.
+
+    Args:
+        devices: as many as the mesh has, also those of a topology that is compiled for.
+        config: how many devices each axis has.
+
+    Raises:
+        ValueError: the devices form another number of slices.
+    """
+    data, modes = config.batch // (config.slices * config.fsdp), (AxisType.Auto,) * 4
+    shape = (config.slices, data, config.fsdp, config.tensor)
     # With Auto axes the compiler chooses how intermediate values are split.
-    return jax.make_mesh(
-        (config.data, config.model), ("data", "model"), (AxisType.Auto, AxisType.Auto), devices=devices[:needed]
-    )
+    if config.slices == 1 or not hasattr(devices[0], "slice_index"):
+        # CPUs and GPUs have no slices; devices of one process come one after the other, which is what counts there.
+        return jax.make_mesh(shape, AXES, modes, devices=devices)
+    slices = len({device.slice_index for device in devices})
+    if slices != config.slices:
+        raise ValueError(f"mesh.slices is {config.slices}, and the devices form {slices}; give the number of slices")
+    grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (config.slices, 1, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=modes)
 
 
-def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
+def one_device() -> Mesh:
+    """A mesh of the first device of this process: what works alone, however many processes there are."""
+    return mesh_of(jax.local_devices()[:1], MeshConfig())
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many shares a batch has on a mesh; its rows are a multiple of it.
+
+    Args:
+        mesh: of `make_mesh`.
+    """
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def mesh_bytes(mesh: Mesh) -> float:
+    """Memory of all devices of the mesh; on CPUs, which share it, that of the machine.
+
+    Args:
+        mesh: the devices that the run uses.
+
+    Returns:
+        Bytes; infinite where they are not known, so that nothing is refused.
+    """
+    devices = list(mesh.local_devices)  # those of other processes cannot be asked
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    # Some backends report no limit, and a sum over the others would be wrong.
+    if devices[0].platform != "cpu" and all(limits):
+        return float(sum(limit for limit in limits if limit)) / len(devices) * mesh.size
+    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf  # not known
+
+
+def used_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    """The axes of a parameter while a program uses it: its width is whole on every device.
+
+    Args:
+        axes: logical axes that it is stored by.
+    """
+    return tuple("" if axis == "width" else axis for axis in axes)
+
+
+def partition_spec(axes: Sequence[str]) -> PartitionSpec:
     """The partition of an array from its logical axes.
 
     Args:
@@ -72,12 +186,40 @@ def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
     Raises:
         ValueError: two of its axes would be split over the same mesh axis.
     """
-    mesh_axes = [MESH_AXIS.get(axis) for axis in axes]
+    mesh_axes = [MESH_AXES.get(axis) for axis in axes]
     # Axes that are replicated may repeat, so they are left out of the comparison.
-    used = [axis for axis in mesh_axes if axis is not None]
+    used = [name for names in mesh_axes for name in names or ()]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} map to mesh axes {mesh_axes}: one mesh axis can split only one of them")
     return PartitionSpec(*mesh_axes)
+
+
+def on_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
+    """The context in which programs are called that `constrain` their values on a mesh.
+
+    Args:
+        mesh: of their arguments.
+    """
+    # One device has nothing to split, and its programs stay those that are called without a mesh.
+    return nullcontext() if mesh.size == 1 else jax.set_mesh(mesh)
+
+
+def constrain(array: jax.Array, *axes: str) -> jax.Array:
+    """Tells the compiler how a value is split, inside of a program that is called under `on_mesh`.
+
+    Without a mesh it changes nothing. An axis that the mesh does not divide is whole on every device, as prompts of a
+    user are, who gives any number of them.
+
+    Args:
+        array: a value of the program.
+        axes: logical axes, in their order; those that are left out at the end are whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return array
+    sizes = [math.prod(mesh.shape[name] for name in MESH_AXES.get(axis, ())) for axis in axes]
+    split = ["" if length % size else axis for length, size, axis in zip(array.shape, sizes, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(array, partition_spec(split))
 
 
 def place(tree: Any, mesh: Mesh, axes: Sequence[str] = ()) -> Any:
@@ -157,45 +299,45 @@ def shard_parameters(
 
     Args:
         parameters: by name.
-        axes: logical axes of each, as `parameter_axes` gives them.
+        axes: logical axes of each, as `parameter_axes` gives them; `check_divisible` has seen that they can be split.
         mesh: the devices that hold the arrays.
 
     Returns:
         The parameters by name, each split over the mesh or replicated on it.
-
-    Raises:
-        ValueError: a split axis is not a multiple of the mesh axis.
     """
-    # JAX would refuse an uneven split as well, but without naming the field to change.
-    check_divisible({name: value.shape for name, value in parameters.items()}, axes, mesh)
     return {name: place(value, mesh, axes[name]) for name, value in parameters.items()}
 
 
-def check_divisible(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str, ...]], mesh: Mesh) -> None:
-    """Refuses a mesh that does not split each named parameter evenly.
+def check_divisible(parts: dict[str, tuple[str, int]], mesh: Mesh) -> None:
+    """Refuses a mesh that does not split every axis of a model evenly.
 
     Args:
-        shapes: the shape of each parameter, by name.
-        axes: logical axes of each, as `parameter_axes` gives them.
+        parts: logical axis -> what it consists of, such as heads, and how many the model has.
         mesh: the devices that are to hold the parameters.
 
     Raises:
-        ValueError: a split axis is not a multiple of the mesh axis; names both.
+        ValueError: the parts of an axis are not a multiple of the mesh axis; says which sizes would do.
     """
-    for name, shape in shapes.items():
-        for size, logical, mesh_axis in zip(shape, axes[name], partition_spec(axes[name]), strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-                raise ValueError(
-                    f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, but '{name}' has {size} along '{logical}';"
-                    " the first must divide the second"
-                )
+    for axis, (what, count) in parts.items():
+        (name,) = MESH_AXES[axis]
+        if count % mesh.shape[name]:
+            # What divides all that the axis splits.
+            most = math.gcd(*(other for logical, (_, other) in parts.items() if MESH_AXES[logical] == (name,)))
+            raise ValueError(
+                f"mesh.{name} is {mesh.shape[name]}, but the model has {count} {what}; allowed are {divisors(most)}"
+            )
+
+
+def divisors(number: int) -> str:
+    """The sizes of a mesh axis that divide a number, for a message."""
+    return ", ".join(str(size) for size in range(1, min(number, MOST_LISTED) + 1) if number % size == 0)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Places arrays on the mesh, split along their leading axis.
 
     Args:
-        batch: a tree of arrays whose leading axis is B, a multiple of `mesh.data`.
+        batch: a tree of arrays whose leading axis is B, a multiple of `batch_devices(mesh)`.
         mesh: the devices that hold the arrays.
     """
     return place(batch, mesh, ("batch",))

@@ -265,7 +265,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "warm_start.layer_dropout": ("-1", "1", "nan"),
     "warm_start.micro_batches": ("0", "7"),
     "mesh.data": ("0", "3", "64", "x"),
-    "mesh.model": ("0", "64", "x"),
+    "mesh.slices": ("0", "64", "x"),
+    "mesh.fsdp": ("0", "3", "x"),
+    "mesh.tensor": ("0", "64", "x"),
     "name": ("", "../up", "a b", "-x", "\x1b[31m"),
     # Fields that are not there.
     "trian.steps": ("1",),

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PROCESSES, DEVICES = 2, 4
-_LIMIT_SECONDS, _HEARTBEAT_SECONDS = 150, 10
+_LIMIT_SECONDS, _HEARTBEAT_SECONDS = 90, 10
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ SFT, the reward model and the resets. The commands, in this order:
 The paper trains Pythia of 125M, 1B and 6.9B on HH. A figure shows DR-PO above PPO at each size. For HH it gives no
 numbers, no hyper-parameters and no source of the resets, so the values are those of TL;DR (`qwen_tldr`).
 Departures: as in `qwen_tldr`; the resets lead into the preferred replies, and answers have up to 128 tokens.
-Time: not measured; it is meant for accelerators, and `--mesh.data` and `--mesh.model` spread it.
+Time: not measured; it is meant for accelerators, and `--mesh.data` and `--mesh.tensor` spread it.
 """
 
 import dataclasses

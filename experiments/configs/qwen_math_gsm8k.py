@@ -1,8 +1,8 @@
 """Qwen2.5-Math-1.5B-Instruct on GSM8K: nested rollouts (10 % of the layers, uniform), DAPO, LoRA.
 
 Method: Nested-ReFT (arXiv 2508.10123) with DAPO's loss and sampling (arXiv 2503.14476). The data comes from its
-official place, the model from the Hugging Face hub; meant for one accelerator or more, `--mesh.data` and `--mesh.model`
-spread it. Command: nested-reft train qwen_math_gsm8k
+official place, the model from the Hugging Face hub; meant for one accelerator or more, `--mesh.data` and
+`--mesh.tensor` spread it. Command: nested-reft train qwen_math_gsm8k
 Time: not measured; it is meant for an accelerator.
 """
 

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
         costs = compiled_costs.configured_costs(config, shape, devices, with_update=not known.no_update)
     results = [cost.to_json() for cost in costs]
     unit = compiled_costs.device_unit(devices)
-    used = config.mesh.data * config.mesh.model
+    used = config.mesh.over(len(devices)).size
     say(f"{_programs(costs)}, for {used} of {len(devices)} {unit}s of {known.topology}\n")
     say(cost_table(results, unit))
     keep_json(known.json, results)

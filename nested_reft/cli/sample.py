@@ -15,7 +15,7 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
 from nested_reft.rollout.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
-from nested_reft.training.memory import mesh_bytes
+from nested_reft.sharding import mesh_bytes
 from nested_reft.untrusted import printable
 
 

@@ -14,7 +14,8 @@ from nested_reft.layer_plan import LayerPlan, Part, cache_slots, cached_steps
 from nested_reft.models.bridges import add_bridge
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import add_mlp, as_operand
-from nested_reft.models.parameters import Parameters
+from nested_reft.models.parameters import Parameters, axes_of
+from nested_reft.sharding import constrain, used_axes
 
 Streams = tuple[Array, ...]
 Carry = tuple[Streams, Any]
@@ -47,6 +48,8 @@ class Layers:
 
     def ready(self, layer: Parameters) -> Parameters:
         """One layer's entry of the stack as the functions of `models.layer` take it."""
+        # A matrix is whole in its width while a layer uses it, whichever way it is stored.
+        layer = {name: constrain(value, *used_axes(axes_of(f"layers/{name}")[1:])) for name, value in layer.items()}
         # These are the same for all layers, so they are no part of what is sliced.
         return layer | {"lora_scale": self.lora_scale, "compute_dtype": self.compute_dtype}
 
@@ -142,6 +145,7 @@ class LayerLoop:
         if self.layers.bridges is None:
             raise ValueError("the plan bridges layers, and the model has no bridges; set nesting.bridge.kind")
         (streams, state), bridge = carry, entry(self.layers.bridges, index)
+        bridge = {name: constrain(value, *used_axes(axes_of(f"bridges/{name}")[1:])) for name, value in bridge.items()}
         streams = tuple(add_bridge(bridge, x, first) for x, first in zip(streams, self.is_first, strict=True))
         return (streams, state), self._nothing_new(carry)
 
@@ -155,7 +159,11 @@ class LayerLoop:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
     def _scanned(self, step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, xs: Any) -> tuple:
-        body = jax.checkpoint(step) if self.remat else step
+        def split_step(carry: Carry, xs: Any) -> tuple[Carry, Any]:
+            (streams, state), new = step(carry, xs)
+            return (tuple(constrain(x, "batch") for x in streams), state), new
+
+        body = jax.checkpoint(split_step) if self.remat else split_step
         (streams, state), new = jax.lax.scan(body, carry, xs, unroll=self.layers.unrolled)
         return streams, state, new
 

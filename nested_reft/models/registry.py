@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.gguf_model import config_from_gguf, load_gguf
@@ -169,19 +170,23 @@ def model_shape(name_or_path: str | Path) -> ModelConfig:
     return HUB_SHAPES[source.name]
 
 
-def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Transformer, Tokenizer]:
+def load_model(
+    name_or_path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer; hub models are downloaded once and kept in the hub's cache.
 
     Args:
         name_or_path: whatever `resolve_model` finds.
         dtype: dtype of the parameters.
+        mesh: where they are placed, each as soon as it is read; None is one device.
 
     Returns:
         The model with its weights, and a tokenizer that is known to fit it.
 
     Raises:
         ConnectionError: a hub model that is not in the cache cannot be downloaded.
-        FileNotFoundError, ValueError: as `resolve_model`; also a tokenizer that does not fit.
+        FileNotFoundError, ValueError: as `resolve_model`; also a tokenizer that does not fit, or a mesh that does
+            not split the model.
     """
     source = resolve_model(name_or_path)
     if source.kind == "gguf":
@@ -189,11 +194,11 @@ def load_model(name_or_path: str | Path, dtype: Any = jnp.float32) -> tuple[Tran
         tokenizer = gguf_tokenizer(file)
         # A tokenizer that does not fit is found before the weights are read, which takes longer.
         check_tokenizer(config_from_gguf(file), tokenizer)
-        return load_gguf(file, dtype), tokenizer
+        return load_gguf(file, dtype, mesh), tokenizer
     directory = _download(source) if source.kind == "hub" else Path(source.location)
     tokenizer = huggingface_tokenizer(directory)
     check_tokenizer(check_huggingface(directory), tokenizer)
-    return load_huggingface(directory, dtype), tokenizer
+    return load_huggingface(directory, dtype, mesh), tokenizer
 
 
 def _packaged_file(name: str) -> Path:

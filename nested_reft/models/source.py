@@ -15,10 +15,11 @@ from nested_reft.literals import check_choice
 from nested_reft.models.bridges import Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.lora import LoraConfig, add_lora
-from nested_reft.models.parameters import initial_parameters, parameter_axes
+from nested_reft.models.parameters import initial_parameters, parameter_axes, splittable_parts
+from nested_reft.models.placement import place_bridges, place_state
 from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
-from nested_reft.sharding import replicate, shard_parameters
+from nested_reft.sharding import check_divisible, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 
 # Purposes of the seed, each with a key of its own; `training.keys` has the others.
@@ -69,13 +70,13 @@ def starting_model(
     """
     dtype, key = jnp.dtype(source.dtype), jax.random.key(seed)
     if source.shape is None:
-        model, tokenizer = load_model(source.name, dtype)
+        model, tokenizer = load_model(source.name, dtype, mesh)
     else:
         tokenizer = Tokenizer.characters(source.alphabet)
+        check_tokenizer(source.shape, tokenizer)
+        check_divisible(splittable_parts(source.shape), mesh)
         parameters = initial_parameters(source.shape, jax.random.fold_in(key, _PARAMETERS), dtype)
-        model = Transformer(source.shape, parameters)
-        check_tokenizer(model.config, tokenizer)
-    model = Transformer(model.config, shard_parameters(model.parameters(), parameter_axes(model.config), mesh))
+        model = Transformer(source.shape, shard_parameters(parameters, parameter_axes(source.shape), mesh))
     if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
         model.cache_dtype = dtype
     if lora.rank > model.config.width:
@@ -83,9 +84,9 @@ def starting_model(
         raise ValueError(f"lora.rank is {lora.rank}; allowed is 0 to the model's width, {model.config.width}")
     if lora.rank:
         add_lora(model, lora, jax.random.fold_in(key, _ADAPTERS))
-        nnx.update(model, replicate(nnx.state(model, nnx.LoRAParam), mesh))
+        nnx.update(model, place_state(nnx.state(model, nnx.LoRAParam), mesh))
     if bridge.is_on:
         bridge.validate_for(model.config.width)
         model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank, dtype)
-        model.load_bridges(replicate(model.bridges.stack(), mesh))
+        model.load_bridges(place_bridges(model.bridges.stack(), mesh))
     return model, tokenizer

@@ -38,8 +38,9 @@ from nested_reft.models.layer import (
 )
 from nested_reft.models.layer_loop import Attention, LayerLoop, Layers, entry
 from nested_reft.models.packing import places
-from nested_reft.models.parameters import Parameters, parameter_axes, parameter_shapes
+from nested_reft.models.parameters import Parameters, axes_of, parameter_axes, parameter_shapes
 from nested_reft.models.prompt_pass import PromptPass
+from nested_reft.sharding import constrain, used_axes
 
 
 class LayerStack(nnx.Module):
@@ -158,7 +159,8 @@ class Transformer(nnx.Module):
             Logits at temperature 1.
         """
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
-        logits: Array = matmul(hidden, as_operand(head[...]), self.compute_dtype)
+        table = constrain(head[...], *used_axes(axes_of("head")))
+        logits: Array = matmul(hidden, as_operand(table), self.compute_dtype)
         return logits if scale is None else logits * scale[...]
 
     def values(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
@@ -206,7 +208,7 @@ class Transformer(nnx.Module):
         """
         num_cached = self.config.num_layers if plan is None else plan.shape.cached
         shape = (num_cached, batch, group, self.config.num_kv_heads, size, self.config.head_size)
-        zeros = jnp.zeros(shape, self.cache_dtype)
+        zeros = constrain(jnp.zeros(shape, self.cache_dtype), "", "batch", "", "kv_heads")
         return KeyValues(zeros, zeros)
 
     def decode(
@@ -262,6 +264,7 @@ class Transformer(nnx.Module):
         cache = jax.tree.map(
             lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
+        cache = jax.tree.map(lambda whole: constrain(whole, "", "batch", "", "kv_heads"), cache)
         return self._final_norm(x[:, :, 0]), cache
 
     def prefill_completions(
@@ -450,7 +453,11 @@ class Transformer(nnx.Module):
 
         def attention(streams, _, layer, slot):
             streams, keys_values = prompts.attention(layer, streams)
-            return streams, None, jax.tree.map(lambda a: stored_as(a, cache_dtype), keys_values)
+            return (
+                streams,
+                None,
+                jax.tree.map(lambda a: constrain(stored_as(a, cache_dtype), "batch", "kv_heads"), keys_values),
+            )
 
         start = prompts.split(self._embed(tokens_BT[:, None]))
         loop = self._loop(attention, is_first=prompts.first_positions())
@@ -468,7 +475,8 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         # Rows are taken first and widened then, so the whole table is never widened.
-        rows = as_operand(self.embedding[...][tokens]).astype(jnp.float32)
+        table = constrain(self.embedding[...], *used_axes(axes_of("embedding")))
+        rows = constrain(as_operand(table[tokens]).astype(jnp.float32), "batch")
         return rows if self.embedding_scale is None else rows * self.embedding_scale[...][tokens][..., None]
 
     def _final_norm(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

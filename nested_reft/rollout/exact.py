@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
+from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
@@ -118,6 +119,7 @@ def generate_exact(
         The rollouts, and how many drafts were tested and accepted.
     """
     rows = (prompt_BP.shape[0], group_size)
+    model = gathered(model)
     # The prompt runs under the full model only: the draft reads the same caches, slot by slot.
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), shared_prefix=shared_prefix)
     rounds = _Rounds(model, plan, prompt, stop_ids, key, sampling, draft_length)

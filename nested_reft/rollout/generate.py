@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
+from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
@@ -80,7 +81,7 @@ def generate(
     Returns:
         Rollouts on the devices, whose log-probabilities are those of the distributions that tokens were drawn from.
     """
-    shape = (prompt_BP.shape[0], group_size)
+    shape, model = (prompt_BP.shape[0], group_size), gathered(model)
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
     # Without prefixes nothing of them is traced, so the plain program stays as it was.
     given = None if forced is None else _GivenTokens(forced, max_completion_tokens)

@@ -36,7 +36,17 @@ from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.sharding import MeshConfig, make_mesh, place_as, replicate, shard_batch, to_host
+from nested_reft.sharding import (
+    MeshConfig,
+    batch_devices,
+    make_mesh,
+    on_mesh,
+    one_device,
+    place_as,
+    replicate,
+    shard_batch,
+    to_host,
+)
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.types import ForcedPrefixes, Prompts, Rollouts
 
@@ -74,7 +84,7 @@ class Policy:
         prompt: how a question becomes a prompt.
         plans: how the run that it is of draws its next plan; None of a model, and within a run.
         version: updates that the weights have seen in their phase.
-        mesh: where batches are placed; prompts are spread over its `data` axis.
+        mesh: where batches are placed; prompts are spread over its `slice`, `data` and `fsdp` axes.
     """
 
     model: Transformer
@@ -84,7 +94,7 @@ class Policy:
     prompt: PromptFormat = field(default_factory=PromptFormat)
     plans: PlanRule | None = None
     version: int = 0
-    mesh: Mesh = field(default_factory=lambda: make_mesh(MeshConfig()))
+    mesh: Mesh = field(default_factory=one_device)
 
     @classmethod
     def load(cls, source: Any, mesh: MeshConfig | None = None) -> Policy:
@@ -160,23 +170,24 @@ class Policy:
             ValueError: a forced prefix does not fit into a completion.
         """
         limit = max_completion_tokens or self.max_completion_tokens
-        return generate(
-            self.model,
-            self._spread(prompts.tokens_BP),
-            self._spread(prompts.length_B),
-            # Rollouts record the kept layers, so the full model is a plan here too.
-            replicate(LayerPlan.full(self.num_layers) if plan is None else plan, self.mesh),
-            self._stop_ids(stops),
-            # Keys of a run stay on the host, where plans and prompts are drawn too.
-            replicate(key, self.mesh),
-            # A number that may change from call to call is an argument; as a constant it would recompile.
-            self.version,
-            self._spread(_fitting(prompts.forced if forced is None else forced, limit)),
-            group_size=group_size,
-            max_completion_tokens=limit,
-            sampling=sampling or self.sampling,
-            shared_prefix=shared_prefix,
-        )
+        with on_mesh(self.mesh):
+            return generate(
+                self.model,
+                self._spread(prompts.tokens_BP),
+                self._spread(prompts.length_B),
+                # Rollouts record the kept layers, so the full model is a plan here too.
+                replicate(LayerPlan.full(self.num_layers) if plan is None else plan, self.mesh),
+                self._stop_ids(stops),
+                # Keys of a run stay on the host, where plans and prompts are drawn too.
+                replicate(key, self.mesh),
+                # A number that may change from call to call is an argument; as a constant it would recompile.
+                self.version,
+                self._spread(_fitting(prompts.forced if forced is None else forced, limit)),
+                group_size=group_size,
+                max_completion_tokens=limit,
+                sampling=sampling or self.sampling,
+                shared_prefix=shared_prefix,
+            )
 
     def generate_exact(
         self,
@@ -199,22 +210,22 @@ class Policy:
         Raises:
             ValueError: a forced prefix does not fit into a completion.
         """
-        return generate_exact(
-            self.model,
-            self._spread(prompts.tokens_BP),
-            self._spread(prompts.length_B),
-            replicate(plan, self.mesh),
-            self._stop_ids(stops),
-            # Keys of a run stay on the host, where plans and prompts are drawn too.
-            replicate(key, self.mesh),
-            self.version,
-            self._spread(_fitting(prompts.forced, self.max_completion_tokens)),
-            group_size=group_size,
-            max_completion_tokens=self.max_completion_tokens,
-            sampling=self.sampling,
-            draft_length=draft_length,
-            shared_prefix=shared_prefix,
-        )
+        with on_mesh(self.mesh):
+            return generate_exact(
+                self.model,
+                self._spread(prompts.tokens_BP),
+                self._spread(prompts.length_B),
+                replicate(plan, self.mesh),
+                self._stop_ids(stops),
+                replicate(key, self.mesh),
+                self.version,
+                self._spread(_fitting(prompts.forced, self.max_completion_tokens)),
+                group_size=group_size,
+                max_completion_tokens=self.max_completion_tokens,
+                sampling=self.sampling,
+                draft_length=draft_length,
+                shared_prefix=shared_prefix,
+            )
 
     def logprobs(
         self,
@@ -235,9 +246,10 @@ class Policy:
         Returns:
             0 or less; entries at padding mean nothing and are to be masked by length.
         """
-        return _logprobs(
-            self.model, prompt_BP, prompt_length_B, tokens_BGC, plan, self.sampling.temperature, shared_prefix
-        )
+        with on_mesh(self.mesh):
+            return _logprobs(
+                self.model, prompt_BP, prompt_length_B, tokens_BGC, plan, self.sampling.temperature, shared_prefix
+            )
 
     def sample(
         self,
@@ -341,11 +353,11 @@ class Policy:
         return len(self.prompt.encode(self.prompt.write(message, self.tokenizer), self.tokenizer))
 
     def _spread(self, values: Any) -> Any:
-        """Prompts spread over the mesh's `data` axis; whole on every device where they do not divide by it."""
+        """Prompts spread over the mesh's devices; whole on every device where they do not divide by it."""
         if values is None:
             return None
         # Texts of a user come in any number, and a copy on every device is still right.
-        divides = all(leaf.shape[0] % self.mesh.shape["data"] == 0 for leaf in jax.tree.leaves(values))
+        divides = all(leaf.shape[0] % batch_devices(self.mesh) == 0 for leaf in jax.tree.leaves(values))
         return shard_batch(values, self.mesh) if divides else replicate(values, self.mesh)
 
     def _stop_ids(self, stops: bool) -> Array:

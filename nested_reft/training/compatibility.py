@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import OfflineConfig, make_objective
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
+from nested_reft.sharding import divisors
 
 if TYPE_CHECKING:  # the configuration imports its rules
     from nested_reft.training.config import Config
@@ -47,14 +48,23 @@ def micro_batches_divide_prompts(config: Config) -> None:
 
 def mesh_divides_batches(config: Config) -> None:
     """Devices share the prompts of each micro-batch, in training and in the warm start."""
-    data, warm_start, micro_batch = config.mesh.data, config.warm_start, config.prompts_per_micro_batch
-    if micro_batch % data:
-        raise ValueError(f"mesh.data is {data}; it must divide the prompts of a micro-batch, {micro_batch}")
-    # A warm start that does not run may keep sizes that would not fit.
-    if warm_start.steps and (warm_start.batch_size // warm_start.micro_batches) % data:
+    if config.mesh.data == "auto":
+        return  # it is chosen so that it does
+    shares, warm_start, micro_batch = config.mesh.batch, config.warm_start, config.prompts_per_micro_batch
+    # Where one axis alone shares the batch, the message is about that field.
+    sizes = {name: getattr(config.mesh, name) for name in ("slices", "data", "fsdp")}
+    named = " x ".join(f"mesh.{name}" for name, size in sizes.items() if size > 1)
+    if micro_batch % shares:
         raise ValueError(
-            f"mesh.data is {data}; it must divide warm_start.batch_size / warm_start.micro_batches,"
-            f" {warm_start.batch_size // warm_start.micro_batches}"
+            f"{named} is {shares}; it must divide the prompts of a micro-batch, {micro_batch}: allowed are"
+            f" {divisors(micro_batch)}"
+        )
+    # A warm start that does not run may keep sizes that would not fit.
+    warm_batch = warm_start.batch_size // warm_start.micro_batches
+    if warm_start.steps and warm_batch % shares:
+        raise ValueError(
+            f"{named} is {shares}; it must divide warm_start.batch_size / warm_start.micro_batches, {warm_batch}:"
+            f" allowed are {divisors(warm_batch)}"
         )
 
 

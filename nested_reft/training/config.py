@@ -176,9 +176,17 @@ class Config:
             ValueError: a field is missing, unknown or of the wrong type.
         """
         try:
-            return read(cls, value, choosers={SourceConfig: _source_kind, ObjectiveConfig: _objective_kind})
+            return read(cls, _renamed(value), choosers={SourceConfig: _source_kind, ObjectiveConfig: _objective_kind})
         except UnknownField as error:
             raise ValueError(f"{error}{_elsewhere(error.field)}") from None
+
+
+def _renamed(value: Any) -> Any:
+    """The values with the names that their fields have now: runs of earlier versions go on."""
+    mesh = value.get("mesh") if isinstance(value, dict) else None
+    if not isinstance(mesh, dict) or "model" not in mesh or "tensor" in mesh:
+        return value
+    return value | {"mesh": {("tensor" if name == "model" else name): size for name, size in mesh.items()}}
 
 
 def _elsewhere(field: str) -> str:

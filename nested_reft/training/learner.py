@@ -27,11 +27,12 @@ from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import split_trainable
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.parameters import Parameters
+from nested_reft.models.placement import place_bridges, place_state
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.config import Weights
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import replicate, replicate_scalars, shard_batch, to_host
+from nested_reft.sharding import on_mesh, replicate, replicate_scalars, shard_batch, to_host
 from nested_reft.training.agreement import any_process
 from nested_reft.training.mini_batches import deal
 from nested_reft.training.step import (
@@ -93,7 +94,7 @@ class LearnerBatch:
     """One batch ready to learn from.
 
     Attributes:
-        arrays: on the mesh, prompts spread over its `data` axis.
+        arrays: on the mesh, prompts spread over its devices.
         plans: the layers of the update's passes.
     """
 
@@ -231,7 +232,7 @@ class Learner:
             # Parameters are looked up and not changed: the model shares them with the state.
             model = self.base.with_parameters(self.state.trainable)
             assert model.bridges is not None
-            model.load_bridges(replicate(stack, self.mesh))
+            model.load_bridges(place_bridges(stack, self.mesh))
             graph, _, frozen = split_trainable(model)
             self.base, self._rounded = BaseModel(frozen, graph), None
 
@@ -329,7 +330,8 @@ class Learner:
         arrays = self._scored(arrays, rollouts.part_BGL)
         if self.needs.values:
             model = self.base.with_parameters(self.state.trainable, self.task.compute_dtype)
-            values = _values_and_logprobs(model, arrays, self.task.temperature, self.task.shared_prefix)
+            with on_mesh(self.mesh):
+                values = _values_and_logprobs(model, arrays, self.task.temperature, self.task.shared_prefix)
             arrays = dataclasses.replace(arrays, **dict(zip(("old_value_BGC", "old_logprob_BGC"), values, strict=True)))
             # Signals are made of the whole batch, before it is split.
             arrays = self._token_signals(arrays, jnp.float32(kl_coefficient))
@@ -355,7 +357,8 @@ class Learner:
         Args:
             batch: of `written_batch`.
         """
-        return make_loss(self.task)(self.state.trainable, self.base, batch.arrays)
+        with on_mesh(self.mesh):
+            return make_loss(self.task)(self.state.trainable, self.base, batch.arrays)
 
     def _scored(self, arrays: TrainBatch, part_BGL: Any = None) -> TrainBatch:
         """The batch on the mesh, with the log-probabilities that the objective names."""
@@ -423,7 +426,8 @@ class Learner:
         """
         # A policy that another thread asks for gets the state before this update or after it.
         with self._taking_turns:
-            state, result = self._update(self._own_state(), self.base, batch.arrays, batch.plans)
+            with on_mesh(self.mesh):
+                state, result = self._update(self._own_state(), self.base, batch.arrays, batch.plans)
             self.state, self._rounded = state, None
         result = to_host(result)
         beat()
@@ -478,7 +482,7 @@ def _with_value_head(start: Policy) -> Transformer:
     """The policy's model with a critic's head; both share all other parameters."""
     model = nnx.merge(*nnx.split(start.model))
     model.value_head = ScalarHead(model.config.width)
-    nnx.update(model.value_head, replicate(nnx.state(model.value_head), start.mesh))
+    nnx.update(model.value_head, place_state(nnx.state(model.value_head), start.mesh))
     return model
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.parameters import parameter_shapes
-from nested_reft.sharding import make_mesh
+from nested_reft.sharding import make_mesh, mesh_bytes
 from nested_reft.training.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -44,7 +41,8 @@ def check_memory(setup: Setup) -> None:
         "warm start": f"raise warm_start.micro_batches or lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
     # Where weights and moments are too much, a smaller batch would not help.
-    smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.model ({config.mesh.model})"
+    smaller = f"train adapters (lora.rank, now {config.lora.rank}), raise mesh.fsdp ({config.mesh.fsdp})"
+    smaller += f" or mesh.tensor ({config.mesh.tensor})"
     for stage, parts in least_bytes(setup).items():
         if sum(parts.values()) <= capacity:
             continue
@@ -94,7 +92,7 @@ def old_weights(setup: Setup) -> tuple[float, float]:
 
 
 def _weight_bytes(setup: Setup) -> float:
-    """Of the model's parameters; they lie once on each share of the batch."""
+    """Of the model's parameters; they lie once on each slice and each device of `mesh.data`."""
     return float(_parameters(setup) * jnp.dtype(setup.config.model.dtype).itemsize)
 
 
@@ -106,16 +104,17 @@ def _copy_bytes(setup: Setup) -> float:
 
 def _parameters(setup: Setup) -> int:
     shapes = parameter_shapes(setup.policy.model.config).values()
-    return setup.config.mesh.data * sum(math.prod(shape) for shape in shapes)
+    # Every slice and every device along `data` holds them all, and the other axes share them.
+    return (setup.config.mesh.batch // setup.config.mesh.fsdp) * sum(math.prod(shape) for shape in shapes)
 
 
 def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     """Bytes that each stage cannot do without, on all devices together, by what holds them.
 
-    Weights, their moments and gradients lie once on each share of the batch (`mesh.data`). Caches are keys and values
-    of all layers, for a run ends by timing the full model too; activations are each layer's input, of every token of
-    a micro-batch whose completions take all their tokens. Of the versions that searchers may hold, those that are
-    certain count (`old_weights`).
+    Weights, their moments and gradients lie once on each slice and each device of `mesh.data`. Caches are keys and
+    values of all layers, for a run ends by timing the full model too; activations are each layer's input, of every
+    token of a micro-batch whose completions take all their tokens. Of the versions that searchers may hold, those that
+    are certain count (`old_weights`).
 
     Args:
         setup: what the run starts from; it gives the sizes of model, batch and mesh.
@@ -172,26 +171,6 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         # Nobody searches yet, and no copy has been made.
         stages["warm start"] = updates | {"weights": weights, "activations": activations, "old weights": 0.0}
     return stages
-
-
-def mesh_bytes(mesh: Mesh) -> float:
-    """Memory of all devices of the mesh; on CPUs, which share it, that of the machine.
-
-    Args:
-        mesh: the devices that the run uses.
-
-    Returns:
-        Bytes; infinite where they are not known, so that nothing is refused.
-    """
-    # Only devices of this process can be asked; those of the others are of the same kind.
-    devices = list(mesh.local_devices)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    # Some backends report no limit, and a sum over the others would be wrong.
-    if devices[0].platform != "cpu" and all(limits):
-        return float(sum(limit for limit in limits if limit)) * mesh.size / len(devices)
-    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return math.inf  # not known
 
 
 def _size(count: float) -> str:

@@ -242,7 +242,7 @@ class Offline:
         prefix, count, own = data.shared_prefix, len(examples), data.prompt_size - data.shared_prefix
         # A row has room for any text, and the number of rows takes one of eight values, so few programs are compiled.
         size = own + learner.task.max_completion_tokens
-        parts = config.train.mini_batches * config.train.micro_batches * config.mesh.data
+        parts = config.train.mini_batches * config.train.micro_batches * config.mesh.batch
         batch = packed_batch(
             batch_prompts(examples, [0] * count, data.prompt_size),
             [texts_G[0] for texts_G in texts_BG],

@@ -25,15 +25,17 @@ from nested_reft.layer_skip import check_share, draw_plan
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.placement import place_bridges
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.reward_model import check_reward_models, read_facts
 from nested_reft.rewards.reward import NO_MODEL, check_answers
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import make_mesh, replicate
+from nested_reft.sharding import make_mesh
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config, with_absolute_paths
+from nested_reft.training.mesh_choice import with_chosen_mesh
 from nested_reft.training.references import usable_references
 from nested_reft.training.search_config import check_backend
 
@@ -98,6 +100,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     # A resumed run reads its configuration from a file, so it has to come back as it was.
     if Config.from_json(config.to_json()) != config:
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
+    config = with_chosen_mesh(config)
     # The mesh is made for its checks alone, before data and model are loaded.
     check_backend(config.search, make_mesh(config.mesh).size)
     _check_processes(config)
@@ -211,7 +214,7 @@ def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     if nesting.is_deterministic:
         plan = draw_plan(jax.random.key(0), nesting, num_layers, fitted.divergence_L)
     fitted.check_plan(path, plan)
-    policy.model.load_bridges(replicate(fitted.stack, policy.mesh))
+    policy.model.load_bridges(place_bridges(fitted.stack, policy.mesh))
     return fitted.divergence_L
 
 

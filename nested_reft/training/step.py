@@ -20,6 +20,7 @@ from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.estimators.rejection import keeping_bounds
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
+from nested_reft.models.placement import keep_split
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs, over_position_blocks
 from nested_reft.rollout.sampling import tempered
@@ -179,6 +180,7 @@ def make_update(task: LearnerTask) -> UpdateFunction:
         (output, logprob_BGC, entropy_BGC), gradients = _accumulate(
             micro_loss, state.trainable, batch, task.micro_batches
         )
+        gradients = [keep_split(gradient) for gradient in gradients]
         # W has no gradient, so the gradient of a mean is that of its sum, divided by W.
         means = [_divided(gradient, part.weight) for gradient, part in zip(gradients, output.sums, strict=True)]
         gradient = functools.reduce(partial(jax.tree.map, jnp.add), means)
@@ -213,7 +215,8 @@ def make_update(task: LearnerTask) -> UpdateFunction:
         # A gradient of zero would still move the parameters by the momentum of earlier updates, and penalties would
         # pull them. Elementwise, this choice is part of the optimizer's own pass over the arrays.
         left_out = rejected | nonfinite
-        return jax.tree.map(lambda before, after: jnp.where(left_out, before, after), state, new), result
+        new = jax.tree.map(lambda before, after: jnp.where(left_out, before, after), state, new)
+        return keep_split(new), result
 
     # Parameters and moments are updated in place, which saves a second copy of both.
     return jax.jit(update, donate_argnums=0)

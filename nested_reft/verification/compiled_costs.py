@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, tree_map_with_path
 
 from nested_reft.layer_plan import LayerPlan, PlanShape
@@ -29,11 +29,11 @@ from nested_reft.models.bridges import MATRICES, Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.lora import add_lora, split_trainable
-from nested_reft.models.parameters import MLP_PARAMETERS, parameter_axes, parameter_shapes
+from nested_reft.models.parameters import MLP_PARAMETERS, axes_of, parameter_axes, parameter_shapes, splittable_parts
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.plan_price import Workload
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
-from nested_reft.sharding import MeshConfig, check_divisible, partition_spec
+from nested_reft.sharding import MeshConfig, check_divisible, mesh_of, on_mesh, partition_spec, used_axes
 from nested_reft.training.config import Config
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import check_positions
@@ -136,14 +136,10 @@ def topology_mesh(devices: Sequence[Any], mesh: MeshConfig) -> Mesh:
     Raises:
         ValueError: the mesh has more devices than the topology.
     """
-    needed = mesh.data * mesh.model
-    if needed > len(devices):
-        raise ValueError(
-            f"mesh.data x mesh.model is {mesh.data} x {mesh.model} = {needed} devices; the topology has {len(devices)}"
-        )
-    return Mesh(
-        np.array(devices[:needed]).reshape(mesh.data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-    )
+    mesh = mesh.over(len(devices))
+    if mesh.size > len(devices):
+        raise ValueError(f"{mesh.describe()}; the topology has {len(devices)}")
+    return mesh_of(devices[: mesh.size], mesh)
 
 
 def configured_costs(training: Config, config: ModelConfig, devices: Sequence[Any], with_update: bool) -> list[Cost]:
@@ -165,7 +161,7 @@ def configured_costs(training: Config, config: ModelConfig, devices: Sequence[An
     # All that can be refused without the compiler is refused before it, because compiling takes minutes.
     check_positions(training, config)
     mesh = topology_mesh(devices, training.mesh)
-    check_divisible(parameter_shapes(config), parameter_axes(config), mesh)
+    check_divisible(splittable_parts(config), mesh)
     workload = Workload(
         prompts=training.data.prompts_per_batch,
         group_size=training.rollout.group_size,
@@ -204,8 +200,10 @@ def decode_cost(
     sharded = _Shapes(mesh)
     rows = (workload.prompts, workload.group_size)
     heads, size = config.num_kv_heads, config.head_size
-    own = sharded((shape.cached, *rows, heads, workload.completion_tokens, size), dtype, None, "batch")
-    shared = sharded((shape.cached, rows[0], heads, workload.prompt_tokens, size), dtype, None, "batch")
+    own = sharded(
+        (shape.cached, *rows, heads, workload.completion_tokens, size), dtype, None, "batch", None, "kv_heads"
+    )
+    shared = sharded((shape.cached, rows[0], heads, workload.prompt_tokens, size), dtype, None, "batch", "kv_heads")
     prompt = PromptCache(
         KeyValues(shared, shared),
         sharded((rows[0], workload.prompt_tokens), bool, "batch"),
@@ -223,7 +221,8 @@ def decode_cost(
         return sample_token(uniform, model.logits(hidden), SamplingConfig()), cache
 
     arguments = (
-        sharded.parameters(config, dtype),
+        # A rollout gathers them before its loop.
+        sharded.parameters(config, dtype, in_use=True),
         bridges,
         sharded(rows, jnp.int32, "batch"),
         sharded((), jnp.int32),
@@ -250,7 +249,7 @@ def state_shapes(
 ) -> tuple[TrainState, BaseModel]:
     """The shapes and placements of what an update reads and writes.
 
-    Parameters are placed by name, and their moments as they are; adapters and counters are whole on every device.
+    Parameters, adapters and bridges are placed by name, and moments as what they are of.
 
     Args:
         config: the model.
@@ -265,7 +264,6 @@ def state_shapes(
     parameters = _Shapes(mesh).parameters(config, dtype)
     # The model that trains has its bridges in float32, as they were fitted.
     bridges = _Shapes(mesh).bridges(config, jnp.float32, bridge.rank) if bridge.is_on else None
-    whole = NamedSharding(mesh, PartitionSpec())
 
     def initial_state(parameters: dict[str, Any], bridges: dict[str, Any] | None) -> tuple[TrainState, BaseModel]:
         model = _model(config, parameters, dtype, bridges)
@@ -278,8 +276,7 @@ def state_shapes(
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The names in a path are its dictionary keys; what is around them says whether it is a moment.
         name = "/".join(str(key.key) for key in path if isinstance(key, DictKey))
-        sharding = parameters[name].sharding if name in parameters else whole
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return _Shapes(mesh)(leaf.shape, leaf.dtype, *axes_of(name))
 
     # Shapes are found without computing a value, so a model of any size takes no memory here.
     return tree_map_with_path(place, jax.eval_shape(initial_state, parameters, bridges))
@@ -347,15 +344,18 @@ def _model(
 
 
 def _compiled(program: str, shape: PlanShape, function: Any, arguments: tuple) -> Any:
+    # The programs of a run are called on their mesh, which tells them how to split what they compute.
+    mesh = jax.tree.leaves(arguments)[0].sharding.mesh
     try:
-        return function.lower(*arguments).compile()
+        with on_mesh(mesh):
+            return function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         # Any other failure of the compiler is a fault, and should be seen as one.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
             f"the {program} of {shape.steps} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
-            " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.model"
+            " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.tensor"
         ) from None
 
 
@@ -405,11 +405,15 @@ class _Shapes:
         spec = PartitionSpec(*(None if axis is None else partition_spec((axis,))[0] for axis in axes))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 
-    def parameters(self, config: ModelConfig, dtype: Any) -> dict[str, Any]:
-        axes = parameter_axes(config)
+    def parameters(self, config: ModelConfig, dtype: Any, in_use: bool = False) -> dict[str, Any]:
+        stored = parameter_axes(config)
+        axes = {name: used_axes(each) if in_use else each for name, each in stored.items()}
         return {name: self(shape, dtype, *axes[name]) for name, shape in parameter_shapes(config).items()}
 
     def bridges(self, config: ModelConfig, dtype: Any, rank: int | None) -> dict[str, Any]:
         stack = jax.eval_shape(lambda: Bridges(config.num_layers, config.width, rank).stack())
         # Biases stay in float32, as in low-precision copies.
-        return {name: self(leaf.shape, dtype if name in MATRICES else jnp.float32) for name, leaf in stack.items()}
+        return {
+            name: self(leaf.shape, dtype if name in MATRICES else jnp.float32, *axes_of(f"bridges/{name}"))
+            for name, leaf in stack.items()
+        }

@@ -182,12 +182,12 @@ def test_one_completion_token_is_enough(key):
     assert result.tokens_BGC.shape == (3, 4, 1) and jnp.all(result.length_BG == 1)
 
 
-@pytest.mark.parametrize(("data", "model_axis"), [(2, 1), (1, 2), (4, 2)])
-def test_many_devices_give_the_rollouts_of_one(data, model_axis, key):
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2), (4, 2)])
+def test_many_devices_give_the_rollouts_of_one(data, tensor, key):
     prompts = tuple(jnp.concatenate([x, x[:1]]) for x in tiny_prompts())
     model = tiny_model()
     expected = rollout(model, key, prompts=prompts, sampling=SamplingConfig(temperature=0.8))
-    mesh = make_mesh(MeshConfig(data=data, model=model_axis))
+    mesh = make_mesh(MeshConfig(data=data, tensor=tensor))
     # 31 tokens cannot be split in two; the vocabulary stays whole and everything else is split.
     axes = {name: tuple("_" if a == "vocab" else a for a in names) for name, names in parameter_axes(TINY).items()}
     sharded = Transformer(TINY, shard_parameters(model.parameters(), axes, mesh))

@@ -144,7 +144,7 @@ def test_a_mixture_scores_bridged_policies(tmp_path):
 
 def test_a_mesh_samples_the_same(tmp_path):
     one, many = (
-        trainer(bridged(mesh=mesh), tmp_path / str(mesh.data)) for mesh in (MeshConfig(), MeshConfig(data=2, model=2))
+        trainer(bridged(mesh=mesh), tmp_path / str(mesh.data)) for mesh in (MeshConfig(), MeshConfig(data=2, tensor=2))
     )
     for number in range(4):
         records = [run.step(number) for run in (one, many)]

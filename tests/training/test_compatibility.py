@@ -78,7 +78,14 @@ REFUSED = {
         ),
     ],
     "mesh_divides_batches": [
-        ({"mesh": MeshConfig(data=3)}, r"mesh.data is 3; it must divide the prompts of a micro-batch, 4"),
+        (
+            {"mesh": MeshConfig(data=2, fsdp=3)},
+            r"mesh.data x mesh.fsdp is 6; it must divide the prompts of a micro-batch, 4: allowed are 1, 2, 4",
+        ),
+        (
+            {"mesh": MeshConfig(data=3)},
+            r"mesh.data is 3; it must divide the prompts of a micro-batch, 4: allowed are 1, 2, 4",
+        ),
         (
             {"mesh": MeshConfig(data=4), "train__micro_batches": 2},
             r"mesh.data is 4; it must divide the prompts of a micro-batch, 2",

@@ -33,8 +33,11 @@ from tests.training.runs import nano
             {"warm_start__steps": 1, "warm_start__layer_dropout": 0.1},
             "warm_start.layer_dropout is 0.1, which of 6 layers is none",
         ),
-        ({"mesh": MeshConfig(data=4, model=4)}, "4 x 4 = 16 devices; allowed are 1 to 8, which are here"),
-        ({"mesh": MeshConfig(model=5)}, "mesh.model is 5, but 'embedding' has 16 along 'vocab'"),
+        (
+            {"mesh": MeshConfig(data=4, tensor=4)},
+            "mesh.data 4 x mesh.tensor 4 is 16 devices; allowed are 1 to 8, which are here",
+        ),
+        ({"mesh": MeshConfig(tensor=4)}, "mesh.tensor is 4, but the model has 2 key/value heads; allowed are 1, 2"),
         ({"data__prompt": PromptFormat("{expression} = ü", chat=False)}, "cannot encode"),
     ],
 )

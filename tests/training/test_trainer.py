@@ -247,7 +247,7 @@ def test_the_curriculum_learns_from_raw_accuracy(tmp_path):
 # Devices and adapters
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2), MeshConfig(data=2, model=2)])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2), MeshConfig(data=2, tensor=2)])
 def test_many_devices_train_like_one(mesh, tmp_path):
     config = nano(train__micro_batches=2)
     one, many = trainer(config, tmp_path / "one"), trainer(dataclasses.replace(config, mesh=mesh), tmp_path / "many")
@@ -326,7 +326,7 @@ def test_layers_are_measured_anew_on_a_schedule(tmp_path):
 
 def test_re_measuring_works_on_a_mesh(tmp_path):
     one = trainer(nano(nesting=MEASURED), tmp_path / "one").step(0).renewed
-    many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, model=2)), tmp_path / "many").step(0).renewed
+    many = trainer(nano(nesting=MEASURED, mesh=MeshConfig(data=2, tensor=2)), tmp_path / "many").step(0).renewed
     assert one.divergence_L is not None and many.divergence_L is not None
     np.testing.assert_allclose(many.divergence_L, one.divergence_L, rtol=1e-3, atol=1e-4)
 

@@ -82,7 +82,7 @@ def test_a_bridge_holds_its_matrix_in_the_dtype_of_the_weights():
 
 
 def test_devices_share_weights_and_rows():
-    mesh = make_mesh(MeshConfig(data=2, model=2))
+    mesh = make_mesh(MeshConfig(data=2, tensor=2))
     whole = decode_cost(TINY, WORKLOAD, make_mesh(MeshConfig()), dtype=jnp.float32)
     shared = decode_cost(dataclasses.replace(TINY, vocab_size=32), WORKLOAD, mesh, dtype=jnp.float32)
     assert shared.argument_bytes < 0.55 * whole.argument_bytes  # weights split alone: 0.66
@@ -109,7 +109,7 @@ def placements(training):
     """Path of every array of a state -> its partition, where heads times head size is the width: on shapes alone, query
     and output are the same, and so are a key and an adapter of rank 16."""
     square = dataclasses.replace(TINY, width=TINY.num_heads * TINY.head_size, vocab_size=32)
-    mesh = make_mesh(MeshConfig(data=1, model=2))
+    mesh = make_mesh(MeshConfig(tensor=2))
     state, base = state_shapes(square, training, make_optimizer(training.optimizer, 1), mesh)
     leaves = jax.tree_util.tree_leaves_with_path({"state": state, "base": base})
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec for path, leaf in leaves}
@@ -117,11 +117,11 @@ def placements(training):
 
 def test_a_state_is_placed_by_name():
     specs = placements(load_config("tiny"))
-    by_output, by_input = PartitionSpec(None, "model", None), PartitionSpec(None, None, "model")
+    by_output, by_input = PartitionSpec(None, "tensor", "fsdp"), PartitionSpec(None, "fsdp", "tensor")
     for name, spec in (("query", by_output), ("key", by_output), ("output", by_input), ("down", by_input)):
         found = [specs[path] for path in specs if path.endswith(f"layers/{name}/value")]
         assert found == [spec] * 3  # the parameter and its two moments
-    assert [specs[path] for path in specs if "embedding" in path] == [PartitionSpec("model", None)] * 3
+    assert [specs[path] for path in specs if "embedding" in path] == [PartitionSpec("tensor", "fsdp")] * 3
     assert specs["state/updates"] == PartitionSpec()
 
 
@@ -133,7 +133,8 @@ def test_bridges_are_held_frozen(rank, names):
     bridge = BridgeConfig(kind="per_layer", rank=rank)
     specs = placements(dataclasses.replace(run, nesting=dataclasses.replace(run.nesting, bridge=bridge)))
     found = {path: spec for path, spec in specs.items() if "bridges" in path}
-    assert found == {f"base/frozen/bridges/{name}/value": PartitionSpec() for name in names}
+    split = {"map": (None, None, "fsdp"), "narrow": (None, None, "fsdp"), "widen": (None, "fsdp", None)}
+    assert found == {f"base/frozen/bridges/{name}/value": PartitionSpec(*split.get(name, ())) for name in names}
 
 
 def test_the_nested_step_has_the_bridges_of_the_configuration(monkeypatch):
@@ -150,11 +151,15 @@ def test_the_nested_step_has_the_bridges_of_the_configuration(monkeypatch):
     assert asked == [(None, {}), (PlanShape(3, bridged=2), {"bridge_rank": 4})]
 
 
-def test_adapters_are_whole_on_every_device():
+def test_adapters_are_split_as_what_they_adapt():
     specs = placements(dataclasses.replace(load_config("tiny"), lora=LoraConfig(rank=16), warm_start=WarmStartConfig()))
-    adapters = [spec for path, spec in specs.items() if "_lora_" in path]
-    assert adapters == [PartitionSpec()] * (3 * 2 * 7)  # with two moments, in and out, of seven projections
-    assert specs["base/frozen/layers/query/value"] == PartitionSpec(None, "model", None)
+    adapters = {path: spec for path, spec in specs.items() if "_lora_" in path}
+    assert len(adapters) == 3 * 2 * 7  # with two moments, in and out, of seven projections
+    for name, read, written in (("query", "fsdp", "tensor"), ("down", "tensor", "fsdp")):
+        reads = [spec for path, spec in adapters.items() if f"layers/{name}_lora_in" in path]
+        writes = [spec for path, spec in adapters.items() if f"layers/{name}_lora_out" in path]
+        assert reads == [PartitionSpec(None, None, read)] * 3 and writes == [PartitionSpec(None, written, None)] * 3
+    assert specs["base/frozen/layers/query/value"] == PartitionSpec(None, "tensor", "fsdp")
 
 
 def test_a_topology_that_cannot_be_had_is_refused(capsys):
@@ -184,8 +189,8 @@ def test_compile_says_for_what(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mesh.data", "4", "--mesh.model", "2"], "mesh.data x mesh.model is 4 x 2 = 8 devices; the topology has 4"),
-        (["--mesh.model", "3"], "mesh.model is 3, but 'embedding' has 16 along 'vocab'; the first must divide"),
+        (["--mesh.data", "4", "--mesh.tensor", "2"], "mesh.data 4 x mesh.tensor 2 is 8 devices; the topology has 4"),
+        (["--mesh.tensor", "3"], "mesh.tensor is 3, but the model has 2 key/value heads; allowed are 1, 2"),
         (["--rollout.max-completion-tokens", "100"], "is 116; the model allows 64 positions"),
     ],
 )

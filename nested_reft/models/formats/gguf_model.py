@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from nested_reft.models.config import FAMILIES, ModelConfig, RopeScaling
@@ -79,12 +80,13 @@ _VALUES_WITHOUT_EFFECT = {
 _OFF = (0,)
 
 
-def load_gguf(source: str | Path | GgufFile, dtype: Any = jnp.float32) -> Transformer:
+def load_gguf(source: str | Path | GgufFile, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Transformer:
     """The model in a GGUF file.
 
     Args:
         source: the file's path, or the file already opened.
         dtype: dtype of the parameters.
+        mesh: where they are placed; None is one device.
 
     Returns:
         The model with its weights dequantized.
@@ -103,7 +105,7 @@ def load_gguf(source: str | Path | GgufFile, dtype: Any = jnp.float32) -> Transf
             return unpermute_rows(tensor, config.head_size)
         return tensor
 
-    return Transformer(config, stack_parameters(config, TENSOR_NAMES, read, dtype))
+    return Transformer(config, stack_parameters(config, TENSOR_NAMES, read, dtype, mesh))
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -27,6 +28,7 @@ from nested_reft.models.formats.stacking import check_tensors, stack_parameters
 from nested_reft.models.heads import HeadParam, ScalarHead
 from nested_reft.models.lora import merge_lora
 from nested_reft.models.transformer import Transformer
+from nested_reft.sharding import place
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.untrusted import BadFile, reading, shown
 
@@ -75,12 +77,13 @@ _MAX_NAME_CHARACTERS = 200
 # In.
 
 
-def load_huggingface(directory: str | Path, dtype: Any = jnp.float32) -> Transformer:
+def load_huggingface(directory: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Transformer:
     """The model in a Hugging Face directory.
 
     Args:
         directory: holds `config.json` and `model.safetensors`, or shards and their index.
         dtype: dtype of the parameters; the file's may be another.
+        mesh: where they are placed; None is one device.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -95,13 +98,15 @@ def load_huggingface(directory: str | Path, dtype: Any = jnp.float32) -> Transfo
                 " which is used",
                 directory,
             )
-        model = Transformer(
-            config, stack_parameters(config, TENSOR_NAMES, lambda name: tensors[name].get_tensor(name), dtype)
-        )
+
+        def read(name: str) -> np.ndarray:
+            return tensors[name].get_tensor(name)
+
+        model = Transformer(config, stack_parameters(config, TENSOR_NAMES, read, dtype, mesh))
         if SCORE in tensors:
             model.value_head = ScalarHead(config.width)
             weight_D = np.asarray(tensors[SCORE].get_tensor(SCORE), np.float32)[0]
-            model.value_head.weight = HeadParam(jnp.asarray(weight_D))
+            model.value_head.weight = HeadParam(jnp.asarray(weight_D) if mesh is None else place(weight_D, mesh))
         return model
 
 

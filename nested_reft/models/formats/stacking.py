@@ -11,9 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.parameters import Parameters, parameter_shapes
+from nested_reft.models.parameters import Parameters, parameter_axes, parameter_shapes, splittable_parts
+from nested_reft.sharding import check_divisible, place
 
 
 def tensor_shapes(config: ModelConfig, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -71,7 +73,11 @@ def check_tensors(
 
 
 def stack_parameters(
-    config: ModelConfig, names: Mapping[str, str], read: Callable[[str], np.ndarray], dtype: Any
+    config: ModelConfig,
+    names: Mapping[str, str],
+    read: Callable[[str], np.ndarray],
+    dtype: Any,
+    mesh: Mesh | None = None,
 ) -> Parameters:
     """Reads all parameters, one tensor at a time, into stacks allocated once.
 
@@ -83,10 +89,17 @@ def stack_parameters(
         names: the format's table.
         read: gives a tensor by its name in the checkpoint, in the checkpoint's layout.
         dtype: dtype of the result.
+        mesh: where they are placed; None is one device. No device ever holds a parameter whole that the mesh splits.
 
     Returns:
         Parameters by name, as `Transformer` takes them.
+
+    Raises:
+        ValueError: the mesh does not split the model evenly.
     """
+    axes = parameter_axes(config)
+    if mesh is not None:
+        check_divisible(splittable_parts(config), mesh)
     parameters: Parameters = {}
     for parameter, shape in parameter_shapes(config).items():
         # The stack is filled in place. Joining a list of layers would need twice its memory.
@@ -97,7 +110,7 @@ def stack_parameters(
         else:
             stack[...] = read(names[parameter])
         # Each stack goes to the device at once, so that the host holds one at a time.
-        parameters[parameter] = jnp.asarray(stack)
+        parameters[parameter] = jnp.asarray(stack) if mesh is None else place(stack, mesh, axes[parameter])
     return parameters
 
 

@@ -1,0 +1,121 @@
+"""The mesh of a run that leaves it to the program: `mesh.data auto`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nested_reft import processes
+from nested_reft.losses.registry import OfflineConfig
+from nested_reft.models.config import ModelConfig
+from nested_reft.models.parameters import parameter_shapes, splittable_parts
+from nested_reft.models.registry import model_shape
+from nested_reft.sharding import MESH_AXES, MeshConfig, make_mesh, mesh_bytes
+from nested_reft.training.config import Config
+
+FILLED = 0.8  # of a device's memory; activations and what programs need for themselves take the rest
+
+
+def with_chosen_mesh(config: Config) -> Config:
+    """The configuration with its mesh in numbers; says what was chosen and why.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ValueError: the model fits no mesh over the devices that are here.
+    """
+    mesh = config.mesh
+    if mesh.data != "auto":
+        return config
+    devices = jax.device_count()
+    if mesh.fsdp == mesh.tensor == 1:
+        shape = config.model.shape or model_shape(config.model.name)
+        each = mesh_bytes(make_mesh(MeshConfig(slices=mesh.slices, data="auto"))) / devices
+        chosen, reason = choose_mesh(config, shape, devices, each)
+    else:
+        chosen, reason = mesh.over(devices), "the other axes are given, and the rest shares prompts"
+    found = dataclasses.replace(config, mesh=chosen)  # the rules for meshes are checked here
+    if processes.is_writer():
+        print(f"{chosen.describe()}: {reason}")
+    return found
+
+
+def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -> tuple[MeshConfig, str]:
+    """The mesh with the least exchange between devices on which a run fits.
+
+    Sharing heads (`tensor`) exchanges activations in every layer of every decoding step, and sharing storage (`fsdp`)
+    exchanges weights once per pass; sharing prompts alone (`data`) exchanges gradients once per update. So `tensor` is
+    as small as fits, then `fsdp`, and the rest is `data`.
+
+    Args:
+        config: of the run.
+        shape: of its model.
+        devices: how many there are.
+        each: bytes of memory of one device.
+
+    Returns:
+        The mesh and the reason for it.
+
+    Raises:
+        ValueError: no mesh fits.
+    """
+    parts = splittable_parts(shape)
+    most = {
+        axis: math.gcd(*(count for name, (_, count) in parts.items() if MESH_AXES[name] == (axis,)))
+        for axis in ("tensor", "fsdp")
+    }
+    slices, needed = config.mesh.slices, math.inf
+    for tensor in _divisors(math.gcd(most["tensor"], devices // slices)):
+        shares = _shares(config, devices // slices // tensor)
+        for fsdp in _divisors(math.gcd(most["fsdp"], shares)):
+            mesh = MeshConfig(slices=slices, data=shares // fsdp, fsdp=fsdp, tensor=tensor)
+            bytes_each = device_bytes(config, shape, mesh)
+            needed = min(needed, bytes_each)
+            if bytes_each <= FILLED * each:
+                return mesh, f"at least {bytes_each / 1e9:.2g} GB of each device's {each / 1e9:.2g} GB are used"
+    raise ValueError(
+        f"mesh.data is 'auto', and no mesh over {devices} devices fits: each needs at least {needed / 1e9:.2g} GB and"
+        f" has {each / 1e9:.2g} GB, of which {FILLED:.0%} are filled; take more devices, a smaller model,"
+        " or train adapters (lora.rank)"
+    )
+
+
+def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:
+    """Bytes that one device of a mesh cannot do without: what is stored, and what rollouts add.
+
+    Args:
+        config: of the run.
+        shape: of its model.
+        mesh: in numbers.
+    """
+    item, count = jnp.dtype(config.model.dtype).itemsize, sum(math.prod(s) for s in parameter_shapes(shape).values())
+    # Weights, two moments and the gradient; of adapters, only the weights count.
+    stored = count * item * (1 if config.lora.rank else 4) / (mesh.fsdp * mesh.tensor)
+    if isinstance(config.loss, OfflineConfig):
+        return stored
+    weights = config.rollout.weights
+    copied = 0 if weights == "target" else count * jnp.dtype(weights).itemsize / (mesh.fsdp * mesh.tensor)
+    # Decoding reads every matrix whole in its width, so it is gathered before the loop.
+    read = item if weights == "target" else jnp.dtype(weights).itemsize
+    gathered = 0 if mesh.fsdp == 1 else count * read / mesh.tensor
+    tokens = config.data.max_prompt_tokens + config.rollout.group_size * config.rollout.max_completion_tokens
+    values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * item
+    caches = config.data.prompts_per_batch * tokens * values / (mesh.batch * mesh.tensor)
+    return stored + copied + gathered + caches
+
+
+def _shares(config: Config, most: int) -> int:
+    """Into how many shares a slice can cut its prompts, of the batches that a run has."""
+    batches = [config.prompts_per_micro_batch]
+    if config.warm_start.steps:
+        batches.append(config.warm_start.batch_size // config.warm_start.micro_batches)
+    each = math.gcd(*batches) // config.mesh.slices
+    return max(size for size in range(1, most + 1) if most % size == 0 and each % size == 0)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
