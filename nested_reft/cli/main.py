@@ -16,7 +16,8 @@
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
-Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 130 interrupted.
+Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 75 pre-empted by SIGTERM
+(resume it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from contextlib import nullcontext
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.output import complain, say
-from nested_reft.training.interrupts import stop_requests
+from nested_reft.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED
+from nested_reft.training.interrupts import Preempted, interruption, stop_requests
 from nested_reft.untrusted import printable
 
 # Each command and the module here that has its `run`. A module is imported when its command is called: most of them
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # whoever read the output went away, as `| head` does
             return 141  # as a shell reports a program that SIGPIPE ended
-        return _refusal(error, 1)
+        return _refusal(error, FAILED)
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -82,15 +84,18 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         _run(arguments)
     except BadInput as error:
-        return _refusal(error, 2)
+        return _refusal(error, BAD_INPUT)
     except FloatingPointError as error:  # an update was not finite
-        return _refusal(error, 1)
+        return _refusal(error, FAILED)
+    except Preempted:
+        complain("pre-empted")
+        return PREEMPTED
     except KeyboardInterrupt:
         complain("interrupted")
-        return 130  # as a shell reports a program that SIGINT ended
+        return INTERRUPTED
     except SystemExit as stop:  # help was printed, or a command says itself how it ends
-        return stop.code if isinstance(stop.code, int) else 0
-    return 0
+        return stop.code if isinstance(stop.code, int) else DONE
+    return DONE
 
 
 def _run(arguments: list[str]) -> None:
@@ -130,5 +135,6 @@ def _refusal(error: Exception, code: int) -> int:
 
 def _leave() -> None:
     """What a second signal does while nothing is written: an exception could get lost in an import or a callback."""
-    os.write(2, b"interrupted\n")
-    os._exit(130)
+    is_preemption = isinstance(interruption(), Preempted)
+    os.write(2, b"pre-empted\n" if is_preemption else b"interrupted\n")
+    os._exit(PREEMPTED if is_preemption else INTERRUPTED)

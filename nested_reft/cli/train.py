@@ -118,7 +118,7 @@ def _resolve_config(
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
-        " raised. To start another run, leave out --resume"
+        " raised, and --mesh and --train.save-seconds changed. To start another run, leave out --resume"
     )
 
 
