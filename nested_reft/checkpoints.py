@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from nested_reft.json_files import write_json
 
 SEAL = "checksums.json"  # of a checkpoint: size and CRC-32 of every file of its parts
 _BLOCKS = "blocks"  # the directory of blocks, beside the checkpoints
+# Orbax writes a checkpoint under such a name and then renames it.
+_UNFINISHED = re.compile(r"(0|[1-9][0-9]{0,17})\.orbax-checkpoint-tmp(-[0-9]+)?")
+# Processes of one run wait for each other at most so long; Orbax itself would take twenty minutes.
+_WAIT_SECONDS = 600
 
 logger = logging.getLogger(__name__)
 # Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
@@ -100,6 +105,7 @@ class Checkpoints:
                 post_finalization_callback=self._seal,
                 # Directories that another thread fails to make would be waited for until a time limit of minutes.
                 create_directories_asynchronously=False,
+                timeout_secs=_WAIT_SECONDS,
             ),
         )
         self._manager = ocp.CheckpointManager(
@@ -209,15 +215,25 @@ class Checkpoints:
     def set_aside_after(self, number: int) -> None:
         """Renames what has a larger number, so that the run can write checkpoints of these numbers again; says so.
 
+        What a killed process had only half written goes: nothing in it is of use, and it may be large.
+
         Args:
             number: of the checkpoint that the run continues from.
         """
+        for path in self._unfinished():
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self._blocks.glob("*.partial"):
+            path.unlink(missing_ok=True)
         for path in self._directory.iterdir():
             if _is_number(path.name) and int(path.name) > number:
                 aside = _free_name(path.with_name(f"{path.name}.damaged"))
                 path.rename(aside)
                 logger.warning("'%s' is not used; it is '%s' now", path, aside.name)
         self._manager.reload()
+
+    def _unfinished(self) -> list[Path]:
+        """The directories of checkpoints that are being written, or were when their process was killed."""
+        return [path for path in self._directory.iterdir() if _UNFINISHED.fullmatch(path.name) and path.is_dir()]
 
     def _restore(self, number: int, **items: Any) -> Any:
         # Damaged files never reach Orbax, whose errors neither name them nor come alone.
@@ -249,9 +265,8 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the checksums of the checkpoint that has been written and still has its temporary name."""
-        unnamed = list(self._directory.glob(f"{self._writing}.*"))
+        unnamed = [path for path in self._unfinished() if path.name.startswith(f"{self._writing}.")]
         assert unnamed, f"no directory of checkpoint {self._writing} in '{self._directory}'"
-        # Beside it there may be one of a run that was killed; to seal that too does no harm.
         blocks = {f"../{block_path(Path(_BLOCKS), name)}": seal for name, seal in self._sealed_blocks.items()}
         for path in unnamed:
             parts = {name: _size_and_checksum(path / name) for name in _files_of_parts(path)}

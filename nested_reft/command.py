@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from nested_reft.exit_codes import INTERRUPTED
 from nested_reft.program_cache import NO_CACHE, cache_directory, drop_old_programs
 
 TUNABLES = "GLIBC_TUNABLES"
@@ -57,7 +58,7 @@ def main() -> None:
         sys.exit(code)
     except KeyboardInterrupt:  # while it was imported
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

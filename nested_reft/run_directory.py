@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from functools import cached_property
@@ -23,6 +24,8 @@ from nested_reft.run_logs import Events, Log, cut, mend
 # The step of the first line, of a log with one line for each step; None of the other.
 LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}
 HISTOGRAMS = ("staleness_completions",)  # metrics that are counts of 0, of 1 and so on
+# What a killed process leaves of a file that it was about to replace.
+PARTIAL = re.compile(r"\w+\.jsonl\.partial|\w+\.json\.[0-9]+\.partial")
 # These are the packages whose versions can change a result.
 PACKAGES = ("nested_reft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -107,11 +110,14 @@ class RunDirectory:
             raise FileNotFoundError(f"the run directory '{self.path}' was moved or removed while the run went on")
 
     def check_logs(self) -> None:
-        """Refuses logs that could not be continued, before anything is changed.
+        """Refuses logs that could not be continued, and what would be in the summary's way, before anything is changed.
 
         Raises:
             ValueError: one is no file, or cannot be read and written.
         """
+        summary = self.path / "summary.json"
+        if summary.is_dir():
+            raise ValueError(f"'{summary}' is a directory; move it away, or the run could not write its summary there")
         for name in LOGS:
             path = self.path / name
             if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
@@ -127,6 +133,10 @@ class RunDirectory:
             step: of the checkpoint; -1 before the phase that logs.
             marks: what `marks` returned when the checkpoint was written.
         """
+        # Only one process at a time works on a run, so nobody is writing these.
+        for path in self.path.glob("*.partial"):
+            if PARTIAL.fullmatch(path.name) and path.is_file():
+                path.unlink()
         # TensorBoard keeps its files and is told from which step on it has to hide points.
         self._purge_step = step + 1
         for name, first_step in LOGS.items():

@@ -6,6 +6,8 @@ Everything runs on the `tokenizers` library, so a tokenizer saved here is read b
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -199,6 +201,15 @@ class Tokenizer:
         """
         own, others = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
         return own == others and self.stop_ids[0] == other.stop_ids[0]
+
+    def fingerprint(self) -> str:
+        """A hash of what decides how texts are read: every token's id, the stop tokens, special tokens, chat template.
+
+        Merges are left out, because the library may write them in another form from one version to the next.
+        """
+        vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        read = [vocabulary, self.stop_ids, self.pad_id, sorted(self.special_tokens.items()), self.chat_template]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     def token_ids(self) -> dict[str, Any]:
         """What Hugging Face configurations name: `eos_token_id` (every stop token), `pad_token_id`, `bos_token_id`."""

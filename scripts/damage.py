@@ -1,7 +1,8 @@
-"""Damages copies of a small run in about 150 ways, resumes each, and says what came of it.
+"""Damages copies of a small run in more than 200 ways, resumes each, and says what came of it.
 
     python scripts/damage.py                # the table of all kinds
     python scripts/damage.py metrics        # kinds whose name holds a word
+    python scripts/damage.py --page experiments/results/robustness.md    # and writes the table into that page
 
 A run is trained for three steps of a tiny model and stopped as a kill would stop it. Each copy of it is damaged and
 resumed in this process. The verdicts are:
@@ -18,10 +19,11 @@ The exit code is 1 where a kind is silent or more than 2 % are unclear.
 
 from __future__ import annotations
 
+import argparse
 import collections
-import dataclasses
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -34,18 +36,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from nested_reft.api import open_trainer
-from nested_reft.checkpoints import checkpoint_numbers
-from nested_reft.replay import Buffer
-from nested_reft.replay_saving import save_store
-from nested_reft.replay_store import Store
-from nested_reft.run_directory import read_log
-from nested_reft.training.config import Config, load_config
-from nested_reft.training.setup import run_config
-from nested_reft.training.trainer import Trainer
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nested_reft.api import open_trainer  # noqa: E402
+from nested_reft.checkpoints import checkpoint_numbers  # noqa: E402
+from nested_reft.run_directory import read_log  # noqa: E402
+from nested_reft.training.config import Config, load_config  # noqa: E402
+from nested_reft.training.setup import run_config  # noqa: E402
+from nested_reft.training.trainer import Trainer  # noqa: E402
+from scripts.compare_runs import LOGS, whole_buffer  # noqa: E402
 
 Act = Callable[[Path], object]
-LOGS = ("metrics.jsonl", "samples.jsonl")
+WORDS = ("same", "older", "warned", "refused", "silent", "unclear")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Killed(Exception):
 
 
 def small_config() -> Config:
-    """Three steps, each with a checkpoint, of which three are kept."""
+    """Three steps, each with a checkpoint, of which three are kept, and with what replay keeps in files of its own."""
     return load_config(
         "tiny",
         data={"prompts_per_batch": 4, "sources": [_smaller(load_config("tiny").to_json()["data"]["sources"][0])]},
@@ -70,6 +73,7 @@ def small_config() -> Config:
         optimizer={"warmup_steps": 0},
         evaluation={"samples_per_prompt": 0, "every_steps": 100},
         warm_start={"steps": 0},
+        replay={"capacity": 64, "recent_share": 0.5},
         train={"steps": 5, "checkpoint_every": 1, "keep_checkpoints": 3},
     )
 
@@ -173,21 +177,13 @@ def _everything(trainer: Trainer, run: Path) -> dict[str, Any]:
         "arrays": jax.device_get(state.learner.arrays(True)),
         "stream": state.stream.get_state(),
         "curriculum": state.curriculum,
-        "buffer": _whole(state.buffer),
+        "buffer": whole_buffer(state.buffer),
         "nesting": state.nesting,
         "before": state.before,
         "config": state.config,
         "newest": checkpoint_numbers(run / "checkpoints")[:1],
         **{name: read_log(run / name) for name in LOGS},
     }
-
-
-def _whole(buffer: Buffer | Store) -> Any:
-    """What is kept for later updates, as if no checkpoint had written any of it."""
-    if isinstance(buffer, Buffer):
-        return buffer.to_plain()
-    _, plain = save_store(dataclasses.replace(buffer, saved=0, segments=(), removed=()), "whole")
-    return plain | {"segments": [block.values for block in plain["segments"]]}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -249,6 +245,9 @@ FILES = (
     *("checkpoints/3/host/metadata", "checkpoints/3/host_arrays/ocdbt.process_0/d/*", "checkpoints/3/arrays/_METADATA"),
     *("checkpoints/3/arrays/_sharding", "checkpoints/3/arrays/manifest.ocdbt", "checkpoints/3/arrays/d/*"),
     *("checkpoints/3/arrays/ocdbt.process_0/d/*", "checkpoints/2/arrays/ocdbt.process_0/d/*"),
+    *("checkpoints/3/arrays/ocdbt.process_0/manifest.ocdbt", "checkpoints/3/host_arrays/manifest.ocdbt"),
+    # The first block is shared by all checkpoints, and the third only the newest one has.
+    *("checkpoints/blocks/replay-3.safetensors", "checkpoints/blocks/replay-1.safetensors"),
 )
 OF_A_LOG: dict[str, Act] = {
     "NUL bytes at the end": lambda path: path.write_bytes(path.read_bytes() + bytes(50)),
@@ -279,6 +278,46 @@ OF_THE_CONFIGURATION: dict[str, Act] = {
     "a list for a part": _edit("rollout", []),
     "NaN": _edit("optimizer.learning_rate", float("nan")),
 }
+
+
+# A stopped run has a summary where it was whole before, with fewer steps.
+OF_THE_SUMMARY: dict[str, Act] = {
+    "of an earlier end": lambda path: path.write_text('{"steps": 2}\n'),
+    "empty": lambda path: path.write_text(""),
+    "half of one": lambda path: path.write_text('{"steps": 5, "bef'),
+    "NUL bytes": lambda path: path.write_bytes(bytes(100)),
+    "a list": lambda path: path.write_text("[]"),
+    "a directory in its place": lambda path: path.mkdir(),
+    "half written under another name": lambda path: path.with_name("summary.json.4711.partial").write_text('{"st'),
+}
+OF_THE_BLOCKS: dict[str, Act] = {
+    "all gone": lambda path: shutil.rmtree(path),
+    "a file in the directory's place": lambda path: _to_file(path),
+    "an extra block": lambda path: shutil.copy(path / "replay-1.safetensors", path / "replay-9.safetensors"),
+    "half written under another name": lambda path: (path / "replay-4.safetensors.partial").write_bytes(b"x"),
+    "the second under the third's name": lambda path: shutil.copy(
+        path / "replay-2.safetensors", path / "replay-3.safetensors"
+    ),
+    "all flipped": lambda path: [_flip(file) for file in path.iterdir()],
+}
+# An array may lie in several files.
+OF_THE_DATA_FILES: dict[str, Act] = {
+    "all flipped": lambda path: [_flip(file) for file in path.iterdir()],
+    "the smallest flipped": lambda path: _flip(_by_size(path)[0]),
+    "the smallest removed": lambda path: _by_size(path)[0].unlink(),
+    "all gone": lambda path: shutil.rmtree(path),
+    "the largest under another name": lambda path: _by_size(path)[-1].rename(path / "other"),
+    "the largest doubled": lambda path: shutil.copy(_by_size(path)[-1], path / "other"),
+    "the smallest as the largest": lambda path: shutil.copy(_by_size(path)[0], _by_size(path)[-1]),
+}
+OF_THE_EVENTS: dict[str, Act] = {
+    "a second file with junk": lambda run: (run / "events.out.tfevents.1.junk").write_bytes(b"junk" * 50),
+    "a link to nowhere": lambda run: (run / "events.out.tfevents.1.link").symlink_to("nowhere"),
+}
+
+
+def _by_size(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir(), key=lambda path: (path.stat().st_size, path.name))
 
 
 def _new_directory(name: str) -> Act:
@@ -325,8 +364,16 @@ def kinds() -> dict[str, Act]:
     for pattern in FILES:
         for what, act in OF_A_FILE.items():
             acts[f"{pattern}: {what}"] = lambda run, pattern=pattern, act=act: act(_first(run, pattern))
-    groups = ((name, OF_A_LOG) for name in LOGS)
-    for name, group in (*groups, ("config.json", OF_THE_CONFIGURATION), ("checkpoints", OF_THE_CHECKPOINTS)):
+    groups = (
+        *((name, OF_A_LOG) for name in LOGS),
+        ("config.json", OF_THE_CONFIGURATION),
+        ("summary.json", OF_THE_SUMMARY),
+        (".", OF_THE_EVENTS),
+        ("checkpoints", OF_THE_CHECKPOINTS),
+        ("checkpoints/blocks", OF_THE_BLOCKS),
+        ("checkpoints/3/arrays/ocdbt.process_0/d", OF_THE_DATA_FILES),
+    )
+    for name, group in groups:
         for what, act in group.items():
             acts[f"{name}: {what}"] = lambda run, name=name, act=act: act(run / name)
     return acts
@@ -337,16 +384,53 @@ def _first(run: Path, pattern: str) -> Path:
     return max(run.glob(pattern), key=lambda path: path.stat().st_size)
 
 
+TABLE_BEGINS, TABLE_ENDS = "<!-- kinds of damage -->", "<!-- end of kinds -->"
+
+
+def markdown(found: list[Verdict]) -> str:
+    """The table of kinds and outcomes: a line for each place and outcome, with all that was done there.
+
+    Args:
+        found: one verdict for each kind.
+    """
+    lines: dict[tuple[str, str], list[str]] = {}
+    for verdict in found:
+        where, _, what = verdict.kind.partition(": ")
+        lines.setdefault((where, verdict.word), []).append(what)
+    rows = [f"| `{where}` | {'; '.join(whats)} | {word} |" for (where, word), whats in lines.items()]
+    return "\n".join(["| where | what was done | outcome |", "|---|---|---|", *rows])
+
+
+def kinds_in(page: str) -> dict[str, str]:
+    """The outcome of each kind in the table of a page, by the kind's name.
+
+    Args:
+        page: its text.
+    """
+    rows = re.findall(r"^\| `(.*)` \| (.*) \| (\w+) \|$", page.split(TABLE_BEGINS)[1], re.MULTILINE)
+    return {f"{where}: {what}": word for where, whats, word in rows for what in whats.split("; ")}
+
+
 def main() -> int:
     """Prints the table and its sum; the exit code is 1 where something is silent or too much unclear."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="kinds whose name holds all of them")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose table of kinds is replaced")
+    known = parser.parse_args()
     logging.getLogger().addHandler(logging.NullHandler())
-    chosen = {kind: act for kind, act in kinds().items() if all(word in kind for word in sys.argv[1:])}
+    chosen = {kind: act for kind, act in kinds().items() if all(word in kind for word in known.words)}
     with tempfile.TemporaryDirectory() as directory:
         found = verdicts(stopped_run(Path(directory)), chosen)
     for verdict in found:
         print(f"{verdict.word:8} {verdict.kind:70} {verdict.said[:160]!r}")
     counts = collections.Counter(verdict.word for verdict in found)
     print(f"{len(found)} kinds: " + ", ".join(f"{number} {word}" for word, number in counts.most_common()))
+    if known.page is not None:
+        page = known.page.read_text(encoding="utf-8")
+        before, rest = page.split(TABLE_BEGINS)
+        after = rest.split(TABLE_ENDS)[1]
+        table = f"{TABLE_BEGINS}\n{markdown(found)}\n{TABLE_ENDS}"
+        known.page.write_text(f"{before}{table}{after}", encoding="utf-8")
     return int(counts["silent"] > 0 or counts["unclear"] > 0.02 * len(found))
 
 

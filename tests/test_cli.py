@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from nested_reft import command
+from nested_reft import command, exit_codes
 from nested_reft.checkpoints import CheckpointError, newest_checkpoint
 from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
@@ -26,6 +26,7 @@ from nested_reft.prompt_format import PromptFormat
 from nested_reft.run_directory import read_log
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import load_config
+from nested_reft.training.interrupts import Preempted
 from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import initial_policy
 
@@ -449,6 +450,13 @@ def test_a_signal_while_train_is_imported_is_not_lost(monkeypatch, capsys):
     assert began == [["tiny"]] and capsys.readouterr().err == "interrupted\n"
 
 
+def test_the_help_names_every_exit_code(capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    codes = (exit_codes.DONE, exit_codes.FAILED, exit_codes.BAD_INPUT, exit_codes.PREEMPTED, exit_codes.INTERRUPTED)
+    assert [text for text in (f"{code} " for code in codes) if text not in printed] == []
+
+
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [
@@ -461,6 +469,7 @@ def test_a_signal_while_train_is_imported_is_not_lost(monkeypatch, capsys):
         (SearchError("search.max_replacements is 2"), 1, ["error: search.max_replacements is 2", "to continue: "]),
         (TimeoutError("batch 3 was not found"), 1, ["error: batch 3 was not found", "to continue: "]),
         (KeyboardInterrupt(), 130, ["to continue: nested-reft train --resume ", "interrupted"]),
+        (Preempted(), 75, ["to continue: nested-reft train --resume ", "pre-empted"]),
         (FloatingPointError("step 2: loss is nan"), 1, ["error: step 2: loss is nan"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -498,7 +507,7 @@ def test_a_stopped_run_resumes(number, tmp_path):
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(number)
-    assert process.wait(timeout=120) == (130 if number == signal.SIGTERM else -number)
+    assert process.wait(timeout=120) == (75 if number == signal.SIGTERM else -number)
     (run,) = (tmp_path / "runs").iterdir()
     stopped_at = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     process = subprocess.Popen([*command, "--resume", str(run)], env=environment, cwd=tmp_path)

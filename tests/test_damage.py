@@ -1,8 +1,12 @@
-"""A dozen kinds of damage to a run's directory; `scripts/damage.py` has them all."""
+"""Twenty kinds of damage to a run's directory; `scripts/damage.py` has them all."""
+
+from pathlib import Path
 
 import pytest
 
-from scripts.damage import kinds, stopped_run, verdicts
+from scripts.damage import WORDS, Verdict, kinds, kinds_in, markdown, stopped_run, verdicts
+
+PAGE = Path(__file__).parents[1] / "experiments" / "results" / "robustness.md"
 
 EXPECTED = {
     "config.json: cut to half": ("refused", "config.json' cannot be read"),
@@ -18,6 +22,12 @@ EXPECTED = {
     "checkpoints: the newest gone": ("older", "continuing after step 2 of 5 (tiny)"),
     "checkpoints: an empty directory '²'": ("same", ""),
     "checkpoints: checkpoint 2 under the name 3": ("older", "checkpoint 3 in"),
+    "checkpoints/blocks/replay-3.safetensors: one bit flipped": ("older", "blocks/replay-3.safetensors does not hold"),
+    "checkpoints/blocks/replay-1.safetensors: cut to half": ("refused", "blocks/replay-1.safetensors has"),
+    "checkpoints/blocks: half written under another name": ("same", ""),
+    "checkpoints/3/arrays/ocdbt.process_0/d: the smallest removed": ("older", "No such file"),
+    "summary.json: half of one": ("same", ""),
+    "summary.json: a directory in its place": ("refused", "summary.json' is a directory"),
     "checkpoints: all damaged": ("refused", "there is no other to continue from"),
 }
 
@@ -36,5 +46,19 @@ def test_damage_is_recovered_from_or_named(kind, found):
     assert said in found[kind].said
 
 
-def test_there_are_about_150_kinds():
-    assert len(kinds()) >= 150
+def test_there_are_more_than_200_kinds():
+    assert len(kinds()) >= 200
+
+
+def test_the_table_of_the_results_page_has_every_kind():
+    found = kinds_in(PAGE.read_text(encoding="utf-8"))
+    assert found.keys() == kinds().keys()
+    assert set(found.values()) <= set(WORDS) - {"silent"}
+    # What the tests above find stands there too.
+    assert {kind: found[kind] for kind in EXPECTED} == {kind: word for kind, (word, _) in EXPECTED.items()}
+
+
+def test_the_table_can_be_read_back():
+    written = [Verdict(kind, WORDS[index % 4], "") for index, kind in enumerate(kinds())]
+    page = f"<!-- kinds of damage -->\n{markdown(written)}\n<!-- end of kinds -->"
+    assert kinds_in(page) == {verdict.kind: verdict.word for verdict in written}

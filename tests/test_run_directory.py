@@ -209,3 +209,11 @@ def test_a_directory_that_was_moved_stops_the_run(tmp_path):
             act()
     assert [line["step"] for line in read_log(tmp_path / "elsewhere" / "metrics.jsonl")] == [1]
     run.close()
+
+
+def test_a_directory_in_the_summarys_place_is_refused_before_the_run(tmp_path):
+    run = RunDirectory(tmp_path)
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(ValueError, match=r"summary.json' is a directory; move it away"):
+        run.check_logs()
+    run.close()

@@ -17,8 +17,8 @@
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
-Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 76 stalled (nothing went on
-for train.stall_seconds; the run can be resumed), 130 interrupted.
+Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 75 pre-empted by SIGTERM
+(resume it), 76 stalled (nothing went on for train.stall_seconds; resume it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from contextlib import nullcontext
 
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
-from nested_reft.cli.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED
 from nested_reft.cli.joining import join, take_flags
 from nested_reft.cli.output import complain, say
-from nested_reft.training.interrupts import stop_requests
+from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, PREEMPTED
+from nested_reft.training.interrupts import Preempted, interruption, stop_requests
 from nested_reft.untrusted import printable
 
 # Each command and the module here that has its `run`. A module is imported when its command is called: most of them
@@ -99,6 +99,9 @@ def _exit_code(arguments: list[str]) -> int:
         return _refusal(error, BAD_INPUT)
     except FloatingPointError as error:  # updates or parameters were not finite
         return _refusal(error, FAILED)
+    except Preempted:
+        complain("pre-empted")
+        return PREEMPTED
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
@@ -153,5 +156,6 @@ def _refusal(error: Exception, code: int) -> int:
 
 def _leave() -> None:
     """What a second signal does while nothing is written: an exception could get lost in an import or a callback."""
-    os.write(2, b"interrupted\n")
-    os._exit(INTERRUPTED)
+    is_preemption = isinstance(interruption(), Preempted)
+    os.write(2, b"pre-empted\n" if is_preemption else b"interrupted\n")
+    os._exit(PREEMPTED if is_preemption else INTERRUPTED)

@@ -10,7 +10,7 @@ from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
-from nested_reft.cli.exit_codes import FAILED, STALLED
+from nested_reft.exit_codes import FAILED, STALLED
 from nested_reft.cli.joining import add_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
@@ -129,7 +129,7 @@ def _resolve_config(
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
-        " raised. To start another run, leave out --resume"
+        " raised, and --mesh and --train.save-seconds changed. To start another run, leave out --resume"
     )
 
 

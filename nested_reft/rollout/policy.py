@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from nested_reft.checkpoint_identity import check_identity, checkpoint_identity
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_checkpoint
 from nested_reft.fields import read
 from nested_reft.json_files import differences
@@ -472,7 +473,8 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     if model.bridges is not None:
         like["bridges"] = model.bridges.stack()
     with Checkpoints(run / "checkpoints", keep) as checkpoints:
-        arrays, host = _newest(checkpoints, run / "config.json", stored, like)
+        identity = checkpoint_identity(source.name, model.config, tokenizer)
+        arrays, host = _newest(checkpoints, run / "config.json", stored, like, identity)
     model = nnx.merge(graph, arrays["trainable"], frozen)
     if model.bridges is not None:
         model.load_bridges(arrays["bridges"])
@@ -483,7 +485,7 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
 
 
 def _newest(
-    checkpoints: Checkpoints, config: Path, stored: dict[str, Any], like: dict[str, Any]
+    checkpoints: Checkpoints, config: Path, stored: dict[str, Any], like: dict[str, Any], identity: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays and host values of the newest checkpoint, of a run that may be going on.
 
@@ -501,6 +503,7 @@ def _newest(
                         f"'{config}' is not that of checkpoint {number}: {field} is {now!r}, and was {was!r}; change it"
                         " back"
                     )
+            check_identity(host.get("identity"), identity, f"checkpoint {number}")
             return checkpoints.restore_some(number, like), host
         except DamagedCheckpointError:
             # A run that goes on removes old checkpoints, perhaps while this one was read.

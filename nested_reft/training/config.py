@@ -38,6 +38,9 @@ from nested_reft.training.warm_start import WarmStartConfig
 from nested_reft.untrusted import MAX_WHOLE, shown
 
 MAX_STEPS = 10**8  # a second each, these are three years
+MAX_SAVE_SECONDS = 86_400.0  # a day
+# What a continued run may have otherwise, beside more steps: nothing that was computed so far depends on it.
+CHANGEABLE = ("train.save_seconds", "mesh.")
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -61,6 +64,9 @@ class TrainConfig:
         keep_checkpoints: newest ones kept; with 2, a run goes on even if the newest one is damaged.
         ess_warning: effective sample size, or share of tokens that a mask keeps, under which a step logs a warning and
             a remedy.
+        save_seconds: time that a run has from a SIGTERM (a pre-emption) on to end its step and write a checkpoint. When
+            it is over, the run ends without, and the checkpoint before holds. Machines that are taken away often give
+            30 seconds.
         stop_after_empty_updates: a run stops after so many updates in a row that changed nothing, because no token
             counted or all were rejected; None goes on.
         stop_after_nonfinite_updates: an update whose loss or gradient is not finite is left out and changes nothing.
@@ -83,6 +89,7 @@ class TrainConfig:
     stop_after_empty_updates: int | None = None
     stop_after_nonfinite_updates: int = 3
     stall_seconds: float | None = 1800.0
+    save_seconds: float = 25.0
 
     def __post_init__(self):
         whole = ("steps", "updates_per_batch", "mini_batches", "micro_batches", "checkpoint_every", "keep_checkpoints")
@@ -102,6 +109,10 @@ class TrainConfig:
         check_choice("train.compute_dtype", self.compute_dtype, ComputeDtype)
         if not 0 < self.ess_warning < 1:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
+        if not 0 < self.save_seconds <= MAX_SAVE_SECONDS:
+            raise ValueError(
+                f"train.save_seconds is {self.save_seconds}; allowed is more than 0, up to {MAX_SAVE_SECONDS:.0f}"
+            )
         if self.stop_after_empty_updates is not None:
             check_whole("train.stop_after_empty_updates", self.stop_after_empty_updates, 1, MAX_STEPS)
         check_whole("train.stop_after_nonfinite_updates", self.stop_after_nonfinite_updates, 1, MAX_STEPS)
@@ -237,7 +248,7 @@ def load_config(name: str, /, **overrides: Any) -> Config:
     ...
     ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, mini_batches, \
 micro_batches, remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates, \
-stop_after_nonfinite_updates, stall_seconds
+stop_after_nonfinite_updates, stall_seconds, save_seconds
 
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.
@@ -320,7 +331,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
 
 
 def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The differences with which a run cannot be continued: all but more steps.
+    """The differences with which a run cannot be continued: all but more steps, another mesh, another time limit.
 
     Args:
         stored: the `to_json` value of the run.
@@ -330,7 +341,11 @@ def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tup
         As `differences`; empty where the run may go on.
     """
     found = differences(stored, asked)
-    return [each for each in found if each[0] != "train.steps" or each[2] < each[1]]
+    return [
+        (name, was, now)
+        for name, was, now in found
+        if not name.startswith(CHANGEABLE) and (name != "train.steps" or now < was)
+    ]
 
 
 def _merged(stored: dict[str, Any], overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 There is one handler for the whole process while any block of `stop_requests` is open. It only sets a flag, so
 whatever a signal interrupts (a log line, a compilation, a checkpoint) goes on.
+
+SIGTERM alone is a pre-emption: the machine is wanted back, and the run is to go on elsewhere. SIGINT and SIGHUP come
+from a person, who wants it to end.
 """
 
 from __future__ import annotations
@@ -17,8 +20,17 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 SAID = b"\nstopping after the work in progress, with a checkpoint; a second signal stops at once\n"
 
 
+class Preempted(KeyboardInterrupt):
+    """A run was asked to stop by SIGTERM alone."""
+
+
+def interruption() -> KeyboardInterrupt:
+    """What ends a run that was asked to stop: `Preempted` where only SIGTERM came."""
+    return Preempted() if _current is not None and _current.is_preemption else KeyboardInterrupt()
+
+
 def _raise() -> None:
-    raise KeyboardInterrupt
+    raise interruption()
 
 
 class _Requests:
@@ -28,9 +40,16 @@ class _Requests:
         self.stop = self.at_once = False
         self.actions: list[Callable[[], None]] = []
         self.shields = 0  # blocks in which even a second signal has to wait
+        self.numbers: set[int] = set()
 
-    def handle(self, _number: int, _frame: Any) -> None:
+    @property
+    def is_preemption(self) -> bool:
+        """Whether nothing but SIGTERM asked."""
+        return self.numbers == {signal.SIGTERM}
+
+    def handle(self, number: int, _frame: Any) -> None:
         """The handler of every signal."""
+        self.numbers.add(number)
         if not self.stop:
             self.stop = True
             # `print` is no choice: the signal may have interrupted a write to the same stream.
@@ -63,7 +82,8 @@ def stop_requests(at_once: Callable[[], None] = _raise) -> Iterator[Callable[[],
         at_once: what a second signal does; by default it raises KeyboardInterrupt.
 
     Raises:
-        KeyboardInterrupt: the outermost block ended, and nobody had acted on a request. None is lost.
+        KeyboardInterrupt: the outermost block ended, and nobody had acted on a request. None is lost. It is
+            `Preempted` where only SIGTERM came.
     """
     global _current
     # Python lets only the main thread set handlers. In any other thread the run cannot be asked to stop.
@@ -90,7 +110,7 @@ def stop_requests(at_once: Callable[[], None] = _raise) -> Iterator[Callable[[],
                 previous[number] = signal.signal(number, requests.handle)
         yield lambda: requests.stop
         if requests.stop:
-            raise KeyboardInterrupt
+            raise interruption()
     finally:
         _current = None
         # A notebook goes on after the run and needs its own handlers back.

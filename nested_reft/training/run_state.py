@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 
 from nested_reft import dataset_reset, kl_control, mix_control
 from nested_reft.bridging import BridgeState
+from nested_reft.checkpoint_identity import check_format, check_identity, checkpoint_identity
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError
 from nested_reft.curriculum import CurriculumState
 from nested_reft.data.pipeline import PromptStream, batch_prompts
 from nested_reft.dataset_reset import ResetState
+from nested_reft.json_files import differences
 from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import PlanRule, layers_in
@@ -74,6 +76,7 @@ class RunState:
         before: held-out results before the first step of reinforcement.
         trained_before: whether an earlier phase has moved the parameters, so that the reference is not
             what the configuration starts from.
+        identity: model and tokenizer, as `checkpoint_identity` writes them.
     """
 
     config: Config
@@ -101,6 +104,7 @@ class RunState:
     seconds: float = 0.0
     before: dict[str, Any] | None = None
     trained_before: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def save(self, checkpoints: Checkpoints, number: int, marks: Marks) -> None:
         """Starts writing a checkpoint; the state may change as soon as this returns.
@@ -115,6 +119,7 @@ class RunState:
         """
         self.buffer, buffer = saved_buffer(self.buffer, f"replay-{number}")
         host = self._host() | {"buffer": buffer, "config": self.config.to_json(), "marks": marks}
+        host["identity"] = self.identity
         arrays = self.learner.arrays(self.trained_before)
         if self.searching is not None:
             arrays["searching"] = nnx.state(self.searching.model)
@@ -148,6 +153,9 @@ class RunState:
 
     def _load(self, checkpoints: Checkpoints, number: int, prepare: Callable[[RunState], None]) -> Marks:
         host = checkpoints.restore_host(number, blocks=True)
+        where, stored = f"checkpoint {number}", host.get("identity")
+        # Versions come first, because another one's values may mean something else.
+        check_format(stored, where)
         unknown = [name for name in ("mix", "bridging", "reset", "kl", "found_ahead") if name not in host]
         if self.config.replay.is_on and "segments" not in host["buffer"]:
             unknown.append("segments of replay")
@@ -157,13 +165,14 @@ class RunState:
                 " continue the run with the version that versions.json names"
             )
         # Fields that an earlier version did not have take their defaults, which is what it did.
-        changed = forbidden_changes(Config.from_json(host["config"]).to_json(), self.config.to_json())
+        written = Config.from_json(host["config"]).to_json()
+        changed = forbidden_changes(written, self.config.to_json())
         if changed:
             listed = "; ".join(f"{name} is {now!r}, and was {was!r}" for name, was, now in changed)
             raise ValueError(f"the configuration is not that of checkpoint {number}: {listed}. Change config.json back")
-        steps = host["config"]["train"]["steps"]
-        if self.config.train.steps != steps:
-            logger.warning("train.steps is %d, and was %d: the run is extended", self.config.train.steps, steps)
+        # Before anything that the model's shape decides is read.
+        check_identity(stored, self.identity, where)
+        self._say_changes(written)
         # What the phase begins with depends on these.
         self.phase, self.division, self.trained_before = host["phase"], host["division"], host["trained_before"]
         prepare(self)
@@ -186,6 +195,16 @@ class RunState:
         self.started, self.step = host["started"], host["step"]
         self.seconds, self.before = host["seconds"], host["before"]
         return host["marks"]
+
+    def _say_changes(self, stored: dict[str, Any]) -> None:
+        """Warns of the changes that a continued run may have, where they change what it does."""
+        steps, mesh = stored["train"]["steps"], self.config.to_json()["mesh"]
+        if self.config.train.steps != steps:
+            logger.warning("train.steps is %d, and was %d: the run is extended", self.config.train.steps, steps)
+        moved = differences(stored["mesh"], mesh)
+        changed = "; ".join(f"mesh.{name} is {now!r}, and was {was!r}" for name, was, now in moved)
+        if changed:
+            logger.warning("%s: the run goes on as it stood, and further sums are rounded in another order", changed)
 
     def _load_arrays(self, checkpoints: Checkpoints, number: int, searching: int | None) -> None:
         """Device arrays of a checkpoint; `searching` is the version of the policy that searchers had, if it is kept."""
@@ -305,4 +324,5 @@ def initial_run_state(setup: Setup) -> RunState:
         divergence_L=setup.divergence_L,
         buffer=empty_buffer(config),
         bridging=BridgeState(fits=int(config.nesting.bridge.file is not None)),
+        identity=checkpoint_identity(config.model.name, setup.policy.model.config, setup.policy.tokenizer),
     )

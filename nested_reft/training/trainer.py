@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft import curriculum, dataset_reset, kl_control, processes
-from nested_reft.checkpoints import CheckpointError, Checkpoints
+from nested_reft.checkpoints import CheckpointError, Checkpoints, newest_checkpoint
 from nested_reft.compilation import CompileCounter
+from nested_reft.exit_codes import PREEMPTED
 from nested_reft.heartbeat import beats
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.registry import OfflineConfig
@@ -34,7 +36,7 @@ from nested_reft.training import group_supply
 from nested_reft.training.agreement import agree, any_process, digest
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.failed_update import keep_failed_update
-from nested_reft.training.interrupts import finishing, stop_requests
+from nested_reft.training.interrupts import finishing, interruption, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
 from nested_reft.training.offline import Offline
@@ -46,6 +48,7 @@ from nested_reft.training.phases import (
     earlier_phases,
     first_checkpoint,
 )
+from nested_reft.training.preemption import save_limit
 from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import EmptyUpdatesError, OnStep, Reinforcement
@@ -55,6 +58,7 @@ from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.training.watchdog import Watchdog
 from nested_reft.types import Scored
+from nested_reft.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +149,12 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the last step of the last phase and returns the summary, which is also written.
 
-        SIGINT, SIGTERM or SIGHUP ends it after the step in progress, with a checkpoint.
+        SIGINT, SIGTERM or SIGHUP ends it after the step in progress, with a checkpoint. SIGTERM sets a time limit,
+        `train.save_seconds`: when it is over, the process ends at once with exit code 75, and the checkpoint before
+        holds.
 
         Raises:
-            KeyboardInterrupt: it was asked to stop.
+            KeyboardInterrupt: it was asked to stop; `Preempted` by SIGTERM alone.
             FloatingPointError: too many updates in a row, or a parameter, were not finite; the last checkpoint is from
                 before.
             GenerationLimitError: dynamic sampling found too few mixed groups and was told to stop.
@@ -157,7 +163,8 @@ class Trainer:
             OSError: a checkpoint or a log could not be written, or a searcher took too long (TimeoutError).
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
-        with stop_requests() as stop_requested, self._watchdog(), self:
+        limit = save_limit(self.config.train.save_seconds, self._leave_unsaved)
+        with stop_requests() as stop_requested, limit, self._watchdog(), self:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
             # The summary still generates, so it comes before the context closes everything.
@@ -316,6 +323,20 @@ class Trainer:
         if waiting.is_alive():
             logger.warning("devices still work, perhaps for %s; the run ends all the same", ", ".join(left))
 
+    def _leave_unsaved(self) -> None:
+        """Ends the process while the main thread is still at work."""
+        path, limit = self.run_directory.path, self.config.train.save_seconds
+        try:
+            newest = newest_checkpoint(path / "checkpoints")
+            how = "there is no checkpoint yet, and nothing to continue"
+            if newest is not None:
+                how = f"to continue from checkpoint {newest}: nested-reft train --resume {path}"
+            line = printable(f"the step and its checkpoint took longer than train.save_seconds, {limit:g}; {how}")
+            # `print` is no choice: the main thread may hold the stream's lock.
+            os.write(2, f"\n{line}\n".encode())
+        finally:  # whoever read the output may be gone
+            end_now(PREEMPTED)
+
     def _load(self) -> None:
         run = self.run_directory
         run.check_logs()
@@ -390,6 +411,15 @@ class Trainer:
             raise NonFiniteUpdatesError(f"{error}. {kept}") from None
 
 
+def end_now(code: int) -> None:
+    """Ends the process: no thread is waited for and nothing is tidied up, as if it were killed.
+
+    Args:
+        code: its exit code.
+    """
+    os._exit(code)
+
+
 def _stop_if(requested: bool) -> None:
     if requested:
-        raise KeyboardInterrupt
+        raise interruption()

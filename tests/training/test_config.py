@@ -197,6 +197,8 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
         ({"train__ess_warning": 1.0}, "train.ess_warning is 1.0; allowed is 0 < ess_warning < 1"),
         ({"train__stop_after_empty_updates": 0}, "train.stop_after_empty_updates is 0; allowed is 1 or more"),
         ({"train__stop_after_nonfinite_updates": 0}, "train.stop_after_nonfinite_updates is 0; allowed is 1 or more"),
+        ({"train__save_seconds": 0.0}, "train.save_seconds is 0.0; allowed is more than 0, up to 86400"),
+        ({"train__save_seconds": float("nan")}, "train.save_seconds is nan; allowed is more than 0"),
         ({"train__seed": -1}, "train.seed is -1; allowed is 0 or more"),
         ({"rollout__max_completion_tokens": 0}, "rollout.max_completion_tokens is 0"),
         ({"rollout__draft_length": 0}, "rollout.draft_length is 0; allowed is 1 or more"),

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from nested_reft.training.interrupts import finishing, stop_requests
+from nested_reft.training.interrupts import Preempted, finishing, stop_requests
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -30,6 +30,25 @@ def test_a_signal_is_a_request_that_nothing_has_to_answer_at_once(number, capfd)
         reached = True
     # The end of the block answers what nobody had answered.
     assert reached and "stopping after the work in progress" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("numbers", "is_preemption"),
+    [
+        ([signal.SIGTERM], True),
+        ([signal.SIGINT], False),
+        ([signal.SIGHUP], False),
+        ([signal.SIGTERM, signal.SIGINT], False),
+        ([signal.SIGINT, signal.SIGTERM], False),
+        ([signal.SIGTERM, signal.SIGTERM], True),
+    ],
+)
+def test_only_sigterm_alone_is_a_preemption(numbers, is_preemption):
+    """A restart loop would start again what a person has stopped."""
+    with pytest.raises(KeyboardInterrupt) as caught, stop_requests(), finishing():
+        for number in numbers:
+            signal.raise_signal(number)
+    assert isinstance(caught.value, Preempted) == is_preemption
 
 
 def test_the_second_signal_acts_at_once_whatever_its_kind():

@@ -1,10 +1,14 @@
 """A run that was stopped continues bit for bit, whatever phase it was in."""
 
 import dataclasses
+import shutil
 import signal
+import threading
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from nested_reft import replay
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
@@ -13,16 +17,19 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
+from nested_reft.tokenizer import Tokenizer
 from nested_reft.training import phases
 from nested_reft.training.config import Config
-from nested_reft.training.interrupts import stop_requests
+from nested_reft.training.interrupts import Preempted, stop_requests
 from nested_reft.training.reinforcement import Reinforcement
+from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
 from tests.scored_groups import scored
 from tests.training.runs import (
     MEASURED,
     MOVING,
+    PPO,
     assert_equal_arrays,
     comparable,
     comparable_steps,
@@ -210,6 +217,45 @@ def test_an_interrupt_while_a_phase_starts_acts_after_that(tmp_path, monkeypatch
     assert (state.started, state.step) == (True, 0) and state.before
 
 
+def test_a_preemption_ends_a_run_after_the_step_with_a_checkpoint(tmp_path):
+    run = Trainer(prepare(nano(**NO_EVALUATION)), RunDirectory(tmp_path), lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Preempted):
+        run.open().run()
+    assert newest_checkpoint(tmp_path / "checkpoints") == 1
+
+
+class Ended(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_preemption_that_takes_too_long_names_the_checkpoint_that_holds(tmp_path, monkeypatch, capfd):
+    """Step 2 goes on for longer than the limit, with a checkpoint of step 1."""
+    codes, released = list[int](), threading.Event()
+
+    def end(code):
+        codes.append(code)
+        released.set()
+
+    def on_step(found):
+        if found.number == 2:
+            signal.raise_signal(signal.SIGTERM)
+            assert released.wait(30)
+            raise Ended
+
+    monkeypatch.setattr("nested_reft.training.trainer.end_now", end)
+    config = nano(train__save_seconds=0.05, train__checkpoint_every=1, **NO_EVALUATION)
+    run = Trainer(prepare(config), RunDirectory(tmp_path), on_step)
+    with pytest.raises(Ended):
+        run.open().run()
+    assert codes == [75]
+    said = capfd.readouterr().err
+    assert f"train.save_seconds, 0.05; to continue from checkpoint 1: nested-reft train --resume {tmp_path}" in said
+    # Whoever continues has perhaps more time.
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, save_seconds=100.0))
+    with trainer(longer, tmp_path, resume=True) as resumed:
+        assert resumed.state.step == 1
+
+
 def test_an_interrupt_before_the_first_phase_leaves_nothing_to_continue(tmp_path):
     run = trainer(nano(**NO_EVALUATION), tmp_path)
     with pytest.raises(KeyboardInterrupt), stop_requests():
@@ -270,6 +316,103 @@ def test_a_run_on_a_mesh_resumes(tmp_path):
     first.close()
     second = trainer(config, tmp_path, resume=True)
     assert comparable_steps(second, range(1, 2)) == expected
+
+
+def arrays_of(run: Trainer):
+    """The host's copy of all device arrays that a checkpoint holds of a run."""
+    arrays = run.state.learner.arrays(True)
+    if run.state.searching is not None:
+        arrays["searching"] = nnx.state(run.state.searching.model)
+    return jax.device_get(arrays)
+
+
+def host_values_of(run: Trainer, number: int):
+    """The host's part of a checkpoint, but for what says when and where it was written."""
+    run.checkpoints.wait()
+    host = run.checkpoints.restore_host(number)
+    return {name: value for name, value in host.items() if name not in ("seconds", "marks", "config")}
+
+
+@pytest.mark.slow
+def test_a_move_from_eight_devices_to_one_and_back_changes_nothing(tmp_path, caplog):
+    """Parameters, moments, reference, critic and what searchers hold; and the steps after it are the same."""
+    eight = nano(mesh=MeshConfig(data=4, model=2), loss=PPO, search=SearchConfig(lag=1, sync_every=2), **NO_EVALUATION)
+    first = trainer(eight, tmp_path)
+    comparable_steps(first, range(1))
+    save_after(first, 1)
+    arrays, host = arrays_of(first), host_values_of(first, 1)
+    expected = comparable_steps(first, range(1, 3))
+    first.close()
+    assert {"trainable", "optimizer_state", "reference", "searching"} <= arrays.keys()
+    with trainer(dataclasses.replace(eight, mesh=MeshConfig()), tmp_path, resume=True) as moved:
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(moved.state.learner.state)} == {1}
+        assert_equal_arrays(arrays_of(moved), arrays)
+        # Written anew by one device, as another checkpoint.
+        moved.state.save(moved.checkpoints, 2, moved.run_directory.marks())
+        np.testing.assert_equal(host_values_of(moved, 2), host)
+    assert "mesh.data is 1, and was 4; mesh.model is 1, and was 2" in caplog.text
+    with trainer(eight, tmp_path, resume=True) as back:
+        assert newest_checkpoint(tmp_path / "checkpoints") == 2 and back.state.step == 1
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(back.state.learner.state)} == {8}
+        assert_equal_arrays(arrays_of(back), arrays)
+        assert comparable_steps(back, range(1, 3)) == expected
+        assert_equal_arrays(back.state.learner.state, first.state.learner.state)
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, monkeypatch):
+    """The configuration is the same: files of the model, or the program, have changed since."""
+    setup = prepare(nano(**NO_EVALUATION))
+    with trainer(setup, tmp_path) as first:
+        save_after(first, 0)
+        first.checkpoints.wait()
+        identity = first.state.identity
+
+    def refused(changes: dict, message: str) -> None:
+        with monkeypatch.context() as patch:
+            now = lambda *_: identity | changes  # noqa: E731
+            patch.setattr("nested_reft.training.run_state.checkpoint_identity", now)
+            with pytest.raises(ValueError, match=message):
+                trainer(setup, tmp_path, resume=True)
+
+    refused({"name": "other"}, "^checkpoint 0 is of model 'scratch', and this run has model 'other'$")
+    refused(
+        {"shape": identity["shape"] | {"width": 128, "num_layers": 7}},
+        "checkpoint 0 is of another model under the name 'scratch': num_layers was 6 and is 7; width was 64 and is 128",
+    )
+    refused({"tokenizer": "another"}, "checkpoint 0 was written with another tokenizer of model 'scratch'")
+    with monkeypatch.context() as patch:
+        patch.setattr("nested_reft.checkpoint_identity.FORMAT", identity["format"] - 1)
+        patch.setattr("nested_reft.checkpoint_identity.__version__", "0.0.9")
+        with pytest.raises(ValueError, match=r"by nested_reft 0\.1\.0 in format 1; this is 0\.0\.9, .* up to 0"):
+            trainer(setup, tmp_path, resume=True)
+    with trainer(setup, tmp_path, resume=True) as resumed:
+        assert resumed.state.step == 0
+
+
+def test_tokenizers_are_told_apart_by_what_they_read():
+    one = Tokenizer.characters("0123")
+    assert one.fingerprint() == Tokenizer.characters("0123").fingerprint()
+    assert one.fingerprint() != Tokenizer.characters("0132").fingerprint()
+    one.stop_ids = (0, 3)
+    assert one.fingerprint() != Tokenizer.characters("0123").fingerprint()
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    with trainer(nano(**NO_EVALUATION), tmp_path) as first:
+        save_after(first, 1)
+    checkpoints, blocks = tmp_path / "checkpoints", tmp_path / "checkpoints" / "blocks"
+    half = [checkpoints / "2.orbax-checkpoint-tmp", checkpoints / "3.orbax-checkpoint-tmp-1700000000"]
+    for path in half:
+        shutil.copytree(checkpoints / "1" / "arrays", path / "arrays")
+    blocks.mkdir(exist_ok=True)
+    half += [blocks / "replay-2.safetensors.partial", tmp_path / "metrics.jsonl.partial"]
+    half += [tmp_path / "config.json.4711.partial", tmp_path / "summary.json.4711.partial"]
+    kept = [checkpoints / "note.orbax-checkpoint-tmp", tmp_path / "thesis.partial"]
+    for path in half[2:] + kept:
+        path.write_text("{")
+    with trainer(nano(**NO_EVALUATION), tmp_path, resume=True) as resumed:
+        assert resumed.state.step == 1
+    assert [path for path in half if path.exists()] == [] and all(path.exists() for path in kept)
 
 
 def test_nesting_control_and_measurements_resume_bit_for_bit(tmp_path):

@@ -1,0 +1,95 @@
+"""The short form of `scripts/kill_loop.py`, what it compares, and how it judges an end."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+
+from nested_reft.run_directory import read_log
+from scripts import kill_loop
+from scripts.compare_runs import differing_values
+from scripts.kill_loop import MOMENTS, RANDOM, RUNS, Kill, Killed, KillLoop, report, schedule
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
+    """In a rollout, while what is kept for replay is written, and while a checkpoint gets its checksums."""
+    loop = KillLoop(tmp_path, [signal.SIGKILL], random.Random(0))
+    run = loop.killed("replay", ["rollout", "buffer write", "checkpoint seal"])
+    assert run.found == []
+    assert [kill.verdict for kill in run.kills] == ["killed"] * 3, run.kills
+    # The comparison is worth something only where there is something to compare.
+    straight, _ = loop.undisturbed("replay")
+    lines = read_log(straight / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(7))
+    assert any(line.get("gradient_norm", 0) > 0 for line in lines)
+
+
+def test_twenty_kills_take_every_moment():
+    planned = schedule(20, None)
+    moments = [moment for _, chosen in planned for moment in chosen]
+    assert len(moments) == 20 and set(moments) == {*MOMENTS, RANDOM}
+    assert {kind for kind, _ in planned} == RUNS.keys()
+    assert [len(chosen) for _, chosen in schedule(7, None)] == [5, 2]
+    # Without replay nothing writes a file for it.
+    assert all("buffer write" not in chosen for kind, chosen in schedule(40, None) if kind != "replay")
+
+
+@pytest.mark.parametrize("function", [function for function, _ in MOMENTS.values()])
+def test_every_moment_is_a_function_that_exists(function, monkeypatch):
+    started = []
+    monkeypatch.setattr(kill_loop.threading, "Thread", lambda **_: started.append(function))
+    owner, name = kill_loop.owner_of(function)
+    monkeypatch.setattr(owner, name, getattr(owner, name))
+    kill_loop.arm(function, 1, 0.0, [])
+    assert callable(getattr(owner, name)) and not started
+
+
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "checkpoint", "output", "verdict"),
+    [
+        ([KILL], -9, None, "anything", "killed"),
+        ([KILL], 1, 3, "Traceback", "crashed"),
+        ([KILL], 0, 6, "", "not reached"),
+        ([TERM], 75, 3, "to continue: nested-reft", "killed"),
+        ([TERM], 75, None, "the run ended before its first checkpoint", "killed"),
+        ([TERM], 75, 3, "", "silent"),
+        ([TERM], 130, 3, "to continue: ", "crashed"),
+        ([TERM], -15, None, "", "killed"),
+        ([TERM], -15, 3, "step 2", "crashed"),
+        ([INT, INT], 130, 3, "to continue: ", "killed"),
+        ([INT, TERM], 130, 3, "to continue: ", "killed"),
+        ([INT], 75, 3, "to continue: ", "crashed"),
+        ([INT], 130, 3, "Traceback\nto continue: ", "crashed"),
+    ],
+)
+def test_how_a_process_may_end(signals, code, checkpoint, output, verdict):
+    assert kill_loop.verdict_of(signals, code, checkpoint, output) == verdict
+
+
+def test_the_report_has_a_row_for_each_kill_and_names_what_differs():
+    kill = Kill("rollout", -9, 4, "killed", "")
+    runs = [
+        Killed("replay", [kill, Kill("start", -9, None, "killed", "")]),
+        Killed("replay", [kill], ["metrics.jsonl, line 3, loss: 1.0 and 2.0"]),
+    ]
+    text = report(runs, [KILL])
+    assert len(text.splitlines()) == 2 + 3 + 2
+    assert "none: begun again" in text and "1 differences" in text and "line 3, loss: 1.0 and 2.0" in text
+    assert text.endswith("SIGKILL: 3 moments, 3 killed; 1 of 2 runs end like the one that nobody killed, bit for bit")
+
+
+def test_values_are_compared_bit_for_bit_and_times_are_not():
+    mine = {"loss": float("nan"), "kept": [np.arange(3)], "seconds": 1.0, "a": {"marks": 1}, "marks": {"x": 1}}
+    same = {"loss": float("nan"), "kept": [np.arange(3)], "seconds": 2.0, "a": {"marks": 1}, "marks": {"x": 2}}
+    assert differing_values(mine, same, "host") == []
+    other = {**same, "kept": [np.arange(3.0)], "a": {"marks": 2}}
+    assert differing_values(mine, other, "host") == [
+        "host, a.marks: 1 and 2",
+        "host, kept.0: array([0, 1, 2]) and array([0., 1., 2.])",
+    ]
+    assert differing_values({"a": [], "b": 1}, {"b": 1}, "host") == ["host, a: [] and 'nothing'"]
