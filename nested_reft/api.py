@@ -20,6 +20,7 @@ from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
+from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
@@ -228,6 +229,8 @@ def open_trainer(
     with ExitStack() as on_failure:
         # A run that another process works on is refused before the model is loaded.
         directory = None if resume is None else on_failure.enter_context(closing(RunDirectory(resume)))
+        if resume is None:
+            check_start(config)
         setup = prepare(config, resumes=resume is not None)
         check_memory(setup)
         if directory is None:
