@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft.cli.arguments import Parser, check_json, keep_json, number, whole
-from nested_reft.cli.bad_input import BadInput, checking_input
+from experiments.arguments import add_json, add_steps, command, experiment_parser
+from nested_reft.cli.arguments import keep_json, number, whole
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training.config import Config, load_config
@@ -234,16 +235,14 @@ def _stats(record: StepRecord) -> Any:
     return record.found[0].stats
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table, and the comparison with runs.
 
     Args:
-        arguments: words of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
+        arguments: of the command line; None takes those of the process.
     """
-    parser = Parser("experiments.async_sizing", description=(__doc__ or "").partition("\n")[0])
+    parser = experiment_parser("async_sizing", __doc__)
     parser.add_argument("--sample-seconds", type=POSITIVE, default=8.0, help="of a batch at one searcher")
     parser.add_argument("--update-seconds", type=POSITIVE, default=1.0, help="of an update")
     parser.add_argument("--sync-seconds", type=SECONDS, default=0.0, help="until new weights have come to a searcher")
@@ -254,17 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefill", type=whole(1), default=1, help="batches that the first update waits for")
     parser.add_argument("--check", nargs="?", const="tiny", metavar="CONFIG", help="also runs a configuration here")
     parser.add_argument("--judge-seconds", type=SECONDS, default=0.5, help="of the slow judge, for each completion")
-    parser.add_argument("--steps", type=whole(1), default=40, help="of each run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the tables here")
-    try:
-        known = parser.parse_args(arguments)
+    add_steps(parser, 40)
+    add_json(parser, "the tables")
+    known = parser.parse_args(arguments)
+    if known.check is not None:
         with checking_input():
-            check_json(known.json)
-            if known.check is not None:
-                load_config(known.check)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            load_config(known.check)
     times = known.sample_seconds, known.update_seconds, known.sync_seconds, known.spread
     rows = sizes(*times, known.checkpoint_every, Replay(known.kept, known.recent_share, known.prefill))
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
@@ -274,7 +268,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = [[name, *(f"{row[column]:.2f}" for column in columns)] for name, row in found.items()]
         print(f"\n{table(['searchers', *columns], cells)}")
     keep_json(known.json, {"versions": versions(), "sizes": rows, "runs": found})
-    return 0
 
 
 def compared(name: str, steps: int, judge_seconds: float) -> dict[str, dict[str, float]]:

@@ -26,16 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from experiments.arguments import add_json, add_list, command, experiment_parser
 from nested_reft.bridge_fitting import distil_bridges, fit_bridges
 from nested_reft.bridging import BridgeConfig
-from nested_reft.cli.arguments import Parser, whole
-from nested_reft.cli.bad_input import BadInput, checking_input
+from nested_reft.cli.arguments import keep_json, whole
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.data.config import DataConfig
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.data.sources import DatasetSource
 from nested_reft.divergence import Texts, measure_layer_divergence, measure_plan_divergence, texts_of
-from nested_reft.json_files import write_json
 from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.models.parameters import Parameters
@@ -341,41 +341,33 @@ def best_plan(divergence_L: np.ndarray, count: int, part: Part, per_run: bool = 
     return LayerPlan.skipping(len(divergence_L), layers, part)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.bridges", description=(__doc__ or "").partition("\n")[0])
+    parser = experiment_parser("bridges", __doc__)
     parser.add_argument("task", choices=["sums", "gsm8k"])
     parser.add_argument("--config", default="smollm2_chain_sum", help="whose model, and whose source in place of sums")
     parser.add_argument("--folder", type=Path, help="where GSM8K's files lie; None downloads them")
-    parser.add_argument("--layers", type=whole(1), nargs="+", default=COUNTS, help="how many to leave out")
+    add_list(parser, "--layers", COUNTS, type=whole(1), help="how many to leave out")
     for name, what in (("fitted", "to fit bridges"), ("chosen", "to choose layers"), ("measured", "to measure plans")):
         parser.add_argument(f"--{name}", type=whole(1), help=f"prompts {what} on; left out, the task's own number")
     parser.add_argument("--distil-steps", type=whole(1), help="of each plan; left out, the task's own number")
     parser.add_argument("--transfer", action="store_true", help="also measure bridges fitted on the other task")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    try:
-        with checking_input():
-            known = parser.parse_args(arguments)
-            tasks = sums(known.config), gsm8k(known.config, known.folder)
-            task, other = tasks if known.task == "sums" else reversed(tasks)
-            given = {name: getattr(known, name) for name in ("fitted", "chosen", "measured", "distil_steps")}
-            task = dataclasses.replace(task, **{name: value for name, value in given.items() if value is not None})
-            setup = start_of(task, known.layers)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_json(parser)
+    known = parser.parse_args(arguments)
+    with checking_input():
+        tasks = sums(known.config), gsm8k(known.config, known.folder)
+        task, other = tasks if known.task == "sums" else reversed(tasks)
+        given = {name: getattr(known, name) for name in ("fitted", "chosen", "measured", "distil_steps")}
+        task = dataclasses.replace(task, **{name: value for name, value in given.items() if value is not None})
+        setup = start_of(task, known.layers)
     found = measure(setup, task, known.layers, other if known.transfer else None)
     print(report(found))
-    if known.json is not None:
-        write_json(known.json, found)
-    return 0
+    keep_json(known.json, found)
 
 
 def report(found: dict[str, Any]) -> str:

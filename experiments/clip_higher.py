@@ -10,12 +10,14 @@ rewards that are coin flips.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from experiments.arguments import command, experiment_parser
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
@@ -83,7 +85,14 @@ def final_entropy(
     return float(jnp.mean(jax.lax.map(run, jax.random.split(jax.random.key(0), 8))))
 
 
-def main() -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains all policies and prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    experiment_parser("clip_higher", __doc__).parse_args(arguments)
     rows = []
     for (name, probability, num_right), (batches, (updates, learning_rate)) in itertools.product(STARTS, SCHEDULES):
         entropies = [
@@ -97,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,6 @@ with the run of the same seed and mismatch without a correction. Intervals are 9
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -23,10 +22,21 @@ from typing import Any
 
 import numpy as np
 
+from experiments.arguments import (
+    add_json,
+    add_list,
+    add_out,
+    add_seeds,
+    add_steps,
+    check_folder,
+    command,
+    experiment_parser,
+)
 from experiments.equal_time import timed_run
 from experiments.runs import compile_once, interval, kept_run, seed_draws
+from nested_reft.cli.arguments import keep_json
+from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.evaluation import EvaluationConfig
-from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses import presets
 from nested_reft.losses.config import PolicyGradientConfig
@@ -129,7 +139,7 @@ def corrected_config(task: Task, mismatch: str, correction: str, seed: int, step
         nesting=task.mismatches[mismatch],
         loss=CORRECTIONS[correction](base.loss),
         mix_control=MixControlConfig(ess=0.5 if correction == MIXED else None),
-        train=dataclasses.replace(base.train, seed=seed, steps=steps or base.train.steps),
+        train=dataclasses.replace(base.train, seed=seed, steps=base.train.steps if steps is None else steps),
         warm_start=WarmStartConfig(),
     )
 
@@ -287,38 +297,35 @@ def slug(correction: str) -> str:
     return correction.replace(",", "").replace(" ", "_")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet, prints the tables and draws the figure.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = argparse.ArgumentParser("experiments.corrections", description=(__doc__ or "").partition("\n")[0])
+    parser = experiment_parser("corrections", __doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--mismatch", nargs="+", choices=("small", "large"), default=["small", "large"])
-    parser.add_argument("--corrections", nargs="+", choices=CORRECTIONS, default=list(CORRECTIONS), metavar="NAME")
-    parser.add_argument("--steps", type=int, help="of each run; left out, the task's own number")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-corrections"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    add_seeds(parser)
+    add_list(parser, "--mismatch", ("small", "large"), choices=("small", "large"))
+    add_list(parser, "--corrections", CORRECTIONS, choices=CORRECTIONS, metavar="NAME")
+    add_steps(parser, None)
+    add_out(parser, "runs/experiment-corrections")
+    add_json(parser, "the summary")
     known = parser.parse_args(arguments)
     if BASELINE not in known.corrections:
-        print(f"error: --corrections lacks '{BASELINE}', which the others are compared with", file=sys.stderr)
-        return 2
+        raise BadInput(f"--corrections lacks '{BASELINE}', which the others are compared with")
     out = known.out / known.task
+    with checking_input():
+        check_folder(out)
     compile_once(out)
     runs = runs_of(TASKS[known.task](), known.mismatch, known.corrections, known.seeds, known.steps, out)
     summary = summarise(runs)
     print(tables(summary))
     figure = known.out / f"{known.task}.png"
     draw(runs, figure, title=known.task)
-    if known.json is not None:
-        write_json(known.json, {"task": known.task, "versions": versions(), "mismatches": summary})
+    keep_json(known.json, {"task": known.task, "versions": versions(), "mismatches": summary})
     print(f"written: {figure}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ length of its completions, and generation batches for each update.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.arguments import add_list, add_out, add_seeds, add_steps, command, experiment_parser
 from experiments.runs import EVERY, compile_once, kept_run, measured_run
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
@@ -30,13 +30,18 @@ from nested_reft.training.warm_start import WarmStartConfig
 VARIANTS = ("grpo", "clip_higher", "overlong_punishment", "token_mean", "dynamic_sampling")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains what is not finished yet, and prints the table."""
-    parser = argparse.ArgumentParser("experiments.dapo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-dapo"))
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains what is not finished yet, and prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    parser = experiment_parser("dapo", __doc__)
+    add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
+    add_seeds(parser, 3)
+    add_steps(parser, 100, least=EVERY, multiple=EVERY)
+    add_out(parser, "runs/experiment-dapo")
     known = parser.parse_args(arguments)
     compile_once(known.out)
     results = []
@@ -51,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(columns, rows))
     write_json(known.out / "results.json", [dict(zip(columns, row, strict=True)) for row in rows])
     print(f"written: {known.out / 'results.json'}")
-    return 0
 
 
 def variant_config(variant: str, seed: int, steps: int) -> Config:
@@ -106,4 +110,4 @@ def _row(variant: str, results: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -19,7 +19,6 @@ partly luck. Intervals are 95 % percentile bootstraps over seeds (10,000 draws).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -32,7 +31,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arguments import (
+    add_json,
+    add_list,
+    add_out,
+    add_seeds,
+    add_steps,
+    command,
+    experiment_parser,
+    multiple_of,
+)
 from experiments.runs import EVERY, compile_once, finished, interval, kept_run, seed_draws
+from nested_reft.cli.arguments import keep_json, number
+from nested_reft.cli.bad_input import BadInput
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.evaluation import EvaluationConfig
@@ -340,33 +351,24 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet, prints the table and draws the figure.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = argparse.ArgumentParser("experiments.drpo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="0 to 1; 0 has to be there")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=120, help=f"of each run, a multiple of {EVERY}")
-    parser.add_argument("--reward-steps", type=int, default=100, help="of each reward model")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-drpo"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    parser = experiment_parser("drpo", __doc__)
+    share = number("0 to 1", lambda value: 0 <= value <= 1)
+    add_list(parser, "--shares", SHARES, type=share, help="0 to 1; 0 has to be there")
+    add_seeds(parser)
+    add_steps(parser, 120, least=EVERY, multiple=EVERY)
+    parser.add_argument("--reward-steps", type=multiple_of(1, 1), default=100, help="of each reward model")
+    add_out(parser, "runs/experiment-drpo")
+    add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    shares = known.shares
-    wrong = {
-        "--steps": (known.steps, known.steps >= EVERY and known.steps % EVERY == 0, f"a multiple of {EVERY}"),
-        "--reward-steps": (known.reward_steps, known.reward_steps >= 1, "1 or more"),
-        "--shares": (shares, 0 in shares and 0 <= min(shares) <= max(shares) <= 1, "0, and others up to 1"),
-    }
-    for name, (value, fits, allowed) in wrong.items():
-        if not fits:
-            print(f"error: {name} is {value}; allowed is {allowed}", file=sys.stderr)
-            return 2
+    if 0 not in known.shares:
+        raise BadInput(f"--shares is {known.shares}; allowed is 0, which the others are compared with, and others to 1")
     compile_once(known.out)
     runs = runs_of(known.shares, known.seeds, known.steps, known.out, known.reward_steps)
     summary, levels = summarise(runs), [0.5, 1.0, 2.0, 4.0, 8.0]
@@ -375,11 +377,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [[share, *map(_cell, values)] for share, values in at_kl.items()]
     print(table(["gold at KL (nats) of", *(f"{level:g}" for level in levels)], cells))
     draw(runs, known.out / "drpo.png")
-    if known.json is not None:
-        facts = {"steps": known.steps, "versions": versions(), "shares": summary}
-        write_json(known.json, facts | {"gold_at_kl": {"levels": levels, "shares": at_kl}})
+    facts = {"steps": known.steps, "versions": versions(), "shares": summary}
+    keep_json(known.json, facts | {"gold_at_kl": {"levels": levels, "shares": at_kl}})
     print(f"written: {known.out / 'drpo.png'}")
-    return 0
 
 
 if __name__ == "__main__":

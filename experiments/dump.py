@@ -17,7 +17,6 @@ own end early too, also by the time that the uniform run itself takes to that le
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.arguments import add_list, add_out, add_seeds, add_steps, command, experiment_parser
 from experiments.runs import EVERY, compile_once, finished, interval, measured_run, seed_draws, shared_start
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
@@ -45,25 +45,20 @@ KINDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet, and reports.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = argparse.ArgumentParser("experiments.dump", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["uniform", "dump"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-dump"))
+    parser = experiment_parser("dump", __doc__)
+    add_list(parser, "--kinds", ("uniform", "dump"), choices=KINDS)
+    add_seeds(parser)
+    add_steps(parser, 300, least=SMOOTH * EVERY, multiple=EVERY)
+    add_out(parser, "runs/experiment-dump")
     parser.add_argument("--report-only", action="store_true", help="tables and figures of the runs that are there")
     known = parser.parse_args(arguments)
-    if known.steps < SMOOTH * EVERY or known.steps % EVERY:
-        print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}, 30 or more", file=sys.stderr)
-        return 2
     compile_once(known.out)
     known.out.mkdir(parents=True, exist_ok=True)
     results = []
@@ -83,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if found is not None:
                 results.append(found | {"kind": kind, "seed": seed})
     report(results, known.out)
-    return 0
 
 
 def experiment_config(kind: str, seed: int, steps: int) -> Config:

@@ -17,8 +17,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from nested_reft.cli.arguments import Parser, check_json, keep_json, whole
-from nested_reft.cli.bad_input import BadInput, checking_input
+from experiments.arguments import add_json, add_steps, command, experiment_parser
+from nested_reft.cli.arguments import keep_json
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training import record
@@ -79,32 +80,24 @@ def measured(config: Config) -> list[dict[str, int]]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Takes the steps and prints the table.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.endurance", description=(__doc__ or "").partition("\n")[0])
+    parser = experiment_parser("endurance", __doc__)
     parser.add_argument("--backend", choices=("inline", "thread", "ray"), default="thread", help="who searches")
-    parser.add_argument("--steps", type=whole(1), default=6000)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    try:
-        known = parser.parse_args(arguments)
-        with checking_input():
-            check_json(known.json)
-            config = endurance_config(known.backend, known.steps)
-            check_backend(config.search)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_steps(parser, 6000, what="of the run")
+    add_json(parser, "the figures")
+    known = parser.parse_args(arguments)
+    with checking_input():
+        config = endurance_config(known.backend, known.steps)
+        check_backend(config.search)
     rows = measured(config)
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     keep_json(known.json, {"versions": versions(), "backend": known.backend, "rows": rows})
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ neither does the time in which JAX traces and compiles, because a long run pays 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -26,13 +25,24 @@ from typing import Any
 
 import jax
 
+from experiments.arguments import (
+    add_json,
+    add_list,
+    add_out,
+    add_seeds,
+    add_steps,
+    check_folder,
+    command,
+    experiment_parser,
+)
 from experiments.equal_time_summary import draw, summarise, tables
 from experiments.runs import compile_once, kept_run
 from nested_reft.bridging import BridgeConfig
+from nested_reft.cli.arguments import keep_json
+from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, exactly
 from nested_reft.evaluation import EvaluationConfig
-from nested_reft.json_files import write_json
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
@@ -40,6 +50,7 @@ from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.training import record
+from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.searcher import Searcher
@@ -196,7 +207,7 @@ def variant_config(task: Task, variant: str, seed: int, steps: int | None = None
         nesting=nesting_of(task),
         rollout=dataclasses.replace(base.rollout, **rollout),
         loss=dataclasses.replace(base.loss, **loss),
-        train=dataclasses.replace(base.train, seed=seed, steps=steps or base.train.steps),
+        train=dataclasses.replace(base.train, seed=seed, steps=base.train.steps if steps is None else steps),
         warm_start=WarmStartConfig(),
     )
 
@@ -336,37 +347,37 @@ def _told(run: dict[str, Any]) -> str:
     return f"{sum(run['steps']['seconds']):.1f} s, accuracy {run['evaluations']['accuracy'][-1]:.3f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet, prints the tables and draws the figure.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = argparse.ArgumentParser("experiments.equal_time", description=(__doc__ or "").partition("\n")[0])
+    parser = experiment_parser("equal_time", __doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, help="of each run; left out, the task's own number")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-equal-time"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    add_seeds(parser)
+    add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
+    add_steps(parser, None)
+    add_out(parser, "runs/experiment-equal-time")
+    add_json(parser, "the summary")
     known = parser.parse_args(arguments)
     if "full" not in known.variants:
-        print("error: --variants lacks full, which the others are compared with", file=sys.stderr)
-        return 2
-    out = known.out / known.task
+        raise BadInput("--variants lacks full, which the others are compared with")
+    task, out = TASKS[known.task](), known.out / known.task
+    with checking_input():
+        check_folder(out)
+        for variant in known.variants:
+            # Too few steps for a fit of bridges, for example, would show at the end only.
+            check_start(variant_config(task, variant, known.seeds[0], known.steps))
     compile_once(out)
-    runs = runs_of(TASKS[known.task](), known.variants, known.seeds, known.steps, out)
+    runs = runs_of(task, known.variants, known.seeds, known.steps, out)
     summary = summarise(runs)
     print(tables(summary))
     figure = known.out / f"{known.task}.png"
     draw(runs, summary, figure, title=known.task)
-    if known.json is not None:
-        write_json(known.json, {"task": known.task, "versions": versions(), "variants": summary})
+    keep_json(known.json, {"task": known.task, "versions": versions(), "variants": summary})
     print(f"written: {figure}")
-    return 0
 
 
 if __name__ == "__main__":

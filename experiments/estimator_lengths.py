@@ -10,17 +10,17 @@ sqrt(direction bias^2 + noise^2 / n); the table has n = 1024.
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from nested_reft.json_files import write_json
+from experiments.arguments import add_json, add_list, command, experiment_parser
+from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.reports.tables import table
 from nested_reft.verification.enumerable_model import EnumeratedPolicies, Scenario, TinyModel, enumerate_policies
@@ -104,16 +104,18 @@ def measured(seed: int, max_tokens: int) -> dict[str, Any]:
     return {"max_tokens": max_tokens, "kl_per_token": policies.kl_per_token, "estimators": found}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table: error after `COMPLETIONS` completions, and direction bias / noise behind it.
 
     Args:
         arguments: of the command line; None takes those of the process.
     """
-    parser = argparse.ArgumentParser("experiments.estimator_lengths", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser = experiment_parser("estimator_lengths", __doc__)
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the model")
+    # All completions are listed, and each token more makes several times as many.
+    add_list(parser, "--lengths", LENGTHS, type=whole(1, 8), help="of completions, in tokens")
+    add_json(parser)
     known = parser.parse_args(arguments)
     results = [measured(known.seed, max_tokens) for max_tokens in known.lengths]
     rows = []
@@ -125,9 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = ["error (direction bias / noise)"]
     header += [f"{result['max_tokens']} tokens, {result['kl_per_token']:.2f} nats" for result in results]
     print(table(header, rows))
-    if known.json is not None:
-        write_json(known.json, results)
+    keep_json(known.json, results)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,16 +9,17 @@ falls to a fifth, as divergence does in training, and jumps back at three quarte
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arguments import add_steps, command, experiment_parser, folder
 from nested_reft.estimators.health import Health
 from nested_reft.json_files import write_json
 from nested_reft.nesting_control import NestingControlConfig, initial_state, update
@@ -142,12 +143,17 @@ def plot(path: Path, results: dict[str, tuple[NestingControlConfig, list[dict[st
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Runs all three, prints the table, writes the figure and the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the files and the tiny run go")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of the tiny model")
-    known = parser.parse_args()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs all three, prints the table, writes the figure and the JSON file.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    parser = experiment_parser("nesting_control", __doc__)
+    parser.add_argument("--out", type=folder, default=Path("runs"), help="where the files and the tiny run go")
+    add_steps(parser, 120, what="of the tiny model")
+    known = parser.parse_args(arguments)
     known.out.mkdir(parents=True, exist_ok=True)
     results = {
         "synthetic, steady": (PLANT_CONTROL, plant_run(steady, PLANT_CONTROL)),
@@ -177,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

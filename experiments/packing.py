@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nested_reft.cli.arguments import Parser
+from experiments.arguments import add_json, command, experiment_parser
+from nested_reft.cli.arguments import keep_json
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.data.packing import fitted
 from nested_reft.data.sources import DatasetSource
 from nested_reft.data.written import completion_tokens, demonstration
-from nested_reft.json_files import write_json
 from nested_reft.models.parameters import parameter_shapes
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
@@ -98,26 +101,28 @@ def measure(setup: Setup) -> dict[str, dict[str, float]]:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures both data sets and prints the table.
 
     Args:
-        arguments: of the command line; None takes those of the program.
+        arguments: of the command line; None takes those of the process.
     """
-    parser = Parser("python -m experiments.packing", description="How much padding packing saves.")
+    parser = experiment_parser("packing", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with hh_harmless and gsm8k")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    add_json(parser, "the numbers")
     known = parser.parse_args(arguments)
-    found: dict[str, Any] = {name: measure(prepare(config)) for name, config in configs(known.data).items()}
+    with checking_input():
+        setups = {name: prepare(config) for name, config in configs(known.data).items()}
+    found: dict[str, Any] = {name: measure(setup) for name, setup in setups.items()}
     rows = [
         [data, name, f"{values['padding']:.2f}", f"{values['products']:.2f}"]
         for data, arrangements in found.items()
         for name, values in arrangements.items()
     ]
     print(table(["data", "arrangement", "padding", "products"], rows))
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "found": found})
+    keep_json(known.json, {"versions": versions(), "found": found})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,17 +9,19 @@ draws by come from training prompts, so these prompts are new to them.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.arguments import add_json, command, experiment_parser
+from nested_reft.cli.arguments import keep_json, whole
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import measure_plan_divergence, texts_of
-from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
@@ -97,16 +99,33 @@ def measure(setup: Setup, num_prompts: int, draws: int, only: str) -> list[dict[
     return results
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    parser = experiment_parser("plan_divergence", __doc__)
     parser.add_argument("--config", default="smollm2_chain_sum", help="a configuration with measured plans")
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
-    parser.add_argument("--draws", type=int, default=8, help="plans of each rule")
+    parser.add_argument("--prompts", type=whole(1), default=16, help="held-out prompts")
+    parser.add_argument("--draws", type=whole(1), default=8, help="plans of each rule")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rules with this in their name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    known = parser.parse_args()
-    setup = prepare(load_config(known.config))
+    add_json(parser)
+    known = parser.parse_args(arguments)
+    with checking_input():
+        config = load_config(known.config)
+        if config.nesting.choice != "measured":
+            raise ValueError(
+                f"--config is '{known.config}', whose nesting.choice is '{config.nesting.choice}'; allowed are those"
+                " with 'measured' plans"
+            )
+        names = list(rules(config.nesting))
+        if not any(known.only in name for name in names):
+            raise ValueError(f"--only is '{known.only}'; allowed is a part of {', '.join(names)}")
+        setup = prepare(config)
+        for nesting, num_skipped in rules(config.nesting).values():
+            draw_plan(jax.random.key(0), nesting, setup.policy.num_layers, setup.divergence_L, num_skipped)
     results = measure(setup, known.prompts, known.draws, known.only)
     rows = [
         [
@@ -119,12 +138,9 @@ def main() -> None:
         ]
         for result in results
     ]
-    if not results:
-        parser.error(f"--only is '{known.only}'; allowed is a part of {', '.join(rules(setup.config.nesting))}")
     print(table(["plans (rule, skipped)", "draws", "mean KL", "standard error", "range", "different layers"], rows))
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "prompts": known.prompts, "results": results})
+    keep_json(known.json, {"versions": versions(), "prompts": known.prompts, "results": results})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,14 +23,14 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
+from experiments.arguments import add_json, command, experiment_parser
 from experiments.bridges import answers, check_prompts, tokens_of
 from nested_reft.bridge_fitting import fit_bridges
 from nested_reft.bridging import BridgeConfig
-from nested_reft.cli.arguments import Parser, whole
-from nested_reft.cli.bad_input import BadInput, checking_input
+from nested_reft.cli.arguments import keep_json, whole
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.estimators.health import Health, off_policy_health
-from nested_reft.json_files import write_json
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.models.low_precision import low_precision
@@ -195,38 +194,31 @@ def measure(
     return {"rows": rows, "versions": versions()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.precision_depth", description=(__doc__ or "").partition("\n")[0])
+    parser = experiment_parser("precision_depth", __doc__)
     parser.add_argument("--config", default="smollm2_step_sum", help="whose model and prompts")
+    # `nested_plan` refuses a layer that is named twice.
     parser.add_argument(
         "--leave-out", type=whole(0), nargs="+", action="append", metavar="LAYER", help="layers of one depth; repeat it"
     )
     parser.add_argument("--fit-prompts", type=whole(1), default=20)
     parser.add_argument("--measured-prompts", type=whole(1), default=32)
     parser.add_argument("--repeats", type=whole(1), default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    try:
-        with checking_input():
-            known = parser.parse_args(arguments)
-            setup = start_of(known.config, known.fit_prompts, known.measured_prompts)
-            depths = [(), *(known.leave_out or LEFT_OUT)]
-            plans = [nested_plan(layers, setup.policy.num_layers) for layers in depths]
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_json(parser)
+    known = parser.parse_args(arguments)
+    with checking_input():
+        setup = start_of(known.config, known.fit_prompts, known.measured_prompts)
+        depths = [(), *(known.leave_out or LEFT_OUT)]
+        plans = [nested_plan(layers, setup.policy.num_layers) for layers in depths]
     found = measure(setup, plans, known.fit_prompts, known.measured_prompts, known.repeats)
     print(report(found))
-    if known.json is not None:
-        write_json(known.json, found)
-    return 0
+    keep_json(known.json, found)
 
 
 def report(found: dict[str, Any]) -> str:

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.arguments import add_json, add_list, add_out, add_seeds, add_steps, command, experiment_parser
 from experiments.corrections import slug
 from experiments.runs import finished
-from nested_reft.cli.arguments import Parser, whole
-from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.arguments import keep_json
 from nested_reft.config_files import load_module
 from nested_reft.diversity import embedding_distance, self_bleu
 from nested_reft.json_files import write_json
@@ -153,31 +153,23 @@ def _over_seeds(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})" if known else "-"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet and prints the table.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.red_team", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--losses", nargs="+", choices=(BALANCE, GRADIENT), default=[BALANCE, GRADIENT], metavar="NAME")
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=whole(1), default=100)
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-red-team"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    try:
-        known = parser.parse_args(arguments)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = experiment_parser("red_team", __doc__)
+    add_list(parser, "--losses", (BALANCE, GRADIENT), choices=(BALANCE, GRADIENT), metavar="NAME")
+    add_seeds(parser, 3)
+    add_steps(parser, 100)
+    add_out(parser, "runs/experiment-red-team")
+    add_json(parser)
+    known = parser.parse_args(arguments)
     runs = runs_of(known.losses, known.seeds, known.steps, known.out)
     print(summary_table(runs))
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "runs": runs})
-    return 0
+    keep_json(known.json, {"versions": versions(), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ over seeds (10,000 draws).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -28,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments.arguments import add_json, add_list, add_out, add_seeds, add_steps, command, experiment_parser
 from experiments.runs import EVERY, compile_once, interval, kept_run, measured_run, seed_draws
+from nested_reft.cli.arguments import keep_json
+from nested_reft.cli.bad_input import BadInput
 from nested_reft.dataset_reset import ResetConfig
-from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
@@ -188,37 +189,29 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet, prints the table and draws the figure.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = argparse.ArgumentParser("experiments.resets", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--arms", nargs="+", choices=list(arms(EVERY)), default=[PROMPT, "uniform", "backward"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=240, help=f"of each run, a multiple of {EVERY}")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-resets"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    parser = experiment_parser("resets", __doc__)
+    add_list(parser, "--arms", (PROMPT, "uniform", "backward"), choices=list(arms(EVERY)))
+    add_seeds(parser)
+    add_steps(parser, 240, least=EVERY, multiple=EVERY)
+    add_out(parser, "runs/experiment-resets")
+    add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    if known.steps < EVERY or known.steps % EVERY:
-        print(f"error: --steps is {known.steps}; allowed is a multiple of {EVERY}", file=sys.stderr)
-        return 2
     if PROMPT not in known.arms:
-        print(f"error: --arms lacks '{PROMPT}', which the others are compared with", file=sys.stderr)
-        return 2
+        raise BadInput(f"--arms lacks '{PROMPT}', which the others are compared with")
     compile_once(known.out)
     runs = runs_of(known.arms, known.seeds, known.steps, known.out)
     summary = summarise(runs)
     print(summary_table(summary))
     draw(runs, known.out / "resets.png")
-    if known.json is not None:
-        write_json(known.json, {"steps": known.steps, "versions": versions(), "arms": summary})
+    keep_json(known.json, {"steps": known.steps, "versions": versions(), "arms": summary})
     print(f"written: {known.out / 'resets.png'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,20 +12,24 @@ the update of a step, without its rollout: the median, so that compiling does no
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
+import math
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.arguments import add_json, add_list, add_steps, command, experiment_parser
 from experiments.plan_divergence import full_completions
+from nested_reft.cli.arguments import keep_json, number, whole
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.divergence import measure_plan_divergence, texts_of
 from nested_reft.evaluation import EvaluationConfig, evaluate_examples
-from nested_reft.json_files import write_json
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.reports.tables import table
@@ -140,15 +144,25 @@ def cell(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ({np.std(values, ddof=1) / np.sqrt(len(values)):.3f})"
 
 
-def main() -> None:
-    """Trains, and prints a row for each coefficient."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each run")
-    parser.add_argument("--coefficients", type=float, nargs="+", default=[0.0, 0.3])
-    parser.add_argument("--layer-dropout", type=float, default=0.4, help="of the warm start")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    known = parser.parse_args()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, and prints a row for each coefficient.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    parser = experiment_parser("self_distillation", __doc__)
+    parser.add_argument("--seeds", type=whole(1), default=3, help="how many, from 0 on")
+    add_steps(parser, 60, least=3)
+    weight = number("0 or more", lambda value: 0 <= value < math.inf)
+    add_list(parser, "--coefficients", (0.0, 0.3), type=weight, help="of self-distillation")
+    dropout = number("0 or more and less than 1", lambda value: 0 <= value < 1)
+    parser.add_argument("--layer-dropout", type=dropout, default=0.4, help="of the warm start")
+    add_json(parser)
+    known = parser.parse_args(arguments)
+    with checking_input():
+        # What cannot be is found before the first warm start.
+        configuration(0, known.steps, known.layer_dropout)
     lines = results_of(known.seeds, known.steps, known.coefficients, known.layer_dropout)
     rows = []
     for coefficient in (None, *known.coefficients):
@@ -158,9 +172,8 @@ def main() -> None:
     header = ["", "KL(full||nested)", "ESS token", "ESS sequence", "full acc.", "nested acc.", "update s"]
     print(table(header, rows))
     print(f"Mean of {known.seeds} seeds (standard error).")
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "arguments": vars(known) | {"json": None}, "results": lines})
+    keep_json(known.json, {"versions": versions(), "arguments": vars(known) | {"json": None}, "results": lines})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

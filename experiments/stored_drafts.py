@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nested_reft.cli.arguments import Parser, whole
-from nested_reft.cli.bad_input import BadInput
-from nested_reft.json_files import write_json
+from experiments.arguments import add_json, add_list, add_seeds, command, experiment_parser
+from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.reports.tables import table
 from nested_reft.rollout.policy import Policy
@@ -141,33 +140,25 @@ def summary_table(found: Sequence[dict[str, Any]]) -> str:
     return table(["drafts", "updates old", *(measure.replace("_", ", ") for measure in measures)], rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains and prints the table.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.stored_drafts", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--starts", type=whole(0), nargs="+", default=[0, 20, 40])
-    parser.add_argument("--ages", type=whole(1), nargs="+", default=[1, 10, 40])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    try:
-        known = parser.parse_args(arguments)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = experiment_parser("stored_drafts", __doc__)
+    add_seeds(parser, 3)
+    add_list(parser, "--starts", (0, 20, 40), type=whole(0), help="steps at which batches are drawn")
+    add_list(parser, "--ages", (1, 10, 40), type=whole(1), help="updates after which they are scored")
+    add_json(parser, "the figures")
+    known = parser.parse_args(arguments)
     found = []
     for seed in known.seeds:
         with tempfile.TemporaryDirectory() as directory:
             found += measured(seed, known.starts, known.ages, Path(directory) / "run")
     print(summary_table(found))
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "found": found})
-    return 0
+    keep_json(known.json, {"versions": versions(), "found": found})
 
 
 if __name__ == "__main__":

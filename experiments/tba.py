@@ -31,16 +31,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments.arguments import add_json, add_list, add_out, add_seeds, add_steps, command, experiment_parser
 from experiments.async_sizing import SEARCHERS, SECONDS, Times, simulate
 from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables, told
 from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, kept_run
-from nested_reft.cli.arguments import Parser, whole
+from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.evaluation import EvaluationConfig
-from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import ObjectiveConfig
@@ -213,31 +213,25 @@ def table_of_times(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     return table(header, rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains what is not finished yet, prints the tables and draws the figure.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.tba", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--lags", type=whole(0), nargs="+", default=[0, 16, 48])
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="NAME")
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=whole(1), default=100)
+    parser = experiment_parser("tba", __doc__)
+    add_list(parser, "--lags", (0, 16, 48), type=whole(0), help="batches that searchers are ahead")
+    add_list(parser, "--losses", LOSSES, choices=LOSSES, metavar="NAME")
+    add_seeds(parser)
+    add_steps(parser, 100)
     parser.add_argument("--searchers", type=whole(0), default=0, help="threads beside the learner; 0 samples in turns")
     parser.add_argument("--judge-seconds", type=SECONDS, default=0.0, help="that each batch waits for its rewards")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment-tba"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
-    try:
-        known = parser.parse_args(arguments)
-        if BASELINE not in known.losses:
-            raise BadInput(f"--losses lacks '{BASELINE}', which the others are compared with")
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_out(parser, "runs/experiment-tba")
+    add_json(parser, "the summary")
+    known = parser.parse_args(arguments)
+    if BASELINE not in known.losses:
+        raise BadInput(f"--losses lacks '{BASELINE}', which the others are compared with")
     compile_once(known.out)
     options = known.searchers, known.judge_seconds
     runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out, *options)
@@ -247,10 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nSeconds to the level\n\n{table_of_times(times)}")
     figure = known.out / "tba.png"
     draw(runs, figure, title="tiny, old completions")
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "lags": summary, "times": times})
+    keep_json(known.json, {"versions": versions(), "lags": summary, "times": times})
     print(f"written: {figure}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, SilentRunDirectory, read_log, versions
 from nested_reft.sharding import MeshConfig
+from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.failed_update import DIRECTORY as FAILED_UPDATE
 from nested_reft.training.failed_update import load_failed_update
@@ -245,6 +246,8 @@ def open_trainer(
             if resume is not None:
                 kind = RunDirectory if processes.is_writer() else SilentRunDirectory
                 directory = on_failure.enter_context(closing(kind(resume)))
+            else:
+                check_start(config)
             setup = prepare(config, resumes=resume is not None)
             check_memory(setup)
             if directory is None and processes.is_writer():

@@ -1,26 +1,28 @@
 """Bridges in a file, so that a run need not fit its own: `nested-reft fit-bridges` writes it.
 
-The file is safetensors. Beside the bridges it holds the measured divergences of the layers, and says of which model
-and for which plan the bridges are.
+The file is safetensors. Beside the bridges it holds the measured divergences of the layers. It says to which weights
+and for which plan the bridges were fitted, and has a checksum of all that.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from nested_reft.layer_plan import LayerPlan, Part
+from nested_reft.models.fingerprint import fingerprint
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
-from nested_reft.untrusted import BadFile, reading
+from nested_reft.untrusted import BadFile, reading, shown
 
-_DIVERGENCE = "divergence"
+_DIVERGENCE, _CHECKSUM = "divergence", "checksum"
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,15 @@ class FittedBridges:
     Attributes:
         stack: the bridges by name, as `Bridges.stack` has them.
         divergence_L: of each layer with its bridge alone, in nats per token; zeros where it was not measured.
-        model: name of the model.
+        model: whose weights they were fitted to, as `model_in_words` has it.
+        weights: the fingerprint of these weights.
         parts: of the plan that the bridges were fitted for in sequence; None where each was fitted alone.
     """
 
     stack: Parameters
     divergence_L: Float[np.ndarray, " L"]
     model: str
+    weights: str
     parts: tuple[int, ...] | None
 
     def check_plan(self, path: Path, plan: LayerPlan | None) -> None:
@@ -71,42 +75,94 @@ def save_bridges(path: Path, fitted: FittedBridges) -> None:
     """
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in fitted.stack.items()}
     arrays[_DIVERGENCE] = np.asarray(fitted.divergence_L, np.float32)
-    about = {"model": fitted.model, "parts": json.dumps(fitted.parts)}
+    about = {"model": fitted.model, "weights": fitted.weights, "parts": json.dumps(fitted.parts)}
     # A kill while it is written must not leave half a file under the name.
     unfinished = path.with_name(f".{path.name}.unfinished")
-    save_file(arrays, unfinished, metadata=about)
+    # What safetensors itself writes only its owner could read, whatever the umask says.
+    unfinished.write_bytes(save(arrays, metadata=sealed(arrays, about)))
     unfinished.replace(path)
+
+
+def sealed(arrays: Parameters, about: dict[str, str]) -> dict[str, str]:
+    """What a file says of itself, with the checksum (CRC-32) of that and of its arrays.
+
+    Args:
+        arrays: by name.
+        about: without a checksum.
+    """
+    kinds = {name: (str(value.dtype), value.shape) for name, value in arrays.items()}
+    checksum = zlib.crc32(json.dumps([about, kinds], sort_keys=True).encode())
+    for name in sorted(arrays):
+        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), checksum)
+    return about | {_CHECKSUM: f"{checksum:08x}"}
 
 
 def load_bridges(path: Path, model: Transformer, name: str) -> FittedBridges:
     """Reads a bridge file for a model.
 
+    Bridges serve the weights that they were fitted to. A run keeps its bridges in its checkpoints, so they go on with
+    it while its weights move, and the file is read at the start only.
+
     Args:
         path: the file.
         model: with bridges, whose shapes the file's must have.
-        name: of the model, as `model.name` has it.
+        name: of the model, as `model_in_words` has it.
 
     Raises:
-        BadFile: there is no such file, it is damaged, or it is of another model or rank.
+        BadFile: there is no such file, it is damaged, or it is of other weights or of another rank.
     """
-    field = f"nesting.bridge.file is '{path}'"
+    field, again = f"nesting.bridge.file is '{path}'", "write it again with 'nested-reft fit-bridges'"
     if not path.is_file():
         raise BadFile(f"{field}, which is no file; write it with 'nested-reft fit-bridges'")
-    with reading(str(path)), safe_open(path, framework="numpy") as stored:
+    with reading(f"{field}, which cannot be read"), safe_open(path, framework="numpy") as stored:
         about = stored.metadata() or {}
         arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is no dictionary
-        parts = json.loads(about.get("parts", "null"))
-        if parts is not None and [type(part) for part in parts] != [int] * model.config.num_layers:
-            raise ValueError("its plan is not a part for each layer")
-    if about.get("model") != name:
-        raise BadFile(f"{field}, whose bridges are of the model '{about.get('model')}'; this one is '{name}'")
-    divergence_L = arrays.pop(_DIVERGENCE, np.zeros(model.config.num_layers, np.float32))
-    expected = {key: value.shape for key, value in model.stacked_bridges().items()}
-    found = {key: value.shape for key, value in arrays.items()}
-    if found != expected or divergence_L.shape != (model.config.num_layers,):
+    written = {entry: value for entry, value in about.items() if entry != _CHECKSUM}
+    if _CHECKSUM not in about:
+        raise BadFile(f"{field}, which has no checksum: it is damaged or of an earlier version; {again}")
+    if sealed(arrays, written) != about:
+        raise BadFile(f"{field}, which is damaged: it does not hold what was written (checksum); {again}")
+    found = {key: (value.dtype.name, value.shape) for key, value in arrays.items()}
+    num_layers = model.config.num_layers
+    shapes = {key: value.shape for key, value in model.stacked_bridges().items()} | {_DIVERGENCE: (num_layers,)}
+    expected = {key: ("float32", shape) for key, shape in shapes.items()}
+    if found != expected:
+        raise BadFile(f"{field}, which holds {found}; this model and nesting.bridge.rank need {expected}")
+    weights = fingerprint(model)
+    if about.get("weights") != weights:
         raise BadFile(
-            f"{field}, whose bridges have the shapes {found}; this model and nesting.bridge.rank need {expected}"
+            f"{field}, whose bridges are of other weights, those of {about.get('model')}; this run begins with those of"
+            f" {name}. Fit bridges to these with 'nested-reft fit-bridges'"
         )
+    divergence_L = arrays.pop(_DIVERGENCE)
     if not all(np.isfinite(value).all() for value in (*arrays.values(), divergence_L)):
         raise BadFile(f"{field}, which holds a value that is not finite")
-    return FittedBridges(arrays, divergence_L, name, None if parts is None else tuple(parts))
+    if divergence_L.min() < 0:
+        raise BadFile(f"{field}, whose layer {divergence_L.argmin()} has a divergence below 0, as none can be")
+    return FittedBridges(arrays, divergence_L, name, weights, _parts(about.get("parts"), num_layers, field))
+
+
+def _parts(text: str | None, num_layers: int, field: str) -> tuple[int, ...] | None:
+    """The plan that bridges were fitted for, of what a file says."""
+    try:
+        parts = json.loads(text or "")
+    except (ValueError, RecursionError):
+        parts = ""  # which is no plan
+    is_plan = isinstance(parts, list) and [type(part) for part in parts] == [int] * num_layers
+    if parts is not None and not (is_plan and set(parts) <= set(Part)):
+        raise BadFile(
+            f"{field}, whose plan is {shown(text)}; allowed is null, or a part for each of {num_layers} layers"
+        )
+    return None if parts is None else tuple(parts)
+
+
+def model_in_words(name: str, seed: int, updates: int) -> str:
+    """Whose weights they are, for messages.
+
+    Args:
+        name: `model.name`.
+        seed: `train.seed`, which decides the weights of a model from scratch.
+        updates: that they have had.
+    """
+    of_seed = f" with train.seed {seed}" if name == "scratch" else ""
+    return f"the model '{name}'{of_seed}{f' after {updates} updates' if updates else ''}"

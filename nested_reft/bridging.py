@@ -19,6 +19,7 @@ from nested_reft.literals import check_choice
 from nested_reft.types import Rollouts
 
 BridgeKind = Literal["off", "per_layer", "per_run"]
+SMALLEST = 1e-12  # of a ridge or a learning rate
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,18 @@ class BridgeConfig:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"nesting.bridge.rank is {self.rank}; allowed is 1 or more, or None for full rank")
         for name in ("ridge", "distil_learning_rate"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"nesting.bridge.{name} is {getattr(self, name)}; allowed is more than 0")
+            # Less than this is nothing beside float32's rounding.
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= SMALLEST):
+                raise ValueError(f"nesting.bridge.{name} is {getattr(self, name)}; allowed is {SMALLEST:g} or more")
         if self.tokens < 1:
             raise ValueError(f"nesting.bridge.tokens is {self.tokens}; allowed is 1 or more")
         for name in ("refit_every", "distil_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"nesting.bridge.{name} is {getattr(self, name)}; allowed is 0 (never) or more steps")
+        if self.file == "":
+            raise ValueError(
+                "nesting.bridge.file is ''; allowed is a file that `nested-reft fit-bridges` wrote, or None"
+            )
         if not self.is_on:
             self._check_defaults()
 

@@ -72,7 +72,12 @@ class NestingConfig:
             raise ValueError("nesting.layers is empty; choice 'fixed' needs the layers to skip")
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"nesting.layers is {self.layers}, which names a layer twice; allowed is each once")
-        # A setting that nothing reads is refused: the user would believe that it works.
+        if self.divergence_file == "":
+            raise ValueError(
+                "nesting.divergence_file is ''; allowed is a file that `nested-reft measure-layers` wrote, or None"
+            )
+        # A setting that nothing reads is refused: the user would believe that it works. Those that need another part of
+        # the configuration are with `training.compatibility`.
         if self.choice != "fixed" and self.layers:
             raise ValueError(f"nesting.layers is {self.layers}, but choice is '{self.choice}'; set choice to 'fixed'")
         self._check_bridge()

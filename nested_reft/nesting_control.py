@@ -69,17 +69,17 @@ class NestingControlConfig:
     def __post_init__(self):
         if self.hold is not None:
             check_choice("nesting_control.hold", self.hold, Held)
+        if self.hold is not None and self.budget is not None:
+            is_kl = self.hold == "kl_behavior_target"
+            if not (math.isfinite(self.budget) and self.budget > 0 and (is_kl or self.budget < 1)):
+                allowed = "more than 0 (nats per token)" if is_kl else f"0 < budget < 1, as a share, for '{self.hold}'"
+                raise ValueError(f"nesting_control.budget is {self.budget}; allowed is {allowed}")
         for name in ("budget", "max_skipped"):
             if (self.hold is None) != (getattr(self, name) is None):
                 raise ValueError(
                     f"nesting_control.{name} is {getattr(self, name)} and nesting_control.hold {self.hold}:"
                     " a controller needs hold, budget and max_skipped; leave all three out for none"
                 )
-        if self.budget is not None:
-            is_kl = self.hold == "kl_behavior_target"
-            if not (math.isfinite(self.budget) and self.budget > 0 and (is_kl or self.budget < 1)):
-                allowed = "more than 0 (nats per token)" if is_kl else f"0 < budget < 1, as a share, for '{self.hold}'"
-                raise ValueError(f"nesting_control.budget is {self.budget}; allowed is {allowed}")
         if self.min_skipped < 0:
             raise ValueError(f"nesting_control.min_skipped is {self.min_skipped}; allowed is 0 or more")
         if self.max_skipped is not None and self.max_skipped < self.min_skipped:

@@ -326,6 +326,13 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("sample smollm2-135m 1 --max-tokens 100000", "--max-tokens"),
     ("sample smollm2-135m 1 --temperature nan", "--temperature"),
     ("sample smollm2-135m 1 --temperature 1e-30", "--temperature"),
+    # Settings that nothing would read, and bridges that could never be fitted.
+    ("train tiny --nesting.skip-ratio 0 --nesting.bridge.kind per_layer", "nesting.bridge.kind"),
+    ("train tiny --nesting.bridge.kind per_layer --nesting.bridge.tokens 100000000", "nesting.bridge.tokens"),
+    ("train tiny --nesting.divergence-file smollm2_chain_sum_layers.json", "nesting.divergence_file"),
+    ("train tiny --nesting.bridge.kind per_layer --nesting.bridge.file=", "nesting.bridge.file"),
+    ("train tiny --rollout.draft-length 3", "rollout.draft_length"),
+    ("sft tiny --nesting.skip-ratio 0.3", "nesting.skip_ratio"),
     ("sample smollm2-135m 1 --skip-ratio 1", "--skip-ratio"),
     ("sample smollm2-135m 1 --skip-ratio 0.99", "--skip-ratio"),
     ("sample smollm2-135m 1 --skip-ratio 0.01", "--skip-ratio"),

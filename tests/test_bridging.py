@@ -75,7 +75,9 @@ def test_a_configuration_has_plans_of_one_shape(nesting, shape, key):
     ("fields", "message"),
     [
         ({"rank": 0}, "nesting.bridge.rank is 0; allowed is 1 or more, or None"),
-        ({"ridge": 0.0}, "nesting.bridge.ridge is 0.0; allowed is more than 0"),
+        ({"ridge": 0.0}, "nesting.bridge.ridge is 0.0; allowed is 1e-12 or more"),
+        ({"ridge": 1e-300}, "nesting.bridge.ridge is 1e-300; allowed is 1e-12 or more"),
+        ({"kind": "per_layer", "file": ""}, "nesting.bridge.file is ''; allowed is a file that"),
         ({"tokens": 0}, "nesting.bridge.tokens is 0; allowed is 1 or more"),
         ({"refit_every": -1}, r"nesting.bridge.refit_every is -1; allowed is 0 \(never\) or more"),
         ({"rank": 4}, r"nesting.bridge.rank is 4 \(allowed is None\), but nesting.bridge.kind is 'off', so nothing"),

@@ -216,6 +216,8 @@ def test_follows_a_plant_that_drifts(seed):
         ({"window": 0}, "nesting_control.window is 0"),
         ({"trial": 6}, "nesting_control.trial is 6; allowed is 1 to nesting_control.window, which is 5"),
         ({"margin": 1.0}, "nesting_control.margin is 1.0; allowed is 0 <= margin < 1"),
+        # What is wrong with what was given comes before what was not given.
+        ({"hold": "ess_token", "budget": 7.0}, "nesting_control.budget is 7.0; allowed is 0 < budget < 1"),
     ],
 )
 def test_refuses(fields, message):

@@ -12,6 +12,8 @@ measured rate for their number of rows, or the bytes that a stage must move at t
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.arguments import command
 from experiments.benchmarks.ceilings import ceilings_of
 from experiments.benchmarks.common import exported_model, parser, prepare_process, write_results
 from experiments.benchmarks.floors import Ceilings, CeilingsAt, rollout_floor, update_floor, update_tokens
@@ -39,11 +42,16 @@ ROLLOUT = Case(prompts=8, group=8, prompt_tokens=64, new_tokens=32)
 UPDATE = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
 
 
-def main() -> None:
-    """Prints the tables."""
-    options = parser(__doc__ or "", ())
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    options = parser("breakdown", __doc__)
     options.add_argument("--ours", choices=VARIANTS, default="float32", help="weights of the rollout")
-    known = options.parse_args()
+    known = options.parse_args(arguments)
     prepare_process(known.threads)
     config, directory, _ = exported_model()
     best = partial(measure, repeats=known.repeats)
@@ -248,4 +256,4 @@ def _optimizer_step(optimizer: optax.GradientTransformation, trainable: Any, mom
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 
+from experiments.arguments import add_json, add_list, experiment_parser
 from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
 from experiments.benchmarks.worker import Case, Spec
+from nested_reft.cli.arguments import whole
 from nested_reft.command import restart_with_huge_pages
-from nested_reft.json_files import check_writable, write_json
+from nested_reft.json_files import write_json
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, model_shape, resolve_model
@@ -25,15 +27,20 @@ MODEL = "smollm2-135m"
 DISTURBED = 0.1  # cores that other programs may use
 
 
-def parser(description: str, peers: Iterable[str]) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(peers)
+def parser(name: str, doc: str | None, peers: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """The options of every benchmark.
+
+    Args:
+        name: of the benchmark's module.
+        doc: of the module, which the help shows.
+        peers: systems that it can compare with.
+    """
+    found, names = experiment_parser(f"benchmarks.{name}", doc), list(peers)
     if names:
-        found.add_argument("--peers", nargs="*", choices=names, default=names, help="systems to compare with")
-    found.add_argument("--threads", type=_positive, default=2, help="of every system alike")
-    found.add_argument("--repeats", type=_positive, default=3, help="timed calls of each case; the best counts")
-    found.add_argument("--json", type=_writable, metavar="FILE", help="also write the results here")
+        add_list(found, "--peers", names, nargs="*", choices=names, help="systems to compare with")
+    found.add_argument("--threads", type=whole(1), default=2, help="of every system alike")
+    found.add_argument("--repeats", type=whole(1), default=3, help="timed calls of each case; the best counts")
+    add_json(found)
     return found
 
 
@@ -125,17 +132,3 @@ def write_results(path: Path | None, results: dict[str, Any]) -> None:
     """Writes the results with the versions that made them, if a file is asked for."""
     if path is not None:
         write_json(path, {"versions": versions(), "command": sys.argv[1:]} | results)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; allowed is a whole number, 1 or more")
-    return int(text)
-
-
-def _writable(text: str) -> Path:
-    try:
-        check_writable(Path(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)

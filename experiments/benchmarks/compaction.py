@@ -10,6 +10,7 @@ how early they do is measured. Each compaction compiles the decode step once mor
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arguments import command
 from experiments.benchmarks.common import disturbance, exported_model, parser, plain, prepare_process, write_results
 from experiments.benchmarks.ours import VARIANTS, plan_of, prompts_of
 from experiments.benchmarks.worker import Case, measure_all
@@ -31,9 +33,14 @@ NEW_TOKENS = (64, 128)
 STOP_SHARES = (1 / 16, 1 / 48)
 
 
-def main() -> None:
-    """Prints the table."""
-    known = parser(__doc__ or "", ()).parse_args()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    known = parser("compaction", __doc__).parse_args(arguments)
     prepare_process(known.threads)
     model = VARIANTS["float32"](exported_model()[1]).model
     rows = []
@@ -131,4 +138,4 @@ def compaction_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,14 +11,27 @@ pays from the acceptance on at which it yields as many tokens; bridges of zeros 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from experiments.benchmarks.common import disturbance, exported_model, parser, plain, prepare_process, write_results
-from experiments.benchmarks.ours import VARIANTS, plan_of, prompts_of, rollout_call
+from experiments.arguments import add_list, command
+from experiments.benchmarks.common import (
+    MODEL,
+    disturbance,
+    exported_model,
+    parser,
+    plain,
+    prepare_process,
+    write_results,
+)
+from experiments.benchmarks.ours import VARIANTS, add_skip_ratios, check_skip_ratios, plan_of, prompts_of, rollout_call
 from experiments.benchmarks.worker import Case, measure_all
+from nested_reft.cli.arguments import whole
+from nested_reft.cli.bad_input import checking_input
+from nested_reft.models.registry import model_shape
 from nested_reft.reports.tables import table
 from nested_reft.rollout.exact import ExactRollouts
 from nested_reft.rollout.policy import Policy
@@ -28,14 +41,22 @@ SKIP_RATIOS = (0.05, 0.1)
 DRAFT_LENGTHS = (1, 2, 4)
 
 
-def main() -> None:
-    """Prints the table."""
-    options = parser(__doc__ or "", ())
-    options.add_argument("--rows", nargs="+", type=int, choices=(1, 2, 4, 8, 64), default=[64])
-    options.add_argument("--skip-ratios", nargs="+", type=float, default=SKIP_RATIOS)
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    options = parser("exact", __doc__)
+    add_list(options, "--rows", (64,), type=whole(1), choices=(1, 2, 4, 8, 64), help="completions at once")
+    add_skip_ratios(options, SKIP_RATIOS)
     options.add_argument("--bridged", action="store_true", help="bridges stand in for the layers that drafts leave out")
-    known = options.parse_args()
+    known = options.parse_args(arguments)
     prepare_process(known.threads)
+    # JAX takes its cores when it draws a plan, so the process is prepared before.
+    with checking_input():
+        check_skip_ratios(known.skip_ratios, CASE, model_shape(MODEL).num_layers)
     policy = VARIANTS["float32"](exported_model()[1])
     rows = []
     for count in known.rows:
@@ -147,4 +168,4 @@ def exact_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

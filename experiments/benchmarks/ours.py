@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arguments import add_list
 from experiments.benchmarks.worker import Case, Spec, serve
 from nested_reft.bridging import BridgeConfig
+from nested_reft.cli.arguments import number
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
@@ -50,6 +53,36 @@ def plan_of(case: Case, num_layers: int) -> LayerPlan:
     """The plan of a case, always the same: it skips or bridges a share of the layers."""
     bridge = BridgeConfig("per_layer") if case.bridged else BridgeConfig()
     return draw_plan(jax.random.key(0), NestingConfig(skip_ratio=case.skip_ratio, bridge=bridge), num_layers)
+
+
+def add_skip_ratios(parser: argparse.ArgumentParser, default: Sequence[float], **about: Any) -> None:
+    """Adds `--skip-ratios`, which `check_skip_ratios` looks at once the model is known.
+
+    Args:
+        parser: of the benchmark.
+        default: the shares where it is left out.
+        about: further arguments of `add_argument`.
+    """
+    share = number("0 or more and less than 1", lambda value: 0 <= value < 1)
+    add_list(parser, "--skip-ratios", default, type=share, help="shares of the layers that plans leave out", **about)
+
+
+def check_skip_ratios(skip_ratios: Sequence[float], case: Case, num_layers: int) -> None:
+    """Refuses shares that the model has no plan for.
+
+    Args:
+        skip_ratios: of `--skip-ratios`.
+        case: any of the benchmark's.
+        num_layers: L of the model.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for skip_ratio in skip_ratios:
+        try:
+            plan_of(dataclasses.replace(case, skip_ratio=skip_ratio), num_layers)
+        except ValueError as error:
+            raise ValueError(f"--skip-ratios: {error}") from None
 
 
 def prompts_of(case: Case, vocab_size: int) -> Prompts:

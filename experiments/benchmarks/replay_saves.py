@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arguments import add_json, add_list, command, experiment_parser
 from nested_reft.checkpoints import Checkpoints
-from nested_reft.cli.arguments import Parser, whole
-from nested_reft.cli.bad_input import BadInput
-from nested_reft.json_files import write_json
+from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.replay_saving import load_store, save_store
 from nested_reft.replay_store import ReplayConfig, Store, add, draw
 from nested_reft.reports.tables import table
@@ -114,31 +113,23 @@ def _written(directory: Path, number: int) -> int:
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints the table.
 
     Args:
         arguments: of the command line; None takes those of the process.
-
-    Returns:
-        The exit code.
     """
-    parser = Parser("experiments.benchmarks.replay_saves", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--completions", type=whole(PER_PROMPT), nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    try:
-        known = parser.parse_args(arguments)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = experiment_parser("benchmarks.replay_saves", __doc__)
+    add_list(parser, "--completions", (10_000, 100_000, 1_000_000), type=whole(PER_PROMPT), help="in the store")
+    add_json(parser, "the figures")
+    known = parser.parse_args(arguments)
     found = []
     for completions in known.completions:
         with tempfile.TemporaryDirectory() as directory:
             found.append(measured(completions, Path(directory)))
     print(table(list(found[0]), [[_short(value) for value in row.values()] for row in found]))
-    if known.json is not None:
-        write_json(known.json, {"versions": versions(), "saves": found})
-    return 0
+    keep_json(known.json, {"versions": versions(), "saves": found})
 
 
 def _short(value: float) -> str:

@@ -12,11 +12,13 @@ Ratios compare rows of this run; other programs on the machine spoil them.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from experiments.arguments import add_list, command
 from experiments.benchmarks.ceilings import ceilings_of, sampling_seconds
 from experiments.benchmarks.common import (
     cost_cells,
@@ -29,9 +31,11 @@ from experiments.benchmarks.common import (
     write_results,
 )
 from experiments.benchmarks.floors import CeilingsAt, decode_rate, predicted_speedup, ratio, rollout_floor
-from experiments.benchmarks.ours import VARIANTS, plan_of
+from experiments.benchmarks.ours import VARIANTS, add_skip_ratios, check_skip_ratios, plan_of
 from experiments.benchmarks.peers import TORCH, System
 from experiments.benchmarks.worker import Case
+from nested_reft.cli.arguments import whole
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.layer_plan import PlanShape
 from nested_reft.models.config import ModelConfig
 from nested_reft.reports.tables import table
@@ -50,31 +54,29 @@ WORKLOADS = {"1": (1, 1), "16": (16, 1), "64": (64, 1), "8x8": (8, 8)}
 """Name -> prompts, completions of each."""
 
 
-def main() -> None:
-    """Prints the tables."""
-    options = parser(__doc__ or "", PEERS)
-    options.add_argument("--new-tokens", type=int, default=32, help="C, 2 or more")
-    options.add_argument("--prompt-tokens", type=int, default=64, help="P")
-    options.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    options.add_argument("--ours", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="our precisions")
-    options.add_argument("--skip-ratios", nargs="*", type=float, default=SKIP_RATIOS)
-    options.add_argument(
-        "--nested", nargs="+", choices=VARIANTS, default=["float32"], help="precisions of nested plans"
-    )
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    options = parser("rollouts", __doc__, PEERS)
+    options.add_argument("--new-tokens", type=whole(2), default=32, help="C")
+    options.add_argument("--prompt-tokens", type=whole(1), default=64, help="P")
+    add_list(options, "--workloads", WORKLOADS, choices=WORKLOADS)
+    add_list(options, "--ours", VARIANTS, choices=VARIANTS, help="our precisions")
+    add_skip_ratios(options, SKIP_RATIOS, nargs="*")
+    add_list(options, "--nested", ("float32",), choices=VARIANTS, help="precisions of nested plans")
     options.add_argument("--bridged", action="store_true", help="bridges stand in for the layers that plans skip")
-    known = options.parse_args()
-    if known.new_tokens < 2 or known.prompt_tokens < 1:
-        options.error("--new-tokens must be 2 or more and --prompt-tokens 1 or more")
+    known = options.parse_args(arguments)
     cases = [Case(*WORKLOADS[name], known.prompt_tokens, known.new_tokens) for name in known.workloads]
     shape, spec = spec_maker(known)
     if known.prompt_tokens + known.new_tokens > shape.max_positions:
         options.error(f"--prompt-tokens + --new-tokens must be at most {shape.max_positions}: the model's positions")
     # What cannot work is refused here: the systems before our nested rows take minutes.
-    for skip_ratio in known.skip_ratios:
-        try:
-            plan_of(dataclasses.replace(cases[0], skip_ratio=skip_ratio), shape.num_layers)
-        except ValueError as error:
-            options.error(f"--skip-ratios: {error}")
+    with checking_input():
+        check_skip_ratios(known.skip_ratios, cases[0], shape.num_layers)
     ceilings = {dtype: ceilings_of(shape, jnp.dtype(dtype)) for dtype in ("float32", "bfloat16")}
     rows = []
     for variant in known.ours:
@@ -285,4 +287,4 @@ def nested_table(nested: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

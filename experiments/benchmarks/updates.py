@@ -9,11 +9,13 @@ backward (once for adapters, as the other weights need no gradient), at the meas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from experiments.arguments import add_list, command
 from experiments.benchmarks.ceilings import ceilings_of
 from experiments.benchmarks.common import (
     cost_cells,
@@ -37,11 +39,16 @@ PLAIN = System("plain torch", "peer_torch_update", *TORCH)
 PEERS = {"torch": (PLAIN, ("float32", "bfloat16"))}
 
 
-def main() -> None:
-    """Prints the table."""
-    options = parser(__doc__ or "", PEERS)
-    options.add_argument("--ours", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="our variants")
-    known = options.parse_args()
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    options = parser("updates", __doc__, PEERS)
+    add_list(options, "--ours", VARIANTS, nargs="*", choices=VARIANTS, help="our variants")
+    known = options.parse_args(arguments)
     case = Case(prompts=8, group=8, prompt_tokens=53, new_tokens=12)
     shape, spec = spec_maker(known)
     ceilings = ceilings_of(shape, jnp.float32)(update_tokens(case, shared_prompt=True))
@@ -120,4 +127,4 @@ def update_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,9 @@ def run(arguments: list[str]) -> None:
         check_json(known.json)
         config = override(load_config(known.config), overrides)
         shape = _shape(config, known.model)
+        # What the model does not allow shows without the compiler, which may not be installed.
+        config.nesting.validate_for(shape.num_layers)
+        config.nesting.bridge.validate_for(shape.width)
         devices = compiled_costs.topology_devices(known.topology)
         # Compiling stands here as well, because what the topology refuses is bad input too.
         costs = compiled_costs.configured_costs(config, shape, devices, with_update=not known.no_update)

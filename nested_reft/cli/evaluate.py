@@ -11,11 +11,13 @@ from nested_reft.api import evaluate_sources
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
-from nested_reft.cli.policy import plan_without, setup_of
+from nested_reft.cli.policy import plan_in_words, plan_of_run, plan_without, setup_of
+from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.bradley_terry import BradleyTerryConfig
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.reports.tables import evaluation_table, reward_table
 from nested_reft.rewards.reward import check_answers
+from nested_reft.rollout.policy import Policy
 from nested_reft.training.reward_facts import reward_facts
 
 # What an evaluation reads; an override of anything else would be believed and do nothing.
@@ -30,7 +32,7 @@ def run(arguments: list[str]) -> None:
         check_json(known.completions)
         _check_read(overrides)
         setup = setup_of(known.policy, known.config, overrides, known.prompts)
-        plan = plan_without(setup.policy.num_layers, known.skip_layers)
+        plan = _plan(known, setup.policy, setup.config.train.seed)
         if isinstance(setup.config.loss, BradleyTerryConfig):
             _check_reward_options(known)
         elif isinstance(setup.config.loss, OfflineConfig):
@@ -42,6 +44,8 @@ def run(arguments: list[str]) -> None:
         say(reward_table(facts))
         keep_json(known.json, facts)
         return
+    if known.nested and plan is not None:
+        say(f"{plan.shape.kept} of {setup.policy.num_layers} layers{plan_in_words(plan, setup.policy.num_layers)}")
     completions: list[dict[str, Any]] = []
     found = evaluate_sources(setup, plan, samples=True, completions=completions)
     results = {name: result.to_json() for name, result in found.items()}
@@ -62,10 +66,19 @@ def _check_reward_options(known: argparse.Namespace) -> None:
     Raises:
         ValueError: layers or completions are asked for.
     """
-    for name in ("skip_layers", "completions"):
+    for name in ("skip_layers", "nested", "completions"):
         if getattr(known, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is given, but '{known.policy}' is a reward model, which answers nothing")
+
+
+def _plan(known: argparse.Namespace, policy: Policy, seed: int) -> LayerPlan | None:
+    """The layers that the options leave; None is the full model."""
+    if known.nested and known.skip_layers:
+        raise ValueError("--nested and --skip-layers are given; allowed is one of them")
+    if known.nested:
+        return plan_of_run(policy, known.policy, seed)
+    return plan_without(policy.num_layers, known.skip_layers)
 
 
 def _check_read(overrides: list[str]) -> None:
@@ -87,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="the configuration whose prompts to use; a run has its own")
     parser.add_argument(
         "--skip-layers", type=whole(0), nargs="+", default=[], help="evaluate the nested model without them"
+    )
+    parser.add_argument(
+        "--nested",
+        action="store_true",
+        help="evaluate a plan as the run draws them, with the bridges that it has fitted",
     )
     parser.add_argument("--prompts", type=whole(1), help="the most held-out prompts of each source")
     parser.add_argument(

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from nested_reft.bridge_file import FittedBridges, save_bridges
+from nested_reft.bridge_file import FittedBridges, model_in_words, save_bridges
 from nested_reft.bridging import BridgeState
 from nested_reft.cli.arguments import command_parser
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
 from nested_reft.json_files import check_writable
+from nested_reft.models.fingerprint import fingerprint
 from nested_reft.sharding import to_host
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import fit_and_measure
@@ -35,6 +36,8 @@ def run(arguments: list[str]) -> None:
                 f"nesting.bridge.kind of '{setup.config.name}' is 'off'; give --nesting.bridge.kind per_layer, or"
                 " per_run"
             )
+    # The run below takes over the weights.
+    weights, updates = fingerprint(setup.policy.model), setup.policy.version
     state, nesting = initial_run_state(setup), setup.config.nesting
     state.bridging = BridgeState()  # also where the configuration has bridges to begin with
     keys = RunKeys(jax.random.key(setup.config.train.seed))
@@ -45,8 +48,10 @@ def run(arguments: list[str]) -> None:
     plan = state.draw_plan(keys.step(1).plan) if nesting.is_deterministic else None
     fitted = FittedBridges(
         stack=state.learner.policy().model.stacked_bridges(),
-        divergence_L=np.zeros(num_layers) if renewed.divergence_L is None else renewed.divergence_L,
-        model=setup.config.model.name,
+        # Rounding may bring the divergence of a bridge that meets its layer below zero.
+        divergence_L=np.zeros(num_layers) if renewed.divergence_L is None else np.maximum(renewed.divergence_L, 0),
+        model=model_in_words(setup.config.model.name, setup.config.train.seed, updates),
+        weights=weights,
         parts=None if plan is None else tuple(plan.host_parts(num_layers).tolist()),
     )
     save_bridges(known.out, fitted)

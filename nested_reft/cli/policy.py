@@ -1,10 +1,12 @@
-"""The policy that a command is about: a run directory or a model, and the plan that `--skip-layers` asks for."""
+"""The policy that a command is about: a run directory or a model, and the plan that its options ask for."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 from nested_reft.api import without_plans
 from nested_reft.cli.overrides import override
@@ -71,6 +73,37 @@ def _config_of(policy: str, config_name: str | None) -> Config:
         # The configuration's shape is that of its own model from scratch; another model brings its own.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
     return config
+
+
+def plan_of_run(policy: Policy, name: str, seed: int) -> LayerPlan:
+    """A plan as the run draws them by now, with the bridges that it has fitted.
+
+    Args:
+        policy: of the run.
+        name: what the user called it.
+        seed: of the draw.
+
+    Raises:
+        ValueError: it is no run, or one that leaves no layer out.
+    """
+    if policy.plans is None:
+        raise ValueError(f"--nested is given, but '{name}' is a model, which has no plans; give --skip-layers")
+    plan = policy.plans.draw(jax.random.key(seed))
+    if plan.shape.kept == policy.num_layers:
+        why = "leaves no layer out" if policy.plans.nests else "has not fitted its bridges yet"
+        raise ValueError(f"--nested is given, but the run '{name}' {why}; give --skip-layers, or neither")
+    return plan
+
+
+def plan_in_words(plan: LayerPlan, num_layers: int) -> str:
+    """What a plan leaves out and what stands in for it, to follow a number of layers; empty for the full model.
+
+    Args:
+        plan: the plan.
+        num_layers: L of the model.
+    """
+    layers = list(plan.left_out(num_layers))
+    return (f", without layers {layers}" if layers else "") + (", bridges in their place" if plan.shape.bridged else "")
 
 
 def plan_without(num_layers: int, layers: list[int]) -> LayerPlan | None:

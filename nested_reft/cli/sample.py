@@ -10,7 +10,7 @@ import jax
 from nested_reft.cli.arguments import command_parser, number, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
-from nested_reft.cli.policy import plan_without
+from nested_reft.cli.policy import plan_in_words, plan_without
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
@@ -37,8 +37,7 @@ def run(arguments: list[str]) -> None:
     # All draw with one seed, so that only the layers differ.
     for label, plan in plans.items():
         (completions,) = policy.sample(known.prompt, plan, known.samples, known.temperature, max_tokens, known.seed)
-        skipped = f", without layers {list(plan.left_out(policy.num_layers))}" if label == "nested" else ""
-        say(f"{label} ({plan.shape.kept} of {policy.num_layers} layers{skipped})")
+        say(f"{label} ({plan.shape.kept} of {policy.num_layers} layers{plan_in_words(plan, policy.num_layers)})")
         for completion in completions:
             # A completion stays one line, whatever the model wrote.
             say(f"  {printable(completion.text)}")

@@ -6,9 +6,10 @@ configuration that raises a ValueError with the fields, their values and what is
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import OfflineConfig, make_objective
@@ -394,3 +395,93 @@ RULES: tuple[Callable[[Config], None], ...] = (
     offline_objectives_sample_nothing,
 )
 """Every rule; `Config` asks all of them when it is made."""
+
+
+def bridges_can_be_fitted(config: Config) -> None:
+    """A fit waits for its tokens, and until it comes the full model samples."""
+    bridge, data, rollout = config.nesting.bridge, config.data, config.rollout
+    # With the bridges of a file and no refits, nothing waits.
+    if not bridge.is_on or (bridge.file is not None and not bridge.refit_every):
+        return
+    batch = data.prompts_per_batch * rollout.group_size * rollout.max_completion_tokens
+    batches = config.train.steps * config.dynamic_sampling.max_generation_batches
+    if bridge.tokens > batch * batches:
+        raise ValueError(
+            f"nesting.bridge.tokens is {bridge.tokens}, and train.steps {config.train.steps}: the run samples at most"
+            f" {batch * batches} completion tokens, so no bridge would ever be fitted and nothing nested. Allowed are"
+            " as many tokens as it samples, or more steps"
+        )
+
+
+def settings_of_nesting_are_read(config: Config) -> None:
+    """What nothing reads would be believed to work."""
+    nesting, control, rollout = config.nesting, config.nesting_control, config.rollout
+    bridge = nesting.bridge
+    if isinstance(config.loss, OfflineConfig):
+        why = f"loss.kind is '{config.loss.kind}', which samples nothing"
+        _refuse_unread("nesting.bridge", bridge, ("kind",), why)
+        _refuse_unread("nesting", nesting, ("skip_ratio", "choice", "leave_out", "divergence_file"), why)
+        return
+    if not leaves_layers_out(config):
+        why = "no layer is left out, since nesting.skip_ratio is 0 and there is no nesting_control"
+        _refuse_unread("nesting.bridge", bridge, ("kind",), why)
+        # How layers would be chosen may stay: a skip ratio of 0 makes the full model of any configuration.
+        _refuse_unread("nesting", nesting, ("leave_out", "remeasure_every"), why)
+    if nesting.choice != "measured":
+        why = f"nesting.choice is '{nesting.choice}', and only 'measured' reads it"
+        _refuse_unread("nesting", nesting, ("divergence_file",), why)
+    if not (nesting.remeasure_every or (nesting.choice == "measured" and bridge.is_on)):
+        unread = ("remeasure_prompts", "remeasure_completions")
+        _refuse_unread("nesting", nesting, unread, "the run measures no layer")
+    if not bridge.distil_steps:
+        _refuse_unread("nesting.bridge", bridge, ("distil_learning_rate",), "nesting.bridge.distil_steps is 0")
+    if control.hold is None:
+        unread = tuple(entry.name for entry in dataclasses.fields(control))
+        _refuse_unread("nesting_control", control, unread, "nesting_control.hold is None")
+    elif control.max_skipped == 0:
+        raise ValueError(
+            f"nesting_control.max_skipped is 0 and nesting_control.hold '{control.hold}': there is nothing to control;"
+            " allowed is 1 or more layers, or no nesting_control"
+        )
+    if rollout.mode != "exact":
+        _refuse_unread("rollout", rollout, ("draft_length",), f"rollout.mode is '{rollout.mode}', which drafts nothing")
+
+
+def leaves_layers_out(config: Config) -> bool:
+    """Whether any plan of a run may leave layers out.
+
+    Args:
+        config: of the run.
+    """
+    nesting = config.nesting
+    shares = (nesting.skip_ratio, *config.search.skip_ratios)
+    return nesting.choice == "fixed" or any(shares) or bool(config.nesting_control.max_skipped)
+
+
+def _refuse_unread(path: str, part: Any, names: Sequence[str], why: str) -> None:
+    """Refuses those fields of a part that are not at their defaults."""
+    declared = {entry.name: entry.default for entry in dataclasses.fields(part)}
+    unread = [
+        f"{path}.{name} is {getattr(part, name)!r} (allowed is {declared[name]!r})"
+        for name in names
+        if getattr(part, name) != declared[name]
+    ]
+    if unread:
+        raise ValueError(f"{', '.join(unread)}, but {why}")
+
+
+START_RULES: tuple[Callable[[Config], None], ...] = (bridges_can_be_fitted, settings_of_nesting_are_read)
+"""Rules for runs that begin. A run of an earlier version may break one, and it can still be read and continued."""
+
+
+def check_start(config: Config) -> None:
+    """Refuses a new run that would not do what its configuration says.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ValueError: a fit of bridges would never come, or nothing reads a setting.
+    """
+    for rule in START_RULES:
+        rule(config)

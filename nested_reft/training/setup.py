@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nested_reft import processes
-from nested_reft.bridge_file import load_bridges
+from nested_reft.bridge_file import load_bridges, model_in_words
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
@@ -209,7 +209,8 @@ def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     nesting, num_layers = config.nesting, policy.num_layers
     assert nesting.bridge.file is not None
     path = Path(nesting.bridge.file)
-    fitted = load_bridges(path, policy.model, config.model.name)
+    name = model_in_words(config.model.name, config.train.seed, policy.version)
+    fitted = load_bridges(path, policy.model, name)
     plan = None
     if nesting.is_deterministic:
         plan = draw_plan(jax.random.key(0), nesting, num_layers, fitted.divergence_L)

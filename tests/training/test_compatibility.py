@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from nested_reft.api import open_trainer
 from nested_reft.bridging import BridgeConfig
+from nested_reft.config_files import shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.dataset_reset import ResetConfig
@@ -22,7 +24,8 @@ from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig
-from nested_reft.training.compatibility import RULES
+from nested_reft.training.compatibility import RULES, START_RULES, check_start
+from nested_reft.training.config import load_config
 from nested_reft.training.search_config import SearchConfig
 from tests.training.runs import MOVING, nano
 
@@ -358,3 +361,112 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
 )
 def test_what_goes_together_is_not_refused(changes):
     assert nano(**changes) != nano()  # no rule raised, and the change is there
+
+
+BRIDGED = NestingConfig(skip_ratio=0.2, bridge=BridgeConfig("per_layer", tokens=512))
+NONE_LEFT_OUT = r"but no layer is left out, since nesting\.skip_ratio is 0 and there is no nesting_control"
+# Of each rule for runs that begin: what it refuses, and the message. `nano` samples at most 128 tokens in a step.
+REFUSED_AT_START = {
+    "bridges_can_be_fitted": [
+        (
+            {"nesting": BRIDGED, "train__steps": 3},
+            r"nesting.bridge.tokens is 512, and train.steps 3: the run samples at most 384 completion tokens",
+        ),
+        ({"nesting": replaced(BRIDGED, tokens=10**8)}, r"tokens is 100000000, and train.steps 4: .* at most 512"),
+        (  # the refits would never come
+            {"nesting": replaced(BRIDGED, tokens=513, file="b", refit_every=2)},
+            r"tokens is 513, and train.steps 4: .* at most 512",
+        ),
+    ],
+    "settings_of_nesting_are_read": [
+        (
+            {"nesting": dataclasses.replace(BRIDGED, skip_ratio=0.0)},
+            rf"nesting.bridge.kind is 'per_layer' \(allowed is 'off'\), {NONE_LEFT_OUT}",
+        ),
+        (
+            {"nesting": NestingConfig(leave_out="mlp")},
+            rf"nesting.leave_out is 'mlp' \(allowed is 'layer'\), {NONE_LEFT_OUT}",
+        ),
+        (
+            {"nesting": dataclasses.replace(MEASURED, skip_ratio=0.0)},
+            rf"nesting.remeasure_every is 2 \(allowed is 0\), {NONE_LEFT_OUT}",
+        ),
+        (
+            {"nesting": NestingConfig(skip_ratio=0.2, divergence_file="x.json")},
+            r"nesting.divergence_file is 'x.json' \(allowed is None\), but nesting.choice is 'uniform', and only",
+        ),
+        (
+            {"nesting": NestingConfig(skip_ratio=0.2, remeasure_prompts=2, remeasure_completions=1)},
+            r"remeasure_prompts is 2 \(allowed is 4\), nesting.remeasure_completions is 1 .*, but the run measures no",
+        ),
+        (
+            {"nesting": replaced(BRIDGED, distil_learning_rate=0.1)},
+            r"distil_learning_rate is 0.1 \(allowed is 0.0003\), but nesting.bridge.distil_steps is 0",
+        ),
+        (
+            {"nesting_control": NestingControlConfig(patience=3, margin=0.5)},
+            r"patience is 3 \(allowed is 5\), nesting_control.margin is 0.5 .*, but nesting_control.hold is None",
+        ),
+        (
+            {"nesting_control": NestingControlConfig("ess_token", budget=0.5, max_skipped=0)},
+            r"nesting_control.max_skipped is 0 and nesting_control.hold 'ess_token': there is nothing to control",
+        ),
+        (
+            {"rollout__draft_length": 3},
+            r"draft_length is 3 \(allowed is 2\), but rollout.mode is 'nested', which drafts",
+        ),
+        (
+            {"loss": SftConfig(), "nesting": BRIDGED},
+            r"nesting.bridge.kind is 'per_layer' \(allowed is 'off'\), but loss.kind is 'sft', which samples nothing",
+        ),
+        (
+            {"loss": SftConfig(), "nesting": NestingConfig(skip_ratio=0.3)},
+            r"nesting.skip_ratio is 0.3 \(allowed is 0.0\), but loss.kind is 'sft'",
+        ),
+    ],
+}
+
+
+def test_every_rule_for_a_start_is_tested():
+    assert set(REFUSED_AT_START) == {rule.__name__ for rule in START_RULES}
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "message"), [(rule, *case) for rule, cases in REFUSED_AT_START.items() for case in cases]
+)
+def test_what_a_new_run_would_not_do_is_refused(rule, changes, message):
+    """A configuration can be made of it, so that runs of earlier versions can be read; no run begins with it."""
+    config = nano(**changes)
+    with pytest.raises(ValueError, match=message):
+        check_start(config)
+    with pytest.raises(ValueError, match=message):
+        open_trainer(config, "runs")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nesting": BRIDGED},
+        {"nesting": replaced(BRIDGED, tokens=10**8, file="b")},  # nothing waits for tokens
+        {
+            "nesting": replaced(BRIDGED, tokens=1024),
+            "dynamic_sampling": DynamicSamplingConfig(max_generation_batches=2),
+        },
+        {"nesting": dataclasses.replace(BRIDGED, skip_ratio=0.0), "nesting_control": CONTROL},
+        {"nesting": NestingConfig(choice="fixed", layers=(2,), leave_out="attention")},
+        {"nesting": NestingConfig(leave_out="mlp"), "search": SearchConfig(skip_ratios=(0.0, 0.2))},
+        # The full model of a configuration that measures.
+        {"nesting": NestingConfig(choice="measured", divergence_file="x.json")},
+        {"nesting": dataclasses.replace(MEASURED, remeasure_prompts=2)},
+        {"nesting": replaced(BRIDGED, distil_steps=2, distil_learning_rate=0.1)},
+        {"rollout": dataclasses.replace(EXACT, draft_length=3)},
+        {"loss": SftConfig(), "nesting": NestingConfig()},
+    ],
+)
+def test_what_is_read_is_not_refused(changes):
+    check_start(nano(**changes))
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_configuration_can_begin(name):
+    check_start(load_config(name))

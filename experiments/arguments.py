@@ -1,0 +1,200 @@
+"""What the commands of experiments share: their options, and what each refuses in one line before it computes.
+
+A command is a `main` that `command` wraps. Its parser comes from `experiment_parser`, and options that several
+commands have come from here: seeds, steps, the folder of results and a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nested_reft.cli.arguments import Parser, whole
+from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.output import complain
+from nested_reft.fields import from_text
+from nested_reft.json_files import check_writable
+from nested_reft.training.config import MAX_STEPS
+from nested_reft.untrusted import shown
+
+Main = Callable[[Sequence[str] | None], None]
+
+
+def command(main: Main) -> Callable[..., int]:
+    """Makes a `main` return its exit code: 2 after one line where it refused its input, and 0 at its end.
+
+    Args:
+        main: parses the arguments of the command line, or those of the process where it gets None.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except BadInput as error:
+            complain(f"error: {error}")
+            return 2
+        return 0
+
+    return run
+
+
+def experiment_parser(name: str, doc: str | None) -> Parser:
+    """The parser of a command.
+
+    Args:
+        name: of its module, as it stands behind `experiments.`.
+        doc: of its module, which its help shows.
+    """
+    return Parser(
+        f"python -m experiments.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # What looks like an abbreviation may be a mistyped option.
+        allow_abbrev=False,
+    )
+
+
+class Distinct(argparse.Action):
+    """Takes a list that names nothing twice: a run that counted twice would narrow every interval."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Keeps the list.
+
+        Raises:
+            ArgumentError: an entry stands in it twice.
+        """
+        twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+        if twice is not None:
+            listed = " ".join(map(str, values))
+            raise argparse.ArgumentError(self, f"is {listed}, which names {twice} twice; allowed is each once")
+        setattr(namespace, self.dest, values)
+
+
+def add_list(parser: argparse.ArgumentParser, option: str, default: Iterable[Any], **about: Any) -> None:
+    """Adds an option that takes a list of one or more different values.
+
+    Args:
+        parser: of the command.
+        option: its name.
+        default: the list where it is left out.
+        about: further arguments of `add_argument`, such as `type` or `choices`.
+    """
+    keywords: dict[str, Any] = {"nargs": "+", "action": Distinct, "default": list(default)} | about
+    parser.add_argument(option, **keywords)
+
+
+def add_seeds(parser: argparse.ArgumentParser, count: int = 5) -> None:
+    """Adds `--seeds`.
+
+    Args:
+        parser: of the command.
+        count: how many there are where it is left out, from 0 on.
+    """
+    add_list(parser, "--seeds", range(count), type=whole(0), help="of the runs")
+
+
+def add_steps(
+    parser: argparse.ArgumentParser, default: int | None, least: int = 1, multiple: int = 1, what: str = "of each run"
+) -> None:
+    """Adds `--steps`.
+
+    Args:
+        parser: of the command.
+        default: the number where it is left out; None leaves it to the command.
+        least: the smallest that is allowed.
+        multiple: what it has to be a multiple of.
+        what: takes the steps, in words for the help.
+    """
+    of = f"{what}, a multiple of {multiple}" if multiple > 1 else what
+    help = of if default is not None else f"{of}; left out, the task's own number"
+    parser.add_argument("--steps", type=multiple_of(multiple, least), default=default, help=help)
+
+
+def multiple_of(factor: int, least: int) -> Callable[[str], int]:
+    """The type of an option that takes steps.
+
+    Args:
+        factor: what they have to be a multiple of; 1 allows all.
+        least: the smallest number that is allowed.
+    """
+
+    if factor == 1:
+        return whole(least, MAX_STEPS)
+
+    def parse(text: str) -> int:
+        found = from_text(int, text)
+        if not isinstance(found, int) or not least <= found <= MAX_STEPS or found % factor:
+            raise argparse.ArgumentTypeError(
+                f"is {shown(found)}; allowed is a multiple of {factor}, {least} or more, up to {MAX_STEPS}"
+            )
+        return found
+
+    return parse
+
+
+def add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--out`, the folder of results.
+
+    Args:
+        parser: of the command.
+        default: the folder where it is left out.
+    """
+    parser.add_argument("--out", type=folder, default=Path(default), help="folder of the results, which are kept there")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "the results") -> None:
+    """Adds `--json FILE`, whose value `keep_json` takes.
+
+    Args:
+        parser: of the command.
+        what: is written, in words for the help.
+    """
+    parser.add_argument("--json", type=new_file, metavar="FILE", help=f"also write {what} here")
+
+
+def new_file(text: str) -> Path:
+    """The type of an option that names a file to write."""
+    try:
+        check_writable(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """The type of an option that names a folder to write to, which need not be there."""
+    try:
+        check_folder(Path(text) if text else None)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def check_folder(path: Path | None) -> None:
+    """Refuses a folder that could not be made or written to, before the work whose results it is to hold.
+
+    Args:
+        path: the folder; nothing is made. None stands for an empty name.
+
+    Raises:
+        ValueError: a file is in its place or on the way to it, or the folders that are there cannot be written to.
+    """
+    try:
+        if path is None:
+            raise FileNotFoundError
+        # Folders are made with their parents, so the nearest one that is there decides.
+        nearest = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+        with tempfile.NamedTemporaryFile(dir=nearest):
+            pass
+    except OSError:
+        raise ValueError(
+            f"cannot write to '{path or ''}': name a folder that can be written, or one that can be made"
+        ) from None
