@@ -113,7 +113,7 @@ METRICS = (
     Metric("rejected_score", "reward", "mean score of the other ones"),
     Metric("gradient_norm", "", "global norm of the gradient, before clipping"),
     Metric("clipped_share", "share", "tokens that a clip left without gradient"),
-    Metric("limited_share", "share", "tokens whose weight was truncated"),
+    Metric("limited_share", "share", "tokens that were kept and whose weight was truncated"),
     Metric("weight_mean", "", "mean importance weight of the loss; rejected tokens have 0"),
     Metric("ess_weight", "share", "effective sample size of the loss's weights; rejected tokens have 0"),
     Metric("accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"),
@@ -413,6 +413,9 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     # The zeros of an empty update would look like measurements, so the line says that it was empty.
     if update.empty:
         found["empty"] = True
+    # Of tokens that were kept there are means only where there are such tokens.
+    if found.get("accepted_tokens") == 0:
+        found = {name: value for name, value in found.items() if name not in ("kept_weight_mean", "ess_kept")}
     found |= {f"bounds/{name}": [float(f"{bound:.4g}") for bound in bounds] for name, bounds in update.bounds.items()}
     if update.health is not None:
         # The fields of `Health` are named as their metrics are.
