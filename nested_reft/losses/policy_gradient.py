@@ -182,8 +182,8 @@ def policy_gradient_loss(
         whole weights, and the parts that are logged: `policy_loss`,
         `clipped_share` (tokens without gradient), `limited_share` (truncated weights of tokens that are kept),
         `weight_mean` and `weight_square_mean` of the whole weights over tokens (`kish` of them is the effective sample
-        size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`; with a mask `accepted_tokens` and
-        `accepted_completions` (shares; a completion is accepted with any of its tokens).
+        size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`; with a mask
+        `accepted_tokens` and `accepted_completions` (shares; a completion is accepted with any of its tokens).
 
     Raises:
         ValueError: the configuration needs something that is not given.
