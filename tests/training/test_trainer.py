@@ -22,6 +22,7 @@ from nested_reft.models.low_precision import low_precision
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.replay import DynamicSamplingConfig, GenerationLimitError
+from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
@@ -396,6 +397,16 @@ def test_a_batch_that_is_rejected_whole_changes_nothing_and_the_run_goes_on(tmp_
     assert_equal_arrays(jax.device_get(run.state.learner.state), before)
     run.state.nesting = nesting
     assert not run.step(2).update.empty and run.state.learner.version == 2
+
+
+def test_a_run_that_learnt_nothing_says_so_at_its_end(tmp_path):
+    config = nano(loss=all_rejected(), train__steps=2, nesting=NestingConfig(skip_ratio=0.4))
+    summary = trainer(config, tmp_path).run()
+    assert summary["empty_steps"] == 2
+    assert "warning: nothing was learnt: see `empty` and `warning` in metrics.jsonl" in summary_table(summary)
+    shown = summary_table(summary | {"empty_steps": 1})
+    assert "warning: 1 of 2 steps taught nothing" in shown and "changed nothing" in shown
+    assert "warning" not in summary_table(summary | {"empty_steps": 0})
 
 
 @pytest.mark.parametrize(("clip_policies", "version"), [("two", 1), ("three", 2)])
