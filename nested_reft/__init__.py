@@ -27,9 +27,10 @@ _PUBLIC = {
     "config_names": "nested_reft.config_files",
     "evaluate": "nested_reft.api",
     "load_config": "nested_reft.training.config",
+    "presets": "nested_reft.losses.presets",
     "train": "nested_reft.api",
 }
-"""Public name -> the module that defines it."""
+"""Public name -> the module that defines it, or that it is."""
 
 __all__ = [
     "Completion",
@@ -42,6 +43,7 @@ __all__ = [
     "config_names",
     "evaluate",
     "load_config",
+    "presets",
     "train",
 ]
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from nested_reft.api import Run, evaluate, train
     from nested_reft.config_files import config_names
     from nested_reft.layer_plan import LayerPlan
+    from nested_reft.losses import presets
     from nested_reft.rollout.policy import Completion, Policy
     from nested_reft.training.config import Config, load_config
     from nested_reft.training.record import StepRecord
@@ -59,7 +62,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'nested_reft' has no attribute '{name}'; it has {', '.join(_PUBLIC)}")
     # Python calls this only for names that the module does not have yet.
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_PUBLIC[name])
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -25,13 +25,16 @@ A pure rule on a small state, as `nesting_control` is.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nested_reft.estimators.health import Health
+from nested_reft.literals import check_whole
 
 MixLevel = Literal["token", "sequence"]
+DEFAULT_WINDOW, MAX_WINDOW = 5, 10**6
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,18 @@ class MixControlConfig:
     """
 
     ess: float | None = None
-    window: int = 5
+    window: int = DEFAULT_WINDOW
 
     def __post_init__(self):
         if self.ess is not None and not 0 < self.ess < 1:
             raise ValueError(f"mix_control.ess is {self.ess}; allowed is 0 < ess < 1, as a share, or None")
-        if self.window < 1:
-            raise ValueError(f"mix_control.window is {self.window}; allowed is 1 or more steps")
+        check_whole("mix_control.window", self.window, 1, MAX_WINDOW)
+        # A setting that nothing reads is refused: the user would believe that it works.
+        if self.ess is None and self.window != DEFAULT_WINDOW:
+            raise ValueError(
+                f"mix_control.window is {self.window}, but mix_control.ess is None, so no share is chosen; set ess, or"
+                " leave window out"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,15 @@ def initial_state(config: MixControlConfig, share: float | None) -> MixControlSt
     return MixControlState(0.0 if config.ess is not None or share is None else share)
 
 
+def at_another_depth(state: MixControlState) -> MixControlState:
+    """The same share, without the moments: ratios of another depth say nothing about those to come.
+
+    Args:
+        state: when the depth of the nested policy changes.
+    """
+    return dataclasses.replace(state, recent=())
+
+
 def largest_share(ratio_mean: float, ratio_square_mean: float, ess: float) -> float:
     """The largest a in [0, 1] at which the effective sample size of 1 - a + a rho is at least `ess`; see the module.
 
@@ -120,7 +137,8 @@ def update(state: MixControlState, config: MixControlConfig, level: MixLevel, he
         state: before the step.
         config: the rule.
         level: of the weight, whose ratios count.
-        health: of the step's rollouts; None where it had nothing to learn from.
+        health: of the step's rollouts; None where it had nothing to learn from, or where another policy sampled than
+            the next batch's.
 
     Returns:
         The state after the step, with its reason; unchanged where nothing is held or known.

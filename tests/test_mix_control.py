@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from nested_reft.estimators.health import Health
-from nested_reft.mix_control import MixControlConfig, MixControlState, initial_state, largest_share, update
+from nested_reft.mix_control import (
+    MixControlConfig,
+    MixControlState,
+    at_another_depth,
+    initial_state,
+    largest_share,
+    update,
+)
 
 HALF = MixControlConfig(ess=0.5, window=2)
 
@@ -80,6 +87,12 @@ def test_nothing_held_or_known_changes_nothing():
     assert update(state, HALF, "token", health(ratio_mean=0.0, ess_token=0.0)) == state
 
 
+def test_another_depth_forgets_the_moments_and_keeps_the_share():
+    state = update(MixControlState(0.0), HALF, "token", health(ratio_mean=1.0, ess_token=0.1))
+    moved = at_another_depth(state)
+    assert (moved.share, moved.recent) == (state.share, ()) and len(state.recent) == 1
+
+
 def test_the_state_goes_through_json():
     state = update(MixControlState(0.0), HALF, "token", health(ratio_mean=1.0, ess_token=0.1))
     assert MixControlState.from_json(json.loads(json.dumps(state.to_json()))) == state
@@ -90,7 +103,8 @@ def test_the_state_goes_through_json():
     [
         ({"ess": 1.0}, "mix_control.ess is 1.0; allowed is 0 < ess < 1"),
         ({"ess": math.nan}, "mix_control.ess is nan"),
-        ({"window": 0}, "mix_control.window is 0; allowed is 1 or more steps"),
+        ({"window": 0}, "mix_control.window is 0; allowed is 1 or more"),
+        ({"window": 7}, "mix_control.window is 7, but mix_control.ess is None, so no share is chosen"),
     ],
 )
 def test_refusals(changes, message):

@@ -19,6 +19,8 @@ HELP = ("-h", "--help")
 def override(config: Config, words: Sequence[str]) -> Config:
     """The configuration with fields replaced by `--FIELD VALUE`, `--FIELD=VALUE`, or `--FLAG` and `--no-FLAG`.
 
+    `--loss.preset NAME` is no field: it changes the loss as `with_preset` does, before the fields of the loss.
+
     Args:
         config: gives the fields, their types and their values where none is given.
         words: what is left of the command line for the fields.
@@ -27,7 +29,8 @@ def override(config: Config, words: Sequence[str]) -> Config:
         SystemExit: help was asked for and printed (code 0).
         ValueError: a field that is not there, or a value that cannot be; names both and what is allowed.
     """
-    from nested_reft.training.config import Config
+    from nested_reft.losses.presets import preset_names
+    from nested_reft.training.config import Config, with_preset
 
     if not set(HELP).isdisjoint(words):
         print_fields(config)
@@ -37,8 +40,14 @@ def override(config: Config, words: Sequence[str]) -> Config:
         if option == "loss.kind" and values and values[-1] != config.loss.kind:
             # The kind decides which other fields `loss` has, so it comes first; they begin at their defaults.
             config = Config.from_json(config.to_json() | {"loss": {"kind": values[-1]}})
+        if option == "loss.preset":
+            if not values:
+                raise ValueError(f"loss.preset is given no value; allowed are names of {', '.join(preset_names())}")
+            config = with_preset(config, values)
     plain = config.to_json()
     for option, values in given:
+        if option == "loss.preset":
+            continue
         keys, value = _replacement(config, option, values)
         part = plain
         for key in keys[:-1]:

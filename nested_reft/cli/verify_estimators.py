@@ -26,6 +26,8 @@ def run(arguments: list[str]) -> None:
         check_json(known.json)
         if known.figure is not None:
             _check_figure(known.figure)
+            if known.json is not None and Path(known.json).resolve() == known.figure.resolve():
+                raise ValueError(f"--figure and --json are both '{known.figure}'; allowed are two files")
     reports = enumeration.verify_estimators(seed=known.seed)
     results = [report.to_json() for report in reports]
     # The table comes before the verdict, because it shows by how much a claim is broken.

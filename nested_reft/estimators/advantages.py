@@ -89,7 +89,8 @@ def weighted_advantages(reward_BG: Float[Array, "B G"], weight_BGC: Float[Array,
     Args:
         reward_BG: rewards; NaN where there is none, which enters no baseline.
         weight_BGC: h, 0 or more, no gradient. At token and prefix level, positions after a completion's end need the
-            weight that a token of ratio 1 would have; these do not depend on the other completions either.
+            weight that a token of ratio 1 would have (`losses.token_weights.baseline_weight`); these do not depend on
+            the other completions either.
 
     Returns:
         Advantages; zero without a reward, in groups with fewer than two of them, and where all rewards are equal.

@@ -18,6 +18,8 @@ masks by k3: verl's rollout correction; by token ratio on both sides: IcePop (Zh
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -32,6 +34,8 @@ LEVELS: dict[RejectBy, Level] = {"token_ratio": "token", "sequence_ratio": "sequ
 """The level of the `base` weight that each ratio equals; a divergence equals none."""
 
 KEPT_SHARES = (0.95, 0.99)  # of the samples, for which `keeping_bounds` finds bounds
+# Ratios this near to 1, and divergences this near to 0, are those of equal policies: they tell of rounding.
+AGREE_RATIO, AGREE_NATS = 1e-5, 1e-6
 
 
 def mismatch(
@@ -85,9 +89,12 @@ def keeping_bounds(
     behavior_logprob_BGC: Float[Array, "B G C"],
     mask_BGC: Bool[Array, "B G C"],
 ) -> dict[str, Float[Array, "4"]]:
-    """For each way to judge, the bounds that would keep 95 % and 99 % of these samples.
+    """For each way to judge, bounds that would keep at least 95 % and 99 % of these samples, and that may be set.
 
-    Ratios lose equal shares at both ends; a divergence loses its largest values alone.
+    Ratios lose equal shares at both ends; a divergence loses its largest values alone. Ratios of 1 are never rejected,
+    so a lower bound is below 1 and an upper one above it. Of samples far off-policy nearly all have a geometric mean
+    below 1: an upper bound there would reject those that the target likes best. Where one side can have no bound, the
+    other loses the whole share. Where the policies agree, neither side needs one.
 
     Args:
         target_logprob_BGC: log pi, in nats.
@@ -95,19 +102,60 @@ def keeping_bounds(
         mask_BGC: the tokens that count.
 
     Returns:
-        By the names of `RejectBy`: lower and upper bound for 95 %, then both for 99 %; zeros where no token counts.
+        By the names of `RejectBy`: lower and upper bound for 95 %, then both for 99 %; NaN for no bound.
     """
     found = {}
+    # Of each share: where both sides lose half of the rest, and where one side loses all of it.
+    ends = [(1 - share) * part for share in KEPT_SHARES for part in (0.5, 1.0)]
     for reject_by in get_args(RejectBy):
         value_BGC, present_BGC = mismatch(target_logprob_BGC, behavior_logprob_BGC, mask_BGC, reject_by), mask_BGC
         if reject_by != "token_ratio":
             # Long completions would count more if each token brought the value of its completion.
             value_BGC, present_BGC = value_BGC[..., :1], mask_BGC.any(axis=-1, keepdims=True)
-        sides = 1 if reject_by == "sequence_k3" else 2
-        ends = [end for share in KEPT_SHARES for end in ((1 - share) * (sides - 1) / 2, 1 - (1 - share) / sides)]
         # NaN marks what does not count: a selection of the rest would have a shape that depends on values.
-        quantile_4 = jnp.nanquantile(jnp.where(present_BGC, value_BGC, jnp.nan), jnp.array(ends))
-        if sides == 1:
-            quantile_4 = quantile_4 * jnp.array([0.0, 1.0] * len(KEPT_SHARES))
-        found[reject_by] = jnp.where(mask_BGC.any(), quantile_4, 0.0)
+        counted_BGC = jnp.where(present_BGC, value_BGC, jnp.nan)
+        quantiles = jnp.nanquantile(counted_BGC, jnp.array([*ends, *(1 - end for end in ends)]))
+        low_22, high_22 = (
+            jnp.where((x > limits[0]) & (x < limits[1]), x, jnp.nan)
+            for x, limits in zip(quantiles.reshape(2, -1, 2), _limits(reject_by), strict=True)
+        )
+        # Both sides have a bound, or one has that of the whole share.
+        lacks_2 = jnp.isnan(low_22[:, 0]), jnp.isnan(high_22[:, 0])
+        low_2, high_2 = (
+            jnp.where(other_2 & ~jnp.isnan(x_22[:, 1]), x_22[:, 1], x_22[:, 0])
+            for x_22, other_2 in zip((low_22, high_22), reversed(lacks_2), strict=True)
+        )
+        found[reject_by] = jnp.stack([low_2, high_2], axis=-1).reshape(-1)
     return found
+
+
+def written_bounds(reject_by: str, bounds: Sequence[float | None]) -> list[float | None]:
+    """Bounds as they are shown: three digits of each, and of its distance from 1 where it is a ratio.
+
+    So a bound near 1 stays on its side of it, and what is shown may be set.
+
+    Args:
+        reject_by: what they are bounds of.
+        bounds: lower and upper ones in turns; NaN or None for no bound.
+
+    Returns:
+        The rounded bounds; None for no bound, and where the configuration would refuse it.
+    """
+    limits, shown = _limits(reject_by), list[float | None]()
+    for index, bound in enumerate(bounds):
+        low, high = limits[index % 2]
+        if bound is None or not low < bound < high:
+            shown.append(None)
+            continue
+        finest = bound if reject_by == "sequence_k3" else min(bound, abs(bound - 1))
+        shown.append(round(bound, 2 - math.floor(math.log10(finest))))
+    return shown
+
+
+def _limits(reject_by: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Between which values a lower and an upper bound may be suggested; the configuration allows a little more."""
+    least, largest = math.exp(-LOG_RATIO_LIMIT) * 1.01, math.exp(LOG_RATIO_LIMIT) / 1.01
+    if reject_by == "sequence_k3":
+        # Nothing lies between infinity and itself: a divergence has no lower bound.
+        return (math.inf, math.inf), (AGREE_NATS, largest)
+    return (least, 1 - AGREE_RATIO), (1 + AGREE_RATIO, largest)

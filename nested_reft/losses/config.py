@@ -20,6 +20,7 @@ SIGNALS = Literal[*get_args(Advantage), "gae"]  # the same as one list, for mess
 Normalization = Literal["token_mean", "group_token_mean", "sequence_mean", "fixed_length"]
 ClipPolicies = Literal["two", "three"]
 ClipLevel = Literal["token", "sequence", "geometric"]
+LEAST_CLIP = 1e-7  # of `clip_low` and `clip_high`
 
 
 @dataclass(frozen=True)
@@ -159,27 +160,31 @@ def _check_names(config: PolicyGradientConfig) -> None:
 
 def _check_ranges(config: PolicyGradientConfig) -> None:
     least = 0 if config.reject_by == "sequence_k3" else 1
+    # Log-ratios are clamped, so beyond this a limit would have nothing to limit.
+    smallest, largest = math.exp(-LOG_RATIO_LIMIT), math.exp(LOG_RATIO_LIMIT)
     is_allowed: dict[str, tuple[Callable[[float], bool], str]] = {
         "fixed_length_tokens": (lambda x: x >= 1, "1 or more, or None"),
         "retrace_lambda": (lambda x: 0 < x <= 1, "0 < retrace_lambda <= 1"),
-        "truncate_at": (lambda x: x >= 1, "1 or more, or None"),
-        # A ratio is 1, and a divergence 0, where the policies agree, and that is never rejected. Ratios are clamped.
-        "reject_below": (lambda x: math.exp(-LOG_RATIO_LIMIT) < x < 1, "2.1e-9 < reject_below < 1, or None"),
-        "reject_above": (lambda x: least < x < math.exp(LOG_RATIO_LIMIT), f"more than {least}, below 4.8e8, or None"),
-        "obrs_lambda": (
-            lambda x: math.exp(-LOG_RATIO_LIMIT) < x < math.exp(LOG_RATIO_LIMIT),
-            "from 2.1e-9 to 4.8e8, or None",
-        ),
+        "truncate_at": (lambda x: 1 <= x < largest, "1 or more, below 4.8e8, or None"),
+        # A ratio is 1, and a divergence 0, where the policies agree, and that is never rejected.
+        "reject_below": (lambda x: smallest < x < 1, "2.1e-9 < reject_below < 1, or None"),
+        "reject_above": (lambda x: least < x < largest, f"more than {least}, below 4.8e8, or None"),
+        "obrs_lambda": (lambda x: smallest < x < largest, "from 2.1e-9 to 4.8e8, or None"),
         "mix_share": (lambda x: 0 <= x <= 1, "0 <= mix_share <= 1, or None"),
-        "clip_low": (lambda x: 0 < x < 1, "0 < clip_low < 1, or None"),
-        "clip_high": (lambda x: x > 0, "more than 0, or None"),
-        "dual_clip": (lambda x: x > 1, "more than 1, or None"),
+        # Weights are float32, which would round 1 with a smaller share taken off or added to 1.
+        "clip_low": (lambda x: LEAST_CLIP <= x < 1 - smallest, "1e-7 <= clip_low < 1 - 2.1e-9, or None"),
+        "clip_high": (lambda x: LEAST_CLIP <= x < largest - 1, "1e-7 or more, below 4.8e8, or None"),
+        "dual_clip": (lambda x: 1 < x < largest, "more than 1, below 4.8e8, or None"),
         "reference_kl_coefficient": (lambda x: x >= 0, "0 or more"),
         "entropy_coefficient": (lambda x: x >= 0, "0 or more"),
         "self_distillation_coefficient": (lambda x: x >= 0, "0 or more"),
     }
     for name, (check, allowed) in is_allowed.items():
         value = getattr(config, name)
+        # A word in the place of a number would fail in a comparison that names no field.
+        is_number = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        if not is_number:
+            raise ValueError(f"loss.{name} is {value!r}; allowed is a number: {allowed}")
         # NaN fails every comparison, so it is asked for separately and never passes as allowed.
         if value is not None and not (math.isfinite(value) and check(value)):
             raise ValueError(f"loss.{name} is {value}; allowed is {allowed}")
@@ -218,19 +223,21 @@ def _check_meaning(config: PolicyGradientConfig) -> None:
     variant, level, acts_on_weight = config.bias_mitigation, config.level, config.clip_policies == "two"
     names = ("truncate_at", *(("clip_low", "clip_high", "dual_clip") if acts_on_weight else ()))
     limits = [name for name in names if getattr(config, name) is not None]
-    # The weights of a mask are 0 and 1, and those of three policies include r: both have a sum of their own.
+    # The weights of a mask are 0 and 1, and those of three policies include r: both have sums of their own.
     is_constant = config.reject_by is None and acts_on_weight
-    limits += ["self_normalized"] * (config.self_normalized and (variant != "one" or is_constant))
+    is_plain = variant == "one" or config.mix_share == 0
+    limits += ["self_normalized"] * (config.self_normalized and (not is_plain or is_constant))
     if variant == "one" and level != "token":
         raise ValueError(f"loss.level is '{level}', but bias_mitigation 'one' weighs every level alike; set 'token'")
-    if variant == "one" and limits:
+    name = "'one'" if variant == "one" else "'interpolated' with mix_share 0"
+    if is_plain and limits:
         raise ValueError(
-            f"loss.{limits[0]} is set, but bias_mitigation 'one' has the constant weight 1, which nothing limits;"
+            f"loss.{limits[0]} is set, but bias_mitigation {name} has the constant weight 1, which nothing limits;"
             " leave it out, or use 'practical', the ratio to the full model at rollout time"
         )
-    if variant == "one" and config.advantage == "weighted_leave_one_out":
+    if is_plain and is_constant and config.advantage == "weighted_leave_one_out":
         raise ValueError(
-            "loss.advantage is 'weighted_leave_one_out', but bias_mitigation 'one' weighs every completion alike; set"
+            f"loss.advantage is 'weighted_leave_one_out', but bias_mitigation {name} weighs every completion alike; set"
             " 'leave_one_out', which is the same then"
         )
     if variant == "mixture" and level != "sequence":
@@ -353,22 +360,32 @@ def _check_critic(config: PolicyGradientConfig) -> None:
         )
 
 
-def _mask_of_weight(config: PolicyGradientConfig) -> tuple[float, float]:
-    """The smallest and the largest ratio that the mask leaves to the weight; 0 and infinity where it bounds another."""
-    # `retrace` at token level is made of the same ratio as `base`; `practical` divides by another policy.
+def _weights_left(config: PolicyGradientConfig) -> tuple[float, float]:
+    """The smallest and the largest weight that the mask leaves, before truncation and clips."""
+    lowest, highest = math.exp(-LOG_RATIO_LIMIT), math.exp(LOG_RATIO_LIMIT)
+    # Only a mask that judges the ratio which the weight is made of bounds the weight; `practical` has another one.
     judges_weight = config.reject_by is not None and LEVELS.get(config.reject_by) == config.level
-    if not judges_weight or config.bias_mitigation not in ("base", "retrace"):
-        return 0.0, math.inf
-    return config.reject_below or 0.0, config.reject_above or math.inf
+    if judges_weight and config.bias_mitigation in ("base", "retrace", "interpolated"):
+        lowest, highest = config.reject_below or lowest, config.reject_above or highest
+    if config.bias_mitigation == "retrace":
+        return config.retrace_lambda * lowest, config.retrace_lambda * min(highest, 1.0)
+    if config.bias_mitigation == "interpolated" and config.mix_share is not None:
+        # A share that follows a budget may be 1, which is the widest range.
+        share = config.mix_share
+        return 1 - share + share * lowest, 1 - share + share * highest
+    return lowest, highest
 
 
 def _check_reach(config: PolicyGradientConfig) -> None:
     """Of several limits of the weight, each must be able to act, and together they must leave something."""
-    truncate_at, highest = config.truncate_at, _mask_of_weight(config)[1]
+    truncate_at, highest = config.truncate_at, _weights_left(config)[1]
     if truncate_at is not None and truncate_at >= highest:
         raise ValueError(
-            f"loss.truncate_at is {truncate_at} and loss.reject_above {highest}, of the same ratio: what truncation"
-            " would change is rejected already; lower truncate_at or leave one out"
+            f"loss.truncate_at is {truncate_at} and loss.reject_above {config.reject_above}, of the same ratio"
+            ": what truncation would change is rejected already; lower truncate_at or leave one out"
+            if config.mix_share is None
+            else f"loss.truncate_at is {truncate_at}, but with mix_share {config.mix_share:g} and reject_above"
+            f" {config.reject_above} no weight is above {highest:g}; lower truncate_at or leave it out"
         )
     # With three policies the clip acts on another ratio than the other limits.
     if config.clip_policies == "three":
@@ -381,6 +398,7 @@ def _check_reach(config: PolicyGradientConfig) -> None:
             raise ValueError(
                 f"loss.{name} acts on weights above {reach:g}, but truncate_at or reject_above leaves none above"
                 f" {ceiling:g}; leave one out"
+                + ("" if config.mix_share is None else f", or raise mix_share, which is {config.mix_share:g}")
             )
 
 
@@ -389,12 +407,11 @@ def _check_lower_reach(config: PolicyGradientConfig) -> None:
     if config.clip_low is None:
         return
     lowest, most = 1 - config.clip_low, config.retrace_lambda
-    # Only `retrace` has another lambda than 1; its smallest weight is lambda times the smallest ratio.
-    least = most * _mask_of_weight(config)[0]
+    least = _weights_left(config)[0]
     if least >= lowest:
+        cause = "reject_below" if config.mix_share is None else f"mix_share {config.mix_share:g}"
         raise ValueError(
-            f"loss.clip_low acts on weights below {lowest:g}, but reject_below leaves none below {least:g};"
-            " leave one out"
+            f"loss.clip_low acts on weights below {lowest:g}, but {cause} leaves none below {least:g}; leave one out"
         )
     # At `prefix` level the weights of `retrace` are at most lambda^t at the t-th token, so with any lambda below 1 a
     # long completion passes the limit.

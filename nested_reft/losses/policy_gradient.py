@@ -46,7 +46,7 @@ from nested_reft.estimators.importance import LOG_RATIO_LIMIT, LOGPROB_FLOOR, to
 from nested_reft.estimators.kl import kl_estimate
 from nested_reft.losses.config import Normalization, PolicyGradientConfig
 from nested_reft.losses.objective import LossOutput, Needs, TargetPass
-from nested_reft.losses.token_weights import TokenWeights, clipped_ratio, token_weights
+from nested_reft.losses.token_weights import TokenWeights, baseline_weight, clipped_ratio, token_weights
 from nested_reft.losses.value import value_loss, with_advantages
 from nested_reft.types import Scored, TrainBatch, Weighted
 
@@ -180,10 +180,10 @@ def policy_gradient_loss(
     Returns:
         The loss as (sum, W), to be divided once (with `self_normalized`, the penalties as a second pair), the
         whole weights, and the parts that are logged: `policy_loss`,
-        `clipped_share` (tokens without gradient), `limited_share` (truncated weights), `weight_mean` and
-        `weight_square_mean` of the whole weights over tokens (`kish` of them is the effective sample size of the
-        update), `reference_kl` (k3, nats per token) and `self_distillation_kl`; with a mask `accepted_tokens` and
-        `accepted_completions` (shares; a completion is accepted with any of its tokens).
+        `clipped_share` (tokens without gradient), `limited_share` (truncated weights of tokens that are kept),
+        `weight_mean` and `weight_square_mean` of the whole weights over tokens (`kish` of them is the effective sample
+        size of the update), `reference_kl` (k3, nats per token) and `self_distillation_kl`; with a mask
+        `accepted_tokens` and `accepted_completions` (shares; a completion is accepted with any of its tokens).
 
     Raises:
         ValueError: the configuration needs something that is not given.
@@ -287,7 +287,7 @@ def _token_advantages(
         advantage_BGC = batch.token_signal_BGC
     elif config.advantage == "weighted_leave_one_out":
         # Here the signal is the reward, because the baseline needs the weights.
-        advantage_BGC = weighted_advantages(batch.signal_BG, weight_BGC)
+        advantage_BGC = weighted_advantages(batch.signal_BG, baseline_weight(weight_BGC, mask_BGC, config))
     else:
         advantage_BGC = jnp.broadcast_to(batch.signal_BG[..., None], frozen_BGC.shape)
     if config.reference_kl == "k1_in_reward" and batch.reference_logprob_BGC is not None:

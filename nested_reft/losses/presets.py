@@ -285,8 +285,63 @@ CORRECTIONS: dict[str, Callable[[PolicyGradientConfig], PolicyGradientConfig]] =
 """Each published correction by the name that the field uses."""
 
 
+def preset_names() -> list[str]:
+    """The names that `named` takes, as they are usually written."""
+    return [*_ALGORITHMS, *(correction.__name__ for correction in CORRECTIONS.values())]
+
+
+def named(loss: Any, name: str) -> PolicyGradientConfig:
+    """The loss that a preset makes of another one: a correction changes it, and an algorithm takes its place.
+
+    An algorithm takes from the loss what its paper leaves open: `bias_mitigation`, which becomes `base` unless it is
+    `practical`; the `fixed_length_tokens` of Dr. GRPO; the `truncate_at` of CISPO. For other numbers than the
+    published ones, call the preset's function.
+
+    Args:
+        loss: any objective's configuration.
+        name: a function of this module or a key of `CORRECTIONS`, in any case and with any signs between its words.
+
+    Raises:
+        ValueError: there is no such preset, it changes policy gradients alone, or the loss lacks what it takes.
+    """
+    corrections = {_bare(key): correction for key, correction in CORRECTIONS.items()}
+    corrections |= {_bare(correction.__name__): correction for correction in CORRECTIONS.values()}
+    if _bare(name) in corrections:
+        return corrections[_bare(name)](loss)
+    algorithms = {_bare(key): algorithm for key, algorithm in _ALGORITHMS.items()}
+    if _bare(name) not in algorithms:
+        raise ValueError(f"loss.preset is {name!r}; allowed are {', '.join(preset_names())}")
+    make, needed = algorithms[_bare(name)]
+    values = {field: getattr(loss, field, None) for field in needed}
+    missing = [field for field, value in values.items() if value is None]
+    if missing:
+        raise ValueError(f"loss.preset '{name}' takes loss.{missing[0]} from the configuration, where it is not set")
+    return make("practical" if getattr(loss, "bias_mitigation", None) == "practical" else "base", **values)
+
+
+def _bare(name: str) -> str:
+    """A name without what is written one way or another."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+# Of each algorithm: what makes it, and the numbers that its paper does not give.
+_ALGORITHMS: dict[str, tuple[Callable[..., PolicyGradientConfig], tuple[str, ...]]] = {
+    "grpo": (grpo, ()),
+    "ppo": (ppo, ()),
+    "dr_grpo": (dr_grpo, ("fixed_length_tokens",)),
+    "dapo": (dapo, ()),
+    "gspo": (gspo, ()),
+    "cispo": (cispo, ("truncate_at",)),
+}
+
+
 def _corrected(loss: PolicyGradientConfig, **correction: Any) -> PolicyGradientConfig:
     """The loss with this weight and mask in place of its own, and three policies, as all of them are published."""
+    if not isinstance(loss, PolicyGradientConfig):
+        raise ValueError(
+            f"a correction changes the loss of a policy gradient, and was given {loss!r:.80}; allowed is a"
+            " PolicyGradientConfig, such as presets.dapo('base')"
+        )
     level = loss.clip_level
     # With two policies the clip acts on the weight, so its level is that of the weight. A clip has no prefixes.
     if loss.clip_policies == "two" and loss.level != "prefix":

@@ -30,7 +30,7 @@ class TokenWeights(NamedTuple):
         factor_BGC: m, or m h with three policies.
         ratio_BGC: h, or r with three policies.
         accepted_BGC: True at the tokens that count and that the mask or the budget keeps.
-        truncated_BGC: True where truncation changed h.
+        truncated_BGC: True at accepted tokens whose h truncation changed.
     """
 
     factor_BGC: Float[Array, "B G C"]
@@ -79,9 +79,34 @@ def token_weights(
             token_log_ratio(target_logprob_BGC, old_BGC), mask_BGC, "base", config.clip_level
         )
         factor_BGC, ratio_BGC = factor_BGC * weight_BGC, limited_weight(step_BGC)
-    # Without a limit given, `limited_weight` sets none.
-    is_truncated_BGC = weight_BGC != limited_weight(log_weight_BGC)
+    # Without a limit given, `limited_weight` sets none. What is rejected has no weight that could be limited.
+    is_truncated_BGC = kept_BGC & (weight_BGC != limited_weight(log_weight_BGC))
     return TokenWeights(factor_BGC, ratio_BGC, mask_BGC & kept_BGC, is_truncated_BGC)
+
+
+def baseline_weight(
+    weight_BGC: Float[Array, "B G C"], mask_BGC: Bool[Array, "B G C"], config: PolicyGradientConfig
+) -> Float[Array, "B G C"]:
+    """The weights that a weighted baseline compares: those of the tokens, and beside them what a token of ratio 1 has.
+
+    Multiplying all weights of a position by one constant scales the estimator and must leave its best baseline as it
+    is. With lambda below 1 `retrace` has such constants: lambda at `token` level, and lambda^t at `prefix` level. So
+    they belong to the positions without a token as well. If these kept the weight 1, completions that have ended would
+    outweigh the others by lambda^-2, and at `prefix` level by lambda^-2t.
+
+    Args:
+        weight_BGC: whole weights, of `token_weights`; positions without a token have ratio 1 and no lambda.
+        mask_BGC: the tokens that count.
+        config: the parts.
+    """
+    if config.bias_mitigation != "retrace" or config.retrace_lambda == 1:
+        return weight_BGC
+    factors_BGC = jnp.where(mask_BGC, 0, 1)
+    if config.level == "prefix":
+        # After its end a completion's trace goes on. Before its first token (forced ones delay it) it has one factor.
+        ended_BGC = ~mask_BGC & (jnp.cumsum(mask_BGC, axis=-1) > 0)
+        factors_BGC = jnp.where(mask_BGC, 0, jnp.maximum(jnp.cumsum(ended_BGC, axis=-1), 1))
+    return weight_BGC * config.retrace_lambda**factors_BGC
 
 
 def batch_log_weight(

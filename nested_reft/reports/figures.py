@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nested_reft.estimators.rejection import written_bounds
 from nested_reft.json_files import read_json_object
 from nested_reft.reports.tables import hacking_text, table
 from nested_reft.run_directory import read_log
@@ -145,22 +146,26 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def keeping_bounds(lines: Sequence[Line]) -> dict[str, list[float]]:
+def keeping_bounds(lines: Sequence[Line]) -> dict[str, list[float | None]]:
     """For each value of `loss.reject_by`, the bounds that keep 95 % and 99 % of a typical step's samples.
 
     Args:
         lines: what `read_metrics` returned.
 
     Returns:
-        The medians over steps of the lower and upper bound for 95 %, then of both for 99 %.
+        The medians over steps of the lower and upper bound for 95 %, then of both for 99 %; None for a side that has no
+        bound in most steps.
     """
     found = {}
     for name in dict.fromkeys(name for line in lines for name in line if name.startswith(BOUNDS)):
         rows = [line[name] for line in lines if name in line]
-        # A step that was not finite has logged null for a bound.
-        rows = [row for row in rows if isinstance(row, list) and len(row) == 4 and all(map(_is_finite, row))]
-        if rows:
-            found[name.removeprefix(BOUNDS)] = [statistics.median(column) for column in zip(*rows, strict=True)]
+        rows = [row for row in rows if isinstance(row, list) and len(row) == 4]
+        columns = [[bound for bound in column if _is_finite(bound)] for column in zip(*rows, strict=True)]
+        if any(columns):
+            reject_by = name.removeprefix(BOUNDS)
+            medians = [statistics.median(column) if 2 * len(column) > len(rows) else None for column in columns]
+            # Rounded anew, since a median of two has more digits.
+            found[reject_by] = written_bounds(reject_by, medians)
     return found
 
 
@@ -188,7 +193,7 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
         parts.append(table(["source, last values", *PANELS.values()], rows))
     if result["bounds"]:
         rows = [
-            [_one_line(name), *(f"{low:.3g} to {high:.3g}" for low, high in (bounds[:2], bounds[2:]))]
+            [_one_line(name), *(_bounds_in_words(low, high) for low, high in (bounds[:2], bounds[2:]))]
             for name, bounds in result["bounds"].items()
         ]
         parts.append(table(["loss.reject_by: bounds that keep (median of steps)", "95 %", "99 %"], rows))
@@ -196,6 +201,12 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
     if words:
         parts.append("\n".join(words if audit_lines is None else words[-audit_lines:]))
     return "\n\n".join(parts)
+
+
+def _bounds_in_words(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "none" if low is high else f"{low:.9g} or more" if high is None else f"{high:.9g} or less"
+    return f"{low:.9g} to {high:.9g}"
 
 
 def figure_maker() -> Callable[..., Any]:

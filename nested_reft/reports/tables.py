@@ -76,7 +76,10 @@ def summary_table(summary: dict[str, Any]) -> str:
         return _offline_table(summary)
     left_out = f"{summary['layers'] - summary['kept_layers']} of {summary['layers']} layers"
     bridges = f"{summary['bridges']} bridges"
+    # Runs of earlier versions did not count them.
+    empty, steps = summary.get("empty_steps", 0), summary["steps"]
     facts = [
+        *([["steps whose updates changed nothing", f"{empty} of {steps}"]] if empty else []),
         ["full model, generated tokens/second", f"{summary['full_tokens_per_second']:.0f}"],
         [
             f"nested ({left_out} {'left out, ' + bridges if summary['bridges'] else 'skipped'}), tokens/second",
@@ -94,6 +97,11 @@ def summary_table(summary: dict[str, Any]) -> str:
     parts = [evaluation_table(summary["before"], summary["after"]), table(["run", "value"], facts)]
     if "reward_hacking" in summary:
         parts.append(hacking_text(summary["reward_hacking"]))
+    if empty:
+        learnt = "nothing was learnt" if empty == steps else f"{empty} of {steps} steps taught nothing"
+        parts.append(
+            f"warning: {learnt}: see `empty` and `warning` in metrics.jsonl, and train.stop_after_empty_updates"
+        )
     return "\n\n".join([*parts, f"run directory: {summary['run_directory']}"])
 
 

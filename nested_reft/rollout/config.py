@@ -46,6 +46,10 @@ class RolloutConfig:
         # Completions that are all alike have equal rewards, so every advantage of the group would be zero.
         if self.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature is 0; allowed is more, as greedy completions are all alike")
+        if self.sampling.top_k == 1:
+            raise ValueError(
+                "rollout.sampling.top_k is 1; allowed is 0 (keep all), or 2 or more, since greedy completions are alike"
+            )
         check_choice("rollout.mode", self.mode, Mode)
         check_choice("rollout.weights", self.weights, Weights)
         if self.mixture_alpha is not None and not 0 < self.mixture_alpha <= 1:

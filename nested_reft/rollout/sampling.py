@@ -36,13 +36,18 @@ class SamplingConfig:
         # Far outside of these, quotients of logits overflow in float32, or no longer differ.
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
             raise ValueError(
-                f"sampling.temperature is {self.temperature}; allowed is 0 (greedy), or {MIN_TEMPERATURE:g} to"
+                f"rollout.sampling.temperature is {self.temperature}; allowed is 0 (greedy), or {MIN_TEMPERATURE:g} to"
                 f" {MAX_TEMPERATURE:g}"
             )
         if self.top_k < 0:
-            raise ValueError(f"sampling.top_k is {self.top_k}; allowed is 0 (keep all) or more")
+            raise ValueError(f"rollout.sampling.top_k is {self.top_k}; allowed is 0 (keep all) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p is {self.top_p}; allowed is 0 < top_p <= 1")
+            raise ValueError(f"rollout.sampling.top_p is {self.top_p}; allowed is 0 < top_p <= 1")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the distribution."""
+        return self.top_k != 0 or self.top_p != 1
 
 
 GREEDY = SamplingConfig(temperature=0.0)

@@ -89,6 +89,72 @@ def mixture_weights_need_a_mixture(config: Config) -> None:
         )
 
 
+def limits_can_act_on_a_mixture(config: Config) -> None:
+    """Before the target moves, the weight of a mixture is at most 1 / alpha."""
+    loss, alpha = config.loss, config.rollout.mixture_alpha
+    if not isinstance(loss, PolicyGradientConfig) or loss.bias_mitigation != "mixture" or alpha is None:
+        return
+    reaches = {"truncate_at": loss.truncate_at}
+    # With three policies the weight is frozen, and the clip acts on another ratio.
+    if loss.clip_policies == "two":
+        reaches |= {"clip_high": None if loss.clip_high is None else 1 + loss.clip_high, "dual_clip": loss.dual_clip}
+    for name, reach in reaches.items():
+        if reach is not None and reach >= 1 / alpha and is_frozen(config):
+            raise ValueError(
+                f"loss.{name} is {getattr(loss, name)}, but bias_mitigation 'mixture' with rollout.mixture_alpha"
+                f" {alpha} has weights of at most 1 / alpha = {1 / alpha:g}, which it would not change; leave it out or"
+                " lower it"
+            )
+
+
+def exact_rollouts_leave_nothing_to_reject(config: Config) -> None:
+    """Exact rollouts of the present version have the ratio 1, whatever drafts them."""
+    if config.rollout.mode != "exact" or not is_on_policy(config):
+        return
+    for name in correcting_parts(config):
+        raise ValueError(
+            f"rollout.mode is 'exact' and {name} is set; exact rollouts are the target's own, so their ratios are 1 and"
+            " it has nothing to do: leave it out, or use mode 'nested'"
+        )
+
+
+def is_frozen(config: Config) -> bool:
+    """Whether the weight of the loss never compares with a target that has moved since its batch came.
+
+    Args:
+        config: with a policy-gradient loss.
+    """
+    three = isinstance(config.loss, PolicyGradientConfig) and config.loss.clip_policies == "three"
+    return three or config.train.updates_per_batch == 1
+
+
+def is_on_policy(config: Config) -> bool:
+    """Whether all ratios that weights and masks read are 1: of samples of the full model at its present version.
+
+    Args:
+        config: the configuration.
+    """
+    nesting, search, rollout = config.nesting, config.search, config.rollout
+    is_nested = nesting.choice == "fixed" or nesting.skip_ratio > 0 or bool(search.skip_ratios)
+    is_nested |= config.nesting_control.hold is not None
+    is_fresh = not (search.makes_stale or config.replay.is_on or search.temperatures)
+    # Updates in bfloat16 round where sampling does not.
+    is_rounded = rollout.weights != "target" or config.train.compute_dtype != "float32"
+    return (rollout.mode == "exact" or not is_nested) and is_fresh and not is_rounded and is_frozen(config)
+
+
+def correcting_parts(config: Config) -> list[str]:
+    """The fields of masks, budgets and mixes that are set, which ratios of 1 leave without work.
+
+    Args:
+        config: the configuration.
+    """
+    loss = config.loss
+    fields = ("reject_by", "obrs_lambda") if isinstance(loss, PolicyGradientConfig) else ()
+    set_ = [f"loss.{name}" for name in fields if getattr(loss, name) is not None]
+    return set_ + ["mix_control.ess"] * (config.mix_control.ess is not None)
+
+
 def exact_rollouts_need_no_control(config: Config) -> None:
     """Exact rollouts are on-policy at any depth."""
     if config.rollout.mode == "exact" and config.nesting_control.hold is not None:
@@ -264,7 +330,7 @@ def replay_chooses_alone(config: Config) -> None:
 def ratios_need_full_support(config: Config) -> None:
     """Truncated sampling draws from a renormalised distribution, and the update knows only the whole one."""
     sampling, loss, hold = config.rollout.sampling, config.loss, config.nesting_control.hold
-    if sampling.top_k == 0 and sampling.top_p == 1:
+    if not sampling.truncates:
         return
     how = f"rollout.sampling truncates (top_k {sampling.top_k}, top_p {sampling.top_p:g})"
     # `practical` compares two full distributions, and `one` none, so truncation does not distort their weights.
@@ -283,6 +349,12 @@ def ratios_need_full_support(config: Config) -> None:
         raise ValueError(
             f"{how}, but nesting_control.hold is '{hold}': the mass that truncation cuts off would count as divergence"
             " of the nested policy. Set top_k 0 and top_p 1, or use no nesting_control"
+        )
+    critic = loss.critic if isinstance(loss, PolicyGradientConfig) else None
+    if critic is not None and critic.kl_target is not None:
+        raise ValueError(
+            f"{how}, but loss.critic.kl_target is {critic.kl_target}: the KL that it holds is weighed by pi_old / pi_b,"
+            " which would be the mass that is kept as well. Set top_k 0 and top_p 1, or leave kl_target out"
         )
 
 
@@ -371,6 +443,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     mesh_divides_batches,
     overlong_cache_fits_completions,
     mixture_weights_need_a_mixture,
+    limits_can_act_on_a_mixture,
+    exact_rollouts_leave_nothing_to_reject,
     exact_rollouts_need_no_control,
     mix_has_one_source,
     bridge_files_are_of_the_start,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from nested_reft.fields import UnknownField, read
 from nested_reft.json_files import differences
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.literals import check_choice, check_whole
+from nested_reft.losses import presets
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
 from nested_reft.mix_control import MixControlConfig
 from nested_reft.models.lora import LoraConfig
@@ -67,8 +68,8 @@ class TrainConfig:
         save_seconds: time that a run has from a SIGTERM (a pre-emption) on to end its step and write a checkpoint. When
             it is over, the run ends without, and the checkpoint before holds. Machines that are taken away often give
             30 seconds.
-        stop_after_empty_updates: a run stops after so many updates in a row that changed nothing, because no token
-            counted or all were rejected; None goes on.
+        stop_after_empty_updates: a run stops after so many steps in a row all of whose updates changed nothing, because
+            no token counted or all were rejected; None goes on.
         stop_after_nonfinite_updates: an update whose loss or gradient is not finite is left out and changes nothing.
             After so many of them in a row a run stops, and keeps the last one's batch in `failed_update`.
         stall_seconds: the longest time that may pass without a sign of progress, compiling not counted. Then the
@@ -253,7 +254,8 @@ stop_after_nonfinite_updates, stall_seconds, save_seconds
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.
         overrides: new values by field. A mapping changes some fields of a part; anything else, such as a
-            dataclass of the part, replaces it.
+            dataclass of the part, replaces it. `loss="icepop"` takes a preset, see `with_preset`, and so does
+            `loss={"preset": ["dapo", "token TIS"], "clip_high": 0.3}`, with changes.
 
     Raises:
         ValueError: there is no such configuration or field, or a value cannot work.
@@ -262,7 +264,31 @@ stop_after_nonfinite_updates, stall_seconds, save_seconds
     config = _named_config(name)
     if not overrides:
         return config
+    loss = overrides.get("loss")
+    if isinstance(loss, str):
+        loss = {"preset": loss}
+    if isinstance(loss, Mapping) and "preset" in loss:
+        names = [loss["preset"]] if isinstance(loss["preset"], str) else list(loss["preset"])
+        config = with_preset(config, names)
+        # What else is said of the loss changes the preset.
+        overrides = overrides | {"loss": {key: value for key, value in loss.items() if key != "preset"}}
     return with_absolute_paths(Config.from_json(_merged(config.to_json(), overrides, "")), Path.cwd())
+
+
+def with_preset(config: Config, names: Sequence[str]) -> Config:
+    """The configuration with published presets in its loss, each made of what the one before left.
+
+    Args:
+        config: what to change.
+        names: as `losses.presets.named` takes them.
+
+    Raises:
+        ValueError: a name is unknown, or the loss cannot have such a preset.
+    """
+    loss = config.loss
+    for name in names:
+        loss = presets.named(loss, name)
+    return dataclasses.replace(config, loss=loss)
 
 
 def _named_config(name: str) -> Config:

@@ -64,10 +64,11 @@ class Update:
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts, by name.
-        health: how far off-policy the rollouts were; None for demonstrations or an empty batch.
-        entropy: mean entropy of the next-token distributions, in nats; None where health is.
+        health: how far off-policy the rollouts were; None for demonstrations, an empty batch, and truncated sampling.
+        entropy: mean entropy of the next-token distributions, in nats; None for demonstrations or an empty batch.
         weight_BGC: the weight of each token's gradient.
-        bounds: of masks that would keep most of the rollouts, as `keeping_bounds` says; empty where health is None.
+        bounds: of masks that would keep most of the rollouts, as `keeping_bounds` says, with NaN for none; empty where
+            health is None.
         nonfinite: how many updates changed nothing because loss or gradient was not finite.
         nonfinite_last: how many of them came after the last update that was finite.
     """

@@ -48,14 +48,27 @@ def renew(
         health: how far off-policy the step's rollouts were.
         next_plan_key: key of the next step's plan.
     """
+    num_skipped = state.nesting.num_skipped
     # Until there are bridges the full model samples, which says nothing about how deep to nest.
     if state.nests:
         depth = _depth_health(state.nesting.num_skipped, found) if state.config.measures_mismatch else health
         state.nesting = nesting_control.update(state.nesting, state.config.nesting_control, depth)
     # Whatever made the rollouts differ from the target, the next batch's share answers to it.
-    is_of_tokens = getattr(state.config.loss, "level", "token") == "token"
-    state.mix = mix_control.update(state.mix, state.config.mix_control, "token" if is_of_tokens else "sequence", health)
+    level = "token" if getattr(state.config.loss, "level", "token") == "token" else "sequence"
+    mixed = health if _has_depth(state, num_skipped, found) else None
+    state.mix = mix_control.update(state.mix, state.config.mix_control, level, mixed)
+    if state.nesting.num_skipped != num_skipped:
+        state.mix = mix_control.at_another_depth(state.mix)
     return fit_and_measure(state, number, [scored.rollouts for scored in found], next_plan_key)
+
+
+def _has_depth(state: RunState, num_skipped: int, found: Sequence[Scored]) -> bool:
+    """Whether all batches are of the present depth, where the run itself changes it."""
+    config = state.config
+    if config.nesting_control.hold is None and not config.nesting.bridge.is_on:
+        return True
+    # Until bridges are fitted batches leave out nothing. Others were ordered before the depth changed.
+    return all(len(left_out(np.asarray(scored.rollouts.part_BGL[0, 0]))) == num_skipped for scored in found)
 
 
 def _depth_health(num_skipped: int, found: Sequence[Scored]) -> Health | None:

@@ -18,6 +18,7 @@ from nested_reft import curriculum, dataset_reset, replay
 from nested_reft.curriculum import CurriculumState
 from nested_reft.dataset_reset import ResetState
 from nested_reft.estimators.health import health_warning
+from nested_reft.estimators.rejection import written_bounds
 from nested_reft.evaluation import Evaluation
 from nested_reft.kl_control import KlControlState
 from nested_reft.layer_plan import LayerPlan, left_out, replaced_layers
@@ -114,7 +115,7 @@ METRICS = (
     Metric("rejected_score", "reward", "mean score of the other ones"),
     Metric("gradient_norm", "", "global norm of the gradient, before clipping"),
     Metric("clipped_share", "share", "tokens that a clip left without gradient"),
-    Metric("limited_share", "share", "tokens whose weight was truncated"),
+    Metric("limited_share", "share", "tokens that were kept and whose weight was truncated"),
     Metric("weight_mean", "", "mean importance weight of the loss; rejected tokens have 0"),
     Metric("ess_weight", "share", "effective sample size of the loss's weights; rejected tokens have 0"),
     Metric("accepted_tokens", "share", "tokens that were kept (loss.reject_by, loss.obrs_lambda)"),
@@ -131,7 +132,9 @@ METRICS = (
     Metric("ratio_quantile_95", "", "95 % quantile of pi / pi_b"),
     Metric("ratio_tail", "share", "tokens whose pi / pi_b lies outside [1/2, 2]"),
     Metric("kl_behavior_target", "nats/token", "estimate of KL(pi_b || pi) per sampled token"),
-    Metric("bounds/{reject_by}", "", "loss.reject_below and reject_above that keep 95 %, then those that keep 99 %"),
+    Metric(
+        "bounds/{reject_by}", "", "reject_below and reject_above that keep 95 %, then those for 99 %; null for none"
+    ),
     Metric("entropy", "nats/token", "mean entropy of the target's next-token distributions"),
     Metric("reference_kl", "nats/token", "k3 estimate of KL(pi || reference)"),
     Metric("beta", "reward/nat", "weight of the KL to the reference (trajectory balance)"),
@@ -312,11 +315,13 @@ class StepRecord:
         did = "rejected every token, so nothing changed" if self.update.empty else f"kept {share:.1%} of the tokens"
         if loss.reject_by is None:
             return f"loss.obrs_lambda {loss.obrs_lambda} {did}. Lower it, or lower nesting.skip_ratio"
-        low, high = self.update.bounds[loss.reject_by][:2]
+        low, high = written_bounds(loss.reject_by, self.update.bounds[loss.reject_by])[:2]
+        wider = f"reject_below {low} and reject_above {high} would keep 95 % of the batch. Widen the bounds"
+        if low is None and high is None:
+            wider = "no bounds that may be set would keep 95 % of the batch. Use another reject_by"
         return (
-            f"loss.reject_by '{loss.reject_by}' {did}: reject_below {loss.reject_below}, reject_above"
-            f" {loss.reject_above}, but 95 % of the batch lie from {low:.3g} to {high:.3g}. Widen the bounds, or lower"
-            " nesting.skip_ratio"
+            f"loss.reject_by '{loss.reject_by}' {did}: reject_below is {loss.reject_below} and reject_above"
+            f" {loss.reject_above}; {wider}, or lower nesting.skip_ratio"
         )
 
 
@@ -424,10 +429,14 @@ def _update_metrics(record: StepRecord, config: Config) -> dict[str, Any]:
     # The zeros of an empty update would look like measurements, so the line says that it was empty.
     if update.empty:
         found["empty"] = True
-    found |= {f"bounds/{name}": [float(f"{bound:.4g}") for bound in bounds] for name, bounds in update.bounds.items()}
+    # Of tokens that were kept there are means only where there are such tokens.
+    if found.get("accepted_tokens") == 0:
+        found = {name: value for name, value in found.items() if name not in ("kept_weight_mean", "ess_kept")}
+    found |= {f"bounds/{name}": written_bounds(name, bounds) for name, bounds in update.bounds.items()}
     if update.health is not None:
         # The fields of `Health` are named as their metrics are.
         found |= {f.name: float(getattr(update.health, f.name)) for f in dataclasses.fields(update.health)}
+    if update.entropy is not None:
         found["entropy"] = update.entropy
     if "completion_kl" in update.parts:
         found["kl_coefficient"] = record.kl.coefficient

@@ -53,6 +53,7 @@ def reinforcement_task(config: Config, shared_prefix: int) -> LearnerTask:
         max_completion_tokens=config.rollout.max_completion_tokens,
         compute_dtype=train.compute_dtype,
         mini_batches=train.mini_batches,
+        full_support=not config.rollout.sampling.truncates,
     )
 
 

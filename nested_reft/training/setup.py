@@ -35,6 +35,7 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import make_mesh
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import Config, with_absolute_paths
+from nested_reft.training.idle_parts import idle_parts
 from nested_reft.training.mesh_choice import with_chosen_mesh
 from nested_reft.training.references import usable_references
 from nested_reft.training.search_config import check_backend
@@ -128,6 +129,8 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     if config.warm_start.steps:
         check_share("warm_start.layer_dropout", config.warm_start.layer_dropout, num_layers)
     _warn_of_warmup(config)
+    for sentence in idle_parts(config):
+        logger.warning("%s", sentence)
     config.nesting_control.validate_for(config.nesting.choice, config.nesting.most_skipped(num_layers))
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)

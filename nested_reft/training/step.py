@@ -43,6 +43,8 @@ class LearnerTask:
         max_completion_tokens: C, the longest completion of a batch.
         compute_dtype: of the inputs of matrix products in every pass over a batch; they are summed in float32.
         mini_batches: disjoint parts of a batch that get an update each.
+        full_support: whether rollouts were drawn from whole distributions. Where top-k or top-p cut them, ratios to the
+            behavior policy would tell of what was cut off, so nothing is measured by them.
     """
 
     objective: Objective
@@ -55,6 +57,7 @@ class LearnerTask:
     max_completion_tokens: int
     compute_dtype: str = "float32"
     mini_batches: int = 1
+    full_support: bool = True
 
     @property
     def needs(self) -> Needs:
@@ -126,10 +129,10 @@ class UpdateResult:
         loss: the mean that was minimised.
         gradient_norm: global norm of its gradient, before clipping.
         parts: the objective's parts by name, each divided by its own weight.
-        health: how far off-policy the completions were; None for demonstrations.
+        health: how far off-policy the completions were; None for demonstrations and truncated sampling.
         entropy: mean entropy of the target's next-token distributions, in nats; None for demonstrations.
         weight_BGC: the weight of each token's gradient, zero at tokens that do not count.
-        bounds: of masks that would keep most of the completions, as `keeping_bounds` says; None for demonstrations.
+        bounds: of masks that would keep most of the completions, as `keeping_bounds` says; None where health is.
     """
 
     rejected: Bool[Array, ""]
@@ -188,12 +191,16 @@ def make_update(task: LearnerTask) -> UpdateFunction:
         mask_BGC = batch.mask_BGC
         health, entropy, bounds = None, None, None
         if needs.off_policy:
+            entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
+        if needs.off_policy and task.full_support:
             assert batch.behavior_logprob_BGC is not None
             # Health is of the whole batch: effective sample sizes of micro-batches could not be added up.
             health = off_policy_health(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
             # It sorts, which took 6 ms of a CPU for 64 completions of 512 tokens: 0.06 % of an update of `tiny`.
             bounds = keeping_bounds(logprob_BGC, batch.behavior_logprob_BGC, mask_BGC)
-            entropy = Weighted((entropy_BGC * mask_BGC).sum(), mask_BGC.sum().astype(jnp.float32)).mean()
+        if not task.full_support:
+            # It weighs by the ratio to the behavior policy.
+            output.parts.pop("completion_kl", None)
         rejected = ~jnp.any(output.weight_BGC != 0) if needs.may_reject else jnp.asarray(False)
         # The optimizer clips its own copy, so this norm still shows what would have been too large.
         loss, gradient_norm = output.mean(), optax.global_norm(gradient)

@@ -59,6 +59,7 @@ def run_summary(
         "name": config.name,
         "run_directory": str(run),
         "steps": config.train.steps,
+        "empty_steps": sum(bool(line.get("empty")) for line in history),
         "before": state.before,
         "after": {name: result.to_json() for name, result in after.items()},
         "nonfinite_updates": state.nonfinite_updates,

@@ -297,4 +297,5 @@ def _name(loss: PolicyGradientConfig) -> str:
     ]
     # Most of the list divides by a fixed length, which is therefore not said.
     divisor = [loss.normalization] * (loss.normalization != "fixed_length")
-    return ", ".join([loss.bias_mitigation, loss.level, loss.advantage, *divisor, *parts]).replace("_", " ")
+    words = ", ".join([loss.bias_mitigation, loss.level, loss.advantage, *divisor, *parts])
+    return words.replace("leave_one_out", "leave-one-out").replace("_", " ")

@@ -16,6 +16,7 @@ MIXTURE = dataclasses.replace(EXACT, bias_mitigation="mixture")
 ONE = dataclasses.replace(TOKEN, bias_mitigation="one")
 RETRACE = dataclasses.replace(TOKEN, bias_mitigation="retrace")
 MASK = {"reject_by": "token_ratio", "reject_above": 2.0}
+MIX = dataclasses.replace(TOKEN, bias_mitigation="interpolated", mix_share=0.5)
 K3 = {"reject_by": "sequence_k3", "reject_above": 0.1}
 GEOMETRIC_CLIP = {"clip_policies": "three", "clip_level": "geometric"}
 
@@ -33,9 +34,16 @@ GEOMETRIC_CLIP = {"clip_policies": "three", "clip_level": "geometric"}
         (TOKEN, MASK | {"reject_above": 1.0}, "reject_above is 1.0; allowed is more than 1"),
         (TOKEN, MASK | {"reject_above": 1e9}, "reject_above is 1000000000.0; allowed is more than 1, below 4.8e8"),
         (TOKEN, K3 | {"reject_above": 0.0}, "reject_above is 0.0; allowed is more than 0"),
-        (TOKEN, {"clip_low": 1.0}, "clip_low is 1.0; allowed is 0 < clip_low < 1"),
-        (TOKEN, {"clip_high": 0.0}, "clip_high is 0.0; allowed is more than 0"),
+        (TOKEN, {"clip_low": 1.0}, "clip_low is 1.0; allowed is 1e-7 <= clip_low < 1"),
+        (TOKEN, {"clip_low": 1e-30}, "clip_low is 1e-30; allowed is 1e-7 <= clip_low < 1"),
+        (TOKEN, {"clip_low": 1 - 1e-9}, "allowed is 1e-7 <= clip_low < 1 - 2.1e-9"),
+        (TOKEN, {"clip_high": 0.0}, "clip_high is 0.0; allowed is 1e-7 or more"),
         (TOKEN, {"dual_clip": 1.0}, "dual_clip is 1.0; allowed is more than 1"),
+        # No weight exceeds exp(20).
+        (TOKEN, {"truncate_at": 5e8}, "truncate_at is 500000000.0; allowed is 1 or more, below 4.8e8"),
+        (TOKEN, {"clip_high": 5e9}, "clip_high is 5000000000.0; allowed is 1e-7 or more, below 4.8e8"),
+        (TOKEN, {"clip_policies": "three", "clip_high": 1e12}, "allowed is 1e-7 or more, below 4.8e8"),
+        (TOKEN, {"dual_clip": 1e12}, "dual_clip is 1000000000000.0; allowed is more than 1, below 4.8e8"),
         (TOKEN, {"reference_kl_coefficient": -1.0}, "reference_kl_coefficient is -1.0; allowed is 0 or more"),
         (TOKEN, {"entropy_coefficient": float("nan")}, "entropy_coefficient is nan; allowed is 0 or more"),
         # A part and its parameter come together.
@@ -48,6 +56,18 @@ GEOMETRIC_CLIP = {"clip_policies": "three", "clip_level": "geometric"}
         (ONE, {"level": "sequence"}, "bias_mitigation 'one' weighs every level alike; set 'token'"),
         (ONE, {"clip_high": 0.2}, "clip_high is set, but bias_mitigation 'one' has the constant weight 1"),
         (ONE, {"self_normalized": True}, "self_normalized is set, but bias_mitigation 'one'"),
+        (
+            MIX,
+            {"mix_share": 0.0, "truncate_at": 2.0},
+            "truncate_at is set, but bias_mitigation 'interpolated' with mix_sh",
+        ),
+        (MIX, {"mix_share": 0.0, "self_normalized": True}, "with mix_share 0 has the constant weight 1"),
+        (
+            MIX,
+            {"mix_share": 0.0, "advantage": "weighted_leave_one_out"},
+            "'interpolated' with mix_share 0 weighs every completion alike; set 'leave_one_out'",
+        ),
+        (ONE, {"advantage": "weighted_leave_one_out"}, "'one' weighs every completion alike; set 'leave_one_out'"),
         (MIXTURE, {"level": "token"}, "only completions have a density; set 'sequence'"),
         (RETRACE, {"level": "sequence"}, "use 'base' with truncate_at"),
         (RETRACE, {"level": "geometric"}, "'token' or 'prefix'"),
@@ -93,6 +113,14 @@ GEOMETRIC_CLIP = {"clip_policies": "three", "clip_level": "geometric"}
         (TOKEN, MASK | {"dual_clip": 3.0}, "dual_clip acts on weights above 3"),
         (TOKEN, MASK | {"reject_below": 0.8, "clip_low": 0.2}, "clip_low acts on weights below 0.8, but reject_below"),
         (RETRACE, MASK | {"reject_below": 0.9, "retrace_lambda": 0.9, "clip_low": 0.2}, "leaves none below 0.81"),
+        # h = 1 - a + a rho: no h is below 0.9 at a = 0.1; rho = 1.9 gives 1.45 at a = 0.5, and rho = 2 1.3 at a = 0.3.
+        (MIX, {"mix_share": 0.1, "clip_low": 0.1}, "clip_low acts on weights below 0.9, but mix_share 0.1 leaves none"),
+        (
+            MIX,
+            MASK | {"reject_above": 1.9, "truncate_at": 2.0},
+            "with mix_share 0.5 and reject_above 1.9 no weight is ab",
+        ),
+        (MIX, MASK | {"mix_share": 0.3, "dual_clip": 2.0}, "none above 1.3; leave one out, or raise mix_share"),
         # Limits that leave no gradient to any token of negative advantage.
         (RETRACE, {"retrace_lambda": 0.75, "clip_low": 0.2}, "retrace_lambda 0.75 makes all weights (at most lambda)"),
         (RETRACE, {"retrace_lambda": 0.8, "clip_low": 0.2}, "leave clip_low out or raise retrace_lambda"),
@@ -118,6 +146,16 @@ def test_refusals(start, changes, message):
         (TOKEN, {"reject_by": "geometric_mean", "reject_above": 1.1, "truncate_at": 2.0, "clip_high": 0.28}),
         (TOKEN, {"bias_mitigation": "practical", "truncate_at": 3.0} | MASK),
         (EXACT, K3 | {"truncate_at": 2.0}),
+        (MIX, {"mix_share": 0.3, "clip_low": 0.2}),
+        (MIX, MASK | {"truncate_at": 1.4}),
+        (
+            MIX,
+            MASK | {"mix_share": None, "truncate_at": 1.9, "clip_low": 0.2},
+        ),  # a share that follows a budget may be 1
+        (MIX, MASK | {"mix_share": 0.0, "advantage": "weighted_leave_one_out"}),
+        # A mask's weights are 0 and 1, and those of three policies move with the optimizer.
+        (ONE, MASK | {"advantage": "weighted_leave_one_out"}),
+        (ONE, {"clip_policies": "three", "advantage": "weighted_leave_one_out"}),
         (ONE, MASK | {"self_normalized": True}),
         # With three policies the clip acts on the optimizer's ratio, whatever the weight is.
         (ONE, {"clip_policies": "three", "clip_low": 0.2, "self_normalized": True}),

@@ -229,6 +229,17 @@ def test_rejected_tokens_neither_push_nor_count_as_value():
     assert float(parts["limited_share"].mean()) == 0 and float(parts["clipped_share"].mean()) == 0
 
 
+def test_rejected_tokens_have_no_weight_that_was_truncated():
+    """Ratios 1, 3 and 9: truncation at 2 changes two of them, and the mask takes one of these away."""
+    target_BGC, batch = one_group([[1.0, 3.0, 9.0]], [1.0])
+    config = PolicyGradientConfig(
+        "no_baseline", "base", "token", "token_mean", truncate_at=2.0, reject_by="token_ratio", reject_above=5.0
+    )
+    parts = policy_gradient_loss(target_BGC, batch, config).parts
+    assert float(parts["limited_share"].mean()) == pytest.approx(1 / 3)
+    assert float(parts["accepted_tokens"].mean()) == pytest.approx(2 / 3)
+
+
 def test_what_a_mask_keeps_is_logged():
     """Of three completions with geometric means 2, 1 and 1/4, of 2, 1 and 2 tokens, the first two are kept.
 

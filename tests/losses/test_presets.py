@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.rejection import accepted, mismatch
 from nested_reft.losses import presets
 from nested_reft.losses.policy_gradient import policy_gradient_loss
+from nested_reft.losses.supervised import SupervisedConfig
 from tests.losses.batches import random_batch
 
 
@@ -359,6 +362,48 @@ def test_nested_completions_pass_the_default_masks():
 def test_dapo_without_its_changes_is_grpo():
     changed = dataclasses.replace(presets.dapo("base"), normalization="sequence_mean", clip_high=0.2)
     assert changed == presets.grpo("base", reference_kl_coefficient=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Geo-RS with token TIS", presets.geo_rs_token_tis),
+        ("geo_rs_token_tis", presets.geo_rs_token_tis),
+        ("Icepop", presets.icepop),
+        ("k3-rs", presets.k3_rs),
+        ("GSPO", lambda loss: presets.gspo("base")),
+        ("dr-grpo", lambda loss: presets.dr_grpo("base", fixed_length_tokens=6)),
+    ],
+)
+def test_presets_by_name(name, expected):
+    loss = presets.dr_grpo("base", fixed_length_tokens=6)
+    assert presets.named(loss, name) == expected(loss)
+
+
+def test_an_algorithm_takes_from_the_loss_what_its_paper_leaves_open():
+    practical = presets.dapo("practical")
+    assert presets.named(practical, "grpo") == presets.grpo("practical")
+    assert presets.named(SupervisedConfig(), "dapo") == presets.dapo("base")
+    with pytest.raises(ValueError, match=r"loss.preset 'cispo' takes loss.truncate_at from the configuration"):
+        presets.named(practical, "cispo")
+    cispo = presets.cispo("practical", truncate_at=3.0)
+    assert presets.named(cispo, "cispo") == cispo
+
+
+def test_what_a_correction_cannot_change_is_refused_by_name():
+    """In a process of its own, because the types of arguments are checked in tests before anything else."""
+    code = """
+from nested_reft.losses import presets
+dapo = presets.dapo("base")
+for call in (lambda: presets.token_tis("dapo"), lambda: presets.token_tis(dapo, "2")):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "a correction changes the loss of a policy gradient, and was given 'dapo'; allowed is a Policy" in found
+    assert "loss.truncate_at is '2'; allowed is a number: 1 or more" in found
 
 
 def test_all_presets_differ():

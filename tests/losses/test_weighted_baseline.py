@@ -9,7 +9,7 @@ import pytest
 
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
-from tests.losses.batches import random_batch
+from tests.losses.batches import one_group, random_batch
 
 SEQUENCE = PolicyGradientConfig("weighted_leave_one_out", "base", "sequence", "fixed_length", fixed_length_tokens=5)
 
@@ -53,6 +53,38 @@ def test_shorter_completions_keep_their_weight_past_their_end(key, changes):
     for row, mask in zip(gradient_BGC.reshape(-1, 4), batch.mask_BGC.reshape(-1, 4), strict=True):
         np.testing.assert_allclose(row[mask], row[mask][:1].repeat(mask.sum()), rtol=1e-5)
     assert len(set(np.asarray(batch.length_BG).ravel().tolist())) > 1
+
+
+@pytest.mark.parametrize("level", ["token", "prefix"])
+def test_the_baseline_does_not_depend_on_the_scale_of_a_position(key, level):
+    """With lambda all weights of position t are lambda (token) or lambda^(t + 1) (prefix) times those without it.
+
+    So each token's term is that many times the one at lambda 1. With the weight 1 past the end of a completion, those
+    that have ended would outweigh the others, and terms beside them would differ.
+    """
+    target_BGC, batch = random_batch(key)
+    batch = dataclasses.replace(batch, forced_BG=jnp.zeros_like(batch.forced_BG))
+    plain = dataclasses.replace(SEQUENCE, bias_mitigation="retrace", level=level)
+
+    def terms_BGC(config):
+        return jax.grad(lambda x: policy_gradient_loss(x, batch, config).mean())(target_BGC)
+
+    scale_C = 0.5 ** (np.ones(4) if level == "token" else np.arange(1, 5))
+    discounted_BGC = terms_BGC(dataclasses.replace(plain, retrace_lambda=0.5))
+    np.testing.assert_allclose(discounted_BGC, scale_C * terms_BGC(plain), rtol=1e-5, atol=1e-9)
+    assert (batch.length_BG < 4).any() and (batch.length_BG == 4).any(), "ended completions stand beside others"
+
+
+def test_forced_tokens_before_a_completion_weigh_one_factor():
+    """At position 0 the second completion is forced; ratio 1 has weight lambda there, as the third's own token has.
+
+    The others of the first have rewards 1 and 0 and equal weights, so b = 1/2 and its term is -lambda (0 - 1/2) / 5.
+    """
+    target_BGC, batch = one_group(np.ones((3, 2)), [0.0, 1.0, 0.0])
+    batch = dataclasses.replace(batch, forced_BG=jnp.array([[0, 1, 0]]))
+    config = dataclasses.replace(SEQUENCE, bias_mitigation="retrace", level="prefix", retrace_lambda=0.5)
+    gradient_BGC = jax.grad(lambda x: policy_gradient_loss(x, batch, config).total.sum)(target_BGC)
+    assert float(gradient_BGC[0, 0, 0]) == pytest.approx(0.5 * 0.5 / 5)
 
 
 def test_equal_weights_need_no_weighted_baseline():

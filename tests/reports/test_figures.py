@@ -141,17 +141,19 @@ def test_off_policy_figures(tmp_path):
 
 
 def test_bounds_that_keep_most_are_shown(tmp_path):
-    """The median of three steps; a step whose values were not finite counts for none."""
+    """The median of three steps; a side without a bound in most of them has none, as one of an older log may not."""
     lines = [
         line(1, **{"bounds/geometric_mean": [0.8, 1.1, 0.5, 1.5], "bounds/sequence_k3": [0, 0.2, 0, None]}),
-        line(2, **{"bounds/geometric_mean": [0.9, 1.2, 0.7, 1.3]}),
-        line(3, **{"bounds/geometric_mean": [0.7, 1.05, 0.6, 1.4]}),
+        line(2, **{"bounds/geometric_mean": [0.9, 1.2, 0.7, None], "bounds/sequence_k3": [0, 0.3, 0, 0.4]}),
+        line(3, **{"bounds/geometric_mean": [0.7, 1.05, 0.6, None]}),
     ]
-    assert summarize(lines)["bounds"] == {"geometric_mean": [0.8, 1.1, 0.6, 1.4]}
+    expected = {"geometric_mean": [0.8, 1.1, 0.6, None], "sequence_k3": [None, 0.25, None, None]}
+    assert summarize(lines)["bounds"] == expected
     shown = report_text(summarize(lines), lines).splitlines()
     at = next(i for i, text in enumerate(shown) if text.startswith("loss.reject_by: bounds that keep"))
     assert shown[at].split()[-4:] == ["95", "%", "99", "%"]
-    assert shown[at + 2].split() == ["geometric_mean", "0.8", "to", "1.1", "0.6", "to", "1.4"]
+    assert shown[at + 2].split() == ["geometric_mean", "0.8", "to", "1.1", "0.6", "or", "more"]
+    assert shown[at + 3].split() == ["sequence_k3", "0.25", "or", "less", "none"]
 
 
 def test_the_callers_backend_stays(tmp_path):

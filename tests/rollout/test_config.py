@@ -3,7 +3,7 @@
 import pytest
 
 from nested_reft.rollout.config import RolloutConfig
-from nested_reft.rollout.sampling import GREEDY
+from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from nested_reft.rollout.sampling import GREEDY
         ({"max_completion_tokens": 0}, "rollout.max_completion_tokens is 0; allowed is 1 or more"),
         ({"draft_length": 0}, "rollout.draft_length is 0; allowed is 1 or more"),
         ({"sampling": GREEDY}, "rollout.sampling.temperature is 0; allowed is more, as greedy completions"),
+        ({"sampling": SamplingConfig(top_k=1)}, "rollout.sampling.top_k is 1; allowed is 0 (keep all), or 2 or more"),
         ({"mixture_alpha": 0.0}, "rollout.mixture_alpha is 0.0; allowed is 0 < mixture_alpha <= 1, or None"),
         ({"mixture_alpha": 1.5}, "rollout.mixture_alpha is 1.5"),
         ({"mixture_alpha": float("nan")}, "rollout.mixture_alpha is nan"),

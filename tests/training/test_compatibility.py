@@ -12,6 +12,7 @@ from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses import presets
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.supervised import SftConfig, SupervisedConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
@@ -44,11 +45,21 @@ MEASURED = NestingConfig(skip_ratio=0.2, choice="measured", remeasure_every=2, d
 FROM_FILE = NestingConfig(skip_ratio=0.2, bridge=BridgeConfig("per_layer", file="b"))
 EXACT = RolloutConfig(group_size=4, max_completion_tokens=8, mode="exact")
 STATIC = CurriculumConfig("static", weights=(1.0,))
+MASKED = dataclasses.replace(UNBIASED, reject_by="sequence_ratio", reject_above=3.0)
+BUDGETED = dataclasses.replace(UNBIASED, obrs_lambda=1.0)
+HELD = {"loss": MIXED, "mix_control": MixControlConfig(ess=0.9)}
+NO_NESTING = NestingConfig(skip_ratio=0.0)
 
 
 def replaced(nesting: NestingConfig, **changes: Any) -> NestingConfig:
     """The same with other bridges."""
     return dataclasses.replace(nesting, bridge=dataclasses.replace(nesting.bridge, **changes))
+
+
+def with_kl_target(loss: PolicyGradientConfig) -> PolicyGradientConfig:
+    """The same with a coefficient that a divergence decides."""
+    assert loss.critic is not None
+    return dataclasses.replace(loss, critic=dataclasses.replace(loss.critic, kl_target=0.5))
 
 
 # Of each rule: what it refuses, and the message.
@@ -249,6 +260,39 @@ REFUSED = {
             r"rollout.sampling truncates .*, but nesting_control.hold is 'ess_token': .* use no nesting_control",
         )
         for sampling in TRUNCATED
+    ]
+    + [
+        (
+            {"loss": with_kl_target(presets.ppo("practical")), "rollout__sampling": sampling},
+            r"rollout.sampling truncates .*, but loss.critic.kl_target is 0.5: .* or leave kl_target out",
+        )
+        for sampling in TRUNCATED
+    ],
+    "limits_can_act_on_a_mixture": [
+        (
+            {"loss": dataclasses.replace(MIXTURE, **limit), "rollout__mixture_alpha": alpha},
+            rf"loss.{next(iter(limit))} is .*, but .* with rollout.mixture_alpha {alpha} has weights of at most",
+        )
+        for limit, alpha in (
+            ({"clip_high": 3.0}, 0.5),
+            ({"clip_high": 1.0}, 0.5),
+            ({"dual_clip": 2.5}, 0.5),
+            ({"truncate_at": 4.0}, 0.3),
+            ({"truncate_at": 4.0, "clip_policies": "three"}, 0.3),
+        )
+    ],
+    "exact_rollouts_leave_nothing_to_reject": [
+        ({"rollout": EXACT, "loss": MASKED}, r"rollout.mode is 'exact' and loss.reject_by is set; .* are 1 and it has"),
+        ({"rollout": EXACT, "loss": BUDGETED}, r"rollout.mode is 'exact' and loss.obrs_lambda is set"),
+        ({"rollout": EXACT} | HELD, r"rollout.mode is 'exact' and mix_control.ess is set"),
+        (
+            {
+                "rollout": EXACT,
+                "loss": dataclasses.replace(MASKED, clip_policies="three"),
+                "train__updates_per_batch": 2,
+            },
+            r"rollout.mode is 'exact' and loss.reject_by is set",
+        ),
     ],
     "static_weights_name_every_source": [
         (
@@ -341,6 +385,20 @@ def test_what_does_not_go_together_is_refused(rule, changes, message):
             for sampling in TRUNCATED
         ),
         {"loss": UNBIASED},
+        {"loss": presets.ppo("practical"), "rollout__sampling": TRUNCATED[0]},
+        {"loss": dataclasses.replace(MIXTURE, clip_high=0.5), "rollout__mixture_alpha": 0.5},
+        {"loss": dataclasses.replace(MIXTURE, truncate_at=1.9), "rollout__mixture_alpha": 0.5},
+        # The target moves away from the policy that the mixture was of.
+        {
+            "loss": dataclasses.replace(MIXTURE, truncate_at=4.0),
+            "rollout__mixture_alpha": 0.5,
+            "train__updates_per_batch": 2,
+        },
+        # A comparison may switch nesting off; see `test_idle_parts`. Old samples, passes and rounding have ratios.
+        {"nesting": NO_NESTING, "loss": MASKED},
+        {"rollout": EXACT, "loss": MASKED, "train__updates_per_batch": 2},
+        {"rollout": EXACT, "loss": BUDGETED, "search": SearchConfig(lag=1)},
+        {"rollout": EXACT, "loss": MASKED, "train__compute_dtype": "bfloat16"},
         {"nesting": FROM_FILE},
         {"reset": ResetConfig(share=0.0, references="replay")},
         {"reset": ResetConfig(share=0.5, references="replay"), "replay": REPLAY, "loss": BALANCE},

@@ -14,6 +14,7 @@ from nested_reft.config_files import config_names
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import DatasetSource, JsonlSource, TaskSource, exactly
 from nested_reft.data.splits import SplitConfig
+from nested_reft.losses import presets
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.config import ModelConfig
@@ -106,6 +107,23 @@ def test_an_objective_is_chosen_on_the_command_line(words):
     changed = override(nano(), [*words, "--train.steps", "7"])
     assert changed.loss == SupervisedConfig() and changed.train.steps == 7
     assert override(nano(), ["--loss.kind", "policy_gradient"]) == nano()
+
+
+def test_presets_are_chosen_by_name():
+    """Each changes what the one before left; fields of the loss change the preset, wherever they stand."""
+    loss = load_config("tiny").loss
+    icepop = presets.icepop(loss)
+    assert load_config("tiny", loss="icepop").loss == icepop
+    assert override(load_config("tiny"), ["--loss.preset", "IcePop"]).loss == icepop
+    words = ["--loss.reject-above", "4", "--loss.preset", "dapo", "token_mis", "--train.steps", "7"]
+    changed = override(load_config("tiny"), words)
+    assert changed.loss == presets.token_mis(presets.dapo("base"), reject_above=4.0) and changed.train.steps == 7
+    same = load_config("tiny", loss={"preset": ["dapo", "token MIS"], "reject_above": 4.0}, train={"steps": 7})
+    assert same == changed
+    with pytest.raises(ValueError, match=r"loss.preset is 'icepopp'; allowed are grpo, ppo, .*, k3_rs, icepop"):
+        load_config("tiny", loss="icepopp")
+    with pytest.raises(ValueError, match=r"loss.preset is given no value; allowed are names of grpo"):
+        override(nano(), ["--loss.preset"])
 
 
 def test_an_objective_is_chosen_in_python():

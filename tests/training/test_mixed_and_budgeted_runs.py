@@ -6,8 +6,12 @@ import itertools
 import numpy as np
 import pytest
 
+from nested_reft.bridging import BridgeConfig
+from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
-from nested_reft.mix_control import MixControlConfig, largest_share
+from nested_reft.mix_control import MixControlConfig, MixControlState, largest_share
+from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.training.nested_policy import renew
 from tests.training.runs import comparable_steps, metrics_of, nano, save_after, trainer
 
 MIXED = PolicyGradientConfig("leave_one_out", "interpolated", "sequence", "token_mean", entropy_coefficient=1.0)
@@ -26,6 +30,37 @@ def test_the_share_follows_the_step_before(tmp_path):
         share = before["next_mix_share"]
         assert 0 < share < 1 and share == pytest.approx(largest_share(mean, mean**2 / size, 0.9), rel=1e-5)
         assert "budget 0.9" in before["mix_reason"] and now["weight_mean"] != pytest.approx(1, abs=1e-6)
+
+
+def test_the_full_model_says_nothing_of_the_share_that_bridges_need(tmp_path):
+    """Until bridges are fitted the full model samples, whose ESS of 1 would ask for the whole weight."""
+    nesting = NestingConfig(skip_ratio=0.34, bridge=BridgeConfig("per_layer", tokens=150))
+    run = trainer(nano(loss=MIXED, mix_control=HELD, nesting=nesting, rollout__group_size=8), tmp_path)
+    fitted, number = False, 0
+    while not fitted:
+        found = run.step(number)
+        fitted, number = found.renewed.bridge_tokens is not None, number + 1
+        # The step whose rollouts fitted the bridges was the full model's as well.
+        assert found.update.health.ess_sequence > 0.999 and run.state.mix == MixControlState(0.0)
+    assert run.step(number).update.health.ess_sequence < 0.999 and len(run.state.mix.recent) == 1
+
+
+def test_moments_of_another_depth_are_forgotten(tmp_path):
+    """The budget of the depth cannot be kept, so the first step ends with another depth."""
+    control = NestingControlConfig("ess_token", budget=0.9999, max_skipped=2)
+    over_five = MixControlConfig(ess=0.9)
+    nesting = NestingConfig(skip_ratio=0.34)
+    run = trainer(nano(loss=MIXED, mix_control=over_five, nesting_control=control, nesting=nesting), tmp_path)
+    run.step(0)
+    assert run.state.nesting.num_skipped == 1 and run.state.mix.recent == () and run.state.mix.share > 0
+    # A batch that was ordered before the depth changed would count for neither.
+    run.state.nesting = dataclasses.replace(run.state.nesting, num_skipped=2)
+    before, ordered = run.state.mix, run.step(1)
+    assert len(ordered.plan.left_out(6)) == 2
+    late = dataclasses.replace(run.state.nesting, num_skipped=1)
+    run.state.nesting, run.state.mix = late, before
+    renew(run.state, 1, ordered.found, ordered.update.health, run.keys.step(2).plan)
+    assert run.state.mix.share == before.share and run.state.mix.recent == ()
 
 
 def test_a_constant_share_stays(tmp_path):

@@ -13,6 +13,7 @@ from nested_reft.losses.value import CriticConfig
 from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
 from nested_reft.rollout.policy import Policy
+from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
@@ -59,6 +60,19 @@ def test_policy_and_critic_learn_together(stepped):
     assert first["completion_kl"] == pytest.approx(0, abs=1e-5) and second["completion_kl"] != 0
     assert first["kl_coefficient"] == pytest.approx(0.1 * 0.98) == kl.coefficient
     assert 0 < second["ess_token"] < 1 and second["reset/forced_tokens"] > 0
+
+
+def test_truncated_sampling_measures_nothing_by_its_ratios(tmp_path):
+    """On-policy with top_k 4 of 16, ratios to the distribution that was drawn from would be the mass that is kept."""
+    practical = dataclasses.replace(CONFIG.loss, bias_mitigation="practical", clip_policies="two")
+    critic = dataclasses.replace(practical.critic, kl_target=None)
+    rollout = dataclasses.replace(CONFIG.rollout, sampling=SamplingConfig(top_k=4))
+    loss = dataclasses.replace(practical, critic=critic)
+    run = trainer(dataclasses.replace(CONFIG, loss=loss, rollout=rollout), tmp_path)
+    found = metrics_of(run, run.step(0))
+    unlike = {"ess_token", "ess_sequence", "ratio_mean", "ratio_tail", "kl_behavior_target", "completion_kl"}
+    assert not unlike & found.keys() and not any(name.startswith("bounds/") for name in found)
+    assert found["entropy"] > 0 and found["ess_weight"] == pytest.approx(1, abs=1e-3)
 
 
 def test_old_values_are_those_of_the_policy_before_the_update(stepped):

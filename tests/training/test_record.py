@@ -1,6 +1,7 @@
 """What a step becomes: metrics that are declared, samples, and the line of progress."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -202,16 +203,19 @@ def test_a_mask_that_keeps_little_warns_with_bounds_that_would(run):
     loss = dataclasses.replace(finished.config.loss, reject_by="geometric_mean", reject_above=1.01)
     config = dataclasses.replace(finished.config, loss=loss)
 
-    def warnings(share):
+    def warnings(share, *keeping):
         parts = found.update.parts | {"accepted_tokens": share, "ess_kept": 1.0, "ess_weight": share}
-        bounds = found.update.bounds | {"geometric_mean": [0.6, 1.3, 0.5, 1.5]}
+        bounds = found.update.bounds | {"geometric_mean": [*keeping, 0.5, 1.5]}
         health = dataclasses.replace(found.update.health, ess_token=0.9)
         update = dataclasses.replace(found.update, parts=parts, bounds=bounds, health=health)
         return dataclasses.replace(found, update=update).warnings(config)
 
-    assert warnings(0.02).keys() == {"rejected"}
-    assert "kept 2.0% of the tokens: reject_below None, reject_above 1.01, but 95 %" in warnings(0.02)["rejected"]
-    assert "lie from 0.6 to 1.3" in warnings(0.02)["rejected"] and not warnings(0.2)
+    assert warnings(0.02, 0.6, 1.3).keys() == {"rejected"}
+    warning = warnings(0.02, 0.6, 1.3)["rejected"]
+    assert "kept 2.0% of the tokens: reject_below is None and reject_above 1.01; reject_below 0.6 and reject" in warning
+    assert "reject_above 1.3 would keep 95 % of the batch. Widen the bounds" in warning
+    assert "no bounds that may be set would keep 95 %" in warnings(0.02, math.nan, math.nan)["rejected"]
+    assert not warnings(0.2, 0.6, 1.3)
 
 
 def test_a_step_whose_budget_no_plan_meets_warns_too(run):

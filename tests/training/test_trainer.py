@@ -22,6 +22,7 @@ from nested_reft.models.low_precision import low_precision
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.replay import DynamicSamplingConfig, GenerationLimitError
+from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
@@ -387,16 +388,29 @@ def test_a_batch_that_is_rejected_whole_changes_nothing_and_the_run_goes_on(tmp_
     run.state.nesting = dataclasses.replace(nesting, num_skipped=2)
     found = run.step(1)
     metrics = metrics_of(run, found)
-    assert metrics["empty"] and metrics["accepted_tokens"] == metrics["ess_kept"] == metrics["kept_weight_mean"] == 0
+    assert metrics["empty"] and metrics["accepted_tokens"] == 0
+    assert not {"ess_kept", "kept_weight_mean"} & metrics.keys(), "nothing was kept that could be measured"
     # How far off the batch was is logged, and so is what would keep it.
     low, high = metrics["bounds/sequence_k3"][:2]
-    assert low == 0 and high > 1e-6 and metrics["kl_behavior_target"] > 0
+    assert low is None and high > 1e-6 and metrics["kl_behavior_target"] > 0
     warnings = found.warnings(run.config)
-    assert "rejected every token, so nothing changed: reject_below None, reject_above 1e-06" in warnings["rejected"]
-    assert f"95 % of the batch lie from 0 to {high:.3g}. Widen the bounds" in warnings["rejected"]
+    assert (
+        "rejected every token, so nothing changed: reject_below is None and reject_above 1e-06" in warnings["rejected"]
+    )
+    assert f"reject_above {high} would keep 95 % of the batch. Widen the bounds" in warnings["rejected"]
     assert_equal_arrays(jax.device_get(run.state.learner.state), before)
     run.state.nesting = nesting
     assert not run.step(2).update.empty and run.state.learner.version == 2
+
+
+def test_a_run_that_learnt_nothing_says_so_at_its_end(tmp_path):
+    config = nano(loss=all_rejected(), train__steps=2, nesting=NestingConfig(skip_ratio=0.4))
+    summary = trainer(config, tmp_path).run()
+    assert summary["empty_steps"] == 2
+    assert "warning: nothing was learnt: see `empty` and `warning` in metrics.jsonl" in summary_table(summary)
+    shown = summary_table(summary | {"empty_steps": 1})
+    assert "warning: 1 of 2 steps taught nothing" in shown and "changed nothing" in shown
+    assert "warning" not in summary_table(summary | {"empty_steps": 0})
 
 
 @pytest.mark.parametrize(("clip_policies", "version"), [("two", 1), ("three", 2)])
