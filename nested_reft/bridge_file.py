@@ -10,6 +10,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -144,6 +145,7 @@ def load_bridges(path: Path, model: Transformer, name: str) -> FittedBridges:
 
 def _parts(text: str | None, num_layers: int, field: str) -> tuple[int, ...] | None:
     """The plan that bridges were fitted for, of what a file says."""
+    parts: Any
     try:
         parts = json.loads(text or "")
     except (ValueError, RecursionError):

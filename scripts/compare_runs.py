@@ -113,7 +113,8 @@ def differences(run: Path, other: Path) -> list[str]:
     found += differing_values(host_values(run), host_values(other), "checkpoint")
     summaries = [path / "summary.json" for path in (run, other)]
     if all(path.is_file() for path in summaries):
-        found += differing_values(*(json.loads(path.read_text()) for path in summaries), "summary.json")
+        mine, theirs = (json.loads(path.read_text()) for path in summaries)
+        found += differing_values(mine, theirs, "summary.json")
     return found
 
 

@@ -10,10 +10,10 @@ from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
-from nested_reft.exit_codes import FAILED, STALLED
 from nested_reft.cli.joining import add_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
+from nested_reft.exit_codes import FAILED, STALLED
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table

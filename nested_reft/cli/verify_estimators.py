@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
 from nested_reft.cli.bad_input import checking_input
-from nested_reft.exit_codes import FAILED
 from nested_reft.cli.output import complain, say
+from nested_reft.exit_codes import FAILED
 from nested_reft.json_files import check_writable
 from nested_reft.reports.estimators import draw_estimators, estimator_tables
 from nested_reft.reports.figures import figure_maker

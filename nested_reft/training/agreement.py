@@ -31,23 +31,23 @@ def digest(*arrays: np.ndarray) -> int:
     return found
 
 
-def any_process(flag: bool) -> bool:
-    """Whether a flag is set on any process; every process calls it at the same place.
+def highest(number: int) -> int:
+    """The highest of the numbers that processes give; every process calls it at the same place.
 
     Args:
-        flag: of this process.
+        number: of this process, from 0 on. With 0 and 1 the result says whether any process has a 1.
     """
     if processes.count() == 1:
-        return flag
-    return bool(processes.gather_rows(np.array([flag], np.uint32)).any())
+        return int(number)
+    return int(processes.gather_rows(np.array([number], np.uint32)).max())
 
 
-def agree(step: str, stop: bool, failed: bool, digests: Mapping[str, int]) -> tuple[bool, int | None]:
+def agree(step: str, stop: int, failed: bool, digests: Mapping[str, int]) -> tuple[int, int | None]:
     """Ends a step on all processes.
 
     Args:
         step: which, in words.
-        stop: whether this process was asked to stop.
+        stop: what this process was asked for, as a number; 0 is to go on, and the highest one wins.
         failed: whether this process could not write a checkpoint.
         digests: of what the step did, in 32 bits each, by name; of the same names on all processes.
 
@@ -55,7 +55,7 @@ def agree(step: str, stop: bool, failed: bool, digests: Mapping[str, int]) -> tu
         DivergedError: a digest differs between processes.
 
     Returns:
-        Whether any process was asked to stop, and the first process that could not write.
+        The highest `stop`, and the first process that could not write.
     """
     if processes.count() == 1:
         return stop, 0 if failed else None
@@ -69,4 +69,4 @@ def agree(step: str, stop: bool, failed: bool, digests: Mapping[str, int]) -> tu
                 " the same kind of machine; the newest checkpoint may hold what they had in common"
             )
     failures = np.flatnonzero(rows[:, 1])
-    return bool(rows[:, 0].any()), int(failures[0]) if failures.size else None
+    return int(rows[:, 0].max()), int(failures[0]) if failures.size else None

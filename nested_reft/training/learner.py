@@ -33,7 +33,7 @@ from nested_reft.rollout.config import Weights
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import on_mesh, replicate, replicate_scalars, shard_batch, to_host
-from nested_reft.training.agreement import any_process
+from nested_reft.training.agreement import highest
 from nested_reft.training.mini_batches import deal
 from nested_reft.training.step import (
     BaseModel,
@@ -438,7 +438,7 @@ class Learner:
     def _own_state(self) -> TrainState:
         """The state in buffers that an update may take: a copy while a policy that was handed out is in use."""
         # When a model is forgotten depends on the process, and all of them must run the same programs.
-        in_use = any_process(any(model() is not None for model in self._lent))
+        in_use = highest(any(model() is not None for model in self._lent))
         # After this update no lent model shares the buffers of the new state, whichever way it goes.
         self._lent = []
         if not in_use:

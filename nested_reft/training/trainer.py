@@ -33,10 +33,10 @@ from nested_reft.plan_price import plan_price
 from nested_reft.replay import GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training import group_supply
-from nested_reft.training.agreement import agree, any_process, digest
+from nested_reft.training.agreement import agree, digest, highest
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.failed_update import keep_failed_update
-from nested_reft.training.interrupts import finishing, interruption, stop_requests
+from nested_reft.training.interrupts import Preempted, finishing, interruption, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
 from nested_reft.training.offline import Offline
@@ -61,6 +61,7 @@ from nested_reft.types import Scored
 from nested_reft.untrusted import printable
 
 logger = logging.getLogger(__name__)
+PREEMPTION, STOP = 1, 2  # what a run may be asked for; a person's request outweighs that of a machine
 
 
 # Every process of a run raises these in the same step, so that they can end in order.
@@ -228,7 +229,7 @@ class Trainer:
         state.kl = kl_control.update(state.kl, config.loss, update.parts.get("completion_kl"))
         if processes.count() > 1:
             self._digests = {
-                "tokens": digest(groups.rollouts.tokens_BGC, groups.rollouts.length_BG),
+                "tokens": digest(np.asarray(groups.rollouts.tokens_BGC), np.asarray(groups.rollouts.length_BG)),
                 "rewards": digest(groups.reward_BG),
                 "loss": digest(np.array([update.loss], np.float32)),
             }
@@ -352,11 +353,11 @@ class Trainer:
         started = time.monotonic() - state.seconds
         # The first checkpoint of a phase holds what `start` measured, so a resumed run does not measure it again.
         if not state.started:
-            _stop_if(any_process(stop_requested()))
+            _stop_if(highest(_request(stop_requested())))
             phase.start(state)
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
-        _stop_if(any_process(stop_requested()))
+        _stop_if(highest(_request(stop_requested())))
         first, is_due = state.step, False
         with tqdm(initial=first, total=phase.steps, unit="step", desc=phase.name) as bar:
             bar.set_postfix_str("compiling")
@@ -368,7 +369,7 @@ class Trainer:
                 advance(bar, shown, timed=number > first)
                 state.step, state.seconds = number + 1, time.monotonic() - started
                 # The request is read once, because it may come between the two uses below.
-                stop = self._agreed_stop(phase, stop_requested(), shown)
+                stop = self._agreed_stop(phase, _request(stop_requested()), shown)
                 is_due |= state.step % train.checkpoint_every == 0
                 # A model whose updates fail at present may have gone wrong before. Its checkpoint would take the place
                 # of one from before that, so it waits.
@@ -377,8 +378,8 @@ class Trainer:
                     is_due = False
                 _stop_if(stop)
 
-    def _agreed_stop(self, phase: Phase, stop: bool, shown: str) -> bool:
-        """Whether any process was asked to stop; ends a step on all of them.
+    def _agreed_stop(self, phase: Phase, stop: int, shown: str) -> int:
+        """What any process was asked for, as `_request` says it; ends a step on all of them.
 
         Raises:
             CheckpointError: a checkpoint could not be written, by this process or another.
@@ -420,6 +421,11 @@ def end_now(code: int) -> None:
     os._exit(code)
 
 
-def _stop_if(requested: bool) -> None:
-    if requested:
-        raise interruption()
+def _request(stop: bool) -> int:
+    """What this process was asked for, as a number that processes can compare; 0 without a request."""
+    return 0 if not stop else PREEMPTION if isinstance(interruption(), Preempted) else STOP
+
+
+def _stop_if(request: int) -> None:
+    if request:
+        raise Preempted() if request == PREEMPTION else KeyboardInterrupt()

@@ -26,7 +26,7 @@ def test_equal_weights_have_one_fingerprint_wherever_they_lie():
 def test_devices_that_share_the_weights_change_nothing():
     config = dataclasses.replace(TINY, vocab_size=32)  # which two devices can share
     model = tiny_model(config)
-    divided = shard_parameters(model.parameters(), parameter_axes(config), make_mesh(MeshConfig(model=2)))
+    divided = shard_parameters(model.parameters(), parameter_axes(config), make_mesh(MeshConfig(tensor=2)))
     assert fingerprint(Transformer(config, divided)) == fingerprint(model)
 
 
@@ -46,6 +46,6 @@ def test_adapters_count_once_they_have_learnt():
     model, found = tiny_model(), fingerprint(tiny_model())
     add_lora(model, LoraConfig(rank=2), jax.random.key(0))
     assert fingerprint(model) == found
-    out = model.layers.up_lora_out
+    out = model.layers.up_lora_out  # pyright: ignore[reportAttributeAccessIssue]
     out[...] = out[...] + 0.1
     assert fingerprint(model) != found

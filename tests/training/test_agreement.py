@@ -9,7 +9,7 @@ from nested_reft import processes
 from nested_reft.rewards import reward
 from nested_reft.rewards.pool import Outcome
 from nested_reft.rewards.reward import RewardConfig
-from nested_reft.training.agreement import DivergedError, agree, any_process, digest
+from nested_reft.training.agreement import DivergedError, agree, digest, highest
 
 
 @pytest.fixture
@@ -24,30 +24,32 @@ def three(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    assert agree("step 1", False, False, {"loss": 3}) == (False, None)
-    assert agree("step 1", True, True, {"loss": 3}) == (True, 0)
-    assert any_process(True) and not any_process(False)
+    assert agree("step 1", 0, False, {"loss": 3}) == (0, None)
+    assert agree("step 1", 2, True, {"loss": 3}) == (2, 0)
+    assert highest(True) == 1 and highest(False) == 0
 
 
 def test_any_process_stops_all(three):
+    """A request by a person (2) outweighs one by a machine that is taken away (1): a loop must not start it again."""
     three[:] = [[0, 0, 7], [1, 0, 7]]
-    assert agree("step 1", False, False, {"loss": 7}) == (True, None)
+    assert agree("step 1", 0, False, {"loss": 7}) == (1, None)
+    assert agree("step 1", 2, False, {"loss": 7}) == (2, None)
     three[:] = [[0, 0, 7], [0, 0, 7]]
-    assert agree("step 1", False, False, {"loss": 7}) == (False, None)
+    assert agree("step 1", 0, False, {"loss": 7}) == (0, None)
     three[:] = [[0], [1]]
-    assert any_process(False)
+    assert highest(0) == 1
 
 
 def test_the_first_process_that_cannot_write_is_named(three):
     three[:] = [[0, 1, 7], [0, 1, 7]]
-    assert agree("step 1", False, False, {"loss": 7}) == (False, 1)
+    assert agree("step 1", 0, False, {"loss": 7}) == (0, 1)
 
 
 def test_processes_that_have_parted_end(three):
     """The first thing that differs is named, because it is what the others follow from."""
     three[:] = [[0, 0, 5, 7], [0, 0, 6, 8]]
     with pytest.raises(DivergedError, match="nano, step 3: process 2 has other tokens than process 0"):
-        agree("nano, step 3", False, False, {"tokens": 5, "loss": 7})
+        agree("nano, step 3", 0, False, {"tokens": 5, "loss": 7})
 
 
 def test_a_digest_tells_values_and_order_apart():

@@ -9,6 +9,7 @@ import pytest
 
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.value import CriticConfig
 from nested_reft.models.heads import ScalarHead
 from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
@@ -64,8 +65,9 @@ def test_policy_and_critic_learn_together(stepped):
 
 def test_truncated_sampling_measures_nothing_by_its_ratios(tmp_path):
     """On-policy with top_k 4 of 16, ratios to the distribution that was drawn from would be the mass that is kept."""
+    assert isinstance(CONFIG.loss, PolicyGradientConfig) and CONFIG.loss.critic is not None
     practical = dataclasses.replace(CONFIG.loss, bias_mitigation="practical", clip_policies="two")
-    critic = dataclasses.replace(practical.critic, kl_target=None)
+    critic = dataclasses.replace(CONFIG.loss.critic, kl_target=None)
     rollout = dataclasses.replace(CONFIG.rollout, sampling=SamplingConfig(top_k=4))
     loss = dataclasses.replace(practical, critic=critic)
     run = trainer(dataclasses.replace(CONFIG, loss=loss, rollout=rollout), tmp_path)

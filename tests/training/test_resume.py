@@ -336,7 +336,7 @@ def host_values_of(run: Trainer, number: int):
 @pytest.mark.slow
 def test_a_move_from_eight_devices_to_one_and_back_changes_nothing(tmp_path, caplog):
     """Parameters, moments, reference, critic and what searchers hold; and the steps after it are the same."""
-    eight = nano(mesh=MeshConfig(data=4, model=2), loss=PPO, search=SearchConfig(lag=1, sync_every=2), **NO_EVALUATION)
+    eight = nano(mesh=MeshConfig(data=4, tensor=2), loss=PPO, search=SearchConfig(lag=1, sync_every=2), **NO_EVALUATION)
     first = trainer(eight, tmp_path)
     comparable_steps(first, range(1))
     save_after(first, 1)
@@ -350,7 +350,7 @@ def test_a_move_from_eight_devices_to_one_and_back_changes_nothing(tmp_path, cap
         # Written anew by one device, as another checkpoint.
         moved.state.save(moved.checkpoints, 2, moved.run_directory.marks())
         np.testing.assert_equal(host_values_of(moved, 2), host)
-    assert "mesh.data is 1, and was 4; mesh.model is 1, and was 2" in caplog.text
+    assert "mesh.data is 1, and was 4; mesh.tensor is 1, and was 2" in caplog.text
     with trainer(eight, tmp_path, resume=True) as back:
         assert newest_checkpoint(tmp_path / "checkpoints") == 2 and back.state.step == 1
         assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(back.state.learner.state)} == {8}
