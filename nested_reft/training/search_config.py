@@ -104,8 +104,8 @@ def check_backend(config: SearchConfig, mesh_devices: int = 1) -> None:
     places = (jax.local_device_count() - mesh_devices) // mesh_devices
     if config.backend == "thread" and mesh_devices > 1 and config.searchers > places:
         raise ValueError(
-            f"search.searchers is {config.searchers} with backend 'thread', and a `mesh` of {mesh_devices} devices"
-            f" ; each thread needs as many of its own, and of {jax.local_device_count()} here"
+            f"search.searchers is {config.searchers} with backend 'thread', and a mesh of {mesh_devices} devices"
+            f" (all axes of `mesh`); each thread needs as many of its own, and of {jax.local_device_count()} here"
             f" the learner leaves room for {places}. Allowed is at most that; or use backend 'inline' or 'ray'"
         )
     if config.backend == "ray" and find_spec("ray") is None:

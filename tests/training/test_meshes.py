@@ -66,9 +66,12 @@ def shards_of(run: Trainer) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): x.sharding.shard_shape(x.shape) for path, x in arrays}
 
 
+CASES = [("nested", SPREAD, "spread"), *((variant, STORED, "stored") for variant in VARIANTS)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "mesh"), [("nested", SPREAD), *((variant, STORED) for variant in VARIANTS)], ids=str
+    ("variant", "mesh"), [pytest.param(variant, mesh, id=f"{variant}-{name}") for variant, mesh, name in CASES]
 )
 def test_eight_devices_train_as_one_does(variant, mesh):
     one, many = steps_of(variant, ONE), steps_of(variant, mesh)
