@@ -221,7 +221,7 @@ class Trainer:
         state.kl = kl_control.update(state.kl, config.loss, update.parts.get("completion_kl"))
         if processes.count() > 1:
             self._digests = {
-                "tokens": digest(groups.rollouts.tokens_BGC, groups.rollouts.length_BG),
+                "tokens": digest(np.asarray(groups.rollouts.tokens_BGC), np.asarray(groups.rollouts.length_BG)),
                 "rewards": digest(groups.reward_BG),
                 "loss": digest(np.array([update.loss], np.float32)),
             }
