@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from nested_reft import processes
 from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
@@ -65,6 +66,9 @@ def _train(
             trainer = open_trainer(config, known.runs, known.resume, None, _end_stalled)
         path = trainer.run_directory.path
         summary = trainer.run()
+        # Of several processes one has read the log, so its summary alone is whole.
+        if not processes.is_writer():
+            return
         say(f"\n{summary_table(summary)}")
         keep_json(known.json, summary)
         _draw_figures(path)
