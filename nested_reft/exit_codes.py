@@ -1,12 +1,13 @@
-"""How a command ends, as a number that scripts and schedulers read.
+"""What the exit codes of every command mean. Scripts that restart runs go by them.
 
-A restart loop starts again after `PREEMPTED`, after `STALLED` and after a signal. It never does after `FAILED` or
-`BAD_INPUT`, which would only come again.
+A run that ended with `PREEMPTED` or `STALLED`, or by a signal, goes on with `--resume`; so restart those. One that
+ended with `FAILED` or `BAD_INPUT` would end the same way again.
 """
 
 DONE = 0
-FAILED = 1  # a check or an update failed, or something could not be written
-BAD_INPUT = 2  # refused before training
-PREEMPTED = 75  # by SIGTERM; the same command with --resume goes on. EX_TEMPFAIL of sysexits.h: try again later
-STALLED = 76  # nothing moved for too long
-INTERRUPTED = 130  # by SIGINT or SIGHUP, as a shell reports a program that SIGINT ended
+FAILED = 1  # a check failed, an update was not finite, a file could not be written
+BAD_INPUT = 2  # refused before any work
+PREEMPTED = 75  # SIGTERM, as a machine that is taken away sends it; the name in `sysexits.h` is "try again"
+STALLED = 76  # nothing went on for too long
+INTERRUPTED = 130  # SIGINT or SIGHUP, as a shell reports a program that SIGINT ended
+BROKEN_PIPE = 141  # whoever read the output went away, as a shell reports a program that SIGPIPE ended

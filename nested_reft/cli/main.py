@@ -32,7 +32,7 @@ from contextlib import nullcontext
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.output import complain, say
-from nested_reft.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED
+from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, PREEMPTED
 from nested_reft.training.interrupts import Preempted, interruption, stop_requests
 from nested_reft.untrusted import printable
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # whoever read the output went away, as `| head` does
-            return 141  # as a shell reports a program that SIGPIPE ended
+            return BROKEN_PIPE
         return _refusal(error, FAILED)
 
 
