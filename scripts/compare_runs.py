@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -75,7 +76,10 @@ def _equal(one: Any, two: Any) -> bool:
 def arrays(run: Path) -> dict[str, Any]:
     """The device arrays of a run's newest checkpoint by name."""
     number = newest_checkpoint(run / "checkpoints")
-    tree = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / str(number) / "arrays").resolve())
+    with warnings.catch_warnings():
+        # The arrays go to the host, so where they lay does not matter.
+        warnings.filterwarnings("ignore", message="Sharding info not provided")
+        tree = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / str(number) / "arrays").resolve())
     return {keystr(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(tree)[0]}
 
 

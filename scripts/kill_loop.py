@@ -11,7 +11,7 @@ last it comes to its end. Then metrics, samples, parameters, optimizer, the host
 of the undisturbed run, bit for bit (`compare_runs.py`).
 
 A named moment is the n-th call of one function in a process, and up to a tenth of a second more. A random moment is any
-time of a whole run. The exit code is 1 where a run ends otherwise, or a process says something else than it should.
+time of half a run. The exit code is 1 where a run ends otherwise, or a process says something else than it should.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class KillLoop:
     def _kill(self, kind: str, runs: Path, moment: str, seconds: float) -> Kill:
         call, wait, after = [], self._draw.uniform(0, LONGEST_WAIT), None
         if moment == RANDOM:
-            after = self._draw.uniform(0, seconds)
+            # One that goes on has less to do than a whole run, and is to be killed before it ends.
+            after = self._draw.uniform(0, seconds / 2)
         else:
             function, most = MOMENTS[moment]
             call = [function, str(self._draw.randint(1, most)), str(wait), *(number.name for number in self._signals)]

@@ -21,7 +21,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.source import ModelSource
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import read_log
-from nested_reft.training.config import Config, load_config
+from nested_reft.training.config import Config, forbidden_changes, load_config
 from nested_reft.training.phases import warm_started
 from nested_reft.training.setup import prepare
 from nested_reft.training.warm_start import WarmStartConfig
@@ -314,3 +314,11 @@ def test_adapters_have_at_most_full_rank():
 def test_a_template_without_a_field_is_refused():
     with pytest.raises(ValueError, match=r"data.prompt.template is 'no field', so all prompts would be alike"):
         PromptFormat("no field")
+
+
+def test_a_continued_run_may_have_more_steps_another_mesh_and_another_limit():
+    stored = load_config("tiny").to_json()
+    may = load_config("tiny", mesh={"data": 4, "model": 2}, train={"steps": 301, "save_seconds": 100.0}).to_json()
+    assert forbidden_changes(stored, may) == []
+    fewer = load_config("tiny", mesh={"data": 4}, train={"steps": 299, "seed": 1}).to_json()
+    assert forbidden_changes(stored, fewer) == [("train.seed", 0, 1), ("train.steps", 300, 299)]

@@ -14,7 +14,9 @@ from nested_reft import replay
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
+from nested_reft.json_files import write_json
 from nested_reft.models.lora import LoraConfig
+from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.tokenizer import Tokenizer
@@ -374,6 +376,12 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, monkeypatch
             with pytest.raises(ValueError, match=message):
                 trainer(setup, tmp_path, resume=True)
 
+    write_json(tmp_path / "config.json", setup.config.to_json())
+    with monkeypatch.context() as patch:
+        patch.setattr("nested_reft.rollout.policy.checkpoint_identity", lambda *_: identity | {"tokenizer": "another"})
+        with pytest.raises(ValueError, match="checkpoint 0 was written with another tokenizer of model 'scratch'"):
+            Policy.load(tmp_path)
+    assert Policy.load(tmp_path).version == 0
     refused({"name": "other"}, "^checkpoint 0 is of model 'scratch', and this run has model 'other'$")
     refused(
         {"shape": identity["shape"] | {"width": 128, "num_layers": 7}},
