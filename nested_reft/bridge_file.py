@@ -6,6 +6,7 @@ and for which plan the bridges were fitted, and has a checksum of all that.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -145,11 +146,9 @@ def load_bridges(path: Path, model: Transformer, name: str) -> FittedBridges:
 
 def _parts(text: str | None, num_layers: int, field: str) -> tuple[int, ...] | None:
     """The plan that bridges were fitted for, of what a file says."""
-    parts: Any
-    try:
+    parts: Any = ""  # which is no plan
+    with contextlib.suppress(ValueError, RecursionError):
         parts = json.loads(text or "")
-    except (ValueError, RecursionError):
-        parts = ""  # which is no plan
     is_plan = isinstance(parts, list) and [type(part) for part in parts] == [int] * num_layers
     if parts is not None and not (is_plan and set(parts) <= set(Part)):
         raise BadFile(

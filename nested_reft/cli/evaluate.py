@@ -31,6 +31,8 @@ def run(arguments: list[str]) -> None:
         check_json(known.json)
         check_json(known.completions)
         _check_read(overrides)
+        if known.nested and known.skip_layers:
+            raise ValueError("--nested and --skip-layers are given; allowed is one of them")
         setup = setup_of(known.policy, known.config, overrides, known.prompts)
         plan = _plan(known, setup.policy, setup.config.train.seed)
         if isinstance(setup.config.loss, BradleyTerryConfig):
@@ -74,8 +76,6 @@ def _check_reward_options(known: argparse.Namespace) -> None:
 
 def _plan(known: argparse.Namespace, policy: Policy, seed: int) -> LayerPlan | None:
     """The layers that the options leave; None is the full model."""
-    if known.nested and known.skip_layers:
-        raise ValueError("--nested and --skip-layers are given; allowed is one of them")
     if known.nested:
         return plan_of_run(policy, known.policy, seed)
     return plan_without(policy.num_layers, known.skip_layers)

@@ -482,8 +482,8 @@ def bridges_can_be_fitted(config: Config) -> None:
     if bridge.tokens > batch * batches:
         raise ValueError(
             f"nesting.bridge.tokens is {bridge.tokens}, and train.steps {config.train.steps}: the run samples at most"
-            f" {batch * batches} completion tokens, so no bridge would ever be fitted and nothing nested. Allowed are"
-            " as many tokens as it samples, or more steps"
+            f" {batch * batches} completion tokens, so no bridge would ever be fitted and nothing nested; allowed are"
+            " up to as many tokens, or more steps"
         )
 
 

@@ -199,7 +199,8 @@ def test_exact_table_says_from_which_acceptance_a_round_pays():
     [
         (["--new-tokens", "1000000"], "--prompt-tokens + --new-tokens must be at most 128"),
         (["--new-tokens", "1"], "--new-tokens is 1; allowed is a whole number from 2"),
-        (["--skip-ratios", "1.5"], "--skip-ratios: "),
+        (["--skip-ratios", "1.5"], "--skip-ratios is 1.5; allowed is 0 or more and less than 1"),
+        (["--skip-ratios", "0.99"], "--skip-ratios: "),
         (["--repeats", "x"], "--repeats is 'x'; allowed is a whole number from 1"),
         (["--json", "no/such/dir/file.json"], "cannot write 'no/such/dir/file.json'"),
     ],
