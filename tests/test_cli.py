@@ -98,6 +98,10 @@ def refused(arguments, capsys) -> str:
             ["sample", "smollm2-135m", "2 + 2", "--skip-layers", "30"],
             "--skip-layers names [30]; the model has",
         ),
+        (
+            ["verify-estimators", "--figure", "x.png", "--json", "x.png"],
+            "--figure and --json are both 'x.png'; allowed are",
+        ),
         (["verify-estimators", "--seed", "-1"], "--seed is -1; allowed is a whole number from 0 to"),
         (["train", "tiny", "--runs", ""], "--runs is ''; allowed is a directory"),
         (["train", "tiny", "--runs", "/dev/null/runs"], "'/dev/null' is a file"),

@@ -77,7 +77,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     left_out = f"{summary['layers'] - summary['kept_layers']} of {summary['layers']} layers"
     bridges = f"{summary['bridges']} bridges"
     # Runs of earlier versions did not count them.
-    empty, steps = summary.get("empty_steps", 0), summary["steps"]
+    empty, steps = summary.get("empty_steps", 0), summary.get("steps")
     facts = [
         *([["steps whose updates changed nothing", f"{empty} of {steps}"]] if empty else []),
         ["full model, generated tokens/second", f"{summary['full_tokens_per_second']:.0f}"],

@@ -117,7 +117,7 @@ GEOMETRIC_CLIP = {"clip_policies": "three", "clip_level": "geometric"}
         (MIX, {"mix_share": 0.1, "clip_low": 0.1}, "clip_low acts on weights below 0.9, but mix_share 0.1 leaves none"),
         (
             MIX,
-            MASK | {"reject_above": 1.9, "truncate_at": 2.0},
+            MASK | {"reject_above": 1.9, "truncate_at": 1.5},
             "with mix_share 0.5 and reject_above 1.9 no weight is ab",
         ),
         (MIX, MASK | {"mix_share": 0.3, "dual_clip": 2.0}, "none above 1.3; leave one out, or raise mix_share"),

@@ -255,6 +255,7 @@ def test_progress_shows_the_latest_accuracies(run):
 def test_an_empty_step_says_so_and_has_no_health(run):
     _, finished, (found, _) = run
     update = dataclasses.replace(found.update, empty=True, loss=0.0, gradient_norm=0.0, parts={}, health=None)
+    update = dataclasses.replace(update, entropy=None, bounds={})
     empty = dataclasses.replace(found, update=update)
     metrics = metrics_of(finished, empty)
     assert metrics["empty"] and not {"warning", "ess_token", "entropy"} & set(metrics)
