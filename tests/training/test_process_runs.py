@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,6 @@ SMALL = [
     *("--data.prompts-per-batch", "8", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "8", "--warm-start.steps", "0"),
     *("--warm-start.batch-size", "8", "--optimizer.warmup-steps", "0", "--evaluation.batch-size", "8"),
-    # Every update moves the model, whether or not it earns any reward.
-    *("--loss.entropy-coefficient", "1.0", "--optimizer.learning-rate", "0.01"),
 ]
 
 
@@ -72,7 +68,7 @@ def test_two_processes_are_one_run(tmp_path):
     places = [tmp_path / name for name in ("one", "two")]
     for place in places:
         place.mkdir()
-    arguments = ["tiny", *SMALL, "--train.steps", "3", "--mesh.data", "8"]
+    arguments = ["tiny", *SMALL, "--train.steps", "2", "--mesh.data", "8"]
     for code, _, err in ended([start(arguments, places[0], 8)]):
         assert code == 0, err
     found = ended(pair([arguments, arguments], places[1]))
@@ -80,32 +76,14 @@ def test_two_processes_are_one_run(tmp_path):
     # One process shows and writes.
     assert "run directory: " in found[0][1] and not found[1][1]
     samples = [[(line["prompt"], line["text"], line["reward"]) for line in lines(at, "samples")] for at in places]
-    assert samples[0] == samples[1] and len(samples[0]) == 3 * 4 * 4
+    assert samples[0] == samples[1] and len(samples[0]) == 2 * 4 * 4
     for one, two in zip(*map(lines, places), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
             expected = pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
             assert two[name] == expected, name
     (run,) = (places[1] / "runs").iterdir()
-    assert newest_checkpoint(run / "checkpoints") == 3 and json.loads((run / "summary.json").read_text())
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_process_ends_both_with_one_checkpoint(tmp_path):
-    arguments = ["tiny", *SMALL, "--train.steps", "100000", "--mesh.data", "8"]
-    running = pair([arguments, arguments], tmp_path)
-    end = time.monotonic() + LIMIT_SECONDS
-    logs: list[Path] = []
-    while time.monotonic() < end and not (logs and logs[0].read_bytes().count(b"\n") > 2):
-        assert all(process.poll() is None for process in running)
-        logs = list(tmp_path.glob("runs/*/metrics.jsonl"))
-        time.sleep(0.5)
-    running[1].send_signal(signal.SIGTERM)
-    found = ended(running)
-    codes = [code for code, _, _ in found]
-    assert codes[0] == codes[1] and codes[0] in (75, 130), found
-    newest = newest_checkpoint(logs[0].parent / "checkpoints")
-    assert newest is not None and newest == lines(tmp_path)[-1]["step"]
+    assert newest_checkpoint(run / "checkpoints") == 2 and json.loads((run / "summary.json").read_text())
 
 
 @pytest.mark.slow

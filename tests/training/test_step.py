@@ -301,11 +301,12 @@ def test_an_update_that_is_not_finite_leaves_the_state_bit_for_bit(what, micro_b
         state, result = make_update(steep)(state, base, batch, plans)
         assert np.isfinite(result.loss) and not np.isfinite(result.gradient_norm)
     else:
-        counter = CompileCounter()
         signal_BG = np.array(batch.signal_BG)
         b, g = np.argwhere(np.asarray(batch.mask_BGC).any(axis=-1))[0]
         signal_BG[b, g] = np.inf
-        state, result = update(state, base, dataclasses.replace(batch, signal_BG=jax.device_put(signal_BG)), plans)
+        spoilt = dataclasses.replace(batch, signal_BG=jax.device_put(signal_BG))
+        counter = CompileCounter()
+        state, result = update(state, base, spoilt, plans)
         assert not np.isfinite(result.loss) and counter.count == 0
         counter.close()
     assert result.nonfinite and not result.rejected
