@@ -8,11 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from nested_reft.losses.policy_gradient import PolicyGradientConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.rewards.reward import RewardConfig
-from nested_reft.rollout.config import RolloutConfig
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.trainer import Trainer
 from tests.training.runs import MOVING, PPO, comparable, metrics_of, nano, trainer
@@ -30,13 +28,9 @@ FAST = {
 }
 VARIANTS = {
     "nested": {"loss": MOVING},
-    "mixture": {
-        "loss": PolicyGradientConfig("leave_one_out", "mixture", "sequence", "token_mean", entropy_coefficient=1.0),
-        "rollout__mixture_alpha": 0.5,
-    },
-    "exact": {"loss": MOVING, "rollout": RolloutConfig(group_size=4, max_completion_tokens=8, mode="exact")},
-    "lora": {"loss": MOVING, "lora": LoraConfig(rank=2), "optimizer__learning_rate": 0.03},
-    "ppo": {"loss": PPO},
+    "lora": {"loss": MOVING, "lora": LoraConfig(rank=2)},
+    # Whitened advantages cancel in the policy loss, which shows rounding that larger steps would carry on.
+    "ppo": {"loss": PPO, "optimizer__learning_rate": 0.001},
     "tb": {"loss": TrajectoryBalanceConfig(beta=1.0)},
 }
 
