@@ -254,7 +254,9 @@ def _short(value: float | None) -> str:
 
 
 def draw(runs: Sequence[Run], summary: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """Accuracy over seconds and over tokens: the mean of the seeds, and a band of one standard error.
+    """Accuracy above the start over seconds and over tokens: the mean of the seeds, a band of one standard error.
+
+    Seeds start at accuracies that differ more than the variants do, so each curve begins at zero.
 
     Args:
         runs: of all variants.
@@ -266,24 +268,26 @@ def draw(runs: Sequence[Run], summary: dict[str, dict[str, Any]], path: Path, ti
 
     figure = figure_maker()(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, len(UNITS), sharey=True)
+    starts = [curve(run, UNITS[0])[1][0] for run in runs if run["variant"] == next(iter(summary))]
+    mean_rise = np.mean(next(iter(summary.values()))["levels"]) - np.mean(starts)
     for axis, unit in zip(panels, UNITS, strict=True):
         for index, variant in enumerate(summary):
             curves = [curve(run, unit) for run in runs if run["variant"] == variant]
             # Where the first run has ended, the mean would be of other seeds.
             grid = np.linspace(0, min(cost[-1] for cost, _ in curves), 200)
-            at_SxG = np.array([np.interp(grid, cost, accuracy) for cost, accuracy in curves])
+            at_SxG = np.array([np.interp(grid, cost, accuracy - accuracy[0]) for cost, accuracy in curves])
             mean_G, error_G = at_SxG.mean(axis=0), at_SxG.std(axis=0) / np.sqrt(max(len(curves) - 1, 1))
             # The baseline is black and stands above the others.
             style = {"color": "black", "zorder": 3} if variant == "full" else {"color": f"C{index - 1}"}
             axis.plot(grid, mean_G, linewidth=2, label=variant, **style)
             axis.fill_between(grid, mean_G - error_G, mean_G + error_G, alpha=0.1, linewidth=0, color=style["color"])
-        axis.axhline(np.mean(next(iter(summary.values()))["levels"]), color="gray", linestyle="--", linewidth=1)
+        axis.axhline(mean_rise, color="gray", linestyle="--", linewidth=1)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out accuracy, smoothed")
+    panels[0].set_ylabel("held-out accuracy above the start, smoothed")
     panels[-1].legend(fontsize="small", loc="lower right")
     figure.suptitle(f"{title}: mean of the seeds and its standard error; dashed: mean level")
     figure.savefig(path, dpi=80)
-    # Overlapping bands have thousands of shades; a palette of 64 keeps the file small.
+    # Overlapping bands have thousands of shades; a palette keeps the file small. With 64 colors lines became alike.
     with Image.open(path) as image:
-        image.convert("RGB").quantize(64).save(path, optimize=True)
+        image.convert("RGB").quantize(256).save(path, optimize=True)
