@@ -1,5 +1,6 @@
 """A run is the same on one device and on several, however parameters, prompts and heads are split."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -26,8 +27,11 @@ FAST = {
     "evaluation__samples_per_prompt": 0,
     "evaluation__every_steps": 100,
 }
+MIXED = dataclasses.replace(MOVING, bias_mitigation="mixture", level="sequence", truncate_at=None)
 VARIANTS = {
     "nested": {"loss": MOVING},
+    "mixture": {"loss": MIXED, "rollout__mixture_alpha": 0.5},
+    "exact": {"loss": MOVING, "rollout__mode": "exact"},
     "lora": {"loss": MOVING, "lora": LoraConfig(rank=2)},
     # Early steps of Adam turn rounding of small gradients into steps of full size, so the rate is small. The gradients
     # of the first step agree to 1e-6 at any rate.
