@@ -277,7 +277,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
             chosen = [run["evaluations"] for run in own if run["correction"] == correction]
             accuracy = np.mean([evaluations["accuracy"] for evaluations in chosen], axis=0)
             is_baseline = correction == BASELINE
-            style = {"color": "black", "zorder": 3} if is_baseline else {"linestyle": ("-", "--")[index % 2]}
+            style = {"color": "black", "zorder": 3} if is_baseline else {"linestyle": ("-", "--", ":")[index % 3]}
             axis.plot(chosen[0]["step"], accuracy, linewidth=1.4, label=correction, **style)
         axis.set(title=f"{mismatch} mismatch", xlabel="step")
         axis.grid(alpha=0.3)
