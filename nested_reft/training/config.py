@@ -41,7 +41,7 @@ from nested_reft.untrusted import MAX_WHOLE, shown
 MAX_STEPS = 10**8  # a second each, these are three years
 MAX_SAVE_SECONDS = 86_400.0  # a day
 # What a continued run may have otherwise, beside more steps: nothing that was computed so far depends on it.
-CHANGEABLE = ("train.save_seconds", "mesh.")
+CHANGEABLE = ("train.save_seconds", "train.stall_seconds", "mesh.")
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -357,7 +357,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
 
 
 def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The differences with which a run cannot be continued: all but more steps, another mesh, another time limit.
+    """The differences with which a run cannot be continued: all but more steps, another mesh, other time limits.
 
     Args:
         stored: the `to_json` value of the run.

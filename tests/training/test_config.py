@@ -316,9 +316,10 @@ def test_a_template_without_a_field_is_refused():
         PromptFormat("no field")
 
 
-def test_a_continued_run_may_have_more_steps_another_mesh_and_another_limit():
+def test_a_continued_run_may_have_more_steps_another_mesh_and_other_limits():
     stored = load_config("tiny").to_json()
-    may = load_config("tiny", mesh={"data": 4, "model": 2}, train={"steps": 301, "save_seconds": 100.0}).to_json()
+    limits = {"save_seconds": 100.0, "stall_seconds": None}
+    may = load_config("tiny", mesh={"data": 4, "tensor": 2}, train={"steps": 301} | limits).to_json()
     assert forbidden_changes(stored, may) == []
     fewer = load_config("tiny", mesh={"data": 4}, train={"steps": 299, "seed": 1}).to_json()
     assert forbidden_changes(stored, fewer) == [("train.seed", 0, 1), ("train.steps", 300, 299)]
