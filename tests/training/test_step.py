@@ -264,7 +264,10 @@ def test_a_batch_in_which_nothing_counts_has_no_gradient(objective):
     gradient, result = update_once(task(objective, 2), batch, plans_of(objective))
     for value in named(gradient).values():
         assert not value.any()
-    assert all(np.isfinite(value).all() for value in named(result).values())
+    # No mask can be suggested from no ratio at all.
+    assert all(np.isnan(value).all() for value in result.bounds.values())
+    rest = dataclasses.replace(result, bounds={})
+    assert all(np.isfinite(value).all() for value in named(rest).values())
 
 
 def test_a_demonstration_batch_needs_its_own_objective():
