@@ -265,8 +265,8 @@ def test_a_batch_in_which_nothing_counts_has_no_gradient(objective):
     for value in named(gradient).values():
         assert not value.any()
     # No mask can be suggested from no ratio at all.
-    assert all(np.isnan(value).all() for value in result.bounds.values())
-    rest = dataclasses.replace(result, bounds={})
+    assert all(np.isnan(value).all() for value in (result.bounds or {}).values())
+    rest = dataclasses.replace(result, bounds=None)
     assert all(np.isfinite(value).all() for value in named(rest).values())
 
 
