@@ -59,6 +59,7 @@ def test_a_full_disk_ends_the_run_and_its_last_checkpoint_is_whole(what, whole, 
 
     def on_step(found):
         if found.number == 3:
+            run.checkpoints.wait()  # the one of step 2 may still be on its way
             # Logs of a few steps are smaller than 300 kB, and the arrays of a checkpoint larger.
             size = (tmp_path / "samples.jsonl").stat().st_size
             limit(300_000 if what == "checkpoint" else size + 10)
@@ -82,6 +83,7 @@ def test_a_directory_that_becomes_read_only_ends_the_run(whole, tmp_path, monkey
 
     def on_step(found):
         if found.number == 3:
+            run.checkpoints.wait()  # the one of step 2 may still be on its way
             for name in ("mkdir", "rename", "replace"):
                 monkeypatch.setattr(os, name, read_only)
 
