@@ -17,6 +17,7 @@ from tests.training.runs import WITH_KL, comparable, lines_of, metrics_of, train
 
 # What a run logs only with the part of the configuration that it is about, or when something happened.
 ONLY_SOMETIMES = {
+    "nonfinite_updates",
     "bridged_layers",
     "layers_without_attention",
     "layers_without_mlp",
