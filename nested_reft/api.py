@@ -241,13 +241,13 @@ def open_trainer(
     with ExitStack() as on_failure:
 
         def begin() -> tuple[RunDirectory | None, Setup]:
-            # A run that another process works on is refused before the model is loaded.
+            """What is done before a run's directory is written to."""
             directory = None
-            if resume is not None:
-                kind = RunDirectory if processes.is_writer() else SilentRunDirectory
-                directory = on_failure.enter_context(closing(kind(resume)))
-            else:
+            if resume is None:
                 check_start(config)
+            else:
+                # A run that another process works on is refused before the model is loaded.
+                directory = on_failure.enter_context(closing(RunDirectory(resume)))
             setup = prepare(config, resumes=resume is not None)
             check_memory(setup)
             if directory is None and processes.is_writer():
@@ -266,7 +266,7 @@ def open_trainer(
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
-    if resume is not None and processes.is_writer():
+    if resume is not None:
         # Said always: it shows also where a checkpoint has gone without a trace.
         state, phase = trainer.state, trainer.phases[trainer.state.phase]
         print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
@@ -325,7 +325,7 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
         return
     if resume is not None:
         raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
-    mine = {"config": config.to_json(), "versions": versions(), "resume": str(resume)}
+    mine = {"config": config.to_json(), "versions": versions()}
     mine["versions"]["devices of this process"] = jax.local_device_count()
     texts = processes.gather_text(json.dumps(mine))
     first = json.loads(texts[0])

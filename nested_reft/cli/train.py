@@ -19,6 +19,7 @@ from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
+from nested_reft.training.agreement import DivergedError
 from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
 from nested_reft.training.offline import OfflineKind, as_offline
 from nested_reft.training.reinforcement import EmptyUpdatesError
@@ -79,7 +80,7 @@ def _train(
     except (OSError, SearchError) as error:
         complain(f"\nerror: {error}\n{_how_to_continue(path)}")
         raise SystemExit(FAILED) from None
-    except (GenerationLimitError, EmptyUpdatesError, RewardError) as error:
+    except (GenerationLimitError, EmptyUpdatesError, RewardError, DivergedError) as error:
         complain(f"\nerror: {error}")
         raise SystemExit(FAILED) from None
 
@@ -133,7 +134,8 @@ def _resolve_config(
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
-        " raised, and --mesh and --train.save-seconds changed. To start another run, leave out --resume"
+        " raised, and --mesh, --train.save-seconds and --train.stall-seconds changed. To start another run, leave out"
+        " --resume"
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from nested_reft import processes
+from nested_reft.types import Scored
 
 
 class DivergedError(RuntimeError):
@@ -29,6 +30,21 @@ def digest(*arrays: np.ndarray) -> int:
     for array in arrays:
         found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
     return found
+
+
+def digests_of(groups: Scored, loss: float) -> dict[str, int]:
+    """Digests of what a step of reinforcement trained on and found, in the order in which one follows from another.
+
+    Args:
+        groups: that it trained on.
+        loss: of its update.
+    """
+    rollouts = groups.rollouts
+    return {
+        "tokens": digest(np.asarray(rollouts.tokens_BGC), np.asarray(rollouts.length_BG)),
+        "rewards": digest(np.asarray(groups.reward_BG)),
+        "loss": digest(np.array([loss], np.float32)),
+    }
 
 
 def highest(number: int) -> int:

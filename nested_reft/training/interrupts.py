@@ -29,6 +29,32 @@ def interruption() -> KeyboardInterrupt:
     return Preempted() if _current is not None and _current.is_preemption else KeyboardInterrupt()
 
 
+# What a run may be asked for, as numbers that processes can compare: a person's request outweighs that of a machine.
+GO_ON, LEAVE, STOP = range(3)
+
+
+def asked_for(stop: bool) -> int:
+    """What this process was asked for: `GO_ON`, `LEAVE` by SIGTERM alone, or `STOP`.
+
+    Args:
+        stop: what the function of `stop_requests` says.
+    """
+    return GO_ON if not stop else LEAVE if isinstance(interruption(), Preempted) else STOP
+
+
+def stop_if(request: int) -> None:
+    """Ends a run that was asked to end, by this process or another.
+
+    Args:
+        request: one of those of `asked_for`.
+
+    Raises:
+        KeyboardInterrupt: it is not `GO_ON`; `Preempted` where it is `LEAVE`.
+    """
+    if request != GO_ON:
+        raise Preempted() if request == LEAVE else KeyboardInterrupt()
+
+
 def _raise() -> None:
     raise interruption()
 

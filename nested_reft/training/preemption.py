@@ -7,6 +7,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from nested_reft.checkpoints import newest_checkpoint
+from nested_reft.exit_codes import PREEMPTED
+from nested_reft.untrusted import printable
 
 
 @contextmanager
@@ -38,6 +43,34 @@ def save_limit(seconds: float, at_end: Callable[[], None]) -> Iterator[None]:
         os.close(writer)  # which ends the thread
         watching.join()
         os.close(reader)
+
+
+def leave_unsaved(run: Path, seconds: float) -> None:
+    """Ends the process while its main thread is still at work: no thread is waited for, and nothing is tidied up.
+
+    Args:
+        run: the run's directory.
+        seconds: the limit that is over.
+    """
+    try:
+        newest = newest_checkpoint(run / "checkpoints")
+        how = "there is no checkpoint yet, and nothing to continue"
+        if newest is not None:
+            how = f"to continue from checkpoint {newest}: nested-reft train --resume {run}"
+        line = printable(f"the step and its checkpoint took longer than train.save_seconds, {seconds:g}; {how}")
+        # `print` is no choice: the main thread may hold the stream's lock.
+        os.write(2, f"\n{line}\n".encode())
+    finally:  # whoever read the output may be gone
+        end_now(PREEMPTED)
+
+
+def end_now(code: int) -> None:
+    """Ends the process as if it were killed; output that is buffered is lost.
+
+    Args:
+        code: its exit code.
+    """
+    os._exit(code)
 
 
 def _watch(reader: int, previous: int, seconds: float, ended: threading.Event, at_end: Callable[[], None]) -> None:

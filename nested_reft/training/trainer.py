@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,9 +22,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nested_reft import curriculum, dataset_reset, kl_control, processes
-from nested_reft.checkpoints import CheckpointError, Checkpoints, newest_checkpoint
+from nested_reft.checkpoints import CheckpointError, Checkpoints
 from nested_reft.compilation import CompileCounter
-from nested_reft.exit_codes import PREEMPTED
 from nested_reft.heartbeat import beats
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.registry import OfflineConfig
@@ -33,10 +31,10 @@ from nested_reft.plan_price import plan_price
 from nested_reft.replay import GenerationLimitError
 from nested_reft.run_directory import RunDirectory
 from nested_reft.training import group_supply
-from nested_reft.training.agreement import agree, digest, highest
+from nested_reft.training.agreement import agree, digest, digests_of, highest
 from nested_reft.training.clock import Clock, advance
 from nested_reft.training.failed_update import keep_failed_update
-from nested_reft.training.interrupts import Preempted, finishing, interruption, stop_requests
+from nested_reft.training.interrupts import asked_for, finishing, stop_if, stop_requests
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.nested_policy import renew
 from nested_reft.training.offline import Offline
@@ -48,7 +46,7 @@ from nested_reft.training.phases import (
     earlier_phases,
     first_checkpoint,
 )
-from nested_reft.training.preemption import save_limit
+from nested_reft.training.preemption import leave_unsaved, save_limit
 from nested_reft.training.pricing import decode_step
 from nested_reft.training.record import StepRecord
 from nested_reft.training.reinforcement import EmptyUpdatesError, OnStep, Reinforcement
@@ -58,12 +56,8 @@ from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
 from nested_reft.training.watchdog import Watchdog
 from nested_reft.types import Scored
-from nested_reft.untrusted import printable
 
 logger = logging.getLogger(__name__)
-PREEMPTION, STOP = 1, 2  # what a run may be asked for; a person's request outweighs that of a machine
-
-
 # Every process of a run raises these in the same step, so that they can end in order.
 ENDS_OF_ALL = (KeyboardInterrupt, FloatingPointError, EmptyUpdatesError, GenerationLimitError)
 
@@ -164,7 +158,8 @@ class Trainer:
             OSError: a checkpoint or a log could not be written, or a searcher took too long (TimeoutError).
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
-        limit = save_limit(self.config.train.save_seconds, self._leave_unsaved)
+        seconds, path = self.config.train.save_seconds, self.run_directory.path
+        limit = save_limit(seconds, lambda: leave_unsaved(path, seconds))
         with stop_requests() as stop_requested, limit, self._watchdog(), self:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
@@ -227,12 +222,7 @@ class Trainer:
         batch = state.learner.batch(groups, keys.acceptance, state.mix.share, state.kl.coefficient)
         update = state.learner.update(batch, keys.mini_batches)
         state.kl = kl_control.update(state.kl, config.loss, update.parts.get("completion_kl"))
-        if processes.count() > 1:
-            self._digests = {
-                "tokens": digest(np.asarray(groups.rollouts.tokens_BGC), np.asarray(groups.rollouts.length_BG)),
-                "rewards": digest(groups.reward_BG),
-                "loss": digest(np.array([update.loss], np.float32)),
-            }
+        self._digests = digests_of(groups, update.loss)
         # The next plan is drawn after this, so a budget that was broken changes it at once.
         renewed = renew(state, number, found, update.health, self.keys.step(number + 1).plan)
         plan = LayerPlan.of_parts(np.asarray(found[0].rollouts.part_BGL[0, 0]))
@@ -324,20 +314,6 @@ class Trainer:
         if waiting.is_alive():
             logger.warning("devices still work, perhaps for %s; the run ends all the same", ", ".join(left))
 
-    def _leave_unsaved(self) -> None:
-        """Ends the process while the main thread is still at work."""
-        path, limit = self.run_directory.path, self.config.train.save_seconds
-        try:
-            newest = newest_checkpoint(path / "checkpoints")
-            how = "there is no checkpoint yet, and nothing to continue"
-            if newest is not None:
-                how = f"to continue from checkpoint {newest}: nested-reft train --resume {path}"
-            line = printable(f"the step and its checkpoint took longer than train.save_seconds, {limit:g}; {how}")
-            # `print` is no choice: the main thread may hold the stream's lock.
-            os.write(2, f"\n{line}\n".encode())
-        finally:  # whoever read the output may be gone
-            end_now(PREEMPTED)
-
     def _load(self) -> None:
         run = self.run_directory
         run.check_logs()
@@ -353,11 +329,11 @@ class Trainer:
         started = time.monotonic() - state.seconds
         # The first checkpoint of a phase holds what `start` measured, so a resumed run does not measure it again.
         if not state.started:
-            _stop_if(highest(_request(stop_requested())))
+            stop_if(highest(asked_for(stop_requested())))
             phase.start(state)
             state.started, state.seconds = True, time.monotonic() - started
             self.save()
-        _stop_if(highest(_request(stop_requested())))
+        stop_if(highest(asked_for(stop_requested())))
         first, is_due = state.step, False
         with tqdm(initial=first, total=phase.steps, unit="step", desc=phase.name) as bar:
             bar.set_postfix_str("compiling")
@@ -369,17 +345,17 @@ class Trainer:
                 advance(bar, shown, timed=number > first)
                 state.step, state.seconds = number + 1, time.monotonic() - started
                 # The request is read once, because it may come between the two uses below.
-                stop = self._agreed_stop(phase, _request(stop_requested()), shown)
+                stop = self._agreed_stop(phase, asked_for(stop_requested()), shown)
                 is_due |= state.step % train.checkpoint_every == 0
                 # A model whose updates fail at present may have gone wrong before. Its checkpoint would take the place
                 # of one from before that, so it waits.
                 if stop or state.step == phase.steps or (is_due and not state.nonfinite_in_a_row):
                     self.save()
                     is_due = False
-                _stop_if(stop)
+                stop_if(stop)
 
     def _agreed_stop(self, phase: Phase, stop: int, shown: str) -> int:
-        """What any process was asked for, as `_request` says it; ends a step on all of them.
+        """What any process was asked for, as `asked_for` says it; ends a step on all of them.
 
         Raises:
             CheckpointError: a checkpoint could not be written, by this process or another.
@@ -410,22 +386,3 @@ class Trainer:
             except OSError as failure:
                 kept = f"The last of them could not be kept: {failure}"
             raise NonFiniteUpdatesError(f"{error}. {kept}") from None
-
-
-def end_now(code: int) -> None:
-    """Ends the process: no thread is waited for and nothing is tidied up, as if it were killed.
-
-    Args:
-        code: its exit code.
-    """
-    os._exit(code)
-
-
-def _request(stop: bool) -> int:
-    """What this process was asked for, as a number that processes can compare; 0 without a request."""
-    return 0 if not stop else PREEMPTION if isinstance(interruption(), Preempted) else STOP
-
-
-def _stop_if(request: int) -> None:
-    if request:
-        raise Preempted() if request == PREEMPTION else KeyboardInterrupt()

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from nested_reft.training.interrupts import Preempted, finishing, stop_requests
+from nested_reft.training.interrupts import GO_ON, LEAVE, STOP, Preempted, asked_for, finishing, stop_if, stop_requests
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -49,6 +49,19 @@ def test_only_sigterm_alone_is_a_preemption(numbers, is_preemption):
         for number in numbers:
             signal.raise_signal(number)
     assert isinstance(caught.value, Preempted) == is_preemption
+
+
+@pytest.mark.parametrize(("number", "request_"), [(signal.SIGTERM, LEAVE), (signal.SIGINT, STOP)])
+def test_what_was_asked_for_ends_a_run_alike_wherever_it_was_heard(number, request_):
+    with suppress(KeyboardInterrupt), stop_requests() as stop_requested:
+        assert asked_for(stop_requested()) == GO_ON
+        signal.raise_signal(number)
+        assert asked_for(stop_requested()) == request_
+    stop_if(GO_ON)
+    # No signal came to a process that only heard of it.
+    with pytest.raises(KeyboardInterrupt) as caught:
+        stop_if(request_)
+    assert isinstance(caught.value, Preempted) == (request_ == LEAVE) and GO_ON < LEAVE < STOP
 
 
 def test_the_second_signal_acts_at_once_whatever_its_kind():

@@ -240,11 +240,12 @@ def test_a_preemption_that_takes_too_long_names_the_checkpoint_that_holds(tmp_pa
 
     def on_step(found):
         if found.number == 2:
+            run.checkpoints.wait()  # the one of step 1 may still be on its way
             signal.raise_signal(signal.SIGTERM)
             assert released.wait(30)
             raise Ended
 
-    monkeypatch.setattr("nested_reft.training.trainer.end_now", end)
+    monkeypatch.setattr("nested_reft.training.preemption.end_now", end)
     config = nano(train__save_seconds=0.05, train__checkpoint_every=1, **NO_EVALUATION)
     run = Trainer(prepare(config), RunDirectory(tmp_path), on_step)
     with pytest.raises(Ended):
