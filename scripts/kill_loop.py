@@ -11,7 +11,7 @@ last it comes to its end. Then metrics, samples, parameters, optimizer, the host
 of the undisturbed run, bit for bit (`compare_runs.py`).
 
 A named moment is the n-th call of one function in a process, and up to a tenth of a second more. A random moment is any
-time of half a run. The exit code is 1 where a run ends otherwise, or a process says something else than it should.
+time of half a run. The exit code is 1 where a run ends otherwise, or where a process does not say how to continue.
 """
 
 from __future__ import annotations
