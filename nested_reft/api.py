@@ -23,11 +23,11 @@ from nested_reft.run_directory import RunDirectory, SilentRunDirectory, read_log
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
-from nested_reft.training.failed_update import DIRECTORY as FAILED_UPDATE
-from nested_reft.training.failed_update import load_failed_update
+from nested_reft.training.failed_update import kept_number, load_failed_update
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.memory import check_memory
+from nested_reft.training.mesh_choice import with_chosen_mesh
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
 from nested_reft.training.search_config import SearchConfig
@@ -235,28 +235,34 @@ def open_trainer(
     Raises:
         ValueError: the configuration cannot work, or the run cannot be continued.
     """
+    # Each process asks its own devices for their memory, so the choice is made before they are compared.
+    config = processes.agreed(lambda: with_chosen_mesh(config))
+    _check_same_run(config, resume)
     if resume is not None and newest_checkpoint(resume / "checkpoints") is None:
         raise ValueError(f"run '{resume}' has no complete checkpoint to resume from")
-    _check_same_run(config, resume)
     with ExitStack() as on_failure:
+        directory = None
+        if resume is not None:
+            # A run that another process works on is refused before the model is loaded.
+            directory = on_failure.enter_context(closing(RunDirectory(resume)))
 
-        def begin() -> tuple[RunDirectory | None, Setup]:
-            """What is done before a run's directory is written to."""
-            directory = None
+        def prepared() -> Setup:
+            """What every process needs."""
             if resume is None:
                 check_start(config)
-            else:
-                # A run that another process works on is refused before the model is loaded.
-                directory = on_failure.enter_context(closing(RunDirectory(resume)))
             setup = prepare(config, resumes=resume is not None)
             check_memory(setup)
-            if directory is None and processes.is_writer():
-                directory = RunDirectory.create(Path(runs), config.name, setup.config.to_json())
-                on_failure.callback(directory.close)
-            return directory, setup
+            return setup
+
+        def made() -> RunDirectory | None:
+            """The directory of a new run, which one process makes once all of them are prepared."""
+            return (
+                RunDirectory.create(Path(runs), config.name, setup.config.to_json()) if processes.is_writer() else None
+            )
 
         # What fails on one process would leave the others waiting for it.
-        directory, setup = processes.agreed(begin)
+        setup = processes.agreed(prepared)
+        directory = directory or processes.agreed(made)
         path = Path(processes.broadcast_text(None if directory is None else str(directory.path)))
         directory = directory or SilentRunDirectory(path)
         on_failure.pop_all()
@@ -303,10 +309,7 @@ def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
     path = Path(run)
     # Whoever searches has nothing to do here.
     config = dataclasses.replace(run_config(path), search=SearchConfig())
-    if newest_checkpoint(path / FAILED_UPDATE) is None:
-        raise ValueError(
-            f"run '{path}' has no {FAILED_UPDATE}; a run keeps one when train.stop_after_nonfinite_updates ends it"
-        )
+    kept_number(path)  # before a model is loaded
     # The directory is taken first, as for a run that goes on, and closed also where the model cannot be loaded.
     with closing(RunDirectory(path)) as directory, Trainer(prepare(config, resumes=True), directory).open() as trainer:
         learner = trainer.state.learner
@@ -316,17 +319,19 @@ def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
 
 
 def _check_same_run(config: Config, resume: Path | None) -> None:
-    """Refuses processes that would not run the same.
+    """Refuses processes that would not run the same, and to continue a run with several.
 
     Raises:
         ValueError: names the first process that differs, the field and both values.
     """
     if processes.count() == 1:
         return
-    if resume is not None:
-        raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
-    mine = {"config": config.to_json(), "versions": versions()}
-    mine["versions"]["devices of this process"] = jax.local_device_count()
+    mine = {
+        "config": config.to_json(),
+        "versions": versions(),
+        "devices of this process": jax.local_device_count(),
+        "resume": None if resume is None else str(resume),
+    }
     texts = processes.gather_text(json.dumps(mine))
     first = json.loads(texts[0])
     for process, text in enumerate(texts):
@@ -335,6 +340,9 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
                 f"process {process} has {other!r} for {name.removeprefix('config.')}, and process 0 has {theirs!r};"
                 " start all processes with the same command, configuration and versions"
             )
+    # Only now, because processes that leave before they are compared would leave the others waiting.
+    if resume is not None:
+        raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
 
 
 def _say_idle_devices(config: Config) -> None:

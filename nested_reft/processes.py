@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from nested_reft.exit_codes import FAILED
+
 T = TypeVar("T")
 
 # The slowest preparation that the others wait for: a model is downloaded, or read from a slow disk.
@@ -33,6 +35,8 @@ _PREFIX = "nested_reft"
 # Each exchange has a number. All processes exchange in the same order, so they count alike.
 _exchanges = itertools.count()
 _in_agreed_action = False
+# Kinds of errors that cross over, the special ones first: every process then ends with the same exit code.
+_CROSSING = (OSError, ImportError, OverflowError, FloatingPointError, RecursionError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,7 @@ def start(config: ProcessConfig) -> None:
     """
     if config.count == 1:
         return
-    # JAX's own service would take SIGTERM away from Python, and with it the checkpoint at the end of a step.
-    jax.config.update("jax_enable_preemption_service", False)
-    # Without it several processes on CPUs cannot exchange arrays. Other devices do not read it.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _configure_jax()
     began = time.monotonic()
     if config.index:
         _check_reachable(config)
@@ -114,14 +115,21 @@ def start_detected(connect_seconds: int = 300, heartbeat_seconds: int = 100) -> 
     Raises:
         ValueError: there is no cluster that JAX detects.
     """
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _configure_jax()
     try:
         jax.distributed.initialize(initialization_timeout=connect_seconds, heartbeat_timeout_seconds=heartbeat_seconds)
     # What JAX raises where it finds nothing depends on what it looked for.
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--coordinator is 'auto', and no cluster was detected ({reason}); give HOST:PORT") from error
+
+
+def _configure_jax() -> None:
+    """Sets what JAX reads when processes join."""
+    # JAX's own service would take SIGTERM away from Python, and with it the checkpoint at the end of a step.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Without it several processes on CPUs cannot exchange arrays. Other devices do not read it.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
 def _check_reachable(config: ProcessConfig) -> None:
@@ -149,7 +157,7 @@ def _end_late(config: ProcessConfig) -> None:
         f" not all of the {config.count} processes came",
         file=sys.stderr,
     )
-    end_now(1)
+    flush_and_end(FAILED)
 
 
 def index() -> int:
@@ -243,15 +251,14 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
         mine = error
     finally:
         _in_agreed_action = False
-    kinds = [] if mine is None else [kind.__name__ for kind in type(mine).__mro__ if kind.__module__ == "builtins"]
-    failures = gather_text("" if mine is None else f"{kinds[0]}\n{mine}", seconds)
+    kind = next((kind.__name__ for kind in _CROSSING if isinstance(mine, kind)), RuntimeError.__name__)
+    failures = gather_text("" if mine is None else f"{kind}\n{mine}", seconds)
     first = next((process for process, failure in enumerate(failures) if failure), None)
     if first is None:
         return result
     if mine is not None and first == index():
         raise mine
     kind, _, text = failures[first].partition("\n")
-    # Only kinds that Python itself has cross over, so that every process ends with the same exit code.
     raise getattr(builtins, kind)(f"process {first}: {text}") from mine
 
 
@@ -290,10 +297,10 @@ def end_together(code: int, seconds: float = 10.0) -> None:
     # Not an exchange: processes that do not end may be in the middle of one.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _state().client.wait_at_barrier(f"{_PREFIX}_end", int(1000 * seconds))
-    end_now(code)
+    flush_and_end(code)
 
 
-def end_now(code: int) -> None:
+def flush_and_end(code: int) -> None:
     """Ends this process without waiting for devices or other processes, whose turn will not come.
 
     JAX would wait for minutes at its end for processes that are in the middle of something else.

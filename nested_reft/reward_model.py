@@ -25,7 +25,7 @@ from nested_reft.heartbeat import beat
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import batch_devices, on_mesh, replicate, shard_batch, to_host
+from nested_reft.sharding import on_mesh, spread, to_host
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.types import Prompts, valid_mask
 
@@ -69,10 +69,8 @@ class RewardModel:
             prompt_BP, prompt_length_B: prompts, right-padded, and their lengths.
             tokens_BGC, length_BG: completions, right-padded, and their lengths, stop tokens included.
         """
-        arrays = (prompt_BP, prompt_length_B, tokens_BGC, length_BG)
-        mesh = self.policy.mesh
-        placed = shard_batch(arrays, mesh) if len(prompt_BP) % batch_devices(mesh) == 0 else replicate(arrays, mesh)
-        with on_mesh(mesh):
+        placed = spread((prompt_BP, prompt_length_B, tokens_BGC, length_BG), self.policy.mesh)
+        with on_mesh(self.policy.mesh):
             return _rewards(self.policy.model, *placed)
 
     def normalized(self, prompts: Prompts, rollouts: Any) -> Float[np.ndarray, "B G"]:

@@ -198,23 +198,23 @@ class SilentRunDirectory(RunDirectory):
         self.path, self._lock = path, None
 
     def marks(self) -> dict[str, list[int]]:
-        """None: the writing process has them."""
+        """It is empty, because the writing process has the marks."""
         return {}
 
     def check_logs(self) -> None:
-        """Nothing."""
+        """It does nothing here."""
 
     def continue_from(self, step: int, marks: dict[str, list[int]]) -> None:
-        """Nothing."""
+        """It does nothing here."""
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Nothing."""
+        """It does nothing here."""
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Nothing."""
+        """It does nothing here."""
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Nothing."""
+        """It does nothing here."""
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

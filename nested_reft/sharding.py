@@ -18,8 +18,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nested_reft import processes
+from nested_reft.untrusted import shown
 
-MOST_LISTED = 4096  # no axis of a mesh is larger
+MOST_DEVICES = 4096  # along an axis of a mesh
 
 AXES = ("slice", "data", "fsdp", "tensor")
 """Names of the mesh's axes. The connection between devices is the slowest along the first and the fastest along the
@@ -59,8 +60,11 @@ class MeshConfig:
 
     def __post_init__(self):
         for name, size in dataclasses.asdict(self).items():
-            if size != "auto" and size < 1:
-                raise ValueError(f"mesh.{name} is {size}; allowed is 1 or more{', or auto' if name == 'data' else ''}")
+            if name == "data" and size == "auto":
+                continue
+            if type(size) is not int or not 1 <= size <= MOST_DEVICES:
+                also = ", or auto" if name == "data" else ""
+                raise ValueError(f"mesh.{name} is {shown(size)}; allowed is 1 or more{also}")
 
     @property
     def size(self) -> int:
@@ -97,8 +101,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
         config: how many devices each axis has.
 
     Raises:
-        ValueError: there are fewer devices than the mesh needs, several processes have more, or they form another
-            number of slices.
+        ValueError: there are fewer devices than the mesh needs, or several processes have more; or `mesh.slices` is
+            above 1, and the devices form another number of slices.
     """
     devices = jax.devices()
     config = config.over(len(devices))
@@ -120,10 +124,11 @@ def mesh_of(devices: Sequence[Any], config: MeshConfig) -> Mesh:
         config: how many devices each axis has.
 
     Raises:
-        ValueError: the devices form another number of slices.
+        ValueError: `mesh.slices` is above 1, and the devices form another number of slices.
     """
-    data, modes = config.batch // (config.slices * config.fsdp), (AxisType.Auto,) * 4
-    shape = (config.slices, data, config.fsdp, config.tensor)
+    config, modes = config.over(len(devices)), (AxisType.Auto,) * 4
+    assert config.data != "auto"
+    shape = (config.slices, config.data, config.fsdp, config.tensor)
     # With Auto axes the compiler chooses how intermediate values are split.
     if config.slices == 1 or not hasattr(devices[0], "slice_index"):
         # CPUs and GPUs have no slices; devices of one process come one after the other, which is what counts there.
@@ -181,7 +186,7 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
     """The partition of an array from its logical axes.
 
     Args:
-        axes: logical axes of an array in their order; unknown names are replicated.
+        axes: logical axes of an array in their order; an axis of an unknown name, such as '', is whole.
 
     Raises:
         ValueError: two of its axes would be split over the same mesh axis.
@@ -212,7 +217,7 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
 
     Args:
         array: a value of the program.
-        axes: logical axes, in their order; those that are left out at the end are whole.
+        axes: logical axes, in their order; one of the name '' is whole, and so are those left out at the end.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
@@ -321,16 +326,38 @@ def check_divisible(parts: dict[str, tuple[str, int]], mesh: Mesh) -> None:
     for axis, (what, count) in parts.items():
         (name,) = MESH_AXES[axis]
         if count % mesh.shape[name]:
-            # What divides all that the axis splits.
-            most = math.gcd(*(other for logical, (_, other) in parts.items() if MESH_AXES[logical] == (name,)))
+            most = largest_split(parts, name)
             raise ValueError(
                 f"mesh.{name} is {mesh.shape[name]}, but the model has {count} {what}; allowed are {divisors(most)}"
             )
 
 
 def divisors(number: int) -> str:
-    """The sizes of a mesh axis that divide a number, for a message."""
-    return ", ".join(str(size) for size in range(1, min(number, MOST_LISTED) + 1) if number % size == 0)
+    """The sizes of a mesh axis that divide a number, the smallest first, as text for a message.
+
+    Args:
+        number: 1 or more.
+    """
+    return ", ".join(map(str, dividing(number)))
+
+
+def dividing(number: int) -> list[int]:
+    """The sizes of a mesh axis that divide a number, the smallest first.
+
+    Args:
+        number: 1 or more.
+    """
+    return [size for size in range(1, min(number, MOST_DEVICES) + 1) if number % size == 0]
+
+
+def largest_split(parts: dict[str, tuple[str, int]], axis: str) -> int:
+    """Into how many shares a mesh axis can split all that it splits of a model; every divisor of it does as well.
+
+    Args:
+        parts: as `check_divisible` takes them.
+        axis: of the mesh.
+    """
+    return math.gcd(*(count for logical, (_, count) in parts.items() if MESH_AXES[logical] == (axis,)))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -341,6 +368,19 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         mesh: the devices that hold the arrays.
     """
     return place(batch, mesh, ("batch",))
+
+
+def spread(batch: Any, mesh: Mesh) -> Any:
+    """Places arrays on the mesh, split along their leading axis where it divides, and else whole on every device.
+
+    Texts of a user come in any number, and a copy on every device is still right.
+
+    Args:
+        batch: a tree of arrays whose leading axis is B.
+        mesh: the devices that hold the arrays.
+    """
+    divides = all(leaf.shape[0] % batch_devices(mesh) == 0 for leaf in jax.tree.leaves(batch))
+    return shard_batch(batch, mesh) if divides else replicate(batch, mesh)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

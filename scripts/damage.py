@@ -4,8 +4,8 @@
     python scripts/damage.py metrics        # kinds whose name holds a word
     python scripts/damage.py --page experiments/results/robustness.md    # and writes the table into that page
 
-A run of a tiny model is stopped in its fourth step as a kill would stop it, with checkpoints 1, 2 and 3. Each copy of it
-is damaged and resumed in this process. The verdicts are:
+A run of a tiny model is stopped in its fourth step as a kill would stop it, with checkpoints 1, 2 and 3. Each copy of
+it is damaged and resumed in this process. The verdicts are:
 
     same       the resumed run is the undamaged one, bit for bit, logs included
     older      it continues from an older checkpoint, and a line says so
@@ -65,7 +65,7 @@ class Killed(Exception):
 
 
 def small_config() -> Config:
-    """Five steps with a checkpoint after each, of which three are kept. Replay keeps completions in files of its own."""
+    """Five steps with a checkpoint after each, of which three are kept; replay has files of its own."""
     return load_config(
         "tiny",
         data={"prompts_per_batch": 4, "sources": [_smaller(load_config("tiny").to_json()["data"]["sources"][0])]},

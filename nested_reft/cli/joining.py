@@ -71,6 +71,9 @@ def join(values: Mapping[str, str]) -> None:
     """
     if not values:
         return
+    others = [flag for flag in values if flag != "--coordinator"]
+    if values.get("--coordinator") == "auto" and others:
+        raise BadInput(f"{others[0]} is given, but --coordinator is 'auto', which detects it; leave one out")
     # Only now: JAX takes a second to import, and most commands have one process.
     from nested_reft import processes
 
@@ -78,14 +81,15 @@ def join(values: Mapping[str, str]) -> None:
         if values.get("--coordinator") == "auto":
             processes.start_detected()
         else:
-            processes.start(
-                processes.ProcessConfig(
-                    values.get("--coordinator"),
-                    _whole("--processes", values.get("--processes", "1")),
-                    _whole("--process", values.get("--process", "0")),
-                    _devices(values.get("--local-devices")),
-                )
+            place = processes.ProcessConfig(
+                values.get("--coordinator"),
+                _whole("--processes", values.get("--processes", "1")),
+                _whole("--process", values.get("--process", "0")),
+                _devices(values.get("--local-devices")),
             )
+            if place.count == 1:
+                raise BadInput(f"{next(iter(values))} is given, but --processes is 1; give --processes N above 1")
+            processes.start(place)
     except (ValueError, ConnectionError) as error:
         raise BadInput(str(error)) from error
     if not processes.is_writer():

@@ -83,9 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _leave_others(code: int) -> None:
     """Ends one of several processes that failed or was stopped; JAX would wait at its end for those that still work."""
+    if code != DONE and _is_one_of_several():
+        sys.modules["nested_reft.processes"].end_together(code)
+
+
+def _is_one_of_several() -> bool:
+    """Whether other processes belong to this run. It imports nothing, since JAX takes a second."""
     processes = sys.modules.get("nested_reft.processes")
-    if code != DONE and processes is not None and processes.count() > 1:
-        processes.end_together(code)
+    return processes is not None and processes.count() > 1
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -109,7 +114,7 @@ def _exit_code(arguments: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else DONE
     except Exception:
         # After a bug none of several processes may wait for the others, as Python's end would.
-        if "nested_reft.processes" in sys.modules and sys.modules["nested_reft.processes"].count() > 1:
+        if _is_one_of_several():
             traceback.print_exc()
             return FAILED
         raise

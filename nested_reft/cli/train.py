@@ -64,7 +64,7 @@ def _train(
                 say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
                 keep_json(known.json, Run(known.resume).summary())
                 return
-            trainer = open_trainer(config, known.runs, known.resume, None, _end_stalled)
+            trainer = open_trainer(config, known.runs, known.resume, on_stall=_end_stalled)
         path = trainer.run_directory.path
         summary = trainer.run()
         # Of several processes one has read the log, so its summary alone is whole.

@@ -16,7 +16,7 @@ from nested_reft.models.transformer import Transformer
 
 
 def fingerprint(model: Transformer) -> str:
-    """A short text that two models share if they have the same weights, and else almost surely not.
+    """A short text that two models share if their weights are the same in bfloat16, and else almost surely not.
 
     It depends neither on how the weights are divided among devices nor on whether a source was loaded as float32 or
     bfloat16. Adapters count with what they add, so those that have not learnt yet do not. Bridges and heads are no part

@@ -48,10 +48,13 @@ class Layers:
 
     def ready(self, layer: Parameters) -> Parameters:
         """One layer's entry of the stack as the functions of `models.layer` take it."""
-        # A matrix is whole in its width while a layer uses it, whichever way it is stored.
-        layer = {name: constrain(value, *used_axes(axes_of(f"layers/{name}")[1:])) for name, value in layer.items()}
         # These are the same for all layers, so they are no part of what is sliced.
-        return layer | {"lora_scale": self.lora_scale, "compute_dtype": self.compute_dtype}
+        return _as_used("layers", layer) | {"lora_scale": self.lora_scale, "compute_dtype": self.compute_dtype}
+
+
+def _as_used(stack: str, arrays: Parameters) -> Parameters:
+    """An entry of a stack whose matrices are whole in their width, whichever way they are stored."""
+    return {name: constrain(value, *used_axes(axes_of(f"{stack}/{name}")[1:])) for name, value in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class LayerLoop:
         if self.layers.bridges is None:
             raise ValueError("the plan bridges layers, and the model has no bridges; set nesting.bridge.kind")
         (streams, state), bridge = carry, entry(self.layers.bridges, index)
-        bridge = {name: constrain(value, *used_axes(axes_of(f"bridges/{name}")[1:])) for name, value in bridge.items()}
+        bridge = _as_used("bridges", bridge)
         streams = tuple(add_bridge(bridge, x, first) for x, first in zip(streams, self.is_first, strict=True))
         return (streams, state), self._nothing_new(carry)
 

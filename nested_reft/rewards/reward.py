@@ -459,7 +459,9 @@ def _outcomes(requests: list[dict[str, Any]], config: RewardConfig) -> list[Outc
     """
     if not processes.shares_work():
         return _pool(config).run(requests)
-    mine, count = _pool(config).run(requests[processes.index() :: processes.count()]), processes.count()
+    index, count = processes.index(), processes.count()
+    # A pool that fails on one process ends all of them.
+    mine = processes.agreed(lambda: _pool(config).run(requests[index::count]))
     text = json.dumps([[outcome.value, outcome.failure, outcome.message] for outcome in mine])
     shares = [[Outcome(*outcome) for outcome in json.loads(share)] for share in processes.gather_text(text)]
     return [shares[number % count][number // count] for number in range(len(requests))]

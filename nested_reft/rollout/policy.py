@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from nested_reft.checkpoint_identity import check_identity, checkpoint_identity
+from nested_reft.checkpoint_identity import check_format, check_identity, checkpoint_identity
 from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_checkpoint
 from nested_reft.fields import read
 from nested_reft.json_files import differences
@@ -39,13 +39,12 @@ from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import (
     MeshConfig,
-    batch_devices,
     make_mesh,
     on_mesh,
     one_device,
     place_as,
     replicate,
-    shard_batch,
+    spread,
     to_host,
 )
 from nested_reft.tokenizer import Tokenizer
@@ -355,11 +354,7 @@ class Policy:
 
     def _spread(self, values: Any) -> Any:
         """Prompts spread over the mesh's devices; whole on every device where they do not divide by it."""
-        if values is None:
-            return None
-        # Texts of a user come in any number, and a copy on every device is still right.
-        divides = all(leaf.shape[0] % batch_devices(self.mesh) == 0 for leaf in jax.tree.leaves(values))
-        return shard_batch(values, self.mesh) if divides else replicate(values, self.mesh)
+        return None if values is None else spread(values, self.mesh)
 
     def _stop_ids(self, stops: bool) -> Array:
         """The tokens that end a completion; with `stops` False as many that no model can draw."""
@@ -496,6 +491,9 @@ def _newest(
         (number, *_) = checkpoints.numbers()
         try:
             host = checkpoints.restore_host(number)
+            where, identity_there = f"checkpoint {number}", host.get("identity")
+            # Versions come first, because another one's values may mean something else.
+            check_format(identity_there, where)
             written = host["config"]
             for name in ("model", "lora", "rollout", "nesting"):
                 for field, was, now in differences(written[name], stored[name], f"{name}."):
@@ -503,7 +501,7 @@ def _newest(
                         f"'{config}' is not that of checkpoint {number}: {field} is {now!r}, and was {was!r}; change it"
                         " back"
                     )
-            check_identity(host.get("identity"), identity, f"checkpoint {number}")
+            check_identity(identity_there, identity, where)
             return checkpoints.restore_some(number, like), host
         except DamagedCheckpointError:
             # A run that goes on removes old checkpoints, perhaps while this one was read.

@@ -50,7 +50,7 @@ def micro_batches_divide_prompts(config: Config) -> None:
 def mesh_divides_batches(config: Config) -> None:
     """Devices share the prompts of each micro-batch, in training and in the warm start."""
     if config.mesh.data == "auto":
-        return  # it is chosen so that it does
+        return  # it is not known yet, and asked again when it is
     shares, warm_start, micro_batch = config.mesh.batch, config.warm_start, config.prompts_per_micro_batch
     # Where one axis alone shares the batch, the message is about that field.
     sizes = {name: getattr(config.mesh, name) for name in ("slices", "data", "fsdp")}
@@ -134,13 +134,12 @@ def is_on_policy(config: Config) -> bool:
     Args:
         config: the configuration.
     """
-    nesting, search, rollout = config.nesting, config.search, config.rollout
-    is_nested = nesting.choice == "fixed" or nesting.skip_ratio > 0 or bool(search.skip_ratios)
-    is_nested |= config.nesting_control.hold is not None
+    search, rollout = config.search, config.rollout
     is_fresh = not (search.makes_stale or config.replay.is_on or search.temperatures)
-    # Updates in bfloat16 round where sampling does not.
-    is_rounded = rollout.weights != "target" or config.train.compute_dtype != "float32"
-    return (rollout.mode == "exact" or not is_nested) and is_fresh and not is_rounded and is_frozen(config)
+    # In bfloat16 updates round where sampling does not, and caches where updates do not.
+    is_rounded = rollout.weights != "target" or "bfloat16" in (config.train.compute_dtype, config.model.dtype)
+    is_full = rollout.mode == "exact" or not leaves_layers_out(config)
+    return is_full and is_fresh and not is_rounded and is_frozen(config)
 
 
 def correcting_parts(config: Config) -> list[str]:
@@ -151,8 +150,8 @@ def correcting_parts(config: Config) -> list[str]:
     """
     loss = config.loss
     fields = ("reject_by", "obrs_lambda") if isinstance(loss, PolicyGradientConfig) else ()
-    set_ = [f"loss.{name}" for name in fields if getattr(loss, name) is not None]
-    return set_ + ["mix_control.ess"] * (config.mix_control.ess is not None)
+    found = [f"loss.{name}" for name in fields if getattr(loss, name) is not None]
+    return found + ["mix_control.ess"] * (config.mix_control.ess is not None)
 
 
 def exact_rollouts_need_no_control(config: Config) -> None:
@@ -480,10 +479,11 @@ def bridges_can_be_fitted(config: Config) -> None:
     batch = data.prompts_per_batch * rollout.group_size * rollout.max_completion_tokens
     batches = config.train.steps * config.dynamic_sampling.max_generation_batches
     if bridge.tokens > batch * batches:
+        lost = "nothing nested" if bridge.file is None else f"nesting.bridge.refit_every {bridge.refit_every} never act"
         raise ValueError(
             f"nesting.bridge.tokens is {bridge.tokens}, and train.steps {config.train.steps}: the run samples at most"
-            f" {batch * batches} completion tokens, so no bridge would ever be fitted and nothing nested; allowed are"
-            " up to as many tokens, or more steps"
+            f" {batch * batches} completion tokens, so no bridge would ever be fitted and {lost}; allowed are up to as"
+            " many tokens, or more steps"
         )
 
 
@@ -500,7 +500,7 @@ def settings_of_nesting_are_read(config: Config) -> None:
         why = "no layer is left out, since nesting.skip_ratio is 0 and there is no nesting_control"
         _refuse_unread("nesting.bridge", bridge, ("kind",), why)
         # How layers would be chosen may stay: a skip ratio of 0 makes the full model of any configuration.
-        _refuse_unread("nesting", nesting, ("leave_out", "remeasure_every"), why)
+        _refuse_unread("nesting", nesting, ("leave_out",), why)
     if nesting.choice != "measured":
         why = f"nesting.choice is '{nesting.choice}', and only 'measured' reads it"
         _refuse_unread("nesting", nesting, ("divergence_file",), why)
@@ -533,7 +533,11 @@ def leaves_layers_out(config: Config) -> bool:
 
 
 def _refuse_unread(path: str, part: Any, names: Sequence[str], why: str) -> None:
-    """Refuses those fields of a part that are not at their defaults."""
+    """Refuses those fields of a part that are not at their defaults.
+
+    Raises:
+        ValueError: names the fields, their values and the cause.
+    """
     declared = {entry.name: entry.default for entry in dataclasses.fields(part)}
     unread = [
         f"{path}.{name} is {getattr(part, name)!r} (allowed is {declared[name]!r})"

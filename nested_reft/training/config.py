@@ -268,7 +268,9 @@ stop_after_nonfinite_updates, stall_seconds, save_seconds
     if isinstance(loss, str):
         loss = {"preset": loss}
     if isinstance(loss, Mapping) and "preset" in loss:
-        names = [loss["preset"]] if isinstance(loss["preset"], str) else list(loss["preset"])
+        names = loss["preset"] if isinstance(loss["preset"], list | tuple) else [loss["preset"]]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"loss.preset is {shown(loss['preset'])}; allowed are names of presets, such as 'icepop'")
         config = with_preset(config, names)
         # What else is said of the loss changes the preset.
         overrides = overrides | {"loss": {key: value for key, value in loss.items() if key != "preset"}}

@@ -61,6 +61,23 @@ def keep_failed_update(run: Path, state: RunState) -> Path:
     return directory
 
 
+def kept_number(run: Path) -> int:
+    """The step, counted from 1, whose update a run has kept.
+
+    Args:
+        run: the run's directory.
+
+    Raises:
+        ValueError: nothing is kept.
+    """
+    number = newest_checkpoint(run / DIRECTORY)
+    if number is None:
+        raise ValueError(
+            f"run '{run}' has no {DIRECTORY}; a run keeps one when train.stop_after_nonfinite_updates ends it"
+        )
+    return number
+
+
 def load_failed_update(run: Path, state: RunState, phases: Sequence[Phase]) -> LearnerBatch:
     """Gives the learner the arrays that were kept, and returns the batch.
 
@@ -72,13 +89,8 @@ def load_failed_update(run: Path, state: RunState, phases: Sequence[Phase]) -> L
     Raises:
         ValueError: nothing is kept, or it is damaged.
     """
-    directory = run / DIRECTORY
-    number = newest_checkpoint(directory)
-    if number is None:
-        raise ValueError(
-            f"run '{run}' has no {DIRECTORY}; a run keeps one when train.stop_after_nonfinite_updates ends it"
-        )
-    with Checkpoints(directory, keep=1) as kept:
+    number = kept_number(run)
+    with Checkpoints(run / DIRECTORY, keep=1) as kept:
         host = kept.restore_host(number)
         state.phase, state.trained_before, state.division = host["phase"], host["trained_before"], host["division"]
         phases[state.phase].prepare(state)

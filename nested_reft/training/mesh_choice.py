@@ -13,7 +13,7 @@ from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import parameter_shapes, splittable_parts
 from nested_reft.models.registry import model_shape
-from nested_reft.sharding import MESH_AXES, MeshConfig, make_mesh, mesh_bytes
+from nested_reft.sharding import MeshConfig, dividing, largest_split, make_mesh, mesh_bytes
 from nested_reft.training.config import Config
 
 FILLED = 0.8  # of a device's memory; activations and what programs need for themselves take the rest
@@ -34,10 +34,12 @@ def with_chosen_mesh(config: Config) -> Config:
     devices = jax.device_count()
     if mesh.fsdp == mesh.tensor == 1:
         shape = config.model.shape or model_shape(config.model.name)
-        each = mesh_bytes(make_mesh(MeshConfig(slices=mesh.slices, data="auto"))) / devices
-        chosen, reason = choose_mesh(config, shape, devices, each)
+        everything = make_mesh(MeshConfig(slices=mesh.slices, data="auto"))
+        chosen, reason = choose_mesh(config, shape, devices, mesh_bytes(everything) / everything.size)
     else:
-        chosen, reason = mesh.over(devices), "the other axes are given, and the rest shares prompts"
+        shares = _shares(config, max(devices // (mesh.slices * mesh.tensor), 1))
+        chosen = dataclasses.replace(mesh, data=max(shares // mesh.fsdp, 1))
+        reason = "the other axes are given, and the rest shares prompts"
     found = dataclasses.replace(config, mesh=chosen)  # the rules for meshes are checked here
     if processes.is_writer():
         print(f"{chosen.describe()}: {reason}")
@@ -64,14 +66,10 @@ def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -
         ValueError: no mesh fits.
     """
     parts = splittable_parts(shape)
-    most = {
-        axis: math.gcd(*(count for name, (_, count) in parts.items() if MESH_AXES[name] == (axis,)))
-        for axis in ("tensor", "fsdp")
-    }
     slices, needed = config.mesh.slices, math.inf
-    for tensor in _divisors(math.gcd(most["tensor"], devices // slices)):
+    for tensor in dividing(math.gcd(largest_split(parts, "tensor"), devices // slices)):
         shares = _shares(config, devices // slices // tensor)
-        for fsdp in _divisors(math.gcd(most["fsdp"], shares)):
+        for fsdp in dividing(math.gcd(largest_split(parts, "fsdp"), shares)):
             mesh = MeshConfig(slices=slices, data=shares // fsdp, fsdp=fsdp, tensor=tensor)
             bytes_each = device_bytes(config, shape, mesh)
             needed = min(needed, bytes_each)
@@ -86,6 +84,9 @@ def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -
 
 def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:
     """Bytes that one device of a mesh cannot do without: what is stored, and what rollouts add.
+
+    It compares meshes before the model is loaded. `training.memory.least_bytes` checks the one that was taken, with
+    activations and old weights.
 
     Args:
         config: of the run.
@@ -114,8 +115,4 @@ def _shares(config: Config, most: int) -> int:
     if config.warm_start.steps:
         batches.append(config.warm_start.batch_size // config.warm_start.micro_batches)
     each = math.gcd(*batches) // config.mesh.slices
-    return max(size for size in range(1, most + 1) if most % size == 0 and each % size == 0)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    return max(size for size in dividing(most) if max(each, 1) % size == 0)

@@ -196,6 +196,11 @@ def _check_processes(config: Config) -> None:
         raise ValueError(
             f"reward.model names {len(config.reward.model)} models, with {count} processes; they take one process yet"
         )
+    if config.nesting.bridge.file is not None:
+        raise ValueError(
+            f"nesting.bridge.file is '{config.nesting.bridge.file}', with {count} processes; allowed is None, since"
+            " its comparison with the weights takes one process yet"
+        )
 
 
 def texts_of(loss: OfflineConfig) -> Callable[[Example], list[str]]:

@@ -446,10 +446,6 @@ REFUSED_AT_START = {
             rf"nesting.leave_out is 'mlp' \(allowed is 'layer'\), {NONE_LEFT_OUT}",
         ),
         (
-            {"nesting": dataclasses.replace(MEASURED, skip_ratio=0.0)},
-            rf"nesting.remeasure_every is 2 \(allowed is 0\), {NONE_LEFT_OUT}",
-        ),
-        (
             {"nesting": NestingConfig(skip_ratio=0.2, divergence_file="x.json")},
             r"nesting.divergence_file is 'x.json' \(allowed is None\), but nesting.choice is 'uniform', and only",
         ),
