@@ -1,4 +1,4 @@
-"""What the commands of experiments share: their options, and what each refuses in one line before it computes.
+"""The options that the commands of experiments share, and the checks of their values.
 
 A command is a `main` that `command` wraps. Its parser comes from `experiment_parser`, and options that several
 commands have come from here: seeds, steps, the folder of results and a JSON file.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nested_reft.cli.arguments import Parser, whole
+from nested_reft.cli.arguments import Parser, number, whole
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.output import complain
 from nested_reft.fields import from_text
@@ -23,6 +23,8 @@ from nested_reft.training.config import MAX_STEPS
 from nested_reft.untrusted import shown
 
 Main = Callable[[Sequence[str] | None], None]
+
+BELOW_ONE = number("0 or more and less than 1", lambda value: 0 <= value < 1)
 
 
 def command(main: Main) -> Callable[..., int]:
@@ -91,6 +93,39 @@ def add_list(parser: argparse.ArgumentParser, option: str, default: Iterable[Any
     parser.add_argument(option, **keywords)
 
 
+def check_baseline(option: str, chosen: Sequence[Any], baseline: Any) -> None:
+    """Refuses a list without what its other entries are compared with.
+
+    Args:
+        option: whose list it is.
+        chosen: the list.
+        baseline: what has to be in it.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if baseline not in chosen:
+        raise BadInput(f"{option} lacks '{baseline}', which the others are compared with")
+
+
+def add_runs(
+    parser: argparse.ArgumentParser, out: str, steps: int | None, seeds: int = 5, least: int = 1, multiple: int = 1
+) -> None:
+    """Adds `--seeds`, `--steps` and `--out` of a command that trains a run for each seed.
+
+    Args:
+        parser: of the command.
+        out: the folder in `runs` where `--out` is left out.
+        steps: the number where `--steps` is left out; None leaves it to the command.
+        seeds: how many there are where `--seeds` is left out, from 0 on.
+        least: the smallest number of steps that is allowed.
+        multiple: what the steps have to be a multiple of.
+    """
+    add_seeds(parser, seeds)
+    add_steps(parser, steps, least, multiple)
+    add_out(parser, f"runs/{out}")
+
+
 def add_seeds(parser: argparse.ArgumentParser, count: int = 5) -> None:
     """Adds `--seeds`.
 
@@ -111,23 +146,21 @@ def add_steps(
         default: the number where it is left out; None leaves it to the command.
         least: the smallest that is allowed.
         multiple: what it has to be a multiple of.
-        what: takes the steps, in words for the help.
+        what: whose steps these are, for the help.
     """
     of = f"{what}, a multiple of {multiple}" if multiple > 1 else what
     help = of if default is not None else f"{of}; left out, the task's own number"
-    parser.add_argument("--steps", type=multiple_of(multiple, least), default=default, help=help)
+    form = whole(least, MAX_STEPS) if multiple == 1 else multiple_of(multiple, least)
+    parser.add_argument("--steps", type=form, default=default, help=help)
 
 
 def multiple_of(factor: int, least: int) -> Callable[[str], int]:
-    """The type of an option that takes steps.
+    """Makes the type of an option for a number of steps.
 
     Args:
-        factor: what they have to be a multiple of; 1 allows all.
-        least: the smallest number that is allowed.
+        factor: what it has to be a multiple of.
+        least: the smallest that is allowed.
     """
-
-    if factor == 1:
-        return whole(least, MAX_STEPS)
 
     def parse(text: str) -> int:
         found = from_text(int, text)
@@ -155,7 +188,7 @@ def add_json(parser: argparse.ArgumentParser, what: str = "the results") -> None
 
     Args:
         parser: of the command.
-        what: is written, in words for the help.
+        what: what is written, for the help.
     """
     parser.add_argument("--json", type=new_file, metavar="FILE", help=f"also write {what} here")
 
@@ -171,30 +204,31 @@ def new_file(text: str) -> Path:
 
 def folder(text: str) -> Path:
     """The type of an option that names a folder to write to, which need not be there."""
+    if not text:
+        # `Path` would take it for the current folder.
+        raise argparse.ArgumentTypeError("cannot write to '': name a folder")
     try:
-        check_folder(Path(text) if text else None)
+        check_folder(Path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
 
 
-def check_folder(path: Path | None) -> None:
+def check_folder(path: Path) -> None:
     """Refuses a folder that could not be made or written to, before the work whose results it is to hold.
 
     Args:
-        path: the folder; nothing is made. None stands for an empty name.
+        path: the folder; nothing is made.
 
     Raises:
         ValueError: a file is in its place or on the way to it, or the folders that are there cannot be written to.
     """
     try:
-        if path is None:
-            raise FileNotFoundError
         # Folders are made with their parents, so the nearest one that is there decides.
         nearest = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
         with tempfile.NamedTemporaryFile(dir=nearest):
             pass
     except OSError:
         raise ValueError(
-            f"cannot write to '{path or ''}': name a folder that can be written, or one that can be made"
+            f"cannot write to '{path}': name a folder that can be written, or one that can be made"
         ) from None

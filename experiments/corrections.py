@@ -22,20 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import (
-    add_json,
-    add_list,
-    add_out,
-    add_seeds,
-    add_steps,
-    check_folder,
-    command,
-    experiment_parser,
-)
+from experiments.arguments import add_json, add_list, add_runs, check_baseline, check_folder, command, experiment_parser
 from experiments.equal_time import timed_run
 from experiments.runs import compile_once, interval, kept_run, seed_draws
 from nested_reft.cli.arguments import keep_json
-from nested_reft.cli.bad_input import BadInput, checking_input
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses import presets
@@ -306,15 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("corrections", __doc__)
     parser.add_argument("task", choices=TASKS)
-    add_seeds(parser)
     add_list(parser, "--mismatch", ("small", "large"), choices=("small", "large"))
     add_list(parser, "--corrections", CORRECTIONS, choices=CORRECTIONS, metavar="NAME")
-    add_steps(parser, None)
-    add_out(parser, "runs/experiment-corrections")
+    add_runs(parser, "experiment-corrections", steps=None)
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    if BASELINE not in known.corrections:
-        raise BadInput(f"--corrections lacks '{BASELINE}', which the others are compared with")
+    check_baseline("--corrections", known.corrections, BASELINE)
     out = known.out / known.task
     with checking_input():
         check_folder(out)

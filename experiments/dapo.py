@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_list, add_out, add_seeds, add_steps, command, experiment_parser
+from experiments.arguments import add_list, add_runs, command, experiment_parser
 from experiments.runs import EVERY, compile_once, kept_run, measured_run
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("dapo", __doc__)
     add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
-    add_seeds(parser, 3)
-    add_steps(parser, 100, least=EVERY, multiple=EVERY)
-    add_out(parser, "runs/experiment-dapo")
+    add_runs(parser, "experiment-dapo", steps=100, seeds=3, least=EVERY, multiple=EVERY)
     known = parser.parse_args(arguments)
     compile_once(known.out)
     results = []

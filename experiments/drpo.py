@@ -31,19 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.arguments import (
-    add_json,
-    add_list,
-    add_out,
-    add_seeds,
-    add_steps,
-    command,
-    experiment_parser,
-    multiple_of,
-)
+from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
 from experiments.runs import EVERY, compile_once, finished, interval, kept_run, seed_draws
-from nested_reft.cli.arguments import keep_json, number
-from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.arguments import keep_json, number, whole
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.evaluation import EvaluationConfig
@@ -53,7 +43,7 @@ from nested_reft.reports.tables import table
 from nested_reft.reward_model import RewardModel
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.training.config import Config, load_config
+from nested_reft.training.config import MAX_STEPS, Config, load_config
 from nested_reft.training.offline import as_offline
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import Setup, prepare
@@ -361,14 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = experiment_parser("drpo", __doc__)
     share = number("0 to 1", lambda value: 0 <= value <= 1)
     add_list(parser, "--shares", SHARES, type=share, help="0 to 1; 0 has to be there")
-    add_seeds(parser)
-    add_steps(parser, 120, least=EVERY, multiple=EVERY)
-    parser.add_argument("--reward-steps", type=multiple_of(1, 1), default=100, help="of each reward model")
-    add_out(parser, "runs/experiment-drpo")
+    add_runs(parser, "experiment-drpo", steps=120, least=EVERY, multiple=EVERY)
+    parser.add_argument("--reward-steps", type=whole(1, MAX_STEPS), default=100, help="of each reward model")
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    if 0 not in known.shares:
-        raise BadInput(f"--shares is {known.shares}; allowed is 0, which the others are compared with, and others to 1")
+    check_baseline("--shares", known.shares, 0)
     compile_once(known.out)
     runs = runs_of(known.shares, known.seeds, known.steps, known.out, known.reward_steps)
     summary, levels = summarise(runs), [0.5, 1.0, 2.0, 4.0, 8.0]

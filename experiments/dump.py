@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_list, add_out, add_seeds, add_steps, command, experiment_parser
+from experiments.arguments import add_list, add_runs, command, experiment_parser
 from experiments.runs import EVERY, compile_once, finished, interval, measured_run, seed_draws, shared_start
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("dump", __doc__)
     add_list(parser, "--kinds", ("uniform", "dump"), choices=KINDS)
-    add_seeds(parser)
-    add_steps(parser, 300, least=SMOOTH * EVERY, multiple=EVERY)
-    add_out(parser, "runs/experiment-dump")
+    add_runs(parser, "experiment-dump", steps=300, least=SMOOTH * EVERY, multiple=EVERY)
     parser.add_argument("--report-only", action="store_true", help="tables and figures of the runs that are there")
     known = parser.parse_args(arguments)
     compile_once(known.out)

@@ -25,21 +25,12 @@ from typing import Any
 
 import jax
 
-from experiments.arguments import (
-    add_json,
-    add_list,
-    add_out,
-    add_seeds,
-    add_steps,
-    check_folder,
-    command,
-    experiment_parser,
-)
+from experiments.arguments import add_json, add_list, add_runs, check_baseline, check_folder, command, experiment_parser
 from experiments.equal_time_summary import draw, summarise, tables
 from experiments.runs import compile_once, kept_run
 from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import keep_json
-from nested_reft.cli.bad_input import BadInput, checking_input
+from nested_reft.cli.bad_input import checking_input
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, exactly
 from nested_reft.evaluation import EvaluationConfig
@@ -356,14 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("equal_time", __doc__)
     parser.add_argument("task", choices=TASKS)
-    add_seeds(parser)
     add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
-    add_steps(parser, None)
-    add_out(parser, "runs/experiment-equal-time")
+    add_runs(parser, "experiment-equal-time", steps=None)
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    if "full" not in known.variants:
-        raise BadInput("--variants lacks full, which the others are compared with")
+    check_baseline("--variants", known.variants, "full")
     task, out = TASKS[known.task](), known.out / known.task
     with checking_input():
         check_folder(out)

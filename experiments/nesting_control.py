@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.arguments import add_steps, command, experiment_parser, folder
+from experiments.arguments import add_out, add_steps, command, experiment_parser
 from nested_reft.estimators.health import Health
 from nested_reft.json_files import write_json
 from nested_reft.nesting_control import NestingControlConfig, initial_state, update
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None takes those of the process.
     """
     parser = experiment_parser("nesting_control", __doc__)
-    parser.add_argument("--out", type=folder, default=Path("runs"), help="where the files and the tiny run go")
+    add_out(parser, "runs")
     add_steps(parser, 120, what="of the tiny model")
     known = parser.parse_args(arguments)
     known.out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_json, add_list, add_out, add_seeds, add_steps, command, experiment_parser
+from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.corrections import slug
 from experiments.runs import finished
 from nested_reft.cli.arguments import keep_json
@@ -162,9 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("red_team", __doc__)
     add_list(parser, "--losses", (BALANCE, GRADIENT), choices=(BALANCE, GRADIENT), metavar="NAME")
-    add_seeds(parser, 3)
-    add_steps(parser, 100)
-    add_out(parser, "runs/experiment-red-team")
+    add_runs(parser, "experiment-red-team", steps=100, seeds=3)
     add_json(parser)
     known = parser.parse_args(arguments)
     runs = runs_of(known.losses, known.seeds, known.steps, known.out)

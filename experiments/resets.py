@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_json, add_list, add_out, add_seeds, add_steps, command, experiment_parser
+from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
 from experiments.runs import EVERY, compile_once, interval, kept_run, measured_run, seed_draws
 from nested_reft.cli.arguments import keep_json
-from nested_reft.cli.bad_input import BadInput
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
@@ -198,13 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("resets", __doc__)
     add_list(parser, "--arms", (PROMPT, "uniform", "backward"), choices=list(arms(EVERY)))
-    add_seeds(parser)
-    add_steps(parser, 240, least=EVERY, multiple=EVERY)
-    add_out(parser, "runs/experiment-resets")
+    add_runs(parser, "experiment-resets", steps=240, least=EVERY, multiple=EVERY)
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    if PROMPT not in known.arms:
-        raise BadInput(f"--arms lacks '{PROMPT}', which the others are compared with")
+    check_baseline("--arms", known.arms, PROMPT)
     compile_once(known.out)
     runs = runs_of(known.arms, known.seeds, known.steps, known.out)
     summary = summarise(runs)

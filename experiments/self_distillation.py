@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.arguments import add_json, add_list, add_steps, command, experiment_parser
+from experiments.arguments import BELOW_ONE, add_json, add_list, add_steps, command, experiment_parser
 from experiments.plan_divergence import full_completions
 from nested_reft.cli.arguments import keep_json, number, whole
 from nested_reft.cli.bad_input import checking_input
@@ -156,8 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_steps(parser, 60, least=3)
     weight = number("0 or more", lambda value: 0 <= value < math.inf)
     add_list(parser, "--coefficients", (0.0, 0.3), type=weight, help="of self-distillation")
-    dropout = number("0 or more and less than 1", lambda value: 0 <= value < 1)
-    parser.add_argument("--layer-dropout", type=dropout, default=0.4, help="of the warm start")
+    parser.add_argument("--layer-dropout", type=BELOW_ONE, default=0.4, help="of the warm start")
     add_json(parser)
     known = parser.parse_args(arguments)
     with checking_input():

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.arguments import add_list, add_out, add_seeds, add_steps, command, experiment_parser
+from experiments.arguments import add_list, add_runs, command, experiment_parser
 from experiments.dump import SMOOTH, compare, curve, draw_accuracy
 from experiments.dump import experiment_config as curriculum_config
 from experiments.runs import EVERY, compile_once, finished, measured_run, shared_start
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("splits", __doc__)
     add_list(parser, "--kinds", MAIN_KINDS, choices=KINDS)
-    add_seeds(parser)
-    add_steps(parser, 300, least=SMOOTH * EVERY, multiple=EVERY)
-    add_out(parser, "runs/experiment-splits")
+    add_runs(parser, "experiment-splits", steps=300, least=SMOOTH * EVERY, multiple=EVERY)
     parser.add_argument("--report-only", action="store_true", help="tables and figure of the runs that are there")
     known = parser.parse_args(arguments)
     compile_once(known.out)

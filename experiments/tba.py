@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_json, add_list, add_out, add_seeds, add_steps, command, experiment_parser
+from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
 from experiments.async_sizing import SEARCHERS, SECONDS, Times, simulate
 from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables, told
 from experiments.equal_time import timed_run
@@ -39,7 +39,6 @@ from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, kept_run
 from nested_reft.cli.arguments import keep_json, whole
-from nested_reft.cli.bad_input import BadInput
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
@@ -223,15 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = experiment_parser("tba", __doc__)
     add_list(parser, "--lags", (0, 16, 48), type=whole(0), help="batches that searchers are ahead")
     add_list(parser, "--losses", LOSSES, choices=LOSSES, metavar="NAME")
-    add_seeds(parser)
-    add_steps(parser, 100)
+    add_runs(parser, "experiment-tba", steps=100)
     parser.add_argument("--searchers", type=whole(0), default=0, help="threads beside the learner; 0 samples in turns")
     parser.add_argument("--judge-seconds", type=SECONDS, default=0.0, help="that each batch waits for its rewards")
-    add_out(parser, "runs/experiment-tba")
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
-    if BASELINE not in known.losses:
-        raise BadInput(f"--losses lacks '{BASELINE}', which the others are compared with")
+    check_baseline("--losses", known.losses, BASELINE)
     compile_once(known.out)
     options = known.searchers, known.judge_seconds
     runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out, *options)

@@ -134,8 +134,8 @@ class KillLoop:
         """The run of a kind that nobody kills, made once, and the seconds that it takes."""
         if kind not in self._undisturbed:
             started, runs = time.monotonic(), self._directory / f"undisturbed {kind}"
-            self._finish(["train", *RUNS[kind], "--runs", str(runs)])
-            self._undisturbed[kind] = _newest_run(runs), time.monotonic() - started
+            run = self._finish(["train", *RUNS[kind], "--runs", str(runs)], runs)
+            self._undisturbed[kind] = run, time.monotonic() - started
         return self._undisturbed[kind]
 
     def killed(self, kind: str, moments: list[str]) -> Killed:
@@ -151,8 +151,7 @@ class KillLoop:
         for moment in moments:
             kills.append(self._kill(kind, runs, moment, seconds))
             print(f"  {kind}: {kills[-1]}", flush=True)
-        self._finish(_command(kind, runs))
-        return Killed(kind, kills, differences(_newest_run(runs), expected))
+        return Killed(kind, kills, differences(self._finish(_command(kind, runs), runs), expected))
 
     def _kill(self, kind: str, runs: Path, moment: str, seconds: float) -> Kill:
         call, wait, after = [], self._draw.uniform(0, LONGEST_WAIT), None
@@ -177,14 +176,17 @@ class KillLoop:
         verdict = verdict_of(self._signals, process.returncode, newest, output)
         return Kill(moment, process.returncode, newest, verdict, lines[-1][:100] if lines else "")
 
-    def _finish(self, command: list[str]) -> None:
+    def _finish(self, command: list[str], runs: Path) -> Path:
+        """The run that this command brings to its end, in the folder `runs`."""
         process = _start([], command)
         output = process.communicate(timeout=1200)[0]
-        if process.returncode != DONE:
+        path = _newest_run(runs)
+        if process.returncode != DONE or path is None:
             raise SystemExit(f"a run that nobody killed ended with {process.returncode}: {output[-2000:]}")
+        return path
 
 
-def _newest_run(runs: Path) -> Any:
+def _newest_run(runs: Path) -> Path | None:
     """The newest run with a checkpoint, else the newest one; None without any. One that was begun again is another."""
     found = sorted(path.parent for path in runs.glob("*/config.json"))
     with_checkpoint = [path for path in found if newest_checkpoint(path / "checkpoints") is not None]
@@ -315,7 +317,9 @@ def schedule(kills: int, moments: list[str] | None) -> list[tuple[str, list[str]
         if left <= 0:
             return found
         possible = [moment for moment in moments or planned if kind == "replay" or moment != "buffer write"]
-        found.append((kind, possible[:left]))
+        # Without a kill, a run would only repeat the undisturbed one.
+        if possible:
+            found.append((kind, possible[:left]))
     raise AssertionError("a cycle has no end")
 
 

@@ -1,4 +1,4 @@
-"""What this machine does with several JAX processes: `python scripts/process_facts.py` prints a line per fact.
+"""What JAX does with several processes: `python scripts/process_facts.py` prints a line per fact.
 
 It starts 2 processes with 4 virtual CPU devices each, which form one mesh of 8. They place, gather, draw, agree and
 write checkpoints. Further pairs are killed in different ways, to see how long the survivor takes and how it ends.
@@ -94,7 +94,7 @@ def _report(text: str, action: Callable[[], Any]) -> None:
         found = action()
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
-    if jax.process_index() == 0 if jax.distributed.is_initialized() else True:
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
         print(f"{text}: {str(found).splitlines()[0][:160]} ({time.monotonic() - started:.3f} s)", flush=True)
 
 

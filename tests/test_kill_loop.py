@@ -34,6 +34,8 @@ def test_twenty_kills_take_every_moment():
     assert [len(chosen) for _, chosen in schedule(7, None)] == [5, 2]
     # Without replay nothing writes a file for it.
     assert all("buffer write" not in chosen for kind, chosen in schedule(40, None) if kind != "replay")
+    # A run without a kill would compare the undisturbed one with itself.
+    assert schedule(2, ["buffer write"]) == [("replay", ["buffer write"])] * 2
 
 
 @pytest.mark.parametrize("function", [function for function, _ in MOMENTS.values()])

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for breakdown in found:
         print(f"\n{breakdown_table(breakdown)}")
     results = {"ours": known.ours, "bandwidth": training.bandwidth, "product_flops": rates}
-    write_results(known.json, results | {"breakdowns": [dataclasses.asdict(breakdown) for breakdown in found]})
+    write_results(known, results | {"breakdowns": [dataclasses.asdict(breakdown) for breakdown in found]})
 
 
 def rollout_breakdown(policy: Policy, ceilings: CeilingsAt, best: Best) -> Breakdown:

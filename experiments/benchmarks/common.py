@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +14,8 @@ import jax
 from experiments.arguments import add_json, add_list, experiment_parser
 from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
 from experiments.benchmarks.worker import Case, Spec
-from nested_reft.cli.arguments import whole
+from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.command import restart_with_huge_pages
-from nested_reft.json_files import write_json
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.models.registry import load_model, model_shape, resolve_model
@@ -128,7 +126,11 @@ def disturbance(rows: Iterable[dict[str, Any]]) -> str:
     return f"disturbed: other programs used up to {worst:.1f} cores during the best calls of {names}; run it again"
 
 
-def write_results(path: Path | None, results: dict[str, Any]) -> None:
-    """Writes the results with the versions that made them, if a file is asked for."""
-    if path is not None:
-        write_json(path, {"versions": versions(), "command": sys.argv[1:]} | results)
+def write_results(known: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Writes the results with the options and versions that made them, if a file is asked for.
+
+    Args:
+        known: the parsed options.
+        results: JSON-able.
+    """
+    keep_json(known.json, {"versions": versions(), "arguments": vars(known) | {"json": str(known.json)}} | results)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"C = {new_tokens}, stop share {stop_share:.3f}", flush=True)
             rows += compaction_rows(model, Case(8, 8, 64, new_tokens), stop_share, known.repeats)
     print(f"\n{compaction_table(rows)}\n{disturbance(rows)}")
-    write_results(known.json, {"threads": known.threads, "rows": plain(rows)})
+    write_results(known, {"threads": known.threads, "rows": plain(rows)})
 
 
 def compaction_rows(model: Transformer, case: Case, stop_share: float, repeats: int) -> list[dict[str, Any]]:

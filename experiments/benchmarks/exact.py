@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nested = [dataclasses.replace(case, skip_ratio=r, bridged=known.bridged) for r in known.skip_ratios]
         rows += exact_rows(policy, case, nested, known.repeats)
     print(f"\n{exact_table(rows)}\n{disturbance(rows)}")
-    write_results(known.json, {"threads": known.threads, "rows": plain(rows)})
+    write_results(known, {"threads": known.threads, "rows": plain(rows)})
 
 
 def exact_rows(policy: Policy, case: Case, nested: Sequence[Case], repeats: int) -> list[dict[str, Any]]:

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.arguments import add_list
+from experiments.arguments import BELOW_ONE, add_list
 from experiments.benchmarks.worker import Case, Spec, serve
 from nested_reft.bridging import BridgeConfig
-from nested_reft.cli.arguments import number
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
@@ -63,8 +62,7 @@ def add_skip_ratios(parser: argparse.ArgumentParser, default: Sequence[float], *
         default: the shares where it is left out.
         about: further arguments of `add_argument`.
     """
-    share = number("0 or more and less than 1", lambda value: 0 <= value < 1)
-    add_list(parser, "--skip-ratios", default, type=share, help="shares of the layers that plans leave out", **about)
+    add_list(parser, "--skip-ratios", default, type=BELOW_ONE, help="shares of layers that plans leave out", **about)
 
 
 def check_skip_ratios(skip_ratios: Sequence[float], case: Case, num_layers: int) -> None:

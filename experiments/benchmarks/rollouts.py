@@ -98,10 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if nested:
         print(nested_table(nested))
-    write_results(
-        known.json,
-        {"threads": known.threads, "rows": plain(rows), "nested": plain(nested)},
-    )
+    write_results(known, {"threads": known.threads, "rows": plain(rows), "nested": plain(nested)})
 
 
 def our_cases(cases: Sequence[Case], skip_ratios: Sequence[float], bridged: bool = False) -> list[Case]:

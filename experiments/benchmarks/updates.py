@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = compared(rows, shape, ceilings)
     print(f"\n{update_table(rows)}\n{disturbance(rows)}")
     print(f"\nfloat32 matrix products: {ceilings.flops / 1e9:.0f} GFLOP/s")
-    write_results(known.json, {"threads": known.threads, "flops": ceilings.flops, "rows": plain(rows)})
+    write_results(known, {"threads": known.threads, "flops": ceilings.flops, "rows": plain(rows)})
 
 
 def compared(rows: Sequence[dict[str, Any]], shape: ModelConfig, ceilings: Ceilings) -> list[dict[str, Any]]:

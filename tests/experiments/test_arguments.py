@@ -10,8 +10,9 @@ import pytest
 
 import experiments
 import experiments.benchmarks
-from experiments.arguments import Distinct, folder, new_file
+from experiments.arguments import Distinct, add_runs, folder, new_file
 from nested_reft.cli.arguments import Parser
+from nested_reft.cli.bad_input import BadInput
 
 PACKAGES = (experiments, experiments.benchmarks)
 NAMES = sorted(
@@ -127,6 +128,15 @@ def test_too_few_steps_for_a_fit_are_refused_before_the_first_run(tmp_path, caps
     assert main(["tiny", "--steps", "1", "--out", str(tmp_path / "out")]) == 2
     assert "nesting.bridge.tokens is 2048, and train.steps 1: the run samples at most" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_runs_have_the_defaults_of_their_command():
+    parser = Parser()
+    add_runs(parser, "some", steps=20, seeds=2, least=20, multiple=10)
+    assert vars(parser.parse_args([])) == {"seeds": [0, 1], "steps": 20, "out": Path("runs/some")}
+    for steps in ("10", "25"):
+        with pytest.raises(BadInput, match=f"--steps is {steps}; allowed is a multiple of 10, 20 or more"):
+            parser.parse_args(["--steps", steps])
 
 
 def test_a_folder_that_is_there_or_can_be_made_is_fine(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks import compaction, exact, peers, replay_saves, rollouts, updates, worker
-from experiments.benchmarks.common import disturbance, measured, prepare_process
+from experiments.benchmarks.common import disturbance, measured, parser, prepare_process, write_results
 from experiments.benchmarks.floors import (
     Ceilings,
     decode_rate,
@@ -209,6 +209,13 @@ def test_wrong_options_are_refused_before_anything_runs(arguments, message, monk
     monkeypatch.setattr(rollouts, "spec_maker", lambda known: (dataclasses.replace(TINY, max_positions=128), None))
     assert rollouts.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_are_kept_with_the_options_that_a_caller_gave(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(parser("x", None).parse_args(["--threads", "1", "--json", str(path)]), {"rows": [1]})
+    found = json.loads(path.read_text())
+    assert found["arguments"] == {"threads": 1, "repeats": 3, "json": str(path)} and found["rows"] == [1]
 
 
 def test_more_threads_than_cores_are_refused():

@@ -168,4 +168,4 @@ def quick_task() -> equal_time.Task:
 
 def test_full_is_what_others_are_compared_with(capsys):
     assert main(["tiny", "--variants", "bridged"]) == 2
-    assert "--variants lacks full" in capsys.readouterr().err
+    assert "--variants lacks 'full', which the others are compared with" in capsys.readouterr().err
