@@ -16,7 +16,7 @@ _START = """
 import jax, sys
 jax.config.update("jax_num_cpu_devices", {devices})
 from nested_reft import processes
-processes.start(processes.ProcessConfig("127.0.0.1:{port}", {count}, int(sys.argv[1]), heartbeat_seconds=10))
+processes.start(processes.ProcessConfig("127.0.0.1:{port}", {count}, int(sys.argv[1]), heartbeat_seconds=60))
 """
 
 

@@ -2,6 +2,7 @@
 
 import random
 import signal
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -39,13 +40,19 @@ def test_twenty_kills_take_every_moment():
 
 
 @pytest.mark.parametrize("function", [function for function, _ in MOMENTS.values()])
-def test_every_moment_is_a_function_that_exists(function, monkeypatch):
-    started = []
-    monkeypatch.setattr(kill_loop.threading, "Thread", lambda **_: started.append(function))
+def test_every_moment_is_a_function_that_exists_and_sends_at_its_call(function, monkeypatch):
     owner, name = kill_loop.owner_of(function)
-    monkeypatch.setattr(owner, name, getattr(owner, name))
-    kill_loop.arm(function, 1, 0.0, [])
-    assert callable(getattr(owner, name)) and not started
+    assert callable(getattr(owner, name))
+    called, thread = Mock(return_value="done"), Mock()
+    monkeypatch.setattr(owner, name, called)
+    monkeypatch.setattr(kill_loop.threading, "Thread", thread)
+    kill_loop.arm(function, 2, 0.0, [])
+    started = []
+    for _ in range(3):
+        assert getattr(owner, name)("given", named=1) == "done"
+        started.append(thread.return_value.start.call_count)
+    assert started == [0, 1, 1]
+    assert called.call_args_list == [call("given", named=1)] * 3
 
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

@@ -55,7 +55,9 @@ def test_the_mesh_has_four_axes_the_slowest_first():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MeshConfig(fsdp=0), "mesh.fsdp is 0; allowed is 1 or more"),
+        (lambda: MeshConfig(fsdp=0), "mesh.fsdp is 0; allowed is 1 or more$"),
+        (lambda: MeshConfig(data=0), "mesh.data is 0; allowed is 1 or more, or auto$"),
+        (lambda: MeshConfig(data="auto").size, "mesh.data is 'auto', which has no size before the devices are known"),
         (lambda: make_mesh(MeshConfig(data=3, fsdp=3)), "mesh.data 3 x mesh.fsdp 3 is 9 devices; allowed are 1 to 8"),
         (
             lambda: mesh_of([SimpleNamespace(slice_index=0)] * 4, MeshConfig(slices=2, data=2)),
@@ -104,8 +106,13 @@ def test_every_kind_of_array_has_its_place():
     """Adapters read and write what their projection does; layers are never split, so a plan's gather stays local."""
     config = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True, tied_embeddings=False)
     for name, axes in parameter_axes(config).items():
-        assert len(axes) == len(parameter_shapes(config)[name]) and axes == axes_of(name)
-        assert partition_spec(axes)[0] is None or "layer" not in axes
+        assert axes.count("layer") == name.startswith("layers/")
+        assert axes[0] != "layer" or partition_spec(axes)[0] is None
+    assert axes_of("embedding") == axes_of("head") == ("vocab", "width")
+    assert axes_of("layers/query") == ("layer", "heads", "width")
+    assert axes_of("layers/output") == ("layer", "width", "heads")
+    assert axes_of("layers/down") == ("layer", "width", "hidden")
+    assert axes_of("layers/value_bias") == ("layer", "kv_heads")
     assert axes_of("layers/query_lora_in") == ("layer", "rank", "width")
     assert axes_of("layers/query_lora_out") == ("layer", "heads", "rank")
     assert axes_of("layers/down_lora_in") == ("layer", "rank", "hidden")
@@ -130,12 +137,11 @@ def test_a_starting_model_is_split_with_its_adapters_and_bridges():
 
 
 def test_no_device_holds_a_parameter_whole_while_a_model_is_read(monkeypatch):
-    """Placed by slices: what goes to devices is never a whole stack."""
+    """Each stack goes to the mesh in one call that splits it, and none goes to a single device before."""
     config = dataclasses.replace(TINY, vocab_size=32)
     names = {name: f"{name}.{{layer}}" if "/" in name else name for name in parameter_axes(config)}
-    sizes = []
-    put = jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda x, to: sizes.append((x.nbytes, to)) or put(x, to))
+    placed, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, to: placed.append(to.spec) or put(x, to))
     monkeypatch.setattr(jnp, "asarray", None)
     shapes = parameter_shapes(config)
 
@@ -144,7 +150,7 @@ def test_no_device_holds_a_parameter_whole_while_a_model_is_read(monkeypatch):
         return np.ones(shapes[whole][1:] if "/" in name else shapes[whole], np.float32)
 
     parameters = stack_parameters(config, names, read, np.float32, make_mesh(EIGHT))
-    assert {to.spec for _, to in sizes} >= {PartitionSpec(None, "tensor", "fsdp"), PartitionSpec("tensor", "fsdp")}
+    assert placed == [partition_spec(axes) for axes in parameter_axes(config).values()]
     for name, array in parameters.items():
         parts = np.prod([2 for axis in parameter_axes(config)[name] if partition_spec((axis,))[0]])
         assert array.addressable_data(0).nbytes * parts == array.nbytes

@@ -74,10 +74,10 @@ def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -
             bytes_each = device_bytes(config, shape, mesh)
             needed = min(needed, bytes_each)
             if bytes_each <= FILLED * each:
-                return mesh, f"at least {bytes_each / 1e9:.2g} GB of each device's {each / 1e9:.2g} GB are used"
+                return mesh, f"at least {_gigabytes(bytes_each)} of each device's {_gigabytes(each)} are used"
     raise ValueError(
-        f"mesh.data is 'auto', and no mesh over {devices} devices fits: each needs at least {needed / 1e9:.2g} GB and"
-        f" has {each / 1e9:.2g} GB, of which {FILLED:.0%} are filled; take more devices, a smaller model,"
+        f"mesh.data is 'auto', and no mesh over {devices} devices fits: each needs at least {_gigabytes(needed)} and"
+        f" has {_gigabytes(each)}, of which {FILLED:.0%} are filled; take more devices, a smaller model,"
         " or train adapters (lora.rank)"
     )
 
@@ -107,6 +107,12 @@ def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:
     values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * item
     caches = config.data.prompts_per_batch * tokens * values / (mesh.batch * mesh.tensor)
     return stored + copied + gathered + caches
+
+
+def _gigabytes(size: float) -> str:
+    """Bytes as a message names them."""
+    # Two digits of 100 GB and more would be printed as a power of ten.
+    return f"{size / 1e9:.0f} GB" if size >= 1e10 else f"{size / 1e9:.2g} GB"
 
 
 def _shares(config: Config, most: int) -> int:

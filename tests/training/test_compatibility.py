@@ -488,13 +488,14 @@ def test_every_rule_for_a_start_is_tested():
 @pytest.mark.parametrize(
     ("rule", "changes", "message"), [(rule, *case) for rule, cases in REFUSED_AT_START.items() for case in cases]
 )
-def test_what_a_new_run_would_not_do_is_refused(rule, changes, message):
+def test_what_a_new_run_would_not_do_is_refused(rule, changes, message, tmp_path):
     """A configuration can be made of it, so that runs of earlier versions can be read; no run begins with it."""
     config = nano(**changes)
     with pytest.raises(ValueError, match=message):
         check_start(config)
     with pytest.raises(ValueError, match=message):
-        open_trainer(config, "runs")
+        open_trainer(config, str(tmp_path / "runs"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,14 @@ def test_adapters_need_less():
     assert choose_mesh(qwen(), SEVEN, 64, 95 * GB)[0] == MeshConfig(data=64)
 
 
+def test_sizes_of_three_digits_are_written_out():
+    """The 122 GB that a model takes on one device, of 141 GB, are no powers of ten."""
+    config = qwen(full=True)
+    with pytest.raises(ValueError, match=r"fits: each needs at least 1[2-9]\d GB and has 141 GB, of which"):
+        choose_mesh(config, SEVEN, 1, 141 * GB)
+    assert "of each device's 141 GB are used" in choose_mesh(config, SEVEN, 64, 141 * GB)[1]
+
+
 def test_a_model_that_fits_nowhere_is_refused():
     with pytest.raises(ValueError, match=r"no mesh over 2 devices fits: each needs at least \d+ GB and has 16 GB"):
         choose_mesh(qwen(full=True), SEVEN, 2, 16 * GB)

@@ -36,13 +36,15 @@ def test_the_full_model_says_nothing_of_the_share_that_bridges_need(tmp_path):
     """Until bridges are fitted the full model samples, whose ESS of 1 would ask for the whole weight."""
     nesting = NestingConfig(skip_ratio=0.34, bridge=BridgeConfig("per_layer", tokens=150))
     run = trainer(nano(loss=MIXED, mix_control=HELD, nesting=nesting, rollout__group_size=8), tmp_path)
-    fitted, number = False, 0
-    while not fitted:
+    for number in range(5):
         found = run.step(number)
-        fitted, number = found.renewed.bridge_tokens is not None, number + 1
         # The step whose rollouts fitted the bridges was the full model's as well.
         assert found.update.health.ess_sequence > 0.999 and run.state.mix == MixControlState(0.0)
-    assert run.step(number).update.health.ess_sequence < 0.999 and len(run.state.mix.recent) == 1
+        if found.renewed.bridge_tokens is not None:
+            break
+    else:
+        pytest.fail("five steps did not fit the bridges")
+    assert run.step(number + 1).update.health.ess_sequence < 0.999 and len(run.state.mix.recent) == 1
 
 
 def test_moments_of_another_depth_are_forgotten(tmp_path):

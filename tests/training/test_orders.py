@@ -58,7 +58,8 @@ NO_EVALUATION = {"evaluation__samples_per_prompt": 0, "evaluation__every_steps":
 @pytest.fixture(scope="module")
 def setup():
     """What all runs of this module start from, so that no model is made twice."""
-    return prepare(nano(**MOVES))
+    # Tests send signals, and no machine is so slow that the process would end unsaved.
+    return prepare(nano(train__save_seconds=600.0, **MOVES))
 
 
 def with_search(setup, search: SearchConfig, **changes):
