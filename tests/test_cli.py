@@ -489,7 +489,7 @@ def test_what_ends_a_run_is_a_line_and_a_code(error, code, lines, has_checkpoint
         (path / "checkpoints" / "4").mkdir(parents=True)
         (path / "checkpoints" / "4" / "file").write_text("")
     fake = SimpleNamespace(run_directory=SimpleNamespace(path=path), run=Mock(side_effect=error))
-    monkeypatch.setattr("nested_reft.cli.train.open_trainer", lambda *_: fake)
+    monkeypatch.setattr("nested_reft.cli.train.open_trainer", lambda *_, **__: fake)
     try:
         found = main(["train", "tiny"])
     except SystemExit as stop:
