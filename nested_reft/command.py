@@ -7,6 +7,7 @@ page by page; in pages of 2 MB instead of 4 kB that is cheap. glibc asks for suc
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from nested_reft.program_cache import NO_CACHE, cache_directory, drop_old_progra
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+THREADS_PER_DEVICE = 8
 
 
 def restart_with_huge_pages() -> None:
@@ -40,6 +42,27 @@ def keep_compiled_programs(arguments: list[str]) -> None:
     drop_old_programs(directory)
 
 
+def give_devices_threads(devices: int) -> None:
+    """Gives XLA's CPU backend enough threads for programs over several devices of this process.
+
+    A device may meet independent exchanges in another order than its peers, and a thread that waits in one is lost to
+    the others. By default there are as many threads as devices, so runs could stand still until XLA ended them. More
+    threads let both exchanges wait at once. XLA reads their number from NPROC, which stays as it is if it is set.
+
+    Args:
+        devices: how many CPU devices the process has.
+    """
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * devices))
+
+
+def asked_devices() -> int:
+    """How many CPU devices the environment asks JAX for."""
+    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    asked = os.environ.get("JAX_NUM_CPU_DEVICES") or (flag[1] if flag else "1")
+    return int(asked) if asked.isdecimal() else 1
+
+
 def ignore_interrupts() -> None:
     """Nothing is left to stop once a command has ended: another Ctrl-C would only break off how Python closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -50,6 +73,7 @@ def main() -> None:
     if Path(sys.argv[0]).name == "nested-reft":  # a program that calls this one must not start over
         restart_with_huge_pages()
     keep_compiled_programs(sys.argv[1:])
+    give_devices_threads(asked_devices())
     try:
         from nested_reft.cli.main import main as command_line  # after the restart, so that nothing is imported twice
 

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# This module alone needs no hook: it holds no arrays.
+# These modules alone need no hook: they hold no arrays.
+from nested_reft.command import THREADS_PER_DEVICE
 from nested_reft.program_cache import cache_directory, drop_old_programs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # less is not worth a file
+os.environ.setdefault("NPROC", str(8 * THREADS_PER_DEVICE))  # there are 8 devices
 
 import beartype
 import flax.struct

@@ -563,6 +563,22 @@ def test_a_directory_that_the_environment_names_wins(monkeypatch):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
 
 
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, None),
+        ({"JAX_NUM_CPU_DEVICES": "8"}, "64"),
+        ({"XLA_FLAGS": "--xla_cpu_max_isa=AVX2 --xla_force_host_platform_device_count=4"}, "32"),
+        ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "12"}, "12"),
+        ({"JAX_NUM_CPU_DEVICES": "eight"}, None),  # JAX says so itself
+    ],
+)
+def test_several_cpu_devices_get_more_threads_than_devices(environment, threads, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(environment))
+    command.give_devices_threads(command.asked_devices())
+    assert os.environ.get("NPROC") == threads
+
+
 @pytest.mark.parametrize("name", ["train", "eval", "sample", "measure-layers"])
 def test_commands_that_compile_take_the_option(name, capsys):
     main([name, "--help"])
