@@ -29,14 +29,15 @@ install() {
     run git -C "$here/../.." bundle create --quiet "$bundle" HEAD
     run gcloud compute tpus "$kind" scp "$bundle" "$NAME:nested_reft.bundle" "${all[@]}"
     on_hosts "git init --quiet nested_reft && cd nested_reft && git fetch --quiet ../nested_reft.bundle HEAD &&\
- git checkout --quiet --force FETCH_HEAD && $(quoted "EXTRAS=${EXTRAS:-tpu,tasks}") scripts/tpu/install.sh"
+ git checkout --quiet --force FETCH_HEAD && $(quoted "EXTRAS=${EXTRAS:-tpu,tasks,data,math}") scripts/tpu/install.sh"
 }
 
 start() {
     local variables
     need RUNS
     # JAX_PLATFORMS makes a host that does not see its TPU fail, where JAX would take the CPU.
-    variables=(NESTED_REFT_COORDINATOR=auto JAX_PLATFORMS=tpu,cpu "RUNS=$RUNS" "LIMIT=${LIMIT:-5}" "WAIT=${WAIT:-10}")
+    variables=(NESTED_REFT_COORDINATOR=auto "JAX_PLATFORMS=tpu,cpu" "RUNS=$RUNS")
+    variables+=("LIMIT=${LIMIT:-5}" "WAIT=${WAIT:-10}")
     on_hosts "cd nested_reft && $(detached "$(quoted env "${variables[@]}" scripts/tpu/restart_loop.sh "$@")")"
 }
 
