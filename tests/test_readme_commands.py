@@ -159,3 +159,25 @@ def test_the_tpu_guide_has_a_section_for_each_place():
     for script in (ROOT / "scripts" / "tpu").glob("*"):
         if script.suffix == ".sh" and script.name not in ("common.sh", "start.sh"):
             assert script.name in TPU_GUIDE
+
+
+# What JAX, the kernel and libtpu say.
+OTHERS_SAY = ("RESOURCE_EXHAUSTED", "No space left", "Gloo context", "The TPU is already in use")
+
+
+def test_the_tpu_guide_quotes_what_is_said():
+    """The words of each message in its table of failures stand in the code; what a message fills in is left out."""
+    rows = TPU_GUIDE.split("| what you see | what it means | what to do |")[1].split("\n\n")[0].splitlines()
+    quoted = [text for row in rows[2:] for text in re.findall("`(.*?)`", row.split("|")[1])]
+    files = [*(ROOT / "nested_reft").rglob("*.py"), *(ROOT / "scripts" / "tpu").glob("*.*")]
+    # Parts of a message on lines of their own become one.
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    filled_in = r"\.\.\.|'[^']*'|[\d ]*key/value heads|\d+|\b[A-Z]\b|mesh\.tensor|process \d"
+    fragments = {
+        fragment.strip(" ,;:")
+        for text in quoted
+        if not text.startswith((*OTHERS_SAY, "--"))
+        for fragment in re.split(filled_in, text)
+    }
+    fragments = {fragment for fragment in fragments if len(fragment) > 8}
+    assert len(fragments) > 10 and not [fragment for fragment in fragments if fragment not in said]
