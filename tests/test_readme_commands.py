@@ -1,10 +1,14 @@
-"""The commands that ship and those that README gives: they do what they promise."""
+"""The commands that ship and those that README and the guide for TPUs give: they do what they promise."""
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from nested_reft.cli.joining import take_flags
 from nested_reft.cli.overrides import override
 from nested_reft.config_files import shipped_configs
 from nested_reft.losses.registry import OfflineConfig
@@ -14,7 +18,9 @@ from nested_reft.training.offline import OfflineKind, as_offline
 
 # The depth of each model that a command names and that is no download of its shape.
 LAYERS = {"smollm2-135m": 30} | {name: shape.num_layers for name, shape in HUB_SHAPES.items()}
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TPU_GUIDE = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
 OBJECTIVES: dict[str, OfflineKind | None] = {"train": None, "sft": "sft", "reward-model": "bradley_terry", "dpo": "dpo"}
 
 
@@ -79,3 +85,99 @@ def test_every_training_command_of_a_header_is_a_configuration(command):
 
 def test_headers_have_training_commands():
     assert {"train", "sft", "reward-model", "dpo"} <= {command.split()[0] for command in header_commands()}
+
+
+def guide_sections() -> dict[str, str]:
+    """The commands of each section of the guide for TPUs, by its title."""
+    sections = {}
+    for text in re.split(r"^## ", TPU_GUIDE, flags=re.MULTILINE)[1:]:
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        if blocks:
+            sections[text.splitlines()[0]] = "".join(blocks)
+    return sections
+
+
+# What the guide calls and a test cannot. Each shows its arguments; sbatch goes on with the script that it is given.
+CALLED = {name: f'echo {name} "$@"' for name in ("gcloud", "git", "kubectl", "nested-reft", "ssh", "xpk")}
+CALLED["docker"] = 'cat > /dev/null; echo docker "$@"'
+CALLED["sbatch"] = 'while [[ $1 == --* ]]; do shift; done; SLURM_SUBMIT_DIR=$PWD exec "$@"'
+
+
+def run_section(commands: str, directory: Path) -> list[str]:
+    """What the commands of a section show, line by line; scripts only say what they would do."""
+    (directory / "bin").mkdir()
+    for name, text in CALLED.items():
+        program = directory / "bin" / name
+        program.write_text(f"#!/bin/bash\n{text}\n")
+        program.chmod(0o755)
+    # Commands on one's own machine begin in the checkout, and those on a host beside it.
+    host = directory / "nested_reft"
+    (host / ".venv").mkdir(parents=True)
+    (host / ".venv" / "bin").symlink_to(directory / "bin")
+    for checkout in (directory, host):
+        (checkout / "scripts").symlink_to(ROOT / "scripts")
+    environment = {"PATH": f"{directory}/bin:/usr/bin:/bin", "HOME": str(directory), "DRY_RUN": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{commands}\nwait"],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("title", guide_sections())
+def test_every_command_of_the_tpu_guide_can_be_pasted(title, tmp_path):
+    """Scripts take their variables and arguments, and each training command is a configuration."""
+    commands = guide_sections()[title]
+    shown = run_section(commands, tmp_path)
+    starts = [
+        found
+        for line in shown
+        for found in re.findall(r"(?:nested-reft|restart_loop\.sh|start\.sh) (train [^>'&]*)", line)
+    ]
+    # Every training command of the guide has come out of the script that it was given to.
+    assert len(starts) >= len(re.findall(r" train ", commands)) > 0
+    for start in starts:
+        _, *words = shlex.split(start)
+        overrides, _ = take_flags(words, os.environ)
+        for flag in ("--runs", "--resume"):
+            if flag in overrides:
+                place = overrides.index(flag)
+                del overrides[place : place + 2]
+        if overrides:  # else the run has them
+            check_nesting(override(load_config(overrides[0]), overrides[1:]))
+
+
+def test_the_tpu_guide_has_a_section_for_each_place():
+    assert len(guide_sections()) == 7
+    for script in (ROOT / "scripts" / "tpu").glob("*"):
+        if script.suffix == ".sh" and script.name not in ("common.sh", "start.sh"):
+            assert script.name in TPU_GUIDE
+
+
+# What JAX, the kernel and libtpu say.
+OTHERS_SAY = ("RESOURCE_EXHAUSTED", "No space left", "Gloo context", "The TPU is already in use")
+
+
+def test_the_tpu_guide_quotes_what_is_said():
+    """The words of each message in its table of failures stand in the code; what a message fills in is left out."""
+    rows = TPU_GUIDE.split("| what you see | what it means | what to do |")[1].split("\n\n")[0].splitlines()
+    quoted = [text for row in rows[2:] for text in re.findall("`(.*?)`", row.split("|")[1])]
+    files = [*(ROOT / "nested_reft").rglob("*.py"), *(ROOT / "scripts" / "tpu").glob("*.*")]
+    # Parts of a message on lines of their own become one.
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    filled_in = r"\.\.\.|'[^']*'|[\d ]*key/value heads|\d+|\b[A-Z]\b|mesh\.tensor|process \d"
+    fragments = {
+        fragment.strip(" ,;:")
+        for text in quoted
+        if not text.startswith((*OTHERS_SAY, "--"))
+        for fragment in re.split(filled_in, text)
+    }
+    fragments = {fragment for fragment in fragments if len(fragment) > 8}
+    assert len(fragments) > 10 and not [fragment for fragment in fragments if fragment not in said]
