@@ -66,6 +66,8 @@ class ProcessConfig:
             raise ValueError(f"process is {self.index}; allowed are 0 to {self.count - 1}, of {self.count} processes")
         if self.count > 1 and self.coordinator is None:
             raise ValueError(f"processes is {self.count} and coordinator is not given; give HOST:PORT of process 0")
+        if self.heartbeat_seconds < 1:
+            raise ValueError(f"heartbeat-seconds is {self.heartbeat_seconds}; allowed is 1 or more")
         host, _, port = (self.coordinator or "HOST:1").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError(f"coordinator is '{self.coordinator}'; allowed is HOST:PORT")
@@ -260,6 +262,22 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
         raise mine
     kind, _, text = failures[first].partition("\n")
     raise getattr(builtins, kind)(f"process {first}: {text}") from mine
+
+
+def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | None:
+    """Takes an action on the writing process alone; where it fails there, it fails on all.
+
+    Args:
+        action: as in `agreed`.
+        seconds: how long the others wait for it.
+
+    Raises:
+        Exception, TimeoutError: as in `agreed`.
+
+    Returns:
+        What the action returned; None on the other processes.
+    """
+    return agreed(lambda: action() if is_writer() else None, seconds)
 
 
 def shares_work() -> bool:

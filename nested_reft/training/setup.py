@@ -185,12 +185,7 @@ def _check_processes(config: Config) -> None:
     if config.search.backend != "inline":
         raise ValueError(
             f"search.backend is '{config.search.backend}', with {count} processes; allowed is 'inline', since all"
-            " processes search together"
-        )
-    if config.replay.is_on:
-        raise ValueError(
-            f"replay.capacity is {config.replay.capacity}, with {count} processes; allowed is 0, since their"
-            " checkpoints do not hold a store yet"
+            " processes search together; search.lag works with it too"
         )
     if config.reward.model:
         raise ValueError(
