@@ -106,7 +106,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not alone,
-            multiprocessing_options=_only_this_process() if alone else ocp.options.MultiprocessingOptions(),
+            multiprocessing_options=_only_this_process() if alone and processes.count() > 1 else _all_processes(),
             async_options=ocp.AsyncOptions(
                 # Orbax calls it when all files of a checkpoint are there, before it gets its final name.
                 post_finalization_callback=self._seal,
@@ -313,6 +313,10 @@ class Checkpoints:
                 self._manager.close()
             except Exception as error:
                 raise self._failed(error) from error
+
+
+def _all_processes() -> ocp.options.MultiprocessingOptions:
+    return ocp.options.MultiprocessingOptions()
 
 
 def _only_this_process() -> ocp.options.MultiprocessingOptions:

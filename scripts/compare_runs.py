@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
@@ -75,11 +75,12 @@ def _equal(one: Any, two: Any) -> bool:
 
 def arrays(run: Path) -> dict[str, Any]:
     """The device arrays of a run's newest checkpoint by name."""
-    number = newest_checkpoint(run / "checkpoints")
-    with warnings.catch_warnings():
-        # The arrays go to the host, so where they lay does not matter.
-        warnings.filterwarnings("ignore", message="Sharding info not provided")
-        tree = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / str(number) / "arrays").resolve())
+    path = (run / "checkpoints" / str(newest_checkpoint(run / "checkpoints")) / "arrays").resolve()
+    with ocp.PyTreeCheckpointer() as reader:
+        # Only NumPy arrays can be read where the devices that wrote them are not.
+        metadata = reader.metadata(path).item_metadata.tree
+        to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=to_numpy))
     return {keystr(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(tree)[0]}
 
 
