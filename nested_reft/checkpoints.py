@@ -274,7 +274,9 @@ class Checkpoints:
             is_new = block.values is not None
             self._sealed_blocks[block.name] = write_block(self._blocks, block) if is_new else before[block.name]
         # Only checkpoints under their final names count, and a killed run leaves those whole.
-        needed = {name for number in checkpoint_numbers(self._directory) for name in _blocks_of(self._directory / str(number))}
+        needed = {
+            name for number in checkpoint_numbers(self._directory) for name in _blocks_of(self._directory / str(number))
+        }
         paths = {block_path(self._blocks, name) for name in needed | self._sealed_blocks.keys()}
         for path in set(self._blocks.glob("*")) - paths:
             path.unlink()

@@ -49,7 +49,10 @@ def test_values_become_the_place_among_the_processes(monkeypatch):
         (["--coordinator", "here", "--processes", "2"], "coordinator is 'here'; allowed is HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process is 2; allowed are 0 to 1"),
         (["--local-devices", "0,x"], "--local-devices is 'x'; allowed is a whole number"),
-        (["--heartbeat-seconds", "0", "--coordinator", "a:1", "--processes", "2"], "heartbeat-seconds is 0; allowed is 1"),
+        (
+            ["--heartbeat-seconds", "0", "--coordinator", "a:1", "--processes", "2"],
+            "heartbeat-seconds is 0; allowed is 1",
+        ),
     ],
 )
 def test_refusals(arguments, message, capsys):

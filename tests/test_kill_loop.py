@@ -27,6 +27,16 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
     assert any(line.get("gradient_norm", 0) > 0 for line in lines)
 
 
+@pytest.mark.slow
+def test_a_pair_of_which_one_process_is_killed_ends_as_if_it_had_not_been(tmp_path):
+    """The other process ends by itself, and both continue from the newest checkpoint."""
+    loop = KillLoop(tmp_path, [signal.SIGKILL], random.Random(0), processes=2)
+    run = loop.killed("replay", ["update"])
+    assert run.found == []
+    (kill,) = run.kills
+    assert kill.verdict == "killed" and kill.checkpoint is not None, kill
+
+
 def test_twenty_kills_take_every_moment():
     planned = schedule(20, None)
     moments = [moment for _, chosen in planned for moment in chosen]
@@ -78,6 +88,24 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 )
 def test_how_a_process_may_end(signals, code, checkpoint, output, verdict):
     assert kill_loop.verdict_of(signals, code, checkpoint, output) == verdict
+
+
+@pytest.mark.parametrize(
+    ("verdict", "victim", "code", "output", "expected"),
+    [
+        ("killed", -9, -6, "", "killed"),
+        ("killed", -9, 0, "", "crashed"),  # it came to an end without the other
+        ("killed", -9, -9, "", "crashed"),
+        ("killed", -9, 1, "Traceback", "crashed"),
+        ("killed", -9, 1, "error: process 1 could not reach process 0 at coordinator 'x' within 300 s", "killed"),
+        ("killed", 75, 75, "", "killed"),
+        ("killed", 75, -6, "", "crashed"),
+        ("not reached", 0, 0, "", "not reached"),
+        ("not reached", 0, 1, "at coordinator", "crashed"),
+    ],
+)
+def test_how_the_others_may_end(verdict, victim, code, output, expected):
+    assert kill_loop.verdict_of_other(verdict, victim, code, output) == expected
 
 
 def test_the_report_has_a_row_for_each_kill_and_names_what_differs():

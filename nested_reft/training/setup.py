@@ -187,10 +187,6 @@ def _check_processes(config: Config) -> None:
             f"search.backend is '{config.search.backend}', with {count} processes; allowed is 'inline', since all"
             " processes search together; search.lag works with it too"
         )
-    if config.reward.model:
-        raise ValueError(
-            f"reward.model names {len(config.reward.model)} models, with {count} processes; they take one process yet"
-        )
     if config.nesting.bridge.file is not None:
         raise ValueError(
             f"nesting.bridge.file is '{config.nesting.bridge.file}', with {count} processes; allowed is None, since"
