@@ -4,7 +4,7 @@
     python scripts/kill_loop.py --kills 3 --seed 1
     python scripts/kill_loop.py --signals SIGTERM                        # pre-emption: exit code 75, with a checkpoint
     python scripts/kill_loop.py --moments random --signals SIGINT SIGINT # a second one shortly after the first
-    python scripts/kill_loop.py --processes 2                            # of two processes that are one run, one is killed
+    python scripts/kill_loop.py --processes 2                            # one of two processes that are one run
 
 A run has nesting, DUMP, resets and either dynamic sampling or replay, which exclude each other. It is killed several
 times; each time it is continued as a user would, by `train --resume`, or begun again where it had no checkpoint yet. At

@@ -306,6 +306,6 @@ def test_the_first_process_lists_checkpoints_and_changes_files(second, whole, tm
         assert sorted(tmp_path.rglob("*")) == before
         # What it could not do fails on all, before they wait for each other in a save.
         second[:] = ["OSError\nno room"]
-        with pytest.raises(CheckpointError, match="checkpoint 8 could not be written to .*: process 0: no room"):
+        with pytest.raises(CheckpointError, match=r"checkpoint 8 could not be written to .*: process 0: no room"):
             checkpoints.save(8, ARRAYS, {"block": Block("new", {"a": 1})})
         assert not (tmp_path / "copy" / "blocks" / "new.safetensors").exists()

@@ -27,14 +27,28 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
     assert any(line.get("gradient_norm", 0) > 0 for line in lines)
 
 
+# Nested rollouts and replay, with a reward that an untrained model earns at times.
+SMALL = [
+    *("tiny", "--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
+    *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "8", "--evaluation.batch-size", "8"),
+    *("--warm-start.steps", "0", "--optimizer.warmup-steps", "0", "--optimizer.learning-rate", "0.01"),
+    *("--reward.checker", "function", "--reward.workers", "1", "--replay.capacity", "64"),
+    *("--reward.function", f"{kill_loop.ROOT}/tests/rewards/reward_functions.py:even"),
+    *("--replay.recent-share", "0.5", "--train.steps", "3", "--train.checkpoint-every", "1"),
+]
+
+
 @pytest.mark.slow
-def test_a_pair_of_which_one_process_is_killed_ends_as_if_it_had_not_been(tmp_path):
-    """The other process ends by itself, and both continue from the newest checkpoint."""
+def test_a_pair_of_which_one_process_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """The other one ends by itself, and both continue from the newest checkpoint."""
+    monkeypatch.setitem(RUNS, "small", SMALL)
     loop = KillLoop(tmp_path, [signal.SIGKILL], random.Random(0), processes=2)
-    run = loop.killed("replay", ["update"])
+    run = loop.killed("small", ["update"])
     assert run.found == []
     (kill,) = run.kills
-    assert kill.verdict == "killed" and kill.checkpoint is not None, kill
+    assert kill.verdict == "killed" and kill.checkpoint == 1, kill
+    straight, _ = loop.undisturbed("small")
+    assert all(line["gradient_norm"] > 0 for line in read_log(straight / "metrics.jsonl")[1:])
 
 
 def test_twenty_kills_take_every_moment():
