@@ -106,7 +106,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not alone,
-            multiprocessing_options=_only_this_process() if alone and processes.count() > 1 else _all_processes(),
+            multiprocessing_options=_those_who_wait(self._alone),
             async_options=ocp.AsyncOptions(
                 # Orbax calls it when all files of a checkpoint are there, before it gets its final name.
                 post_finalization_callback=self._seal,
@@ -317,12 +317,10 @@ class Checkpoints:
                 raise self._failed(error) from error
 
 
-def _all_processes() -> ocp.options.MultiprocessingOptions:
-    return ocp.options.MultiprocessingOptions()
-
-
-def _only_this_process() -> ocp.options.MultiprocessingOptions:
-    """What keeps Orbax from waiting for other processes."""
+def _those_who_wait(alone: bool) -> ocp.options.MultiprocessingOptions:
+    """Which processes Orbax lets wait for each other: all of them, or this one for nobody."""
+    if not alone or processes.count() == 1:  # Orbax makes no directory where some are named
+        return ocp.options.MultiprocessingOptions()
     index = processes.index()
     return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 

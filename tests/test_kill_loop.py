@@ -46,7 +46,7 @@ def test_a_pair_of_which_one_process_is_killed_ends_as_if_it_had_not_been(tmp_pa
     run = loop.killed("small", ["update"])
     assert run.found == []
     (kill,) = run.kills
-    assert kill.verdict == "killed" and kill.checkpoint == 1, kill
+    assert kill.verdict == "killed" and kill.checkpoint is not None, kill
     straight, _ = loop.undisturbed("small")
     assert all(line["gradient_norm"] > 0 for line in read_log(straight / "metrics.jsonl")[1:])
 
