@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,6 +30,8 @@ from nested_reft.run_directory import read_log
 from nested_reft.training.config import Config
 from nested_reft.training.group_supply import loaded_buffer
 
+# Orbax reports its progress through absl.
+logging.getLogger("absl").setLevel(logging.ERROR)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNTIMED = ("seconds", "tokens_per_second", "compilations", "searchers_")  # parts of names whose values may differ
 # What says where a run was and how long it took, in its summary and in a checkpoint.

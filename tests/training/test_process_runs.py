@@ -26,6 +26,7 @@ from tests.training.runs import comparable
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 540
+DEVICES = 4  # of each process
 # Half of the reward is that of a reward model, half that of a function, so that every update moves the model.
 SMALL = [
     *("--data.prompts-per-batch", "8", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
@@ -33,18 +34,18 @@ SMALL = [
     *("--warm-start.batch-size", "8", "--optimizer.warmup-steps", "0", "--evaluation.batch-size", "8"),
     *("--optimizer.learning-rate", "0.01", "--replay.capacity", "64", "--replay.recent-share", "0.5"),
     *("--reward.checker", "function", "--reward.function", f"{ROOT}/tests/rewards/reward_functions.py:even"),
-    *("--reward.workers", "1", "--train.steps", "3", "--train.checkpoint-every", "1", "--mesh.data", "8"),
+    *("--reward.workers", "1", "--train.steps", "3", "--train.checkpoint-every", "1", "--mesh.data", f"{2 * DEVICES}"),
     *("--train.keep-checkpoints", "9", "--train.save-seconds", "600"),
 ]
 TRAIN = ("-m", "nested_reft.command")
 
 
 def start(arguments: list[str], directory: Path, port: int, index: int, program: tuple[str, ...] = TRAIN):
-    """A `train` command on four devices, as one of two processes."""
+    """A `train` command, as one of two processes."""
     joining = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(index)]
     # A proxy would be asked for the coordinator's address.
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES), "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         [sys.executable, *program, "train", *arguments, *joining],
@@ -153,7 +154,7 @@ def test_a_run_moves_to_two_processes_which_a_signal_to_one_ends_and_back(small,
 
 @pytest.mark.slow
 def test_processes_that_differ_are_refused_with_the_field(tmp_path):
-    arguments, port = ["tiny", "--mesh.data", "8"], free_port()
+    arguments, port = ["tiny", "--mesh.data", f"{2 * DEVICES}"], free_port()
     other = [*arguments, "--train.seed", "1"]
     found = ended([start(each, tmp_path, port, index) for index, each in enumerate((arguments, other))])
     assert [code for code, _, _ in found] == [2, 2], found
