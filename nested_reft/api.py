@@ -198,20 +198,20 @@ def without_plans(config: Config) -> Config:
     )
 
 
-def is_complete(path: Path, config: Config) -> bool:
+def is_complete(path: Path | None, config: Config) -> bool:
     """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish.
 
     Of several processes the first one looks, and all get its answer.
 
     Args:
-        path: the run directory.
+        path: the run directory; None of a run that has not begun.
         config: of the run.
     """
     return bool(processes.broadcast_text("yes" if processes.is_writer() and _is_complete(path, config) else ""))
 
 
-def _is_complete(path: Path, config: Config) -> bool:
-    if newest_checkpoint(path / "checkpoints") != last_checkpoint(config):
+def _is_complete(path: Path | None, config: Config) -> bool:
+    if path is None or newest_checkpoint(path / "checkpoints") != last_checkpoint(config):
         return False
     # A summary that cannot be read is measured and written once more.
     try:
