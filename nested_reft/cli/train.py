@@ -58,7 +58,7 @@ def _train(
     try:
         with checking_input():
             config = processes.agreed(lambda: _checked_config(known, name, overrides, command, kind))
-            # A run that is complete loads no model. All processes ask, since they are not known yet to continue one run.
+            # A run that is complete loads no model. All processes ask: they may not all continue one.
             if is_complete(known.resume, config):
                 say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
                 if processes.is_writer():
