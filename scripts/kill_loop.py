@@ -169,8 +169,9 @@ class KillLoop:
         else:
             function, most = MOMENTS[moment]
             call = [function, str(self._draw.randint(1, most)), str(wait), *(number.name for number in self._signals)]
-        victim, self._kills = 0 if moment in OF_THE_WRITER else self._kills % self._processes, self._kills + 1
-        together = self._start(self._command(kind, runs), victim, call)
+        victim = 0 if moment in OF_THE_WRITER else self._kills % self._processes
+        self._kills += 1
+        together = self._start_all(self._command(kind, runs), victim, call)
         process = together.pop(victim)
         if after is not None:
             try:
@@ -192,7 +193,7 @@ class KillLoop:
 
     def _finish(self, command: list[str], runs: Path) -> Path:
         """The run that this command brings to its end, in the folder `runs`."""
-        together = self._start(command)
+        together = self._start_all(command)
         outputs = [process.communicate(timeout=1200)[0] for process in together]
         path = _newest_run(runs)
         for process, output in zip(together, outputs, strict=True):
@@ -208,7 +209,9 @@ class KillLoop:
             return ["train", *RUNS[kind], "--runs", str(runs), "--mesh.data", str(self._processes)]
         return ["train", "--resume", str(path)]
 
-    def _start(self, command: list[str], victim: int = 0, call: list[str] | None = None) -> list[subprocess.Popen[str]]:
+    def _start_all(
+        self, command: list[str], victim: int = 0, call: list[str] | None = None
+    ) -> list[subprocess.Popen[str]]:
         """The processes of a run, of one device each where there are several; one of them gets a call that ends it."""
         if self._processes == 1:
             return [_start(call or [], command)]

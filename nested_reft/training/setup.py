@@ -103,8 +103,9 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
     config = with_chosen_mesh(config)
     # The mesh is made for its checks alone, before data and model are loaded.
-    check_backend(config.search, make_mesh(config.mesh).size)
+    mesh = make_mesh(config.mesh)
     _check_processes(config)
+    check_backend(config.search, mesh.size)
     if policy is None and config.model.name != "scratch":
         # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)
