@@ -127,7 +127,7 @@ def test_two_processes_are_one_run(small, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_moves_to_two_processes_which_a_signal_to_one_ends_and_back(small, alone, tmp_path, caplog):
+def test_a_run_moves_to_two_processes_which_a_signal_to_one_ends_and_back(small, alone, tmp_path):
     """From one process's checkpoint of step 1, since that of step 2 is damaged, to one of step 2 of both."""
     run = tmp_path / "run"
     shutil.copytree(alone, run)
