@@ -198,14 +198,20 @@ def without_plans(config: Config) -> Config:
     )
 
 
-def is_complete(path: Path, config: Config) -> bool:
+def is_complete(path: Path | None, config: Config) -> bool:
     """Whether a run has its last checkpoint and its summary; one that was stopped between them still has to finish.
 
+    Of several processes the first one looks, and all get its answer.
+
     Args:
-        path: the run directory.
+        path: the run directory; None of a run that has not begun.
         config: of the run.
     """
-    if newest_checkpoint(path / "checkpoints") != last_checkpoint(config):
+    return bool(processes.broadcast_text("yes" if processes.is_writer() and _is_complete(path, config) else ""))
+
+
+def _is_complete(path: Path | None, config: Config) -> bool:
+    if path is None or newest_checkpoint(path / "checkpoints") != last_checkpoint(config):
         return False
     # A summary that cannot be read is measured and written once more.
     try:
@@ -238,13 +244,11 @@ def open_trainer(
     # Each process asks its own devices for their memory, so the choice is made before they are compared.
     config = processes.agreed(lambda: with_chosen_mesh(config))
     _check_same_run(config, resume)
-    if resume is not None and newest_checkpoint(resume / "checkpoints") is None:
-        raise ValueError(f"run '{resume}' has no complete checkpoint to resume from")
     with ExitStack() as on_failure:
         directory = None
         if resume is not None:
-            # A run that another process works on is refused before the model is loaded.
-            directory = on_failure.enter_context(closing(RunDirectory(resume)))
+            # A run that somebody else works on is refused before the model is loaded.
+            directory = on_failure.enter_context(closing(processes.agreed(lambda: _taken(resume))))
 
         def prepared() -> Setup:
             """What every process needs."""
@@ -254,17 +258,14 @@ def open_trainer(
             check_memory(setup)
             return setup
 
-        def made() -> RunDirectory | None:
-            """The directory of a new run, which one process makes once all of them are prepared."""
-            return (
-                RunDirectory.create(Path(runs), config.name, setup.config.to_json()) if processes.is_writer() else None
-            )
-
         # What fails on one process would leave the others waiting for it.
         setup = processes.agreed(prepared)
-        directory = directory or processes.agreed(made)
-        path = Path(processes.broadcast_text(None if directory is None else str(directory.path)))
-        directory = directory or SilentRunDirectory(path)
+        if directory is None:
+            # A new run's is made once all of them are prepared.
+            name, whole = config.name, setup.config.to_json()
+            made = processes.by_writer(lambda: RunDirectory.create(Path(runs), name, whole))
+            path = Path(processes.broadcast_text(None if made is None else str(made.path)))
+            directory = made or SilentRunDirectory(path)
         on_failure.pop_all()
     if processes.is_writer():
         print(f"run directory: {printable(str(directory.path))}")
@@ -273,13 +274,24 @@ def open_trainer(
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
     if resume is not None:
-        # Said always: it shows also where a checkpoint has gone without a trace.
-        state, phase = trainer.state, trainer.phases[trainer.state.phase]
-        print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
-        # A run that is extended has another configuration from here on, but only once its checkpoint has been read.
-        if run_config(resume) != config:
-            write_json(resume / "config.json", config.to_json())
+        processes.by_writer(lambda: _begin_to_continue(trainer, resume, config))
     return trainer
+
+
+def _taken(run: Path) -> RunDirectory:
+    """The directory of a run that is to be continued, for this process."""
+    if newest_checkpoint(run / "checkpoints") is None:
+        raise ValueError(f"run '{run}' has no complete checkpoint to resume from")
+    return RunDirectory(run) if processes.is_writer() else SilentRunDirectory(run)
+
+
+def _begin_to_continue(trainer: Trainer, run: Path, config: Config) -> None:
+    # Said always: it shows also where a checkpoint has gone without a trace.
+    state, phase = trainer.state, trainer.phases[trainer.state.phase]
+    print(f"continuing after step {state.step} of {phase.steps} ({phase.name})")
+    # A run that is extended has another configuration from here on, but only once its checkpoint has been read.
+    if run_config(run) != config:
+        write_json(run / "config.json", config.to_json())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +331,7 @@ def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
 
 
 def _check_same_run(config: Config, resume: Path | None) -> None:
-    """Refuses processes that would not run the same, and to continue a run with several.
+    """Refuses processes that would not run the same.
 
     Raises:
         ValueError: names the first process that differs, the field and both values.
@@ -340,9 +352,6 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
                 f"process {process} has {other!r} for {name.removeprefix('config.')}, and process 0 has {theirs!r};"
                 " start all processes with the same command, configuration and versions"
             )
-    # Only now, because processes that leave before they are compared would leave the others waiting.
-    if resume is not None:
-        raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
 
 
 def _say_idle_devices(config: Config) -> None:

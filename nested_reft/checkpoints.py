@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nested_reft import processes
 from nested_reft.host_values import (
     Block,
     block_path,
@@ -79,12 +80,16 @@ class Checkpoints:
 
     Blocks among the host's values have files of their own, which later checkpoints share. A block is written before
     the first checkpoint that has it, and removed when no checkpoint has it any more.
+
+    Several processes call everything together. Each writes its share of the arrays, and process 0 all else. Each checks
+    a share of the files before they are read, so a checkpoint is damaged for all of them or for none.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, alone: bool = False):
         """Args:
         directory: where the checkpoints are; made if it is not there.
         keep: newest ones kept, at least 1.
+        alone: this process only reads, whatever others do; then the directory must be there.
 
         Raises:
             ValueError: a file is in its place.
@@ -94,12 +99,14 @@ class Checkpoints:
             raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
         # Orbax asks for an absolute path.
         self._directory, self._writing = directory.resolve(), 0
+        self._alone = alone or processes.count() == 1
         self._blocks = self._directory / _BLOCKS
         # Checksums of the blocks of the checkpoint that is being written, or was read.
         self._sealed_blocks: dict[str, list[int]] = {}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=True,
+            create=not alone,
+            multiprocessing_options=_those_who_wait(self._alone),
             async_options=ocp.AsyncOptions(
                 # Orbax calls it when all files of a checkpoint are there, before it gets its final name.
                 post_finalization_callback=self._seal,
@@ -113,8 +120,9 @@ class Checkpoints:
         )
 
     def numbers(self) -> list[int]:
-        """Numbers of the complete ones, the newest first."""
-        return checkpoint_numbers(self._directory)
+        """Numbers of the complete ones, the newest first, as process 0 sees them."""
+        numbers = checkpoint_numbers(self._directory)
+        return numbers if self._alone else json.loads(processes.broadcast_text(json.dumps(numbers)))
 
     def save(self, number: int, arrays: Any, host: dict[str, Any]) -> None:
         """Starts writing; the arrays may be donated as soon as this returns.
@@ -138,7 +146,7 @@ class Checkpoints:
         self.wait()
         self._writing = number
         try:
-            self._write_blocks(blocks)
+            processes.by_writer(lambda: self._write_blocks(blocks))
             # The caller has decided that it is time, so Orbax's own intervals do not count.
             self._manager.save(number, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # Orbax and its storage raise many kinds
@@ -220,6 +228,10 @@ class Checkpoints:
         Args:
             number: of the checkpoint that the run continues from.
         """
+        processes.by_writer(lambda: self._tidy_up(number))
+        self._manager.reload()
+
+    def _tidy_up(self, number: int) -> None:
         for path in self._unfinished():
             shutil.rmtree(path, ignore_errors=True)
         for path in self._blocks.glob("*.partial"):
@@ -229,7 +241,6 @@ class Checkpoints:
                 aside = _free_name(path.with_name(f"{path.name}.damaged"))
                 path.rename(aside)
                 logger.warning("'%s' is not used; it is '%s' now", path, aside.name)
-        self._manager.reload()
 
     def _unfinished(self) -> list[Path]:
         """The directories of checkpoints that are being written, or were when their process was killed."""
@@ -246,9 +257,14 @@ class Checkpoints:
     def _check(self, number: int, parts: tuple[str, ...]) -> str:
         """What messages call a checkpoint, once these parts of it are known to be whole."""
         where = f"checkpoint {number} in '{self._directory}'"
-        damage = _damage(self._directory / str(number), parts)
-        if damage is not None:
-            raise DamagedCheckpointError(f"{where} is damaged: {damage}")
+        index, count = (0, 1) if self._alone else (processes.index(), processes.count())
+        damage = _damage(self._directory / str(number), parts, index, count)
+        # What one process finds, all of them hear: none may go on to read, or to the checkpoint before, alone.
+        found = (damage,) if self._alone else processes.gather_text(damage)
+        for process, words in enumerate(found):
+            if words:
+                by = f"process {process}: " if process != index else ""
+                raise DamagedCheckpointError(f"{where} is damaged: {by}{words}")
         return where
 
     def _write_blocks(self, blocks: list[Block]) -> None:
@@ -258,7 +274,9 @@ class Checkpoints:
             is_new = block.values is not None
             self._sealed_blocks[block.name] = write_block(self._blocks, block) if is_new else before[block.name]
         # Only checkpoints under their final names count, and a killed run leaves those whole.
-        needed = {name for number in self.numbers() for name in _blocks_of(self._directory / str(number))}
+        needed = {
+            name for number in checkpoint_numbers(self._directory) for name in _blocks_of(self._directory / str(number))
+        }
         paths = {block_path(self._blocks, name) for name in needed | self._sealed_blocks.keys()}
         for path in set(self._blocks.glob("*")) - paths:
             path.unlink()
@@ -297,6 +315,14 @@ class Checkpoints:
                 self._manager.close()
             except Exception as error:
                 raise self._failed(error) from error
+
+
+def _those_who_wait(alone: bool) -> ocp.options.MultiprocessingOptions:
+    """Which processes Orbax lets wait for each other: all of them, or this one for nobody."""
+    if not alone or processes.count() == 1:  # Orbax makes no directory where some are named
+        return ocp.options.MultiprocessingOptions()
+    index = processes.index()
+    return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 
 
 def _is_number(name: str) -> bool:
@@ -339,12 +365,14 @@ def _size_and_checksum(path: Path) -> list[int]:
     return [size, checksum]
 
 
-def _damage(checkpoint: Path, parts: tuple[str, ...]) -> str | None:
-    """In words, the first difference between some parts of a checkpoint and its checksums; None without any.
+def _damage(checkpoint: Path, parts: tuple[str, ...], share: int, shares: int) -> str:
+    """In words, the first difference between some parts of a checkpoint and its checksums; empty without any.
 
     Args:
         checkpoint: its directory.
         parts: names of the parts.
+        share: which files are compared, from 0: each of several processes has a share of them.
+        shares: how many there are.
     """
     try:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
@@ -360,7 +388,8 @@ def _damage(checkpoint: Path, parts: tuple[str, ...]) -> str | None:
     missing = [part for part in parts if not any(name.startswith(f"{part}/") for name in expected)]
     if missing:
         return f"{SEAL} names no file of its part '{missing[0]}'"
-    for name, (size, checksum) in expected.items():
+    for name in sorted(expected)[share::shares]:
+        size, checksum = expected[name]
         try:
             found = _size_and_checksum(checkpoint / name)
         except OSError as error:
@@ -369,7 +398,7 @@ def _damage(checkpoint: Path, parts: tuple[str, ...]) -> str | None:
             return f"file {name} has {found[0]} bytes, and {size} were written"
         if found[1] != checksum:
             return f"file {name} does not hold what was written (checksum)"
-    return None
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,6 @@ program, as the arrays of a step do.
 from __future__ import annotations
 
 import builtins
-import contextlib
 import itertools
 import os
 import socket
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from nested_reft.exit_codes import FAILED
+from nested_reft.exit_codes import BAD_INPUT, FAILED
 
 T = TypeVar("T")
 
@@ -35,6 +34,7 @@ _PREFIX = "nested_reft"
 # Each exchange has a number. All processes exchange in the same order, so they count alike.
 _exchanges = itertools.count()
 _in_agreed_action = False
+_heartbeat_seconds = 100  # of the service, once this process has joined it
 # Kinds of errors that cross over, the special ones first: every process then ends with the same exit code.
 _CROSSING = (OSError, ImportError, OverflowError, FloatingPointError, RecursionError, ValueError, RuntimeError)
 
@@ -66,6 +66,8 @@ class ProcessConfig:
             raise ValueError(f"process is {self.index}; allowed are 0 to {self.count - 1}, of {self.count} processes")
         if self.count > 1 and self.coordinator is None:
             raise ValueError(f"processes is {self.count} and coordinator is not given; give HOST:PORT of process 0")
+        if self.heartbeat_seconds < 1:
+            raise ValueError(f"heartbeat-seconds is {self.heartbeat_seconds}; allowed is 1 or more")
         host, _, port = (self.coordinator or "HOST:1").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError(f"coordinator is '{self.coordinator}'; allowed is HOST:PORT")
@@ -83,7 +85,7 @@ def start(config: ProcessConfig) -> None:
     """
     if config.count == 1:
         return
-    _configure_jax()
+    _configure_jax(config.heartbeat_seconds)
     began = time.monotonic()
     if config.index:
         _check_reachable(config)
@@ -115,7 +117,7 @@ def start_detected(connect_seconds: int = 300, heartbeat_seconds: int = 100) -> 
     Raises:
         ValueError: there is no cluster that JAX detects.
     """
-    _configure_jax()
+    _configure_jax(heartbeat_seconds)
     try:
         jax.distributed.initialize(initialization_timeout=connect_seconds, heartbeat_timeout_seconds=heartbeat_seconds)
     # What JAX raises where it finds nothing depends on what it looked for.
@@ -124,8 +126,10 @@ def start_detected(connect_seconds: int = 300, heartbeat_seconds: int = 100) -> 
         raise ValueError(f"--coordinator is 'auto', and no cluster was detected ({reason}); give HOST:PORT") from error
 
 
-def _configure_jax() -> None:
+def _configure_jax(heartbeat_seconds: int) -> None:
     """Sets what JAX reads when processes join."""
+    global _heartbeat_seconds
+    _heartbeat_seconds = heartbeat_seconds
     # JAX's own service would take SIGTERM away from Python, and with it the checkpoint at the end of a step.
     jax.config.update("jax_enable_preemption_service", False)
     # Without it several processes on CPUs cannot exchange arrays. Other devices do not read it.
@@ -262,6 +266,22 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     raise getattr(builtins, kind)(f"process {first}: {text}") from mine
 
 
+def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | None:
+    """Takes an action on the writing process alone; where it fails there, it fails on all.
+
+    Args:
+        action: as in `agreed`.
+        seconds: how long the others wait for it.
+
+    Raises:
+        Exception, TimeoutError: as in `agreed`.
+
+    Returns:
+        What the action returned; None on the other processes.
+    """
+    return agreed(lambda: action() if is_writer() else None, seconds)
+
+
 def shares_work() -> bool:
     """Whether work on the host may be divided among processes here: not with one, nor within an agreed action."""
     return count() > 1 and not _in_agreed_action
@@ -283,20 +303,30 @@ def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
         raise TimeoutError(f"processes wait for each other at different places: {listed}")
 
 
-def end_together(code: int, seconds: float = 10.0) -> None:
+def end_together(code: int) -> None:
     """Ends this process, at the same time as the others if they end too.
 
     The others' connection breaks when process 0 ends. A process that still had to say why it ends would be aborted.
 
+    Where another process was killed, the exchanges with it fail as if this one had made a mistake, with any kind of
+    error. So after an error this process waits until the other would be known to be dead, and is aborted then, as all
+    the rest are. Whoever starts processes again goes by that.
+
     Args:
-        code: exit code.
-        seconds: how long to wait for the others.
+        code: exit code, where nobody is dead.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not an exchange: processes that do not end may be in the middle of one.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _state().client.wait_at_barrier(f"{_PREFIX}_end", int(1000 * seconds))
+    is_error = code in (FAILED, BAD_INPUT)
+    seconds = _heartbeat_seconds + 30 if is_error else 10
+    try:
+        # Not an exchange: processes that do not end may be in the middle of one.
+        _state().client.wait_at_barrier(f"{_PREFIX}_end", 1000 * seconds)
+    except jax.errors.JaxRuntimeError as error:
+        # Others that are alive and do not come are in the middle of something.
+        if is_error and "DEADLINE_EXCEEDED" not in str(error):
+            print("error: another process of the run is gone; start all of them again", file=sys.stderr, flush=True)
+            os.abort()
     flush_and_end(code)
 
 

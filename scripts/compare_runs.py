@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
@@ -29,6 +30,8 @@ from nested_reft.run_directory import read_log
 from nested_reft.training.config import Config
 from nested_reft.training.group_supply import loaded_buffer
 
+# Orbax reports its progress through absl.
+logging.getLogger("absl").setLevel(logging.ERROR)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNTIMED = ("seconds", "tokens_per_second", "compilations", "searchers_")  # parts of names whose values may differ
 # What says where a run was and how long it took, in its summary and in a checkpoint.
@@ -75,11 +78,12 @@ def _equal(one: Any, two: Any) -> bool:
 
 def arrays(run: Path) -> dict[str, Any]:
     """The device arrays of a run's newest checkpoint by name."""
-    number = newest_checkpoint(run / "checkpoints")
-    with warnings.catch_warnings():
-        # The arrays go to the host, so where they lay does not matter.
-        warnings.filterwarnings("ignore", message="Sharding info not provided")
-        tree = ocp.PyTreeCheckpointer().restore((run / "checkpoints" / str(number) / "arrays").resolve())
+    path = (run / "checkpoints" / str(newest_checkpoint(run / "checkpoints")) / "arrays").resolve()
+    with ocp.PyTreeCheckpointer() as reader:
+        # Only NumPy arrays can be read where the devices that wrote them are not.
+        metadata = reader.metadata(path).item_metadata.tree
+        to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=to_numpy))
     return {keystr(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(tree)[0]}
 
 

@@ -4,6 +4,7 @@
     python scripts/kill_loop.py --kills 3 --seed 1
     python scripts/kill_loop.py --signals SIGTERM                        # pre-emption: exit code 75, with a checkpoint
     python scripts/kill_loop.py --moments random --signals SIGINT SIGINT # a second one shortly after the first
+    python scripts/kill_loop.py --processes 2                            # one of two processes that are one run
 
 A run has nesting, DUMP, resets and either dynamic sampling or replay, which exclude each other. It is killed several
 times; each time it is continued as a user would, by `train --resume`, or begun again where it had no checkpoint yet. At
@@ -12,6 +13,7 @@ of the undisturbed run, bit for bit (`compare_runs.py`).
 
 A named moment is the n-th call of one function in a process, and up to a tenth of a second more. A random moment is any
 time of half a run. The exit code is 1 where a run ends otherwise, or where a process does not say how to continue.
+Where several processes are one run, they take turns in being killed, and the others must end by themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,12 +58,15 @@ MOMENTS = {
     "summary": ("nested_reft.training.reinforcement.run_summary", 1),
 }
 RANDOM = "random"
+# These happen in the first of several processes only.
+OF_THE_WRITER = ("log write", "buffer write", "checkpoint seal")
 # The command says so to JAX before it imports it; here JAX has been imported by then.
 CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(cache_directory()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 LONGEST_WAIT = 0.1  # seconds from the call to the signal
+HEARTBEAT_SECONDS = 20  # of several processes; the usual 100 would only make the loop wait
 SHORT = [
     *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--warm-start.steps", "6", "--warm-start.batch-size", "16", "--optimizer.warmup-steps", "0"),
@@ -96,7 +102,7 @@ class Kill:
 
     Attributes:
         moment: its name.
-        code: the exit code.
+        code: the exit code; of several processes, that of the killed one.
         checkpoint: the newest one afterwards; None without any.
         verdict: `killed`; `not reached` where the run ended before the moment; otherwise what was wrong.
         said: the last line that it printed.
@@ -121,20 +127,22 @@ class Killed:
 class KillLoop:
     """Runs in a directory of their own, and the undisturbed run of each kind."""
 
-    def __init__(self, directory: Path, signals: list[signal.Signals], draw: random.Random):
+    def __init__(self, directory: Path, signals: list[signal.Signals], draw: random.Random, processes: int = 1):
         """Args:
         directory: where everything is written.
         signals: sent one shortly after the other.
         draw: decides what is random.
+        processes: which are one run.
         """
-        self._directory, self._signals, self._draw = directory, signals, draw
+        self._directory, self._signals, self._draw, self._processes = directory, signals, draw, processes
+        self._kills = 0
         self._undisturbed: dict[str, tuple[Path, float]] = {}
 
     def undisturbed(self, kind: str) -> tuple[Path, float]:
         """The run of a kind that nobody kills, made once, and the seconds that it takes."""
         if kind not in self._undisturbed:
             started, runs = time.monotonic(), self._directory / f"undisturbed {kind}"
-            run = self._finish(["train", *RUNS[kind], "--runs", str(runs)], runs)
+            run = self._finish(self._command(kind, runs), runs)
             self._undisturbed[kind] = run, time.monotonic() - started
         return self._undisturbed[kind]
 
@@ -151,7 +159,7 @@ class KillLoop:
         for moment in moments:
             kills.append(self._kill(kind, runs, moment, seconds))
             print(f"  {kind}: {kills[-1]}", flush=True)
-        return Killed(kind, kills, differences(self._finish(_command(kind, runs), runs), expected))
+        return Killed(kind, kills, differences(self._finish(self._command(kind, runs), runs), expected))
 
     def _kill(self, kind: str, runs: Path, moment: str, seconds: float) -> Kill:
         call, wait, after = [], self._draw.uniform(0, LONGEST_WAIT), None
@@ -161,7 +169,10 @@ class KillLoop:
         else:
             function, most = MOMENTS[moment]
             call = [function, str(self._draw.randint(1, most)), str(wait), *(number.name for number in self._signals)]
-        process = _start(call, _command(kind, runs))
+        victim = 0 if moment in OF_THE_WRITER else self._kills % self._processes
+        self._kills += 1
+        together = self._start_all(self._command(kind, runs), victim, call)
+        process = together.pop(victim)
         if after is not None:
             try:
                 process.wait(after)
@@ -170,20 +181,49 @@ class KillLoop:
                     process.send_signal(number)
                     time.sleep(wait if len(self._signals) > 1 else 0)
         output = process.communicate(timeout=600)[0]
+        others = [(other.communicate(timeout=600)[0], other.returncode) for other in together]
         lines = [line for line in output.splitlines() if line.strip()]
         path = _newest_run(runs)
         newest = None if path is None else newest_checkpoint(path / "checkpoints")
         verdict = verdict_of(self._signals, process.returncode, newest, output)
+        for said, code in others:
+            if verdict in ("killed", "not reached"):
+                verdict = verdict_of_other(verdict, process.returncode, code, said)
         return Kill(moment, process.returncode, newest, verdict, lines[-1][:100] if lines else "")
 
     def _finish(self, command: list[str], runs: Path) -> Path:
         """The run that this command brings to its end, in the folder `runs`."""
-        process = _start([], command)
-        output = process.communicate(timeout=1200)[0]
+        together = self._start_all(command)
+        outputs = [process.communicate(timeout=1200)[0] for process in together]
         path = _newest_run(runs)
-        if process.returncode != DONE or path is None:
-            raise SystemExit(f"a run that nobody killed ended with {process.returncode}: {output[-2000:]}")
+        for process, output in zip(together, outputs, strict=True):
+            if process.returncode != DONE or path is None:
+                raise SystemExit(f"a run that nobody killed ended with {process.returncode}: {output[-2000:]}")
+        assert path is not None
         return path
+
+    def _command(self, kind: str, runs: Path) -> list[str]:
+        """What a user types: continue the run, or begin it again where it has no checkpoint."""
+        path = _newest_run(runs)
+        if path is None or newest_checkpoint(path / "checkpoints") is None:
+            return ["train", *RUNS[kind], "--runs", str(runs), "--mesh.data", str(self._processes)]
+        return ["train", "--resume", str(path)]
+
+    def _start_all(
+        self, command: list[str], victim: int = 0, call: list[str] | None = None
+    ) -> list[subprocess.Popen[str]]:
+        """The processes of a run, of one device each where there are several; one of them gets a call that ends it."""
+        if self._processes == 1:
+            return [_start(call or [], command)]
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{found.getsockname()[1]}"
+        place = ["--coordinator", address, "--processes", str(self._processes)]
+        place += ["--heartbeat-seconds", str(HEARTBEAT_SECONDS)]
+        return [
+            _start(call or [] if index == victim else [], [*command, *place, "--process", str(index)], devices=1)
+            for index in range(self._processes)
+        ]
 
 
 def _newest_run(runs: Path) -> Path | None:
@@ -193,18 +233,16 @@ def _newest_run(runs: Path) -> Path | None:
     return next(reversed(with_checkpoint or found), None)
 
 
-def _command(kind: str, runs: Path) -> list[str]:
-    """What a user types: continue the run, or begin it again where it has no checkpoint."""
-    path = _newest_run(runs)
-    if path is None or newest_checkpoint(path / "checkpoints") is None:
-        return ["train", *RUNS[kind], "--runs", str(runs)]
-    return ["train", "--resume", str(path)]
-
-
-def _start(call: list[str], command: list[str]) -> subprocess.Popen[str]:
+def _start(call: list[str], command: list[str], devices: int | None = None) -> subprocess.Popen[str]:
+    environment = {"JAX_PLATFORMS": "cpu", **CACHE} | os.environ
+    if devices is not None:
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+        # A proxy would be asked for the coordinator's address, and flags of XLA may name other devices.
+        skipped = [key for key in environment if key.lower().endswith("_proxy") or key == "XLA_FLAGS"]
+        environment = {key: value for key, value in environment.items() if key not in skipped}
     return subprocess.Popen(
         [sys.executable, str(Path(__file__)), "--as-child", *call, "--", *command],
-        env={"JAX_PLATFORMS": "cpu", **CACHE} | os.environ,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -232,6 +270,23 @@ def verdict_of(signals: list[signal.Signals], code: int, checkpoint: int | None,
     # A run that was in its summary finished it.
     words = NO_CHECKPOINT if checkpoint is None else ("to continue", "report: ")
     return "killed" if any(word in output for word in words) else "silent"
+
+
+def verdict_of_other(verdict: str, victim: int, code: int, output: str) -> str:
+    """Whether a process ended as it should that belongs to the same run as one that was killed.
+
+    Args:
+        verdict: on the killed one, `killed` or `not reached`.
+        victim: its exit code.
+        code: the exit code of the other.
+        output: what it printed.
+    """
+    # A signal that asks, asks all of them. A process that is gone is noticed by JAX, which aborts the others, or they
+    # were still waiting for it at the start.
+    if code == victim != -signal.SIGKILL:
+        return verdict
+    waited = code != DONE and "at coordinator" in output
+    return verdict if victim < 0 and (code == -signal.SIGABRT or waited) else "crashed"
 
 
 def child(call: list[str], command: list[str]) -> None:
@@ -329,11 +384,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", default=["SIGKILL"], choices=[each.name for each in signal.Signals])
+    parser.add_argument("--processes", type=int, default=1, help="that are one run; one of them is killed")
     parser.add_argument("--moments", nargs="+", choices=[*MOMENTS, RANDOM], help="instead of those of the schedule")
     known = parser.parse_args()
     signals = [signal.Signals[name] for name in known.signals]
     with tempfile.TemporaryDirectory() as directory:
-        loop = KillLoop(Path(directory), signals, random.Random(known.seed))
+        loop = KillLoop(Path(directory), signals, random.Random(known.seed), known.processes)
         runs = [loop.killed(kind, moments) for kind, moments in schedule(known.kills, known.moments)]
     print(report(runs, signals))
     bad = any(kill.verdict not in ("killed", "not reached") for run in runs for kill in run.kills)

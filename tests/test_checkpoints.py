@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft import processes
 from nested_reft.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -18,6 +19,7 @@ from nested_reft.checkpoints import (
     checkpoint_numbers,
     newest_checkpoint,
 )
+from nested_reft.host_values import Block
 
 ARRAYS = {"weights": jnp.arange(6.0).reshape(2, 3), "updates": jnp.zeros((), jnp.int32)}
 
@@ -250,3 +252,60 @@ def test_a_full_disk_is_said_once_and_without_tracebacks(tmp_path, caplog, capfd
 
 def full(path, value):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """This process is the second of two; the first says what is set here, one text after the other."""
+    said: list[str] = []
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(processes, "gather_text", lambda text, *_: (said.pop(0), text))
+    return said
+
+
+def test_a_checkpoint_that_is_damaged_for_one_process_is_so_for_all(second, whole, tmp_path):
+    """Each compares a share of the files, so damage is found once, and the other process hears of it."""
+    shutil.copytree(whole, tmp_path / "copy")
+    files = sorted(path for path in (tmp_path / "copy" / "4" / "host").rglob("*") if path.is_file())
+    assert len(files) > 1
+    with Checkpoints(tmp_path / "copy", keep=1) as checkpoints:
+        second[:] = ["file x is not there"]
+        with pytest.raises(DamagedCheckpointError, match=r"checkpoint 4 in .* is damaged: process 0: file x is not th"):
+            checkpoints.restore_some(4, dict(ARRAYS))
+        found = 0
+        for path in files:
+            content = path.read_bytes()
+            path.write_bytes(b"other")
+            second[:] = ["", ""]
+            try:
+                checkpoints._check(4, ("host",))
+            except DamagedCheckpointError as error:
+                assert "process" not in str(error)
+                found += 1
+            path.write_bytes(content)
+        assert 0 < found < len(files)
+    # Whoever reads alone compares all of them, and asks nobody.
+    files[0].write_bytes(b"other")
+    second.clear()
+    with Checkpoints(tmp_path / "copy", keep=1, alone=True) as checkpoints:
+        assert checkpoints.numbers() == [4]
+        with pytest.raises(DamagedCheckpointError, match="is damaged: file host/"):
+            checkpoints.restore_host(4)
+
+
+def test_the_first_process_lists_checkpoints_and_changes_files(second, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "5").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with Checkpoints(tmp_path / "copy", keep=1) as checkpoints:
+        second[:] = ["[7, 4]"]
+        assert checkpoints.numbers() == [7, 4]
+        second[:] = [""]
+        checkpoints.set_aside_after(4)
+        assert sorted(tmp_path.rglob("*")) == before
+        # What it could not do fails on all, before they wait for each other in a save.
+        second[:] = ["OSError\nno room"]
+        with pytest.raises(CheckpointError, match=r"checkpoint 8 could not be written to .*: process 0: no room"):
+            checkpoints.save(8, ARRAYS, {"block": Block("new", {"a": 1})})
+        assert not (tmp_path / "copy" / "blocks" / "new.safetensors").exists()

@@ -1,5 +1,6 @@
 """The flags and variables by which a command joins other processes."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -30,8 +31,13 @@ def test_values_become_the_place_among_the_processes(monkeypatch):
     monkeypatch.setattr(processes, "start", found.append)
     join({})
     assert not found
-    join({"--coordinator": "a:1", "--processes": "4", "--process": "3", "--local-devices": "0,2"})
-    assert found == [processes.ProcessConfig("a:1", 4, 3, (0, 2))]
+    place = {"--coordinator": "a:1", "--processes": "4", "--process": "3"}
+    join(place | {"--local-devices": "0,2"})
+    join(place | {"--heartbeat-seconds": "7"})
+    assert found == [
+        processes.ProcessConfig("a:1", 4, 3, (0, 2)),
+        processes.ProcessConfig("a:1", 4, 3, heartbeat_seconds=7),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,10 @@ def test_values_become_the_place_among_the_processes(monkeypatch):
         (["--coordinator", "here", "--processes", "2"], "coordinator is 'here'; allowed is HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process is 2; allowed are 0 to 1"),
         (["--local-devices", "0,x"], "--local-devices is 'x'; allowed is a whole number"),
+        (
+            ["--heartbeat-seconds", "0", "--coordinator", "a:1", "--processes", "2"],
+            "heartbeat-seconds is 0; allowed is 1",
+        ),
     ],
 )
 def test_refusals(arguments, message, capsys):
@@ -55,8 +65,10 @@ def test_all_but_the_first_process_are_silent(monkeypatch):
     monkeypatch.setattr(processes, "is_writer", lambda: False)
     monkeypatch.setattr(joining.sys, "stdout", sys.stdout)
     monkeypatch.setattr(os, "environ", {})
+    disabled = []
+    monkeypatch.setattr(joining.logging, "disable", disabled.append)
     join({"--coordinator": "a:1", "--processes": "2", "--process": "1"})
-    assert sys.stdout.name == os.devnull and os.environ["TQDM_DISABLE"] == "1"
+    assert sys.stdout.name == os.devnull and os.environ["TQDM_DISABLE"] == "1" and disabled == [logging.WARNING]
     sys.stdout.close()
 
 

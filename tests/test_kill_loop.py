@@ -27,6 +27,30 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
     assert any(line.get("gradient_norm", 0) > 0 for line in lines)
 
 
+# Nested rollouts and replay, with a reward that an untrained model earns at times.
+SMALL = [
+    *("tiny", "--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
+    *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "8", "--evaluation.batch-size", "8"),
+    *("--warm-start.steps", "0", "--optimizer.warmup-steps", "0", "--optimizer.learning-rate", "0.01"),
+    *("--reward.checker", "function", "--reward.workers", "1", "--replay.capacity", "64"),
+    *("--reward.function", f"{kill_loop.ROOT}/tests/rewards/reward_functions.py:even"),
+    *("--replay.recent-share", "0.5", "--train.steps", "3", "--train.checkpoint-every", "1"),
+]
+
+
+@pytest.mark.slow
+def test_a_pair_of_which_one_process_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """The other one ends by itself, and both continue from the newest checkpoint."""
+    monkeypatch.setitem(RUNS, "small", SMALL)
+    loop = KillLoop(tmp_path, [signal.SIGKILL], random.Random(0), processes=2)
+    run = loop.killed("small", ["update"])
+    assert run.found == []
+    (kill,) = run.kills
+    assert kill.verdict == "killed" and kill.checkpoint is not None, kill
+    straight, _ = loop.undisturbed("small")
+    assert all(line["gradient_norm"] > 0 for line in read_log(straight / "metrics.jsonl")[1:])
+
+
 def test_twenty_kills_take_every_moment():
     planned = schedule(20, None)
     moments = [moment for _, chosen in planned for moment in chosen]
@@ -78,6 +102,24 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 )
 def test_how_a_process_may_end(signals, code, checkpoint, output, verdict):
     assert kill_loop.verdict_of(signals, code, checkpoint, output) == verdict
+
+
+@pytest.mark.parametrize(
+    ("verdict", "victim", "code", "output", "expected"),
+    [
+        ("killed", -9, -6, "", "killed"),
+        ("killed", -9, 0, "", "crashed"),  # it came to an end without the other
+        ("killed", -9, -9, "", "crashed"),
+        ("killed", -9, 1, "Traceback", "crashed"),
+        ("killed", -9, 1, "error: process 1 could not reach process 0 at coordinator 'x' within 300 s", "killed"),
+        ("killed", 75, 75, "", "killed"),
+        ("killed", 75, -6, "", "crashed"),
+        ("not reached", 0, 0, "", "not reached"),
+        ("not reached", 0, 1, "at coordinator", "crashed"),
+    ],
+)
+def test_how_the_others_may_end(verdict, victim, code, output, expected):
+    assert kill_loop.verdict_of_other(verdict, victim, code, output) == expected
 
 
 def test_the_report_has_a_row_for_each_kill_and_names_what_differs():

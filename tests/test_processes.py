@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,34 @@ def test_two_processes_talk():
         assert found["broadcast"] == "from 0"
         assert found["rows"] == [[0, 7], [1, 7]]
         assert found["places"].endswith("different places: process 0 at 'place 0', process 1 at 'place 1'")
+
+
+DEAD, ALIVE = (
+    "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: heartbeat timeout",
+    "DEADLINE_EXCEEDED",
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "waited", "aborted"),
+    [
+        (1, None, 37_000, False),  # the others end too
+        (1, DEAD, 37_000, True),
+        (1, ALIVE, 37_000, False),
+        (2, DEAD, 37_000, True),
+        (75, DEAD, 10_000, False),  # it was asked to end, whatever became of the others
+    ],
+)
+def test_an_error_waits_until_a_dead_process_would_be_known(code, error, waited, aborted, monkeypatch):
+    done, client = [], Mock()
+    client.wait_at_barrier.side_effect = None if error is None else jax.errors.JaxRuntimeError(error)
+    monkeypatch.setattr(processes, "_heartbeat_seconds", 7)
+    monkeypatch.setattr(processes, "_state", lambda: Mock(client=client))
+    monkeypatch.setattr(processes.os, "abort", lambda: done.append("abort"))
+    monkeypatch.setattr(processes, "flush_and_end", done.append)
+    processes.end_together(code)
+    assert client.wait_at_barrier.call_args.args[1] == waited
+    assert done[0] == ("abort" if aborted else code)
 
 
 ARRAYS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,11 @@ FLAGS = {
     ),
     "--processes": ("NESTED_REFT_PROCESSES", "N", "how many processes there are"),
     "--process": ("NESTED_REFT_PROCESS", "I", "which of them this is, from 0"),
+    "--heartbeat-seconds": (
+        "NESTED_REFT_HEARTBEAT_SECONDS",
+        "S",
+        "a process that was silent for so long counts as dead, and the others end; 100 unless given",
+    ),
     "--local-devices": ("NESTED_REFT_LOCAL_DEVICES", "I,J", "the devices of this host that it uses; all unless given"),
 }
 
@@ -71,21 +77,23 @@ def join(values: Mapping[str, str]) -> None:
     """
     if not values:
         return
-    others = [flag for flag in values if flag != "--coordinator"]
+    others = [flag for flag in values if flag not in ("--coordinator", "--heartbeat-seconds")]
     if values.get("--coordinator") == "auto" and others:
         raise BadInput(f"{others[0]} is given, but --coordinator is 'auto', which detects it; leave one out")
     # Only now: JAX takes a second to import, and most commands have one process.
     from nested_reft import processes
 
     try:
+        heartbeat = _whole("--heartbeat-seconds", values.get("--heartbeat-seconds", "100"))
         if values.get("--coordinator") == "auto":
-            processes.start_detected()
+            processes.start_detected(heartbeat_seconds=heartbeat)
         else:
             place = processes.ProcessConfig(
                 values.get("--coordinator"),
                 _whole("--processes", values.get("--processes", "1")),
                 _whole("--process", values.get("--process", "0")),
                 _devices(values.get("--local-devices")),
+                heartbeat_seconds=heartbeat,
             )
             if place.count == 1:
                 raise BadInput(f"{next(iter(values))} is given, but --processes is 1; give --processes N above 1")
@@ -96,6 +104,7 @@ def join(values: Mapping[str, str]) -> None:
         # Results and progress are the same everywhere, and one process shows them. tqdm reads its variable when it is
         # imported.
         os.environ["TQDM_DISABLE"] = "1"
+        logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it is used to the end)
 
 

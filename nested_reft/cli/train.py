@@ -57,12 +57,12 @@ def _train(
     path: Path | None = known.resume
     try:
         with checking_input():
-            config = _resolve_config(name, known.resume, overrides, command, kind)
-            _check_places(known)
-            # A run that is complete loads no model.
-            if known.resume is not None and is_complete(known.resume, config):
+            config = processes.agreed(lambda: _checked_config(known, name, overrides, command, kind))
+            # A run that is complete loads no model. All processes ask: they may not all continue one.
+            if is_complete(known.resume, config):
                 say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
-                keep_json(known.json, Run(known.resume).summary())
+                if processes.is_writer():
+                    keep_json(known.json, Run(known.resume).summary())
                 return
             trainer = open_trainer(config, known.runs, known.resume, on_stall=_end_stalled)
         path = trainer.run_directory.path
@@ -109,6 +109,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add_json(parser, "the summary")
     add_flags(parser)
     return parser
+
+
+def _checked_config(
+    known: argparse.Namespace, name: str | None, overrides: list[str], command: str, kind: OfflineKind | None
+) -> Config:
+    """The configuration, and that the places are there which the command names: all that needs no other process."""
+    config = _resolve_config(name, known.resume, overrides, command, kind)
+    _check_places(known)
+    return config
 
 
 def _resolve_config(

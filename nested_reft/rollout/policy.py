@@ -118,7 +118,7 @@ class Policy:
         path = Path(getattr(source, "path", source))
         # A Hugging Face directory has a config.json too, but no versions.json.
         if (path / "checkpoints").is_dir() or (path / "versions.json").is_file():
-            return _of_run(path, mesh or MeshConfig())
+            return _of_run(path, one_device() if mesh is None else make_mesh(mesh))
         model, tokenizer = load_model(str(source))
         return cls(model, tokenizer)
 
@@ -430,10 +430,11 @@ def _logprobs(
     ]
 
 
-def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
+def _of_run(run: Path, mesh: Mesh) -> Policy:
     """The policy of a run directory's newest checkpoint.
 
-    Only the parts of `config.json` that describe the policy are read: a policy knows nothing of training.
+    The run may have had more devices than this machine has, so its own mesh is not read. Of what else describes the
+    run, only the parts of `config.json` that describe the policy are read: a policy knows nothing of training.
 
     Raises:
         ValueError: not a run directory, one that this version cannot read, or without a complete checkpoint.
@@ -456,8 +457,6 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     # This check comes before the model is loaded, because loading is slow.
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{run}' has no complete checkpoint yet")
-    # The run may have had more devices than this machine has, so its own mesh is not read.
-    mesh = make_mesh(mesh_config)
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, nesting.bridge, seed, mesh)
     if has_head:
@@ -467,7 +466,8 @@ def _of_run(run: Path, mesh_config: MeshConfig) -> Policy:
     like = {"trainable": trainable, "updates": jnp.zeros((), jnp.int32)}
     if model.bridges is not None:
         like["bridges"] = model.bridges.stack()
-    with Checkpoints(run / "checkpoints", keep) as checkpoints:
+    # Each of several processes loads it for itself: a reward model is loaded while only one of them may be at it.
+    with Checkpoints(run / "checkpoints", keep, alone=True) as checkpoints:
         identity = checkpoint_identity(source.name, model.config, tokenizer)
         arrays, host = _newest(checkpoints, run / "config.json", stored, like, identity)
     model = nnx.merge(graph, arrays["trainable"], frozen)

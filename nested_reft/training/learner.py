@@ -153,7 +153,9 @@ class Learner:
 
     def rest(self) -> None:
         """Ends a phase for one that does not train: the optimizer's memory goes."""
-        self.state = TrainState(self.state.trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
+        state = TrainState(self.state.trainable, optax.EmptyState(), jnp.zeros((), jnp.int32))
+        # Several processes can save only what lies on the devices of all.
+        self.state = replicate_scalars(state, self.mesh)
 
     def arrays(self, with_reference: bool) -> dict[str, Any]:
         """What a checkpoint holds of the learner, by name. Frozen parameters come with the model.

@@ -103,8 +103,9 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         raise ValueError("the configuration holds values that JSON cannot keep, so its runs could not be resumed")
     config = with_chosen_mesh(config)
     # The mesh is made for its checks alone, before data and model are loaded.
-    check_backend(config.search, make_mesh(config.mesh).size)
+    mesh = make_mesh(config.mesh)
     _check_processes(config)
+    check_backend(config.search, mesh.size)
     if policy is None and config.model.name != "scratch":
         # An unknown name is found before the data are read; loading the weights comes later.
         resolve_model(config.model.name)
@@ -185,16 +186,7 @@ def _check_processes(config: Config) -> None:
     if config.search.backend != "inline":
         raise ValueError(
             f"search.backend is '{config.search.backend}', with {count} processes; allowed is 'inline', since all"
-            " processes search together"
-        )
-    if config.replay.is_on:
-        raise ValueError(
-            f"replay.capacity is {config.replay.capacity}, with {count} processes; allowed is 0, since their"
-            " checkpoints do not hold a store yet"
-        )
-    if config.reward.model:
-        raise ValueError(
-            f"reward.model names {len(config.reward.model)} models, with {count} processes; they take one process yet"
+            " processes search together; search.lag works with it too"
         )
     if config.nesting.bridge.file is not None:
         raise ValueError(

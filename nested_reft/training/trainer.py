@@ -316,12 +316,12 @@ class Trainer:
 
     def _load(self) -> None:
         run = self.run_directory
-        run.check_logs()
+        processes.agreed(run.check_logs)
         marks = self.state.load(self.checkpoints, prepare=lambda state: self.phases[state.phase].prepare(state))
         # Everything has been checked and read, so from here on files may change.
         is_last = self.state.phase == len(self.phases) - 1
         # Log lines belong to the last phase; a run that has not reached it has none to keep.
-        run.continue_from(self.state.step if is_last else -1, marks)
+        processes.agreed(lambda: run.continue_from(self.state.step if is_last else -1, marks))
 
     def _run_phase(self, phase: Phase, stop_requested: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train

@@ -13,6 +13,7 @@ from nested_reft.losses.supervised import SupervisedConfig
 from nested_reft.models.lora import LoraConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.run_directory import RunDirectory
+from nested_reft.sharding import MeshConfig
 from nested_reft.training.learner import Learner, LearnerBatch, completion_bucket
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.searcher import Searcher
@@ -45,6 +46,14 @@ def copies(monkeypatch):
     copied, copy = [], jnp.copy
     monkeypatch.setattr("nested_reft.training.learner.jnp.copy", lambda x: copied.append(x) or copy(x))
     return copied
+
+
+def test_what_a_phase_without_training_saves_lies_on_the_whole_mesh():
+    """Several processes could not save the counter of the first device alone."""
+    learner = Learner(prepare(nano(mesh=MeshConfig(data=4))).policy)
+    learner.rest()
+    arrays = jax.tree.leaves(learner.arrays(with_reference=False))
+    assert {len(array.sharding.device_set) for array in arrays} == {4}
 
 
 def test_the_loop_copies_no_parameters(tmp_path, copies):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from nested_reft import processes
 from nested_reft.data.prompts import PromptFormat
 from nested_reft.data.sources import JsonlSource, TaskSource, exactly
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
@@ -103,6 +104,16 @@ def test_a_source_with_its_own_prompt_and_dropped_rows(tmp_path):
     data = prepare(nano(data__sources=(own,), data__prompt=PromptFormat("{no}"), data__too_long="drop")).data
     texts = [example.text for examples in (data.train_examples[0], data.heldout_examples[0]) for example in examples]
     assert sorted(texts) == [f"{n}+1 =" for n in range(9)]
+
+
+@pytest.mark.parametrize("backend", ["thread", "ray"])
+def test_several_processes_search_together_and_no_other_way(backend, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    search = SearchConfig(backend=backend, lag=1)
+    config = nano(mesh=MeshConfig(data=8), data__prompts_per_batch=8, search=search)
+    message = f"search.backend is '{backend}', with 2 processes; allowed is 'inline', .*search.lag works with it too"
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
 
 
 def test_a_question_held_out_in_one_source_is_trained_on_in_none():
