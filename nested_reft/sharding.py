@@ -37,6 +37,9 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "hidden": ("tensor",),
     "width": ("fsdp",),
+    # Rows whose logits are drawn from: each device has the whole vocabulary of some.
+    "row": AXES,
+    "completion": ("tensor",),
 }
 
 
@@ -222,9 +225,18 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return array
-    sizes = [math.prod(mesh.shape[name] for name in MESH_AXES.get(axis, ())) for axis in axes]
-    split = ["" if length % size else axis for length, size, axis in zip(array.shape, sizes, axes, strict=False)]
+    split = ["" if length % shares(axis) else axis for length, axis in zip(array.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(array, partition_spec(split))
+
+
+def shares(axis: str) -> int:
+    """Into how many shares programs under `on_mesh` split a logical axis, where the mesh divides it.
+
+    Args:
+        axis: its name.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(name, 1) for name in MESH_AXES.get(axis, ()))
 
 
 def place(tree: Any, mesh: Mesh, axes: Sequence[str] = ()) -> Any:

@@ -16,6 +16,7 @@ from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
+from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
 COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
@@ -159,7 +160,7 @@ class _Decoder:
         """Draws each row's next token from its hidden state."""
         # Rows draw by their place in the whole batch, so that dropping finished rows changes no draw.
         uniform = row_uniforms(jax.random.fold_in(self.key, state.step), self.shape)[:, *rows]
-        token_bg, logprob_bg = sample_token(uniform, self.model.logits(hidden_bgD), self.sampling)
+        token_bg, logprob_bg = sample_token(uniform, _whole_rows(self.model.logits(hidden_bgD)), self.sampling)
         done_bg = state.done_BG[rows]
         # A finished row still passes through the model with the batch; what it draws is not kept.
         token_bg, logprob_bg = (jnp.where(done_bg, 0, value) for value in (token_bg, logprob_bg))
@@ -230,6 +231,17 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
     return decoder.until_fits(state, rows, prompt, (0, 0))
 
 
+def _whole_rows(logits_bgV: Array) -> Array:
+    """The logits with rows split over all devices, and the vocabulary over none.
+
+    Products leave them split along the vocabulary. To sample, each device would else gather the logits of all rows of
+    its share of the batch: on TPUs, as many bytes as the weights.
+    """
+    if logits_bgV.shape[0] % shares("row") == 0:
+        return constrain(logits_bgV, "row")
+    return constrain(logits_bgV, "batch", "completion")
+
+
 def _shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
     """Each row moved to the left by its own number of places, or to the right where that is negative; what falls out
     at one end comes in at the other."""
@@ -255,6 +267,18 @@ def _cache_sizes(size: int) -> list[int]:
     # The last token is never fed, so it needs no slot.
     last = max(size - 1, 1)
     return [-(-last // 4), -(-last // 2), last] if size >= GROW_FROM else [last]
+
+
+def decode_loops(batch: int, group: int, size: int) -> list[int]:
+    """Steps of each of the loops that decode a batch, in their order, where no row ends before its limit.
+
+    Args:
+        batch, group, size: B, G and C.
+    """
+    ends = [*_cache_sizes(size)[:-1], max(size - 1, 0)]
+    steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    # No row leaves, so the loop before the first compaction goes on to the end, and those behind it have nothing to do.
+    return steps + [0] * len(_compactions(batch, group, size))
 
 
 def _with_cache_size(state: _DecodeState, size: int) -> _DecodeState:
