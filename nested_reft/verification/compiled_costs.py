@@ -50,6 +50,10 @@ TPU_ENVIRONMENT = {
 }
 
 
+class DoesNotFit(ValueError):
+    """A program needs more memory than a device has; the compiler says so."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What the compiler says about one program, per device; see `device_unit`.
@@ -371,7 +375,7 @@ def compiled_program(program: str, shape: PlanShape, function: Any, arguments: t
         arguments: by shape, dtype and placement.
 
     Raises:
-        ValueError: the program does not fit a device.
+        DoesNotFit: it needs more memory than a device has.
     """
     # The programs of a run are called on their mesh, which tells them how to split what they compute.
     mesh = jax.tree.leaves(arguments)[0].sharding.mesh
@@ -382,7 +386,7 @@ def compiled_program(program: str, shape: PlanShape, function: Any, arguments: t
         # Any other failure of the compiler is a fault, and should be seen as one.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(
+        raise DoesNotFit(
             f"the {program} of {shape.steps} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
             " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.tensor"
         ) from None

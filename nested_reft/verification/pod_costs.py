@@ -35,6 +35,7 @@ from nested_reft.plan_price import (
     head_parameters,
 )
 from nested_reft.rollout.generate import decode_loops, generate
+from nested_reft.sharding import on_mesh
 from nested_reft.training.config import Config
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.step import BaseModel, TrainState, make_update
@@ -153,11 +154,12 @@ def rollout_cost(config: ModelConfig, training: Config, mesh: Mesh, shape: PlanS
     # Where rollouts read the weights that train, these are held once.
     held = local_bytes((state, base)) - (local_bytes(weights) if training.rollout.weights == "target" else 0)
     compiled = compiled_program("rollout", shape, jax.jit(rollout), arguments)
+    with on_mesh(mesh):
+        loops = decode_loops(*rows, work.completion_tokens)
     costs = program_costs(
         compiled.as_text(),
-        mesh.size,
-        mesh.shape["slice"],
-        open_loops=decode_loops(*rows, work.completion_tokens),
+        mesh.shape,
+        open_loops=loops,
         branch_counts=shape.counts,
     )
     useful = rollout_flops(config, work, shape, training.nesting.bridge.rank)
@@ -178,7 +180,7 @@ def update_cost(config: ModelConfig, training: Config, mesh: Mesh) -> ProgramCos
     held = 0
     if training.rollout.weights != "target":
         held = local_bytes(_read_by_rollouts(training, *arguments[:2], mesh)[1])
-    costs = program_costs(compiled.as_text(), mesh.size, mesh.shape["slice"])
+    costs = program_costs(compiled.as_text(), mesh.shape)
     work = dataclasses.replace(workload_of(training), prompts=training.data.prompts_per_batch // task.mini_batches)
     # Each product of the forward pass has two of its size in the backward pass: one for what it read, which frozen
     # weights need too, and one for its weights.
@@ -299,11 +301,11 @@ def _added_up(collectives: Sequence[Collective]) -> tuple[dict[str, Any], ...]:
     for each in collectives:
         if not each.times:
             continue
-        key = (each.kind, each.group, each.slices, each.loops)
+        key = (each.kind, each.over, each.group, each.loops)
         entry = sums.setdefault(
             key,
             dict(
-                zip(("kind", "group", "slices", "loops"), key, strict=True),
+                zip(("kind", "over", "group", "loops"), key, strict=True),
                 times=0,
                 bytes=0.0,
                 ici_bytes=0.0,

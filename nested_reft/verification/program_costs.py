@@ -9,8 +9,10 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from nested_reft.verification.hbm_traffic import instruction_bytes
 from nested_reft.verification.hlo import Array, Computation, Instruction, Program, executed, parse
@@ -27,6 +29,7 @@ class Collective:
         kind: one of `KINDS`.
         result: the arrays that it leaves on each device, as text.
         bytes: of the whole value: what is gathered, reduced or moved, before it is scattered.
+        over: axes of the mesh along which the devices of a group differ.
         group: devices that exchange with one another.
         slices: slices that a group has devices of.
         times: how often it runs.
@@ -37,6 +40,7 @@ class Collective:
     kind: str
     result: str
     bytes: int
+    over: tuple[str, ...]
     group: int
     slices: int
     times: float
@@ -80,14 +84,14 @@ class ProgramCosts:
 
 
 def program_costs(
-    hlo: str, devices: int, slices: int = 1, open_loops: Sequence[int] = (), branch_counts: Sequence[int] = ()
+    hlo: str, mesh: Mapping[str, int], open_loops: Sequence[int] = (), branch_counts: Sequence[int] = ()
 ) -> ProgramCosts:
     """Counts what a program does.
 
     Args:
         hlo: `compiled.as_text()`.
-        devices: that it runs on.
-        slices: that these form, as many devices in each, one slice after the other.
+        mesh: sizes of its axes by name, in the order in which they number its devices. Between devices that differ
+            along `slice` is the slow connection.
         open_loops, branch_counts: as `hlo.executed` takes them.
 
     Raises:
@@ -102,7 +106,7 @@ def program_costs(
         if i.opcode in _CONTROL:
             continue
         # The steps of a collective that runs beside others are fused with them, and share a channel.
-        for inner, name, body in _within(program, run.name, i, computation):
+        for inner, name in _within(program, run.name, i):
             kind = _kind(inner)
             if kind is None:
                 continue
@@ -110,19 +114,18 @@ def program_costs(
             key = (run.computation, kind, channel[1] if channel else name)
             if key not in seen:
                 seen.add(key)
-                found.append(_collective(kind, inner, body, devices, slices, run.times, len(run.loops)))
+                found.append(_collective(kind, inner, mesh, run.times, len(run.loops)))
         flops += run.times * (_flops(computation, i) + sum(product[name] for name in _fused(i)))
         moved += run.times * instruction_bytes(program.computations, computation, i)
     return ProgramCosts(flops, moved, tuple(found))
 
 
-def _within(program: Program, name: str, i: Instruction, computation: Computation):
-    """The instruction, and all that is fused into it."""
-    yield i, name, computation
+def _within(program: Program, name: str, i: Instruction) -> Iterator[tuple[Instruction, str]]:
+    """The instruction, and all that is fused into it, with their names."""
+    yield i, name
     for called in _fused(i):
-        body = program.computations[called]
-        for inner_name, inner in body.items():
-            yield from _within(program, inner_name, inner, body)
+        for inner_name, inner in program.computations[called].items():
+            yield from _within(program, inner_name, inner)
 
 
 def _fused(i: Instruction) -> tuple[str, ...]:
@@ -134,29 +137,33 @@ def _kind(i: Instruction) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _collective(
-    kind: str, i: Instruction, computation: Computation, devices: int, slices: int, times: float, loops: int
-) -> Collective:
-    groups = _groups(i.attributes, devices)
+def _collective(kind: str, i: Instruction, mesh: Mapping[str, int], times: float, loops: int) -> Collective:
+    groups = _groups(i.attributes, math.prod(mesh.values()))
     # What starts a collective returns its operands beside its results.
     arrays = i.results
     if i.opcode.endswith("-start") and kind != "all-reduce":
         arrays = arrays[len(i.operands) : 2 * len(i.operands)]
     size = sum(array.payload for array in arrays)
-    group = len(groups[0])
-    per_slice = max(devices // slices, 1)
-    crossed = max(len({device // per_slice for device in members}) for members in groups)
+    over = {axis for group in groups for axis in _axes_between(group, mesh)}
+    slices = mesh.get("slice", 1) if "slice" in over else 1
     name = re.search(r'op_name="([^"]*)"', i.attributes)
     return Collective(
         kind=kind,
         result=" ".join(f"{array.dtype}{list(array.shape)}".replace(" ", "") for array in arrays),
-        bytes=size * group if kind == "reduce-scatter" else size,
-        group=group,
-        slices=crossed,
+        bytes=size * len(groups[0]) if kind == "reduce-scatter" else size,
+        over=tuple(axis for axis in mesh if axis in over),
+        group=len(groups[0]),
+        slices=min(slices, len(groups[0])),
         times=times,
         loops=loops,
         name=name[1] if name else "",
     )
+
+
+def _axes_between(group: Sequence[int], mesh: Mapping[str, int]) -> set[str]:
+    """The axes along which some devices of a group differ."""
+    places = [np.unravel_index(device, tuple(mesh.values())) for device in group]
+    return {axis for axis, at in zip(mesh, zip(*places, strict=True), strict=True) if len(set(at)) > 1}
 
 
 def _groups(attributes: str, devices: int) -> list[list[int]]:
