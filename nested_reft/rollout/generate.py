@@ -284,6 +284,8 @@ def _whole_rows(logits_bgV: Array) -> Array:
     Products leave them split along the vocabulary. To sample, each device would else gather the logits of all rows of
     its share of the batch: on TPUs, as many bytes as the weights.
     """
+    # Named first, or devices would rather gather the head's weights, and read all of them in every step.
+    logits_bgV = constrain(logits_bgV, "batch", "", "vocab")
     if logits_bgV.shape[0] % shares("row") == 0:
         return constrain(logits_bgV, "row")
     return constrain(logits_bgV, "batch", "completion")

@@ -83,7 +83,7 @@ def test_a_group_over_slices_and_devices_sends_its_share():
 
 
 def test_loops_without_a_known_end_need_a_count():
-    with pytest.raises(ValueError, match="1 loops whose end depends on data .%decoded., and 0 counts were given"):
+    with pytest.raises(ValueError, match=r"1 loops whose end depends on data \(%decoded\), and 0 counts were given"):
         program_costs(PROGRAM, MESH)
 
 
