@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -227,6 +227,32 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
         return array
     split = ["" if length % shares(axis) else axis for length, axis in zip(array.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(array, partition_spec(split))
+
+
+def constrain_used(array: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A parameter with its width whole, as a program uses it; its gradient is split as the parameter is stored.
+
+    Otherwise the gradient would be summed whole on every device, which sends twice as much as giving each device the
+    sum of its own share.
+
+    Args:
+        array: the parameter, stored by `axes`.
+        axes: logical axes.
+    """
+    if shares("width") == 1:
+        return constrain(array, *used_axes(axes))
+    return _gathered(array, tuple(axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return constrain(array, *used_axes(axes))
+
+
+_gathered.defvjp(
+    lambda array, axes: (_gathered(array, axes), None),
+    lambda axes, _, gradient: (constrain(gradient, *axes),),
+)
 
 
 def shares(axis: str) -> int:

@@ -15,7 +15,7 @@ from nested_reft.models.bridges import add_bridge
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import add_mlp, as_operand
 from nested_reft.models.parameters import Parameters, axes_of
-from nested_reft.sharding import constrain, shares, used_axes
+from nested_reft.sharding import constrain, constrain_used, shares
 
 Streams = tuple[Array, ...]
 Carry = tuple[Streams, Any]
@@ -54,7 +54,7 @@ class Layers:
 
 def _as_used(stack: str, arrays: Parameters) -> Parameters:
     """An entry of a stack whose matrices are whole in their width, whichever way they are stored."""
-    return {name: constrain(value, *used_axes(axes_of(f"{stack}/{name}")[1:])) for name, value in arrays.items()}
+    return {name: constrain_used(value, axes_of(f"{stack}/{name}")[1:]) for name, value in arrays.items()}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from tests.tiny_models import TINY
 
 SHAPE = dataclasses.replace(TINY, vocab_size=32)
 MESH = MeshConfig(slices=2, fsdp=2, tensor=2)
-CONFIG = load_config("tiny", data={"prompts_per_batch": 8, "max_prompt_tokens": 12}, rollout={"max_completion_tokens": 8})
+CONFIG = load_config(
+    "tiny", data={"prompts_per_batch": 8, "max_prompt_tokens": 12}, rollout={"max_completion_tokens": 8}
+)
 PROMPTS, GROUP = 8 // MESH.batch, 8  # of one device
 
 pytestmark = pytest.mark.slow
