@@ -42,9 +42,9 @@ def _costs(known: argparse.Namespace, config: Config) -> None:
         mesh = compiled_costs.checked_mesh(config, shape, devices)
         # Compiling stands here as well, because what the topology refuses is bad input too.
         costs = compiled_costs.decode_costs(config, shape, mesh) if not known.no_decode else []
-        programs = pod_costs.rollout_costs(config, shape, mesh) if not known.no_rollout else []
+        programs = pod_costs.rollout_costs(shape, config, mesh) if not known.no_rollout else []
         if not known.no_update:
-            programs.append(pod_costs.update_cost(config, shape, mesh))
+            programs.append(pod_costs.update_cost(shape, config, mesh))
     unit = compiled_costs.device_unit(devices)
     slices = f"{config.mesh.slices} slices of " if config.mesh.slices > 1 else ""
     say(f"{_names(costs, config, programs)}, for {mesh.size} of {len(devices)} {unit}s of {slices}{known.topology}\n")
