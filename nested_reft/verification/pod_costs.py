@@ -261,8 +261,8 @@ def _cost(
     memory, rates = compiled.memory_analysis(), ceilings_of(mesh.devices.flat[0].device_kind)
     taken = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     taken += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    ici = sum(each.ici_bytes for each in costs.collectives)
-    dcn = sum(each.dcn_bytes for each in costs.collectives)
+    ici = sum((each.ici_bytes for each in costs.collectives), 0.0)
+    dcn = sum((each.dcn_bytes for each in costs.collectives), 0.0)
     seconds, mine = _seconds(rates, costs, ici, dcn), useful / mesh.size
     return ProgramCost(
         program=program,
