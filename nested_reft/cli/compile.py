@@ -64,7 +64,9 @@ def _table(known: argparse.Namespace, config: Config) -> None:
             slice_choice.slices_of(generation)
         # Rows that an earlier call has found are kept, for each takes minutes.
         done = read_json_object(known.json).get("rows", []) if known.json is not None else []
-        for row in slice_choice.minimum_resources(config, shapes, known.generations, done):
+        # With nothing to compile, the bound is left.
+        compiles = not (known.no_rollout and known.no_update)
+        for row in slice_choice.minimum_resources(config, shapes, known.generations, done, compiles):
             done = [*done, row]
             keep_json(known.json, {"rows": done})
     say(resource_table(done))
@@ -81,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("decode", "rollout", "update"):
         parser.add_argument(f"--no-{name}", action="store_true", help=f"leave the {name} out, to save time")
     parser.add_argument(
-        "--table", action="store_true", help="find the smallest slice for each model instead; --json keeps the rows"
+        "--table",
+        action="store_true",
+        help="find the smallest slice for each model instead; --json keeps the rows, and --no-rollout --no-update finds"
+        " it by a lower bound",
     )
     names = {"models": slice_choice.MODELS, "generations": tuple(slice_choice.SLICES)}
     for name, default in names.items():

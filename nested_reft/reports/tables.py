@@ -282,17 +282,18 @@ def resource_table(rows: list[dict[str, Any]]) -> str:
     Args:
         rows: of `minimum_resources`.
     """
-    lines = ["| model | trains | smallest slice | chips | mesh | GB of a chip: rollout | update |"]
-    lines.append("|---" * 7 + "|")
+    lines = ["| model | trains | smallest slice | chips | mesh | GB of a chip, at least | rollout | update |"]
+    lines.append("|---" * 8 + "|")
     for row in rows:
         what = [row["model"], "all parameters" if row["all_parameters"] else "adapters"]
         if row["slice"] is None:
-            lines.append(f"| {' | '.join(what)} | none of {row['generation']} | | | | |")
+            lines.append(f"| {' | '.join(what)} | none of {row['generation']} | | | | | |")
             continue
         sizes = {each["program"]: f"{each['bytes'] / 1e9:.1f}" for each in row["programs"]}
         mesh = " x ".join(f"{name} {size}" for name, size in row["mesh"].items() if size > 1) or "one chip"
         place = f"{row['cloud_name']} ({row['generation']}:{row['slice']})"
         lines.append(
-            f"| {' | '.join(what)} | {place} | {row['chips']} | {mesh} | {sizes['rollout']} | {sizes['update']} |"
+            f"| {' | '.join(what)} | {place} | {row['chips']} | {mesh} | {row['least_bytes'] / 1e9:.1f}"
+            f" | {sizes.get('rollout', '')} | {sizes.get('update', '')} |"
         )
     return "\n".join(lines)

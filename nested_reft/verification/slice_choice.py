@@ -149,7 +149,11 @@ def least_bytes(config: Config, shape: ModelConfig) -> float:
 
 
 def minimum_resources(
-    config: Config, shapes: Mapping[str, ModelConfig], generations: Sequence[str], done: Sequence[dict[str, Any]] = ()
+    config: Config,
+    shapes: Mapping[str, ModelConfig],
+    generations: Sequence[str],
+    done: Sequence[dict[str, Any]] = (),
+    compiles: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """For each model and generation, the smallest slice with 90 % of whose memory a run does: all parameters trained,
     and adapters alone.
@@ -159,6 +163,7 @@ def minimum_resources(
         shapes: models by name.
         generations: of TPUs.
         done: rows that are known already and are left out.
+        compiles: False takes the lower bound's word, which costs seconds and not minutes.
 
     Yields:
         Rows, as plain values; `slice` is None where no slice fits.
@@ -168,17 +173,18 @@ def minimum_resources(
         for generation in generations:
             for all_parameters in (True, False):
                 if (name, generation, all_parameters) not in known:
-                    found = smallest_slice(trained(config, all_parameters), shape, generation)
+                    found = smallest_slice(trained(config, all_parameters), shape, generation, compiles)
                     yield {"model": name, "generation": generation, "all_parameters": all_parameters, **found}
 
 
-def smallest_slice(config: Config, shape: ModelConfig, generation: str) -> dict[str, Any]:
+def smallest_slice(config: Config, shape: ModelConfig, generation: str, compiles: bool = True) -> dict[str, Any]:
     """The smallest slice of a generation that a run fits on, with what its rollout and its update cost.
 
     Args:
         config: of the run.
         shape: of its model.
         generation: of the TPU.
+        compiles: as `minimum_resources` takes it.
     """
     memory, too_small = ceilings_of(_KINDS[generation]).memory_bytes, []
     assert memory is not None
@@ -187,7 +193,7 @@ def smallest_slice(config: Config, shape: ModelConfig, generation: str) -> dict[
         run = smallest_on(config, shape, chips, memory)
         if run is None:
             continue
-        programs = _compiled(run, shape, f"{generation}:{name}")
+        programs = _compiled(run, shape, f"{generation}:{name}") if compiles else []
         found = {
             "slice": name,
             "cloud_name": cloud_name(generation, name),
@@ -195,9 +201,10 @@ def smallest_slice(config: Config, shape: ModelConfig, generation: str) -> dict[
             "mesh": dataclasses.asdict(run.mesh),
             "prompts": run.data.prompts_per_batch,
             "micro_batches": run.train.micro_batches,
+            "least_bytes": least_bytes(run, shape),
             "programs": [each.to_json() for each in programs],
         }
-        if len(programs) == 2 and all(each.fits for each in programs):
+        if not compiles or (len(programs) == 2 and all(each.fits for each in programs)):
             return found | {"too_small": too_small}
         too_small.append(found)
     return {"slice": None, "too_small": too_small}

@@ -103,6 +103,26 @@ def test_slices_are_tried_until_one_fits(monkeypatch):
     assert last.startswith("| qwen2.5-math-1.5b-instruct | all parameters | v5litepod-8 (v5e:2x4) | 8 | ")
 
 
+def test_the_bound_alone_compiles_nothing(capsys):
+    command = [
+        "compile",
+        "qwen_math_gsm8k",
+        "--table",
+        "--no-rollout",
+        "--no-update",
+        "--generations",
+        "v5e",
+        "--models",
+    ]
+    assert main([*command, "qwen2.5-math-7b-instruct", "qwen2.5-72b-instruct"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    # 4x4 is the first with room for the moments of 7B. 72B keeps 16.9 GB of activations on each chip.
+    assert rows[0].startswith(
+        "| qwen2.5-math-7b-instruct | all parameters | v5litepod-16 (v5e:4x4) | 16 | fsdp 4 x tensor 4"
+    )
+    assert [row.split(" | ")[2].strip(" |") for row in rows[2:]] == ["none of v5e"] * 2
+
+
 def cost(program, size):
     return pod_costs.ProgramCost(
         program=program, layers=1, bridged=0, devices=1, program_bytes=int(size), held_bytes=0, memory_bytes=16e9,
@@ -113,7 +133,8 @@ def cost(program, size):
 def test_the_table_keeps_what_it_has(monkeypatch, tmp_path, capsys):
     file, asked = tmp_path / "table.json", []
 
-    def rows(config, shapes, generations, done):
+    def rows(config, shapes, generations, done, compiles):
+        assert compiles
         asked.append(len(done))
         yield {"model": "m", "generation": generations[0], "all_parameters": True, "slice": None, "too_small": []}
 
