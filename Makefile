@@ -25,7 +25,13 @@ OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.test-ready
 OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.txt
 
-.PHONY: help run test test-oldest lint types format clean
+# The TPU compiler beside .venv and not in it, where JAX would look for a TPU at each start.
+TPU := .venv-tpu
+TPU_READY := $(TPU)/.ready
+LIBTPU ?= libtpu==0.0.52
+TPU_COMPILE ?= compile qwen_math_gsm8k --topology v5e:2x4 --mesh.data auto --train.micro-batches 4
+
+.PHONY: help run test test-oldest tpu-compile lint types format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -33,6 +39,7 @@ help:
 	@echo "make run     set up, train SmolLM2-135M to add step by step, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
+	@echo "make tpu-compile   compile for a TPU that is not here, with the compiler in .venv-tpu, and run the tests of it"
 	@echo "make lint    check format and style       make types   check types"
 	@echo "make format  apply both                   make clean   remove .venv*, caches, builds; runs/ stays"
 
@@ -44,6 +51,10 @@ test: $(TEST_READY)
 
 test-oldest: $(OLDEST_READY)
 	@$(OLDEST)/bin/python -m pytest $(OLDEST_PYTEST_ARGS)
+
+tpu-compile: $(TPU_READY)
+	@PYTHONPATH=$(TPU) JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -k "tpu or topolog" tests/verification
+	@PYTHONPATH=$(TPU) JAX_PLATFORMS=cpu $(VENV)/bin/nested-reft $(TPU_COMPILE)
 
 lint: $(TEST_READY)
 	@$(VENV)/bin/ruff format --check .
@@ -57,7 +68,7 @@ format: $(TEST_READY)
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(OLDEST) $(TPU) build dist *.egg-info .pytest_cache .ruff_cache
 	@find nested_reft experiments scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps are written last, so an interrupted set-up starts over; an environment without a working pip is replaced.
@@ -73,6 +84,12 @@ $(TEST_READY): $(RUN_READY)
 	@echo "Adding the test tools, $(TORCH) among them (one to five minutes the first time) ..."
 	@$(INSTALL) '$(TORCH)'
 	@$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(TPU_READY): $(TEST_READY)
+	@echo "Adding the TPU compiler, $(LIBTPU), in $(TPU) (about a minute) ..."
+	@rm -rf $(TPU)
+	@$(VENV)/bin/python $(PIP) install --no-deps --target $(TPU) '$(LIBTPU)'
 	@touch $@
 
 # Only a Python whose oldest supported wheels exist will do: 3.11, unless PYTHON names another.

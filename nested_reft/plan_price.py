@@ -25,10 +25,17 @@ class Ceilings:
     Attributes:
         bytes_per_second: read from main memory.
         flops_per_second: of dense products; in bfloat16 on accelerators, in float32 on a CPU.
+        memory_bytes: of main memory, in units of 10^9 bytes to a GB; None where it is not listed here.
+        ici_bytes_per_second: that one device sends to others of its slice, all ports together; None as above.
+        dcn_bytes_per_second: a device's share of what it sends to other slices, through the network of the data
+            centre; None as above.
     """
 
     bytes_per_second: float
     flops_per_second: float
+    memory_bytes: float | None = None
+    ici_bytes_per_second: float | None = None
+    dcn_bytes_per_second: float | None = None
 
     def seconds(self, moved_bytes: int, flops: int) -> float:
         """The least time in which a part can move that many bytes and do that many operations.
@@ -41,10 +48,12 @@ class Ceilings:
 
 
 CEILINGS = {
-    # Google Cloud's documentation, pages "TPU v5e", "TPU v5p" and "TPU v6e", per chip.
-    "TPU v5 lite": Ceilings(819e9, 197e12),
-    "TPU v5": Ceilings(2765e9, 459e12),
-    "TPU v6 lite": Ceilings(1638e9, 918e12),
+    # Google Cloud's documentation (docs.cloud.google.com/tpu/docs), pages "TPU v5e", "TPU v5p" and "TPU v6e", per chip.
+    # It gives connections within a slice (ICI) in both directions: 400, 1200 and 800 GB/s. The network between slices
+    # is 6.4 Tbit/s for a v5e pod of 256 chips, 50 Gbit/s for a v5p chip, and 25.6 Tbit/s for a v6e pod of 256 chips.
+    "TPU v5 lite": Ceilings(819e9, 197e12, 16e9, 200e9, 3.125e9),
+    "TPU v5": Ceilings(2765e9, 459e12, 95e9, 600e9, 6.25e9),
+    "TPU v6 lite": Ceilings(1638e9, 918e12, 32e9, 400e9, 12.5e9),
     # NVIDIA's data sheets of the H100 (SXM) and the H200, without sparsity.
     "H100": Ceilings(3.35e12, 989e12),
     "H200": Ceilings(4.8e12, 989e12),

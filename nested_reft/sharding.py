@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -37,6 +37,9 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "hidden": ("tensor",),
     "width": ("fsdp",),
+    # Rows whose logits are drawn from: each device has the whole vocabulary of some.
+    "row": AXES,
+    "completion": ("tensor",),
 }
 
 
@@ -222,9 +225,44 @@ def constrain(array: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return array
-    sizes = [math.prod(mesh.shape[name] for name in MESH_AXES.get(axis, ())) for axis in axes]
-    split = ["" if length % size else axis for length, size, axis in zip(array.shape, sizes, axes, strict=False)]
+    split = ["" if length % shares(axis) else axis for length, axis in zip(array.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(array, partition_spec(split))
+
+
+def constrain_used(array: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """A parameter with its width whole, as a program uses it; its gradient is split as the parameter is stored.
+
+    Otherwise the gradient would be summed whole on every device, which sends twice as much as giving each device the
+    sum of its own share.
+
+    Args:
+        array: the parameter, stored by `axes`.
+        axes: logical axes.
+    """
+    if shares("width") == 1:
+        return constrain(array, *used_axes(axes))
+    return _gathered(array, tuple(axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return constrain(array, *used_axes(axes))
+
+
+_gathered.defvjp(
+    lambda array, axes: (_gathered(array, axes), None),
+    lambda axes, _, gradient: (constrain(gradient, *axes),),
+)
+
+
+def shares(axis: str) -> int:
+    """Into how many shares programs under `on_mesh` split a logical axis, where the mesh divides it.
+
+    Args:
+        axis: its name.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(name, 1) for name in MESH_AXES.get(axis, ()))
 
 
 def place(tree: Any, mesh: Mesh, axes: Sequence[str] = ()) -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
+from nested_reft.sharding import constrain
 
 MASKED = -1e30  # finite, so that a row with no valid key stays finite
 FEW_ROWS = 64  # up to which a CPU's MLP is faster features first; at 128 it is not; see `add_mlp`
@@ -56,7 +57,9 @@ def project_qkv(
         # Without the barrier a TPU's compiler moves the split into heads to the weights, and transposes them each step.
         flat = jax.lax.optimization_barrier(linear(layer, name, normed))
         # No -1: a completion of one token has none to run.
-        return flat.reshape(*flat.shape[:-1], flat.shape[-1] // config.head_size, config.head_size)
+        split = flat.reshape(*flat.shape[:-1], flat.shape[-1] // config.head_size, config.head_size)
+        # Devices share heads. Left to itself, the compiler may split the halves that `rotate` exchanges.
+        return constrain(split, "batch", "", "", "heads" if name == "query" else "kv_heads")
 
     query, key, value = heads("query"), heads("key"), heads("value")
     if config.qk_norm:
@@ -150,7 +153,7 @@ def add_attention(
         x: residual stream before the layer.
         attended: what `attend` returned for it.
     """
-    return x + linear(layer, "output", attended)
+    return constrain(x + linear(layer, "output", attended), "batch")
 
 
 def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) -> Float[Array, "B G T D"]:
@@ -316,7 +319,8 @@ def rope(config: ModelConfig, position: Int[Array, "*rows"]) -> tuple[Float[Arra
         frequency_k = frequency_k * config.rope_scaling.multiplier(2 * math.pi / frequency_k)
     # bfloat16 would hold whole positions exactly only up to 256.
     angle = position[..., None].astype(jnp.float32) * frequency_k
-    return jnp.cos(angle), jnp.sin(angle)
+    # Every device has the angles of its rows, for all heads.
+    return constrain(jnp.cos(angle), "batch"), constrain(jnp.sin(angle), "batch")
 
 
 def rotate(x: Float[Array, "*rows heads K"], rotation: tuple[Array, Array]) -> Float[Array, "*rows heads K"]:

@@ -15,7 +15,7 @@ from nested_reft.models.bridges import add_bridge
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import add_mlp, as_operand
 from nested_reft.models.parameters import Parameters, axes_of
-from nested_reft.sharding import constrain, used_axes
+from nested_reft.sharding import constrain, constrain_used, shares
 
 Streams = tuple[Array, ...]
 Carry = tuple[Streams, Any]
@@ -54,7 +54,7 @@ class Layers:
 
 def _as_used(stack: str, arrays: Parameters) -> Parameters:
     """An entry of a stack whose matrices are whole in their width, whichever way they are stored."""
-    return {name: constrain(value, *used_axes(axes_of(f"{stack}/{name}")[1:])) for name, value in arrays.items()}
+    return {name: constrain_used(value, axes_of(f"{stack}/{name}")[1:]) for name, value in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,11 @@ def _known_after(value: Float[Array, "..."], index: Int[Array, ""]) -> Int[Array
     XLA's CPU backend copies a layer's weights out of the stack before it uses them, as soon as it knows the layer.
     Those of the MLP would go first, on all cores, and then attention, on one. With an index that waits for the
     values that attention reads, both run at once. Nothing exceeds infinity, which XLA does not know.
+
+    Several devices would have to exchange the value, and each already works on an attention of its own.
     """
+    if shares("row") > 1:
+        return index
     return jax.lax.platform_dependent(
         value,
         index,

@@ -40,7 +40,7 @@ from nested_reft.models.layer_loop import Attention, LayerLoop, Layers, entry
 from nested_reft.models.packing import places
 from nested_reft.models.parameters import Parameters, axes_of, parameter_axes, parameter_shapes
 from nested_reft.models.prompt_pass import PromptPass
-from nested_reft.sharding import constrain, used_axes
+from nested_reft.sharding import constrain, constrain_used, used_axes
 
 
 class LayerStack(nnx.Module):
@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
             Logits at temperature 1.
         """
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
-        table = constrain(head[...], *used_axes(axes_of("head")))
+        table = constrain_used(head[...], axes_of("head"))
         logits: Array = matmul(hidden, as_operand(table), self.compute_dtype)
         return logits if scale is None else logits * scale[...]
 
@@ -475,6 +475,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         # Rows are taken first and widened then, so the whole table is never widened.
+        # Its gradient is a scatter of rows, which the compiler cannot leave split along the width.
         table = constrain(self.embedding[...], *used_axes(axes_of("embedding")))
         rows = constrain(as_operand(table[tokens]).astype(jnp.float32), "batch")
         return rows if self.embedding_scale is None else rows * self.embedding_scale[...][tokens][..., None]

@@ -219,3 +219,81 @@ def cost_table(costs: list[dict[str, Any]], unit: str = "chip") -> str:
             ]
         )
     return table([f"per {unit}", "arguments GB", "temporaries GB", "GFLOP", "accessed GB", "HBM GB", "floor GB"], rows)
+
+
+def program_table(programs: list[dict[str, Any]], unit: str = "chip") -> str:
+    """What whole programs cost per `unit`, and the least time that they take.
+
+    Args:
+        programs: dictionaries of `ProgramCost.to_json`.
+        unit: what one device is called.
+    """
+    rows = []
+    for each in programs:
+        bridged, memory, seconds = each["bridged"], each["memory_bytes"], each["seconds"]
+        fits = "" if memory is None else f" of {memory / 1e9:.0f}" + ("" if each["fits"] else ", too much")
+        slowest = max(("flops", "hbm", "ici", "dcn"), key=lambda name: seconds[name]) if seconds else "-"
+        rows.append(
+            [
+                f"{each['program']}, {each['layers']} layers" + (f", {bridged} bridges" if bridged else ""),
+                f"{each['bytes'] / 1e9:.2f}{fits}",
+                f"{each['flops'] / 1e12:.2f}",
+                f"{each['hbm_bytes'] / 1e9:.1f}",
+                f"{each['ici_bytes'] / 1e9:.2f}",
+                f"{each['dcn_bytes'] / 1e9:.3f}",
+                f"{seconds['total']:.3f}" if seconds else "-",
+                slowest,
+                "-" if each["mfu"] is None else f"{each['mfu']:.1%}",
+            ]
+        )
+    header = [f"per {unit}", "GB", "TFLOP", "HBM GB", "ICI GB", "DCN GB", "seconds", "longest", "MFU"]
+    return table(header, rows)
+
+
+def collective_table(programs: list[dict[str, Any]], unit: str = "chip") -> str:
+    """The collectives of whole programs by kind, axes of the mesh and depth of loops; the value itself is what counts.
+
+    Args:
+        programs: dictionaries of `ProgramCost.to_json`.
+        unit: what one device is called.
+    """
+    rows = [
+        [
+            f"{each['program']}, {each['layers']} layers",
+            found["kind"],
+            " x ".join(found["over"]) or "-",
+            found["loops"],
+            f"{found['times']:.0f}",
+            f"{found['bytes'] / 1e9:.3f}",
+            f"{found['ici_bytes'] / 1e9:.3f}",
+            f"{found['dcn_bytes'] / 1e9:.3f}",
+            found["of"],
+        ]
+        for each in programs
+        for found in each["collectives"]
+    ]
+    header = [f"per {unit}", "collective", "over", "loops", "times", "GB", "ICI GB", "DCN GB", "largest"]
+    return table(header, rows, left=3)
+
+
+def resource_table(rows: list[dict[str, Any]]) -> str:
+    """The smallest slice for each model, as a Markdown table.
+
+    Args:
+        rows: of `minimum_resources`.
+    """
+    lines = ["| model | trains | smallest slice | chips | mesh | GB of a chip, at least | rollout | update |"]
+    lines.append("|---" * 8 + "|")
+    for row in rows:
+        what = [row["model"], "all parameters" if row["all_parameters"] else "adapters"]
+        if row["slice"] is None:
+            lines.append(f"| {' | '.join(what)} | none of {row['generation']} | | | | | |")
+            continue
+        sizes = {each["program"]: f"{each['bytes'] / 1e9:.1f}" for each in row["programs"]}
+        mesh = " x ".join(f"{name} {size}" for name, size in row["mesh"].items() if size > 1) or "one chip"
+        place = f"{row['cloud_name']} ({row['generation']}:{row['slice']})"
+        lines.append(
+            f"| {' | '.join(what)} | {place} | {row['chips']} | {mesh} | {row['least_bytes'] / 1e9:.1f}"
+            f" | {sizes.get('rollout', '')} | {sizes.get('update', '')} |"
+        )
+    return "\n".join(lines)

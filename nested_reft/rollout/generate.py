@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
+from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
 COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
@@ -23,8 +25,46 @@ COMPACTIONS = 3  # each compiles the decode step once more
 GROW_FROM = 64  # completion tokens; with fewer, reading caches half empty costs less than compiling for smaller ones
 
 
-Rows = tuple[Int[Array, "_ 1"], Int[Array, "_ _"]]
-"""Rows that are being decoded, as an index into arrays `[B, G]`: all, or after a compaction some of some prompts."""
+class _Rows(NamedTuple):
+    """Rows `[b, g]` of a batch `[B, G]` that are being decoded: all, or after a compaction some of some prompts.
+
+    Each prompt's rows are taken and put back apart from those of others, so devices that share the prompts exchange
+    nothing.
+    """
+
+    prompt_b: Int[Array, " b"] | None = None  # None is all prompts
+    completion_bg: Int[Array, "b g"] | None = None  # of each of these prompts; None is all completions
+
+    def of(self, values: Array, axis: int = 0) -> Array:
+        """The values of these rows.
+
+        Args:
+            values: `[..., B, G, ...]`.
+            axis: that of B.
+        """
+        take = partial(jnp.take, axis=axis, mode="clip")
+        if self.prompt_b is not None:
+            values = take(values, self.prompt_b)
+        if self.completion_bg is None:
+            return values
+        # Within a prompt, the axis of G is where that of B was.
+        return jax.vmap(take, (axis, 0), axis)(values, self.completion_bg)
+
+    def put(self, values_BG: Array, new_bg: Array) -> Array:
+        """The values with new ones in these rows."""
+        if self.completion_bg is None:
+            return new_bg
+        if self.prompt_b is not None:
+            return values_BG.at[self.prompt_b[:, None], self.completion_bg].set(new_bg)
+        return jax.vmap(lambda row, index, new: row.at[index].set(new))(values_BG, self.completion_bg, new_bg)
+
+    def among(self, kept: _Rows) -> _Rows:
+        """Those of these rows that `kept` takes out of them."""
+        prompt_b = kept.prompt_b if self.prompt_b is None else self.prompt_b
+        if self.prompt_b is not None and kept.prompt_b is not None:
+            prompt_b = self.prompt_b[kept.prompt_b]
+        own = kept.completion_bg if self.completion_bg is None else kept.of(self.completion_bg)
+        return _Rows(prompt_b, own)
 
 
 @struct.dataclass
@@ -155,27 +195,34 @@ class _Decoder:
         """Slots of the caches that prefixes take."""
         return 0 if self.given is None else self.given.size
 
-    def add_token(self, state: _DecodeState, rows: Rows, hidden_bgD: Array) -> _DecodeState:
+    def add_token(self, state: _DecodeState, rows: _Rows, hidden_bgD: Array) -> _DecodeState:
         """Draws each row's next token from its hidden state."""
         # Rows draw by their place in the whole batch, so that dropping finished rows changes no draw.
-        uniform = row_uniforms(jax.random.fold_in(self.key, state.step), self.shape)[:, *rows]
-        token_bg, logprob_bg = sample_token(uniform, self.model.logits(hidden_bgD), self.sampling)
-        done_bg = state.done_BG[rows]
+        uniform = rows.of(row_uniforms(jax.random.fold_in(self.key, state.step), self.shape), axis=1)
+        token_bg, logprob_bg = sample_token(uniform, _whole_rows(self.model.logits(hidden_bgD)), self.sampling)
+        token_bg, logprob_bg = constrain(token_bg, "batch"), constrain(logprob_bg, "batch")
+        done_bg = rows.of(state.done_BG)
         # A finished row still passes through the model with the batch; what it draws is not kept.
         token_bg, logprob_bg = (jnp.where(done_bg, 0, value) for value in (token_bg, logprob_bg))
         ends_bg = jnp.isin(token_bg, self.stop_ids)
         if self.given is not None:  # a row whose prefix took some of its tokens is full earlier than the others
-            ends_bg |= state.step + 1 >= self.given.limit_BG[rows]
+            ends_bg |= state.step + 1 >= rows.of(self.given.limit_BG)
+
+        def with_column(whole_BGC: Array, new_bg: Array) -> Array:
+            # Rows that left have no token at this step.
+            column_BG = rows.put(jnp.zeros(self.shape, new_bg.dtype), new_bg)
+            return jax.lax.dynamic_update_index_in_dim(whole_BGC, column_BG, state.step, axis=2)
+
         return dataclasses.replace(
             state,
             step=state.step + 1,
-            tokens_BGC=state.tokens_BGC.at[*rows, state.step].set(token_bg),
-            logprob_BGC=state.logprob_BGC.at[*rows, state.step].set(logprob_bg),
-            length_BG=state.length_BG.at[rows].add(~done_bg),
-            done_BG=state.done_BG.at[rows].set(done_bg | ends_bg),
+            tokens_BGC=with_column(state.tokens_BGC, token_bg),
+            logprob_BGC=with_column(state.logprob_BGC, logprob_bg),
+            length_BG=rows.put(state.length_BG, rows.of(state.length_BG) + ~done_bg),
+            done_BG=rows.put(state.done_BG, done_bg | ends_bg),
         )
 
-    def until_fits(self, state: _DecodeState, rows: Rows, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
+    def until_fits(self, state: _DecodeState, rows: _Rows, prompt: PromptCache, fewer: tuple[int, int]) -> _DecodeState:
         """Decodes until all rows still running fit into `fewer` prompts and completions of each, or caches are full."""
         # A step feeds the token before the one that it draws.
         end = min(self.size, state.cache.key.shape[-2] - self.given_size + 1)
@@ -188,9 +235,10 @@ class _Decoder:
         def decode_one(state: _DecodeState) -> _DecodeState:
             # Slots count forced tokens, while `step` counts sampled ones.
             last = state.step - 1
-            starts_bg = None if self.given is None else self.given.start_BG[rows]
+            starts_bg = None if self.given is None else rows.of(self.given.start_BG)
+            token_BG = jax.lax.dynamic_index_in_dim(state.tokens_BGC, last, axis=2, keepdims=False)
             hidden_bgD, cache = self.model.decode(
-                state.tokens_BGC[*rows, last], self.given_size + last, state.cache, prompt, self.plan, starts_bg
+                rows.of(token_BG), self.given_size + last, state.cache, prompt, self.plan, starts_bg
             )
             return self.add_token(dataclasses.replace(state, cache=cache), rows, hidden_bgD)
 
@@ -201,7 +249,7 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
     """Every row decoded to its end, with caches that grow and finished rows that leave."""
     model, shape, size, given = decoder.model, decoder.shape, decoder.size, decoder.given
     cache_sizes = _cache_sizes(size)
-    rows = (jnp.arange(shape[0])[:, None], jnp.broadcast_to(jnp.arange(shape[1]), shape))
+    rows = _Rows()
     first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*shape, prompt.last_hidden_BD.shape[-1]))
     if given is None:
         cache = model.empty_cache(*shape, cache_sizes[0], decoder.plan)
@@ -209,10 +257,10 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
         first_BGD, cache = model.prefill_completions(given.right_aligned_BGF(), given.start_BG, prompt, decoder.plan)
     state = _DecodeState(
         step=jnp.zeros((), jnp.int32),
-        tokens_BGC=jnp.zeros((*shape, size), jnp.int32),
-        logprob_BGC=jnp.zeros((*shape, size), jnp.float32),
-        length_BG=jnp.zeros(shape, jnp.int32),
-        done_BG=jnp.zeros(shape, bool) if given is None else given.limit_BG <= 0,
+        tokens_BGC=constrain(jnp.zeros((*shape, size), jnp.int32), "batch"),
+        logprob_BGC=constrain(jnp.zeros((*shape, size), jnp.float32), "batch"),
+        length_BG=constrain(jnp.zeros(shape, jnp.int32), "batch"),
+        done_BG=constrain(jnp.zeros(shape, bool) if given is None else given.limit_BG <= 0, "batch"),
         cache=cache,
     )
     if given is not None:
@@ -230,6 +278,19 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
     return decoder.until_fits(state, rows, prompt, (0, 0))
 
 
+def _whole_rows(logits_bgV: Array) -> Array:
+    """The logits with rows split over all devices, and the vocabulary over none.
+
+    Products leave them split along the vocabulary. To sample, each device would else gather the logits of all rows of
+    its share of the batch: on TPUs, as many bytes as the weights.
+    """
+    # Named first, or devices would rather gather the head's weights, and read all of them in every step.
+    logits_bgV = constrain(logits_bgV, "batch", "", "vocab")
+    if logits_bgV.shape[0] % shares("row") == 0:
+        return constrain(logits_bgV, "row")
+    return constrain(logits_bgV, "batch", "completion")
+
+
 def _shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
     """Each row moved to the left by its own number of places, or to the right where that is negative; what falls out
     at one end comes in at the other."""
@@ -241,10 +302,11 @@ def _shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
 def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
     """Prompts and completions of each that decoding shrinks to, one after the other.
 
-    Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches.
+    Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches. Where devices
+    share the prompts, all of them stay: a prompt that moved to another device would take its caches along.
     """
-    shapes = []
-    while size >= COMPACT_FROM and len(shapes) < COMPACTIONS and batch * group >= 4:
+    shapes, moves = [], shares("batch") == 1
+    while size >= COMPACT_FROM and len(shapes) < COMPACTIONS and batch * group >= 4 and (group > 1 or moves):
         batch, group = (batch, -(-group // 2)) if group > 1 else (-(-batch // 2), group)
         shapes.append((batch, group))
     return shapes
@@ -257,6 +319,18 @@ def _cache_sizes(size: int) -> list[int]:
     return [-(-last // 4), -(-last // 2), last] if size >= GROW_FROM else [last]
 
 
+def decode_loops(batch: int, group: int, size: int) -> list[int]:
+    """Steps of each of the loops that decode a batch, in their order, where no row ends before its limit.
+
+    Args:
+        batch, group, size: B, G and C.
+    """
+    ends = [*_cache_sizes(size)[:-1], max(size - 1, 0)]
+    steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    # No row leaves, so the loop before the first compaction goes on to the end, and those behind it have nothing to do.
+    return steps + [0] * len(_compactions(batch, group, size))
+
+
 def _with_cache_size(state: _DecodeState, size: int) -> _DecodeState:
     """The same caches with room for `size` tokens."""
     room = [(0, 0)] * 4 + [(0, size - state.cache.key.shape[-2]), (0, 0)]
@@ -264,16 +338,17 @@ def _with_cache_size(state: _DecodeState, size: int) -> _DecodeState:
 
 
 def _compacted(
-    state: _DecodeState, rows: Rows, prompt: PromptCache, batch: int, group: int
-) -> tuple[_DecodeState, Rows, PromptCache]:
+    state: _DecodeState, rows: _Rows, prompt: PromptCache, batch: int, group: int
+) -> tuple[_DecodeState, _Rows, PromptCache]:
     """The rows that still run, with finished ones where those leave room, and their caches."""
-    running_bg = ~state.done_BG[rows]
-    kept_b = jnp.arange(batch)
+    running_bg = ~rows.of(state.done_BG)
+    kept_b = None
     if batch < running_bg.shape[0]:
         kept_b = jnp.argsort(~running_bg.any(axis=1), stable=True)[:batch]
+        running_bg = running_bg[kept_b]
         prompt = PromptCache(
             jax.tree.map(lambda a: a[:, kept_b], prompt.layers), prompt.valid_BP[kept_b], prompt.last_hidden_BD[kept_b]
         )
-    kept_bg = kept_b[:, None], jnp.argsort(~running_bg[kept_b], axis=1, stable=True)[:, :group]
-    cache = jax.tree.map(lambda a: a[:, *kept_bg], state.cache)
-    return dataclasses.replace(state, cache=cache), (rows[0][kept_b], rows[1][kept_bg]), prompt
+    kept = _Rows(kept_b, jnp.argsort(~running_bg, axis=1, stable=True)[:, :group])
+    cache = jax.tree.map(lambda a: constrain(kept.of(a, axis=1), "", "batch", "", "kv_heads"), state.cache)
+    return dataclasses.replace(state, cache=cache), rows.among(kept), prompt

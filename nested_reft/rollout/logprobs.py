@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from jaxtyping import Array, Float, Int
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.sampling import tempered, token_logprob
+from nested_reft.sharding import shares
 from nested_reft.types import valid_mask
 
-LOGITS_AT_ONCE = 2**26  # 256 MB of float32
+LOGITS_AT_ONCE = 2**26  # 256 MB of float32, on each device
 
 
 def completion_logprobs(
@@ -110,7 +112,9 @@ def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays:
     """
     batch, group, size = arrays[0].shape[:3]
     # A single position is always taken, even where its logits exceed the limit.
-    block_size = min(size, max(1, LOGITS_AT_ONCE // (batch * group * vocab_size)))
+    # Devices share prompts and the vocabulary. With smaller blocks they would sum the head's gradient more often.
+    held = LOGITS_AT_ONCE * math.gcd(shares("batch"), batch) * shares("vocab")
+    block_size = min(size, max(1, held // (batch * group * vocab_size)))
     # Where all fits, nothing is cut, copied or computed twice.
     if block_size == size:
         return function(*arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -65,21 +66,32 @@ def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -
     Raises:
         ValueError: no mesh fits.
     """
-    parts = splittable_parts(shape)
-    slices, needed = config.mesh.slices, math.inf
-    for tensor in dividing(math.gcd(largest_split(parts, "tensor"), devices // slices)):
-        shares = _shares(config, devices // slices // tensor)
-        for fsdp in dividing(math.gcd(largest_split(parts, "fsdp"), shares)):
-            mesh = MeshConfig(slices=slices, data=shares // fsdp, fsdp=fsdp, tensor=tensor)
-            bytes_each = device_bytes(config, shape, mesh)
-            needed = min(needed, bytes_each)
-            if bytes_each <= FILLED * each:
-                return mesh, f"at least {_gigabytes(bytes_each)} of each device's {_gigabytes(each)} are used"
+    needed = math.inf
+    for mesh in possible_meshes(config, shape, devices):
+        bytes_each = device_bytes(config, shape, mesh)
+        needed = min(needed, bytes_each)
+        if bytes_each <= FILLED * each:
+            return mesh, f"at least {_gigabytes(bytes_each)} of each device's {_gigabytes(each)} are used"
     raise ValueError(
         f"mesh.data is 'auto', and no mesh over {devices} devices fits: each needs at least {_gigabytes(needed)} and"
         f" has {_gigabytes(each)}, of which {FILLED:.0%} are filled; take more devices, a smaller model,"
         " or train adapters (lora.rank)"
     )
+
+
+def possible_meshes(config: Config, shape: ModelConfig, devices: int) -> Iterator[MeshConfig]:
+    """Meshes over all devices, or over as many as can share a run's prompts; those with the least exchange first.
+
+    Args:
+        config: of the run, whose number of slices they have.
+        shape: of its model.
+        devices: how many there are.
+    """
+    parts, slices = splittable_parts(shape), config.mesh.slices
+    for tensor in dividing(math.gcd(largest_split(parts, "tensor"), devices // slices)):
+        shares = _shares(config, devices // slices // tensor)
+        for fsdp in dividing(math.gcd(largest_split(parts, "fsdp"), shares)):
+            yield MeshConfig(slices=slices, data=shares // fsdp, fsdp=fsdp, tensor=tensor)
 
 
 def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:

@@ -1,4 +1,4 @@
-"""Compilation for accelerators that are not here: what one decode step and one update cost on a named topology.
+"""Compilation for accelerators that are not here: topologies, and what one decode step costs on one.
 
 XLA compiles for a TPU pod on any machine that has `libtpu` (the `tpu` extra). Its cost analysis
 counts a loop body once, so its figures are those of a program with unrolled layers. Its bytes accessed
@@ -37,7 +37,7 @@ from nested_reft.sharding import MeshConfig, check_divisible, mesh_of, on_mesh, 
 from nested_reft.training.config import Config
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import check_positions
-from nested_reft.training.step import BaseModel, TrainState, UpdatePlans, initial_train_state, make_update
+from nested_reft.training.step import BaseModel, TrainState, UpdatePlans, initial_train_state
 from nested_reft.types import TrainBatch
 from nested_reft.verification.hbm_traffic import hbm_bytes
 
@@ -48,6 +48,10 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so nothing is contended
 }
+
+
+class DoesNotFit(ValueError):
+    """A program needs more memory than a device has; the compiler says so."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,12 @@ class Cost:
         return dataclasses.asdict(self)
 
 
-def topology_devices(topology: str) -> list[Any]:
+def topology_devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a named TPU topology, such as `v5e:4x4`, none of which need exist.
 
     Args:
         topology: `generation:shape`, in chips, as libtpu names it.
+        slices: how many of that shape there are.
 
     Raises:
         ValueError: libtpu is not installed, or does not know the name.
@@ -102,8 +107,9 @@ def topology_devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except Exception as error:  # the plugin raises several kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     # A missing package is the likeliest reason, and the plugin's own words do not name it.
@@ -142,36 +148,51 @@ def topology_mesh(devices: Sequence[Any], mesh: MeshConfig) -> Mesh:
     return mesh_of(devices[: mesh.size], mesh)
 
 
-def configured_costs(training: Config, config: ModelConfig, devices: Sequence[Any], with_update: bool) -> list[Cost]:
-    """Costs of a configuration's decode step, full and nested, and of its update.
+def checked_mesh(training: Config, config: ModelConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh of a configuration over a topology; all that can be refused without the compiler is refused here.
 
     Args:
-        training: batch sizes, mesh, nesting, and what an update reads.
+        training: batch sizes, mesh and nesting.
         config: the model, which need not be the configuration's own.
         devices: what `topology_devices` returned.
-        with_update: updates take longest to compile.
-
-    Returns:
-        The full decode step, the nested one and, where asked for, the update.
 
     Raises:
-        ValueError: sequences, mesh or plan do not go with the model, or a program does not fit a device.
+        ValueError: sequences, mesh or plan do not go with the model.
     """
     training.nesting.validate_for(config.num_layers)
-    # All that can be refused without the compiler is refused before it, because compiling takes minutes.
     check_positions(training, config)
     mesh = topology_mesh(devices, training.mesh)
     check_divisible(splittable_parts(config), mesh)
-    workload = Workload(
+    return mesh
+
+
+def workload_of(training: Config) -> Workload:
+    """The sizes of a configuration's rollouts.
+
+    Args:
+        training: the configuration.
+    """
+    return Workload(
         prompts=training.data.prompts_per_batch,
         group_size=training.rollout.group_size,
         prompt_tokens=training.data.max_prompt_tokens,
         completion_tokens=training.rollout.max_completion_tokens,
     )
-    nested = nested_shape(training.nesting, config.num_layers)
+
+
+def decode_costs(training: Config, config: ModelConfig, mesh: Mesh) -> list[Cost]:
+    """Costs of a configuration's decode step, full and nested.
+
+    Args:
+        training, config: as `checked_mesh` takes them.
+        mesh: that it returned.
+
+    Raises:
+        ValueError: a program does not fit a device.
+    """
+    work, nested = workload_of(training), nested_shape(training.nesting, config.num_layers)
     rank = training.nesting.bridge.rank
-    costs = [decode_cost(config, workload, mesh), decode_cost(config, workload, mesh, nested, bridge_rank=rank)]
-    return [*costs, update_cost(config, workload, mesh, training)] if with_update else costs
+    return [decode_cost(config, work, mesh), decode_cost(config, work, mesh, nested, bridge_rank=rank)]
 
 
 def decode_cost(
@@ -197,7 +218,7 @@ def decode_cost(
     """
     # A plan is known by its shape alone; which layers it keeps is data.
     shape = PlanShape(config.num_layers) if shape is None else shape
-    sharded = _Shapes(mesh)
+    sharded = Shapes(mesh)
     rows = (workload.prompts, workload.group_size)
     heads, size = config.num_kv_heads, config.head_size
     own = sharded(
@@ -209,7 +230,7 @@ def decode_cost(
         sharded((rows[0], workload.prompt_tokens), bool, "batch"),
         sharded((rows[0], config.width), jnp.float32, "batch"),
     )
-    plan = _plan(shape, sharded)
+    plan = plan_of(shape, sharded)
     bridges = sharded.bridges(config, dtype, bridge_rank) if shape.bridged else None
 
     def step(unrolled, parameters, bridges, token_BG, at, cache, prompt, plan, key_data):
@@ -233,7 +254,7 @@ def decode_cost(
     )
     # The caches are donated, as in a decode loop. Otherwise the step would copy them whole.
     looped, unrolled = (
-        _compiled("decode step", shape, jax.jit(partial(step, layers), donate_argnums=4), arguments)
+        compiled_program("decode step", shape, jax.jit(partial(step, layers), donate_argnums=4), arguments)
         for layers in (1, config.num_layers)
     )
     return dataclasses.replace(
@@ -261,9 +282,9 @@ def state_shapes(
         State and frozen parameters, with a shape, a dtype and a placement in the place of each array.
     """
     dtype, bridge = jnp.dtype(training.model.dtype), training.nesting.bridge
-    parameters = _Shapes(mesh).parameters(config, dtype)
+    parameters = Shapes(mesh).parameters(config, dtype)
     # The model that trains has its bridges in float32, as they were fitted.
-    bridges = _Shapes(mesh).bridges(config, jnp.float32, bridge.rank) if bridge.is_on else None
+    bridges = Shapes(mesh).bridges(config, jnp.float32, bridge.rank) if bridge.is_on else None
 
     def initial_state(parameters: dict[str, Any], bridges: dict[str, Any] | None) -> tuple[TrainState, BaseModel]:
         model = _model(config, parameters, dtype, bridges)
@@ -276,23 +297,22 @@ def state_shapes(
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The names in a path are its dictionary keys; what is around them says whether it is a moment.
         name = "/".join(str(key.key) for key in path if isinstance(key, DictKey))
-        return _Shapes(mesh)(leaf.shape, leaf.dtype, *axes_of(name))
+        return Shapes(mesh)(leaf.shape, leaf.dtype, *axes_of(name))
 
     # Shapes are found without computing a value, so a model of any size takes no memory here.
     return tree_map_with_path(place, jax.eval_shape(initial_state, parameters, bridges))
 
 
-def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: Config) -> Cost:
-    """One update of what trains, the adapters or else all parameters, as `training.step` makes it.
+def update_arguments(
+    config: ModelConfig, workload: Workload, mesh: Mesh, training: Config
+) -> tuple[TrainState, BaseModel, TrainBatch, UpdatePlans]:
+    """What an update takes, with a shape, a dtype and a placement in the place of each array.
 
     Args:
         config, workload, mesh: as in `decode_cost`.
-        training: dtype, adapters, loss, optimizer, micro-batches and rematerialisation.
-
-    Returns:
-        Figures per device; an update has no simple floor.
+        training: dtype, adapters, loss, optimizer and micro-batches.
     """
-    sharded = _Shapes(mesh)
+    sharded = Shapes(mesh)
     task = reinforcement_task(training, shared_prefix=0)
     state, base = state_shapes(config, training, task.optimizer, mesh)
     # An update is on one mini-batch.
@@ -313,19 +333,22 @@ def update_cost(config: ModelConfig, workload: Workload, mesh: Mesh, training: C
         beta_B=None if task.needs.beta is None else sharded(rows[:1], jnp.float32, "batch"),
         **tokens,
     )
-    # This is the trainer's own update, so the figures are those of a real run.
     plans = UpdatePlans(nested=_plan_shape(training, config, sharded) if task.needs.self_distillation else None)
-    full, arguments = PlanShape(config.num_layers), (state, base, batch, plans)
-    return _cost("update", full, training.model.dtype, _compiled("update", full, make_update(task), arguments))
+    return state, base, batch, plans
 
 
-def _plan_shape(training: Config, config: ModelConfig, sharded: _Shapes) -> LayerPlan:
+def _plan_shape(training: Config, config: ModelConfig, sharded: Shapes) -> LayerPlan:
     """The plan that an update reads where it teaches the nested policy."""
-    return _plan(nested_shape(training.nesting, config.num_layers), sharded)
+    return plan_of(nested_shape(training.nesting, config.num_layers), sharded)
 
 
-def _plan(shape: PlanShape, sharded: _Shapes) -> LayerPlan:
-    """A plan that exists by its shape alone."""
+def plan_of(shape: PlanShape, sharded: Shapes) -> LayerPlan:
+    """A plan that exists by its shape alone.
+
+    Args:
+        shape: how many steps of each kind it has.
+        sharded: where it lies.
+    """
     steps = sharded((shape.steps,), jnp.int32)
     return LayerPlan(steps, steps, shape)
 
@@ -338,12 +361,22 @@ def _model(
         rank = bridges["narrow"].shape[1] if "narrow" in bridges else None
         model.bridges = Bridges(config.num_layers, config.width, rank)
         model.bridges.load(bridges)
-    # XLA's cost analysis counts a loop's body once.
-    model.cache_dtype, model.layers_unrolled = dtype, config.num_layers
+    model.cache_dtype = dtype
     return model
 
 
-def _compiled(program: str, shape: PlanShape, function: Any, arguments: tuple) -> Any:
+def compiled_program(program: str, shape: PlanShape, function: Any, arguments: tuple) -> Any:
+    """Compiles for the devices that the arguments name.
+
+    Args:
+        program: its name, for messages.
+        shape: of the plan that it runs.
+        function: jitted.
+        arguments: by shape, dtype and placement.
+
+    Raises:
+        DoesNotFit: it needs more memory than a device has.
+    """
     # The programs of a run are called on their mesh, which tells them how to split what they compute.
     mesh = jax.tree.leaves(arguments)[0].sharding.mesh
     try:
@@ -353,7 +386,7 @@ def _compiled(program: str, shape: PlanShape, function: Any, arguments: tuple) -
         # Any other failure of the compiler is a fault, and should be seen as one.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(
+        raise DoesNotFit(
             f"the {program} of {shape.steps} layers does not fit: {str(error).splitlines()[0][:200]}; lower"
             " data.prompts_per_batch, rollout.group_size or rollout.max_completion_tokens, or raise mesh.tensor"
         ) from None
@@ -394,7 +427,7 @@ def _decode_floor(config: ModelConfig, shape: PlanShape, arguments: tuple) -> fl
     return weights + sum(local_bytes(leaf) for leaf in jax.tree.leaves((cache, prompt.layers)))
 
 
-class _Shapes:
+class Shapes:
     """Arrays that exist by shape, dtype and placement alone."""
 
     def __init__(self, mesh: Mesh):

@@ -18,21 +18,9 @@ runs, and else as its largest.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-# A type such as `bf16[12,64]{1,0:T(8,128)}`: dtype, dimensions, and the layout where it is given.
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-_INSTRUCTION = re.compile(r"\s*(ROOT )?(%[\w.\-]+) = ")
-_HEADER = re.compile(r"(ENTRY )?(%[\w.\-]+) \(.*\{$")
-_NAME = re.compile(r"%[\w.\-]+")
-# These attributes name computations of their own, which hold more instructions.
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
-    r"(?:%[\w.\-]+|\{[^{}]*\})"
-)
+from nested_reft.verification.hlo import Computation, Instruction, parse
 
 # These only rename a buffer, or a part of one.
 _ALIASES = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier", "ConcatBitcast"}
@@ -40,25 +28,6 @@ _ALIASES = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier", "Co
 _FREE = _ALIASES | {"parameter", "constant", "iota", "after-all", "partition-id", "replica-id", "AllocateBuffer"}
 _TAKES_PART = {"slice", "dynamic-slice", "gather"}
 _WHOLE = 2**62  # more bytes than any array has
-
-
-@dataclass(frozen=True)
-class _Array:
-    bytes: int
-    in_hbm: bool
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    opcode: str
-    results: tuple[_Array, ...]
-    operands: tuple[str, ...]
-    parameter: int | None  # its number, where the instruction is one
-    called: tuple[str, ...]
-    is_root: bool
-
-
-_Computation = dict[str, _Instruction]
 
 
 def hbm_bytes(hlo: str, branch_counts: Sequence[int] = (), loop_steps: int = 1) -> int:
@@ -76,22 +45,31 @@ def hbm_bytes(hlo: str, branch_counts: Sequence[int] = (), loop_steps: int = 1) 
     Raises:
         ValueError: the text is not that of a compiled program.
     """
-    computations, entry = _parse(hlo)
+    program = parse(hlo)
+    computations, entry = program.computations, program.computations[program.entry]
     moved = 0
-    for i in computations[entry].values():
+    for i in entry.values():
         runs = loop_steps if i.opcode == "while" else 1
-        moved += runs * _instruction_bytes(computations, computations[entry], i, branch_counts)
+        moved += runs * instruction_bytes(computations, entry, i, branch_counts)
     return moved
 
 
-def _computation_bytes(computations: dict[str, _Computation], name: str, counts: Sequence[int]) -> int:
+def _computation_bytes(computations: dict[str, Computation], name: str, counts: Sequence[int]) -> int:
     computation = computations[name]
-    return sum(_instruction_bytes(computations, computation, i, counts) for i in computation.values())
+    return sum(instruction_bytes(computations, computation, i, counts) for i in computation.values())
 
 
-def _instruction_bytes(
-    computations: dict[str, _Computation], computation: _Computation, i: _Instruction, counts: Sequence[int]
+def instruction_bytes(
+    computations: dict[str, Computation], computation: Computation, i: Instruction, counts: Sequence[int] = ()
 ) -> int:
+    """Bytes that one run of an instruction moves through HBM.
+
+    Args:
+        computations: of the program, by name.
+        computation: that the instruction is in.
+        i: the instruction.
+        counts: as `hbm_bytes` takes `branch_counts`.
+    """
     # The end of an asynchronous copy moves nothing; its start has been counted.
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0
@@ -124,7 +102,7 @@ def _instruction_bytes(
     return read + written
 
 
-def _read_of_operand(computations: dict[str, _Computation], i: _Instruction, k: int) -> int:
+def _read_of_operand(computations: dict[str, Computation], i: Instruction, k: int) -> int:
     """Bytes that an instruction takes of its operand `k`; `_WHOLE` stands for all of it."""
     if i.opcode == "fusion":
         body = computations[i.called[0]]
@@ -137,7 +115,7 @@ def _read_of_operand(computations: dict[str, _Computation], i: _Instruction, k: 
     return 0 if k == 0 and i.opcode == "dynamic-update-slice" else _WHOLE
 
 
-def _read_inside(computations: dict[str, _Computation], body: _Computation, name: str) -> int:
+def _read_inside(computations: dict[str, Computation], body: Computation, name: str) -> int:
     """Bytes that a fusion's body takes of one of its values."""
     # A value that the fusion returns as it is was read whole.
     total = _WHOLE if body[name].is_root else 0
@@ -150,7 +128,7 @@ def _read_inside(computations: dict[str, _Computation], body: _Computation, name
     return total
 
 
-def _updates(computations: dict[str, _Computation], computation: _Computation, i: _Instruction) -> list[int | None]:
+def _updates(computations: dict[str, Computation], computation: Computation, i: Instruction) -> list[int | None]:
     """For each result, the bytes of the in-place update that makes it, or None where it is written whole."""
     if i.opcode == "dynamic-update-slice":
         return [computation[i.operands[1]].results[0].bytes]
@@ -164,69 +142,7 @@ def _updates(computations: dict[str, _Computation], computation: _Computation, i
     return [update for maker in makers for update in _updates(computations, body, maker)]
 
 
-def _unaliased(body: _Computation, i: _Instruction) -> _Instruction:
+def _unaliased(body: Computation, i: Instruction) -> Instruction:
     while i.opcode == "bitcast":
         i = body[i.operands[0]]
     return i
-
-
-def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], {})
-            # The program starts in the one computation that is marked ENTRY.
-            entry = header[2] if header[1] else entry
-        elif current is not None and (start := _INSTRUCTION.match(line)):
-            current[start[2]] = _instruction(line[start.end() :], start[1] is not None)
-    if not entry:
-        raise ValueError("this text has no ENTRY computation; hbm_bytes takes compiled.as_text()")
-    return computations, entry
-
-
-def _instruction(text: str, is_root: bool) -> _Instruction:
-    """One instruction, of the text behind its `%name = `: `type opcode(operands), attributes`."""
-    # The type of several results is a tuple in parentheses, and may hold spaces.
-    type_end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
-    opening = text.index("(", type_end)
-    closing = _closing(text, opening)
-    opcode, inside = text[type_end:opening].strip(), text[opening + 1 : closing]
-    if opcode == "custom-call":
-        target = re.search(r'custom_call_target="(\w+)"', text)
-        opcode = target[1] if target else opcode
-    is_parameter = opcode == "parameter"
-    return _Instruction(
-        opcode=opcode,
-        results=tuple(_array(*match) for match in _ARRAY.findall(text[:type_end])),
-        operands=() if is_parameter else tuple(_NAME.findall(inside)),
-        parameter=int(inside) if is_parameter else None,
-        called=tuple(name for attribute in _CALLED.findall(text[closing:]) for name in _NAME.findall(attribute)),
-        is_root=is_root,
-    )
-
-
-def _closing(text: str, opening: int) -> int:
-    depth = 0
-    for at in range(opening, len(text)):
-        depth += (text[at] == "(") - (text[at] == ")")
-        if depth == 0:
-            return at
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
-
-
-def _array(dtype: str, dimensions: str, layout: str) -> _Array:
-    """Size of an array such as `bf16[12,64]{1,0:T(8,128)(2,1)S(1)}`: the last dimensions fill whole tiles."""
-    order, _, tiling = layout.partition(":")
-    shape = [int(size) for size in dimensions.split(",") if size]
-    # A layout lists the fastest axis first, so it is turned around.
-    physical = [shape[int(axis)] for axis in reversed(order.split(","))] if order else shape
-    tile = re.match(r"T\(([\d,]+)\)", tiling)
-    if tile and shape:
-        sizes = [int(size) for size in tile[1].split(",")][-len(physical) :]
-        # Memory is taken in whole tiles, and the last dimensions are rounded up to them.
-        padded = [-(-size // unit) * unit for size, unit in zip(physical[-len(sizes) :], sizes, strict=True)]
-        physical = physical[: -len(sizes)] + padded
-    # A truth value takes a byte, and the name of any other type holds its bits.
-    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return _Array(bytes=math.prod(physical) * max(1, bits // 8), in_hbm="S(" not in tiling)

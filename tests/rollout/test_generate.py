@@ -377,10 +377,10 @@ def test_compacted_rows_are_those_that_run():
         done_BG=done_BG,
         cache=jax.tree.map(lambda a: a + number_BG[None, :, :, None, None, None], model.empty_cache(3, 4, 2, None)),
     )
-    every_row = (jnp.arange(3)[:, None], jnp.broadcast_to(jnp.arange(4), (3, 4)))
-    part, rows, part_prompt = generate_module._compacted(state, every_row, prompt, 2, 2)
-    assert number_BG[rows].tolist() == [[2, 0], [8, 11]]
+    part, rows, part_prompt = generate_module._compacted(state, generate_module._Rows(), prompt, 2, 2)
+    assert rows.of(number_BG).tolist() == [[2, 0], [8, 11]]
     assert part.cache.key[3, ..., 0, 1, 5].tolist() == [[2, 0], [8, 11]]
     np.testing.assert_array_equal(part_prompt.layers.value, prompt.layers.value[:, jnp.array([0, 2])])
     _, rows, _ = generate_module._compacted(part, rows, part_prompt, 2, 1)  # of what is left
-    assert number_BG[rows].tolist() == [[2], [8]]
+    assert rows.of(number_BG).tolist() == [[2], [8]]
+    assert rows.put(0 * number_BG, jnp.array([[5], [7]])).ravel().nonzero()[0].tolist() == [2, 8]

@@ -24,14 +24,17 @@ from nested_reft.training.warm_start import WarmStartConfig
 from nested_reft.verification import compiled_costs
 from nested_reft.verification.compiled_costs import (
     Cost,
-    configured_costs,
+    checked_mesh,
     decode_cost,
+    decode_costs,
     device_unit,
     state_shapes,
     topology_devices,
     topology_mesh,
-    update_cost,
+    update_arguments,
+    workload_of,
 )
+from nested_reft.verification.pod_costs import local_bytes, update_cost
 from tests.tiny_models import TINY
 
 WORKLOAD = Workload(prompts=2, group_size=3, prompt_tokens=8, completion_tokens=4)
@@ -91,12 +94,10 @@ def test_devices_share_weights_and_rows():
 def test_adapters_hold_no_moments_of_the_base():
     run, mesh = load_config("tiny"), make_mesh(MeshConfig())
     adapted = dataclasses.replace(run, lora=LoraConfig(rank=1), warm_start=WarmStartConfig())
-    whole = update_cost(TINY, WORKLOAD, mesh, run)
-    adapters = update_cost(TINY, WORKLOAD, mesh, adapted)
+    whole, adapters = (local_bytes(update_arguments(TINY, WORKLOAD, mesh, config)[:2]) for config in (run, adapted))
     parameters = sum(4 * jnp.prod(jnp.array(s)).item() for s in _shapes())
-    assert whole.argument_bytes > 3 * parameters  # weights and two moments
-    assert parameters < adapters.argument_bytes < 2 * parameters
-    assert whole.floor_bytes is None and whole.dtype == "float32"
+    assert whole > 3 * parameters  # weights and two moments
+    assert parameters < adapters < 2 * parameters
 
 
 def _shapes():
@@ -147,7 +148,8 @@ def test_the_nested_step_has_the_bridges_of_the_configuration(monkeypatch):
 
     monkeypatch.setattr(compiled_costs, "decode_cost", decode_cost)
     nesting = NestingConfig(skip_ratio=0.4, bridge=BridgeConfig(kind="per_layer", rank=4))
-    configured_costs(dataclasses.replace(load_config("tiny"), nesting=nesting), TINY, jax.devices(), with_update=False)
+    config = dataclasses.replace(load_config("tiny"), nesting=nesting)
+    decode_costs(config, TINY, checked_mesh(config, TINY, jax.devices()))
     assert asked == [(None, {}), (PlanShape(3, bridged=2), {"bridge_rank": 4})]
 
 
@@ -179,8 +181,8 @@ def test_an_unknown_topology_is_refused_with_what_is_missing(monkeypatch, instal
 
 
 def test_compile_says_for_what(monkeypatch, capsys):
-    monkeypatch.setattr(compiled_costs, "topology_devices", lambda topology: jax.devices()[:4])
-    assert main(["compile", "tiny", "--no-update", "--topology", "v5e:2x2", "--mesh.data", "2"]) == 0
+    monkeypatch.setattr(compiled_costs, "topology_devices", lambda *topology: jax.devices()[:4])
+    assert main(["compile", "tiny", "--no-update", "--no-rollout", "--topology", "v5e:2x2", "--mesh.data", "2"]) == 0
     first, _, header, *_ = capsys.readouterr().out.splitlines()
     assert first == "decode step in bfloat16, for 2 of 4 chips of v5e:2x2"
     assert header.startswith("per chip")
@@ -195,7 +197,7 @@ def test_compile_says_for_what(monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_compiled_is_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(compiled_costs, "topology_devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(compiled_costs, "topology_devices", lambda *topology: jax.devices()[:4])
     assert main(["compile", "tiny", "--no-update", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -223,7 +225,7 @@ def test_compiles_for_a_tpu_that_is_not_here():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
 def test_a_program_that_does_not_fit_is_refused(capsys):
     sizes = ["--data.prompts-per-batch", "10000000", "--data.max-prompt-tokens", "16"]
-    assert main(["compile", "tiny", "--no-update", "--topology", "v5e:2x2", *sizes]) == 2
+    assert main(["compile", "tiny", "--no-update", "--no-rollout", "--topology", "v5e:2x2", *sizes]) == 2
     message = capsys.readouterr().err
     assert "the decode step of 6 layers does not fit: " in message and "lower data.prompts_per_batch" in message
 
@@ -243,6 +245,7 @@ def test_a_tpu_moves_little_more_than_the_floor(shape):
 def test_an_update_never_holds_the_logits_of_all_tokens():
     """With Qwen's vocabulary, its peak memory stays under the size of one [N, C, V] array."""
     config = dataclasses.replace(TINY, vocab_size=151_936)
-    workload = Workload(prompts=8, group_size=8, prompt_tokens=4, completion_tokens=32)
-    cost = update_cost(config, workload, make_mesh(MeshConfig()), load_config("tiny"))
-    assert cost.temporary_bytes < 0.7 * (8 * 8 * 32 * config.vocab_size * 4)
+    sizes = {"data": {"prompts_per_batch": 8, "max_prompt_tokens": 4}, "rollout": {"max_completion_tokens": 32}}
+    run, mesh = load_config("tiny", **sizes), make_mesh(MeshConfig())
+    cost, state = update_cost(config, run, mesh), local_bytes(update_arguments(config, workload_of(run), mesh, run)[:2])
+    assert cost.bytes - state < 0.7 * (8 * 8 * 32 * config.vocab_size * 4)
