@@ -11,6 +11,7 @@ program, as the arrays of a step do.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import itertools
 import os
 import socket
@@ -327,6 +328,10 @@ def end_together(code: int) -> None:
         if is_error and "DEADLINE_EXCEEDED" not in str(error):
             print("error: another process of the run is gone; start all of them again", file=sys.stderr, flush=True)
             os.abort()
+    else:
+        # All have come and say goodbye. If process 0 just ended, one that had not yet heard of it would be aborted.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.distributed.shutdown()
     flush_and_end(code)
 
 
