@@ -132,7 +132,7 @@ LOOP = "scripts/tpu/restart_loop.sh train tiny --train.steps 4 >> nested_reft.lo
 @pytest.mark.parametrize(
     ("command", "variables", "shown"),
     [
-        ("start.sh", {"RUNS": "gs://b/r"}, ["exec nested-reft train tiny --train.steps 4 --runs gs://b/r"]),
+        ("start.sh", {"RUNS": "/shared/r"}, ["exec nested-reft train tiny --train.steps 4 --runs /shared/r"]),
         ("restart_loop.sh", {"RUNS": "r"}, ["exec nested-reft train tiny --train.steps 4 --runs r"]),
         (
             "slurm.sh",
@@ -159,11 +159,11 @@ LOOP = "scripts/tpu/restart_loop.sh train tiny --train.steps 4 >> nested_reft.lo
         ),
         (
             "run_all_workers.sh start",
-            TPU | {"RUNS": "gs://b/it's"},
+            TPU | {"RUNS": "/shared/it's"},
             [
                 "gcloud compute tpus tpu-vm ssh pod --zone=us-east5-b --worker=all '--command=cd nested_reft &&"
                 " { setsid nohup env NESTED_REFT_COORDINATOR=auto JAX_PLATFORMS=tpu,cpu"
-                rf" '\''RUNS=gs://b/it'\''\'\'''\''s'\'' LIMIT=5 WAIT=10 {LOOP}"
+                rf" '\''RUNS=/shared/it'\''\'\'''\''s'\'' LIMIT=5 WAIT=10 {LOOP}"
             ],
         ),
         (
@@ -176,10 +176,10 @@ LOOP = "scripts/tpu/restart_loop.sh train tiny --train.steps 4 >> nested_reft.lo
         ),
         (
             "xpk.sh",
-            {"CLUSTER": "c", "WORKLOAD": "w", "TYPE": "v6e-16", "IMAGE": "i", "RUNS": "gs://b/r"},
+            {"CLUSTER": "c", "WORKLOAD": "w", "TYPE": "v6e-16", "IMAGE": "i", "RUNS": "/shared/r"},
             [
                 "xpk workload create --cluster=c --workload=w --tpu-type=v6e-16 --num-slices=1 --docker-image=i"
-                " --env=RUNS=gs://b/r --env=NESTED_REFT_COORDINATOR=auto --env=JAX_PLATFORMS=tpu,cpu --max-restarts=50"
+                " --env=RUNS=/shared/r --env=NESTED_REFT_COORDINATOR=auto --env=JAX_PLATFORMS=tpu,cpu --max-restarts=50"
                 " --restart-on-exit-codes=75,76 --termination-grace-period-seconds=60"
                 " '--command=exec scripts/tpu/start.sh train tiny --train.steps 4'"
             ],
@@ -204,12 +204,13 @@ def test_a_dry_run_prints_the_commands_and_runs_none(command, variables, shown, 
 
 
 def test_a_dry_run_of_spot_shows_all_of_its_stages(fake):
-    done = run(fake, "spot.sh", *TRAIN, DRY_RUN="1", RUNS="gs://b/r", **TPU)
+    done = run(fake, "spot.sh", *TRAIN, DRY_RUN="1", RUNS="/shared/r", MOUNT="sudo mount a:/b /shared", **TPU)
     found = done.stdout.splitlines()
     stages = (f"{QUEUED} create", f"{QUEUED} describe", "git", "gcloud compute tpus tpu-vm scp")
-    stages += ("gcloud compute tpus tpu-vm ssh", "gcloud compute tpus tpu-vm ssh", f"{QUEUED} delete")
+    stages += ("gcloud compute tpus tpu-vm ssh",) * 3 + (f"{QUEUED} delete",)
     assert len(found) == len(stages) and all(map(str.startswith, found, stages)), done.stdout
-    assert "--spot" in found[0] and "scripts/tpu/install.sh" in found[4] and LOOP in found[5]
+    assert "--spot" in found[0] and "scripts/tpu/install.sh" in found[4]
+    assert "sudo mount a:/b /shared" in found[5].replace("\\", "") and LOOP in found[6]
 
 
 @pytest.mark.parametrize(("is_new", "first"), [(True, "python3.12 -m venv .venv"), (False, "BASE/bin/uv venv --quiet")])
@@ -265,7 +266,7 @@ def test_the_loop_gives_up_on_starts_that_write_no_checkpoint(fake):
 
 @pytest.mark.parametrize(("code", "found"), [("1", 75), ("2", 2)])
 def test_no_run_is_started_where_the_newest_cannot_be_found(code, found, fake):
-    """A bucket that does not answer is tried again, and a mistake is not."""
+    """A disk that does not answer is tried again, and a mistake is not."""
     (fake / "lookup_fails").write_text(code)
     assert run(fake, "start.sh", *TRAIN, RUNS="runs").returncode == found
     assert not (fake / "calls").exists()

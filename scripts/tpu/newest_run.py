@@ -11,9 +11,6 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
-
-from etils import epath
 
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.exit_codes import BAD_INPUT
@@ -22,11 +19,11 @@ from nested_reft.exit_codes import BAD_INPUT
 RUN = re.compile(r"(?P<config>.+)-(?P<time>[0-9]{8}-[0-9]{6})(-(?P<number>[0-9]+))?")
 
 
-def newest_run(runs: Any) -> tuple[int, Any] | None:
+def newest_run(runs: Path) -> tuple[int, Path] | None:
     """The run that was started last of those with a checkpoint, after the number of its newest checkpoint.
 
     Args:
-        runs: the directory of runs, as a path; it need not exist.
+        runs: the directory of runs; it need not exist.
 
     Raises:
         ValueError: it has runs of several configurations, so that the newest may be of another one.
@@ -52,7 +49,9 @@ def main(arguments: list[str]) -> int:
     runs = arguments[0]
     try:
         # A bucket's address is no path of this machine, where nothing would be found.
-        found = newest_run(epath.Path(runs) if "://" in runs else Path(runs))
+        if "://" in runs:
+            raise ValueError(f"RUNS is '{runs}'; allowed is a directory that every host sees")
+        found = newest_run(Path(runs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

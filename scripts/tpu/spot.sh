@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# usage: NAME=NAME ZONE=ZONE TYPE=v6e-8 RUNS=gs://BUCKET/DIRECTORY [SLICES=1] [POLL=60] [KEEP=1] [DRY_RUN=1]
-#            spot.sh COMMAND CONFIG [--FIELD VALUE ...]
+# usage: NAME=NAME ZONE=ZONE TYPE=v6e-8 RUNS=/SHARED/DIRECTORY [MOUNT=COMMAND] [SLICES=1] [POLL=60] [KEEP=1]
+#            [DRY_RUN=1] spot.sh COMMAND CONFIG [--FIELD VALUE ...]
 # Trains on spot TPUs. It asks for them, installs and starts the run, and does so again whenever they are taken away.
 # When the run has ended, it deletes the TPU, unless KEEP is 1, and ends with the run's exit code. It may be stopped and
-# started again at any time: the run goes on by itself. RUNS has to outlive the TPU.
+# started again at any time: the run goes on by itself. RUNS has to outlive the TPU, so MOUNT is run on each host
+# before a start.
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/tpu/common.sh
 . "$here/common.sh"
@@ -15,12 +16,16 @@ delete() {
     run gcloud compute tpus queued-resources delete "$NAME" "--zone=$ZONE" --force --quiet
 }
 
+mount_runs() {
+    [ -z "${MOUNT:-}" ] || "$here/run_all_workers.sh" run bash -c "$MOUNT"
+}
+
 begin() {
     local code=0
     "$here/create.sh" || code=$?
     [ "$code" != 75 ] || return 0 # it was taken away before it was there
     [ "$code" = 0 ] || exit "$code"
-    if ! { "$here/run_all_workers.sh" install && "$here/run_all_workers.sh" start "$@"; }; then
+    if ! { "$here/run_all_workers.sh" install && mount_runs && "$here/run_all_workers.sh" start "$@"; }; then
         # A TPU that is being taken away stays active for a while.
         sleep "${POLL:-60}"
         [ "$(state)" != ACTIVE ] || exit 1

@@ -13,7 +13,7 @@ set -- nested-reft "$@" --runs "$RUNS"
 if [ "${DRY_RUN:-}" != 1 ]; then
     newest=$(python "$here/newest_run.py" "$RUNS") || {
         code=$?
-        # 2 is a mistake. Anything else may pass, such as a bucket that does not answer. A new run must not begin then.
+        # 2 is a mistake. Anything else may pass, such as a disk that does not answer. A new run must not begin then.
         [ "$code" != 2 ] || exit 2
         exit 75
     }
