@@ -264,7 +264,9 @@ class Measurement:
         return float(np.average(values, weights=[tokens_of([texts]) for texts in self.measured_on]))
 
 
-def measure(setup: Setup, task: Task, counts: Sequence[int], other: Task | None = None) -> dict[str, Any]:
+def measure(
+    setup: Setup, task: Task, counts: Sequence[int], other: Task | None, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """The divergences of every kind of plan, by how many layers it leaves out.
 
     Args:
@@ -272,6 +274,7 @@ def measure(setup: Setup, task: Task, counts: Sequence[int], other: Task | None 
         task: what is answered.
         counts: layers to leave out.
         other: the task that further bridges of the same plans are fitted on, if any.
+        keep: called with what is measured so far, after the single layers and after each number of layers.
     """
     on = Measurement(setup, task, other)
     alone = on.timed("fit of all layers alone", lambda: on.fit(on.fitted_on))
@@ -279,17 +282,20 @@ def measure(setup: Setup, task: Task, counts: Sequence[int], other: Task | None 
     layer_L = {
         part: on.timed(f"measuring {name}", lambda part=part: on.single_layers(part)) for part, name in PARTS.items()
     }
-    rows = []
-    for count in counts:
-        rows.append(row_of(on, task, count, layer_L, alone))
-        print({name: value for name, value in rows[-1].items() if "layers" not in name or name == "layers"}, flush=True)
-    return {
+    found: dict[str, Any] = {
         "tokens": on.tokens(),
         "layer": {PARTS[part]: [round(float(value), 4) for value in values] for part, values in layer_L.items()},
-        "rows": rows,
+        "rows": [],
         "seconds": on.seconds,
         "versions": versions(),
     }
+    keep(found)
+    for count in counts:
+        row = row_of(on, task, count, layer_L, alone)
+        found["rows"].append(row)
+        keep(found)
+        print({name: value for name, value in row.items() if "layers" not in name or name == "layers"}, flush=True)
+    return found
 
 
 def row_of(
@@ -365,9 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = {name: getattr(known, name) for name in ("fitted", "chosen", "measured", "distil_steps")}
         task = dataclasses.replace(task, **{name: value for name, value in given.items() if value is not None})
         setup = start_of(task, known.layers)
-    found = measure(setup, task, known.layers, other if known.transfer else None)
-    print(report(found))
-    keep_json(known.json, found)
+    # Hours may be measured, so a command that is stopped leaves what it has.
+    keep = partial(keep_json, known.json)
+    print(report(measure(setup, task, known.layers, other if known.transfer else None, keep)))
 
 
 def report(found: dict[str, Any]) -> str:

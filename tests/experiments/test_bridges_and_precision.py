@@ -14,7 +14,10 @@ SHORT = ["--config", "tiny", "--fitted", "8", "--chosen", "32", "--measured", "3
 def test_bridges_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     """One layer of six is left out. Bridges, which can also do nothing, are nearer to the full model than a skip."""
     monkeypatch.setattr(bridges, "PARTS", {part: bridges.PARTS[part] for part in (Part.SKIP, Part.BRIDGE)})
+    keep, kept = bridges.keep_json, []
+    monkeypatch.setattr(bridges, "keep_json", lambda file, found: kept.append(len(found["rows"])) or keep(file, found))
     assert bridges.main(["sums", *SHORT, "--layers", "1", "--json", str(tmp_path / "bridges.json")]) == 0
+    assert kept == [0, 1]  # a command that is stopped leaves what it has
     found = json.loads((tmp_path / "bridges.json").read_text())
     (row,) = found["rows"]
     assert row["layers"] == row["runs"] == 1 and len(row["skip, layers"]) == 1
