@@ -167,9 +167,11 @@ def test_an_error_waits_until_a_dead_process_would_be_known(code, error, waited,
     monkeypatch.setattr(processes, "_state", lambda: Mock(client=client))
     monkeypatch.setattr(processes.os, "abort", lambda: done.append("abort"))
     monkeypatch.setattr(processes, "flush_and_end", done.append)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("goodbye"))
     processes.end_together(code)
     assert client.wait_at_barrier.call_args.args[1] == waited
-    assert done[0] == ("abort" if aborted else code)
+    # Where all have come, they say goodbye, so that none is aborted when process 0 ends first.
+    assert done == ["goodbye"] * (error is None) + ["abort"] * aborted + [code]
 
 
 ARRAYS = """
