@@ -355,6 +355,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("compile smollm2_chain_sum --model none", "none"),
     ("compile smollm2_chain_sum --topologie x", "--topologie"),
     ("compile smollm2_chain_sum --table --generations v9", "--generations"),
+    ("compile smollm2_chain_sum --generations v5e", "--generations"),
+    ("compile smollm2_chain_sum --table --no-update", "--no-update"),
     ("configs --json folder", "folder"),
     ("configs more", "more"),
     ("verify-estimators --seed -1", "--seed"),

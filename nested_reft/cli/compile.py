@@ -23,11 +23,25 @@ def run(arguments: list[str]) -> None:
     known, overrides = _parser().parse_known_args(arguments)
     with checking_input():
         check_json(known.json)
+        _check_table(known)
         config = override(load_config(known.config), overrides)
     if known.table:
         _table(known, config)
     else:
         _costs(known, config)
+
+
+def _check_table(known: argparse.Namespace) -> None:
+    """Refuses options that nothing would read."""
+    if not known.table:
+        for name in ("models", "generations"):
+            if getattr(known, name) is not None:
+                raise ValueError(
+                    f"--{name} is given without --table; it belongs to --table, so add that or leave it out"
+                )
+    elif known.no_rollout != known.no_update:
+        given = "--no-rollout" if known.no_rollout else "--no-update"
+        raise ValueError(f"{given} is given alone with --table; allowed are --no-rollout and --no-update, or neither")
 
 
 def _costs(known: argparse.Namespace, config: Config) -> None:
@@ -59,14 +73,15 @@ def _costs(known: argparse.Namespace, config: Config) -> None:
 def _table(known: argparse.Namespace, config: Config) -> None:
     """The smallest slice of each generation for each model, all parameters trained and adapters alone."""
     with checking_input():
-        shapes = {name: model_shape(name) for name in known.models}
-        for generation in known.generations:
+        shapes = {name: model_shape(name) for name in known.models or slice_choice.MODELS}
+        generations = known.generations or tuple(slice_choice.SLICES)
+        for generation in generations:
             slice_choice.slices_of(generation)
         # Rows that an earlier call has found are kept, for each takes minutes.
         done = read_json_object(known.json).get("rows", []) if known.json is not None else []
         # With nothing to compile, the bound is left.
-        compiles = not (known.no_rollout and known.no_update)
-        for row in slice_choice.minimum_resources(config, shapes, known.generations, done, compiles):
+        compiles = not known.no_rollout
+        for row in slice_choice.minimum_resources(config, shapes, generations, done, compiles):
             done = [*done, row]
             keep_json(known.json, {"rows": done})
     say(resource_table(done))
@@ -90,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = {"models": slice_choice.MODELS, "generations": tuple(slice_choice.SLICES)}
     for name, default in names.items():
-        parser.add_argument(
-            f"--{name}", nargs="+", default=default, help=f"of --table; {', '.join(default)} if not given"
-        )
+        parser.add_argument(f"--{name}", nargs="+", help=f"of --table; {', '.join(default)} if not given")
     add_json(parser, "the results")
     return parser
 
