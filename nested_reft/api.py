@@ -20,6 +20,7 @@ from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, SilentRunDirectory, read_log, versions
+from nested_reft.run_mirror import local_run
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
@@ -55,7 +56,7 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
         config: a configuration, the name of one, or a run to continue from its newest checkpoint. A run
             that is complete comes back as it is.
         on_step: called with the record of each training step.
-        runs: where the run directory is made.
+        runs: where the run directory is made, also on `gs://`.
 
     Raises:
         ValueError: the configuration cannot work; names the field, its value and what is allowed.
@@ -115,17 +116,17 @@ class Run:
     'tiny'
 
     Attributes:
-        path: the directory.
+        path: the directory; that of a run on `gs://` is a local copy.
     """
 
     def __init__(self, path: str | Path):
         """Args:
-        path: a run directory.
+        path: a run directory, also on `gs://`.
 
         Raises:
             ValueError: it is none.
         """
-        self.path = Path(path)
+        self.path = local_run(path)
         if not (self.path / "config.json").is_file():
             raise ValueError(f"'{self.path}' is not a run directory: it has no config.json")
 
@@ -256,18 +257,19 @@ def open_trainer(
 
         def made() -> RunDirectory | None:
             """The directory of a new run, which one process makes once all of them are prepared."""
-            return (
-                RunDirectory.create(Path(runs), config.name, setup.config.to_json()) if processes.is_writer() else None
-            )
+            return RunDirectory.create(runs, config.name, setup.config.to_json()) if processes.is_writer() else None
 
         # What fails on one process would leave the others waiting for it.
         setup = processes.agreed(prepared)
         directory = directory or processes.agreed(made)
         path = Path(processes.broadcast_text(None if directory is None else str(directory.path)))
+        processes.agreed(lambda: _check_shared(path))
         directory = directory or SilentRunDirectory(path)
         on_failure.pop_all()
     if processes.is_writer():
-        print(f"run directory: {printable(str(directory.path))}")
+        print(f"run directory: {printable(directory.address)}")
+        if directory.address != str(path):
+            print(f"local copy: {printable(str(path))}")
         _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
@@ -306,7 +308,7 @@ def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
     Raises:
         ValueError: it is none, it is in use, or it has kept no update.
     """
-    path = Path(run)
+    path = local_run(run)
     # Whoever searches has nothing to do here.
     config = dataclasses.replace(run_config(path), search=SearchConfig())
     kept_number(path)  # before a model is loaded
@@ -343,6 +345,15 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
     # Only now, because processes that leave before they are compared would leave the others waiting.
     if resume is not None:
         raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
+
+
+def _check_shared(path: Path) -> None:
+    """Refuses a run directory that only some processes see, because each of them writes its part of a checkpoint."""
+    if not path.is_dir():
+        raise ValueError(
+            f"the run directory '{path}' is not there for process {processes.index()}; several processes need one that"
+            " all of them share. For a run on gs:// that is its local copy: let XDG_CACHE_HOME name a shared directory"
+        )
 
 
 def _say_idle_devices(config: Config) -> None:

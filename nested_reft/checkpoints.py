@@ -60,6 +60,15 @@ def checkpoint_numbers(directory: Path) -> list[int]:
     return sorted((int(path.name) for path in numbered if any(path.iterdir())), reverse=True)
 
 
+def damage_of(checkpoint: Path) -> str | None:
+    """In words, the first difference between a checkpoint, with its blocks, and its seal; None without any.
+
+    Args:
+        checkpoint: its directory.
+    """
+    return _damage(checkpoint, None)
+
+
 def newest_checkpoint(directory: Path) -> int | None:
     """Number of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only.
 
@@ -339,25 +348,25 @@ def _size_and_checksum(path: Path) -> list[int]:
     return [size, checksum]
 
 
-def _damage(checkpoint: Path, parts: tuple[str, ...]) -> str | None:
+def _damage(checkpoint: Path, parts: tuple[str, ...] | None) -> str | None:
     """In words, the first difference between some parts of a checkpoint and its checksums; None without any.
 
     Args:
         checkpoint: its directory.
-        parts: names of the parts.
+        parts: names of the parts; None is all that the checksums name.
     """
     try:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         expected = {
             name: (size, checksum)
             for name, (size, checksum) in sealed.items()
-            if name.startswith(tuple(f"{part}/" for part in parts))
+            if parts is None or name.startswith(tuple(f"{part}/" for part in parts))
         }
     except FileNotFoundError:
         return f"it has no {SEAL}, or is of an earlier version"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{SEAL} cannot be read: {error}"
-    missing = [part for part in parts if not any(name.startswith(f"{part}/") for name in expected)]
+    missing = [part for part in parts or () if not any(name.startswith(f"{part}/") for name in expected)]
     if missing:
         return f"{SEAL} names no file of its part '{missing[0]}'"
     for name, (size, checksum) in expected.items():
