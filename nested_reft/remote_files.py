@@ -7,7 +7,6 @@ can help, and fails as `RemoteError`. What is fetched is compared with the store
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import os
 import re
@@ -46,12 +45,10 @@ class Entry:
     Attributes:
         size: in bytes.
         generation: changes whenever the file is written.
-        written: when that was, by the store's clock.
     """
 
     size: int
     generation: int
-    written: datetime.datetime
 
 
 def join(url: str, name: str) -> str:
@@ -280,7 +277,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _entry(blob: Any) -> Entry:
-    return Entry(int(blob.size), int(blob.generation), blob.updated)
+    return Entry(int(blob.size), int(blob.generation))
 
 
 def _bucket(url: str) -> Any:

@@ -449,8 +449,8 @@ class RunMirror:
         url = join(self.url, f"{_CHECKPOINTS}/{number}")
         remote_files.remove(join(url, SEAL))
         self._seals.pop(number, None)
-        for name in remote_files.entries(url):
-            remote_files.remove(join(url, name))
+        with ThreadPoolExecutor(paths.TOGETHER) as pool:
+            list(pool.map(lambda name: remote_files.remove(join(url, name)), remote_files.entries(url)))
         self._numbers.discard(number)
 
     def _drop_blocks(self) -> None:

@@ -43,11 +43,11 @@ class FakeStore:
 
     def json(self, name: str) -> dict[str, Any]:
         """How the store describes an object."""
-        content, now = self.objects[name], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        content = self.objects[name]
         generation = str(self.generations[name])
         return {
             "bucket": BUCKET, "name": name, "size": str(len(content)), "generation": generation,
-            "metageneration": "1", "crc32c": checksum(content), "updated": now, "timeCreated": now,
+            "metageneration": "1", "crc32c": checksum(content),
         }  # fmt: skip
 
 
