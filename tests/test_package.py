@@ -301,7 +301,7 @@ def test_a_path_of_a_user_elsewhere_is_found(tmp_path):
     files = {"nested_reft/cli/a.py": code, "nested_reft/paths.py": "Path(name)"}
     first, second = paths_of_users(write_tree(tmp_path, files))
     assert first.startswith("nested_reft/cli/a.py:1: Path(name)") and second.startswith(
-        "nested_reft/cli/a.py:3: an opt"
+        "nested_reft/cli/a.py:3: a Path as"
     )
 
 

@@ -300,6 +300,7 @@ run.run()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_on_another_machine_as_if_nothing_had_happened(store, monkeypatch, tmp_path, capsys):
     config = nano(**NO_EVALUATION)
     straight = api.train(config, runs=str(tmp_path / "runs"))
@@ -335,8 +336,9 @@ def test_a_killed_run_goes_on_on_another_machine_as_if_nothing_had_happened(stor
 
 
 def test_a_run_that_cannot_be_copied_ends_with_a_line_and_goes_on_here(store, monkeypatch, tmp_path, capsys):
-    config = nano(**NO_EVALUATION, train__checkpoint_every=1)
+    config = nano(**NO_EVALUATION, train__checkpoint_every=1, train__steps=3)
     monkeypatch.setattr("nested_reft.cli.train.load_config", lambda name: config)
+    monkeypatch.setattr("nested_reft.cli.train._draw_figures", lambda run: None)  # which takes long
     store.fault = lambda method, name: 403 if method == "POST" and "/checkpoints/2/" in name else None
     assert main(["train", "nano", "--runs", RUNS]) == 1
     said = capsys.readouterr().err
@@ -345,7 +347,7 @@ def test_a_run_that_cannot_be_copied_ends_with_a_line_and_goes_on_here(store, mo
     assert max(remote_numbers(store, url)) == 1
     store.fault = lambda method, name: None
     assert main(["train", "--resume", url]) == 0
-    assert max(remote_numbers(store, url)) == 4
+    assert max(remote_numbers(store, url)) == 3
     # A bucket that cannot be used is refused before anything is loaded.
     assert main(["train", "nano", "--runs", "gs://other/x"]) == 2
     assert "'gs://other/x' does not exist" in capsys.readouterr().err
