@@ -262,14 +262,13 @@ def open_trainer(
         # What fails on one process would leave the others waiting for it.
         setup = processes.agreed(prepared)
         directory = directory or processes.agreed(made)
-        path = Path(processes.broadcast_text(None if directory is None else str(directory.path)))
-        processes.agreed(lambda: _check_shared(path))
-        directory = directory or SilentRunDirectory(path)
+        address = processes.broadcast_text(None if directory is None else directory.address)
+        directory = directory or SilentRunDirectory.at(address)
         on_failure.pop_all()
     if processes.is_writer():
         print(f"run directory: {printable(directory.address)}")
-        if directory.address != str(path):
-            print(f"local copy: {printable(str(path))}")
+        if directory.address != str(directory.path):
+            print(f"local copy: {printable(str(directory.path))}")
         _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
@@ -345,15 +344,6 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
     # Only now, because processes that leave before they are compared would leave the others waiting.
     if resume is not None:
         raise ValueError(f"run '{resume}' cannot be continued by {processes.count()} processes yet; use one")
-
-
-def _check_shared(path: Path) -> None:
-    """Refuses a run directory that only some processes see, because each of them writes its part of a checkpoint."""
-    if not path.is_dir():
-        raise ValueError(
-            f"the run directory '{path}' is not there for process {processes.index()}; several processes need one that"
-            " all of them share. For a run on gs:// that is its local copy: let XDG_CACHE_HOME name a shared directory"
-        )
 
 
 def _say_idle_devices(config: Config) -> None:

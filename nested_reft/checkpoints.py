@@ -9,7 +9,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -78,6 +78,35 @@ def newest_checkpoint(directory: Path) -> int | None:
     return next(iter(checkpoint_numbers(directory)), None)
 
 
+@runtime_checkable
+class Exchange(Protocol):
+    """How a checkpoint comes together whose processes do not share a directory."""
+
+    def begin(self, directory: Path, number: int) -> None:
+        """Prepares this process's own directory for its part of a checkpoint.
+
+        Args:
+            directory: of the checkpoints.
+            number: of the one that is to be written.
+        """
+
+    def wait(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, as Orbax asks it to; where all have written, their parts come together.
+
+        Args:
+            key: the place in Orbax's work.
+            timeout_ms: how long to wait.
+        """
+
+    def is_together(self, number: int) -> bool:
+        """Whether process 0 has all parts of a checkpoint.
+
+        Args:
+            number: of the checkpoint.
+        """
+        ...
+
+
 class Checkpoints:
     """The newest checkpoints of one run, written in the background.
 
@@ -90,10 +119,11 @@ class Checkpoints:
     the first checkpoint that has it, and removed when no checkpoint has it any more.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, exchange: Exchange | None = None):
         """Args:
         directory: where the checkpoints are; made if it is not there.
         keep: newest ones kept, at least 1.
+        exchange: brings the parts of several processes together; None where they share the directory.
 
         Raises:
             ValueError: a file is in its place.
@@ -102,7 +132,7 @@ class Checkpoints:
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
         # Orbax asks for an absolute path.
-        self._directory, self._writing = directory.resolve(), 0
+        self._directory, self._writing, self._exchange = directory.resolve(), 0, exchange
         self._blocks = self._directory / _BLOCKS
         # Checksums of the blocks of the checkpoint that is being written, or was read.
         self._sealed_blocks: dict[str, list[int]] = {}
@@ -115,6 +145,7 @@ class Checkpoints:
                 # Directories that another thread fails to make would be waited for until a time limit of minutes.
                 create_directories_asynchronously=False,
                 timeout_secs=_WAIT_SECONDS,
+                barrier_sync_fn=None if exchange is None else exchange.wait,
             ),
         )
         self._manager = ocp.CheckpointManager(
@@ -147,6 +178,8 @@ class Checkpoints:
         self.wait()
         self._writing = number
         try:
+            if self._exchange is not None:
+                self._exchange.begin(self._directory, number)
             self._write_blocks(blocks)
             # The caller has decided that it is time, so Orbax's own intervals do not count.
             self._manager.save(number, args=ocp.args.Composite(**items), force=True)
@@ -274,6 +307,8 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the checksums of the checkpoint that has been written and still has its temporary name."""
+        if self._exchange is not None and not self._exchange.is_together(self._writing):
+            raise CheckpointError("the parts of the processes did not come together")
         unnamed = [path for path in self._unfinished() if path.name.startswith(f"{self._writing}.")]
         assert unnamed, f"no directory of checkpoint {self._writing} in '{self._directory}'"
         blocks = {f"../{block_path(Path(_BLOCKS), name)}": seal for name, seal in self._sealed_blocks.items()}

@@ -22,10 +22,10 @@ import jax
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.json_files import write_json
 from nested_reft.models.registry import hub_revision
-from nested_reft.paths import address, copy_of, is_remote
+from nested_reft.paths import address, copy_of, is_remote, local_only
 from nested_reft.remote_files import join
 from nested_reft.run_logs import Events, Log, cut, mend
-from nested_reft.run_mirror import address_of, begin_copy, open_mirror
+from nested_reft.run_mirror import PartExchange, address_of, begin_copy, exchange_parts, mark_copy, open_mirror
 
 # The step of the first line, of a log with one line for each step; None of the other.
 LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}
@@ -93,6 +93,16 @@ class RunDirectory:
         """
         if self._mirror is not None:
             self._mirror.copy(number)
+
+    def exchange(self) -> PartExchange | None:
+        """What brings the parts of a checkpoint together; None where all processes share the directory.
+
+        All processes call it together.
+
+        Raises:
+            ValueError: the run is a local one, and some process does not see its directory.
+        """
+        return exchange_parts(self.path)
 
     def check_copied(self) -> None:
         """Looks whether copying has failed; does not wait for it.
@@ -271,9 +281,21 @@ class SilentRunDirectory(RunDirectory):
 
     def __init__(self, path: Path):
         """Args:
-        path: which the writing process has made.
+        path: which the writing process has made, or what its remote address is here.
         """
         self.path, self._lock, self._mirror = path, None, None
+
+    @classmethod
+    def at(cls, address: str) -> SilentRunDirectory:
+        """That of a run, as its address is broadcast by the writing process.
+
+        Args:
+            address: what `RunDirectory.address` is there.
+        """
+        path = local_only(address, "the run") if not is_remote(address) else copy_of(address)
+        if is_remote(address):
+            mark_copy(path, address)
+        return cls(path)
 
     def marks(self) -> dict[str, list[int]]:
         """It is empty, because the writing process has the marks."""

@@ -16,12 +16,15 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_reft import paths, remote_files
+from orbax.checkpoint import multihost
+
+from nested_reft import paths, processes, remote_files
 from nested_reft.checkpoints import SEAL, CheckpointError, checkpoint_numbers, damage_of
 from nested_reft.json_files import write_json
 from nested_reft.remote_files import ChangedError, Entry, MissingError, RemoteError, join
@@ -31,7 +34,8 @@ logger = logging.getLogger(__name__)
 MARK = "remote.json"  # in a local copy: the address of the run, and which owner wrote here last
 OWNER = "owner.json"  # at the address: who owns the run
 _INDEX = ".fetched.json"
-_CHECKPOINTS, _BLOCKS = "checkpoints", "../blocks/"
+_CHECKPOINTS, _BLOCKS, _PARTS = "checkpoints", "../blocks/", "parts"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax ends the names of directories so while it writes them
 _IN_CHECKPOINT = re.compile(rf"{_CHECKPOINTS}/(0|[1-9][0-9]{{0,17}})/(.+)")
 # What a local copy has for itself, and what is half written.
 _NOT_COPIED = re.compile(
@@ -88,6 +92,18 @@ def begin_copy(path: Path, url: str) -> None:
     write_json(path / MARK, {"url": url, "writer": None, "new": True})
 
 
+def mark_copy(path: Path, url: str) -> None:
+    """Marks the local directory of a process that writes no logs as a copy, unless it is marked.
+
+    Args:
+        path: the directory; made if it is not there.
+        url: of the run.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if _mark(path) is None:
+        write_json(path / MARK, {"url": url, "writer": None})
+
+
 def open_mirror(path: Path) -> RunMirror | None:
     """What copies a run to its address; None for a run that has none.
 
@@ -100,6 +116,85 @@ def open_mirror(path: Path) -> RunMirror | None:
         RemoteError: the store cannot be reached.
     """
     return None if _mark(path) is None else RunMirror(path)
+
+
+def exchange_parts(run: Path) -> PartExchange | None:
+    """What brings the parts of checkpoints together; None where the processes share the run's directory.
+
+    All processes of a run call it together.
+
+    Args:
+        run: the local directory of the run for this process.
+
+    Raises:
+        ValueError: the run is a local one, and some process does not see its directory.
+    """
+    if processes.count() == 1:
+        return None
+    mark = _mark(run) if processes.is_writer() else None
+    about = json.loads(processes.broadcast_text(json.dumps(mark or {"local": str(run)})))
+    here = _mark(run) or {}
+    shares = run.is_dir() if "local" in about else here.get("writer") == about["writer"]
+    sharing = processes.gather_text("yes" if shares else "")
+    if all(sharing):
+        return None
+    if "local" in about:
+        raise ValueError(
+            f"the run directory '{run}' is not there for process {sharing.index('')}; several processes need one that"
+            " all of them share, or a run on gs://"
+        )
+    return PartExchange(join(about["url"], f"{_PARTS}/{about['writer']}"), shares)
+
+
+class PartExchange:
+    """Lets checkpoints come together whose processes are on machines without a shared directory.
+
+    Orbax lets each process write its own files, and process 0 makes one checkpoint of them. Between the two, the other
+    processes send their files to the store and process 0 fetches them. They are small next to what a host can send.
+    """
+
+    def __init__(self, url: str, shares: bool):
+        """Args:
+        url: where the parts go.
+        shares: whether this process shares the directory of process 0.
+        """
+        self._url, self._shares = url, shares
+        self._directory, self._number, self._together = Path(), 0, -1
+        self._wait: Any = multihost.get_barrier_sync_fn()
+
+    def begin(self, directory: Path, number: int) -> None:
+        """See `checkpoints.Exchange`."""
+        self._directory, self._number = directory / f"{number}{_TEMPORARY}", number
+        if not self._shares:
+            # Orbax lets process 0 make the directories, and the others wait until they see them.
+            (self._directory / f"arrays{_TEMPORARY}" / "array_metadatas").mkdir(parents=True, exist_ok=True)
+
+    def wait(self, *, key: str, timeout_ms: int) -> None:
+        """See `checkpoints.Exchange`."""
+        url, is_written = join(self._url, str(self._number)), "_async_write_complete" in key
+        if is_written and not self._shares:
+            name = f"process_{processes.index()}"
+            found = [path for path in self._directory.rglob("*") if path.is_file()]
+            mine = [path for path in found if any(part.endswith(name) for part in path.parts)]
+            self._each(lambda path: remote_files.send(path, join(url, str(path.relative_to(self._directory)))), mine)
+        self._wait(key=key, timeout_ms=timeout_ms)
+        if is_written and processes.is_writer():
+            parts = remote_files.entries(url)
+            self._each(
+                lambda name: remote_files.fetch(join(url, name), parts[name].generation, self._directory / name), parts
+            )
+            self._each(lambda name: remote_files.remove(join(url, name)), parts)
+            self._together = self._number
+        if "_async_commit_complete" in key and not self._shares:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def is_together(self, number: int) -> bool:
+        """See `checkpoints.Exchange`."""
+        return self._together == number
+
+    def _each(self, do: Callable[[Any], Any], items: Iterable[Any]) -> None:
+        with ThreadPoolExecutor(paths.TOGETHER) as pool:
+            list(pool.map(do, items))
 
 
 class Owner:
@@ -397,6 +492,7 @@ class RunMirror:
             with contextlib.suppress(FileNotFoundError):
                 here[number] = (directory / str(number) / SEAL).read_bytes()
         new = {number: seal for number, seal in here.items() if self._seals.get(number) != seal}
+        self._drop_parts()
         # What the run has set aside, what was copied by halves, and what has another content by now.
         for number in self._numbers - (here.keys() - new.keys()):
             if number in new or number not in self._seals or (here and number > max(here)):
@@ -452,6 +548,15 @@ class RunMirror:
         with ThreadPoolExecutor(paths.TOGETHER) as pool:
             list(pool.map(lambda name: remote_files.remove(join(url, name)), remote_files.entries(url)))
         self._numbers.discard(number)
+
+    def _drop_parts(self) -> None:
+        """Removes what owners before have left of checkpoints that did not come together."""
+        if self._sent:  # which is done once
+            return
+        url = join(self.url, _PARTS)
+        for name in remote_files.entries(url):
+            if not name.startswith(f"{self._owner.id}/"):
+                remote_files.remove(join(url, name))
 
     def _drop_blocks(self) -> None:
         """Removes the blocks that no remote checkpoint has any more."""
@@ -531,7 +636,7 @@ def _fetch(path: Path, url: str) -> None:
 
 def _is_own(name: str) -> bool:
     """Whether a remote file is none of the run's."""
-    return name == OWNER or name.endswith(".end")
+    return name == OWNER or name.endswith(".end") or name.startswith(f"{_PARTS}/")
 
 
 def _sealed(listed: dict[str, Entry]) -> list[int]:

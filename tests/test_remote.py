@@ -29,6 +29,7 @@ from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.run_mirror import local_run
 from nested_reft.training.config import load_config, with_absolute_paths
 from tests.fake_gcs import serving
+from tests.process_pairs import run_together
 from tests.training.runs import assert_equal_arrays, comparable, lines_of, nano
 
 CONFIG = {"train": {"keep_checkpoints": 2}}
@@ -351,3 +352,38 @@ def test_a_run_that_cannot_be_copied_ends_with_a_line_and_goes_on_here(store, mo
     # A bucket that cannot be used is refused before anything is loaded.
     assert main(["train", "nano", "--runs", "gs://other/x"]) == 2
     assert "'gs://other/x' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_without_a_shared_directory_write_one_checkpoint(store, monkeypatch, tmp_path):
+    """As the hosts of a pod, each of which has a disk of its own."""
+    code = f"""
+        import os, sys
+        os.environ["XDG_CACHE_HOME"] = "{tmp_path}/host " + sys.argv[-1]
+        from contextlib import closing
+        import numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+        from nested_reft.checkpoints import Checkpoints
+        from nested_reft.run_directory import RunDirectory, SilentRunDirectory
+        run = RunDirectory.create("{RUNS}", "tiny", {CONFIG}) if processes.is_writer() else None
+        address = processes.broadcast_text(None if run is None else run.address)
+        run = run or SilentRunDirectory.at(address)
+        mesh, whole = jax.make_mesh((4,), ("x",)), np.arange(64.0, dtype=np.float32).reshape(8, 8)
+        a = jax.make_array_from_callback((8, 8), NamedSharding(mesh, PartitionSpec("x")), lambda index: whole[index])
+        with closing(run), Checkpoints(run.path / "checkpoints", 2, run.exchange()) as checkpoints:
+            for number in (1, 2):
+                run.wait_copied()
+                checkpoints.save(number, {{"a": a + number}}, {{"marks": run.marks()}})
+                run.copy(number)
+        print(sorted(path.name for path in (run.path / "checkpoints").iterdir()))
+        processes.end_together(0)
+        """
+    first, second = run_together(code, devices=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    # The second process keeps nothing of it.
+    assert first.stdout.splitlines()[-1] == "['1', '2']" and second.stdout.splitlines()[-1] == "[]"
+    (url,) = {f"{RUNS}/{name.split('/')[0]}" for name in store.below("runs/")}
+    assert remote_numbers(store, url) == [1, 2] and not any("/parts/" in name for name in store.objects)
+    with Checkpoints(local_run(url) / "checkpoints", keep=2) as checkpoints:
+        found = checkpoints.restore_some(2, {"a": jnp.zeros((8, 8))})
+    np.testing.assert_array_equal(found["a"], np.arange(64.0).reshape(8, 8) + 2)

@@ -288,7 +288,10 @@ class Trainer:
         opened.callback(self.compilations.close)
         opened.callback(run.close)
         opened.callback(self._wait_for_devices)
-        self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
+        self._exchange = run.exchange()
+        self.checkpoints = opened.enter_context(
+            Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints, self._exchange)
+        )
         self.keys = RunKeys(jax.random.key(config.train.seed))
         self.decode_step = decode_step(setup)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix, config.measures_mismatch)
@@ -385,7 +388,7 @@ class Trainer:
             return phase.step(self.state, number)
         except NonFiniteUpdatesError as error:
             try:
-                path = keep_failed_update(self.run_directory.path, self.state)
+                path = keep_failed_update(self.run_directory.path, self.state, self._exchange)
                 self.run_directory.copy()
                 run = self.run_directory.address
                 kept = f"The last of them is kept in '{path}'; to repeat it: nested-reft replay-batch {run}"
