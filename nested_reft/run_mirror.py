@@ -150,7 +150,7 @@ class PartExchange:
     """Lets checkpoints come together whose processes are on machines without a shared directory.
 
     Orbax lets each process write its own files, and process 0 makes one checkpoint of them. Between the two, the other
-    processes send their files to the store and process 0 fetches them. They are small next to what a host can send.
+    processes send their files to the store and process 0 fetches them.
     """
 
     def __init__(self, url: str, shares: bool):
@@ -268,6 +268,8 @@ class Owner:
             # No clocks are compared, because those of two machines may differ.
             if found != generation and now.get("id") == owner.get("id") and not now.get("released"):
                 raise self._in_use(now)
+            if now.get("id") != owner.get("id"):  # yet another process was faster
+                began = time.monotonic()
             owner, generation = now, found
         return owner, generation
 
