@@ -365,6 +365,7 @@ def test_processes_without_a_shared_directory_write_one_checkpoint(store, monkey
         from jax.sharding import NamedSharding, PartitionSpec
         from nested_reft.checkpoints import Checkpoints
         from nested_reft.run_directory import RunDirectory, SilentRunDirectory
+        jax.devices()  # JAX lets processes wait here for each other
         run = RunDirectory.create("{RUNS}", "tiny", {CONFIG}) if processes.is_writer() else None
         address = processes.broadcast_text(None if run is None else run.address)
         run = run or SilentRunDirectory.at(address)
