@@ -13,12 +13,14 @@ DATA = [
 MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.9"]
 RAY = ["ray>=2.50"]
+GCS = ["google-cloud-storage>=3.0", "requests>=2.32"]  # paths on gs://
 TEST = [
     *TASKS,
     *DATA,
     *MATH,
     *REPORT,
     *RAY,
+    *GCS,
     "beartype>=0.19",
     "pyright>=1.1.390",
     "pytest>=8.0",
@@ -68,6 +70,7 @@ setup(
         "math": MATH,
         "report": REPORT,
         "ray": RAY,
+        "gcs": GCS,
         "tpu": ["jax[tpu]"],
         # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.
         "cuda12": ["jax[cuda12]"],

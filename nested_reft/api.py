@@ -20,6 +20,7 @@ from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, SilentRunDirectory, read_log, versions
+from nested_reft.run_mirror import local_run
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
@@ -55,7 +56,7 @@ def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | No
         config: a configuration, the name of one, or a run to continue from its newest checkpoint. A run
             that is complete comes back as it is.
         on_step: called with the record of each training step.
-        runs: where the run directory is made.
+        runs: where the run directory is made, also on `gs://`.
 
     Raises:
         ValueError: the configuration cannot work; names the field, its value and what is allowed.
@@ -115,17 +116,17 @@ class Run:
     'tiny'
 
     Attributes:
-        path: the directory.
+        path: the directory; that of a run on `gs://` is a local copy.
     """
 
     def __init__(self, path: str | Path):
         """Args:
-        path: a run directory.
+        path: a run directory, also on `gs://`.
 
         Raises:
             ValueError: it is none.
         """
-        self.path = Path(path)
+        self.path = local_run(path)
         if not (self.path / "config.json").is_file():
             raise ValueError(f"'{self.path}' is not a run directory: it has no config.json")
 
@@ -263,12 +264,14 @@ def open_trainer(
         if directory is None:
             # A new run's is made once all of them are prepared.
             name, whole = config.name, setup.config.to_json()
-            made = processes.by_writer(lambda: RunDirectory.create(Path(runs), name, whole))
-            path = Path(processes.broadcast_text(None if made is None else str(made.path)))
-            directory = made or SilentRunDirectory(path)
+            made = processes.by_writer(lambda: RunDirectory.create(runs, name, whole))
+            address = processes.broadcast_text(None if made is None else made.address)
+            directory = made or SilentRunDirectory.at(address)
         on_failure.pop_all()
     if processes.is_writer():
-        print(f"run directory: {printable(str(directory.path))}")
+        print(f"run directory: {printable(directory.address)}")
+        if directory.address != str(directory.path):
+            print(f"local copy: {printable(str(directory.path))}")
         _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
@@ -318,7 +321,7 @@ def repeat_failed_update(run: str | Path) -> RepeatedUpdate:
     Raises:
         ValueError: it is none, it is in use, or it has kept no update.
     """
-    path = Path(run)
+    path = local_run(run)
     # Whoever searches has nothing to do here.
     config = dataclasses.replace(run_config(path), search=SearchConfig())
     kept_number(path)  # before a model is loaded

@@ -9,7 +9,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -61,6 +61,15 @@ def checkpoint_numbers(directory: Path) -> list[int]:
     return sorted((int(path.name) for path in numbered if any(path.iterdir())), reverse=True)
 
 
+def damage_of(checkpoint: Path) -> str:
+    """In words, the first difference between a checkpoint, with its blocks, and its seal; empty without any.
+
+    Args:
+        checkpoint: its directory.
+    """
+    return _damage(checkpoint, None, 0, 1)
+
+
 def newest_checkpoint(directory: Path) -> int | None:
     """Number of the newest complete checkpoint in a run's checkpoint directory, or None; reads names only.
 
@@ -68,6 +77,35 @@ def newest_checkpoint(directory: Path) -> int | None:
         directory: the run's directory for checkpoints; it need not exist.
     """
     return next(iter(checkpoint_numbers(directory)), None)
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """How a checkpoint comes together whose processes do not share a directory."""
+
+    def begin(self, directory: Path, number: int) -> None:
+        """Prepares this process's own directory for its part of a checkpoint.
+
+        Args:
+            directory: of the checkpoints.
+            number: of the one that is to be written.
+        """
+
+    def wait(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, as Orbax asks it to; where all have written, their parts come together.
+
+        Args:
+            key: the place in Orbax's work.
+            timeout_ms: how long to wait.
+        """
+
+    def is_together(self, number: int) -> bool:
+        """Whether process 0 has all parts of a checkpoint.
+
+        Args:
+            number: of the checkpoint.
+        """
+        ...
 
 
 class Checkpoints:
@@ -81,15 +119,17 @@ class Checkpoints:
     Blocks among the host's values have files of their own, which later checkpoints share. A block is written before
     the first checkpoint that has it, and removed when no checkpoint has it any more.
 
-    Several processes call everything together. Each writes its share of the arrays, and process 0 all else. Each checks
-    a share of the files before they are read, so a checkpoint is damaged for all of them or for none.
+    Several processes call everything together. Each writes its share of the arrays, and process 0 all else. The files
+    are checked before they are read, so a checkpoint is damaged for all processes or for none: each checks a share of a
+    common directory, or the whole of its own.
     """
 
-    def __init__(self, directory: Path, keep: int, alone: bool = False):
+    def __init__(self, directory: Path, keep: int, alone: bool = False, exchange: Exchange | None = None):
         """Args:
         directory: where the checkpoints are; made if it is not there.
         keep: newest ones kept, at least 1.
         alone: this process only reads, whatever others do; then the directory must be there.
+        exchange: brings the parts of several processes together; None where they share the directory.
 
         Raises:
             ValueError: a file is in its place.
@@ -98,7 +138,7 @@ class Checkpoints:
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
         # Orbax asks for an absolute path.
-        self._directory, self._writing = directory.resolve(), 0
+        self._directory, self._writing, self._exchange = directory.resolve(), 0, exchange
         self._alone = alone or processes.count() == 1
         self._blocks = self._directory / _BLOCKS
         # Checksums of the blocks of the checkpoint that is being written, or was read.
@@ -113,6 +153,7 @@ class Checkpoints:
                 # Directories that another thread fails to make would be waited for until a time limit of minutes.
                 create_directories_asynchronously=False,
                 timeout_secs=_WAIT_SECONDS,
+                barrier_sync_fn=None if exchange is None else exchange.wait,
             ),
         )
         self._manager = ocp.CheckpointManager(
@@ -146,6 +187,8 @@ class Checkpoints:
         self.wait()
         self._writing = number
         try:
+            if self._exchange is not None:
+                self._exchange.begin(self._directory, number)
             processes.by_writer(lambda: self._write_blocks(blocks))
             # The caller has decided that it is time, so Orbax's own intervals do not count.
             self._manager.save(number, args=ocp.args.Composite(**items), force=True)
@@ -257,8 +300,10 @@ class Checkpoints:
     def _check(self, number: int, parts: tuple[str, ...]) -> str:
         """What messages call a checkpoint, once these parts of it are known to be whole."""
         where = f"checkpoint {number} in '{self._directory}'"
-        index, count = (0, 1) if self._alone else (processes.index(), processes.count())
-        damage = _damage(self._directory / str(number), parts, index, count)
+        index = 0 if self._alone else processes.index()
+        # Of a directory that all of them share, each process checks a share.
+        share, shares = (0, 1) if self._alone or self._exchange is not None else (index, processes.count())
+        damage = _damage(self._directory / str(number), parts, share, shares)
         # What one process finds, all of them hear: none may go on to read, or to the checkpoint before, alone.
         found = (damage,) if self._alone else processes.gather_text(damage)
         for process, words in enumerate(found):
@@ -283,6 +328,8 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the checksums of the checkpoint that has been written and still has its temporary name."""
+        if self._exchange is not None and not self._exchange.is_together(self._writing):
+            raise CheckpointError("the parts of the processes did not come together")
         unnamed = [path for path in self._unfinished() if path.name.startswith(f"{self._writing}.")]
         assert unnamed, f"no directory of checkpoint {self._writing} in '{self._directory}'"
         blocks = {f"../{block_path(Path(_BLOCKS), name)}": seal for name, seal in self._sealed_blocks.items()}
@@ -365,12 +412,12 @@ def _size_and_checksum(path: Path) -> list[int]:
     return [size, checksum]
 
 
-def _damage(checkpoint: Path, parts: tuple[str, ...], share: int, shares: int) -> str:
+def _damage(checkpoint: Path, parts: tuple[str, ...] | None, share: int, shares: int) -> str:
     """In words, the first difference between some parts of a checkpoint and its checksums; empty without any.
 
     Args:
         checkpoint: its directory.
-        parts: names of the parts.
+        parts: names of the parts; None is all that the checksums name.
         share: which files are compared, from 0: each of several processes has a share of them.
         shares: how many there are.
     """
@@ -379,13 +426,13 @@ def _damage(checkpoint: Path, parts: tuple[str, ...], share: int, shares: int) -
         expected = {
             name: (size, checksum)
             for name, (size, checksum) in sealed.items()
-            if name.startswith(tuple(f"{part}/" for part in parts))
+            if parts is None or name.startswith(tuple(f"{part}/" for part in parts))
         }
     except FileNotFoundError:
         return f"it has no {SEAL}, or is of an earlier version"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{SEAL} cannot be read: {error}"
-    missing = [part for part in parts if not any(name.startswith(f"{part}/") for name in expected)]
+    missing = [part for part in parts or () if not any(name.startswith(f"{part}/") for name in expected)]
     if missing:
         return f"{SEAL} names no file of its part '{missing[0]}'"
     for name in sorted(expected)[share::shares]:

@@ -17,11 +17,14 @@ NO_CACHE = "--no-compilation-cache"  # the option that turns it off
 KEEP_SECONDS = 14 * 24 * 3600  # a program is compiled anew after two weeks, so what nobody needs goes away
 
 
+def user_cache() -> Path:
+    """The package's part of the user's cache directory; `XDG_CACHE_HOME` puts it elsewhere."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested_reft"
+
+
 def cache_directory() -> Path:
     """The directory for this kind of processor: a program is machine code, and the key does not name the processor."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kind = hashlib.sha256(processor().encode()).hexdigest()[:12]
-    return root / "nested_reft" / f"compiled-{kind}"
+    return user_cache() / f"compiled-{hashlib.sha256(processor().encode()).hexdigest()[:12]}"
 
 
 def processor() -> str:

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from nested_reft.heartbeat import beat
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
+from nested_reft.run_mirror import local_run
 from nested_reft.sharding import on_mesh, spread, to_host
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.types import Prompts, valid_mask
@@ -106,7 +106,7 @@ def read_facts(path: str) -> dict[str, float]:
     Raises:
         ValueError: it holds no reward model, or a broken one.
     """
-    file = Path(path) / FACTS
+    file = local_run(path) / FACTS
     if not file.is_file():
         raise ValueError(
             f"reward.model is '{path}', which has no {FACTS}; allowed is a finished run of `nested-reft reward-model`,"
@@ -143,7 +143,7 @@ def reward_models(paths: Sequence[str], mesh: Mesh | None = None) -> list[Reward
     """
     for path in paths:
         read_facts(path)  # which says so where there is no such file
-    return [_loaded(path, (Path(path) / FACTS).stat().st_mtime, mesh) for path in paths]
+    return [_loaded(path, (local_run(path) / FACTS).stat().st_mtime, mesh) for path in paths]
 
 
 def check_reward_models(paths: Sequence[str], tokenizer: Tokenizer) -> None:

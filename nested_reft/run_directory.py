@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from functools import cached_property
@@ -17,9 +19,13 @@ from typing import Any
 
 import jax
 
+from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.json_files import write_json
 from nested_reft.models.registry import hub_revision
+from nested_reft.paths import address, copy_of, is_remote, local_only
+from nested_reft.remote_files import join
 from nested_reft.run_logs import Events, Log, cut, mend
+from nested_reft.run_mirror import PartExchange, address_of, begin_copy, exchange_parts, mark_copy, open_mirror
 
 # The step of the first line, of a log with one line for each step; None of the other.
 LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}
@@ -36,6 +42,8 @@ class RunDirectory:
     `config.json`, `versions.json`, `metrics.jsonl` (a line a step), `samples.jsonl` (a line a
     completion), TensorBoard events, `checkpoints/` and, at the end, `summary.json`. The logs are opened with the
     first line, so that a run that cannot be continued stays as it was.
+
+    The directory of a run on `gs://` is its local copy, from which `copy` brings it there.
     """
 
     def __init__(self, path: Path):
@@ -44,11 +52,17 @@ class RunDirectory:
 
         Raises:
             ValueError: another process works on this run.
+            RemoteError: it is the copy of a run on `gs://`, which cannot be reached.
         """
         self.path = path
         self._purge_step: int | None = None
         path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _locked(path)
+        try:
+            self._mirror = open_mirror(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     @cached_property
     def _metrics(self) -> Log:
@@ -62,31 +76,95 @@ class RunDirectory:
     def _events(self) -> Events:
         return Events(self.path, self._purge_step)
 
+    @property
+    def address(self) -> str:
+        """What the user calls the run: its path, or gs://BUCKET/NAME."""
+        return address_of(self.path)
+
+    def newest_checkpoint(self) -> int | None:
+        """Number of the newest checkpoint that is where the run belongs; None without one."""
+        return newest_checkpoint(self.path / "checkpoints") if self._mirror is None else self._mirror.newest
+
+    def copy(self, number: int | None = None) -> None:
+        """Starts copying what is new to `gs://`, where the run belongs there.
+
+        Args:
+            number: of a checkpoint that is being written, to be copied too.
+        """
+        if self._mirror is not None:
+            self._mirror.copy(number)
+
+    def exchange(self) -> PartExchange | None:
+        """What brings the parts of a checkpoint together; None where all processes share the directory.
+
+        All processes call it together.
+
+        Raises:
+            ValueError: the run is a local one, and some process does not see its directory.
+        """
+        return exchange_parts(self.path)
+
+    def check_copied(self) -> None:
+        """Looks whether copying has failed; does not wait for it.
+
+        Raises:
+            CheckpointError: it has.
+        """
+        if self._mirror is not None:
+            self._mirror.check()
+
+    def wait_copied(self) -> None:
+        """Waits for all that `copy` was called for.
+
+        Raises:
+            CheckpointError: it could not be copied.
+        """
+        if self._mirror is not None:
+            self._mirror.wait()
+
     @classmethod
-    def create(cls, root: Path, name: str, config: dict[str, Any]) -> RunDirectory:
+    def create(cls, root: str | Path, name: str, config: dict[str, Any]) -> RunDirectory:
         """Makes `root/NAME-TIME` and writes configuration and versions into it.
 
         Args:
-            root: made if it is not there.
+            root: made if it is not there; it may be on `gs://`.
             name: of the configuration; letters, digits, `_`, `.` and `-`.
             config: the whole configuration as JSON-able values.
         """
-        stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
-        while True:
-            path = root / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
-            try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:  # another run of the same second
-                number += 1
-        run = cls(path)
+        stamp, number, run = time.strftime("%Y%m%d-%H%M%S"), 1, None
+        while run is None:
+            # More than one run may begin in a second, here or on other machines.
+            with contextlib.suppress(FileExistsError):
+                run = cls._new(root, f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
+            number += 1
+        path = run.path
         # The configuration comes first: a directory without it is not a run.
         write_json(path / "config.json", config)
         # A name on the hub means other weights once its owner has changed them, so the commit is kept.
         revision = hub_revision(config["model"]["name"]) if "model" in config else None
         write_json(path / "versions.json", versions() | {"model_revision": revision})
         run.marks()  # opens the logs: a run that has no lines yet has empty ones
+        run.copy()
         return run
+
+    @classmethod
+    def _new(cls, root: str | Path, name: str) -> RunDirectory:
+        """An empty directory for a run.
+
+        Raises:
+            FileExistsError: there is one of this name.
+        """
+        url = join(address(root), name) if is_remote(root) else None
+        path = Path(root) / name if url is None else copy_of(url)
+        path.mkdir(parents=True)
+        if url is None:
+            return cls(path)
+        try:
+            begin_copy(path, url)
+            return cls(path)
+        except BaseException:
+            shutil.rmtree(path)
+            raise
 
     def marks(self) -> dict[str, list[int]]:
         """Where the logs end: size and CRC-32 of each, by the name of its file. A checkpoint holds them.
@@ -176,16 +254,26 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`, whole or not at all."""
         write_json(self.path / "summary.json", summary)
+        self.copy()
 
     def close(self) -> None:
-        """Closes the logs, and lets other processes work on the run."""
+        """Closes the logs, and lets other processes work on the run.
+
+        Raises:
+            CheckpointError: the run belongs on `gs://`, and could not be copied there.
+        """
         # These are cached properties: what was not opened is not opened for closing.
         for name in ("_metrics", "_samples", "_events"):
             if name in self.__dict__:
                 self.__dict__[name].close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        mirror, self._mirror = self._mirror, None
+        try:
+            if mirror is not None:
+                mirror.close()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
 
 class SilentRunDirectory(RunDirectory):
@@ -193,9 +281,21 @@ class SilentRunDirectory(RunDirectory):
 
     def __init__(self, path: Path):
         """Args:
-        path: which the writing process has made.
+        path: which the writing process has made, or what its remote address is here.
         """
-        self.path, self._lock = path, None
+        self.path, self._lock, self._mirror = path, None, None
+
+    @classmethod
+    def at(cls, address: str) -> SilentRunDirectory:
+        """That of a run, as its address is broadcast by the writing process.
+
+        Args:
+            address: what `RunDirectory.address` is there.
+        """
+        path = local_only(address, "the run") if not is_remote(address) else copy_of(address)
+        if is_remote(address):
+            mark_copy(path, address)
+        return cls(path)
 
     def marks(self) -> dict[str, list[int]]:
         """It is empty, because the writing process has the marks."""

@@ -41,7 +41,11 @@ def run_together(code: str, devices: int = 4, count: int = 2) -> list[subprocess
     start = _START.format(devices=devices, count=count, port=free_port())
     # A proxy would be asked for the coordinator's address.
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "XLA_FLAGS": "",
+    }
     running = [
         subprocess.Popen(
             [sys.executable, "-c", start + textwrap.dedent(code), str(index)],

@@ -28,6 +28,8 @@ OPTIONAL = {
     "math_verify",
     "ray",
 }
+# These are parts of namespaces that other packages share.
+OPTIONAL_PARTS = {"google.cloud.storage", "google.auth"}
 
 RULES = {
     "estimators", "losses", "curriculum", "replay", "replay_store", "replay_saving", "dataset_reset", "kl_control",
@@ -53,6 +55,8 @@ LAYERS = [
         "processes",
         "exit_codes",
     },
+    {"remote_files"},
+    {"paths"},
     {"layer_plan"},
     {"types"},
     {"bridging"},
@@ -62,6 +66,7 @@ LAYERS = [
     {"models", "tokenizer"},
     {"plan_price"},
     {"checkpoints", "checkpoint_identity"},
+    {"run_mirror"},
     {"rollout"},
     {"reward_model"},
     {"evaluation", "divergence", "run_logs"},
@@ -170,6 +175,44 @@ def moves_of_arrays(root: Path) -> list[str]:
     return found
 
 
+# Where `Path` is made of what no user has given: names that the program made itself, or a path that `paths` has seen.
+OWN_PATHS = {
+    "nested_reft/paths.py": "the functions themselves",
+    "nested_reft/api.py": "what another process made",
+    "nested_reft/checkpoints.py": "names in a seal",
+    "nested_reft/cli/train.py": "`_check_runs_directory` after `is_remote`",
+    "nested_reft/cli/verify_estimators.py": "after `local_file`",
+    "nested_reft/command.py": "how the program was called",
+    "nested_reft/data/datasets.py": "names in an archive, a variable of TFDS, a temporary file",
+    "nested_reft/models/formats/gguf_reader.py": "what the registry found",
+    "nested_reft/models/formats/huggingface.py": "what the registry found",
+    "nested_reft/models/formats/huggingface_tokenizer.py": "what the registry found",
+    "nested_reft/models/registry.py": "what `local_path` gave, packages, the hub's cache",
+    "nested_reft/program_cache.py": "the user's cache",
+    "nested_reft/rewards/worker.py": "a file that `with_absolute_paths` has seen",
+    "nested_reft/run_directory.py": "a root that is not `is_remote`",
+    "nested_reft/run_mirror.py": "a source that is not `is_remote`, and the system's files",
+    "nested_reft/templates/render.py": "the package",
+    "nested_reft/tokenizer.py": "a directory that is written",
+}
+
+
+def paths_of_users(root: Path) -> list[str]:
+    """Every place that may make a `Path` of what a user gave: `Path("gs://x")` would be `gs:/x`, without a word."""
+    found = []
+    for path in source_files(root, "nested_reft"):
+        where = str(path.relative_to(root))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            is_made = ast.unparse(node.func) == "Path" and node.args and ast.unparse(node.args[0]) != "__file__"
+            if is_made and where not in OWN_PATHS:
+                found.append(f"{where}:{node.lineno}: {ast.unparse(node)}; use nested_reft.paths")
+            if any(keyword.arg == "type" and ast.unparse(keyword.value) == "Path" for keyword in node.keywords):
+                found.append(f"{where}:{node.lineno}: a Path as an option; use `local_file`, or text and `local_run`")
+    return found
+
+
 def run_python(code: str):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -189,7 +232,7 @@ def test_import_is_quick_and_brings_nothing_optional():
         " print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
     )
     assert seconds < 2
-    assert not OPTIONAL & {name.split(".")[0] for name in loaded}
+    assert not OPTIONAL & {name.split(".")[0] for name in loaded} and not OPTIONAL_PARTS & set(loaded)
 
 
 def test_no_module_imports_an_optional_package_at_its_top():
@@ -199,7 +242,7 @@ def test_no_module_imports_an_optional_package_at_its_top():
         "    importlib.import_module(module.name)\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    assert not OPTIONAL & {name.split(".")[0] for name in loaded}
+    assert not OPTIONAL & {name.split(".")[0] for name in loaded} and not OPTIONAL_PARTS & set(loaded)
 
 
 def test_every_imported_package_is_declared():
@@ -246,6 +289,20 @@ def test_arrays_move_in_one_place():
 def test_a_move_elsewhere_is_found(tmp_path):
     files = {"nested_reft/sharding.py": "jax.device_put(x)", "nested_reft/rollout/a.py": "x = 1\njax.device_get(x)"}
     assert moves_of_arrays(write_tree(tmp_path, files)) == ["nested_reft/rollout/a.py:2: device_get"]
+
+
+def test_paths_of_users_go_through_one_module():
+    assert paths_of_users(ROOT) == []
+    assert [name for name in OWN_PATHS if "Path(" not in (ROOT / name).read_text()] == []
+
+
+def test_a_path_of_a_user_elsewhere_is_found(tmp_path):
+    code = "Path(name)\nPath(__file__)\nparser.add_argument('--out', type=Path)"
+    files = {"nested_reft/cli/a.py": code, "nested_reft/paths.py": "Path(name)"}
+    first, second = paths_of_users(write_tree(tmp_path, files))
+    assert first.startswith("nested_reft/cli/a.py:1: Path(name)") and second.startswith(
+        "nested_reft/cli/a.py:3: a Path as"
+    )
 
 
 def test_nothing_is_unpickled():

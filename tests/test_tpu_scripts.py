@@ -313,10 +313,10 @@ def make_run(runs: Path, name: str, *checkpoints: str) -> Path:
 
 
 def test_the_newest_run_that_can_be_continued_is_found(tmp_path, capsys):
-    assert newest_run.newest_run(tmp_path / "absent") is None
+    assert newest_run.newest_run(str(tmp_path / "absent")) is None
     make_run(tmp_path, "tiny-20260101-000003")  # killed before its first checkpoint
     make_run(tmp_path, "tiny-20260101-000002-11", "3.orbax-checkpoint-tmp")  # and this one while it was written
-    assert newest_run.newest_run(tmp_path) is None
+    assert newest_run.newest_run(str(tmp_path)) is None
     assert newest_run.main([str(tmp_path)]) == 0 and capsys.readouterr().out == ""
     make_run(tmp_path, "tiny-20260101-000001", "50")
     make_run(tmp_path, "tiny-20260101-000002-9", "1")
@@ -398,7 +398,7 @@ def test_all_workers_install_start_show_and_stop(pod):
         for where in ("checkout", "host0/nested_reft", "host1/nested_reft")
     ]
     assert len(set(commits)) == 1
-    assert lines(pod / "host1" / "nested_reft" / "installed") == ["tpu,tasks,data,math"]
+    assert lines(pod / "host1" / "nested_reft" / "installed") == ["tpu,tasks,data,math,gcs"]
     assert on_pod(pod, "run_all_workers.sh", "start", *TRAIN, "--field", "two words").returncode == 0
     wait_until(lambda: len(lines(pod / "calls")) == 2)
     assert lines(pod / "calls") == ["train tiny --train.steps 4 --field two words --runs runs  auto"] * 2

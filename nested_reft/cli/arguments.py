@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.fields import from_text
 from nested_reft.json_files import check_writable, write_json
+from nested_reft.paths import local_only
 from nested_reft.program_cache import NO_CACHE
 from nested_reft.untrusted import shown
 
@@ -84,6 +85,20 @@ def number(range_in_words: str, fits: Callable[[float], bool]) -> Callable[[str]
     return parse
 
 
+def local_file(text: str) -> Path:
+    """The type of an option that names what a command writes.
+
+    Args:
+        text: as it was typed.
+    """
+    try:
+        return local_only(text, "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"is {shown(text)}; allowed is a local path, since gs:// serves --runs, --resume and what is read"
+        ) from None
+
+
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds `--json FILE`, which also writes what the command prints.
 
@@ -91,7 +106,7 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
         parser: of the command.
         what: the results in words, for the help.
     """
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} here")
+    parser.add_argument("--json", type=local_file, metavar="FILE", help=f"also write {what} here")
 
 
 def check_json(path: Path | None) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from nested_reft.api import evaluate_sources
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import plan_in_words, plan_of_run, plan_without, setup_of
@@ -108,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompts", type=whole(1), help="the most held-out prompts of each source")
     parser.add_argument(
-        "--completions", type=Path, metavar="FILE", help="also write every completion here, a line each"
+        "--completions", type=local_file, metavar="FILE", help="also write every completion here, a line each"
     )
     add_json(parser, "the results")
     return parser

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
-from nested_reft.cli.arguments import command_parser
+from nested_reft.cli.arguments import command_parser, local_file
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.models.formats.huggingface import save_huggingface
 from nested_reft.reward_model import FACTS
 from nested_reft.rollout.policy import Policy
+from nested_reft.run_mirror import local_run
 from nested_reft.training.setup import run_config
 
 
@@ -22,14 +22,15 @@ def run(arguments: list[str]) -> None:
         # Nothing is written over: another model in that directory would be mixed with this one.
         if known.directory.exists():
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
-        if not (known.run / "checkpoints").is_dir():
+        run = local_run(known.run)
+        if not (run / "checkpoints").is_dir():
             raise ValueError(f"'{known.run}' is not a run directory: it has no checkpoints")
         # A reward model has no meaning without what normalises its rewards.
-        facts = known.run / FACTS
-        is_reward_model = run_config(known.run).loss.kind == "bradley_terry"
+        facts = run / FACTS
+        is_reward_model = run_config(run).loss.kind == "bradley_terry"
         if is_reward_model and not facts.is_file():
             raise ValueError(f"'{known.run}' is a reward model and has no {FACTS} yet; train it to its end first")
-        policy = Policy.load(known.run)
+        policy = Policy.load(run)
         save_huggingface(policy.model, known.directory, policy.tokenizer, scores=is_reward_model)
         if is_reward_model:
             shutil.copyfile(facts, known.directory / FACTS)
@@ -38,6 +39,6 @@ def run(arguments: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("export", "Writes a directory that transformers loads; adapters are merged.")
-    parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("directory", type=Path, help="a directory that does not exist yet")
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("directory", type=local_file, help="a directory that does not exist yet")
     return parser

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from nested_reft.bridge_file import FittedBridges, model_in_words, save_bridges
 from nested_reft.bridging import BridgeState
-from nested_reft.cli.arguments import command_parser
+from nested_reft.cli.arguments import command_parser, local_file
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
@@ -68,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "policy", help="a run directory, or a model as in model.name; overrides follow as --FIELD VALUE"
     )
     parser.add_argument("--config", help="the configuration whose prompts and nesting to use; a run has its own")
-    parser.add_argument("--out", type=Path, required=True, help="file for nesting.bridge.file")
+    parser.add_argument("--out", type=local_file, required=True, help="file for nesting.bridge.file")
     return parser
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from nested_reft.bridge_fitting import fit_bridges
-from nested_reft.cli.arguments import command_parser, whole
+from nested_reft.cli.arguments import command_parser, local_file, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what to leave out: whole layers, attention or MLP alone; 'bridge' fits a bridge to each layer on one half"
         " of the prompts and measures on the other",
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for nesting.divergence_file")
+    parser.add_argument("--out", type=local_file, required=True, help="JSON file for nesting.divergence_file")
     return parser
 
 

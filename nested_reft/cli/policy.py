@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
@@ -13,6 +12,7 @@ from nested_reft.cli.overrides import override
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.rollout.policy import Policy
+from nested_reft.run_mirror import local_run
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.setup import Setup, prepare, run_config
 
@@ -23,7 +23,8 @@ def is_run(policy: str) -> bool:
     Args:
         policy: a run directory, or a model as in `model.name`.
     """
-    return (Path(policy) / "config.json").is_file() and (Path(policy) / "checkpoints").is_dir()
+    path = local_run(policy)
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
 def setup_of(
@@ -65,7 +66,7 @@ def _config_of(policy: str, config_name: str | None) -> Config:
     if is_run(policy):
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
-        return run_config(Path(policy))
+        return run_config(local_run(policy))
     if config_name is None:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "Repeats the update for which a run ended, because loss or gradient was not finite. The run stays as it is.",
         compiles=True,
     )
-    parser.add_argument("run", type=Path, help="a run directory with a failed_update")
+    parser.add_argument("run", help="a run directory with a failed_update")
     add_json(parser, "the tables")
     return parser
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nested_reft import processes
+from nested_reft import paths, processes, remote_files
 from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
@@ -19,6 +19,7 @@ from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.figures import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
+from nested_reft.run_mirror import address_of, local_run
 from nested_reft.training.agreement import DivergedError
 from nested_reft.training.config import Config, forbidden_changes, load_config, with_absolute_paths
 from nested_reft.training.offline import OfflineKind, as_offline
@@ -54,9 +55,11 @@ def _train(
     known: argparse.Namespace, name: str | None, overrides: list[str], command: str, kind: OfflineKind | None
 ) -> None:
     """A run that does not come to its end says how to continue."""
-    path: Path | None = known.resume
+    path: Path | None = None
     try:
         with checking_input():
+            # A run on gs:// works in a local copy, which each machine has.
+            path = known.resume = processes.agreed(lambda: None if known.resume is None else local_run(known.resume))
             config = processes.agreed(lambda: _checked_config(known, name, overrides, command, kind))
             # A run that is complete loads no model. All processes ask: they may not all continue one.
             if is_complete(known.resume, config):
@@ -94,7 +97,7 @@ def _end_stalled(words: str) -> None:
 def _how_to_continue(path: Path | None) -> str:
     if path is None or newest_checkpoint(path / "checkpoints") is None:
         return "the run ended before its first checkpoint; there is nothing to continue"
-    return f"to continue: nested-reft train --resume {path}"
+    return f"to continue: nested-reft train --resume {address_of(path)}"
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -104,8 +107,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         compiles=True,
         has_help=False,  # that of the fields comes with it, so both are printed here
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory instead of CONFIG")
-    parser.add_argument("--runs", default=RUNS, help="where the run directory is made")
+    parser.add_argument("--resume", metavar="RUN", help="continue this run directory instead of CONFIG")
+    parser.add_argument("--runs", default=RUNS, help="where the run directory is made; also gs://BUCKET/NAME")
     add_json(parser, "the summary")
     add_flags(parser)
     return parser
@@ -157,6 +160,9 @@ def _check_places(known: argparse.Namespace) -> None:
 
 
 def _check_runs_directory(runs: str) -> None:
+    if paths.is_remote(runs):
+        remote_files.check(paths.address(runs))
+        return
     # Directories are made with their parents, so a file anywhere on the way would fail later, when the model is loaded.
     taken = [path for path in (Path(runs), *Path(runs).absolute().parents) if path.exists() and not path.is_dir()]
     if not runs or taken:

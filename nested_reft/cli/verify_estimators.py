@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, whole
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import complain, say
 from nested_reft.exit_codes import FAILED
@@ -57,6 +57,6 @@ def _check_figure(path: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("verify-estimators", "Exact bias and variance of every estimator on an enumerable model.")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the model's parameters")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw bias against noise here")
+    parser.add_argument("--figure", type=local_file, metavar="FILE.png", help="also draw bias against noise here")
     add_json(parser, "the results")
     return parser

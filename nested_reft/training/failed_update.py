@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nested_reft import processes
-from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.checkpoints import Checkpoints, Exchange, newest_checkpoint
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.sharding import replicate, shard_batch, to_host
 from nested_reft.training.learner import LearnerBatch
@@ -24,12 +24,13 @@ from nested_reft.types import TrainBatch
 DIRECTORY = "failed_update"  # within the run's
 
 
-def keep_failed_update(run: Path, state: RunState) -> Path:
+def keep_failed_update(run: Path, state: RunState, exchange: Exchange | None = None) -> Path:
     """Writes the learner's arrays and the batch of its latest update; one that was kept before goes.
 
     Args:
         run: the run's directory.
         state: of the run; its latest update was left out, so the arrays are still those that it found.
+        exchange: as that of the run's checkpoints.
 
     Raises:
         OSError: they could not be written.
@@ -55,7 +56,7 @@ def keep_failed_update(run: Path, state: RunState) -> Path:
     if directory.exists() and processes.is_writer():
         shutil.rmtree(directory)
     processes.barrier("failed update")
-    with Checkpoints(directory, keep=1) as kept:
+    with Checkpoints(directory, 1, exchange=exchange) as kept:
         # The step that is under way, counted from 1.
         kept.save(state.step + 1, learner.arrays(with_reference=False), host)
     return directory

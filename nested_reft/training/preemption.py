@@ -7,9 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.exit_codes import PREEMPTED
 from nested_reft.untrusted import printable
 
@@ -45,18 +43,19 @@ def save_limit(seconds: float, at_end: Callable[[], None]) -> Iterator[None]:
         os.close(reader)
 
 
-def leave_unsaved(run: Path, seconds: float) -> None:
+def leave_unsaved(run: str, newest: Callable[[], int | None], seconds: float) -> None:
     """Ends the process while its main thread is still at work: no thread is waited for, and nothing is tidied up.
 
     Args:
-        run: the run's directory.
+        run: what the user calls it.
+        newest: gives the number of its newest checkpoint.
         seconds: the limit that is over.
     """
     try:
-        newest = newest_checkpoint(run / "checkpoints")
+        number = newest()
         how = "there is no checkpoint yet, and nothing to continue"
-        if newest is not None:
-            how = f"to continue from checkpoint {newest}: nested-reft train --resume {run}"
+        if number is not None:
+            how = f"to continue from checkpoint {number}: nested-reft train --resume {run}"
         line = printable(f"the step and its checkpoint took longer than train.save_seconds, {seconds:g}; {how}")
         # `print` is no choice: the main thread may hold the stream's lock.
         os.write(2, f"\n{line}\n".encode())

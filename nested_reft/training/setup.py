@@ -28,6 +28,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.placement import place_bridges
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
+from nested_reft.paths import local_path
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.reward_model import check_reward_models, read_facts
 from nested_reft.rewards.reward import NO_MODEL, check_answers
@@ -136,7 +137,7 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     # Equal divergences draw all layers alike until the first measurement.
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None and not resumes:
-        divergence_L = load_divergence(Path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
+        divergence_L = load_divergence(local_path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
     if config.nesting.bridge.file is not None and not resumes:
         divergence_L = _with_bridges(config, policy)
     check_positions(config, policy.model.config)
@@ -208,7 +209,7 @@ def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
     """Gives the policy the bridges of the configuration's file; their layers' divergences."""
     nesting, num_layers = config.nesting, policy.num_layers
     assert nesting.bridge.file is not None
-    path = Path(nesting.bridge.file)
+    path = local_path(nesting.bridge.file)
     name = model_in_words(config.model.name, config.train.seed, policy.version)
     fitted = load_bridges(path, policy.model, name)
     plan = None

@@ -158,8 +158,8 @@ class Trainer:
             OSError: a checkpoint or a log could not be written, or a searcher took too long (TimeoutError).
         """
         # The requests are the outer block, because closing waits for a checkpoint that no signal may drop.
-        seconds, path = self.config.train.save_seconds, self.run_directory.path
-        limit = save_limit(seconds, lambda: leave_unsaved(path, seconds))
+        seconds, run = self.config.train.save_seconds, self.run_directory
+        limit = save_limit(seconds, lambda: leave_unsaved(run.address, run.newest_checkpoint, seconds))
         with stop_requests() as stop_requested, limit, self._watchdog(), self:
             self.run_earlier_phases(stop_requested)
             self._run_phase(self.phases[-1], stop_requested)
@@ -253,7 +253,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a parameter is not finite, so that every resumed run would begin with it.
-            CheckpointError: this checkpoint or the one before could not be written.
+            CheckpointError: this checkpoint or the one before could not be written, or the one before not copied.
         """
         state = self.state
         # Batches under way are waited for, so that a resumed run begins with them and needs no old weights. A second
@@ -262,7 +262,10 @@ class Trainer:
         with finishing(), self.clock.stage("saving"):
             check_finite_state(self.phases[state.phase], state)
             number = first_checkpoint(self.phases, state.phase) + state.step
+            # A checkpoint must not be removed here before it is copied to where the run belongs.
+            self.run_directory.wait_copied()
             state.save(self.checkpoints, number, self.run_directory.marks())
+            self.run_directory.copy(number)
 
     def _watchdog(self) -> Watchdog:
         """Watches what goes on between the opening of a run and the end of its closing."""
@@ -285,7 +288,10 @@ class Trainer:
         opened.callback(self.compilations.close)
         opened.callback(run.close)
         opened.callback(self._wait_for_devices)
-        self.checkpoints = opened.enter_context(Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints))
+        self._exchange = run.exchange()
+        self.checkpoints = opened.enter_context(
+            Checkpoints(run.path / "checkpoints", config.train.keep_checkpoints, exchange=self._exchange)
+        )
         self.keys = RunKeys(jax.random.key(config.train.seed))
         self.decode_step = decode_step(setup)
         self.searcher = Searcher(config.rollout, config.reward, setup.data.shared_prefix, config.measures_mismatch)
@@ -364,6 +370,7 @@ class Trainer:
         error = None
         try:
             self.checkpoints.check()
+            self.run_directory.check_copied()
         except CheckpointError as found:
             error = found
         # A step of reinforcement has left its digests. What others show of theirs says it all.
@@ -381,8 +388,10 @@ class Trainer:
             return phase.step(self.state, number)
         except NonFiniteUpdatesError as error:
             try:
-                path = keep_failed_update(self.run_directory.path, self.state)
-                kept = f"The last of them is kept in '{path}'; to repeat it: nested-reft replay-batch {path.parent}"
+                path = keep_failed_update(self.run_directory.path, self.state, self._exchange)
+                self.run_directory.copy()
+                run = self.run_directory.address
+                kept = f"The last of them is kept in '{path}'; to repeat it: nested-reft replay-batch {run}"
             except OSError as failure:
                 kept = f"The last of them could not be kept: {failure}"
             raise NonFiniteUpdatesError(f"{error}. {kept}") from None

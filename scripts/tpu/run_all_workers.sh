@@ -29,7 +29,7 @@ install() {
     run git -C "$here/../.." bundle create --quiet "$bundle" HEAD
     run gcloud compute tpus "$kind" scp "$bundle" "$NAME:nested_reft.bundle" "${all[@]}"
     on_hosts "git init --quiet nested_reft && cd nested_reft && git fetch --quiet ../nested_reft.bundle HEAD &&\
- git checkout --quiet --force FETCH_HEAD && $(quoted "EXTRAS=${EXTRAS:-tpu,tasks,data,math}") scripts/tpu/install.sh"
+ git checkout --quiet --force FETCH_HEAD && $(quoted "EXTRAS=${EXTRAS:-tpu,tasks,data,math,gcs}") scripts/tpu/install.sh"
 }
 
 start() {

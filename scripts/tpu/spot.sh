@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# usage: NAME=NAME ZONE=ZONE TYPE=v6e-8 RUNS=/SHARED/DIRECTORY [MOUNT=COMMAND] [SLICES=1] [POLL=60] [KEEP=1]
+# usage: NAME=NAME ZONE=ZONE TYPE=v6e-8 RUNS=gs://BUCKET/NAME [MOUNT=COMMAND] [SLICES=1] [POLL=60] [KEEP=1]
 #            [DRY_RUN=1] spot.sh COMMAND CONFIG [--FIELD VALUE ...]
 # Trains on spot TPUs. It asks for them, installs and starts the run, and does so again whenever they are taken away.
 # When the run has ended, it deletes the TPU, unless KEEP is 1, and ends with the run's exit code. It may be stopped and
-# started again at any time: the run goes on by itself. RUNS has to outlive the TPU, so MOUNT is run on each host
-# before a start.
+# started again at any time: the run goes on by itself. RUNS has to outlive the TPU. Where it is in a network file
+# system, MOUNT is run on each host before a start.
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/tpu/common.sh
 . "$here/common.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: RUNS=DIRECTORY [DRY_RUN=1] start.sh COMMAND CONFIG [--FIELD VALUE ...]
 # Continues the newest run in RUNS that has a checkpoint, or starts one there. COMMAND is train, sft, dpo or
-# reward-model. RUNS is a directory for this run alone, which every host sees.
+# reward-model. RUNS is a directory for this run alone, which every host sees, or gs://BUCKET/NAME.
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/tpu/common.sh
 . "$here/common.sh"
