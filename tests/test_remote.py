@@ -281,7 +281,8 @@ def test_two_runs_of_one_second_get_two_names(store, monkeypatch, tmp_path):
     on_machine(monkeypatch, tmp_path / "second machine")
     second = RunDirectory.create(RUNS, "tiny", CONFIG)
     assert [first.address, second.address] == [f"{RUNS}/tiny-20260101-000000", f"{RUNS}/tiny-20260101-000000-2"]
-    first.close(), second.close()
+    for run in (first, second):
+        run.close()
 
 
 KILLED = """

@@ -62,10 +62,11 @@ def _train(
             path = known.resume = processes.agreed(lambda: None if known.resume is None else local_run(known.resume))
             config = processes.agreed(lambda: _checked_config(known, name, overrides, command, kind))
             # A run that is complete loads no model. All processes ask: they may not all continue one.
-            if is_complete(known.resume, config):
-                say(f"run '{known.resume}' is complete: {known.resume / 'summary.json'}")
+            if is_complete(path, config):
+                assert path is not None
+                say(f"run '{path}' is complete: {path / 'summary.json'}")
                 if processes.is_writer():
-                    keep_json(known.json, Run(known.resume).summary())
+                    keep_json(known.json, Run(path).summary())
                 return
             trainer = open_trainer(config, known.runs, known.resume, on_stall=_end_stalled)
         path = trainer.run_directory.path
