@@ -20,7 +20,7 @@ from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, SilentRunDirectory, read_log, versions
-from nested_reft.run_mirror import local_run
+from nested_reft.run_mirror import address_of, local_run
 from nested_reft.sharding import MeshConfig
 from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
@@ -284,7 +284,7 @@ def open_trainer(
 def _taken(run: Path) -> RunDirectory:
     """The directory of a run that is to be continued, for this process."""
     if newest_checkpoint(run / "checkpoints") is None:
-        raise ValueError(f"run '{run}' has no complete checkpoint to resume from")
+        raise ValueError(f"run '{address_of(run)}' has no complete checkpoint to resume from")
     return RunDirectory(run) if processes.is_writer() else SilentRunDirectory(run)
 
 
@@ -345,7 +345,7 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
         "config": config.to_json(),
         "versions": versions(),
         "devices of this process": jax.local_device_count(),
-        "resume": None if resume is None else str(resume),
+        "resume": None if resume is None else address_of(resume),
     }
     texts = processes.gather_text(json.dumps(mine))
     first = json.loads(texts[0])

@@ -64,7 +64,7 @@ def _train(
             # A run that is complete loads no model. All processes ask: they may not all continue one.
             if is_complete(path, config):
                 assert path is not None
-                say(f"run '{path}' is complete: {path / 'summary.json'}")
+                say(f"run '{address_of(path)}' is complete: {path / 'summary.json'}")
                 if processes.is_writer():
                     keep_json(known.json, Run(path).summary())
                 return
@@ -146,9 +146,9 @@ def _resolve_config(
     listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
-        f"run '{resume}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps may be"
-        " raised, and --mesh, --train.save-seconds and --train.stall-seconds changed. To start another run, leave out"
-        " --resume"
+        f"run '{address_of(resume)}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps"
+        " may be raised, and --mesh, --train.save-seconds and --train.stall-seconds changed. To start another run,"
+        " leave out --resume"
     )
 
 
@@ -157,7 +157,7 @@ def _check_places(known: argparse.Namespace) -> None:
     check_json(known.json)
     _check_runs_directory(known.runs)
     if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
-        raise ValueError(f"run '{known.resume}' has no complete checkpoint to resume from")
+        raise ValueError(f"run '{address_of(known.resume)}' has no complete checkpoint to resume from")
 
 
 def _check_runs_directory(runs: str) -> None:

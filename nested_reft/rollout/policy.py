@@ -37,7 +37,7 @@ from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import SamplingConfig
-from nested_reft.run_mirror import local_run
+from nested_reft.run_mirror import address_of, local_run
 from nested_reft.sharding import (
     MeshConfig,
     make_mesh,
@@ -457,7 +457,7 @@ def _of_run(run: Path, mesh: Mesh) -> Policy:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
     if newest_checkpoint(run / "checkpoints") is None:
-        raise ValueError(f"run '{run}' has no complete checkpoint yet")
+        raise ValueError(f"run '{address_of(run)}' has no complete checkpoint yet")
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.
     model, tokenizer = starting_model(source, lora, nesting.bridge, seed, mesh)
     if has_head:
