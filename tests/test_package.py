@@ -178,7 +178,6 @@ def moves_of_arrays(root: Path) -> list[str]:
 # Where `Path` is made of what no user has given: names that the program made itself, or a path that `paths` has seen.
 OWN_PATHS = {
     "nested_reft/paths.py": "the functions themselves",
-    "nested_reft/api.py": "what another process made",
     "nested_reft/checkpoints.py": "names in a seal",
     "nested_reft/cli/train.py": "`_check_runs_directory` after `is_remote`",
     "nested_reft/cli/verify_estimators.py": "after `local_file`",
