@@ -17,6 +17,7 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,9 @@ from nested_reft.rewards.math_answer import verify_math
 
 def main() -> None:
     """Serves until its input ends."""
+    # Some supervisors send SIGTERM to every process. The run goes on for a step, and needs its rewards. Programs that a
+    # reward function starts do not get a handler, and would get a signal that is ignored.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     requests, replies = _private_streams()
     setup = json.loads(requests.readline())
     if setup["memory_bytes"]:

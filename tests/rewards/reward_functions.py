@@ -1,6 +1,7 @@
 """Reward functions as users write them, good and bad; workers load this file by its path."""
 
 import os
+import subprocess
 import sys
 import time
 from decimal import Decimal
@@ -99,3 +100,10 @@ def leave(text, example):
 
 def wants_a_field(text, example):
     return float(example["gold"] == text)
+
+
+def end_a_child(text, example):
+    """The exit code of a program that is asked to end."""
+    child = subprocess.Popen(["sleep", "60"])
+    child.terminate()
+    return child.wait(3)

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -169,6 +170,15 @@ def test_a_worker_that_dies_while_idle_costs_nothing(pool):
     os.kill(worker.process.pid, 9)
     worker.process.wait()
     assert [o.value for o in one.run([request("a")])] == [1]
+
+
+def test_a_worker_outlives_sigterm_and_what_its_function_starts_does_not(pool):
+    """A supervisor that signals all processes must not take the rewards of the last step away."""
+    one = pool("end_a_child", workers=1)
+    assert one.run([request("x")])[0].value == -signal.SIGTERM
+    (worker,) = one._alive
+    os.kill(worker.process.pid, signal.SIGTERM)
+    assert one.run([request("x")])[0].value == -signal.SIGTERM and one._alive == {worker}
 
 
 def test_a_megabyte_and_broken_text_get_through(pool):
