@@ -8,7 +8,7 @@ six commands, in this order:
     nested-reft reward-model smollm2_hh_reward --model.name sft        RM: a run
     nested-reft train smollm2_hh --model.name sft --reward.model RM_RUN                   DR-PO
     nested-reft train smollm2_hh --model.name sft --reward.model RM_RUN --reset.share 0   PPO, at equal updates
-    nested-reft dpo smollm2_hh_reward --model.name sft --loss.beta 0.05                   DPO
+    nested-reft dpo smollm2_hh_reward --model.name sft --loss.beta 0.05 --optimizer.learning-rate 1e-5    DPO
 
 Without network, --data.sources.0.folder names the folder with test.jsonl.gz.
 

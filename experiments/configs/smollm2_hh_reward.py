@@ -2,9 +2,10 @@
 
 Command: nested-reft reward-model smollm2_hh_reward, with --model.name DIRECTORY for a model after SFT
 The paper: batch 64, learning rate 3e-6, one epoch, from the model after SFT; held-out accuracy 66.2 % on TL;DR.
-Departures: batch 16 and a learning rate of 1e-5, since there are a hundred times fewer pairs. Pairs with a prompt of
-more than 192 tokens or an answer of more than 96 are left out.
-Time: a minute or more a step on two cores; not run to its end here.
+Departures: batch 16 and a learning rate of 3e-5, since there are a hundred times fewer pairs. Pairs with a prompt of
+more than 128 tokens or an answer of more than 64 are left out, which leaves two of five.
+Time: half a minute a step on one quiet core. With 500 held-out prompts: 0.637 of the held-out pairs ordered right
+(experiments/results/reward_model.md).
 """
 
 import dataclasses
@@ -20,9 +21,9 @@ def get_config() -> Config:
     return dataclasses.replace(
         config,
         name="smollm2_hh_reward",
-        data=dataclasses.replace(config.data, prompts_per_batch=16, max_prompt_tokens=192),
-        rollout=dataclasses.replace(config.rollout, max_completion_tokens=96),
-        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup_steps=5),
-        train=TrainConfig(steps=75, micro_batches=2, checkpoint_every=10),
-        evaluation=EvaluationConfig(every_steps=75, samples_per_prompt=0),
+        data=dataclasses.replace(config.data, prompts_per_batch=16, max_prompt_tokens=128),
+        rollout=dataclasses.replace(config.rollout, max_completion_tokens=64),
+        optimizer=OptimizerConfig(learning_rate=3e-5, schedule="linear", warmup_steps=5),
+        train=TrainConfig(steps=50, micro_batches=2, checkpoint_every=10),
+        evaluation=EvaluationConfig(every_steps=50, samples_per_prompt=0),
     )
