@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.heartbeat import beat
 from nested_reft.models.transformer import Transformer
 from nested_reft.rewards.reward import RewardConfig, score
@@ -104,7 +105,7 @@ def read_facts(path: str) -> dict[str, float]:
         path: a run directory, or what was exported of one.
 
     Raises:
-        ValueError: it holds no reward model, or a broken one.
+        ValueError: it holds no reward model, a broken one, or one that has been trained on since.
     """
     file = local_run(path) / FACTS
     if not file.is_file():
@@ -117,6 +118,12 @@ def read_facts(path: str) -> dict[str, float]:
         facts = {name: float(found[name]) for name in ("mean", "std")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"'{file}' cannot be read: {error!r}") from None
+    newest = newest_checkpoint(file.with_name("checkpoints"))
+    if newest is not None and newest != found.get("checkpoint", newest):
+        raise ValueError(
+            f"'{file}' is of checkpoint {found['checkpoint']}, and the newest of the run is {newest}: it was continued"
+            " since. Train it to its end first"
+        )
     if not (math.isfinite(facts["mean"]) and math.isfinite(facts["std"]) and facts["std"] > 0):
         raise ValueError(f"'{file}' has mean {facts['mean']} and std {facts['std']}; allowed are numbers, and std > 0")
     return facts
@@ -146,21 +153,28 @@ def reward_models(paths: Sequence[str], mesh: Mesh | None = None) -> list[Reward
     return [_loaded(path, (local_run(path) / FACTS).stat().st_mtime, mesh) for path in paths]
 
 
-def check_reward_models(paths: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Refuses reward models that would read the policy's tokens as other text.
+def check_reward_models(paths: Sequence[str], tokenizer: Tokenizer, longest: int) -> None:
+    """Refuses reward models that would read the policy's tokens as other text, or not to their end.
 
     Args:
         paths: of `reward.model`.
         tokenizer: the policy's.
+        longest: tokens of the longest prompt and completion together.
 
     Raises:
-        ValueError: one holds no reward model, or has another tokenizer.
+        ValueError: one holds no reward model, has another tokenizer, or too few positions.
     """
     for path, model in zip(paths, reward_models(paths), strict=True):
         if not model.policy.tokenizer.reads_as(tokenizer):
             raise ValueError(
                 f"reward.model is '{path}', whose tokenizer is not the policy's, so it would read other text; train a"
                 " reward model on the policy's own model"
+            )
+        positions = model.policy.model.config.max_positions
+        if longest > positions:
+            raise ValueError(
+                f"data.max_prompt_tokens + rollout.max_completion_tokens is {longest}; reward.model '{path}' allows"
+                f" {positions} positions"
             )
 
 

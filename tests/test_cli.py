@@ -63,6 +63,13 @@ def refused(arguments, capsys) -> str:
         (["dpo"], "dpo needs the name of a configuration"),
         (["reward-model", "tiny"], "train rows cannot be learnt from: 3000 with an empty answer or none"),
         (["sft", "tiny", "--loss.beta", "0.1"], "loss.beta is no option of the command"),
+        (
+            ["reward-model", "tiny_preferences", "--loss.preset", "grpo"],
+            "loss.kind is 'policy_gradient', and `nested-reft reward-model` trains 'bradley_terry'",
+        ),
+        (["sft", "tiny_preferences", "--loss.kind", "dpo", "--loss.beta", "1"], "`nested-reft sft` trains 'sft'"),
+        (["train", "tiny", "--loss.kind", "trajectory_balance"], "loss.beta is missing and has no default"),
+        (["train", "tiny", "--loss.kind", "trajectory_balance", "--loss.beta", "0"], "loss.beta is 0.0; allowed is"),
         (["dpo", "tiny_preferences", "--loss.beta", "0"], "loss.beta is 0.0; allowed is more than 0"),
         (["dpo", "tiny_preferences", "--reset.share", "1"], "which samples nothing, and reset.share is set"),
         (["train", "smollm2_hh"], "reward.checker is 'model', but reward.model is empty"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.main import main
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.dataset_reset import ResetConfig
@@ -17,7 +18,7 @@ from nested_reft.losses import presets
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.models.heads import HeadParam, ScalarHead
 from nested_reft.replay_store import ReplayConfig
-from nested_reft.reward_model import RewardModel, check_reward_models, score_rollouts
+from nested_reft.reward_model import RewardModel, check_reward_models, read_facts, score_rollouts
 from nested_reft.rewards.reward import RewardConfig, score
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
@@ -168,10 +169,32 @@ def test_trajectory_balance_replays_completions_with_their_learned_reward(pairs,
 
 def test_a_reward_model_of_another_tokenizer_is_refused(models):
     """The same number of tokens, in another order: all ids would be read, as other text."""
-    check_reward_models([models[0]], RewardModel.load(models[0]).policy.tokenizer)
+    own = RewardModel.load(models[0]).policy
+    check_reward_models([models[0]], own.tokenizer, own.model.config.max_positions)
     other = Tokenizer.characters("9876543210+-= ")
     with pytest.raises(ValueError, match=rf"reward.model is '{models[0]}', whose tokenizer is not the policy's"):
-        check_reward_models([models[0]], other)
+        check_reward_models([models[0]], other, 1)
+    with pytest.raises(ValueError, match=rf"reward.model '{models[0]}' allows {own.model.config.max_positions} pos"):
+        check_reward_models([models[0]], own.tokenizer, own.model.config.max_positions + 1)
+
+
+def test_a_reward_model_that_was_trained_on_has_no_facts_until_its_end(models, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(models[0], run)
+    assert read_facts(str(run)) == read_facts(models[0])
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    (run / "checkpoints" / str(newest)).rename(run / "checkpoints" / str(newest + 1))
+    with pytest.raises(ValueError, match=rf"of checkpoint {newest}, and the newest of the run is {newest + 1}"):
+        read_facts(str(run))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+    capsys.readouterr()
+    # It answers nothing, as a run and as what is exported of one.
+    assert main(["export", models[0], str(tmp_path / "out")]) == 0
+    for where in (models[0], str(tmp_path / "out")):
+        assert main(["sample", where, "1 ="]) == 2
+        assert f"'{where}' is a reward model, which answers nothing" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "out"), "--config", "tiny_preferences"]) == 2
 
 
 def test_before_anything_is_computed(pairs, models):

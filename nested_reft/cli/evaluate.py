@@ -10,7 +10,7 @@ from nested_reft.api import evaluate_sources
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
-from nested_reft.cli.policy import plan_in_words, plan_of_run, plan_without, setup_of
+from nested_reft.cli.policy import check_answers_prompts, is_run, plan_in_words, plan_of_run, plan_without, setup_of
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.bradley_terry import BradleyTerryConfig
 from nested_reft.losses.registry import OfflineConfig
@@ -30,6 +30,8 @@ def run(arguments: list[str]) -> None:
         check_json(known.json)
         check_json(known.completions)
         _check_read(overrides)
+        if not is_run(known.policy):  # a run that is a reward model has pairs of its own to order
+            check_answers_prompts(known.policy)
         if known.nested and known.skip_layers:
             raise ValueError("--nested and --skip-layers are given; allowed is one of them")
         setup = setup_of(known.policy, known.config, overrides, known.prompts)

@@ -9,7 +9,7 @@ from nested_reft.cli.arguments import command_parser, local_file
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.models.formats.huggingface import save_huggingface
-from nested_reft.reward_model import FACTS
+from nested_reft.reward_model import FACTS, read_facts
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_mirror import local_run
 from nested_reft.training.setup import run_config
@@ -30,6 +30,8 @@ def run(arguments: list[str]) -> None:
         is_reward_model = run_config(run).loss.kind == "bradley_terry"
         if is_reward_model and not facts.is_file():
             raise ValueError(f"'{known.run}' is a reward model and has no {FACTS} yet; train it to its end first")
+        if is_reward_model:
+            read_facts(str(run))
         policy = Policy.load(run)
         save_huggingface(policy.model, known.directory, policy.tokenizer, scores=is_reward_model)
         if is_reward_model:

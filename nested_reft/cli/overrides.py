@@ -39,7 +39,7 @@ def override(config: Config, words: Sequence[str]) -> Config:
     for option, values in given:
         if option == "loss.kind" and values and values[-1] != config.loss.kind:
             # The kind decides which other fields `loss` has, so it comes first; they begin at their defaults.
-            config = Config.from_json(config.to_json() | {"loss": {"kind": values[-1]}})
+            config = _with_kind(config, values[-1], given)
         if option == "loss.preset":
             if not values:
                 raise ValueError(f"loss.preset is given no value; allowed are names of {', '.join(preset_names())}")
@@ -57,6 +57,26 @@ def override(config: Config, words: Sequence[str]) -> Config:
             part = part[key]
         part[keys[-1]] = value
     return Config.from_json(plain) if given else config
+
+
+def _with_kind(config: Config, kind: str, given: Sequence[tuple[str, list[str]]]) -> Config:
+    """The configuration with a loss of another kind and those of its fields that are given.
+
+    Raises:
+        ValueError: there is no such kind, or a field has no default and is not given.
+    """
+    from nested_reft.losses.registry import OBJECTIVE_CONFIGS
+
+    loss: dict[str, Any] = {"kind": kind}
+    if kind in OBJECTIVE_CONFIGS:
+        hints = typing.get_type_hints(OBJECTIVE_CONFIGS[kind])
+        names = {option: option.removeprefix("loss.") for option, _ in given if option.startswith("loss.")}
+        loss |= {
+            names[option]: _plain(hints[names[option]], values, option)
+            for option, values in given
+            if names.get(option) in hints and option != "loss.kind"
+        }
+    return type(config).from_json(config.to_json() | {"loss": loss})
 
 
 def print_fields(config: Config) -> None:

@@ -11,6 +11,7 @@ from nested_reft.api import without_plans
 from nested_reft.cli.overrides import override
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
+from nested_reft.reward_model import FACTS
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_mirror import local_run
 from nested_reft.training.config import Config, load_config
@@ -25,6 +26,20 @@ def is_run(policy: str) -> bool:
     """
     path = local_run(policy)
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+def check_answers_prompts(policy: str) -> None:
+    """Refuses a reward model where a policy is wanted.
+
+    Args:
+        policy: a run directory, or a model as in `model.name`.
+
+    Raises:
+        ValueError: it is one.
+    """
+    path = local_run(policy)
+    if run_config(path).loss.kind == "bradley_terry" if is_run(policy) else (path / FACTS).is_file():
+        raise ValueError(f"'{policy}' is a reward model, which answers nothing; give a policy")
 
 
 def setup_of(

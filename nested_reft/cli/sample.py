@@ -10,7 +10,7 @@ import jax
 from nested_reft.cli.arguments import command_parser, number, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
-from nested_reft.cli.policy import plan_in_words, plan_without
+from nested_reft.cli.policy import check_answers_prompts, plan_in_words, plan_without
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.rollout.policy import DEFAULT_MAX_TOKENS, Policy
@@ -23,6 +23,7 @@ def run(arguments: list[str]) -> None:
     """Prints the completions of the full model and of a nested one."""
     known = _parser().parse_args(arguments)
     with checking_input():
+        check_answers_prompts(known.policy)
         policy = Policy.load(known.policy)
         if known.chat is not None:
             policy = dataclasses.replace(policy, prompt=policy.prompt.with_chat(known.chat))

@@ -135,8 +135,8 @@ def _resolve_config(
     if resume is None:
         if name is None:
             raise ValueError(f"{command} needs the name of a configuration as its first word, or --resume RUN")
-        return override(named(name), overrides)
-    stored = with_absolute_paths(run_config(resume), Path.cwd())
+        return _of_kind(override(named(name), overrides), command, kind)
+    stored = _of_kind(with_absolute_paths(run_config(resume), Path.cwd()), command, kind)
     # A name or overrides may be given once more, as long as they say what the run has.
     asked = with_absolute_paths(override(stored if name is None else named(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
@@ -150,6 +150,20 @@ def _resolve_config(
         " may be raised, and --mesh, --train.save-seconds and --train.stall-seconds changed. To start another run,"
         " leave out --resume"
     )
+
+
+def _of_kind(config: Config, command: str, kind: OfflineKind | None) -> Config:
+    """The configuration, if the command trains its objective; `train` continues and trains any.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if kind is not None and config.loss.kind != kind:
+        raise ValueError(
+            f"loss.kind is '{config.loss.kind}', and `nested-reft {command}` trains '{kind}'; leave --loss.kind and"
+            " --loss.preset out, or use `nested-reft train`"
+        )
+    return config
 
 
 def _check_places(known: argparse.Namespace) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,22 @@ class Example:
         if "rejected" not in self.metadata:
             return (self.question,)
         return (self.question, self.answer, str(self.metadata["rejected"]))
+
+
+@contextlib.contextmanager
+def about(example: Example) -> Iterator[None]:
+    """A block in which errors of a text name the example that it belongs to.
+
+    Args:
+        example: the one.
+
+    Raises:
+        ValueError: what was raised, with source and question in front.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"source '{example.source}', question {example.question[:60]!r}: {error}") from error
 
 
 def distinct(examples: Iterable[Example], part: str, excluded: Iterable[Example] = ()) -> list[Example]:

@@ -55,7 +55,7 @@ def read_jsonl(
             reference = None if reference_field is None else _text(written, reference_field, where)
             # A verifier or a template may need any other field, so none is lost.
             metadata = {k: v for k, v in row.items() if k not in (question_field, answer_field, reference_field)}
-            if isinstance(written.get("rejected"), str):
+            if written.get("rejected") is not None:  # null is no answer, which is counted where pairs are learnt from
                 metadata["rejected"] = _text(written, "rejected", where, may_be_empty=True)
             examples.append(Example(question, answer, source, metadata, reference))
     if not examples:

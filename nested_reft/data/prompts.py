@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nested_reft.data.examples import Example
+from nested_reft.data.examples import Example, about
 from nested_reft.prompt_format import PromptFormat, PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def encode_examples(
     encoded = []
     for example in examples:
         text = prompt.write(prompt.fill(example, field), tokenizer)
-        encoded.append(EncodedExample(example, prompt.encode(text, tokenizer), text))
+        with about(example):
+            encoded.append(EncodedExample(example, prompt.encode(text, tokenizer), text))
     # What is dropped goes first, so that the check below is about what stays.
     if too_long == "drop":
         encoded = _drop_too_long(encoded, max_prompt_tokens)

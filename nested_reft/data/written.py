@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from nested_reft.data.examples import Example, counted_by_reason
+from nested_reft.data.examples import Example, about, counted_by_reason
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.types import Prompts, TrainBatch
 
@@ -72,8 +72,10 @@ def usable(
     Raises:
         ValueError: none is left.
     """
-    texts = [texts_of(encoded.example) for encoded in examples]
-    why = [why_unusable(each, e.example, encode, most_tokens) for each, e in zip(texts, examples, strict=True)]
+    why = []
+    for encoded in examples:
+        with about(encoded.example):
+            why.append(why_unusable(texts_of(encoded.example), encoded.example, encode, most_tokens))
     unusable = [(encoded.example, reason) for encoded, reason in zip(examples, why, strict=True) if reason is not None]
     if not unusable:
         return list(examples)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from nested_reft import processes
 from nested_reft.compilation import CompileCounter
+from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.examples import Example
 from nested_reft.data.packing import packed_batch
 from nested_reft.data.pipeline import batch_prompts
@@ -44,7 +45,7 @@ from nested_reft.training.config import Config
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.learner import LearnerBatch, completion_bucket
 from nested_reft.training.optimizer import make_optimizer
-from nested_reft.training.phases import count_nonfinite, take_whole_sources
+from nested_reft.training.phases import count_nonfinite, last_checkpoint, take_whole_sources
 from nested_reft.training.reward_facts import reward_facts
 from nested_reft.training.run_state import RunState
 from nested_reft.training.search_config import SearchConfig
@@ -108,6 +109,7 @@ def as_offline(config: Config, kind: OfflineKind) -> Config:
         nesting=NestingConfig(),
         nesting_control=NestingControlConfig(),
         mix_control=MixControlConfig(),
+        curriculum=CurriculumConfig("uniform"),  # sources take turns
         # A warm start is what supervised fine-tuning does itself. The other two begin with it.
         warm_start=WarmStartConfig() if kind == "sft" else config.warm_start,
     )
@@ -189,6 +191,8 @@ class Offline:
         if isinstance(config.loss, BradleyTerryConfig):
             with self._clock.stage("evaluation"):
                 facts = reward_facts(state.learner.policy(), self._data, config)
+                # A run that is continued keeps the file, which is not about its model any more.
+                facts["checkpoint"] = last_checkpoint(config)
             if processes.is_writer():
                 write_json(self._run.path / FACTS, facts)
             # The report has gone through the held-out pairs already.

@@ -149,7 +149,8 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         # Training examples first, held-out ones second: the order within each source of `raw`.
         for part in range(2)
     )
-    check_reward_models(config.reward.model, tokenizer)
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    check_reward_models(config.reward.model, tokenizer, longest)
     # Only an objective that reads given completions can do without some of them.
     if isinstance(config.loss, OfflineConfig):
         limit, given = config.rollout.max_completion_tokens, texts_of(config.loss)

@@ -157,6 +157,7 @@ def test_dialogues_become_a_prompt_and_two_replies(write):
         ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "row 1 has the prompt ''; allowed is text"),
         ({"prompt": "a", "chosen": "a", "rejected": "\ud800"}, "row 1 has the rejected .*half of a surrogate pair"),
         ({"prompt": "a", "chosen": None, "rejected": "b"}, "row 1 has the chosen 'None'; allowed is text"),
+        ({"prompt": "a", "chosen": "b", "rejected": True}, "row 1 has the rejected 'True'; allowed is text"),
     ],
 )
 def test_pairs_that_cannot_be_read_are_refused(write, row, message):

@@ -17,6 +17,7 @@ from nested_reft.data.splits import SplitConfig
 from nested_reft.losses import presets
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SupervisedConfig
+from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.source import ModelSource
 from nested_reft.rollout.sampling import SamplingConfig
@@ -107,6 +108,9 @@ def test_an_objective_is_chosen_on_the_command_line(words):
     changed = override(nano(), [*words, "--train.steps", "7"])
     assert changed.loss == SupervisedConfig() and changed.train.steps == 7
     assert override(nano(), ["--loss.kind", "policy_gradient"]) == nano()
+    # A field without a default, before the kind that has it.
+    balanced = override(nano(), ["--loss.beta", "0.3", "--loss.kind", "trajectory_balance"])
+    assert balanced.loss == TrajectoryBalanceConfig(beta=0.3)
 
 
 def test_presets_are_chosen_by_name():
