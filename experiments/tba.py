@@ -12,11 +12,12 @@ computed again. The command ends with a table for each lag, a table of seconds a
 A run's speed is its mean gain: held-out accuracy above that of the start, averaged over all evaluations. It is compared
 with the run of the same seed and lag without a correction. Intervals are 95 % percentile bootstraps over seeds.
 
-With lag 0 among the lags, the last table compares times: seconds until a run reaches 0.9 of what the run without a lag
-gains, for each loss. Those of lag 0 are synchronous. With `--searchers`, threads search beside the learner wherever
-there is a lag; without, the learner samples in turns, and only the simulation says what searchers would save. It takes
-the run's own times of batches and updates. With `--judge-seconds`, each batch waits for its rewards without a core at
-work, so a machine of few cores shows what many searchers give. Keep such runs in an `--out` of their own.
+With lag 0 among the lags, a table says how much of its speed each loss loses to a lag, paired by seed. The last table
+compares times: seconds until a run reaches 0.9 of what the run without a lag gains, for each loss. Those of lag 0 are
+synchronous. With `--searchers`, threads search beside the learner wherever there is a lag; without, the learner samples
+in turns, and only the simulation says what searchers would save. It takes the run's own times of batches and updates.
+With `--judge-seconds`, each batch waits for its rewards without a core at work, so a machine of few cores shows what
+many searchers give. Keep such runs in an `--out` of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables
 from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
-from experiments.runs import compile_once, kept_run
+from experiments.runs import compile_once, interval, kept_run, seed_draws
 from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -124,6 +125,28 @@ def runs_of(
                 measure = partial(timed_run, judge_seconds=judge_seconds)
                 run = kept_run(file, config, measure, told, warm_start)
                 found.append(run | {"mismatch": f"lag {lag}", "correction": loss, "seed": seed})
+    return found
+
+
+def lost_to_lag(summary: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """How much of its speed each loss loses to a lag.
+
+    Args:
+        summary: of `summarise`, with lag 0.
+
+    Returns:
+        JSON-able results by loss and lag: the mean `change` of the mean gain from the run of the same seed without a
+        lag, and its `interval`.
+    """
+    fresh = summary["lag 0"]
+    found: dict[str, dict[str, dict[str, Any]]] = {loss: {} for loss in fresh}
+    for lag, losses in summary.items():
+        for loss, one in losses.items():
+            if lag == "lag 0":
+                continue
+            change_S = np.array(one["mean_gain"]) - np.array(fresh[loss]["mean_gain"])
+            draws = change_S[seed_draws(len(change_S))].mean(axis=1)
+            found[loss][lag] = {"change": float(change_S.mean()), "interval": interval(draws)}
     return found
 
 
@@ -233,11 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out, *options)
     summary, times = summarise(runs), times_to_level(runs) if 0 in known.lags else {}
     print(tables(summary))
+    lost = lost_to_lag(summary) if 0 in known.lags else {}
+    if any(lost.values()):
+        rows = [
+            [loss, lag, f"{one['change']:+.3f}", "{:+.3f}..{:+.3f}".format(*one["interval"])]
+            for loss, lags in lost.items()
+            for lag, one in lags.items()
+        ]
+        print(f"\nMean gain, from lag 0 to a lag\n\n{table(['loss', 'lag', 'change', '95 %'], rows)}")
     if times:
         print(f"\nSeconds to the level\n\n{table_of_times(times)}")
     figure = known.out / "tba.png"
     draw(runs, figure, title="tiny, old completions")
-    keep_json(known.json, {"versions": versions(), "lags": summary, "times": times})
+    keep_json(known.json, {"versions": versions(), "lags": summary, "lost": lost, "times": times})
     print(f"written: {figure}")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import tba
 from experiments.corrections import BASELINE
-from experiments.tba import LOSSES, experiment_config, main, table_of_times, times_to_level
+from experiments.tba import LOSSES, experiment_config, lost_to_lag, main, table_of_times, times_to_level
 from nested_reft.training.config import load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -64,6 +64,14 @@ def test_times_to_the_level_of_the_synchronous_run_by_hand():
     assert found["lag 2"]["simulated"] == {1: [11.0, 11.0], 2: [7.0, 7.0]}
     row = table_of_times({BASELINE: found}).splitlines()[-1]
     assert "lag 2" in row and "2 of 2" in row and "0.33..0.33" in row and "1: 11.0, 2: 7.0" in row
+
+
+def test_what_is_lost_to_a_lag_is_paired_by_seed():
+    gains = {"lag 0": [0.1, 0.5], "lag 8": [0.0, 0.4], "lag 16": [-0.1, 0.5]}
+    found = lost_to_lag({lag: {BASELINE: {"mean_gain": values}} for lag, values in gains.items()})[BASELINE]
+    assert list(found) == ["lag 8", "lag 16"]
+    assert found["lag 8"]["change"] == pytest.approx(-0.1) and found["lag 8"]["interval"] == pytest.approx([-0.1, -0.1])
+    assert found["lag 16"]["change"] == pytest.approx(-0.1) and found["lag 16"]["interval"] == pytest.approx([-0.2, 0])
 
 
 @pytest.mark.parametrize(
