@@ -185,7 +185,7 @@ def test_values_go_there_and_back():
 
 
 def test_one_device_has_one_way_to_place_an_array():
-    """Arrays that come from a program, from a checkpoint and from the host would otherwise need programs of their own."""
+    """Arrays from a program, from a checkpoint and from the host would need programs of their own otherwise."""
     mesh = make_mesh(MeshConfig())
     matrix = place(np.ones((4, 4), np.float32), mesh, ("vocab", "width"))
     double = jax.jit(lambda x: {"of": x + x, "turned": x.T, "row": x[0]})
