@@ -13,11 +13,11 @@ A run's speed is its mean gain: held-out accuracy above that of the start, avera
 with the run of the same seed and lag without a correction. Intervals are 95 % percentile bootstraps over seeds.
 
 With lag 0 among the lags, a table says how much of its speed each loss loses to a lag, paired by seed. The last table
-compares times: seconds until a run reaches the accuracy `--target`, or else 0.9 of what the run without a lag gains, for
-each loss. Those of lag 0 are synchronous. `--target` computes no run anew.
+compares times: seconds until a run reaches the accuracy `--target`, or else 0.9 of what the run without a lag gains,
+for each loss. Those of lag 0 are synchronous. `--target` computes no run anew.
 
-With `--searchers`, threads search beside the learner wherever there is a lag; without, the learner samples in turns, and
-only the simulation says what searchers would save. It takes the run's own times of batches and updates. With
+With `--searchers`, threads search beside the learner wherever there is a lag. Without, the learner samples in turns,
+and only the simulation says what searchers would save; it takes the run's own times of batches and updates. With
 `--judge-seconds`, each batch waits for its rewards without a core at work, so a machine of few cores shows what many
 searchers give. Keep such runs in an `--out` of their own.
 """
