@@ -5,7 +5,7 @@
 The batch of a configuration is divided over more and more devices of one machine. They share its cores, so nothing gets
 faster: what is seen is the price of division. Each layout runs in a process of its own. There the rollout of the full
 model, and the update, are compiled, counted in the compiled text (`verification.pod_costs`), and timed on arrays of
-constants.
+constants. Times are those of the processor, all threads together, so other work on the machine hardly counts.
 
     expected   the least time of the machine: the larger one of all devices' products over the rate of products, and
                their traffic and exchanges over that of memory (`plan_price.CEILINGS`)
@@ -87,7 +87,7 @@ def constants(arguments: Any) -> Any:
 
 
 def timed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each call, after one that is not counted.
+    """Processor seconds of each call, after one that is not counted.
 
     Args:
         call: returns arrays.
@@ -95,9 +95,9 @@ def timed(call: Callable[[], Any], repeats: int) -> list[float]:
     """
     seconds = []
     for _ in range(1 + repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return seconds[1:]
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,6 +42,9 @@ LAYOUTS: dict[str, tuple[int, MeshConfig]] = {
     "2 processes x 4": (2, STORED),
 }
 LIMIT_SECONDS = 3600
+# On CPUs a process must not come to a program 30 seconds later than another, as on an overloaded machine, where both
+# compile. What has been compiled is kept, so the next attempt gets further.
+TOO_SLOW, ATTEMPTS = "Gloo context initialization failed", 5
 RUNS = "runs"  # what the steps leave
 
 
@@ -61,15 +64,26 @@ def results(layout: str, variants: list[str], directory: Path) -> dict[str, Any]
     if missing:
         shutil.rmtree(directory / RUNS, ignore_errors=True)
         arguments = ["--child", layout, address, str(directory), "--variants", *missing]
-        running = [_start([*arguments, "--process", str(index)], DEVICES // count) for index in range(count)]
+        for _ in range(ATTEMPTS):
+            codes, said = _together([[*arguments, "--process", str(index)] for index in range(count)], DEVICES // count)
+            if not any(codes) or TOO_SLOW not in said:
+                break
+        if any(codes):
+            raise SystemExit(f"{layout}: the processes ended with {codes}: {said[-3000:]}")
+    return {variant: json.loads(kept_at(directory, layout, variant).read_text()) for variant in variants}
+
+
+def _together(commands: list[list[str]], devices: int) -> tuple[list[int], str]:
+    """Exit codes of the processes of a layout, and what they said."""
+    with tempfile.TemporaryFile("w+") as said:
+        running = [_start(arguments, devices, said) for arguments in commands]
         try:
             codes = [process.wait(LIMIT_SECONDS) for process in running]
         finally:
             for process in running:
                 process.kill()
-        if any(codes):
-            raise SystemExit(f"{layout}: the processes ended with {codes}")
-    return {variant: json.loads(kept_at(directory, layout, variant).read_text()) for variant in variants}
+        said.seek(0)
+        return codes, said.read()
 
 
 def kept_at(directory: Path, layout: str, variant: str) -> Path:
@@ -77,7 +91,7 @@ def kept_at(directory: Path, layout: str, variant: str) -> Path:
     return directory / f"{variant}, {layout}.json"
 
 
-def _start(arguments: list[str], devices: int) -> subprocess.Popen[bytes]:
+def _start(arguments: list[str], devices: int, said: IO[str]) -> subprocess.Popen[bytes]:
     """A process of a layout."""
     # A proxy would be asked for the coordinator's address, and flags of XLA may name other devices.
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -88,7 +102,8 @@ def _start(arguments: list[str], devices: int) -> subprocess.Popen[bytes]:
         "NPROC": str(THREADS_PER_DEVICE * devices),
         "XLA_FLAGS": "",
     }
-    return subprocess.Popen([sys.executable, __file__, *arguments], env=environment)
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
 
 
 def child(layout: str, address: str, directory: Path, variants: list[str], index: int) -> None:
