@@ -39,7 +39,7 @@ help:
 	@echo "make run     set up, train SmolLM2-135M to add step by step, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
-	@echo "make tpu-compile   compile for a TPU that is not here, with the compiler in .venv-tpu, and run the tests of it"
+	@echo "make tpu-compile   compile for a TPU that is not here, and run the tests of it: a quarter of an hour; compiler in .venv-tpu"
 	@echo "make lint    check format and style       make types   check types"
 	@echo "make format  apply both                   make clean   remove .venv*, caches, builds; runs/ stays"
 

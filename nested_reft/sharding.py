@@ -276,7 +276,10 @@ def place(tree: Any, mesh: Mesh, axes: Sequence[str] = ()) -> Any:
         mesh: the devices that hold the arrays, perhaps those of several processes.
         axes: logical axes of every leaf, in their order; what is not named is whole on every device.
     """
-    return place_as(tree, NamedSharding(mesh, partition_spec(tuple(axes))))
+    # One device has nothing to split. Programs that take split arrays there return them split in some other way, and
+    # would be compiled once more for those.
+    spec = partition_spec(tuple(axes)) if mesh.size > 1 else PartitionSpec()
+    return place_as(tree, NamedSharding(mesh, spec))
 
 
 def place_as(tree: Any, sharding: Sharding) -> Any:

@@ -196,6 +196,14 @@ def test_values_go_there_and_back():
     assert np.array_equal(found["a"], tree["a"]) and np.array_equal(found["b"], tree["b"])
 
 
+def test_one_device_has_one_way_to_place_an_array():
+    """Arrays from a program, from a checkpoint and from the host would need programs of their own otherwise."""
+    mesh = make_mesh(MeshConfig())
+    matrix = place(np.ones((4, 4), np.float32), mesh, ("vocab", "width"))
+    double = jax.jit(lambda x: {"of": x + x, "turned": x.T, "row": x[0]})
+    assert {array.sharding.spec for array in jax.tree.leaves([matrix, double(matrix)])} == {PartitionSpec()}
+
+
 def test_a_configuration_of_an_earlier_version_splits_as_it_did():
     stored = load_config("tiny").to_json()
     stored["mesh"] = {"data": 4, "model": 2}
