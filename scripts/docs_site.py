@@ -92,7 +92,8 @@ def on_files(files: Any, config: Any) -> Any:
         files: of the site.
         config: of MkDocs.
     """
-    from mkdocs.structure.files import File, InclusionLevel
+    # MkDocs is there when it calls this, and not where the tests read links.
+    from mkdocs.structure.files import File, InclusionLevel  # pyright: ignore[reportMissingImports]
 
     for place, there in pages_of_the_checkout().items():
         if not place.startswith("docs/"):

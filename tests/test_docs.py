@@ -17,6 +17,7 @@ import nested_reft
 from nested_reft.cli.main import COMMANDS
 from nested_reft.cli.overrides import override
 from nested_reft.config_files import shipped_configs
+from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.offline import as_offline
 from nested_reft.training.record import METRICS
@@ -124,7 +125,10 @@ def literal_values(hint: Any) -> set[str]:
 def values_of_fields() -> set[str]:
     """Every word that some field of a configuration takes."""
     return {
-        value for kind in config_types() for hint in typing.get_type_hints(kind).values() for value in literal_values(hint)
+        value
+        for kind in config_types()
+        for hint in typing.get_type_hints(kind).values()
+        for value in literal_values(hint)
     }
 
 
@@ -150,6 +154,15 @@ def is_known(name: str) -> bool:
 def test_every_name_on_a_page_of_a_system_exists(name):
     found = names_on(read(f"docs/systems/{name}"))
     assert len(found) > 20 and not [word for word in found if not is_known(word)]
+
+
+@pytest.mark.parametrize("place", [page for page in pages() if page == "README.md" or page.startswith("docs/")])
+def test_every_field_that_a_page_names_exists(place):
+    """`reset.share`, and `loss.bias_mitigation base` with its value; what is a module of that name passes too."""
+    parts = {entry.name for entry in dataclasses.fields(Config)}
+    dotted = [name.split()[0] for name in names_on(read(place)) if re.match(r"[a-z_]+\.[a-z_.]+( |$)", name)]
+    unknown = [name for name in dotted if name.split(".")[0] in parts and not is_known(name)]
+    assert not unknown
 
 
 def test_a_name_that_does_not_exist_is_found():
@@ -194,7 +207,7 @@ def check_command(words: list[str]) -> None:
         return
     kinds: dict[str, Any] = {"sft": "sft", "reward-model": "bradley_terry", "dpo": "dpo"}
     config = load_config(words[0])
-    override(as_offline(config, kinds[name]) if name in kinds else config, words[1:])
+    check_start(override(as_offline(config, kinds[name]) if name in kinds else config, words[1:]))
 
 
 def test_the_python_of_a_recipe_runs(recipe, monkeypatch):
