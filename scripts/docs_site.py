@@ -112,4 +112,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """
     pages = pages_of_the_checkout()
     place = next(place for place, there in pages.items() if there == page.file.src_uri)
-    return turned(markdown, place, pages)
+    # Python-Markdown takes a table right behind a comment for a part of it.
+    return re.sub(r"^<!--.*?-->\n", "", turned(markdown, place, pages), flags=re.MULTILINE)
