@@ -17,7 +17,8 @@ GCS = ["google-cloud-storage>=3.0", "requests>=2.32"]  # paths on gs://
 DOCS = [
     "mkdocs>=1.6.1",
     "mkdocs-material>=9.6",
-    "mkdocstrings[python]>=1.0",
+    "mkdocstrings>=1.0",
+    "mkdocstrings-python>=2.0",  # reads docstrings without importing
     "ruff>=0.9",  # breaks signatures into lines
 ]
 TEST = [
