@@ -29,7 +29,8 @@ OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.t
 # The TPU compiler beside .venv and not in it, where JAX would look for a TPU at each start.
 TPU := .venv-tpu
 TPU_READY := $(TPU)/.ready
-LIBTPU ?= libtpu==0.0.52
+# The version that JAX asks for: XLA reads the programs of its own compiler back, and not those of every later one.
+LIBTPU ?= libtpu==0.0.42.1
 TPU_COMPILE ?= compile qwen_math_gsm8k --topology v5e:2x4 --mesh.data auto --train.micro-batches 4
 
 .PHONY: help run test test-oldest tpu-compile docs lint types format clean

@@ -133,7 +133,8 @@ def mesh_of(devices: Sequence[Any], config: MeshConfig) -> Mesh:
     assert config.data != "auto"
     shape = (config.slices, config.data, config.fsdp, config.tensor)
     # With Auto axes the compiler chooses how intermediate values are split.
-    if config.slices == 1 or not hasattr(devices[0], "slice_index"):
+    is_cpu = getattr(devices[0], "platform", None) == "cpu"  # which say slice 0 where there are several processes
+    if config.slices == 1 or is_cpu or not hasattr(devices[0], "slice_index"):
         # CPUs and GPUs have no slices; devices of one process come one after the other, which is what counts there.
         return jax.make_mesh(shape, AXES, modes, devices=devices)
     slices = len({device.slice_index for device in devices})

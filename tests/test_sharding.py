@@ -74,6 +74,18 @@ def test_refusals(make, message):
         make()
 
 
+def test_cpus_of_several_processes_form_slices():
+    """JAX says slice 0 of all of them, and a mesh of theirs is that of one process."""
+
+    class Device:
+        slice_index, platform, device_kind = 0, "cpu", "cpu"
+
+    devices = [Device() for _ in range(4)]
+    mesh = mesh_of(devices, MeshConfig(slices=2, data=2))
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 1}
+    assert list(mesh.devices.ravel()) == devices
+
+
 @pytest.mark.parametrize(
     ("mesh", "shape", "message"),
     [
