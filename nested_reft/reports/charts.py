@@ -1,0 +1,184 @@
+"""Charts as data: what is drawn, apart from how. `svg` draws them for a page, and `figures` as PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_POINTS = 400  # of a curve; more could not be told apart
+LEAST_SMOOTHED = 12  # points of a curve that is smoothed
+WINDOWS = 12  # that a smoothed curve consists of
+Z95 = 1.959964  # standard deviations on either side of a mean that hold 95 %
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over the steps.
+
+    Attributes:
+        label: in the legend; untrusted.
+        colour: its number.
+        steps, values: the points.
+        bars: lower and upper end of each point's error bar; None without.
+        smooth: the line is a running mean; else it connects the points.
+        dashed: to be told from another of its colour.
+        right: it belongs to the axis on the right.
+    """
+
+    label: str
+    colour: int
+    steps: Sequence[float]
+    values: Sequence[float]
+    bars: Sequence[tuple[float, float]] | None = None
+    smooth: bool = True
+    dashed: bool = False
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Shares by column and row.
+
+    Attributes:
+        cells: (first step, last step, row, share from 0 to 1) of each cell that is not 0.
+        rows: how many there are.
+        row_size: how many numbers a row stands for.
+    """
+
+    cells: Sequence[tuple[float, float, int, float]]
+    rows: int
+    row_size: int = 1
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes over the steps.
+
+    Attributes:
+        label: of the axis on the left: what it shows, with its unit.
+        curves: in the order of the legend.
+        limits: of the axis on the left; None lets the data decide.
+        right_label: of the axis on the right, where a curve belongs to it.
+        heatmap: in the place of curves.
+    """
+
+    label: str
+    curves: Sequence[Curve] = ()
+    limits: tuple[float, float] | None = None
+    right_label: str = ""
+    heatmap: Heatmap | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels that are read together.
+
+    Attributes:
+        name: of its file.
+        title, note: in words; a note may be empty.
+        panels: from top to bottom.
+    """
+
+    name: str
+    title: str
+    note: str
+    panels: Sequence[Panel]
+
+
+def smoothed(curve: Curve) -> tuple[list[float], list[float]]:
+    """The line of a curve: its running mean where it has points enough, over a window that is centred and odd.
+
+    Args:
+        curve: whose points are in the order of their steps.
+    """
+    steps, values = list(curve.steps), list(curve.values)
+    half = len(values) // WINDOWS // 2
+    if not curve.smooth or len(values) < LEAST_SMOOTHED or half == 0:
+        return thinned(steps, values)
+    # Sums from the start on make the mean of a window two look-ups.
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = list[float]()
+    for index in range(len(values)):
+        # At the ends the window gets shorter on both sides, so that it stays centred.
+        reach = min(half, index, len(values) - 1 - index)
+        means.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return thinned(steps, means)
+
+
+def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most `MOST_POINTS` of the points, evenly spread, the first and the last among them.
+
+    Args:
+        steps, values: the points.
+    """
+    picked = spread(len(steps), MOST_POINTS)
+    return [steps[index] for index in picked], [values[index] for index in picked]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices below `count`, evenly spread, the first and the last among them.
+
+    Args:
+        count: how many there are.
+        most: 2 or more.
+    """
+    if count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share, which keeps within 0 and 1 also where all or none are right (Wilson, 1927).
+
+    Args:
+        share: that was observed, from 0 to 1.
+        count: of independent trials, 1 or more.
+    """
+    square = Z95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = Z95 / (1 + square) * math.sqrt(max(share * (1 - share), 0.0) / count + square / (4 * count))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def limits(panel: Panel, right: bool = False) -> tuple[float, float]:
+    """The lower and upper end of an axis, with some room.
+
+    Args:
+        panel: with curves.
+        right: the axis on the right.
+    """
+    if panel.limits is not None and not right:
+        return panel.limits
+    chosen = [curve for curve in panel.curves if curve.right == right]
+    values = [value for curve in chosen for value in curve.values]
+    values += [end for curve in chosen for bar in curve.bars or () for end in bar]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    # Half of each, because a difference of two very large numbers may be infinite.
+    room = (high / 2 - low / 2) * 0.1
+    if room == 0 or not math.isfinite(room):
+        room = abs(high) * 0.1 or 1.0
+    bounds = max(low - room, -1e300), min(high + room, 1e300)
+    # What is never negative has an axis that ends at 0, if it comes near it.
+    return (0.0, bounds[1]) if 0 <= low < high / 4 else bounds
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers between two limits.
+
+    Args:
+        low, high: of the axis.
+        most: about as many.
+    """
+    span = high - low
+    if not 0 < span < math.inf:
+        return [low]
+    rough = span / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    if power == 0:
+        return [low, high]
+    step = next((factor * power for factor in (1, 2, 5, 10) if factor * power >= rough), 10 * power)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, first + 3 * most) if index * step <= high + 1e-9 * span]
