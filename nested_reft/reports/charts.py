@@ -9,6 +9,7 @@ from dataclasses import dataclass
 MOST_POINTS = 400  # of a curve; more could not be told apart
 LEAST_SMOOTHED = 12  # points of a curve that is smoothed
 WINDOWS = 12  # that a smoothed curve consists of
+LEAST_SPAN = 0.002  # of an axis, relative to its values
 Z95 = 1.959964  # standard deviations on either side of a mean that hold 95 %
 
 
@@ -87,7 +88,7 @@ class Chart:
 
 
 def smoothed(curve: Curve) -> tuple[list[float], list[float]]:
-    """The line of a curve: its running mean where it has points enough, over a window that is centred and odd.
+    """The line of a curve: its running mean where it has points enough, over a window around it.
 
     Args:
         curve: whose points are in the order of their steps.
@@ -102,9 +103,9 @@ def smoothed(curve: Curve) -> tuple[list[float], list[float]]:
         sums.append(sums[-1] + value)
     means = list[float]()
     for index in range(len(values)):
-        # At the ends the window gets shorter on both sides, so that it stays centred.
-        reach = min(half, index, len(values) - 1 - index)
-        means.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+        # At the ends the window gets shorter on one side: the mean of one value would be as noisy as the points.
+        start, end = max(index - half, 0), min(index + half + 1, len(values))
+        means.append((sums[end] - sums[start]) / (end - start))
     return thinned(steps, means)
 
 
@@ -156,11 +157,9 @@ def limits(panel: Panel, right: bool = False) -> tuple[float, float]:
     values = [value for curve in chosen for value in curve.values]
     values += [end for curve in chosen for bar in curve.bars or () for end in bar]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    # Half of each, because a difference of two very large numbers may be infinite.
-    room = (high / 2 - low / 2) * 0.1
-    if room == 0 or not math.isfinite(room):
-        room = abs(high) * 0.1 or 1.0
-    bounds = max(low - room, -1e300), min(high + room, 1e300)
+    # Without some width, roundings of equal values would fill the axis.
+    room = max((high - low) * 0.05, (LEAST_SPAN * max(abs(low), abs(high)) - (high - low)) / 2) or 1.0
+    bounds = low - room, high + room
     # What is never negative has an axis that ends at 0, if it comes near it.
     return (0.0, bounds[1]) if 0 <= low < high / 4 else bounds
 

@@ -76,7 +76,8 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         dashes = "--" if curve.dashed else "-"
         handles += place.plot(*smoothed(curve), dashes, color=colour, label=label(curve.label), linewidth=1.4)
     if any(curve.label for curve in panel.curves):
-        axis.legend(handles=handles, fontsize="x-small", ncols=2)
+        # Looking for the best place takes seconds where there are many points.
+        axis.legend(handles=handles, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.06, 1.0), borderaxespad=0)
 
 
 def _draw_heatmap(axis: Any, panel: Panel) -> None:

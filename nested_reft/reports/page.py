@@ -61,7 +61,7 @@ def page(runs: Sequence[RunFiles], charts: Sequence[Chart]) -> str:
     )
     data = {
         "runs": [printable(run.name) for run in runs],
-        "samples": [_entry(index, sample) for index, samples in chosen.items() for sample in samples],
+        "samples": [_entry(index, sample) for index, samples in chosen.items() for sample in _grouped(samples)],
     }
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -172,7 +172,7 @@ def _samples(runs: Sequence[RunFiles], chosen: dict[int, list[Line]]) -> str:
         return ""
     some = (
         f"This page holds {shown:,} of {total:,} logged samples, from steps that are spread over the run."
-        " <code>nested-reft samples RUN</code> prints all."
+        " <code>nested-reft samples RUN --last 0</code> prints all."
         if shown < total
         else f"This page holds all {total:,} logged samples."
     )
@@ -200,6 +200,14 @@ def _samples(runs: Sequence[RunFiles], chosen: dict[int, list[Line]]) -> str:
 def _choice(name: str, options: dict[str, str]) -> str:
     entries = "".join(f'<option value="{text(value)}">{text(words)}</option>' for value, words in options.items())
     return f'<label>{name}<select id="filter-{name}"><option value="">all</option>{entries}</select></label>'
+
+
+def _grouped(samples: Sequence[Line]) -> list[Line]:
+    """Samples of one step and one version of the policy beside each other; replay mixes versions."""
+    versions = [sample.get("version") for sample in samples]
+    known = [version if type(version) is int else -1 for version in versions]
+    order = sorted(range(len(samples)), key=lambda index: (samples[index]["step"], known[index]))
+    return [samples[index] for index in order]
 
 
 def _entry(run: int, sample: Line) -> dict[str, Any]:

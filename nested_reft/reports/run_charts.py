@@ -124,13 +124,8 @@ def heldout_prompts(run: RunFiles, source: str) -> int | None:
 
 def _learning(runs: Sequence[RunFiles]) -> Chart:
     """Held-out accuracy, and the reward beside the accuracy of the samples."""
-    heldout = [
-        _heldout_curve(run, name, index if len(runs) > 1 else position, _label(runs, run, name))
-        for index, run in enumerate(runs)
-        for position, name in enumerate(names_with(run.lines, "heldout/"))
-        if series(run.lines, name)[0]
-    ]
-    panels = [Panel("held-out accuracy (share)", heldout, SHARE)] if heldout else []
+    panels = _heldout(runs)
+    note = ["Bars are 95 % intervals of the held-out share over its prompts."] if _has_bars(panels) else []
     losses = _panels(runs, [Quantity("held-out loss", names_with(_all_lines(runs), "heldout_loss/"))])
     accuracy = _curves(runs, "accuracy", 0)
     reward = [] if all(_is_same(run, "reward", "accuracy") for run in runs) else _curves(runs, "reward", 1)
@@ -145,20 +140,41 @@ def _learning(runs: Sequence[RunFiles]) -> Chart:
     else:
         label = "accuracy of the samples" + (" and mean reward" if reward else " (share)")
         both = Panel(label, [*accuracy, *reward], SHARE)
-    panels += [*([both] if both.curves else []), *losses]
-    note = [SMOOTHED] if both.curves else []
-    if any(curve.bars for curve in heldout):
-        note.insert(0, "Bars are 95 % intervals of the held-out share over its prompts.")
-    return Chart("learning", "What was learnt", " ".join(note), panels)
+    note += [SMOOTHED] if both.curves else []
+    return Chart("learning", "What was learnt", " ".join(note), [*panels, *([both] if both.curves else []), *losses])
 
 
-def _heldout_curve(run: RunFiles, name: str, colour: int, label: str) -> Curve:
+def _heldout(runs: Sequence[RunFiles]) -> list[Panel]:
+    """One panel of all sources of a run, or of several runs one for each source."""
+    names, label = names_with(_all_lines(runs), "heldout/"), "held-out accuracy (share)"
+    if len(runs) == 1:
+        curves = [_heldout_curve(runs[0], name, position, name) for position, name in enumerate(names)]
+        return [Panel(label, curves, SHARE)] if names else []
+    return [
+        Panel(
+            f"{name}: {label}",
+            [
+                _heldout_curve(run, name, index, run.name)
+                for index, run in enumerate(runs)
+                if series(run.lines, name)[0]
+            ],
+            SHARE,
+        )
+        for name in names
+    ]
+
+
+def _heldout_curve(run: RunFiles, name: str, number: int, label: str) -> Curve:
     steps, values = series(run.lines, name)
     count = heldout_prompts(run, name.removeprefix("heldout/"))
     shares = all(0 <= value <= 1 for value in values)
     bars = [wilson(value, count) for value in values] if count is not None and shares else None
     # Evaluations are few, so each is shown and none is averaged away.
-    return Curve(label, colour % COLOURS, steps, values, bars, smooth=False)
+    return Curve(label, number % COLOURS, steps, values, bars, smooth=False, dashed=number >= COLOURS)
+
+
+def _has_bars(panels: Sequence[Panel]) -> bool:
+    return any(curve.bars for panel in panels for curve in panel.curves)
 
 
 def _parts(runs: Sequence[RunFiles]) -> list[Chart]:

@@ -142,7 +142,7 @@ def facts(sample: Line) -> list[tuple[str, str]]:
         ("advantage", _number(sample.get("advantage"))),
         ("mean weight", _number(sample.get("mean_weight"))),
         ("tokens", _number(sample.get("tokens")) + (f", {_number(forced)} of them given" if forced else "")),
-        ("stop", str(sample.get("stop", "-"))),
+        ("ended by", str(sample.get("stop", "-"))),
         ("layers left out", ", ".join(map(str, left_out)) if isinstance(left_out, list) and left_out else "none"),
     ]
     if finite(sample.get("temperature")) not in (None, 1.0):

@@ -170,13 +170,13 @@ def _speed(run: RunFiles) -> str:
         layers, kept = finite(at(run.summary, "layers")), finite(at(run.summary, "kept_layers"))
         out = f" without {layers - kept:.0f} of its {layers:.0f} layers" if layers and kept and layers > kept else ""
         if not out:
-            return f"At the end the model generated {full:.0f} tokens a second. No layer was left out."
+            return f"At the end the model generated {full:,.0f} tokens a second. No layer was left out."
         return (
-            f"At the end the full model generated {full:.0f} tokens a second, and {nested:.0f}{out}:"
+            f"At the end the full model generated {full:,.0f} tokens a second, and {nested:,.0f}{out}:"
             f" {nested / full:.2f} times as many."
         )
     values = series(run.lines, "tokens_per_second")[1]
-    return f"Rollouts generated {_mean(values):.0f} tokens a second on average." if values else ""
+    return f"Rollouts generated {_mean(values):,.0f} tokens a second on average." if values else ""
 
 
 def _off_policy(run: RunFiles) -> str:

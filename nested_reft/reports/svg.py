@@ -10,9 +10,10 @@ from nested_reft.reports.charts import Chart, Curve, Heatmap, Panel, limits, smo
 from nested_reft.untrusted import printable
 
 # Lengths in the units of the drawing, which is as wide as its place allows: letters stay legible at half the width.
-WIDTH, HEIGHT = 480, 190  # of a panel
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 22, 30
+WIDTH, HEIGHT = 480, 196  # of a panel
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 28, 30
 RIGHT_AXIS = 48  # in the place of `RIGHT`
+MOST_MARKED = 60  # points of a line that goes through them all
 MOST_LABEL = 80  # characters of a name in a legend
 Scale = Callable[[float], float]
 
@@ -23,7 +24,12 @@ def figure(chart: Chart) -> str:
     Args:
         chart: whose labels are untrusted.
     """
-    panels = "".join(f'<div class="panel">{_legend(panel)}{_panel(panel)}</div>' for panel in chart.panels)
+    panels, before = "", ""
+    for panel in chart.panels:
+        legend = _legend(panel)
+        # Panels under each other often have the same curves, which are named once.
+        panels += f'<div class="panel">{"" if legend == before else legend}{_panel(panel)}</div>'
+        before = legend
     note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
     return f'<figure id="{text(chart.name)}"><figcaption>{text(chart.title)}</figcaption>{panels}{note}</figure>'
 
@@ -38,10 +44,10 @@ def text(words: str) -> str:
 
 
 def _legend(panel: Panel) -> str:
-    """The names of the curves; nothing where there is but one, which the axis names."""
-    if len(panel.curves) < 2:
-        names = [curve.label for curve in panel.curves if curve.label]
-        return f'<p class="legend">{text(_short(names[0]))}</p>' if names else ""
+    """The names of the curves; nothing where there is but one that the axis names."""
+    # A name with a slash is that of a source or of a part, which no axis has.
+    if len(panel.curves) < 2 and not any("/" in curve.label for curve in panel.curves):
+        return ""
     entries = "".join(
         f'<li><svg class="key" viewBox="0 0 18 8"><path class="line {_look(curve)}" d="M1 4H17"/></svg>'
         f"{text(_short(curve.label))}{' (right axis)' if curve.right else ''}</li>"
@@ -91,11 +97,10 @@ def _steps(panel: Panel) -> tuple[float, float]:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:
-    """From values to places; halves keep the difference of very large numbers finite."""
-    span = high / 2 - low / 2
+    """From values to places."""
 
     def place(value: float) -> float:
-        return start + (end - start) * (value / 2 - low / 2) / span
+        return start + (end - start) * (value - low) / (high - low)
 
     return place
 
@@ -105,7 +110,8 @@ def _x_axis(low: float, high: float, across: Scale) -> str:
     # A step is a whole number, so there is nothing between two of them to mark.
     shown = [tick for tick in ticks(low, high, 6) if tick == round(tick)]
     marks = "".join(
-        f'<text x="{across(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>' for tick in shown
+        f'<text x="{across(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{number(tick, high - low)}</text>'
+        for tick in shown
     )
     label = f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 3}" text-anchor="middle">step</text>'
     return marks + label
@@ -114,14 +120,16 @@ def _x_axis(low: float, high: float, across: Scale) -> str:
 def _y_axis(low: float, high: float, up: Scale, left: float, right: float) -> str:
     return "".join(
         f'<path class="grid" d="M{left} {up(tick):.1f}H{right}"/>'
-        f'<text x="{left - 5}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        f'<text x="{left - 5}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick, high - low)}</text>'
         for tick in ticks(low, high)
     )
 
 
 def _right_axis(low: float, high: float, up: Scale, label: str) -> str:
     place = WIDTH - RIGHT_AXIS
-    marks = "".join(f'<text x="{place + 5}" y="{up(tick) + 4:.1f}">{number(tick)}</text>' for tick in ticks(low, high))
+    marks = "".join(
+        f'<text x="{place + 5}" y="{up(tick) + 4:.1f}">{number(tick, high - low)}</text>' for tick in ticks(low, high)
+    )
     return f'{marks}<text class="axis" x="{WIDTH - 4}" y="13" text-anchor="end">{text(label)}</text>'
 
 
@@ -139,7 +147,9 @@ def _curve(curve: Curve, across: Scale, up: Scale) -> str:
     # A point is a line of no length, whose round ends are seen; one path takes less room than many circles.
     faint = " faint" if curve.smooth and len(points) > 1 else ""
     dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
-    parts.append(f'<path class="dots{faint} c{curve.colour}" d="{dots}"/>')
+    # Where the line goes through every point, many dots would only make it thick.
+    if faint or len(points) <= MOST_MARKED:
+        parts.append(f'<path class="dots{faint} c{curve.colour}" d="{dots}"/>')
     parts.append(f'<path class="line {_look(curve)}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in line)}"/>')
     return "".join(parts)
 
@@ -169,16 +179,20 @@ def _heatmap(heatmap: Heatmap, across: Scale) -> str:
     return f'{frame}<g class="cells">{"".join(cells)}</g>{labels}'
 
 
-def number(value: float) -> str:
-    """A tick's number in few characters.
+def number(value: float, span: float) -> str:
+    """A tick's number in few characters, but enough to tell it from its neighbours.
 
     Args:
         value: finite.
+        span: of the axis.
     """
     size = abs(value)
-    if size >= 1e7 or 0 < size < 1e-4:
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    if size < span * 1e-9:
+        return "0"
+    if size >= 1e7 or size < 1e-4:
+        return f"{value:.1e}".replace(".0e", "e").replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
     if size >= 10_000:
         return f"{value / 1000:g}k"
-    # What multiples of a step leave behind their last digit is no part of the number.
-    return f"{round(value, 6 - math.floor(math.log10(size)) if size else 0):g}"
+    # A tick's distance from the next is more than a twentieth of the axis.
+    shown = f"{value:.{max(-math.floor(math.log10(span / 20)), 0)}f}"
+    return shown.rstrip("0").rstrip(".") if "." in shown else shown
