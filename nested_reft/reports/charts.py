@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Number = int | float
 MOST_POINTS = 400  # of a curve; more could not be told apart
 LEAST_SMOOTHED = 12  # points of a curve that is smoothed
 WINDOWS = 12  # that a smoothed curve consists of
@@ -29,9 +30,9 @@ class Curve:
 
     label: str
     colour: int
-    steps: Sequence[float]
-    values: Sequence[float]
-    bars: Sequence[tuple[float, float]] | None = None
+    steps: Sequence[Number]
+    values: Sequence[Number]
+    bars: Sequence[tuple[Number, Number]] | None = None
     smooth: bool = True
     dashed: bool = False
     right: bool = False
@@ -47,7 +48,7 @@ class Heatmap:
         row_size: how many numbers a row stands for.
     """
 
-    cells: Sequence[tuple[float, float, int, float]]
+    cells: Sequence[tuple[Number, Number, int, Number]]
     rows: int
     row_size: int = 1
 
@@ -66,7 +67,7 @@ class Panel:
 
     label: str
     curves: Sequence[Curve] = ()
-    limits: tuple[float, float] | None = None
+    limits: tuple[Number, Number] | None = None
     right_label: str = ""
     heatmap: Heatmap | None = None
 
@@ -87,7 +88,7 @@ class Chart:
     panels: Sequence[Panel]
 
 
-def smoothed(curve: Curve) -> tuple[list[float], list[float]]:
+def smoothed(curve: Curve) -> tuple[list[Number], list[Number]]:
     """The line of a curve: its running mean where it has points enough, over a window around it.
 
     Args:
@@ -101,7 +102,7 @@ def smoothed(curve: Curve) -> tuple[list[float], list[float]]:
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    means = list[float]()
+    means = list[Number]()
     for index in range(len(values)):
         # At the ends the window gets shorter on one side: the mean of one value would be as noisy as the points.
         start, end = max(index - half, 0), min(index + half + 1, len(values))
@@ -109,7 +110,7 @@ def smoothed(curve: Curve) -> tuple[list[float], list[float]]:
     return thinned(steps, means)
 
 
-def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def thinned(steps: Sequence[Number], values: Sequence[Number]) -> tuple[list[Number], list[Number]]:
     """At most `MOST_POINTS` of the points, evenly spread, the first and the last among them.
 
     Args:
@@ -131,7 +132,7 @@ def spread(count: int, most: int) -> list[int]:
     return [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: Number, count: int) -> tuple[Number, Number]:
     """The 95 % interval of a share, which keeps within 0 and 1 also where all or none are right (Wilson, 1927).
 
     Args:
@@ -144,7 +145,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def limits(panel: Panel, right: bool = False) -> tuple[float, float]:
+def limits(panel: Panel, right: bool = False) -> tuple[Number, Number]:
     """The lower and upper end of an axis, with some room.
 
     Args:
@@ -164,7 +165,7 @@ def limits(panel: Panel, right: bool = False) -> tuple[float, float]:
     return (0.0, bounds[1]) if 0 <= low < high / 4 else bounds
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: Number, high: Number, most: int = 5) -> list[Number]:
     """Round numbers between two limits.
 
     Args:

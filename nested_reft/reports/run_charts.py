@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nested_reft.reports.charts import Chart, Curve, Heatmap, Panel, spread, wilson
+from nested_reft.reports.charts import Chart, Curve, Heatmap, Number, Panel, spread, wilson
 from nested_reft.reports.run_files import Line, RunFiles, at, finite
 from nested_reft.reports.run_metrics import CURRICULUM, SOURCE_METRICS, SPEEDS, curriculum_sources, names_with, series
 
@@ -30,7 +30,7 @@ class Quantity:
 
     label: str
     metrics: Sequence[str]
-    limits: tuple[float, float] | None = None
+    limits: tuple[Number, Number] | None = None
 
 
 # Name of the file, title, and panels of each plain chart.
@@ -264,7 +264,7 @@ def _layers(run: RunFiles) -> Chart | None:
 
 def _ages(run: RunFiles) -> Chart | None:
     """How old the trained completions were; nothing where they were always fresh."""
-    rows = list[tuple[int, dict[int, float]]]()
+    rows = list[tuple[int, dict[int, Number]]]()
     for line in run.lines:
         counts = line.get(AGES)
         counts = [finite(count) or 0.0 for count in counts[:MOST_AGE]] if isinstance(counts, list) else []
@@ -274,9 +274,9 @@ def _ages(run: RunFiles) -> Chart | None:
     if oldest == 0:
         return None
     size = oldest // MOST_ROWS + 1
-    binned = list[tuple[int, dict[int, float]]]()
+    binned = list[tuple[int, dict[int, Number]]]()
     for step, shares in rows:
-        together = dict[int, float]()
+        together = dict[int, Number]()
         for age, share in shares.items():
             together[age // size] = together.get(age // size, 0.0) + share
         binned.append((step, together))
@@ -306,16 +306,17 @@ def _curriculum(run: RunFiles) -> Chart | None:
     return Chart("curriculum", "Curriculum: why each source was drawn, and what came of it", "", panels)
 
 
-def _cells(rows: Sequence[tuple[int, dict[int, float]]]) -> list[tuple[float, float, int, float]]:
+def _cells(rows: Sequence[tuple[int, dict[int, Number]]]) -> list[tuple[Number, Number, int, Number]]:
     """The cells of a heatmap, with neighbouring steps joined where there are many."""
     edges = spread(len(rows) + 1, MOST_COLUMNS + 1)
-    cells = list[tuple[float, float, int, float]]()
+    cells = list[tuple[Number, Number, int, Number]]()
     for start, end in itertools.pairwise(edges):
-        joined, total = rows[start:end], dict[int, float]()
+        joined, total = rows[start:end], dict[int, Number]()
         for _, shares in joined:
             for row, share in shares.items():
-                total[row] = total.get(row, 0.0) + share / len(joined)
-        cells += [(joined[0][0], joined[-1][0], row, share) for row, share in sorted(total.items())]
+                total[row] = total.get(row, 0.0) + share
+        ends = joined[0][0], joined[-1][0]
+        cells += [(*ends, row, share / len(joined)) for row, share in sorted(total.items())]
     return cells
 
 

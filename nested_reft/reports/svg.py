@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from nested_reft.reports.charts import Chart, Curve, Heatmap, Panel, limits, smoothed, thinned, ticks
+from nested_reft.reports.charts import Chart, Curve, Heatmap, Number, Panel, limits, smoothed, thinned, ticks
 from nested_reft.untrusted import printable
 
 # Lengths in the units of the drawing, which is as wide as its place allows: letters stay legible at half the width.
@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 28, 30
 RIGHT_AXIS = 48  # in the place of `RIGHT`
 MOST_MARKED = 60  # points of a line that goes through them all
 MOST_LABEL = 80  # characters of a name in a legend
-Scale = Callable[[float], float]
+Scale = Callable[[Number], float]
 
 
 def figure(chart: Chart) -> str:
@@ -86,7 +86,7 @@ def _panel(panel: Panel) -> str:
     return f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">{title}{"".join(parts)}</svg>'
 
 
-def _steps(panel: Panel) -> tuple[float, float]:
+def _steps(panel: Panel) -> tuple[Number, Number]:
     """First and last step of a panel, with half a step around the cells of a heatmap."""
     if panel.heatmap is not None:
         ends = [end for first, last, _, _ in panel.heatmap.cells for end in (first - 0.5, last + 0.5)]
@@ -96,16 +96,16 @@ def _steps(panel: Panel) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
+def _scale(low: Number, high: Number, start: Number, end: Number) -> Scale:
     """From values to places."""
 
-    def place(value: float) -> float:
+    def place(value: Number) -> float:
         return start + (end - start) * (value - low) / (high - low)
 
     return place
 
 
-def _x_axis(low: float, high: float, across: Scale) -> str:
+def _x_axis(low: Number, high: Number, across: Scale) -> str:
     bottom = HEIGHT - BOTTOM
     # A step is a whole number, so there is nothing between two of them to mark.
     shown = [tick for tick in ticks(low, high, 6) if tick == round(tick)]
@@ -117,7 +117,7 @@ def _x_axis(low: float, high: float, across: Scale) -> str:
     return marks + label
 
 
-def _y_axis(low: float, high: float, up: Scale, left: float, right: float) -> str:
+def _y_axis(low: Number, high: Number, up: Scale, left: Number, right: Number) -> str:
     return "".join(
         f'<path class="grid" d="M{left} {up(tick):.1f}H{right}"/>'
         f'<text x="{left - 5}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick, high - low)}</text>'
@@ -125,7 +125,7 @@ def _y_axis(low: float, high: float, up: Scale, left: float, right: float) -> st
     )
 
 
-def _right_axis(low: float, high: float, up: Scale, label: str) -> str:
+def _right_axis(low: Number, high: Number, up: Scale, label: str) -> str:
     place = WIDTH - RIGHT_AXIS
     marks = "".join(
         f'<text x="{place + 5}" y="{up(tick) + 4:.1f}">{number(tick, high - low)}</text>' for tick in ticks(low, high)
@@ -154,7 +154,7 @@ def _curve(curve: Curve, across: Scale, up: Scale) -> str:
     return "".join(parts)
 
 
-def _points(steps: Sequence[float], values: Sequence[float], across: Scale, up: Scale) -> list[tuple[float, float]]:
+def _points(steps: Sequence[Number], values: Sequence[Number], across: Scale, up: Scale) -> list[tuple[Number, Number]]:
     return [(across(step), up(value)) for step, value in zip(steps, values, strict=True)]
 
 
@@ -179,7 +179,7 @@ def _heatmap(heatmap: Heatmap, across: Scale) -> str:
     return f'{frame}<g class="cells">{"".join(cells)}</g>{labels}'
 
 
-def number(value: float, span: float) -> str:
+def number(value: Number, span: Number) -> str:
     """A tick's number in few characters, but enough to tell it from its neighbours.
 
     Args:
