@@ -66,9 +66,8 @@ class Browser:
         events = list[dict[str, Any]]()
         self._call("Page.navigate", events, url=url)
         # A load event may be that of the blank page.
-        while self.run("document.readyState + location.href") != f"complete{url}":
+        while self.run("document.readyState + location.href", events) != f"complete{url}":
             time.sleep(0.05)
-        self.run("0", events)
         return events
 
     def run(self, script: str, events: list[dict[str, Any]] | None = None) -> Any:

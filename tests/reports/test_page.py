@@ -133,7 +133,7 @@ def test_what_got_into_the_page_all_the_same_would_not_run(browser, tmp_path):
     """The policy is the second wall: markup that a mistake let through finds no way to act or to load."""
     text = page_of(hostile_run(tmp_path / "run"))
     inside = (
-        "<script>window.ran = 1</script><style>body { display: none }</style><iframe src='data:text/html,x'></iframe>"
+        "<script>window.ran = 1</script><style>body { display: none }</style><iframe src='data:text/html,'></iframe>"
     )
     inside += "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw=' onload='window.ran = 1' onerror='window.ran = 1'>"
     path = tmp_path / "report.html"

@@ -17,6 +17,9 @@ from tests.reports.runs_on_disk import line, sample, write_run
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the optional package matplotlib")
 
 
+ODD = {"metrics": '{"step": 1, "left_out_layers": 3, "staleness_completions": ["x"], "bounds/a": [1]}\n'}
+
+
 def curriculum(step: int) -> dict:
     found: dict = {"curriculum_audit": f"a rose to 0.{step}"}
     for index, name in enumerate(("a", "group/b", "_$c")):
@@ -88,7 +91,7 @@ def test_names_from_a_run_cannot_reach_the_terminal(tmp_path, capsys, without_ma
         ({"metrics": '{"step": 1, "reward": 0.5}\nnonsense\n'}, "Line 2 of metrics.jsonl is not JSON"),
         ({"metrics": '{"step": 1, "reward": 0.5}\n', "samples": '{"step": 1, "parts": 3}\n[]\n'}, "Line 2 of samples"),
         (
-            {"metrics": '{"step": 1, "left_out_layers": 3, "staleness_completions": ["x"], "bounds/a": [1]}\n'},
+            ODD,
             "There is no sa",
         ),
     ],
@@ -144,7 +147,7 @@ def test_charts_of_all_kinds_are_drawn(tmp_path):
     more |= {f"ratio_quantile_{q}": 1.0 for q in ("05", "50", "95")} | {"replay/age": 0.5, "heldout/_$c": 0.5}
     lines = [line(step, **more, **curriculum(step), staleness_completions=[1, 3]) for step in (1, 2)]
     run = write_run(tmp_path / "run", lines, summary={"before": {"_$c": {"prompts": 10}}})
-    found = write_report([run, run], tmp_path / "x.html")
+    found = write_report([run], tmp_path / "x.html")
     names = {Path(path).stem.removeprefix("x-") for path in found["figures"]}
     assert names >= {
         "learning",
