@@ -84,6 +84,6 @@ def _filter(known: argparse.Namespace, files: RunFiles) -> SampleFilter:
     if known.source is not None and known.source not in sources:
         names = ", ".join(map(printable, sources)) or "none; the log of an earlier version may name none"
         raise BadInput(f"--source is '{known.source}'; the samples of this run have {names}")
-    verdicts: dict[Verdict, bool] = {"right": known.right, "wrong": known.wrong, "unscored": known.unscored}
-    verdict = next((name for name, is_asked in verdicts.items() if is_asked), None)
+    right, wrong, unscored = known.right, known.wrong, known.unscored
+    verdict: Verdict | None = "right" if right else "wrong" if wrong else "unscored" if unscored else None
     return SampleFilter(known.step, known.source, verdict, (known.least_reward, known.most_reward), known.text)
