@@ -136,7 +136,7 @@ write_report([pathlib.Path({str(tmp_path)!r})])
 print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["svg", "False"]
 
 
