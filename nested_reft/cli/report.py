@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file
 from nested_reft.cli.bad_input import checking_input
@@ -36,8 +36,7 @@ def run(arguments: list[str]) -> None:
     if result["no_figures"] is not None:
         say(f"no PNG files: {result['no_figures']}")
     elif result["figures"]:
-        directory = Path(result["report"]).parent
-        say(f"{len(result['figures'])} charts as PNG files: {directory}")
+        say(f"{len(result['figures'])} charts as PNG files: {os.path.dirname(result['report'])}")
     say(f"report: {result['report']}")
     keep_json(known.json, result)
 

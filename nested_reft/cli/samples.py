@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
 
 def _local(source: str) -> Path:
     if not paths.is_remote(source):
-        return Path(source)
+        return paths.local_path(source)
     from nested_reft.run_mirror import local_run  # it brings JAX along, which a local run need not wait for
 
     return local_run(source)

@@ -37,7 +37,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> dict[str, Any
     found = [read_run(path) for path in runs]
     charts = run_charts(found)
     if out is None:
-        out = (runs[0] / "report" if len(runs) == 1 else Path("comparison")) / PAGE
+        out = (runs[0] / "report" if len(runs) == 1 else Path() / "comparison") / PAGE
         out.parent.mkdir(exist_ok=True)
     # Written whole or not at all, since somebody may be looking at the page of a run that goes on.
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
