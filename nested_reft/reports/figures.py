@@ -55,7 +55,8 @@ def label(name: str) -> str:
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:
-    axis.set_ylabel(label(panel.label), fontsize="small")
+    # Beside the axis a long label would run into the next panel.
+    axis.set_title(label(panel.label), loc="left", fontsize="small")
     if panel.heatmap is not None:
         _draw_heatmap(axis, panel)
         return
@@ -63,7 +64,7 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
     axis.grid(alpha=0.3)
     other = axis.twinx() if panel.right_label else axis
     if panel.right_label:
-        other.set_ylabel(label(panel.right_label), fontsize="small")
+        axis.set_title(label(panel.right_label), loc="right", fontsize="small")
         other.set_ylim(*limits(panel, right=True))
     handles = []
     for curve in panel.curves:
@@ -77,7 +78,13 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         handles += place.plot(*smoothed(curve), dashes, color=colour, label=label(curve.label), linewidth=1.4)
     if any(curve.label for curve in panel.curves):
         # Looking for the best place takes seconds where there are many points.
-        axis.legend(handles=handles, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.06, 1.0), borderaxespad=0)
+        axis.legend(
+            handles=handles,
+            fontsize="x-small",
+            loc="upper left",
+            bbox_to_anchor=(1.1 if panel.right_label else 1.01, 1.0),
+            borderaxespad=0,
+        )
 
 
 def _draw_heatmap(axis: Any, panel: Panel) -> None:
