@@ -52,7 +52,7 @@ setup(
     # The configurations live with the experiments and ship inside the package.
     packages=[*find_packages(include=["nested_reft", "nested_reft.*"]), "nested_reft.configs"],
     package_dir={"nested_reft.configs": "experiments/configs"},
-    package_data={"nested_reft.configs": ["*.json", "*.jsonl"]},
+    package_data={"nested_reft.configs": ["*.json", "*.jsonl"], "nested_reft.reports": ["*.css", "*.js"]},
     entry_points={"console_scripts": ["nested-reft = nested_reft.command:main"]},
     install_requires=[
         "flax>=0.12",

@@ -173,6 +173,30 @@ def good_lines(content: bytes, step: int, first_step: int | None) -> tuple[list[
     return kept, faults
 
 
+def log_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The good lines of a log, and in words what is wrong with each other one; a last line cut short is no fault.
+
+    Args:
+        path: the file; a run that is going on may be writing to it.
+    """
+    lines, faults = list[dict[str, Any]](), list[str]()
+    # Bytes are decoded line by line, so that a line that is not UTF-8 can be named.
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(text.decode())
+        # Thousands of brackets are a RecursionError.
+        except (ValueError, RecursionError) as error:
+            # Without its newline the line is still being written, or was when the run was killed.
+            if text.endswith(b"\n"):
+                faults.append(f"line {number} of '{path}' is not JSON: {error}")
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            faults.append(f"line {number} of '{path}' has no step")
+    return lines, faults
+
+
 def _step_of(line: bytes) -> int | None:
     """The step of a line; None where it is not a whole line with one."""
     try:
