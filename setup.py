@@ -14,6 +14,13 @@ MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.9"]
 RAY = ["ray>=2.50"]
 GCS = ["google-cloud-storage>=3.0", "requests>=2.32"]  # paths on gs://
+DOCS = [
+    "mkdocs>=1.6.1",
+    "mkdocs-material>=9.6",
+    "mkdocstrings>=1.0",
+    "mkdocstrings-python>=2.0",  # reads docstrings without importing
+    "ruff>=0.9",  # breaks signatures into lines
+]
 TEST = [
     *TASKS,
     *DATA,
@@ -71,6 +78,7 @@ setup(
         "report": REPORT,
         "ray": RAY,
         "gcs": GCS,
+        "docs": DOCS,
         "tpu": ["jax[tpu]"],
         # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.
         "cuda12": ["jax[cuda12]"],
