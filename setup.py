@@ -55,11 +55,11 @@ setup(
     package_data={"nested_reft.configs": ["*.json", "*.jsonl"], "nested_reft.reports": ["*.css", "*.js"]},
     entry_points={"console_scripts": ["nested-reft = nested_reft.command:main"]},
     install_requires=[
-        "flax>=0.12",
+        "flax>=0.11.2",
         "gguf>=0.17",
         "grain>=0.2.12",
         "huggingface_hub>=1.3",
-        "jax>=0.8.1",
+        "jax>=0.7.2",
         "jaxtyping>=0.3.3",
         "jinja2>=3.1",
         "numpy>=2.0",
