@@ -16,7 +16,6 @@ from nested_reft.processes import ProcessConfig
 from nested_reft.sharding import MeshConfig, make_mesh, place, to_host
 from tests.process_pairs import free_port, run_together
 
-
 joins = pytest.mark.skipif(
     not hasattr(jax.config, "jax_enable_preemption_service"), reason="this JAX cannot leave SIGTERM to Python"
 )
