@@ -114,7 +114,7 @@ class Run:
         >>> run.metrics()["step"]
         [0, 1, 2]
         >>> sorted(run.samples()[0])[:3]
-        ['answer', 'forced_tokens', 'left_out_layers']
+        ['accuracy', 'advantage', 'answer']
         >>> run.config().name
         'tiny'
 
