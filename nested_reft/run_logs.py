@@ -78,7 +78,7 @@ class Events:
 
         self._proto: Any = event_pb2  # made from a .proto file, so its classes have no types
         # Two files of one second would have one name but for the process.
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns() % 10**9}")
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
         if purge_step is not None:
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
             self._writer.write_event(self._proto.Event(step=purge_step, wall_time=time.time(), session_log=start))
