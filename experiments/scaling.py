@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import numpy as np
 from experiments.arguments import add_json, add_list, command, experiment_parser, new_file
 from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.cli.bad_input import BadInput, checking_input
-from nested_reft.command import THREADS_PER_DEVICE
+from nested_reft.command import environment_of
 from nested_reft.layer_plan import PlanShape
 from nested_reft.plan_price import Ceilings, ceilings_of
 from nested_reft.program_cache import cache_directory
@@ -142,13 +141,7 @@ def measure(name: str, mesh: MeshConfig, repeats: int) -> Found:
 
 def in_a_process(name: str, mesh: MeshConfig, repeats: int) -> Found:
     """The same in a process that has as many devices as the mesh."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(mesh.size),
-        "JAX_COMPILATION_CACHE_DIR": str(cache_directory()),
-        "NPROC": str(THREADS_PER_DEVICE * mesh.size),
-        "XLA_FLAGS": "",
-    }
+    environment = environment_of(mesh.size) | {"JAX_COMPILATION_CACHE_DIR": str(cache_directory())}
     with tempfile.TemporaryDirectory() as directory:
         written = Path(directory) / "found.json"
         child = json.dumps({"name": name, "mesh": dataclasses.asdict(mesh), "repeats": repeats, "path": str(written)})

@@ -18,6 +18,7 @@ from nested_reft.program_cache import NO_CACHE, cache_directory, drop_old_progra
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 THREADS_PER_DEVICE = 8
+_DEVICE_FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
 def restart_with_huge_pages() -> None:
@@ -58,9 +59,26 @@ def give_devices_threads(devices: int) -> None:
 
 def asked_devices() -> int:
     """How many CPU devices the environment asks JAX for."""
-    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    flag = _DEVICE_FLAG.search(os.environ.get("XLA_FLAGS", ""))
     asked = os.environ.get("JAX_NUM_CPU_DEVICES") or (flag[1] if flag else "1")
     return int(asked) if asked.isdecimal() else 1
+
+
+def environment_of(devices: int) -> dict[str, str]:
+    """The environment of another process on this machine that is to have CPU devices, which may join a group.
+
+    Args:
+        devices: how many.
+    """
+    # A proxy would be asked for the coordinator's address.
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "NPROC": str(THREADS_PER_DEVICE * devices),
+        # JAX refuses two numbers of devices. The other flags hold for this process too.
+        "XLA_FLAGS": _DEVICE_FLAG.sub("", os.environ.get("XLA_FLAGS", "")),
+    }
 
 
 def ignore_interrupts() -> None:

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nested_reft.checkpoints import newest_checkpoint  # noqa: E402
+from nested_reft.command import environment_of  # noqa: E402
 from nested_reft.exit_codes import DONE, INTERRUPTED, PREEMPTED  # noqa: E402
 from nested_reft.program_cache import cache_directory  # noqa: E402
 from nested_reft.reports.tables import table  # noqa: E402
@@ -234,15 +235,10 @@ def _newest_run(runs: Path) -> Path | None:
 
 
 def _start(call: list[str], command: list[str], devices: int | None = None) -> subprocess.Popen[str]:
-    environment = {"JAX_PLATFORMS": "cpu", **CACHE} | os.environ
-    if devices is not None:
-        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
-        # A proxy would be asked for the coordinator's address, and flags of XLA may name other devices.
-        skipped = [key for key in environment if key.lower().endswith("_proxy") or key == "XLA_FLAGS"]
-        environment = {key: value for key, value in environment.items() if key not in skipped}
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ if devices is None else environment_of(devices)
     return subprocess.Popen(
         [sys.executable, str(Path(__file__)), "--as-child", *call, "--", *command],
-        env=environment,
+        env=CACHE | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nested_reft import processes  # noqa: E402
-from nested_reft.command import THREADS_PER_DEVICE  # noqa: E402
+from nested_reft.command import environment_of  # noqa: E402
 from nested_reft.program_cache import cache_directory  # noqa: E402
 from nested_reft.reports.tables import table  # noqa: E402
 from nested_reft.sharding import MeshConfig  # noqa: E402
@@ -93,15 +92,7 @@ def kept_at(directory: Path, layout: str, variant: str) -> Path:
 
 def _start(arguments: list[str], devices: int, said: IO[str]) -> subprocess.Popen[bytes]:
     """A process of a layout."""
-    # A proxy would be asked for the coordinator's address, and flags of XLA may name other devices.
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(cache_directory()),
-        "NPROC": str(THREADS_PER_DEVICE * devices),
-        "XLA_FLAGS": "",
-    }
+    environment = environment_of(devices) | {"JAX_COMPILATION_CACHE_DIR": str(cache_directory())}
     command = [sys.executable, __file__, *arguments]
     return subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
 

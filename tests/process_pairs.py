@@ -9,12 +9,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+from nested_reft.command import environment_of
+
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 240
 
 _START = """
 import jax, sys
-jax.config.update("jax_num_cpu_devices", {devices})
 from nested_reft import processes
 processes.start(processes.ProcessConfig("127.0.0.1:{port}", {count}, int(sys.argv[1]), heartbeat_seconds=60))
 """
@@ -38,18 +39,12 @@ def run_together(code: str, devices: int = 4, count: int = 2) -> list[subprocess
     Returns:
         Exit code and output of each; lines that JAX's own services write are left out.
     """
-    start = _START.format(devices=devices, count=count, port=free_port())
-    # A proxy would be asked for the coordinator's address.
-    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "XLA_FLAGS": "",
-    }
+    start = _START.format(count=count, port=free_port())
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", start + textwrap.dedent(code), str(index)],
-            env=environment,
+            env=environment_of(devices) | {"PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from nested_reft.api import open_trainer
 from nested_reft.bridge_file import FittedBridges, save_bridges
 from nested_reft.checkpoints import checkpoint_numbers, newest_checkpoint
 from nested_reft.cli.overrides import override
+from nested_reft.command import environment_of
 from nested_reft.models.fingerprint import fingerprint
 from nested_reft.reward_model import FACTS
 from nested_reft.run_directory import RunDirectory, read_log
@@ -47,13 +47,9 @@ TRAIN = ("-m", "nested_reft.command")
 def start(arguments: list[str], directory: Path, port: int, index: int, program: tuple[str, ...] = TRAIN):
     """A `train` command, as one of two processes."""
     joining = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(index)]
-    # A proxy would be asked for the coordinator's address.
-    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES), "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         [sys.executable, *program, "train", *arguments, *joining],
-        env=environment,
+        env=environment_of(DEVICES) | {"PYTHONPATH": str(ROOT)},
         cwd=directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
