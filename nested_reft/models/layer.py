@@ -17,6 +17,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from nested_reft.backends import where_cpu
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
 from nested_reft.sharding import constrain
@@ -261,7 +262,7 @@ def _sum_of_outer_products(y_NO: Float[Array, "N O"], x_NI: Float[Array, "N I"])
         return product(y_NO, x_NI, 0)
     # A CPU multiplies bfloat16 in hardware only where the sum runs along rows. Left alone, XLA turns the transpose back
     # into a sum along columns, which takes three times as long.
-    return jax.lax.platform_dependent(y_NO, x_NI, cpu=row_by_row, default=lambda y_NO, x_NI: product(y_NO, x_NI, 0))
+    return where_cpu(row_by_row, lambda y_NO, x_NI: product(y_NO, x_NI, 0), y_NO, x_NI)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

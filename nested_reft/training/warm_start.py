@@ -15,6 +15,7 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan, layers_in
 from nested_reft.literals import check_whole
 from nested_reft.losses.supervised import Supervised
+from nested_reft.models.layer_loop import Remat
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
 from nested_reft.training.step import LearnerTask
@@ -58,7 +59,7 @@ class WarmStartConfig:
 def warm_start_task(
     config: WarmStartConfig,
     max_completion_tokens: int,
-    remat: bool,
+    remat: Remat,
     shared_prefix: int,
     compute_dtype: str = "float32",
 ) -> LearnerTask:
@@ -67,7 +68,7 @@ def warm_start_task(
     Args:
         config: steps, learning rate and micro-batches.
         max_completion_tokens: C of the demonstrations.
-        remat: recompute activations in the backward pass, to save memory.
+        remat: which activations the backward pass recomputes, to save memory.
         shared_prefix: leading tokens that all training prompts have in common.
         compute_dtype: of the inputs of matrix products.
     """
