@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
@@ -63,8 +62,8 @@ def attend_by_blocks(
 
     Args:
         query_BGTHK: queries; head `h` reads key head `h // (H / J)`.
-        segments: each one's keys and values, `[B, G, J, S, K]` of a row's own or `[B, J, S, K]` that a group shares, and
-            who sees them. One that is causal has T keys.
+        segments: each one's keys and values, `[B, G, J, S, K]` of a row's own or `[B, J, S, K]` that a group shares,
+            and who sees them. One that is causal has T keys.
         query_block: queries to a block.
         key_block: keys to a block.
 
@@ -189,12 +188,12 @@ def _backward(residuals: tuple[Any, ...], cotangent: Array) -> tuple[Array, tupl
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(query: Array, segment: Segment) -> Int[np.ndarray, "pairs 2"]:
+def _pairs(query: Array, segment: Segment) -> Int[Array, "pairs 2"]:
     """The pairs of a block of queries and a block of keys that have any two which see each other."""
     queries, keys = query.shape[4], segment.key.shape[4]
     pairs = [(i, j) for i in range(len(query)) for j in range(len(segment.key))]
     # The last query of a block sees the first key of another one, or nobody does.
-    return np.array([(i, j) for i, j in pairs if not segment.causal or j * keys <= (i + 1) * queries - 1], np.int32)
+    return jnp.array([(i, j) for i, j in pairs if not segment.causal or j * keys <= (i + 1) * queries - 1], jnp.int32)
 
 
 def _seen(segment: Segment, pair: Array, queries: int) -> Bool[Array, "rows group t s"] | None:

@@ -58,9 +58,9 @@ class TrainConfig:
         mini_batches: disjoint parts of a batch, which get an update each (PPO). Every pass deals the batch's groups to
             them anew, at random, and groups stay whole. Advantages are made once, of the whole batch.
         micro_batches: parts that an update is computed in, to save memory; the gradient is the same.
-        remat: what the backward pass computes again instead of keeping it: `none`; `dots`, all but products with weights
-            and the output of long attention; or `full`, everything but each layer's input, which takes the least
-            memory and about a third more time.
+        remat: what the backward pass computes again instead of keeping it: nothing (`none`); all but products with
+            weights and the output of long attention (`dots`); or everything but each layer's input (`full`), which
+            takes the least memory and about a third more time.
         compute_dtype: of the inputs of matrix products in updates, scoring passes and least-squares fits. Parameters,
             sums and all else are float32. bfloat16 is faster on devices that multiply it in hardware: TPUs, GPUs, and
             CPUs with AMX.

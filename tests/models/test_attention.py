@@ -86,7 +86,7 @@ def short_blocks(monkeypatch):
     return switch
 
 
-@pytest.mark.parametrize("texts", ["shared prefix", "packed"])
+@pytest.mark.parametrize("texts", [pytest.param("shared prefix", marks=pytest.mark.slow), "packed"])
 def test_a_model_has_the_same_states_and_gradients(texts, short_blocks, key):
     model, (tokens_BP, length_B) = tiny_model(scale=1.0), tiny_prompts()
     prefix, segment_BGC = (2, None) if texts == "shared prefix" else (0, jnp.array([1] * 3 + [2] * 5))

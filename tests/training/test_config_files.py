@@ -90,12 +90,13 @@ def get_config():
         tiny,
         name=np.str_("mine"),
         data=put(tiny.data, sources=[source]),
-        train=put(tiny.train, steps=np.int64(5), remat=np.bool_(True)),
+        train=put(tiny.train, steps=np.int64(5), remat=np.str_("dots")),
+        reset=put(tiny.reset, only_right=np.bool_(True)),
         nesting=put(tiny.nesting, skip_ratio=np.float64(0.25), choice=np.array("fixed"), layers=np.array([1, 2])),
     )
 """)
     source = config.data.sources[0]
-    values = (config.name, config.train.steps, config.train.remat, config.nesting.skip_ratio, source.seed)
+    values = (config.name, config.train.steps, config.reset.only_right, config.nesting.skip_ratio, source.seed)
     assert values == ("mine", 5, True, 0.25, 3) and [type(value) for value in values] == [str, int, bool, float, int]
     assert type(config.data.sources) is tuple and source.parameters == {"min_terms": 2}
     assert config.nesting.layers == (1, 2)
