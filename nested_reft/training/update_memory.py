@@ -22,8 +22,8 @@ def update_working_bytes(
     """Bytes that an update takes beside weights, moments and gradients, on all devices together.
 
     The passes are traced, not compiled. At the peak, a program holds what the forward pass keeps, and either the logits
-    of the head's backward pass, or as much as one layer keeps where nothing is recomputed. The objective's own arrays
-    have one number for each token and do not count.
+    of the head's backward pass, or as much as one layer keeps where nothing is recomputed. Where a batch is small, the
+    optimizer holds more than both. The objective's own arrays have one number for each token and do not count.
 
     Args:
         model: what trains; its arrays may be shapes only.
@@ -43,11 +43,14 @@ def update_working_bytes(
     logits = 4.0 * prompts * group * positions * model.config.vocab_size
     # Those of all positions are among what is kept; those of a block are made again.
     kept_logits = logits if positions == size else 0.0
+    gradient = _bytes(split_trainable(model)[1])
     # Logits, their weights and their gradient. The gradients of the layers come later, in the place of these.
-    head = 3 * logits - _bytes(split_trainable(model)[1])
+    head = 3 * logits - gradient
     layer = (every_layer - kept_logits) / model.config.num_layers
-    passes = 2 if task.needs.self_distillation else 1
-    return {"activations": passes * kept, "backward": max(head, layer - kept_logits, 0.0)}
+    activations = kept * (2 if task.needs.self_distillation else 1)
+    # The optimizer holds the gradient of the sum, that of the mean and the step, when the activations are gone.
+    optimizer = 2 * gradient - activations
+    return {"activations": activations, "backward": max(head, layer - kept_logits, optimizer, 0.0)}
 
 
 def _kept_bytes(
