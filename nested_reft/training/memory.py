@@ -18,7 +18,7 @@ from nested_reft.training.update_memory import update_working_bytes
 logger = logging.getLogger(__name__)
 
 PREDICTION_ERROR = 0.15  # share by which a program's peak may be below what is predicted
-MOST_KEPT = 64  # an update keeps less than so many times the inputs of its layers; see `check_memory`
+MOST_KEPT = 64  # an update of a model with heads of 64 keeps less than so many times the inputs of its layers
 
 
 def check_memory(setup: Setup) -> None:

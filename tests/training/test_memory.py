@@ -172,6 +172,8 @@ def test_updates_are_predicted_where_they_come_near_what_there_is(share, outcome
     needed = sum(update_peak(setup).values())
     assert needed > 2 * sum(least_bytes(setup)["updates"].values())
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: share * needed)
+    # Heads of 4 have far more scores beside their inputs than those of any model that is in use.
+    monkeypatch.setattr(memory, "MOST_KEPT", 10**4)
     if outcome == "refused":
         with pytest.raises(ValueError, match=r"updates need about .* or set train.remat full \(now none\)"):
             check_memory(setup)
