@@ -28,7 +28,8 @@ OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.t
 # The TPU compiler beside .venv and not in it, where JAX would look for a TPU at each start.
 TPU := .venv-tpu
 TPU_READY := $(TPU)/.ready
-LIBTPU ?= libtpu==0.0.52
+# The version that JAX asks for: XLA reads the programs of its own compiler back, and not those of every later one.
+LIBTPU ?= libtpu==0.0.42.1
 TPU_COMPILE ?= compile qwen_math_gsm8k --topology v5e:2x4 --mesh.data auto --train.micro-batches 4
 
 .PHONY: help run test test-oldest tpu-compile lint types format clean
@@ -39,7 +40,7 @@ help:
 	@echo "make run     set up, train SmolLM2-135M to add step by step, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
-	@echo "make tpu-compile   compile for a TPU that is not here, with the compiler in .venv-tpu, and run the tests of it"
+	@echo "make tpu-compile   compile for a TPU that is not here, and run the tests of it: a quarter of an hour; compiler in .venv-tpu"
 	@echo "make lint    check format and style       make types   check types"
 	@echo "make format  apply both                   make clean   remove .venv*, caches, builds; runs/ stays"
 

@@ -32,7 +32,7 @@ from nested_reft.training.mesh_choice import with_chosen_mesh
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
 from nested_reft.training.search_config import SearchConfig
-from nested_reft.training.setup import Setup, prepare, run_config
+from nested_reft.training.setup import Setup, check_bridges, prepare, run_config
 from nested_reft.training.step import UpdateResult
 from nested_reft.training.trainer import Trainer
 from nested_reft.types import TrainBatch
@@ -261,6 +261,8 @@ def open_trainer(
 
         # What fails on one process would leave the others waiting for it.
         setup = processes.agreed(prepared)
+        if processes.count() > 1:
+            check_bridges(setup)
         if directory is None:
             # A new run's is made once all of them are prepared.
             name, whole = config.name, setup.config.to_json()

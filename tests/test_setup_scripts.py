@@ -1,5 +1,6 @@
 """The scripts that the Makefile sets environments up with."""
 
+import fnmatch
 import importlib.metadata
 import re
 import subprocess
@@ -56,6 +57,16 @@ def normal(name: str) -> str:
 
 def numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def test_the_tpu_compiler_is_the_one_that_jax_asks_for():
+    """Of a later one, XLA cannot read every program back."""
+    pinned = re.findall(r"^jax==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if [importlib.metadata.version("jax")] != pinned:
+        pytest.skip("another JAX than the pinned one asks for another compiler")
+    asked = re.findall(r"^libtpu==([\w.*]+)", "\n".join(importlib.metadata.requires("jax") or []), re.MULTILINE)
+    taken = re.findall(r"^LIBTPU \?= libtpu==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(asked) == len(taken) == 1 and fnmatch.fnmatch(taken[0], asked[0])
 
 
 def test_make_runs_the_placeholder_script():
