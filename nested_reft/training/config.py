@@ -199,11 +199,15 @@ class Config:
 
 
 def _renamed(value: Any) -> Any:
-    """The values with the names that their fields have now: runs of earlier versions go on."""
-    mesh = value.get("mesh") if isinstance(value, dict) else None
-    if not isinstance(mesh, dict) or "model" not in mesh or "tensor" in mesh:
+    """The values with the names that fields and choices have now: runs of earlier versions go on."""
+    if not isinstance(value, dict):
         return value
-    return value | {"mesh": {("tensor" if name == "model" else name): size for name, size in mesh.items()}}
+    mesh, train = value.get("mesh"), value.get("train")
+    if isinstance(mesh, dict) and "model" in mesh and "tensor" not in mesh:
+        value = value | {"mesh": {("tensor" if name == "model" else name): size for name, size in mesh.items()}}
+    if isinstance(train, dict) and isinstance(train.get("remat"), bool):
+        value = value | {"train": train | {"remat": "full" if train["remat"] else "none"}}
+    return value
 
 
 def _elsewhere(field: str) -> str:

@@ -138,6 +138,13 @@ def test_a_file_that_cannot_work_is_one_line_with_its_name(load, text, message):
         load(text)
 
 
+@pytest.mark.parametrize(("before", "now"), [(False, "none"), (True, "full")])
+def test_a_run_of_an_earlier_version_computes_again_what_it_did(before, now):
+    stored = load_config("tiny").to_json()
+    stored["train"]["remat"] = before
+    assert Config.from_json(stored).train.remat == now
+
+
 def test_paths_lead_from_the_file_and_are_absolute(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "there"
