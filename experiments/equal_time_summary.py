@@ -95,7 +95,8 @@ def summarise(runs: Sequence[Run], level: float | None = None) -> dict[str, dict
 
 
 def _compared(runs: Sequence[Run], full: dict[int, Run], level_of_seed: dict[int, float]) -> dict[str, Any]:
-    baselines, levels = ([of_seed[run["seed"]] for run in runs] for of_seed in (full, level_of_seed))
+    baselines = [full[run["seed"]] for run in runs]
+    levels = [level_of_seed[run["seed"]] for run in runs]
     found: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "levels": levels}
     # The same draws serve all intervals of a variant.
     draw_RxS = seed_draws(len(runs))

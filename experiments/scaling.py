@@ -14,6 +14,8 @@ constants. Times are those of the processor, all threads together, so other work
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -194,6 +196,15 @@ def draw(found: dict[str, Found], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def layout_of(text: str) -> dict[str, Any]:
+    """The type of the option by which `in_a_process` names a layout: name, mesh, repeats, and where to write."""
+    with contextlib.suppress(json.JSONDecodeError):
+        layout = json.loads(text)
+        if isinstance(layout, dict) and layout.keys() == {"name", "mesh", "repeats", "path"}:
+            return layout
+    raise argparse.ArgumentTypeError(f"is {text}; allowed is what the command hands to its own processes")
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures every layout, and prints a table for each program.
@@ -208,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=whole(1), default=20, help="timed calls")
     parser.add_argument("--figure", type=new_file, metavar="FILE", help="also draw the tables here, as PNG")
     add_json(parser, "the numbers")
-    parser.add_argument("--child", type=json.loads, help="used by the command itself")
+    parser.add_argument("--child", type=layout_of, help=argparse.SUPPRESS)
     known = parser.parse_args(arguments)
     if known.child:
         found = measure(known.child["name"], MeshConfig(**known.child["mesh"]), known.child["repeats"])

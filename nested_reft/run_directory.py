@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -24,7 +23,7 @@ from nested_reft.models.registry import hub_revision
 from nested_reft.paths import address, copy_of, is_remote, local_only
 from nested_reft.remote_files import join
 from nested_reft.run_lock import RunLock
-from nested_reft.run_logs import Events, Log, cut, mend
+from nested_reft.run_logs import Events, Log, cut, log_lines, mend
 from nested_reft.run_mirror import PartExchange, address_of, begin_copy, exchange_parts, mark_copy, open_mirror
 
 # The step of the first line, of a log with one line for each step; None of the other.
@@ -330,20 +329,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not a run directory: it has no {path.name}")
-    lines: list[dict[str, Any]] = []
-    # Bytes are decoded line by line, so that a line that is not UTF-8 can be named.
-    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            line = json.loads(text.decode())
-        # Thousands of brackets are a RecursionError.
-        except (ValueError, RecursionError) as error:
-            # Without its newline the line is still being written, or was when the run was killed.
-            if not text.endswith(b"\n"):
-                break
-            raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
-        if not isinstance(line, dict) or type(line.get("step")) is not int:
-            raise ValueError(f"line {number} of '{path}' has no step")
-        lines.append(line)
+    lines, faults = log_lines(path)
+    if faults:
+        raise ValueError(faults[0])
     return lines
 
 
