@@ -109,6 +109,7 @@ class LayerLoop:
     def _steps(self, carry: Carry, plan: LayerPlan) -> tuple[Streams, Any, Any]:
         # Only kinds that occur are compiled, so a plan of whole layers has no choice to make.
         kinds = {
+            Part.SKIP: self._skip,
             Part.KEEP: self._keep,
             Part.BRIDGE: self._bridge,
             Part.NO_ATTENTION: self._no_attention,
@@ -132,6 +133,9 @@ class LayerLoop:
             cached_A = cached_steps(plan)
             new = jax.tree.map(lambda rows: rows[cached_A], new)
         return streams, state, new
+
+    def _skip(self, carry: Carry, index: Array, slot: Array) -> tuple[Carry, Any]:
+        return carry, self._nothing_new(carry)
 
     def _keep(self, carry: Carry, index: Array, slot: Array) -> tuple[Carry, Any]:
         layer = self.layers.at(index)

@@ -89,6 +89,8 @@ def warm_start_task(
 def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> LayerPlan:
     """The layers of one update: 0 to `layer_dropout` of them are skipped, uniformly in number and place.
 
+    All these plans share a program.
+
     Args:
         key: PRNG key of the update.
         config: the largest share.
@@ -96,9 +98,11 @@ def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> La
     """
     # Number and place are drawn independently.
     count_key, plan_key = jax.random.split(key)
-    num_skipped = int(jax.random.randint(count_key, (), 0, layers_in(config.layer_dropout, num_layers) + 1))
+    most = layers_in(config.layer_dropout, num_layers)
+    num_skipped = int(jax.random.randint(count_key, (), 0, most + 1))
     # Every layer may be left out here, also those that rollouts always keep.
-    return draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
+    plan = draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
+    return plan.with_optional(num_layers, most)
 
 
 def sources_of(batch_size: int, num_sources: int) -> Int[np.ndarray, " B"]:
