@@ -37,12 +37,17 @@ _STEPS = (Part.KEEP, Part.BRIDGE, Part.NO_ATTENTION, Part.NO_MLP)  # in the orde
 
 
 class PlanShape(NamedTuple):
-    """How many steps of each kind a plan has: the static size that a compiled program depends on."""
+    """How many steps of each kind a plan has: the static size that a compiled program depends on.
+
+    Optional steps run their whole layer or nothing, as the plan's data says. Plans that have them share a program
+    whatever the number of layers that they skip.
+    """
 
     kept: int
     bridged: int = 0
     without_attention: int = 0
     without_mlp: int = 0
+    optional: int = 0
 
     @classmethod
     def of(cls, parts: Iterable[int]) -> PlanShape:
@@ -62,22 +67,26 @@ class PlanShape(NamedTuple):
     @property
     def cached(self) -> int:
         """Steps with attention, each of which needs caches."""
-        return self.kept + self.without_mlp
+        return self.kept + self.without_mlp + self.optional
 
     @property
     def with_mlp(self) -> int:
         """Steps that read the weights of their layer's MLP."""
-        return self.kept + self.without_attention
+        return self.kept + self.without_attention + self.optional
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The kinds that occur, in the order of `Part`."""
-        return tuple(part for part, count in zip(_STEPS, self, strict=True) if count)
+        return tuple(part for part, count in self._most().items() if count)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many steps there are of each of `parts`."""
-        return tuple(count for count in self if count)
+        """How many steps there are of each of `parts`, at most."""
+        return tuple(count for count in self._most().values() if count)
+
+    def _most(self) -> dict[Part, int]:
+        named = dict(zip(_STEPS, self, strict=False))
+        return {Part.SKIP: self.optional} | named | {Part.KEEP: self.kept + self.optional}
 
 
 @struct.dataclass
@@ -86,7 +95,7 @@ class LayerPlan:
 
     Attributes:
         layer_S: the layer that each step is of, ascending.
-        part_S: what runs of it, as a `Part`; never SKIP.
+        part_S: what runs of it, as a `Part`; SKIP in optional steps only.
         shape: how many steps of each kind there are.
     """
 
@@ -155,6 +164,19 @@ class LayerPlan:
         part_L = np.full(num_layers, Part.KEEP, np.int32)
         part_L[list(layers)] = part
         return cls.of_parts(part_L)
+
+    def with_optional(self, num_layers: int, most: int) -> LayerPlan:
+        """A plan of whole layers with a step for every layer, so that others which skip `most` or fewer share its
+        program (host values only).
+
+        Args:
+            num_layers: L of the model.
+            most: layers that any of these plans skips, at least as many as this one does.
+        """
+        part_L = self.host_parts(num_layers)
+        assert is_whole(self) and np.sum(part_L == Part.SKIP) <= most
+        shape = PlanShape(num_layers - most, optional=most)
+        return LayerPlan(jnp.arange(num_layers, dtype=jnp.int32), jnp.asarray(part_L, jnp.int32), shape)
 
     def to_parts(self, num_layers: int) -> Int8[Array, " L"]:
         """The `Part` of every layer: the inverse of `of_parts`.

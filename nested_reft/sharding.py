@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nested_reft import processes
+from nested_reft.backends import machine_memory, memory_limits
 from nested_reft.untrusted import shown
 
 MOST_DEVICES = 4096  # along an axis of a mesh
@@ -168,13 +168,10 @@ def mesh_bytes(mesh: Mesh) -> float:
         Bytes; infinite where they are not known, so that nothing is refused.
     """
     devices = list(mesh.local_devices)  # those of other processes cannot be asked
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    # Some backends report no limit, and a sum over the others would be wrong.
-    if devices[0].platform != "cpu" and all(limits):
-        return float(sum(limit for limit in limits if limit)) / len(devices) * mesh.size
-    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return math.inf  # not known
+    limits = memory_limits(devices)
+    if limits is not None:
+        return sum(limits) / len(devices) * mesh.size
+    return machine_memory() or math.inf
 
 
 def used_axes(axes: Sequence[str]) -> tuple[str, ...]:

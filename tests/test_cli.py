@@ -135,7 +135,7 @@ def test_refuses(arguments, message, capsys):
         (["train", "tiny", "--data.sources", "1"], "data.sources has fields of its own; allowed are --data.sources.0"),
         (["train", "tiny", "--data.sources.5.seed", "1"], "did you mean --data.sources.0.seed"),
         (["train", "tiny", "words"], "'words' is no option of the command"),
-        (["train", "tiny", "--train.remat", "maybe"], "train.remat is 'maybe'; allowed is True or False"),
+        (["train", "tiny", "--train.remat", "maybe"], "train.remat is 'maybe'; allowed are none, dots, full"),
         (
             ["train", "tiny", "--optimizer.learning-rate", "1e999"],
             "optimizer.learning_rate is inf; allowed is a finite n",

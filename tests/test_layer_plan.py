@@ -65,3 +65,11 @@ def test_a_plan_of_other_layers_is_refused():
 def test_kept_layers_may_be_traced():
     kept = jax.jit(lambda kept_S: LayerPlan.keeping(kept_S).to_parts(4))(jnp.array([0, 3]))
     assert kept.tolist() == [1, 0, 0, 1]
+
+
+def test_plans_with_optional_steps_are_one_shape():
+    plans = [LayerPlan.skipping(5, skipped).with_optional(5, most=2) for skipped in ([], [3], [0, 4])]
+    assert {plan.shape for plan in plans} == {PlanShape(kept=3, optional=2)}
+    assert [plan.left_out(5) for plan in plans] == [(), (3,), (0, 4)]
+    shape = plans[0].shape
+    assert (shape.steps, shape.cached, shape.parts, shape.counts) == (5, 5, (Part.SKIP, Part.KEEP), (2, 5))

@@ -54,6 +54,7 @@ LAYERS = [
         "user_files",
         "processes",
         "exit_codes",
+        "backends",
     },
     {"remote_files"},
     {"paths"},

@@ -41,7 +41,7 @@ def get_config() -> Config:
         reward=RewardConfig(checker="math", accept_unevaluated=False, workers=8),
         loss=dapo("base"),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=10),
-        train=TrainConfig(steps=200, micro_batches=8, remat=True, checkpoint_every=20),
+        train=TrainConfig(steps=200, micro_batches=8, remat="full", checkpoint_every=20),
         evaluation=EvaluationConfig(every_steps=20, samples_per_prompt=4, batch_size=32),
         curriculum=CurriculumConfig("uniform"),
         lora=LoraConfig(rank=16),

@@ -71,7 +71,7 @@ def get_config() -> Config:
         loss=presets.token_tis(presets.ppo("base", kl_coefficient=0.05)),
         optimizer=OptimizerConfig(learning_rate=3e-6, schedule="linear"),
         # 1953 batches of 512 are a million episodes.
-        train=TrainConfig(steps=1953, updates_per_batch=4, micro_batches=32, remat=True, checkpoint_every=50),
+        train=TrainConfig(steps=1953, updates_per_batch=4, micro_batches=32, remat="full", checkpoint_every=50),
         evaluation=EvaluationConfig(every_steps=100, samples_per_prompt=0, batch_size=64),
         curriculum=CurriculumConfig("uniform"),
         reset=ResetConfig(share=1.0, references="answers"),

@@ -17,6 +17,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from nested_reft.backends import where_cpu
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
 from nested_reft.sharding import constrain
@@ -225,6 +226,10 @@ def matmul(x: Float[Array, "*rows I"], weight_OI: Float[Array, "O I"], dtype: An
         weight_OI: W, in the dtype that it is stored in.
         dtype: of both inputs; None is that of W.
     """
+    return _rows_times_matrix(x, weight_OI, dtype)
+
+
+def _rows_times_matrix(x: Array, weight_OI: Array, dtype: Any) -> Array:
     weight_OI = weight_OI.astype(dtype or weight_OI.dtype)
     contracted = ((x.ndim - 1,), (1,)), ((), ())
     return jax.lax.dot_general(x.astype(weight_OI.dtype), weight_OI, contracted, preferred_element_type=jnp.float32)
@@ -234,7 +239,8 @@ def _matmul_forward(x: Array, weight_OI: Array, dtype: Any) -> tuple[Array, tupl
     # With a compute dtype what is kept is not rounded: a CPU cannot slice stacks of bfloat16, and XLA would widen them
     # whole. Beside matrices that are stored in bfloat16 anyway, rounded rows take half of the memory.
     kept = x if dtype else x.astype(weight_OI.dtype)
-    return matmul(x, weight_OI, dtype), (kept, weight_OI)
+    # The product itself, and not `matmul`: a policy of rematerialisation looks for products.
+    return _rows_times_matrix(x, weight_OI, dtype), (kept, weight_OI)
 
 
 def _matmul_backward(dtype: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
@@ -261,7 +267,7 @@ def _sum_of_outer_products(y_NO: Float[Array, "N O"], x_NI: Float[Array, "N I"])
         return product(y_NO, x_NI, 0)
     # A CPU multiplies bfloat16 in hardware only where the sum runs along rows. Left alone, XLA turns the transpose back
     # into a sum along columns, which takes three times as long.
-    return jax.lax.platform_dependent(y_NO, x_NI, cpu=row_by_row, default=lambda y_NO, x_NI: product(y_NO, x_NI, 0))
+    return where_cpu(row_by_row, lambda y_NO, x_NI: product(y_NO, x_NI, 0), y_NO, x_NI)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

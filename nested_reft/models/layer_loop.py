@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nested_reft.backends import where_cpu
 from nested_reft.layer_plan import LayerPlan, Part, cache_slots, cached_steps
+from nested_reft.models.blocked_attention import SAVED
 from nested_reft.models.bridges import add_bridge
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.layer import add_mlp, as_operand
@@ -20,6 +22,10 @@ from nested_reft.sharding import constrain, constrain_used, shares
 Streams = tuple[Array, ...]
 Carry = tuple[Streams, Any]
 Attention = Callable[[Streams, Any, Parameters, Array], tuple[Streams, Any, Any]]
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again in each layer: nothing, all but products with weights and the output of long
+attention, or everything after the layer's input."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class LayerLoop:
         attention: `(streams, state, layer parameters, slot) -> (streams, state, keys and values or None)`: what the
             pass does in the attention of a layer. `state` is what it carries from layer to layer beside the streams.
         is_first: for each stream, True at the first positions of sequences; None where it has none.
-        remat: recompute each step in the backward pass.
+        remat: what the backward pass recomputes in each step.
         mlp_waits: read a layer's MLP only when its attention begins; see `_known_after`.
         slots_by_layer: number slots by layer, as full-model caches are, and not by place among the steps with caches.
     """
@@ -74,7 +80,7 @@ class LayerLoop:
     layers: Layers
     attention: Attention
     is_first: tuple[Array | None, ...] = (None,)
-    remat: bool = False
+    remat: Remat = "none"
     mlp_waits: bool = False
     slots_by_layer: bool = False
 
@@ -103,6 +109,7 @@ class LayerLoop:
     def _steps(self, carry: Carry, plan: LayerPlan) -> tuple[Streams, Any, Any]:
         # Only kinds that occur are compiled, so a plan of whole layers has no choice to make.
         kinds = {
+            Part.SKIP: self._skip,
             Part.KEEP: self._keep,
             Part.BRIDGE: self._bridge,
             Part.NO_ATTENTION: self._no_attention,
@@ -126,6 +133,9 @@ class LayerLoop:
             cached_A = cached_steps(plan)
             new = jax.tree.map(lambda rows: rows[cached_A], new)
         return streams, state, new
+
+    def _skip(self, carry: Carry, index: Array, slot: Array) -> tuple[Carry, Any]:
+        return carry, self._nothing_new(carry)
 
     def _keep(self, carry: Carry, index: Array, slot: Array) -> tuple[Carry, Any]:
         layer = self.layers.at(index)
@@ -166,9 +176,20 @@ class LayerLoop:
             (streams, state), new = step(carry, xs)
             return (tuple(constrain(x, "batch") for x in streams), state), new
 
-        body = jax.checkpoint(split_step) if self.remat else split_step
+        body = _rematerialised(split_step, self.remat)
         (streams, state), new = jax.lax.scan(body, carry, xs, unroll=self.layers.unrolled)
         return streams, state, new
+
+
+def _rematerialised(step: Callable, remat: Remat) -> Callable:
+    if remat == "none":
+        return step
+    policies = jax.checkpoint_policies
+    # Products with a batch axis are those of plain attention, whose scores would take the most memory of all.
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    return jax.checkpoint(step, policy=dots if remat == "dots" else None)
 
 
 def entry(stacks: Any, index: Int[Array, ""]) -> Any:
@@ -192,9 +213,6 @@ def _known_after(value: Float[Array, "..."], index: Int[Array, ""]) -> Int[Array
     """
     if shares("row") > 1:
         return index
-    return jax.lax.platform_dependent(
-        value,
-        index,
-        cpu=lambda value, index: index + (value.ravel()[0] > jnp.inf),
-        default=lambda value, index: index,
+    return where_cpu(
+        lambda value, index: index + (value.ravel()[0] > jnp.inf), lambda value, index: index, value, index
     )

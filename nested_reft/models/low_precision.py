@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from nested_reft.backends import stored_bfloat16
 from nested_reft.models.bridges import MATRICES as BRIDGE_MATRICES
 from nested_reft.models.layer import stored_as
 from nested_reft.models.parameters import parameter_axes
@@ -42,7 +43,7 @@ def low_precision(model: Transformer, precision: Literal["bfloat16", "int8"]) ->
         raise ValueError(f"precision is '{precision}'; allowed are bfloat16 and int8")
     # A clone has its own variables, so the model that trains keeps its weights.
     copy = nnx.clone(model)
-    bfloat16 = jnp.uint16 if jax.default_backend() == "cpu" else jnp.bfloat16  # see `stored_as`
+    bfloat16 = stored_bfloat16()
     copy.cache_dtype = bfloat16
     for name, axes in parameter_axes(model.config).items():
         # Norms and biases have one axis beside that of the layers. They are small, so their rounding would gain

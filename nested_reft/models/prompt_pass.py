@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nested_reft.models.attention import attend_texts
 from nested_reft.models.config import ModelConfig
-from nested_reft.models.layer import KeyValues, add_attention, attend, project_qkv, rope
+from nested_reft.models.layer import KeyValues, add_attention, project_qkv, rope
 from nested_reft.models.parameters import Parameters
+from nested_reft.models.visibility import Visible
 
 
 class PromptPass:
@@ -26,8 +28,8 @@ class PromptPass:
         rotation = rope(config, self._position_BP[:, None])
         self._rotations = self.split(rotation[0]), self.split(rotation[1])
         # Shared tokens are valid in every row, because prompts are padded on the right.
-        masks = _causal_mask(valid_BP[:, shared_prefix:]), _causal_mask(jnp.ones((1, shared_prefix), bool))
-        self._masks = masks if shared_prefix else masks[:1]
+        seen = Visible(valid_BP[:, None, shared_prefix:], causal=True), Visible(causal=True)
+        self._seen = seen if shared_prefix else seen[:1]
 
     def first_positions(self) -> tuple[Bool[Array, "..."], ...]:
         """For each stream, True at the first positions of prompts."""
@@ -61,7 +63,7 @@ class PromptPass:
             layer: parameters of this layer, by name.
             streams: residual streams before the layer.
         """
-        own, *shared = zip(streams, zip(*self._rotations, strict=True), self._masks, strict=True)
+        own, *shared = zip(streams, zip(*self._rotations, strict=True), self._seen, strict=True)
         if not shared:
             own, keys_values = self._stream(layer, *own)
             return (own,), keys_values
@@ -73,11 +75,11 @@ class PromptPass:
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), prefix_keys, keys_values)
         return (own, prefix), whole
 
-    def _stream(self, layer, x, rotation, mask, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
+    def _stream(self, layer, x, rotation, seen, shared: KeyValues | None = None) -> tuple[Array, KeyValues]:
         query, keys_values = project_qkv(self._config, layer, x, rotation)
         # Every own token comes after the whole prefix and sees all of it.
-        prefix = [] if shared is None else [(shared, jnp.ones((), bool))]
-        attended = attend(query, (keys_values, mask), *prefix)
+        prefix = [] if shared is None else [(shared, Visible())]
+        attended = attend_texts(query, (keys_values, seen), *prefix)
         return add_attention(layer, x, attended), jax.tree.map(lambda a: a[:, 0], keys_values)
 
     def _repeat(self, x: Array) -> Array:
@@ -88,8 +90,3 @@ def _positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each valid token among the valid ones: padding on either side does not count."""
     # Padding before the first valid token would get -1. Nothing attends to it, so 0 does as well.
     return jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0)
-
-
-def _causal_mask(valid_BT: Bool[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    size = valid_BT.shape[-1]
-    return (jnp.tril(jnp.ones((size, size), bool)) & valid_BT[:, None, :])[:, None]

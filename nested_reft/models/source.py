@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from nested_reft.backends import cache_dtype
 from nested_reft.bridging import BridgeConfig
 from nested_reft.literals import check_choice
 from nested_reft.models.bridges import Bridges
@@ -77,8 +78,7 @@ def starting_model(
         check_divisible(splittable_parts(source.shape), mesh)
         parameters = initial_parameters(source.shape, jax.random.fold_in(key, _PARAMETERS), dtype)
         model = Transformer(source.shape, shard_parameters(parameters, parameter_axes(source.shape), mesh))
-    if jax.default_backend() != "cpu":  # the CPU has no products of bfloat16 keys
-        model.cache_dtype = dtype
+    model.cache_dtype = cache_dtype(dtype)
     if lora.rank > model.config.width:
         # An adapter of more than full rank has more parameters than what it adapts.
         raise ValueError(f"lora.rank is {lora.rank}; allowed is 0 to the model's width, {model.config.width}")

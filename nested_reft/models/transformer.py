@@ -22,6 +22,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.models.attention import attend_texts
 from nested_reft.models.bridges import Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.heads import ScalarHead
@@ -36,10 +37,11 @@ from nested_reft.models.layer import (
     rope,
     stored_as,
 )
-from nested_reft.models.layer_loop import Attention, LayerLoop, Layers, entry
+from nested_reft.models.layer_loop import Attention, LayerLoop, Layers, Remat, entry
 from nested_reft.models.packing import places
 from nested_reft.models.parameters import Parameters, axes_of, parameter_axes, parameter_shapes
 from nested_reft.models.prompt_pass import PromptPass
+from nested_reft.models.visibility import Visible
 from nested_reft.sharding import constrain, constrain_used, used_axes
 
 
@@ -292,14 +294,14 @@ class Transformer(nnx.Module):
         rotation = rope(config, prompt.length_B[:, None, None] + slot_F - start_BG[..., None])
         # A query sees the slots up to its own, without the padding before `start`. A padded query sees no slot at
         # all, but it always sees the prompt, so its softmax has something to divide by.
-        own_mask = (slot_F <= slot_F[:, None]) & (slot_F >= start_BG[..., None, None])
-        shared_mask = prompt.valid_BP[:, None, None]
+        own_seen = Visible(first=start_BG[..., None], causal=True)
+        shared_seen = Visible(prompt.valid_BP[:, None])
 
         def attention(streams, _, layer, slot):
             (x,) = streams
             query, own = project_qkv(config, layer, x, rotation)
             shared = entry(prompt.layers, slot)
-            attended = attend(query, (own, own_mask), (shared, shared_mask))
+            attended = attend_texts(query, (own, own_seen), (shared, shared_seen))
             # Attention above reads the unrounded keys, as a prompt's own pass does; only later tokens read the caches.
             kept = jax.tree.map(lambda a: stored_as(a, self.cache_dtype), own)
             return (add_attention(layer, x, attended),), None, kept
@@ -367,7 +369,7 @@ class Transformer(nnx.Module):
         valid_BP: Bool[Array, "B P"],
         tokens_BGC: Int[Array, "B G C"],
         plan: LayerPlan | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         shared_prefix: int = 0,
         segment_BGC: Int[Array, "B G C"] | None = None,
     ) -> Float[Array, "B G C D"]:
@@ -380,7 +382,7 @@ class Transformer(nnx.Module):
             prompt_BP, valid_BP: prompts and their mask.
             tokens_BGC: completions.
             plan: layers to run; None is the full model.
-            remat: recompute each layer in the backward pass instead of storing its activations.
+            remat: what the backward pass recomputes in each layer instead of storing it.
             shared_prefix: leading tokens that all prompts have in common; they run once for all of them.
             segment_BGC: the text that each token belongs to, where a completion's row holds several (`models.packing`).
                 A text sees the prompt and itself, and its positions go on from the prompt.
@@ -417,7 +419,7 @@ class Transformer(nnx.Module):
         streams: tuple[Array, ...],
         valid_BP: Bool[Array, "B P"],
         plan: LayerPlan | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         shared_prefix: int = 0,
         segment_BGC: Int[Array, "B G C"] | None = None,
     ) -> tuple[Array, ...]:
@@ -429,17 +431,17 @@ class Transformer(nnx.Module):
         """
         config, completion_size = self.config, streams[-1].shape[2]
         prompts = PromptPass(config, valid_BP, shared_prefix)
-        position, own_mask = places(completion_size, segment_BGC)
+        position, own_seen = places(completion_size, segment_BGC)
         # A completion goes on where its own prompt ends; the padding between takes no position.
         rotation = rope(config, valid_BP.sum(axis=-1)[:, None, None] + position)
-        shared_mask = valid_BP[:, None, None]
+        shared_seen = Visible(valid_BP[:, None])
 
         def attention(streams, _, layer, slot):
             *prompt, completion = streams
             # Prompt and completions pass a layer together, so its prompt keys need not be kept for later.
             prompt, shared = prompts.attention(layer, tuple(prompt))
             query, own = project_qkv(config, layer, completion, rotation)
-            attended = attend(query, (own, own_mask), (shared, shared_mask))
+            attended = attend_texts(query, (own, own_seen), (shared, shared_seen))
             return (*prompt, add_attention(layer, completion, attended)), None, None
 
         # Completions come after their prompts, so they have no first position.

@@ -95,6 +95,19 @@ def entropy(logits: Float[Array, "*rows V"]) -> Float[Array, " *rows"]:
     return jnp.log(total) - jnp.sum(weight * shifted, axis=-1) / total
 
 
+def block_positions(batch: int, group: int, size: int, vocab_size: int) -> int:
+    """How many completion positions `over_position_blocks` takes at once; all of them where their logits are few.
+
+    Args:
+        batch, group, size: B, G and C.
+        vocab_size: V.
+    """
+    # Devices share prompts and the vocabulary. With smaller blocks they would sum the head's gradient more often.
+    held = LOGITS_AT_ONCE * math.gcd(shares("batch"), batch) * shares("vocab")
+    # A single position is always taken, even where its logits exceed the limit.
+    return min(size, max(1, held // (batch * group * vocab_size)))
+
+
 def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays: Array) -> Any:
     """`function` of arrays `[B, G, C, ...]` that makes logits on its way to results `[B, G, C]`.
 
@@ -111,10 +124,7 @@ def over_position_blocks(function: Callable[..., Any], vocab_size: int, *arrays:
         What `function` of the whole arrays would return.
     """
     batch, group, size = arrays[0].shape[:3]
-    # A single position is always taken, even where its logits exceed the limit.
-    # Devices share prompts and the vocabulary. With smaller blocks they would sum the head's gradient more often.
-    held = LOGITS_AT_ONCE * math.gcd(shares("batch"), batch) * shares("vocab")
-    block_size = min(size, max(1, held // (batch * group * vocab_size)))
+    block_size = block_positions(batch, group, size, vocab_size)
     # Where all fits, nothing is cut, copied or computed twice.
     if block_size == size:
         return function(*arrays)

@@ -23,6 +23,7 @@ from nested_reft.literals import check_choice, check_whole
 from nested_reft.losses import presets
 from nested_reft.losses.registry import OBJECTIVE_CONFIGS, ObjectiveConfig
 from nested_reft.mix_control import MixControlConfig
+from nested_reft.models.layer_loop import Remat
 from nested_reft.models.lora import LoraConfig
 from nested_reft.models.registry import known_models
 from nested_reft.models.source import ModelSource
@@ -57,7 +58,9 @@ class TrainConfig:
         mini_batches: disjoint parts of a batch, which get an update each (PPO). Every pass deals the batch's groups to
             them anew, at random, and groups stay whole. Advantages are made once, of the whole batch.
         micro_batches: parts that an update is computed in, to save memory; the gradient is the same.
-        remat: recompute activations in the backward pass, to save more.
+        remat: what the backward pass computes again instead of keeping it: nothing (`none`); all but products with
+            weights and the output of long attention (`dots`); or everything but each layer's input (`full`), which
+            takes the least memory and about a third more time.
         compute_dtype: of the inputs of matrix products in updates, scoring passes and least-squares fits. Parameters,
             sums and all else are float32. bfloat16 is faster on devices that multiply it in hardware: TPUs, GPUs, and
             CPUs with AMX.
@@ -82,7 +85,7 @@ class TrainConfig:
     updates_per_batch: int = 1
     mini_batches: int = 1
     micro_batches: int = 1
-    remat: bool = False
+    remat: Remat = "none"
     compute_dtype: ComputeDtype = "float32"
     seed: int = 0
     checkpoint_every: int = 20
@@ -108,6 +111,7 @@ class TrainConfig:
                 f"train.updates_per_batch is {self.updates_per_batch}; allowed are multiples of train.mini_batches,"
                 f" which is {self.mini_batches}, since each pass over a batch is one update on every mini-batch"
             )
+        check_choice("train.remat", self.remat, Remat)
         check_choice("train.compute_dtype", self.compute_dtype, ComputeDtype)
         if not 0 < self.ess_warning < 1:
             raise ValueError(f"train.ess_warning is {self.ess_warning}; allowed is 0 < ess_warning < 1")
@@ -195,11 +199,15 @@ class Config:
 
 
 def _renamed(value: Any) -> Any:
-    """The values with the names that their fields have now: runs of earlier versions go on."""
-    mesh = value.get("mesh") if isinstance(value, dict) else None
-    if not isinstance(mesh, dict) or "model" not in mesh or "tensor" in mesh:
+    """The values with the names that fields and choices have now: runs of earlier versions go on."""
+    if not isinstance(value, dict):
         return value
-    return value | {"mesh": {("tensor" if name == "model" else name): size for name, size in mesh.items()}}
+    mesh, train = value.get("mesh"), value.get("train")
+    if isinstance(mesh, dict) and "model" in mesh and "tensor" not in mesh:
+        value = value | {"mesh": {("tensor" if name == "model" else name): size for name, size in mesh.items()}}
+    if isinstance(train, dict) and isinstance(train.get("remat"), bool):
+        value = value | {"train": train | {"remat": "full" if train["remat"] else "none"}}
+    return value
 
 
 def _elsewhere(field: str) -> str:

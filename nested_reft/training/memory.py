@@ -11,16 +11,22 @@ from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.parameters import parameter_shapes
 from nested_reft.sharding import make_mesh, mesh_bytes
+from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import Setup
+from nested_reft.training.update_memory import update_working_bytes
 
 logger = logging.getLogger(__name__)
+
+PREDICTION_ERROR = 0.15  # share by which a program's peak may be below what is predicted
+MOST_KEPT = 64  # an update of a model with heads of 64 keeps less than so many times the inputs of its layers
 
 
 def check_memory(setup: Setup) -> None:
     """Refuses training whose batches and caches cannot fit the mesh's devices together.
 
-    The figures are lower bounds (`least_bytes`), so what passes may still not fit. A warning says where all versions
-    that searchers may hold (`old_weights`) would not fit.
+    The figures are lower bounds (`least_bytes`), and a prediction for updates (`update_peak`) where these may come near
+    what there is. What is predicted not to fit by more than `PREDICTION_ERROR` is refused, and by less is a warning. So
+    is the case that all versions that searchers may hold (`old_weights`) would not fit.
 
     Args:
         setup: what the run starts from, before any training.
@@ -36,7 +42,8 @@ def check_memory(setup: Setup) -> None:
     samples = f"evaluation.samples_per_prompt ({config.evaluation.samples_per_prompt})"
     sizes = {
         "rollouts": f"lower {batch} or {completions}",
-        "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})",
+        "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})"
+        + (f", or set train.remat full (now {config.train.remat})" if config.train.remat != "full" else ""),
         "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}",
         "warm start": f"raise warm_start.micro_batches or lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
@@ -55,6 +62,7 @@ def check_memory(setup: Setup) -> None:
         raise ValueError(
             f"{stage} needs at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
         )
+    _check_update_peak(setup, capacity, sizes["updates"])
     parts, held = least_bytes(setup)["updates"], old_weights(setup)
     most = sum(parts.values()) - parts["old weights"] + held[1]
     if most > capacity:
@@ -65,6 +73,46 @@ def check_memory(setup: Setup) -> None:
             config.search.lag,
             config.search.sync_every,
         )
+
+
+def _check_update_peak(setup: Setup, capacity: float, remedy: str) -> None:
+    parts = least_bytes(setup)["updates"]
+    # Tracing takes about a second, which a small run need not wait for.
+    if sum(parts.values()) + MOST_KEPT * parts["activations"] <= capacity or not math.isfinite(capacity):
+        return
+    peak = update_peak(setup)
+    needed = sum(peak.values())
+    listed = ", ".join(f"{name} {_size(count)}" for name, count in peak.items())
+    message = f"updates need about {_size(needed)} ({listed}); there are {_size(capacity)}: {remedy}"
+    if needed * (1 - PREDICTION_ERROR) > capacity:
+        raise ValueError(message)
+    if needed > capacity:
+        logger.warning("%s", message)
+
+
+def update_peak(setup: Setup) -> dict[str, float]:
+    """Bytes that an update is predicted to hold at its peak, on all devices together, by what holds them.
+
+    Args:
+        setup: what the run starts from.
+
+    Returns:
+        The parts of `least_bytes`, with activations as the program keeps them, and what its backward pass adds. Where
+        nothing is sampled, completions are as long as the data say, and the parts are those of `least_bytes`.
+    """
+    config, parts = setup.config, least_bytes(setup)["updates"]
+    if isinstance(config.loss, OfflineConfig):
+        return parts
+    working = update_working_bytes(
+        setup.policy.model,
+        reinforcement_task(config, setup.data.shared_prefix),
+        config.prompts_per_micro_batch,
+        config.trained_group_size,
+        setup.data.prompt_size,
+    )
+    # Micro-batches add up their gradients: there is the sum, and that of the present one.
+    gradient = parts["gradient"] * (2 if config.train.micro_batches > 1 else 1)
+    return parts | {"gradient": gradient} | working
 
 
 def old_weights(setup: Setup) -> tuple[float, float]:

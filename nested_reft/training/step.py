@@ -20,6 +20,7 @@ from nested_reft.estimators.kl import self_distillation_kl
 from nested_reft.estimators.rejection import keeping_bounds
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.losses.objective import LossOutput, Needs, Objective, TargetPass
+from nested_reft.models.layer_loop import Remat
 from nested_reft.models.placement import keep_split
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs, over_position_blocks
@@ -38,7 +39,7 @@ class LearnerTask:
         updates_per_batch: updates that each batch gets in all. From the second on the target has moved, and the
             log-probabilities of the full model at rollout time are scored first.
         micro_batches: parts that an update is computed in.
-        remat: recompute activations in the backward pass.
+        remat: which activations the backward pass recomputes.
         shared_prefix: leading tokens that all prompts of every batch have in common.
         max_completion_tokens: C, the longest completion of a batch.
         compute_dtype: of the inputs of matrix products in every pass over a batch; they are summed in float32.
@@ -52,7 +53,7 @@ class LearnerTask:
     temperature: float
     updates_per_batch: int
     micro_batches: int
-    remat: bool
+    remat: Remat
     shared_prefix: int
     max_completion_tokens: int
     compute_dtype: str = "float32"

@@ -15,6 +15,7 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan, layers_in
 from nested_reft.literals import check_whole
 from nested_reft.losses.supervised import Supervised
+from nested_reft.models.layer_loop import Remat
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.optimizer import OptimizerConfig, make_optimizer
 from nested_reft.training.step import LearnerTask
@@ -58,7 +59,7 @@ class WarmStartConfig:
 def warm_start_task(
     config: WarmStartConfig,
     max_completion_tokens: int,
-    remat: bool,
+    remat: Remat,
     shared_prefix: int,
     compute_dtype: str = "float32",
 ) -> LearnerTask:
@@ -67,7 +68,7 @@ def warm_start_task(
     Args:
         config: steps, learning rate and micro-batches.
         max_completion_tokens: C of the demonstrations.
-        remat: recompute activations in the backward pass, to save memory.
+        remat: which activations the backward pass recomputes, to save memory.
         shared_prefix: leading tokens that all training prompts have in common.
         compute_dtype: of the inputs of matrix products.
     """
@@ -88,6 +89,8 @@ def warm_start_task(
 def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> LayerPlan:
     """The layers of one update: 0 to `layer_dropout` of them are skipped, uniformly in number and place.
 
+    All these plans share a program.
+
     Args:
         key: PRNG key of the update.
         config: the largest share.
@@ -95,9 +98,11 @@ def dropout_plan(key: jax.Array, config: WarmStartConfig, num_layers: int) -> La
     """
     # Number and place are drawn independently.
     count_key, plan_key = jax.random.split(key)
-    num_skipped = int(jax.random.randint(count_key, (), 0, layers_in(config.layer_dropout, num_layers) + 1))
+    most = layers_in(config.layer_dropout, num_layers)
+    num_skipped = int(jax.random.randint(count_key, (), 0, most + 1))
     # Every layer may be left out here, also those that rollouts always keep.
-    return draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
+    plan = draw_plan(plan_key, NestingConfig(border=0), num_layers, num_skipped=num_skipped)
+    return plan.with_optional(num_layers, most)
 
 
 def sources_of(batch_size: int, num_sources: int) -> Int[np.ndarray, " B"]:

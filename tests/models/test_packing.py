@@ -9,17 +9,17 @@ from tests.tiny_models import TINY, tiny_model
 
 
 def test_places_by_hand():
-    position, mask = places(5, jnp.array([[[1, 1, 2, 2, 2, 0]]]))
+    position, seen = places(5, jnp.array([[[1, 1, 2, 2, 2, 0]]]))
     assert position.tolist() == [[[0, 1, 0, 1, 2]]]
-    assert mask[0, 0].astype(int).tolist() == [
+    assert seen.mask(5, 5)[0, 0].astype(int).tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [0, 0, 1, 0, 0],
         [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
-    position, mask = places(3)
-    assert position.tolist() == [0, 1, 2] and jnp.array_equal(mask, jnp.tril(jnp.ones((3, 3), bool)))
+    position, seen = places(3)
+    assert position.tolist() == [0, 1, 2] and jnp.array_equal(seen.mask(3, 3), jnp.tril(jnp.ones((3, 3), bool)))
 
 
 def test_each_text_of_a_row_has_the_states_that_it_has_alone():

@@ -45,6 +45,24 @@ def test_a_half_layer_is_a_layer_whose_other_half_adds_nothing(part, zeroed):
     assert jnp.abs(found - forward(model, tokens_BP, LayerPlan.skipping(5, [2], wrong))).max() > 0.1
 
 
+@pytest.mark.parametrize("skipped", [[], [1], [0, 4]])
+def test_optional_steps_change_neither_states_nor_gradients(skipped):
+    model, (tokens_BP, _) = tiny_model(), tiny_prompts()
+    plan = LayerPlan.skipping(5, skipped)
+
+    def loss(parameters, plan):
+        return jnp.sum(forward(Transformer(TINY, parameters), tokens_BP, plan) ** 2)
+
+    losses, gradients = zip(
+        *(jax.value_and_grad(loss)(model.parameters(), plan) for plan in (plan, plan.with_optional(5, 2))), strict=True
+    )
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-5)
+    for name, gradient in jax.device_get(gradients[0]).items():
+        np.testing.assert_allclose(
+            np.asarray(gradients[1][name]), gradient, rtol=1e-3, atol=1e-4 * np.abs(gradient).max()
+        )
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_a_bridge_of_zeros_is_a_skip_bit_for_bit(rank):
     model, (tokens_BP, _) = tiny_model(), tiny_prompts()

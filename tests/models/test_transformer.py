@@ -58,7 +58,7 @@ def test_logits_do_not_depend_on_the_side_of_the_padding():
     np.testing.assert_allclose(left, plain, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("skipped", [None, (2,)])
 def test_shared_prompt_equals_running_every_sequence_whole(skipped, remat, key):
     model, (tokens_BP, length_B) = tiny_model(), tiny_prompts()

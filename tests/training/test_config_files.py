@@ -90,12 +90,13 @@ def get_config():
         tiny,
         name=np.str_("mine"),
         data=put(tiny.data, sources=[source]),
-        train=put(tiny.train, steps=np.int64(5), remat=np.bool_(True)),
+        train=put(tiny.train, steps=np.int64(5), remat=np.str_("dots")),
+        reset=put(tiny.reset, only_right=np.bool_(True)),
         nesting=put(tiny.nesting, skip_ratio=np.float64(0.25), choice=np.array("fixed"), layers=np.array([1, 2])),
     )
 """)
     source = config.data.sources[0]
-    values = (config.name, config.train.steps, config.train.remat, config.nesting.skip_ratio, source.seed)
+    values = (config.name, config.train.steps, config.reset.only_right, config.nesting.skip_ratio, source.seed)
     assert values == ("mine", 5, True, 0.25, 3) and [type(value) for value in values] == [str, int, bool, float, int]
     assert type(config.data.sources) is tuple and source.parameters == {"min_terms": 2}
     assert config.nesting.layers == (1, 2)
@@ -135,6 +136,13 @@ def get_config():
 def test_a_file_that_cannot_work_is_one_line_with_its_name(load, text, message):
     with pytest.raises(ValueError, match=message):
         load(text)
+
+
+@pytest.mark.parametrize(("before", "now"), [(False, "none"), (True, "full")])
+def test_a_run_of_an_earlier_version_computes_again_what_it_did(before, now):
+    stored = load_config("tiny").to_json()
+    stored["train"]["remat"] = before
+    assert Config.from_json(stored).train.remat == now
 
 
 def test_paths_lead_from_the_file_and_are_absolute(load, tmp_path, monkeypatch):

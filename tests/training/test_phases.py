@@ -1,5 +1,6 @@
 """The phases before reinforcement: warm start and division of the sources."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from nested_reft.training.learner import Learner, LearnerBatch
 from nested_reft.training.phases import first_checkpoint, last_checkpoint, warm_started
 from nested_reft.training.setup import prepare
 from nested_reft.training.split import divided
-from nested_reft.training.warm_start import demonstrations, warm_start_task
+from nested_reft.training.warm_start import WarmStartConfig, demonstrations, dropout_plan, warm_start_task
 from tests.training.runs import assert_equal_arrays, nano, trainer
 
 WARM = {"warm_start__steps": 3, "warm_start__batch_size": 8, "warm_start__learning_rate": 0.01}
@@ -39,13 +40,19 @@ def test_a_warm_start_teaches_the_answers():
     assert policy.version == 0
 
 
+def test_all_plans_of_layer_dropout_share_a_program():
+    config = WarmStartConfig(steps=1, layer_dropout=0.5)
+    plans = [dropout_plan(jax.random.key(step), config, 6) for step in range(20)]
+    assert {len(plan.left_out(6)) for plan in plans} == {0, 1, 2, 3} and len({plan.shape for plan in plans}) == 1
+
+
 def test_a_warm_start_in_micro_batches_is_the_same():
     """Sums of the parts are divided once, whatever the lengths of the answers in each part."""
     updates, found = [], []
     for count in (1, 4):
         setup = prepare(nano(**WARM, warm_start__micro_batches=count))
         config, data, learner = setup.config, setup.data, Learner(setup.policy)
-        learner.begin(warm_start_task(config.warm_start, 8, False, data.shared_prefix))
+        learner.begin(warm_start_task(config.warm_start, 8, "none", data.shared_prefix))
         prompts = batch_prompts(list(data.train_examples[0][:8]), [0] * 8, data.prompt_size)
         batch = demonstrations(prompts, prompts.answers, setup.policy.tokenizer, 8)
         assert len(set(np.array(batch.length_BG[:, 0]))) > 1  # otherwise a mean of means would be right too

@@ -17,6 +17,7 @@ from nested_reft.losses.objective import LossOutput, Objective, TargetPass
 from nested_reft.losses.policy_gradient import PolicyGradient
 from nested_reft.losses.supervised import Supervised
 from nested_reft.losses.trajectory_balance import TrajectoryBalance, TrajectoryBalanceConfig
+from nested_reft.models.layer_loop import Remat
 from nested_reft.models.lora import LoraConfig, add_lora, split_trainable
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.logprobs import completion_logprobs
@@ -111,7 +112,7 @@ def batch_of(objective: str) -> TrainBatch:
 
 
 @functools.cache
-def task(objective: str, micro_batches: int = 1, remat: bool = False, shared_prefix: int = 0) -> LearnerTask:
+def task(objective: str, micro_batches: int = 1, remat: Remat = "none", shared_prefix: int = 0) -> LearnerTask:
     return LearnerTask(OBJECTIVES[objective], KEEP_GRADIENT, TEMPERATURE, 1, micro_batches, remat, shared_prefix, C)
 
 
@@ -236,7 +237,7 @@ def test_what_is_reported_does_not_depend_on_the_split(objective):
 
 def test_memory_savers_change_nothing():
     """Rematerialisation, and a prefix that all prompts share and that runs once."""
-    saving = task("everything", remat=True, shared_prefix=2)
+    saving = task("everything", remat="full", shared_prefix=2)
     gradient, _ = update_once(saving, batch_of("everything"), plans_of("everything"))
     check_gradient(gradient, expected_gradient("everything")[1])
 
