@@ -33,7 +33,7 @@ from nested_reft.reports.tables import table
 from nested_reft.rewards.reward import RewardConfig, check_answers
 from nested_reft.rollout.config import RolloutConfig
 from nested_reft.rollout.policy import Policy
-from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.rollout.sampling import GREEDY, SamplingConfig
 from nested_reft.training.config import Config, TrainConfig
 from nested_reft.training.keys import RunKeys
 from nested_reft.training.optimizer import OptimizerConfig
@@ -54,15 +54,20 @@ def run_benchmarks(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         if known.records is not None:
             check_writable(known.records)
         given = config_of(known.policy, known.config, model_defaults)
-        config = _with_samples(override(without_plans(given), overrides), known)
-        questions = {name: _questions(name, known, config) for name in dict.fromkeys(known.benchmark)}
-        policy = loaded(known.policy, given, config)
+        config = override(without_plans(given), overrides)
+        sampling = _sampling(config.rollout.sampling, known)
+        faults: list[str] = []
+        questions = {name: _questions(name, known, config, faults) for name in dict.fromkeys(known.benchmark)}
+        policy = dataclasses.replace(loaded(known.policy, given, config), sampling=sampling)
         plan = plan_of_options(known, policy, config.train.seed)
         encoded = {name: _encoded(examples, policy, config) for name, examples in questions.items()}
         parts = None if plan is None else plan.host_parts(policy.num_layers).tolist()
         records = RecordFile(known.records, _about(policy, config, known.k, parts))
         for examples in encoded.values():
             _check_questions(records, examples, known)
+    # Warnings wait until nothing can be refused any more, since a refusal is one line.
+    for fault in faults:
+        complain(f"warning: {fault}")
     records.begin()
     keys, results = RunKeys(jax.random.key(config.train.seed)), dict[str, BenchmarkResult]()
     for number, (name, examples) in enumerate(encoded.items()):
@@ -84,7 +89,7 @@ def run_benchmarks(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         for text in _wrong(found, known.wrong):
             say(text)
         results[name] = result_of(found, config.reward.checker)
-    say(benchmark_table(results, config.rollout.sampling.temperature))
+    say(benchmark_table(results, sampling.temperature))
     if known.records is not None:
         say(f"records: {known.records}")
     keep_json(known.json, {name: result.to_json() for name, result in results.items()})
@@ -112,8 +117,8 @@ def model_defaults(name: str) -> Config:
         ),
         nesting=NestingConfig(),
         reward=RewardConfig(checker="math"),
-        loss=grpo("base"),
-        optimizer=OptimizerConfig(),
+        loss=grpo("practical"),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
         train=TrainConfig(steps=1),
         evaluation=EvaluationConfig(batch_size=32),
         curriculum=CurriculumConfig("uniform"),
@@ -145,34 +150,32 @@ def benchmark_table(results: dict[str, BenchmarkResult], temperature: float) -> 
     return table(["benchmark", "value (95 %)"], rows)
 
 
-def _with_samples(config: Config, known: argparse.Namespace) -> Config:
-    """The configuration with the temperature that was asked for.
+def _sampling(sampling: SamplingConfig, known: argparse.Namespace) -> SamplingConfig:
+    """How completions are drawn: greedily where one of each question is asked for and no temperature.
 
     Raises:
         ValueError: several completions of a question would all be alike.
     """
-    sampling = config.rollout.sampling
     if known.temperature is not None:
         sampling = dataclasses.replace(sampling, temperature=known.temperature)
     elif known.k == 1:
-        sampling = dataclasses.replace(sampling, temperature=0.0)
+        return GREEDY
     if sampling.temperature == 0:
         if known.k > 1:
             raise ValueError(
                 f"--k is {known.k}, and --temperature 0, where all completions of a question are alike; allowed is more"
                 " than 0"
             )
-        sampling = SamplingConfig(temperature=0.0)
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, sampling=sampling))
+        return GREEDY
+    return sampling
 
 
-def _questions(name: str, known: argparse.Namespace, config: Config) -> list[Any]:
-    """The questions of a benchmark, all or the first `--prompts`; says which rows of a file are left out."""
-    examples, faults = load_benchmark(name, known.folder)
-    for fault in faults[:SHOWN_FAULTS]:
-        complain(f"warning: {fault}")
-    if faults:
-        complain(f"warning: {len(faults)} rows of '{name}' are left out; {len(examples)} questions are evaluated")
+def _questions(name: str, known: argparse.Namespace, config: Config, faults: list[str]) -> list[Any]:
+    """The questions of a benchmark, all or the first `--prompts`; sentences about rows that are left out are added."""
+    examples, found = load_benchmark(name, known.folder)
+    if found:
+        faults += found[:SHOWN_FAULTS]
+        faults.append(f"'{name}' has {len(found)} rows that are left out and {len(examples)} questions")
     examples = examples[: known.prompts]
     check_answers(examples, config.reward)
     return examples

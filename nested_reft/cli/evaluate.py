@@ -137,22 +137,15 @@ def _parser() -> argparse.ArgumentParser:
         "--completions", type=local_file, metavar="FILE", help="also write every completion here, a line each"
     )
     add_json(parser, "the results")
-    parser.add_argument(
-        "--benchmark",
-        nargs="+",
-        metavar="NAME",
-        help="answer all questions of gsm8k, svamp, math, math500, or a JSONL file",
-    )
+    what = "answer all questions of gsm8k, svamp, math, math500, or a JSONL file"
+    parser.add_argument("--benchmark", nargs="+", metavar="NAME", help=what)
     of_benchmarks = parser.add_argument_group("with --benchmark")
     of_benchmarks.add_argument("--k", type=whole(1, 1024), default=1, help="completions of each question; 1 by default")
-    temperature = number("0 (greedy), or 0.01 to 100", lambda value: value == 0 or 0.01 <= value <= 100)
-    of_benchmarks.add_argument(
-        "--temperature",
-        type=temperature,
-        metavar="T",
-        help="by default 0 for one completion, and rollout.sampling's for more",
-    )
-    of_benchmarks.add_argument("--folder", help="where the published files lie; by default they are downloaded")
+    temperature = number("0 (greedy), or 0.001 to 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3)
+    what = "by default 0 for one completion, and rollout.sampling's for more"
+    of_benchmarks.add_argument("--temperature", type=temperature, metavar="T", help=what)
+    what = "has published files in folders of the benchmarks' names; by default they are downloaded"
+    of_benchmarks.add_argument("--folder", help=what)
     of_benchmarks.add_argument(
         "--records", type=local_file, metavar="FILE", help="keep every question here; goes on from what the file holds"
     )

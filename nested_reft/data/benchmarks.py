@@ -28,7 +28,7 @@ def load_benchmark(name: str, folder: str | None = None) -> tuple[list[Example],
 
     Args:
         name: one of `BENCHMARKS`, or a JSONL file with a question and an answer in every row.
-        folder: where the original files of named ones lie; None downloads them from their official place.
+        folder: has the original files of named ones in folders of their names; None downloads them.
 
     Returns:
         The questions, and a sentence for each row of a file that has none or no answer and is left out.
@@ -39,7 +39,7 @@ def load_benchmark(name: str, folder: str | None = None) -> tuple[list[Example],
     """
     if name in BENCHMARKS:
         dataset, split = BENCHMARKS[name]
-        rows = load_dataset(dataset, folder, f"{OPTION} {name}")[split]
+        rows = load_dataset(dataset, None if folder is None else f"{folder}/{name}", f"{OPTION} {name}")[split]
         return [Example(row.question, row.answer, name, row.metadata, row.reference or None) for row in rows], []
     path = local_path(name)
     if not path.is_file():
