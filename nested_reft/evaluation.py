@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
+from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import batch_prompts, prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.layer_plan import LayerPlan
@@ -160,6 +161,65 @@ def num_correct(
     Returns:
         How many are right, for each example, and how many completions could not be checked at all.
     """
+    counts: list[int] = []
+    unscored = 0
+    for batch in answered(policy, examples, reward, batch_size, sampling, key, group_size, plan):
+        counts += [sum(right is True for right in answers.right) for answers in batch]
+        unscored += sum(right is None for answers in batch for right in answers.right)
+        if completions is not None:
+            completions += [
+                {
+                    "question": answers.example.question,
+                    "answer": answers.example.answer,
+                    "text": text,
+                    "right": right,
+                    "greedy": sampling is GREEDY,
+                }
+                for answers in batch
+                for text, right in zip(answers.texts, answers.right, strict=True)
+            ]
+    return np.array(counts), unscored
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The completions of one question.
+
+    Attributes:
+        example: the question.
+        texts: the completions.
+        right: whether each is right; None where that could not be checked.
+        tokens: of each, its stop token included.
+        finished: whether each ended by a stop token.
+    """
+
+    example: Example
+    texts: list[str]
+    right: list[bool | None]
+    tokens: list[int]
+    finished: list[bool]
+
+
+def answered(
+    policy: Policy,
+    examples: Sequence[EncodedExample],
+    reward: RewardConfig,
+    batch_size: int,
+    sampling: SamplingConfig | None,
+    key: jax.Array,
+    group_size: int,
+    plan: LayerPlan | None = None,
+    first: int = 0,
+) -> Iterator[list[Answers]]:
+    """Answers questions batch by batch, in one compiled shape.
+
+    Args:
+        policy, examples, reward, batch_size, sampling, key, group_size, plan: as in `num_correct`.
+        first: the example to begin with. What follows is answered as if all before it had been, too.
+
+    Yields:
+        The answers to the questions of each batch, in order.
+    """
     # Held-out prompts have a size and a prefix of their own, which may differ from those of training.
     size = prompt_size([len(example.tokens) for example in examples])
     prefix = shared_prefix([example.tokens for example in examples])
@@ -168,9 +228,7 @@ def num_correct(
     # Rows are added until the mesh divides them: otherwise every device would do all of them. They come last, so that
     # no other row is drawn otherwise than on one device.
     rows = -(-batch_size // batch_devices(policy.mesh)) * batch_devices(policy.mesh)
-    counts: list[int] = []
-    unscored = 0
-    starts = range(0, len(examples), batch_size)
+    starts = range(first, len(examples), batch_size)
     title = f"held-out {printable(examples[0].example.source)}"
     # A log file has no use for a bar that is drawn again and again.
     for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None):
@@ -193,19 +251,14 @@ def num_correct(
         texts, _, accuracy_BG, scored_BG, _ = score_rollouts(
             policy, prompts, rollouts, reward, policy.max_completion_tokens
         )
-        if completions is not None:
-            completions += [
-                {
-                    "question": encoded.example.question,
-                    "answer": encoded.example.answer,
-                    "text": text,
-                    "right": bool(right) if scored else None,  # None where it could not be checked
-                    "greedy": sampling is GREEDY,
-                }
-                for encoded, *row in zip(chunk, texts, accuracy_BG, scored_BG, strict=False)
-                for text, right, scored in zip(*row, strict=True)
-            ]
         # The rows that filled up the batch are cut off again.
-        counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
-        unscored += int((~scored_BG[: len(chunk)]).sum())
-    return np.array(counts), unscored
+        yield [
+            Answers(
+                encoded.example,
+                list(texts[b]),
+                [bool(right) if scored else None for right, scored in zip(accuracy_BG[b], scored_BG[b], strict=True)],
+                rollouts.length_BG[b].tolist(),
+                rollouts.finished_BG[b].tolist(),
+            )
+            for b, encoded in enumerate(chunk)
+        ]

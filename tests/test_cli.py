@@ -264,6 +264,31 @@ def test_configs_without_time_and_what_is_no_python(monkeypatch, capsys):
     assert "configuration file 'mine.py' cannot be read: 'utf-8' codec" in refused(["configs"], capsys)
 
 
+def check_benchmark(run, tmp_path, capsys):
+    """A file of questions, answered by a run, then once more from its records, and refused after a change."""
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text(
+        '{"problem": "1 + 2 =", "answer": 3}\n{"problem": "4 + 4 ="}\n{"problem": "2 + 2 =", "answer": 4}\n'
+    )
+    command = ["eval", str(run), "--benchmark", str(questions), "--records", "records.jsonl", "--data.prompt.template"]
+    command += ["{question}", "--rollout.max-completion-tokens", "3", "--wrong", "1", "--json", "benchmark.json"]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "row 2 has no field 'answer'" in shown.err and "1 rows that are left out and 2 questions" in shown.err
+    assert "(2 questions): greedy" in shown.out and "question | 1 + 2 =" in shown.out
+    results, records = Path("benchmark.json").read_bytes(), Path("records.jsonl").read_bytes()
+    assert main(command) == 0
+    assert "2 of 2 questions have a record" in capsys.readouterr().out
+    assert (results, records) == (Path("benchmark.json").read_bytes(), Path("records.jsonl").read_bytes())
+    assert "samples: 1 there, 2 now" in refused([*command, "--k", "2"], capsys)
+    assert "--k is 2, and --temperature 0" in refused([*command, "--k", "2", "--temperature", "0"], capsys)
+    assert "--rollout.group-size changes nothing" in refused([*command, "--rollout.group-size", "2"], capsys)
+    questions.write_text('{"problem": "1 + 3 =", "answer": 4}\n')
+    assert "holds another question 0 of 'sums'" in refused(command, capsys)
+    assert Path("records.jsonl").read_bytes() == records
+    assert "--k is given without --benchmark" in refused(["eval", str(run), "--k", "2"], capsys)
+
+
 def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     """One run through every command; then the run refuses another configuration and stays as it is."""
     retrace = ["--loss.bias-mitigation", "retrace", "--loss.truncate-at", "None"]
@@ -276,6 +301,7 @@ def test_train_eval_export_sample_and_resume(capsys, tmp_path):
     assert main(["eval", str(run), "--json", "eval.json"]) == 0
     assert "three_to_six_digits" in json.loads(Path("eval.json").read_text())
     capsys.readouterr()
+    check_benchmark(run, tmp_path, capsys)
     assert main(["sample", str(run), "1 + 2 + 3 =", "--max-tokens", "4", "--skip-layers", "2", "3"]) == 0
     shown = capsys.readouterr().out
     assert "full (6 of 6 layers)" in shown and "nested (4 of 6 layers, without layers [2, 3])" in shown

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from nested_reft.api import evaluate_sources
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, whole
+from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, number, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
-from nested_reft.cli.policy import check_answers_prompts, is_run, plan_in_words, plan_of_run, plan_without, setup_of
-from nested_reft.layer_plan import LayerPlan
+from nested_reft.cli.policy import check_answers_prompts, is_run, plan_in_words, plan_of_options, setup_of
 from nested_reft.losses.bradley_terry import BradleyTerryConfig
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.reports.tables import evaluation_table, reward_table
 from nested_reft.rewards.reward import check_answers
-from nested_reft.rollout.policy import Policy
 from nested_reft.training.reward_facts import reward_facts
 
 # What an evaluation reads; an override of anything else would be believed and do nothing.
 READ = ("data", "rollout", "reward", "evaluation", "mesh", "model", "train.seed")
+BENCHMARK_READ = (
+    "data.prompt",
+    "rollout.sampling",
+    "rollout.max_completion_tokens",
+    "reward",
+    "evaluation.batch_size",
+    "mesh",
+    "model",
+    "train.seed",
+)
 
 
 def run(arguments: list[str]) -> None:
@@ -29,13 +38,18 @@ def run(arguments: list[str]) -> None:
     with checking_input():
         check_json(known.json)
         check_json(known.completions)
-        _check_read(overrides)
+        _check_options(known)
+        _check_read(overrides, READ if known.benchmark is None else BENCHMARK_READ)
         if not is_run(known.policy):  # a run that is a reward model has pairs of its own to order
             check_answers_prompts(known.policy)
-        if known.nested and known.skip_layers:
-            raise ValueError("--nested and --skip-layers are given; allowed is one of them")
+    if known.benchmark is not None:
+        from nested_reft.cli.benchmark import run_benchmarks
+
+        run_benchmarks(known, overrides)
+        return
+    with checking_input():
         setup = setup_of(known.policy, known.config, overrides, known.prompts)
-        plan = _plan(known, setup.policy, setup.config.train.seed)
+        plan = plan_of_options(known, setup.policy, setup.config.train.seed)
         if isinstance(setup.config.loss, BradleyTerryConfig):
             _check_reward_options(known)
         elif isinstance(setup.config.loss, OfflineConfig):
@@ -75,22 +89,33 @@ def _check_reward_options(known: argparse.Namespace) -> None:
             raise ValueError(f"{option} is given, but '{known.policy}' is a reward model, which answers nothing")
 
 
-def _plan(known: argparse.Namespace, policy: Policy, seed: int) -> LayerPlan | None:
-    """The layers that the options leave; None is the full model."""
-    if known.nested:
-        return plan_of_run(policy, known.policy, seed)
-    return plan_without(policy.num_layers, known.skip_layers)
+def _check_options(known: argparse.Namespace) -> None:
+    """Refuses options that change nothing where they are given.
+
+    Args:
+        known: the command's options.
+
+    Raises:
+        ValueError: one of benchmarks without a benchmark, or the other way round.
+    """
+    if known.benchmark is not None:
+        if known.completions is not None:
+            raise ValueError("--completions is given with --benchmark; allowed is --records, which holds them too")
+        return
+    for name, default in (("k", 1), ("temperature", None), ("folder", None), ("records", None), ("wrong", 0)):
+        if getattr(known, name) != default:
+            raise ValueError(f"--{name} is given without --benchmark, which it is about")
 
 
-def _check_read(overrides: list[str]) -> None:
+def _check_read(overrides: list[str], read: Sequence[str]) -> None:
     for word in overrides:
         option = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and not any(option == part or option.startswith(f"{part}.") for part in READ):
-            raise ValueError(f"{word.partition('=')[0]} changes nothing that eval reads; allowed are {_listed()}")
+        if word.startswith("--") and not any(option == part or option.startswith(f"{part}.") for part in read):
+            raise ValueError(f"{word.partition('=')[0]} changes nothing that eval reads; allowed are {_listed(read)}")
 
 
-def _listed() -> str:
-    return f"its own options, and fields of {', '.join(READ)}"
+def _listed(read: Sequence[str]) -> str:
+    return f"its own options, and fields of {', '.join(read)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,4 +137,17 @@ def _parser() -> argparse.ArgumentParser:
         "--completions", type=local_file, metavar="FILE", help="also write every completion here, a line each"
     )
     add_json(parser, "the results")
+    what = "answer all questions of gsm8k, svamp, math, math500, or a JSONL file"
+    parser.add_argument("--benchmark", nargs="+", metavar="NAME", help=what)
+    of_benchmarks = parser.add_argument_group("with --benchmark")
+    of_benchmarks.add_argument("--k", type=whole(1, 1024), default=1, help="completions of each question; 1 by default")
+    temperature = number("0 (greedy), or 0.001 to 1000", lambda value: value == 0 or 1e-3 <= value <= 1e3)
+    what = "by default 0 for one completion, and rollout.sampling's for more"
+    of_benchmarks.add_argument("--temperature", type=temperature, metavar="T", help=what)
+    what = "has published files in folders of the benchmarks' names; by default they are downloaded"
+    of_benchmarks.add_argument("--folder", help=what)
+    of_benchmarks.add_argument(
+        "--records", type=local_file, metavar="FILE", help="keep every question here; goes on from what the file holds"
+    )
+    of_benchmarks.add_argument("--wrong", type=whole(0), default=0, metavar="N", help="print the first N wrong answers")
     return parser

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -15,7 +16,8 @@ from nested_reft.reward_model import FACTS
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_mirror import local_run
 from nested_reft.training.config import Config, load_config
-from nested_reft.training.setup import Setup, prepare, run_config
+from nested_reft.training.mesh_choice import with_chosen_mesh
+from nested_reft.training.setup import Setup, initial_policy, prepare, run_config
 
 
 def is_run(policy: str) -> bool:
@@ -61,15 +63,11 @@ def setup_of(
     Raises:
         ValueError: the policy and the configuration do not go together, or one of them cannot be loaded.
     """
-    given = _config_of(policy, config_name)
+    given = config_of(policy, config_name)
     given = given if plans else without_plans(given)
     config = override(given, overrides)
     if is_run(policy):
-        if config.model != given.model:
-            raise ValueError(f"--model changes the model of the run '{policy}'; allowed is the model that was trained")
-        loaded = Policy.load(policy, config.mesh)
-        how = {"sampling": config.rollout.sampling, "max_completion_tokens": config.rollout.max_completion_tokens}
-        setup = prepare(config, dataclasses.replace(loaded, prompt=config.data.prompt, **how), resumes=True)
+        setup = prepare(config, _of_run(policy, given, config), resumes=True)
     else:
         setup = prepare(config)
     # The first ones are taken, because a smaller `heldout_size` would draw other questions.
@@ -77,11 +75,45 @@ def setup_of(
     return dataclasses.replace(setup, data=dataclasses.replace(setup.data, heldout_examples=heldout))
 
 
-def _config_of(policy: str, config_name: str | None) -> Config:
+def loaded(policy: str, given: Config, config: Config) -> Policy:
+    """A policy alone, without data.
+
+    Args:
+        policy: a run directory, or a model as in `model.name`.
+        given: the configuration that `config_of` found for it.
+        config: the same with overrides: says how it is asked and samples, and where it lies.
+
+    Raises:
+        ValueError: it cannot be loaded, or is to be another model than the run's.
+    """
+    config = with_chosen_mesh(config)
+    return _of_run(policy, given, config) if is_run(policy) else initial_policy(config)
+
+
+def _of_run(policy: str, given: Config, config: Config) -> Policy:
+    if config.model != given.model:
+        raise ValueError(f"--model changes the model of the run '{policy}'; allowed is the model that was trained")
+    how = {"sampling": config.rollout.sampling, "max_completion_tokens": config.rollout.max_completion_tokens}
+    return dataclasses.replace(Policy.load(policy, config.mesh), prompt=config.data.prompt, **how)
+
+
+def config_of(policy: str, config_name: str | None, of_model: Callable[[str], Config] | None = None) -> Config:
+    """The configuration of a run, or the one that is named for a model.
+
+    Args:
+        policy: a run directory, or a model as in `model.name`.
+        config_name: None for a run, which has its own.
+        of_model: gives that of a model where none is named; None refuses it.
+
+    Raises:
+        ValueError: a run has a configuration already, or a model has none.
+    """
     if is_run(policy):
         if config_name is not None:
             raise ValueError(f"--config is '{config_name}', but '{policy}' is a run, which has its own; leave it out")
         return run_config(local_run(policy))
+    if config_name is None and of_model is not None:
+        return of_model(policy)
     if config_name is None:
         raise ValueError(f"'{policy}' is not a run directory; name the configuration whose prompts to use: --config")
     config = load_config(config_name)
@@ -89,6 +121,24 @@ def _config_of(policy: str, config_name: str | None) -> Config:
         # The configuration's shape is that of its own model from scratch; another model brings its own.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=policy, shape=None))
     return config
+
+
+def plan_of_options(known: argparse.Namespace, policy: Policy, seed: int) -> LayerPlan | None:
+    """The layers that `--nested` and `--skip-layers` leave; None is the full model.
+
+    Args:
+        known: the command's options.
+        policy: of its run or model.
+        seed: of the draw.
+
+    Raises:
+        ValueError: they do not go together, or not with the policy.
+    """
+    if known.nested and known.skip_layers:
+        raise ValueError("--nested and --skip-layers are given; allowed is one of them")
+    if known.nested:
+        return plan_of_run(policy, known.policy, seed)
+    return plan_without(policy.num_layers, known.skip_layers)
 
 
 def plan_of_run(policy: Policy, name: str, seed: int) -> LayerPlan:

@@ -59,7 +59,8 @@ class Dataset:
 
     Attributes:
         files: its original files.
-        splits: `train` and, where there is an official held-out one, `test`.
+        splits: `train` and, where there is an official held-out one, `test`. What has `test` alone is a benchmark:
+            no run trains on it.
         read: from the folder of the original files and a split to its rows.
         version: raised whenever `read` gives other rows.
         homepage, license: for the curious.
@@ -106,6 +107,13 @@ def _math(folder: Path, split: str) -> Iterator[Row]:
             answer = last_boxed(row["solution"])
             if answer is not None:
                 yield Row(row["problem"], answer, row["solution"], {"level": row["level"], "type": row["type"]})
+
+
+def _math500(folder: Path, split: str) -> Iterator[Row]:
+    for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        metadata = {"level": row["level"], "type": row["subject"], "id": row["unique_id"]}
+        yield Row(row["problem"], row["answer"], row["solution"], metadata)
 
 
 def _harmless(folder: Path, split: str) -> Iterator[Row]:
@@ -168,6 +176,20 @@ DATASETS = {
         splits=("train", "test"),
         read=_math,
         homepage="https://github.com/hendrycks/math",
+        license="MIT",
+    ),
+    # 500 of MATH's test questions (Lightman et al., 2023).
+    "math500": Dataset(
+        files=(
+            RawFile(
+                "test.jsonl",
+                "https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/test.jsonl",
+                "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+            ),
+        ),
+        splits=("test",),
+        read=_math500,
+        homepage="https://github.com/openai/prm800k",
         license="MIT",
     ),
     "hh_harmless_test": Dataset(

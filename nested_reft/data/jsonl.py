@@ -17,6 +17,7 @@ def read_jsonl(
     question_field: str,
     answer_field: str,
     reference_field: str | None,
+    faults: list[str] | None = None,
 ) -> list[Example]:
     """The examples of a JSONL file, in order; empty lines are skipped.
 
@@ -30,6 +31,7 @@ def read_jsonl(
         field: where the path stands in the configuration, for messages.
         source: name of the source.
         question_field, answer_field, reference_field: names in the objects; no reference with None.
+        faults: rows that cannot be used are left out, and a sentence about each is added here; None refuses them.
 
     Returns:
         The examples, with no question removed yet; see `examples.distinct`.
@@ -41,26 +43,38 @@ def read_jsonl(
     if not local.is_file():
         what = "is not a file" if local.exists() else "does not exist"
         raise ValueError(f"{field} is '{path}', which {what}")
-    examples = []
+    examples = list[Example]()
     # Bytes are decoded row by row, so that a row that is not UTF-8 can be named.
     with local.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{field} is '{path}': row {number}"
-            row, written = _with_replies(*_parse(line, where), question_field, answer_field)
-            question = _text(written, question_field, where)
-            # Pairs that teach nothing are skipped where pairs are learnt from, since published ones have a few.
-            answer = _text(written, answer_field, where, may_be_empty="rejected" in written)
-            reference = None if reference_field is None else _text(written, reference_field, where)
-            # A verifier or a template may need any other field, so none is lost.
-            metadata = {k: v for k, v in row.items() if k not in (question_field, answer_field, reference_field)}
-            if written.get("rejected") is not None:  # null is no answer, which is counted where pairs are learnt from
-                metadata["rejected"] = _text(written, "rejected", where, may_be_empty=True)
-            examples.append(Example(question, answer, source, metadata, reference))
+            try:
+                examples.append(_example(line, where, source, question_field, answer_field, reference_field))
+            except ValueError as error:
+                if faults is None:
+                    raise
+                faults.append(str(error))
     if not examples:
-        raise ValueError(f"{field} is '{path}', which has no rows; it needs at least one")
+        first = f", the first because {faults[0]}" if faults else ""
+        raise ValueError(f"{field} is '{path}', which has no rows that can be used{first}; it needs at least one")
     return examples
+
+
+def _example(
+    line: bytes, where: str, source: str, question_field: str, answer_field: str, reference_field: str | None
+) -> Example:
+    row, written = _with_replies(*_parse(line, where), question_field, answer_field)
+    question = _text(written, question_field, where)
+    # Pairs that teach nothing are skipped where pairs are learnt from, since published ones have a few.
+    answer = _text(written, answer_field, where, may_be_empty="rejected" in written)
+    reference = None if reference_field is None else _text(written, reference_field, where)
+    # A verifier or a template may need any other field, so none is lost.
+    metadata = {k: v for k, v in row.items() if k not in (question_field, answer_field, reference_field)}
+    if written.get("rejected") is not None:  # null is no answer, which is counted where pairs are learnt from
+        metadata["rejected"] = _text(written, "rejected", where, may_be_empty=True)
+    return Example(question, answer, source, metadata, reference)
 
 
 def _parse(line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

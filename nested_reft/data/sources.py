@@ -94,9 +94,10 @@ class DatasetSource:
 
     def __post_init__(self):
         _check_common(self)
-        if self.dataset not in DATASETS:
+        allowed = sorted(name for name, dataset in DATASETS.items() if "train" in dataset.splits)
+        if self.dataset not in allowed:
             raise ValueError(
-                f"{field_path(self)}.dataset is '{self.dataset}'; allowed are {', '.join(sorted(DATASETS))},"
+                f"{field_path(self)}.dataset is '{self.dataset}'; allowed are {', '.join(allowed)},"
                 " and any file of your own as a JsonlSource"
             )
 

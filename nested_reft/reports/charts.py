@@ -11,7 +11,6 @@ MOST_POINTS = 400  # of a curve; more could not be told apart
 LEAST_SMOOTHED = 12  # points of a curve that is smoothed
 WINDOWS = 12  # that a smoothed curve consists of
 LEAST_SPAN = 0.002  # of an axis, relative to its values
-Z95 = 1.959964  # standard deviations on either side of a mean that hold 95 %
 
 
 @dataclass(frozen=True)
@@ -130,19 +129,6 @@ def spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(index * (count - 1) / (most - 1)) for index in range(most)]
-
-
-def wilson(share: Number, count: int) -> tuple[Number, Number]:
-    """The 95 % interval of a share, which keeps within 0 and 1 also where all or none are right (Wilson, 1927).
-
-    Args:
-        share: that was observed, from 0 to 1.
-        count: of independent trials, 1 or more.
-    """
-    square = Z95**2 / count
-    middle = (share + square / 2) / (1 + square)
-    half = Z95 / (1 + square) * math.sqrt(max(share * (1 - share), 0.0) / count + square / (4 * count))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def limits(panel: Panel, right: bool = False) -> tuple[Number, Number]:

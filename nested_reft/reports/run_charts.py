@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nested_reft.reports.charts import Chart, Curve, Heatmap, Number, Panel, spread, wilson
+from nested_reft.intervals import wilson
+from nested_reft.reports.charts import Chart, Curve, Heatmap, Number, Panel, spread
 from nested_reft.reports.run_files import Line, RunFiles, at, finite
 from nested_reft.reports.run_metrics import CURRICULUM, SOURCE_METRICS, SPEEDS, curriculum_sources, names_with, series
 

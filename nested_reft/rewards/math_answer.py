@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Hashable
 from typing import Any
 
 from nested_reft.data.boxes import boxed
@@ -61,7 +62,7 @@ def marked_answer(text: str) -> str | None:
     # An answer that is marked twice is still one answer, also where one of them has a thousands comma.
     if not found or len(set(found)) > _MAX_MARKED:
         return None
-    return found[0] if len({_one_form(answer) for answer in found}) == 1 else None
+    return found[0] if len({one_form(answer) for answer in found}) == 1 else None
 
 
 def compare_quickly(answer: str, gold: str) -> bool | None:
@@ -183,7 +184,7 @@ def _decimal_places(gold: list[Any]) -> int:
     return max(6, 5 - math.floor(math.log10(smallest)))
 
 
-def _one_form(answer: str) -> object:
+def one_form(answer: str) -> Hashable:
     """Equal for answers that are written differently and are one: `1,000` and `1000`, `Yes` and its `\\text`."""
     if len(answer) > MAX_MATH_CHARS:
         return answer

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-Z95 = 1.959964  # two-sided 95 % of a normal distribution
+from nested_reft.intervals import wilson
+
 BINS = 5  # of confidence, from 0.5 to 1
 
 
@@ -60,7 +60,7 @@ def pair_report(pairs: PairScores, longer_wins: bool) -> dict[str, Any]:
     return {
         "pairs": count,
         "accuracy": float(right_E.mean()),
-        "accuracy_interval": wilson_interval(float(right_E.sum()), count),
+        "accuracy_interval": list(wilson(float(right_E.mean()), count)),
         "loss": float(np.logaddexp(0, -pairs.margin_E).mean()),
         "calibration": reliability(pairs.margin_E),
         "length_correlation": correlation(np.concatenate([pairs.chosen_E, pairs.rejected_E]), tokens),
@@ -69,7 +69,7 @@ def pair_report(pairs: PairScores, longer_wins: bool) -> dict[str, Any]:
         "length_baseline": {
             "bets_on": "longer" if longer_wins else "shorter",
             "accuracy": float(baseline_E.mean()),
-            "accuracy_interval": wilson_interval(float(baseline_E.sum()), count),
+            "accuracy_interval": list(wilson(float(baseline_E.mean()), count)),
         },
     }
 
@@ -107,19 +107,6 @@ def reliability(margin_E: Float[np.ndarray, " E"], bins: int = BINS) -> dict[str
             found.append({"pairs": int(inside_E.sum()), "claimed": claimed, "right": right})
     ece = sum(each["pairs"] * abs(each["right"] - each["claimed"]) for each in found) / len(margin_E)
     return {"ece": float(ece), "bins": found}
-
-
-def wilson_interval(successes: float, count: int) -> list[float]:
-    """The 95 % interval of a share (Wilson, 1927).
-
-    Args:
-        successes: 0 to `count`.
-        count: 1 or more.
-    """
-    share, z2 = successes / count, Z95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return [centre - half, centre + half]
 
 
 def correlation(x_E: np.ndarray, y_E: np.ndarray) -> float | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_reft.reports.charts import Chart, Curve, Panel, limits, smoothed, spread, ticks, wilson
+from nested_reft.reports.charts import Chart, Curve, Panel, limits, smoothed, spread, ticks
 from nested_reft.reports.run_charts import run_charts
 from nested_reft.reports.run_files import RunFiles
 from nested_reft.reports.svg import figure, number
@@ -21,15 +21,6 @@ def charts(lines, **more):
 def two(first, second):
     runs = [RunFiles(path, lines) for path, lines in zip(PATHS, (first, second), strict=True)]
     return {chart.name: chart for chart in run_charts(runs)}
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "expected"),
-    # By hand for 0 of n: 0 and z^2 / (n + z^2) = 3.841 / 103.841. Half of 100 is the textbook's 0.404 to 0.596.
-    [(0.0, 100, (0.0, 0.03699)), (1.0, 100, (0.96301, 1.0)), (0.5, 100, (0.40383, 0.59617))],
-)
-def test_wilson(share, count, expected):
-    assert wilson(share, count) == pytest.approx(expected, abs=1e-4)
 
 
 def test_smoothing_is_a_mean_over_a_window_around_each_step():
