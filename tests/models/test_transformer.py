@@ -73,7 +73,8 @@ def test_shared_prompt_equals_running_every_sequence_whole(skipped, remat, key):
         for g in range(2):
             sequence = jnp.concatenate([tokens_BP[b, :length], completion_BGC[b, g]])[None]
             whole = forward(model, sequence, plan)[0, length - 1 : -1]
-            np.testing.assert_allclose(logits[b, g], whole, atol=1e-4)
+            # A change of 1e-6 in the weights moves most logits by 3e-4, and those of one token by 4e-3.
+            np.testing.assert_allclose(logits[b, g], whole, atol=3e-4)
 
 
 def test_gradient_is_the_same_with_and_without_the_full_plan():
