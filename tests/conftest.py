@@ -15,15 +15,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # less is not worth a file
 os.environ.setdefault("NPROC", str(8 * THREADS_PER_DEVICE))  # there are 8 devices
-# Compiling the small programs of tests would take most of their time. Without optimisations, and by the older of XLA's
-# two code generators, it takes a tenth of that.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import beartype
 import flax.struct
 import jax
+import jaxlib.version
 import jaxtyping
 import pytest
+
+# Compiling the small programs of tests would take most of their time. Without optimisations it takes half of that, and
+# a tenth by the older of XLA's two code generators, which later versions do not have.
+OLDER = " --xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else ""
+os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0{OLDER}")
 
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 8)
