@@ -240,8 +240,9 @@ def answered(
             policy.generate(
                 prompts,
                 plan,
-                # The key depends on where the batch begins, so no two batches draw alike.
-                jax.random.fold_in(key, start),
+                key,
+                # An example draws by its place among all of them, so the size of batches changes no completion.
+                number_B=np.minimum(start + np.arange(rows, dtype=np.int32), len(examples) - 1),
                 group_size=group_size,
                 sampling=sampling,
                 shared_prefix=prefix,

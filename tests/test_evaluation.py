@@ -62,6 +62,19 @@ def test_refusals():
         EvaluationConfig(every_steps=0)
 
 
+def test_the_size_of_batches_changes_no_completion():
+    """Examples draw by their place among all of them: rows of a batch, and rows that fill up the last, mean nothing."""
+    setup, found = prepare(nano()), []
+    for batch_size in (2, 5):
+        texts: list = []
+        num_correct(
+            setup.policy, setup.data.heldout_examples[0][:5], setup.config.reward, batch_size, None,
+            jax.random.key(3), 2, completions=texts,
+        )  # fmt: skip
+        found.append([text["text"] for text in texts])
+    assert found[0] == found[1] and len(set(found[0])) == 10
+
+
 @pytest.mark.slow
 def test_devices_share_batches_that_they_do_not_divide(monkeypatch):
     """Seven prompts in batches of five on eight devices: each has one row, and rows that are added count nowhere."""

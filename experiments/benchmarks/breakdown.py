@@ -35,7 +35,7 @@ from nested_reft.models.layer import KeyValues, attend
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy
-from nested_reft.rollout.sampling import row_uniforms, sample_token
+from nested_reft.rollout.sampling import row_keys, row_uniforms, sample_token
 from nested_reft.training.step import TrainState, UpdatePlans, make_update
 
 ROLLOUT = Case(prompts=8, group=8, prompt_tokens=64, new_tokens=32)
@@ -98,8 +98,8 @@ def rollout_breakdown(policy: Policy, ceilings: CeilingsAt, best: Best) -> Break
     decode_seconds, attention_seconds = decode_step_seconds(model, prompt, cache, plan, best)
     hidden_BGD = jnp.ones((*shape, config.width))
     logits = jax.jit(lambda m, hidden: m.logits(hidden))
-    draw = jax.jit(lambda key, logits: sample_token(row_uniforms(key, shape), logits, policy.sampling))
-    logits_BGV = logits(model, hidden_BGD)
+    draw = jax.jit(lambda keys, logits: sample_token(row_uniforms(keys, 0), logits, policy.sampling))
+    logits_BGV, key_BG = logits(model, hidden_BGD), row_keys(jax.random.key(0), jnp.arange(case.prompts), case.group)
     bandwidth, floor = (
         ceilings(case.rows).bandwidth,
         rollout_floor(config, case, PlanShape(config.num_layers), ceilings),
@@ -118,7 +118,7 @@ def rollout_breakdown(policy: Policy, ceilings: CeilingsAt, best: Best) -> Break
             ),
             Stage(
                 "sampling",
-                case.new_tokens * timed(best, lambda: draw(jax.random.key(0), logits_BGV))["seconds"],
+                case.new_tokens * timed(best, lambda: draw(key_BG, logits_BGV))["seconds"],
                 case.new_tokens * logits_BGV.nbytes / bandwidth,
             ),
         ],

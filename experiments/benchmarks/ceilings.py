@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from experiments.benchmarks.floors import Ceilings, CeilingsAt
 from experiments.benchmarks.worker import measure
 from nested_reft.models.config import ModelConfig
-from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
+from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
 
 INSIDE = 2e10  # operations within one timed call, so that starting it does not count
 REPEATS = 5
@@ -78,8 +78,8 @@ def memory_bandwidth(size: int = 2**26) -> float:
 def sampling_seconds(rows: int, vocab_size: int) -> float:
     """Seconds of one draw from `rows` rows of logits, log-probabilities included."""
     logits = jax.random.normal(jax.random.key(0), (rows, vocab_size))
-    draw = jax.jit(lambda key, logits: sample_token(row_uniforms(key, (rows,)), logits, SamplingConfig()))
-    return _seconds(draw, jax.random.key(1), logits)
+    draw = jax.jit(lambda keys, logits: sample_token(row_uniforms(keys, 0), logits, SamplingConfig()))
+    return _seconds(draw, row_keys(jax.random.key(1), jnp.arange(rows), 1)[:, 0], logits)
 
 
 def _seconds(call: Any, *arguments: Any) -> float:

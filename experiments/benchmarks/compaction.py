@@ -64,7 +64,7 @@ def compaction_rows(model: Transformer, case: Case, stop_share: float, repeats: 
     stops = stop_ids(model.config.vocab_size, stop_share)
     rollouts = [raw_call(model, case, stops, compactions) for compactions in (0, SHIPPED)]
     found = measure_all([lambda call=call: jax.block_until_ready(call()) for call in rollouts], repeats)
-    # A draw depends on the row's place in the whole batch, so the lengths of one program stand for both.
+    # A draw depends on nothing that stands beside its row, so the lengths of one program stand for both.
     length_BG = np.asarray(rollouts[0]().length_BG)
     named = {"system": "ours", "case": case, "stop_share": stop_share}
     named |= {"mean_length": float(length_BG.mean()), "longest": int(length_BG.max())}

@@ -13,18 +13,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
-from nested_reft.rollout.sampling import SamplingConfig, draw_categorical, policy_probability
+from nested_reft.rollout.sampling import (
+    SamplingConfig,
+    draw_categorical,
+    policy_probability,
+    row_keys,
+    row_uniforms,
+)
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
 TINY = 1e-38  # the smallest probability that a log is taken of; float32 has little below it
@@ -83,6 +89,7 @@ def generate_exact(
     key: jax.Array,
     policy_version: Int[Array, ""] | int = 0,
     forced: ForcedPrefixes | None = None,
+    number_B: Int[Array, " B"] | None = None,
     *,
     group_size: int,
     max_completion_tokens: int,
@@ -106,9 +113,11 @@ def generate_exact(
         prompt_BP, prompt_length_B: right-padded prompts.
         plan: the layers that draft.
         stop_ids: tokens that end a completion; they are part of it.
-        key: PRNG key; a draw depends on the key, the round and the row's place in the batch.
+        key: PRNG key. As in `generate`, a draw depends on it, the prompt's number, the place in the group and the
+            position, and not on the round.
         policy_version: updates that the model has seen; written through to the rollouts.
         forced: first tokens of the completions, given instead of sampled; None samples all.
+        number_B: the number of each prompt; None is its place in the batch.
         group_size: G.
         max_completion_tokens: C, forced tokens included.
         sampling: temperature and truncation, of draft and verification alike.
@@ -122,7 +131,8 @@ def generate_exact(
     model = gathered(model)
     # The prompt runs under the full model only: the draft reads the same caches, slot by slot.
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), shared_prefix=shared_prefix)
-    rounds = _Rounds(model, plan, prompt, stop_ids, key, sampling, draft_length)
+    keys_BG = row_keys(key, jnp.arange(rows[0]) if number_B is None else number_B, group_size)
+    rounds = _Rounds(model, plan, prompt, stop_ids, Purposes.of(keys_BG), sampling, draft_length)
     state = rounds.start(rows, max_completion_tokens)
     if forced is not None:
         state = rounds.with_given(state, forced)
@@ -147,6 +157,29 @@ def generate_exact(
     return ExactRollouts(rollouts, state.tested, state.accepted, state.rounds)
 
 
+class Purposes(NamedTuple):
+    """The keys of each row, by what is drawn at a position.
+
+    A position may be drafted in several rounds, with the same numbers each time. Only the last of these drafts is
+    tested, and whether the earlier ones were thrown away depended on the positions before them alone. So the numbers
+    of a position are as good as new when they count.
+    """
+
+    draft_BG: Key[Array, "B G"]
+    test_BG: Key[Array, "B G"]
+    own_BG: Key[Array, "B G"]  # of tokens that the full model draws itself
+
+    @classmethod
+    def of(cls, key_BG: Key[Array, "B G"]) -> Purposes:
+        """The keys of rows.
+
+        Args:
+            key_BG: of `row_keys`.
+        """
+        split = jax.vmap(jax.vmap(jax.random.split, (0, None)), (0, None))
+        return cls(*jnp.moveaxis(split(key_BG, 3), -1, 0))
+
+
 @dataclass(frozen=True)
 class _Rounds:
     """What stays the same while a batch is drafted and verified, and the steps of one round."""
@@ -155,7 +188,7 @@ class _Rounds:
     plan: LayerPlan
     prompt: PromptCache
     stop_ids: Array
-    key: jax.Array
+    keys: Purposes
     sampling: SamplingConfig
     draft_length: int
 
@@ -163,7 +196,7 @@ class _Rounds:
         """Every row's first token, which the prompt's own pass predicts, and empty caches."""
         p_BV = self._probability(self.prompt.last_hidden_BD)
         p_BGV = jnp.broadcast_to(p_BV[:, None], (*rows, p_BV.shape[1]))
-        first_BG = draw_categorical(jax.random.fold_in(self.key, 0), p_BGV)
+        first_BG = draw_categorical(row_uniforms(self.keys.own_BG, 0), p_BGV)
         chosen_BG = jnp.take_along_axis(p_BGV, first_BG[..., None], axis=-1)[..., 0]
         zero = jnp.zeros((), jnp.int32)
         return _State(
@@ -198,33 +231,30 @@ class _Rounds:
 
     def one_round(self, state: _State) -> _State:
         """Drafts, verifies, and adds what was accepted."""
-        # The number 0 belongs to the first token.
-        round_key = jax.random.fold_in(self.key, state.rounds + 1)
         # The caches lack the last final token, so a round feeds it before its drafts.
         start_BG = jnp.maximum(state.length_BG - 1, 0)
         last_BG = jnp.take_along_axis(state.tokens_BGC, start_BG[..., None], axis=-1)[..., 0]
-        carry = (last_BG, state.cache, round_key, start_BG)
-        (_, cache, _, _), (drafts_TBG, q_TBGV) = jax.lax.scan(self._draft, carry, jnp.arange(self.draft_length))
+        carry = (last_BG, state.cache, start_BG)
+        (_, cache, _), (drafts_TBG, q_TBGV) = jax.lax.scan(self._draft, carry, jnp.arange(self.draft_length))
         drafts_BGT = jnp.moveaxis(drafts_TBG, 0, -1)
         # The full model writes over what the draft left in the caches, so no nested key or value survives the round.
         hidden_BGTD, cache = self.model.extend(
             jnp.concatenate([last_BG[..., None], drafts_BGT], axis=-1), start_BG, cache, self.prompt
         )
         p_BGTV = self._probability(hidden_BGTD)
-        # The drafts took the numbers below `draft_length` of the round's key.
         tokens_BGT, logprob_BGT, accepted_BG = accept(
-            jax.random.fold_in(round_key, self.draft_length), drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
+            self.keys, start_BG + 1, drafts_BGT, jnp.moveaxis(q_TBGV, 0, 2), p_BGTV
         )
         return _with_tokens(state, tokens_BGT, logprob_BGT, accepted_BG, self.stop_ids, cache)
 
     def _draft(self, carry: Any, position: Array) -> tuple[Any, tuple[Array, Array]]:
         """One draft token: feeds the token before it, draws it, keeps q."""
         # The carry holds the caches, so the second draft token attends to the first one's keys.
-        token_BG, cache, round_key, start_BG = carry
+        token_BG, cache, start_BG = carry
         hidden_BGTD, cache = self.model.extend(token_BG[..., None], start_BG + position, cache, self.prompt, self.plan)
         q_BGV = self._probability(hidden_BGTD[:, :, 0])
-        token_BG = draw_categorical(jax.random.fold_in(round_key, position), q_BGV)
-        return (token_BG, cache, round_key, start_BG), (token_BG, q_BGV)
+        token_BG = draw_categorical(row_uniforms(self.keys.draft_BG, start_BG + 1 + position), q_BGV)
+        return (token_BG, cache, start_BG), (token_BG, q_BGV)
 
     def _probability(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         return policy_probability(self.model.logits(hidden), self.sampling)
@@ -266,7 +296,8 @@ def _with_tokens(
 
 
 def accept(
-    key: jax.Array,
+    keys: Purposes,
+    position_BG: Int[Array, "B G"],
     drafts_BGT: Int[Array, "B G T"],
     q_BGTV: Float[Array, "B G T V"],
     p_BGTV: Float[Array, "B G T+1 V"],
@@ -274,7 +305,8 @@ def accept(
     """The speculative-sampling rule, for every row on its own.
 
     Args:
-        key: PRNG key.
+        keys: of the rows.
+        position_BG: of each row's first draft, counted from its completion's first token.
         drafts_BGT: k draft tokens.
         q_BGTV: the distributions they were drawn from.
         p_BGTV: the target's distributions at the same positions, and at the one after.
@@ -282,12 +314,13 @@ def accept(
     Returns:
         Tokens, of which the first `accepted + 1` count; log p of each in nats; and how many drafts were accepted.
     """
-    uniform_key, residual_key = jax.random.split(key)
     length = drafts_BGT.shape[-1]
+    position_BGT = position_BG[..., None] + jnp.arange(length)
+    uniform_BGT = row_uniforms(jnp.broadcast_to(keys.test_BG[..., None], drafts_BGT.shape), position_BGT)[0]
     p_draft_BGT = jnp.take_along_axis(p_BGTV[:, :, :length], drafts_BGT[..., None], axis=-1)[..., 0]
     q_draft_BGT = jnp.take_along_axis(q_BGTV, drafts_BGT[..., None], axis=-1)[..., 0]
     # u q < p is u < p / q without a division by a q that may be zero.
-    passes_BGT = jax.random.uniform(uniform_key, drafts_BGT.shape) * q_draft_BGT < p_draft_BGT
+    passes_BGT = uniform_BGT * q_draft_BGT < p_draft_BGT
     # The running product is 1 up to the first rejection, so its sum counts the drafts before it.
     accepted_BG = jnp.cumprod(passes_BGT, axis=-1).sum(axis=-1)
     # One formula serves both cases. With all drafts accepted, q counts as zero and the residual is p itself.
@@ -298,7 +331,7 @@ def accept(
     residual_BGV = jnp.maximum(p_BGV - q_BGV, 0.0)
     # p = q up to rounding leaves nothing: then p itself is what is asked for.
     residual_BGV = jnp.where(residual_BGV.sum(axis=-1, keepdims=True) > 0, residual_BGV, p_BGV)
-    next_BG = draw_categorical(residual_key, residual_BGV)
+    next_BG = draw_categorical(row_uniforms(keys.own_BG, position_BG + accepted_BG), residual_BGV)
     tokens_BGT = jnp.where(jnp.arange(length + 1) == accepted_BG[..., None], next_BG[..., None], _pad_one(drafts_BGT))
     p_token_BGT = jnp.take_along_axis(p_BGTV, tokens_BGT[..., None], axis=-1)[..., 0]
     # Tokens after the first rejection may have probability 0. They are thrown away, but their log must stay finite.

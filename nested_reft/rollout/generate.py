@@ -16,7 +16,7 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
-from nested_reft.rollout.sampling import SamplingConfig, row_uniforms, sample_token
+from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
 from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
@@ -92,6 +92,7 @@ def generate(
     key: jax.Array,
     policy_version: Int[Array, ""] | int = 0,
     forced: ForcedPrefixes | None = None,
+    number_B: Int[Array, " B"] | None = None,
     *,
     group_size: int,
     max_completion_tokens: int,
@@ -109,10 +110,12 @@ def generate(
         prompt_BP, prompt_length_B: right-padded prompts.
         plan: kept layers; all of them make this an ordinary rollout.
         stop_ids: tokens that end a completion; they are part of it.
-        key: PRNG key; a row's draw depends on the key and on the row's place in the batch.
+        key: PRNG key. A draw depends on it, on the prompt's number, on the completion's place in its group and on the
+            token's position in the completion (forced tokens count), and on nothing that stands beside it.
         policy_version: updates that the model has seen; written through to the rollouts.
         forced: first tokens of the completions, given instead of sampled; they run in one pass, and each
             row may have a number of its own. None lets every completion be sampled from its first token.
+        number_B: the number of each prompt (`sampling.row_keys`); None is its place in the batch.
         group_size: G.
         max_completion_tokens: C, forced tokens included.
         sampling: temperature and truncation.
@@ -125,7 +128,9 @@ def generate(
     prompt = model.prefill(prompt_BP, valid_mask(prompt_length_B, prompt_BP.shape[1]), plan, shared_prefix)
     # Without prefixes nothing of them is traced, so the plain program stays as it was.
     given = None if forced is None else _GivenTokens(forced, max_completion_tokens)
-    decoder = _Decoder(model, plan, stop_ids, key, shape, max_completion_tokens, sampling, given)
+    number_B = jnp.arange(shape[0]) if number_B is None else number_B
+    key_BG = row_keys(key, number_B, group_size)
+    decoder = _Decoder(model, plan, stop_ids, key_BG, shape, max_completion_tokens, sampling, given)
     state = _decoded(decoder, prompt)
     sampled = (state.tokens_BGC, state.logprob_BGC, state.length_BG, state.done_BG)
     tokens_BGC, logprob_BGC, length_BG, finished_BG = sampled if given is None else given.put_in_front(state, stop_ids)
@@ -184,7 +189,7 @@ class _Decoder:
     model: Transformer
     plan: LayerPlan
     stop_ids: Array
-    key: jax.Array
+    key_BG: jax.Array
     shape: tuple[int, int]  # B and G of the whole batch
     size: int  # C
     sampling: SamplingConfig
@@ -197,8 +202,9 @@ class _Decoder:
 
     def add_token(self, state: _DecodeState, rows: _Rows, hidden_bgD: Array) -> _DecodeState:
         """Draws each row's next token from its hidden state."""
-        # Rows draw by their place in the whole batch, so that dropping finished rows changes no draw.
-        uniform = rows.of(row_uniforms(jax.random.fold_in(self.key, state.step), self.shape), axis=1)
+        # Forced tokens count, so a completion goes on from its own first tokens as it did when they were sampled.
+        position = state.step if self.given is None else state.step + rows.of(self.given.forced.length_BG)
+        uniform = constrain(row_uniforms(rows.of(self.key_BG), position), "", "batch")
         token_bg, logprob_bg = sample_token(uniform, _whole_rows(self.model.logits(hidden_bgD)), self.sampling)
         token_bg, logprob_bg = constrain(token_bg, "batch"), constrain(logprob_bg, "batch")
         done_bg = rows.of(state.done_BG)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.rollout.sampling import row_keys, row_uniforms
 from nested_reft.types import ForcedPrefixes, Rollouts, completion_fields
 
 Sample = Callable[[LayerPlan, jax.Array, int, ForcedPrefixes | None], Rollouts]
@@ -48,7 +49,9 @@ def mixture_rollouts(
         and whose `part_BGL` is the nested plan.
     """
     component_key, full_key, nested_key = jax.random.split(key, 3)
-    from_full_BG = np.asarray(jax.random.bernoulli(component_key, alpha, (num_prompts, group_size)))
+    component_key_BG = row_keys(component_key, jnp.arange(num_prompts), group_size)
+    # A row's choice is its own, as its tokens are, so a smaller batch chooses the same for the prompts that it has.
+    from_full_BG = np.asarray(row_uniforms(component_key_BG, 0)[0] < alpha)
 
     def sample(layers: LayerPlan, sample_key: jax.Array, chosen_BG: Bool[np.ndarray, "B G"]) -> Rollouts | None:
         most = int(chosen_BG.sum(axis=1).max())

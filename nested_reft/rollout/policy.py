@@ -154,6 +154,7 @@ class Policy:
         max_completion_tokens: int | None = None,
         shared_prefix: int = 0,
         forced: ForcedPrefixes | None = None,
+        number_B: Int[np.ndarray, " B"] | None = None,
         stops: bool = True,
     ) -> Rollouts:
         """Samples `group_size` completions of each prompt, on the devices.
@@ -161,11 +162,12 @@ class Policy:
         Args:
             prompts: what to answer.
             plan: the layers that act; None is the full model.
-            key: PRNG key.
+            key: PRNG key; what a completion draws depends on it, on its prompt's number and on its place in its group.
             group_size: G.
             sampling, max_completion_tokens: other than the policy's own.
             shared_prefix: leading tokens that all prompts have in common.
             forced: first tokens of the completions; None takes those of the prompts, if any.
+            number_B: the number of each prompt; None is its place among these.
             stops: False goes on to the limit whatever is drawn, so that speeds can be compared.
 
         Raises:
@@ -185,6 +187,7 @@ class Policy:
                 # A number that may change from call to call is an argument; as a constant it would recompile.
                 self.version,
                 self._spread(_fitting(prompts.forced if forced is None else forced, limit)),
+                self._spread(np.arange(len(prompts), dtype=np.int32) if number_B is None else number_B),
                 group_size=group_size,
                 max_completion_tokens=limit,
                 sampling=sampling or self.sampling,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 # Blocks and their entries are both far fewer than the vocabulary, so both sums of a draw are short. A TPU works on
 # 128 values side by side.
@@ -82,14 +83,42 @@ def tempered(logits: Float[Array, "*rows V"], temperature: float) -> Float[Array
     return logits if temperature in (0, 1) else logits / temperature
 
 
-def row_uniforms(key: jax.Array, rows: tuple[int, ...]) -> Float[Array, "2 *rows"]:
-    """The two random numbers in [0, 1) that each row's draw takes.
+def row_keys(key: jax.Array, number_B: Int[Array, " B"], group_size: int) -> Key[Array, "B G"]:
+    """The key of each completion: fold_in(fold_in(key, number of its prompt), g).
+
+    It depends on nothing that stands beside the row, so a batch may be split, filled up, reordered or spread over
+    devices.
 
     Args:
-        key: PRNG key of this draw.
-        rows: shape of the rows that draw.
+        key: PRNG key of all prompts.
+        number_B: a number for each prompt, 0 or more; prompts of one number draw alike.
+        group_size: G.
     """
-    return jnp.stack([jax.random.uniform(part, rows) for part in jax.random.split(key)])
+
+    def of_prompt(number: Array) -> Array:
+        return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, number)))(jnp.arange(group_size))
+
+    return jax.vmap(of_prompt)(number_B)
+
+
+def row_uniforms(key: Key[Array, "*rows"], position: Int[Array, "*#rows"] | int) -> Float[Array, "2 *rows"]:
+    """The two random numbers in [0, 1) that each row's draw at a position takes.
+
+    Args:
+        key: PRNG key of each row, of `row_keys`.
+        position: of the token that is drawn, counted from the first token of its completion, forced ones included.
+    """
+
+    def draw(key: Array, position: Array) -> Array:
+        # A folded key is a hash of key and position, and its words are the random bits. To draw from that key would
+        # hash twice more, which a CPU notices in the decode steps of a small model.
+        return jax.random.key_data(jax.random.fold_in(key, position))[:2]
+
+    for _ in range(key.ndim):
+        draw = jax.vmap(draw)
+    words = jnp.moveaxis(draw(key, jnp.broadcast_to(position, key.shape)), -1, 0)
+    # A float32 holds 24 bits exactly, so the largest value is still below 1.
+    return (words >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def sample_token(
@@ -156,14 +185,14 @@ def truncated(logits: Float[Array, "*rows V"], top_k: int, top_p: float) -> Floa
     return logits
 
 
-def draw_categorical(key: jax.Array, weight: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+def draw_categorical(uniform: Float[Array, "2 *rows"], weight: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     """Draws an index with probability proportional to `weight`, which need not be normalised.
 
     Args:
-        key: PRNG key of this draw.
+        uniform: of `row_uniforms`.
         weight: 0 or more, and more than 0 somewhere in each row.
     """
-    return _draw(row_uniforms(key, weight.shape[:-1]), weight, 0.0, lambda x: x)[0]
+    return _draw(uniform, weight, 0.0, lambda x: x)[0]
 
 
 def _draw(

@@ -237,8 +237,8 @@ def decode_cost(
         model = _model(config, parameters, dtype, bridges)
         model.layers_unrolled = unrolled
         hidden, cache = model.decode(token_BG, at, cache, prompt, plan)
-        # The key comes as its two raw words, which a shape and a dtype describe.
-        uniform = row_uniforms(jax.random.wrap_key_data(key_data), token_BG.shape)
+        # Keys come as their two raw words, which a shape and a dtype describe.
+        uniform = row_uniforms(jax.random.wrap_key_data(key_data), at)
         return sample_token(uniform, model.logits(hidden), SamplingConfig()), cache
 
     arguments = (
@@ -250,7 +250,7 @@ def decode_cost(
         KeyValues(own, own),
         prompt,
         plan,
-        sharded((2,), jnp.uint32),
+        sharded((*rows, 2), jnp.uint32, "batch"),
     )
     # The caches are donated, as in a decode loop. Otherwise the step would copy them whole.
     looped, unrolled = (

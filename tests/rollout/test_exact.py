@@ -7,10 +7,10 @@ import pytest
 
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.rollout.exact import accept, generate_exact
+from nested_reft.rollout.exact import Purposes, accept, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
-from nested_reft.rollout.sampling import GREEDY, SamplingConfig
+from nested_reft.rollout.sampling import GREEDY, SamplingConfig, row_keys
 from tests.tiny_models import forward, tiny_model, tiny_prompts
 
 NO_STOP = jnp.array([-1])
@@ -128,11 +128,20 @@ def test_the_rule_by_enumeration(key):
     drafts = jax.random.choice(key, 3, (1, count, 1), p=jnp.asarray(q))
     q_BGTV = jnp.broadcast_to(jnp.asarray(q, jnp.float32), (1, count, 1, 3))
     p_BGTV = jnp.broadcast_to(jnp.asarray(p, jnp.float32), (1, count, 2, 3))
-    tokens, logprob, accepted = accept(jax.random.fold_in(key, 1), drafts, q_BGTV, p_BGTV)
+    keys = Purposes.of(row_keys(jax.random.fold_in(key, 1), jnp.arange(1), count))
+    tokens, logprob, accepted = accept(keys, jnp.zeros((1, count), jnp.int32), drafts, q_BGTV, p_BGTV)
     share = np.bincount(np.asarray(tokens[0, :, 0]), minlength=3) / count
     np.testing.assert_allclose(share, p, atol=0.005)
     np.testing.assert_allclose(float(accepted.mean()), np.minimum(p, q).sum(), atol=0.005)  # 0.6
     np.testing.assert_allclose(jnp.exp(logprob[0, :, 0]), p[np.asarray(tokens[0, :, 0])], rtol=1e-5)
+
+
+def test_prompts_that_stand_beside_a_row_change_nothing(key):
+    """Rounds of a batch go on until its slowest row is done; what a row drafts in them does not depend on the others."""
+    model, plan, (tokens_BP, length_B) = tiny_model(scale=1.0), LayerPlan.skipping(5, [1, 3]), tiny_prompts()
+    whole = exact(model, key, plan=plan).rollouts
+    alone = exact(model, key, plan=plan, prompts=(tokens_BP[:1], length_B[:1]), group_size=2).rollouts
+    assert alone.tokens_BGC.tolist() == whole.tokens_BGC[:1, :2].tolist()
 
 
 def test_another_plan_of_the_same_size_compiles_nothing(key):

@@ -116,13 +116,16 @@ def test_greedy_continuation_is_that_of_a_longer_prompt(how, plan, key):
 
 
 @pytest.mark.parametrize(
-    ("how", "plan"), [("plain", FULL), ("plain", NESTED), ("exact", NESTED)], ids=["full", "nested", "exact"]
+    ("how", "plan", "sampling"),
+    [("plain", FULL, GREEDY), ("plain", NESTED, SamplingConfig()), ("exact", NESTED, GREEDY)],
+    ids=["full", "nested", "exact"],
 )
-def test_a_rows_own_greedy_tokens_bring_back_the_rest(how, plan, key):
-    model = tiny_model()
-    whole = sample(model, key, plan=plan, how=how, sampling=GREEDY)
+def test_a_rows_own_tokens_bring_back_the_rest(how, plan, sampling, key):
+    """Also where they were sampled: a draw belongs to its position in the completion, forced tokens counted."""
+    model = tiny_model(scale=1.0)
+    whole = sample(model, key, plan=plan, how=how, sampling=sampling)
     forced = ForcedPrefixes(whole.tokens_BGC, jnp.asarray(LENGTHS))
-    again = sample(model, key, forced, plan=plan, how=how, sampling=GREEDY)
+    again = sample(model, key, forced, plan=plan, how=how, sampling=sampling)
     assert jnp.array_equal(again.tokens_BGC, whole.tokens_BGC)
     own_BGC = np.arange(SIZE) >= np.asarray(LENGTHS)[..., None]
     np.testing.assert_allclose(again.behavior_logprob_BGC, np.asarray(whole.behavior_logprob_BGC) * own_BGC, atol=1e-4)

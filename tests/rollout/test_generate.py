@@ -20,7 +20,9 @@ from tests.tiny_models import TINY, forward, tiny_model, tiny_prompts
 NO_STOP = jnp.array([-1])
 
 
-def rollout(model, key, *, plan=None, stop_ids=NO_STOP, prompts=None, group_size=4, size=7, sampling=None):
+def rollout(
+    model, key, *, plan=None, stop_ids=NO_STOP, prompts=None, group_size=4, size=7, sampling=None, number_B=None
+):
     tokens_BP, length_B = tiny_prompts() if prompts is None else prompts
     plan = LayerPlan.full(5) if plan is None else plan
     sampling = SamplingConfig() if sampling is None else sampling
@@ -31,6 +33,7 @@ def rollout(model, key, *, plan=None, stop_ids=NO_STOP, prompts=None, group_size
         plan,
         stop_ids,
         key,
+        number_B=number_B,
         group_size=group_size,
         max_completion_tokens=size,
         sampling=sampling,
@@ -103,6 +106,23 @@ def test_rows_end_at_their_stop_token(key):
         assert bool(result.finished_BG[b, g]) == bool(np.isin(row[end - 1], stop_ids))
         assert result.finished_BG[b, g] or end == 10
         assert (row[end:] == 0).all() and (logprob[b, g, end:] == 0).all()
+
+
+def test_prompts_that_stand_beside_a_row_change_nothing(key):
+    """Alone, in another order, or in a smaller group, a row draws by its prompt's number and its place in the group."""
+    model, (tokens_BP, length_B) = tiny_model(scale=1.0), tiny_prompts()
+    whole = rollout(model, key, stop_ids=jnp.arange(0, 31, 9))
+    assert len(set(whole.length_BG.ravel().tolist())) > 2
+    order = jnp.array([2, 0, 2])
+    moved = rollout(
+        model, key, stop_ids=jnp.arange(0, 31, 9), prompts=(tokens_BP[order], length_B[order]), number_B=order
+    )
+    assert moved.tokens_BGC.tolist() == whole.tokens_BGC[order].tolist()
+    alone = rollout(
+        model, key, stop_ids=jnp.arange(0, 31, 9), prompts=(tokens_BP[1:2], length_B[1:2]), number_B=jnp.array([1]),
+        group_size=2,
+    )  # fmt: skip
+    assert alone.tokens_BGC.tolist() == whole.tokens_BGC[1:2, :2].tolist()
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.mixture import mixture_rollouts
-from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms
 from nested_reft.types import Rollouts
 from tests.tiny_models import tiny_model, tiny_prompts
 
 PLAN = LayerPlan.skipping(5, [1, 3])
 
 
-def rollout_from(model):
-    tokens_BP, length_B = tiny_prompts()
+def rollout_from(model, prompts=3):
+    tokens_BP, length_B = (values[:prompts] for values in tiny_prompts())
 
     def rollout(plan, key, count, forced):
         return generate(
@@ -69,13 +69,21 @@ def test_each_completion_has_the_probability_of_one_component(alpha, key):
     is_full = np.abs(behavior - logprob["full"]).max(axis=-1) < 1e-3
     is_nested = np.abs(behavior - logprob["nested"]).max(axis=-1) < 1e-3
     assert np.all(is_full ^ is_nested)
-    drawn = jax.random.bernoulli(jax.random.split(key, 3)[0], alpha, (3, 8))
+    drawn = row_uniforms(row_keys(jax.random.split(key, 3)[0], jnp.arange(3), 8), 0)[0] < alpha
     assert np.array_equal(is_full, np.asarray(drawn))
     assert np.array_equal(result.nested_BG, ~is_full)
     assert np.array_equal(result.full_share_BG, np.full((3, 8), np.float32(alpha)))
     assert result.part_BGL.tolist() == [[PLAN.to_parts(5).tolist()] * 8] * 3  # also where the full model drew all
     # No completion is used twice.
     assert len({tuple(row) for row in np.asarray(result.tokens_BGC).reshape(24, 5)}) > 20
+
+
+def test_prompts_that_stand_beside_a_row_change_nothing(key):
+    """Another prompt may make a component sample more completions; those of this one stay."""
+    model = tiny_model(scale=1.0)
+    whole, alone = (mixture_rollouts(rollout_from(model, n), key, PLAN, 5, n, 8, 0.3) for n in (3, 1))
+    assert alone.tokens_BGC.tolist() == whole.tokens_BGC[:1].tolist()
+    assert alone.nested_BG.tolist() == whole.nested_BG[:1].tolist()
 
 
 def test_components_are_drawn_independently_at_the_rate_alpha():

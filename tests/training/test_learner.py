@@ -101,7 +101,7 @@ def test_a_setup_that_is_held_keeps_its_policy(tmp_path):
 
 def test_expert_iteration_repeats_what_was_right(tmp_path):
     """Half of each group counts as right: it becomes more likely, and the update sees nothing of the others."""
-    run = trainer(nano(loss=SupervisedConfig(), **FAST), tmp_path)
+    run = trainer(nano(loss=SupervisedConfig(), optimizer__learning_rate=0.003), tmp_path)
     learner, found = run.state.learner, found_by(run)
     right_BG = np.arange(4) % 2 == np.zeros((4, 1))
     groups = dataclasses.replace(found, accuracy_BG=right_BG.astype(found.accuracy_BG.dtype))
