@@ -76,6 +76,7 @@ LAYERS = [
     {"reports"},
     {"training"},
     {"api"},
+    {"sweeps"},
     {"verification"},
     {"cli"},
     {"command"},
