@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,8 @@ def summarise(results: Sequence[Result], measure: str | None = None, target: flo
     Raises:
         ValueError: a run lacks the measure.
     """
-    measure = measure or next(
-        (name for name in OUTCOMES if all(_value(each, name) is not None for each in results)), None
-    )
+    common = [name for name in OUTCOMES if all(_value(each, name) is not None for each in results)]
+    measure = measure or next(iter(common), None)
     lacking = [each for each in results if measure is None or _value(each, measure) is None]
     if measure is None or lacking:
         run = lacking[0].get("run_directory") or lacking[0]["label"]
@@ -183,7 +182,7 @@ def field_table(results: Sequence[Result]) -> str:
     return table(["field", "values, in the order of the variants"], rows[:MOST_FIELDS], left=2) + more
 
 
-def draw_comparison(tasks: dict[str, tuple[Sequence[Result], dict[str, Any]]], path: Path) -> None:
+def draw_comparison(tasks: Mapping[str, tuple[Sequence[Result], dict[str, Any]]], path: Path) -> None:
     """A row for each task: held-out accuracy over steps, and the outcome of each variant with its interval.
 
     Args:

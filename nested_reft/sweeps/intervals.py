@@ -41,7 +41,7 @@ def mean_over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio_over_seeds(values: Sequence[float], baselines: Sequence[float]) -> dict[str, Any]:
-    """The ratio of two sums over seeds, as JSON-able values: the `ratio`, its `interval`, and the `values` of all seeds.
+    """The ratio of two sums over seeds, as JSON-able values: the `ratio`, its `interval` and the `values` of the seeds.
 
     A seed is drawn together with its baseline.
 

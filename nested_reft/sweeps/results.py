@@ -150,12 +150,11 @@ def _mean_of_sources(files: RunFiles, *names: str) -> float | None:
     after = files.summary.get("after")
     if not isinstance(after, dict) or not after or files.summary.get("steps") not in (None, files.steps):
         return None
-    values = [
-        next((value for name in names if (value := finite(at(each, name))) is not None), None)
-        for each in after.values()
-    ]
-    known = [value for value in values if value is not None]
-    return _mean(known) if len(known) == len(values) else None
+    known = list[float]()
+    for each in after.values():
+        values = [value for name in names if (value := finite(at(each, name))) is not None]
+        known += values[:1]
+    return _mean(known) if len(known) == len(after) else None
 
 
 def _step_seconds(lines: Sequence[Line]) -> list[float]:
@@ -169,7 +168,7 @@ def _step_seconds(lines: Sequence[Line]) -> list[float]:
         if seconds is not None and now <= before
     ]
     typical = _median(quiet or [seconds for seconds in logged if seconds is not None]) or 0.0
-    compiled = [now > before for before, now in zip(counts, counts[1:], strict=False)]
+    compiled = [now > before for before, now in itertools.pairwise(counts)]
     return [
         typical if seconds is None or (has_compiled and quiet) else seconds
         for seconds, has_compiled in zip(logged, compiled, strict=True)

@@ -42,9 +42,8 @@ def shared_start(config: Config, out: Path, warm_start: WarmStartConfig) -> Setu
     out.mkdir(parents=True, exist_ok=True)
     with claimed(file, wait=True):
         if file.is_file() and stored.is_file() and stored.read_text() == about:
-            return dataclasses.replace(
-                setup, policy=dataclasses.replace(setup.policy, model=_stored_model(file, setup))
-            )
+            policy = dataclasses.replace(setup.policy, model=_stored_model(file, setup))
+            return dataclasses.replace(setup, policy=policy)
         started = time.monotonic()
         policy = phases.warm_started(setup)
         save_file({name: np.ascontiguousarray(value) for name, value in policy.model.parameters().items()}, file)

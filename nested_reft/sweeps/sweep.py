@@ -17,6 +17,7 @@ from nested_reft.sweeps.runs import FAILURES, trained_run
 from nested_reft.training.interrupts import asked_for, stop_if, stop_requests
 from nested_reft.untrusted import BadFile
 
+PARTS = ("config", "measures", "curve", "versions")  # of a result, which are objects
 MANIFEST = "sweep.json"  # the runs of a sweep, by which `nested-reft compare` finds their results
 
 
@@ -112,17 +113,20 @@ def read_sweep(out: Path) -> tuple[list[Result], list[Missing]]:
         labels = {name: entry[name] for name in ("label", "seed")}
         try:
             result = read_json_object(out / entry["result"])
-            if result:
-                # What tables read is asked for here, so that a damaged file is one that is missing.
-                result["config"]["data"], result["measures"], result["curve"]["step"], result["versions"]
-        except (BadFile, KeyError, TypeError):
-            missing.append(Missing(in_words(labels), f"'{out / entry['result']}' cannot be read"))
-            continue
-        if result:
-            found.append(result | labels)
-        else:
+        except BadFile:
+            result = {"damaged": True}
+        if not result:
             missing.append(Missing(in_words(labels), "it has not been computed"))
+        # What tables read is asked for here, so that a damaged result is one that is missing.
+        elif any(not isinstance(result.get(name), dict) for name in PARTS) or not _is_curve(result["curve"]):
+            missing.append(Missing(in_words(labels), f"'{out / entry['result']}' cannot be read"))
+        else:
+            found.append(result | labels)
     return found, missing
+
+
+def _is_curve(curve: dict[str, Any]) -> bool:
+    return all(isinstance(curve.get(name), list) for name in ("step", "seconds", "accuracy"))
 
 
 def _entries(out: Path) -> list[dict[str, Any]]:
@@ -208,9 +212,8 @@ def compare(
         parts += [f"{words}\n\n{comparison_table(summary)}", field_table(own)]
     commits = {str(result["versions"].get("commit")): None for result in results}
     if len(commits) > 1:
-        parts.append(
-            f"warning: these runs are of {len(commits)} commits: {', '.join(commit[:12] for commit in commits)}"
-        )
+        listed = ", ".join(commit[:12] for commit in commits)
+        parts.append(f"warning: these runs are of {len(commits)} commits: {listed}")
     no_figure = None
     if figure is not None:
         try:
