@@ -100,13 +100,14 @@ def experiment_config(share: float, seed: int, steps: int, reward_model: str) ->
     )
 
 
-def reward_model(seed: int, steps: int, out: Path) -> str:
+def reward_model(seed: int, steps: int, out: Path, only_kept: bool = False) -> str | None:
     """The run directory of a seed's reward model, trained where it is not kept.
 
     Args:
         seed: of the model.
         steps: of its training.
         out: where runs are kept.
+        only_kept: train nothing; None stands for a model that is not kept.
     """
 
     def compute(each: Wanted) -> Result:
@@ -118,9 +119,8 @@ def reward_model(seed: int, steps: int, out: Path) -> str:
         return f"held-out accuracy {result['summary']['after']['sevens']['accuracy']:.3f}"
 
     wanted = Wanted(reward_config(seed, steps), out / f"reward-seed{seed}-steps{steps}.json", {})
-    (kept,) = kept_runs([wanted], compute, told)
-    assert kept is not None  # `compute` returns a result or raises
-    return str(Path(kept["summary"]["run_directory"]).absolute())
+    (kept,) = kept_runs([wanted], compute, told, only_kept=only_kept)
+    return None if kept is None else str(Path(kept["summary"]["run_directory"]).absolute())
 
 
 def measured(policy: Policy, start: Policy, learned: RewardModel, setup: Setup) -> list[float]:
@@ -194,6 +194,7 @@ def runs_of(
     out: Path,
     reward_steps: int,
     warm_start: WarmStartConfig | None = None,
+    only_kept: bool = False,
 ) -> list[Run]:
     """Every run that is asked for, computed where it is not kept.
 
@@ -204,19 +205,22 @@ def runs_of(
         out: where results, reward models and shared starts are kept.
         reward_steps: of each reward model.
         warm_start: what the runs of a seed share; None takes that of `tiny_preferences`.
+        only_kept: compute nothing.
     """
     warm_start = warm_start or load_config("tiny_preferences").warm_start
-    models = {seed: reward_model(seed, reward_steps, out) for seed in seeds}
+    models = {seed: reward_model(seed, reward_steps, out, only_kept) for seed in seeds}
     wanted = [
         Wanted(
-            experiment_config(share, seed, steps, models[seed]),
+            experiment_config(share, seed, steps, model),
             out / f"share{share:g}-seed{seed}-steps{steps}.json",
             {"share": share, "seed": seed},
         )
-        for seed in seeds
+        for seed, model in models.items()
         for share in shares
+        # Without its reward model a run of the seed cannot be there.
+        if model is not None
     ]
-    return runs_from_starts(wanted, partial(measured_run, out=out), _told, warm_start)
+    return runs_from_starts(wanted, partial(measured_run, out=out), _told, warm_start, only_kept)
 
 
 def _told(run: Run) -> str:
