@@ -20,6 +20,7 @@ figure.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from nested_reft.sweeps.intervals import mean_over_seeds
 
 MARGIN = 0.02  # accuracy that nested rollouts may cost and still count as keeping it
 # Steps of each experiment's runs.
-STEPS = {"nested": 60, "dapo": 60, "tba": 60, "dump": 100, "drpo": 60}
+STEPS = {"nested": 100, "dapo": 60, "tba": 100, "dump": 100, "drpo": 120}
 LAG = 48  # batches
 CLIP, BALANCE = "GRPO, clip to the sampler", "trajectory balance"
 RESETS = 0.5  # share of the rollouts
@@ -105,9 +106,8 @@ def nested(seeds: Sequence[int], out: Path, only_kept: bool) -> list[Finding]:
     found = list[Finding]()
     for name, each in variants.items():
         if each["difference"] is not None:
-            found.append(
-                _finding("nested", f"{name}: accuracy less that of full rollouts", each["difference"], -MARGIN)
-            )
+            what = f"{name}: accuracy less that of full rollouts"
+            found.append(_finding("nested", what, each["difference"], -MARGIN))
             found.append(_finding("nested", f"{name}: tokens/s of rollouts, over full ones", each["speed"], 1.0))
     return found
 
@@ -123,7 +123,7 @@ def parts_of_dapo(seeds: Sequence[int], out: Path, only_kept: bool) -> list[Find
     runs = dapo.runs_of(dapo.VARIANTS, seeds, STEPS["dapo"], out, only_kept)
     final = {(run["variant"], run["seed"]): float(np.mean(run["accuracy"][-1])) for run in runs}
     found = list[Finding]()
-    for before, part in zip(dapo.VARIANTS, dapo.VARIANTS[1:], strict=False):
+    for before, part in itertools.pairwise(dapo.VARIANTS):
         added = [final[part, seed] - final[before, seed] for seed in _paired(final, part, before)]
         if added:
             found.append(_finding("dapo", f"{part}: accuracy that it adds", mean_over_seeds(added), 0.0))
