@@ -90,10 +90,10 @@ def _full(name: str, evaluation: EvaluationConfig | None = None, **train: Any) -
 
 def tiny() -> Preset:
     """The shipped `tiny`: repeat a number of 3 to 6 digits with six layers, of which one or two are left out."""
-    base = _full("tiny", EvaluationConfig(10, 4, pass_k=4, batch_size=128), steps=60, checkpoint_every=30)
+    base = _full("tiny", EvaluationConfig(10, 4, pass_k=4, batch_size=128), steps=100, checkpoint_every=50)
     plans = {"uniform": NestingConfig(), "measured": _measured(every=10)}
     # With one update on each batch `practical` is `one`.
-    return Preset((base,), (0.2, 0.4), ("one", "base"), plans, target=0.5)
+    return Preset((base,), (0.2, 0.4), ("one", "base"), plans, target=0.7)
 
 
 def smollm2() -> Preset:

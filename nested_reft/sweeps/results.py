@@ -43,11 +43,15 @@ OUTCOMES = {
 }
 COSTS = {
     "tokens_per_second": Measure("tokens/s", 0, "sampled tokens a second of rollouts, without steps that compile"),
+    "nested_speedup": Measure(
+        "nested/full", 2, "tokens/s under a plan over those of the full model, measured in turns at the end of the run"
+    ),
     "plan_price": Measure("price", 2, "what a plan costs of a full decode step, at the least"),
     "ess_token": Measure("ESS", 2, "effective sample size per token, mean of the steps"),
     "kl_behavior_target": Measure("KL", 3, "KL(behavior || target) in nats a token, mean of the steps"),
     "step_seconds": Measure("s/step", 2, "seconds of a step, median"),
 }
+LOGGED = ("tokens_per_second", "plan_price", "ess_token", "kl_behavior_target")  # of which steps have a mean
 
 
 def run_result(path: Path) -> Result:
@@ -72,7 +76,8 @@ def run_result(path: Path) -> Result:
         "sampled_accuracy": _mean_of_sources(files, "sampled_accuracy"),
         "mean_accuracy": _mean(later),
         "reward": _mean(rewards[-max(round(len(rewards) * LAST_SHARE), 1) :]),
-        **{name: _mean(series(files.lines, name)[1]) for name in COSTS if name != "step_seconds"},
+        **{name: _mean(series(files.lines, name)[1]) for name in LOGGED},
+        "nested_speedup": finite(files.summary.get("nested_speedup")),
         "step_seconds": _median(_step_seconds(files.lines)),
     }
     return {
