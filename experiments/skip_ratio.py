@@ -64,16 +64,16 @@ class Preset:
         ratios: of layers that rollouts leave out, 0 not among them.
         variants: of `VARIANTS`.
         plans: how the layers are chosen, by name.
+        measure: that variants are compared by.
         target: accuracy to which seconds are counted.
-        seeds: how many.
     """
 
     tasks: tuple[Config, ...]
     ratios: tuple[float, ...]
     variants: tuple[str, ...]
     plans: dict[str, NestingConfig]
+    measure: str
     target: float
-    seeds: int = 5
 
 
 def _full(name: str, evaluation: EvaluationConfig | None = None, **train: Any) -> Config:
@@ -93,7 +93,7 @@ def tiny() -> Preset:
     base = _full("tiny", EvaluationConfig(10, 4, pass_k=4, batch_size=128), steps=100, checkpoint_every=50)
     plans = {"uniform": NestingConfig(), "measured": _measured(every=10)}
     # With one update on each batch `practical` is `one`.
-    return Preset((base,), (0.2, 0.4), ("one", "base"), plans, target=0.7)
+    return Preset((base,), (0.2, 0.4), ("one", "base"), plans, "sampled_accuracy", target=0.7)
 
 
 def smollm2() -> Preset:
@@ -103,7 +103,7 @@ def smollm2() -> Preset:
         choice="measured", divergence_temperature=0.0, bridge=BridgeConfig("per_layer", ridge=0.03, tokens=4000)
     )
     plans = {"uniform": NestingConfig(), "measured": _measured(every=8), "bridged": bridged}
-    return Preset((base,), (0.1, 0.2, 0.3), ("one", "base"), plans, target=0.5, seeds=3)
+    return Preset((base,), (0.1, 0.2, 0.3), ("one", "base"), plans, "accuracy", target=0.5)
 
 
 def qwen_math() -> Preset:
@@ -121,7 +121,9 @@ def qwen_math() -> Preset:
         )
         for dataset in ("gsm8k", "svamp", "math")
     )
-    return Preset(tasks, (0.05, 0.1, 0.15), tuple(VARIANTS), {"uniform": NestingConfig()}, target=0.7, seeds=3)
+    return Preset(
+        tasks, (0.05, 0.1, 0.15), tuple(VARIANTS), {"uniform": NestingConfig()}, "sampled_accuracy", target=0.7
+    )
 
 
 def _measured(every: int) -> NestingConfig:
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not results:
         raise BadInput(f"no run in '{out}' has a result")
     figure = out / "comparison.png"
-    text, tasks, no_figure = compare(results, None, known.target or preset.target, figure)
+    text, tasks, no_figure = compare(results, preset.measure, known.target or preset.target, figure)
     say(text)
     keep_json(known.json, {"preset": known.preset, "versions": versions(), "tasks": tasks})
     say(f"\nno figure: {no_figure}" if no_figure else f"\nwritten: {figure}")
