@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "practical": {"bias_mitigation": "practical", "truncate_at": None},
     "retrace": {"bias_mitigation": "retrace", "truncate_at": None},
 }
+PLANS = ("uniform", "measured", "bridged")
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = experiment_parser("skip_ratio", __doc__)
     parser.add_argument("preset", choices=PRESETS, nargs="?", default="tiny")
     add_runs(parser, "experiment-skip-ratio", steps=None)
-    add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
+    add_list(parser, "--variants", VARIANTS, choices=VARIANTS, help="of those that the preset has")
+    add_list(parser, "--plans", PLANS, choices=PLANS, help="of those that the preset has")
     parser.add_argument(
         "--target", type=number("more than 0 and less than 1", lambda value: 0 < value < 1), help="accuracy to reach"
     )
@@ -196,7 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
     preset, out = PRESETS[known.preset](), known.out / known.preset
-    preset = dataclasses.replace(preset, variants=tuple(v for v in preset.variants if v in known.variants))
+    variants = tuple(name for name in preset.variants if name in known.variants)
+    plans = {name: nesting for name, nesting in preset.plans.items() if name in known.plans}
+    if not variants or not plans:
+        option, own = ("--plans", preset.plans) if variants else ("--variants", preset.variants)
+        raise BadInput(f"{option} names none of the preset '{known.preset}'; it has {', '.join(own)}")
+    preset = dataclasses.replace(preset, variants=variants, plans=plans)
     with checking_input():
         check_folder(out)
         changed = changes(_wanted(preset, known.seeds, known.steps, out), out)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from nested_reft.sweeps.starts import shared_start
 from nested_reft.training.warm_start import WarmStartConfig
@@ -12,6 +13,7 @@ from tests.training.runs import nano
 WARM = WarmStartConfig(steps=2, batch_size=4)
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_made_once_for_a_seed(tmp_path, capsys):
     config = nano(train__seed=3)
     first, second = (shared_start(config, tmp_path, WARM) for _ in range(2))
