@@ -12,9 +12,9 @@ Each claim is an experiment of its own here, in fewer or shorter runs. Results a
 own, in the folders of `--out`, so neither computes again what the other has. A run that was stopped is begun anew, but
 for those of `nested`, which continue.
 
-A claim holds where the 95 % interval (bootstrap over seeds, runs paired by seed) lies on its side of the bound; it does
-not hold here where the interval lies on the other side, and else, or with fewer than five seeds, it stays open. The command ends with a table and a
-figure.
+A claim holds where the 95 % interval (bootstrap over seeds, runs paired by seed) lies on its side of the bound. It does
+not hold here where the interval lies on the other side. Else, and with fewer than five seeds, it stays open. At its end
+the command prints a table and draws a figure.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def draw_comparison(tasks: Mapping[str, tuple[Sequence[Result], dict[str, Any]]]
         curves.set(xlabel="step", ylabel="greedy held-out accuracy", title=label(task))
         titles = [label(name) for name in summary["variants"]]
         outcomes.set(
-            xlabel=f"{OUTCOMES[summary['measure']].title}{' over the first' * is_paired}, mean of the seeds and 95 %",
+            xlabel=f"{OUTCOMES[summary['measure']].title}{' over the first' * is_paired} (95 %)",
             ylim=(-0.5, len(titles) - 0.5),
             yticks=range(len(titles)),
             yticklabels=titles,
