@@ -78,6 +78,7 @@ LAYERS = [
     {"reports"},
     {"training"},
     {"api"},
+    {"sweeps"},
     {"verification"},
     {"cli"},
     {"command"},
