@@ -52,7 +52,6 @@ LAYERS = [
         "intervals",
         "program_cache",
         "prompt_format",
-        "user_files",
         "processes",
         "exit_codes",
         "backends",
