@@ -20,7 +20,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     square = Z95**2 / count
     middle = (share + square / 2) / (1 + square)
     half = Z95 / (1 + square) * math.sqrt(max(share * (1 - share), 0.0) / count + square / (4 * count))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    # Where none or all are right, rounding would leave a trace of the exact bound.
+    return 0.0 if share == 0 else max(middle - half, 0.0), 1.0 if share == 1 else min(middle + half, 1.0)
 
 
 def of_mean(values_N: Float[np.ndarray, " N"]) -> tuple[float, float]:
