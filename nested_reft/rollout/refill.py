@@ -21,11 +21,10 @@ from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.generate import compactions_of, rollouts_of, shifted, whole_rows
+from nested_reft.rollout.rows import stocked_prompts, taken_together
 from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
 from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
-
-REFILL_SHARE = 8  # one of so many rows has ended before the ended ones take what waits: each time costs some copying
 
 
 @struct.dataclass
@@ -145,11 +144,6 @@ class _Refiller:
         """G."""
         return self.count // self.prompt_BP.shape[0]
 
-    @property
-    def together(self) -> int:
-        """Rows that take new completions at the same time, or fewer at the end."""
-        return max(self.rows // REFILL_SHARE, 1)
-
     def run(self) -> _Found:
         """All completions."""
         state, shelf = self._start()
@@ -209,7 +203,7 @@ class _Refiller:
     def _stocked(self, prompt: Int[Array, ""]) -> _Shelf:
         """The next prompts after their own pass, from that of a number on."""
         batch, group = self.prompt_BP.shape[0], self.group
-        count = -(-self.together // group)
+        count = stocked_prompts(self.rows, group)
         # Beyond the last prompt it is repeated, and never handed out again.
         index_b = jnp.minimum(prompt + jnp.arange(count), batch - 1)
         valid_bP = valid_mask(self.prompt_length_B[index_b], self.prompt_BP.shape[1])
@@ -226,7 +220,7 @@ class _Refiller:
 
     def _is_due(self, state: _State) -> Bool[Array, ""]:
         """Whether as many rows have ended as take new completions at once. It is where nothing waits."""
-        return jnp.sum(state.row.done_R) >= jnp.minimum(self.together, self.count - state.next)
+        return jnp.sum(state.row.done_R) >= jnp.minimum(taken_together(self.rows), self.count - state.next)
 
     def _refilled(self, state: _State, shelf: _Shelf) -> _State:
         """The state after rows that have ended took what is on the shelf."""
