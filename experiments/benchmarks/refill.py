@@ -156,7 +156,7 @@ def _program(key_N1: Array, length_N: Array, rows: int | None) -> Callable[..., 
     options |= {} if rows is None else {"rows": rows}
 
     def traced(*arrays: Any, **named: Any) -> Rollouts:
-        modules = generate_module, refill_module
+        modules: list[Any] = [generate_module, refill_module]
         for module in modules:
             module.row_uniforms = draws  # read while it is traced
         try:

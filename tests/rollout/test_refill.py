@@ -52,9 +52,9 @@ def assert_same(found: Rollouts, expected: Rollouts, atol: float = 1e-4):
     for field in dataclasses.fields(Rollouts):
         values = [np.asarray(getattr(each, field.name)) for each in (found, expected)]
         if field.name == "behavior_logprob_BGC":
-            np.testing.assert_allclose(*values, atol=atol)
+            np.testing.assert_allclose(values[0], values[1], atol=atol)
         else:
-            np.testing.assert_array_equal(*values, err_msg=field.name)
+            np.testing.assert_array_equal(values[0], values[1], err_msg=field.name)
 
 
 @pytest.mark.parametrize(

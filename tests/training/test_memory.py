@@ -75,9 +75,7 @@ def test_rows_that_are_refilled_hold_their_own_caches_alone(setup_of, monkeypatc
     # Less than the caches themselves, so that these are the largest part.
     monkeypatch.setattr(memory, "least_bytes", lambda setup: {"rollouts": {"weights": 1.0, "caches": 9e9}})
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 8e9)
-    message = (
-        r"caches 9.0 GB of 3 rows of 8 \+ 4 tokens\); .*: lower rollout.rows \(3\) or rollout.max_completion_tokens"
-    )
+    message = r"caches 9.0 GB of 3 rows of 8 \+ 4 tokens\); .*: lower rollout.rows \(3\) or rollout.max_"
     with pytest.raises(ValueError, match=message):
         check_memory(setup)
 
