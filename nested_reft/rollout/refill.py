@@ -297,15 +297,27 @@ def _put(found: _Found, number_R: Int[Array, " R"], new: _Found) -> _Found:
 
 def _split(row: _Row) -> _Row:
     """The rows spread over the devices that share a batch."""
-    part = jax.tree.map(lambda x: constrain(x, "batch"), dataclasses.replace(row, cache=None))
-    layers = jax.tree.map(lambda x: constrain(x, "", "batch", "kv_heads"), row.prompt.layers)
-    cache = jax.tree.map(lambda x: constrain(x, "", "batch", "", "kv_heads"), row.cache)
-    return dataclasses.replace(part, prompt=dataclasses.replace(part.prompt, layers=layers), cache=cache)
+    return _Row(
+        *(jax.tree.map(lambda x: constrain(x, "batch"), part) for part in _by_row(row)),
+        prompt=PromptCache(
+            jax.tree.map(lambda x: constrain(x, "", "batch", "kv_heads"), row.prompt.layers),
+            constrain(row.prompt.valid_BP, "batch"),
+            constrain(row.prompt.last_hidden_BD, "batch"),
+        ),
+        cache=jax.tree.map(lambda x: constrain(x, "", "batch", "", "kv_heads"), row.cache),
+    )
 
 
 def _taken(row: _Row, kept_r: Int[Array, " r"]) -> _Row:
     """Some of the rows."""
-    part = jax.tree.map(lambda x: x[kept_r], dataclasses.replace(row, cache=None, prompt=None))
     layers, cache = jax.tree.map(lambda x: x[:, kept_r], (row.prompt.layers, row.cache))
-    prompt = PromptCache(layers, row.prompt.valid_BP[kept_r], row.prompt.last_hidden_BD[kept_r])
-    return dataclasses.replace(part, prompt=prompt, cache=cache)
+    return _Row(
+        *(jax.tree.map(lambda x: x[kept_r], part) for part in _by_row(row)),
+        prompt=PromptCache(layers, row.prompt.valid_BP[kept_r], row.prompt.last_hidden_BD[kept_r]),
+        cache=cache,
+    )
+
+
+def _by_row(row: _Row) -> tuple[Array, Array, Array, Array, _Found]:
+    """The fields whose arrays begin with an axis of rows."""
+    return row.number_R, row.start_R, row.done_R, row.hidden_RD, row.found
