@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from nested_reft.data.prompts import EncodedExample
-from nested_reft.evaluation import Answers, answered, pass_at_k
+from nested_reft.evaluation import Answers, EvaluationConfig, answered, pass_at_k
 from nested_reft.intervals import of_mean
 from nested_reft.json_files import differences
 from nested_reft.layer_plan import LayerPlan
@@ -123,7 +123,7 @@ def evaluate_benchmark(
     examples: Sequence[EncodedExample],
     reward: RewardConfig,
     samples: int,
-    batch_size: int,
+    config: EvaluationConfig,
     key: jax.Array,
     plan: LayerPlan | None,
     known: Sequence[Record],
@@ -136,7 +136,7 @@ def evaluate_benchmark(
         examples: all questions of the benchmark.
         reward: how answers are checked.
         samples: completions of each question.
-        batch_size: questions at a time.
+        config: how many questions and completions at a time.
         key: PRNG key of the benchmark.
         plan: the layers that act; None is the full model.
         known: records of the first questions, from an earlier evaluation.
@@ -148,7 +148,7 @@ def evaluate_benchmark(
     records = list(known[: len(examples)])
     if len(records) < len(examples):
         for batch in answered(
-            policy, examples, reward, batch_size, policy.sampling, key, samples, plan, first=len(records)
+            policy, examples, reward, config.batch_size, policy.sampling, key, samples, plan, len(records), config.rows
         ):
             new = [_record(answers, len(records) + number) for number, answers in enumerate(batch)]
             keep(new)

@@ -124,10 +124,10 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been():
     setup = prepare(nano())
     policy = dataclasses.replace(setup.policy, sampling=SamplingConfig(temperature=1.0), max_completion_tokens=4)
     encoded = setup.data.heldout_examples[0][:5]
-    reward, key = RewardConfig(), jax.random.key(0)
+    reward, how, key = RewardConfig(), EvaluationConfig(batch_size=2), jax.random.key(0)
 
     def run(known, keep):
-        return evaluate_benchmark(policy, encoded, reward, 2, 2, key, None, known, keep)
+        return evaluate_benchmark(policy, encoded, reward, 2, how, key, None, known, keep)
 
     whole, kept = run([], lambda _: None), []
     assert [found["number"] for found in whole] == list(range(5))

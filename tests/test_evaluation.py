@@ -58,21 +58,24 @@ def test_pass_at_k_is_unbiased():
 def test_refusals():
     with pytest.raises(ValueError, match=r"evaluation.pass_k is 9; allowed is 1 to evaluation.samples_per_prompt"):
         EvaluationConfig(samples_per_prompt=8, pass_k=9)
+    with pytest.raises(ValueError, match=r"evaluation.rows is -1; allowed is 0 \(all at once\) or more"):
+        EvaluationConfig(rows=-1)
     with pytest.raises(ValueError, match=r"evaluation.every_steps is 0 and evaluation.batch_size 32"):
         EvaluationConfig(every_steps=0)
 
 
 def test_the_size_of_batches_changes_no_completion():
-    """Examples draw by their place among all of them: rows of a batch, and rows that fill up the last, mean nothing."""
+    """Examples draw by their place among all of them: the rows of a batch, those that fill up the last, and those that
+    are refilled mean nothing."""
     setup, found = prepare(nano()), []
-    for batch_size in (2, 5):
+    for batch_size, decoded in ((2, 0), (5, 0), (5, 3)):
         texts: list = []
         num_correct(
             setup.policy, setup.data.heldout_examples[0][:5], setup.config.reward, batch_size, None,
-            jax.random.key(3), 2, completions=texts,
+            jax.random.key(3), 2, completions=texts, decoded=decoded,
         )  # fmt: skip
         found.append([text["text"] for text in texts])
-    assert found[0] == found[1] and len(set(found[0])) == 10
+    assert found[0] == found[1] == found[2] and len(set(found[0])) == 10
 
 
 @pytest.mark.slow

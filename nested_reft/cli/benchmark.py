@@ -80,7 +80,7 @@ def run_benchmarks(known: argparse.Namespace, overrides: Sequence[str]) -> None:
             examples,
             config.reward,
             known.k,
-            config.evaluation.batch_size,
+            config.evaluation,
             keys.evaluation(number),
             plan,
             earlier,

@@ -26,6 +26,7 @@ BENCHMARK_READ = (
     "rollout.max_completion_tokens",
     "reward",
     "evaluation.batch_size",
+    "evaluation.rows",
     "mesh",
     "model",
     "train.seed",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from nested_reft.literals import check_choice, check_whole
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.untrusted import MAX_WHOLE
 
 Mode = Literal["nested", "exact"]
 Weights = Literal["target", "bfloat16", "int8"]
@@ -27,6 +28,8 @@ class RolloutConfig:
         draft_length: tokens that an `exact` round drafts before the full model verifies them.
         weights: what rollouts are computed with: the `target`'s own weights, or a `bfloat16` or `int8` copy made
             after each update (`models.low_precision`), whose rounding the importance weight corrects.
+        rows: completions of a batch that are decoded at the same time (`rollout.refill`): one that ends makes room for
+            the next, so caches grow with `rows` and not with the batch. It changes no sample. 0 decodes all at once.
     """
 
     group_size: int
@@ -36,6 +39,7 @@ class RolloutConfig:
     mixture_alpha: float | None = None
     draft_length: int = 2
     weights: Weights = "target"
+    rows: int = 0
 
     def __post_init__(self):
         for name in ("group_size", "max_completion_tokens"):
@@ -43,6 +47,7 @@ class RolloutConfig:
                 raise ValueError(f"rollout.{name} is {getattr(self, name)}; allowed is 1 or more")
         # A completion is never longer than its limit, and a small one may be shorter than the default draft.
         check_whole("rollout.draft_length", self.draft_length, 1, max(2, self.max_completion_tokens))
+        check_whole("rollout.rows", self.rows, 0, MAX_WHOLE, "all at once")
         # Completions that are all alike have equal rewards, so every advantage of the group would be zero.
         if self.sampling.temperature == 0:
             raise ValueError("rollout.sampling.temperature is 0; allowed is more, as greedy completions are all alike")
@@ -61,6 +66,11 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.mode is 'exact' and rollout.weights '{self.weights}'; exact rollouts are the target's own:"
                 " use weights 'target', or mode 'nested'"
+            )
+        if self.mode == "exact" and self.rows:
+            raise ValueError(
+                f"rollout.mode is 'exact' and rollout.rows {self.rows}; exact rollouts draft and verify all completions"
+                " of a batch at once: leave rows at 0, or use mode 'nested'"
             )
         if self.mode == "exact" and self.mixture_alpha is not None:
             raise ValueError(

@@ -103,7 +103,7 @@ def generate(
 
     The prompt runs once per group and its caches are shared by the group. Decoding ends as soon as
     every row has drawn a stop token; where completions may be long, rows that have are dropped whenever half of
-    each group would do (`_compactions`), and caches grow in steps. It compiles once per shape and plan size.
+    each group would do (`compactions_of`), and caches grow in steps. It compiles once per shape and plan size.
 
     Args:
         model: the target; the plan picks the layers that act.
@@ -133,7 +133,28 @@ def generate(
     decoder = _Decoder(model, plan, stop_ids, key_BG, shape, max_completion_tokens, sampling, given)
     state = _decoded(decoder, prompt)
     sampled = (state.tokens_BGC, state.logprob_BGC, state.length_BG, state.done_BG)
-    tokens_BGC, logprob_BGC, length_BG, finished_BG = sampled if given is None else given.put_in_front(state, stop_ids)
+    sampled = sampled if given is None else given.put_in_front(state, stop_ids)
+    return rollouts_of(sampled, prompt_BP, prompt_length_B, forced, plan, model, policy_version, sampling)
+
+
+def rollouts_of(
+    sampled: tuple[Array, Array, Array, Array],
+    prompt_BP: Int[Array, "B P"],
+    prompt_length_B: Int[Array, " B"],
+    forced: ForcedPrefixes | None,
+    plan: LayerPlan,
+    model: Transformer,
+    policy_version: Int[Array, ""] | int,
+    sampling: SamplingConfig,
+) -> Rollouts:
+    """The rollouts of one policy, of the completions that it sampled.
+
+    Args:
+        sampled: tokens and log-probabilities `[B, G, C]`, lengths and whether a stop token ended them `[B, G]`.
+        prompt_BP, prompt_length_B, forced, plan, model, policy_version, sampling: as in `generate`.
+    """
+    tokens_BGC, logprob_BGC, length_BG, finished_BG = sampled
+    shape = length_BG.shape
     return Rollouts(
         prompt_BP=prompt_BP,
         prompt_length_B=prompt_length_B,
@@ -165,7 +186,7 @@ class _GivenTokens:
 
     def right_aligned_BGF(self) -> Int[Array, "B G F"]:
         """The prefixes moved to the end of their slots."""
-        return _shifted(self.forced.tokens_BGF, -self.start_BG)
+        return shifted(self.forced.tokens_BGF, -self.start_BG)
 
     def put_in_front(self, state: _DecodeState, stop_ids: Array) -> tuple[Array, Array, Array, Array]:
         """Tokens, log-probabilities, lengths and stops of whole completions, prefixes included."""
@@ -177,8 +198,8 @@ class _GivenTokens:
         given_BGC = jnp.pad(self.forced.tokens_BGF, ((0, 0), (0, 0), (0, room)))[..., :size]
         # Sampled tokens were written from index 0; each row moves right by the length of its own prefix.
         own_BGC = jnp.arange(size) >= forced_BG[..., None]
-        tokens_BGC = jnp.where(own_BGC, _shifted(state.tokens_BGC, -forced_BG), given_BGC)
-        logprob_BGC = jnp.where(own_BGC, _shifted(state.logprob_BGC, -forced_BG), 0.0)
+        tokens_BGC = jnp.where(own_BGC, shifted(state.tokens_BGC, -forced_BG), given_BGC)
+        logprob_BGC = jnp.where(own_BGC, shifted(state.logprob_BGC, -forced_BG), 0.0)
         return tokens_BGC, logprob_BGC, state.length_BG + forced_BG, finished_BG
 
 
@@ -205,7 +226,7 @@ class _Decoder:
         # Forced tokens count, so a completion goes on from its own first tokens as it did when they were sampled.
         position = state.step if self.given is None else state.step + rows.of(self.given.forced.length_BG)
         uniform = constrain(row_uniforms(rows.of(self.key_BG), position), "", "batch")
-        token_bg, logprob_bg = sample_token(uniform, _whole_rows(self.model.logits(hidden_bgD)), self.sampling)
+        token_bg, logprob_bg = sample_token(uniform, whole_rows(self.model.logits(hidden_bgD)), self.sampling)
         token_bg, logprob_bg = constrain(token_bg, "batch"), constrain(logprob_bg, "batch")
         done_bg = rows.of(state.done_BG)
         # A finished row still passes through the model with the batch; what it draws is not kept.
@@ -273,7 +294,7 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
         state = _with_cache_size(state, given.size + cache_sizes[0])
     # The first token needs no decode step, since the prefill has its hidden state already.
     state = decoder.add_token(state, rows, first_BGD)
-    compactions = _compactions(*shape, size)
+    compactions = compactions_of(*shape, size)
     # Each size serves until it is full or the first compaction is due. All that follows has caches of full size.
     for cache_size in cache_sizes[1:]:
         state = decoder.until_fits(state, rows, prompt, (compactions or [(0, 0)])[0])
@@ -284,7 +305,7 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
     return decoder.until_fits(state, rows, prompt, (0, 0))
 
 
-def _whole_rows(logits_bgV: Array) -> Array:
+def whole_rows(logits_bgV: Array) -> Array:
     """The logits with rows split over all devices, and the vocabulary over none.
 
     Products leave them split along the vocabulary. To sample, each device would else gather the logits of all rows of
@@ -297,7 +318,7 @@ def _whole_rows(logits_bgV: Array) -> Array:
     return constrain(logits_bgV, "batch", "completion")
 
 
-def _shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
+def shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
     """Each row moved to the left by its own number of places, or to the right where that is negative; what falls out
     at one end comes in at the other."""
     size = values_BGX.shape[-1]
@@ -305,7 +326,7 @@ def _shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
     return jnp.take_along_axis(values_BGX, index_BGX, axis=-1)
 
 
-def _compactions(batch: int, group: int, size: int) -> list[tuple[int, int]]:
+def compactions_of(batch: int, group: int, size: int) -> list[tuple[int, int]]:
     """Prompts and completions of each that decoding shrinks to, one after the other.
 
     Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches. Where devices
@@ -334,7 +355,7 @@ def decode_loops(batch: int, group: int, size: int) -> list[int]:
     ends = [*_cache_sizes(size)[:-1], max(size - 1, 0)]
     steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     # No row leaves, so the loop before the first compaction goes on to the end, and those behind it have nothing to do.
-    return steps + [0] * len(_compactions(batch, group, size))
+    return steps + [0] * len(compactions_of(batch, group, size))
 
 
 def _with_cache_size(state: _DecodeState, size: int) -> _DecodeState:

@@ -36,6 +36,8 @@ from nested_reft.prompt_format import PromptFormat
 from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
+from nested_reft.rollout.refill import generate_refilled
+from nested_reft.rollout.rows import refills
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_mirror import address_of, local_run
 from nested_reft.sharding import (
@@ -155,6 +157,7 @@ class Policy:
         shared_prefix: int = 0,
         forced: ForcedPrefixes | None = None,
         number_B: Int[np.ndarray, " B"] | None = None,
+        rows: int = 0,
         stops: bool = True,
     ) -> Rollouts:
         """Samples `group_size` completions of each prompt, on the devices.
@@ -168,14 +171,18 @@ class Policy:
             shared_prefix: leading tokens that all prompts have in common.
             forced: first tokens of the completions; None takes those of the prompts, if any.
             number_B: the number of each prompt; None is its place among these.
+            rows: completions that are decoded at the same time (`rollout.refill`); 0 decodes all of them.
             stops: False goes on to the limit whatever is drawn, so that speeds can be compared.
 
         Raises:
             ValueError: a forced prefix does not fit into a completion.
         """
         limit = max_completion_tokens or self.max_completion_tokens
+        # Where nothing would wait, the plain program is the faster one.
+        waits = refills(rows, len(prompts) * group_size)
+        program = partial(generate_refilled, rows=rows) if waits else generate
         with on_mesh(self.mesh):
-            return generate(
+            return program(
                 self.model,
                 self._spread(prompts.tokens_BP),
                 self._spread(prompts.length_B),

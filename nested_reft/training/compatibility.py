@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import OfflineConfig, make_objective
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
+from nested_reft.rollout.rows import refills
 from nested_reft.sharding import divisors
 
 if TYPE_CHECKING:  # the configuration imports its rules
@@ -55,6 +56,10 @@ def mesh_divides_batches(config: Config) -> None:
     # Where one axis alone shares the batch, the message is about that field.
     sizes = {name: getattr(config.mesh, name) for name in ("slices", "data", "fsdp")}
     named = " x ".join(f"mesh.{name}" for name, size in sizes.items() if size > 1)
+    if config.rollout.rows % shares:
+        raise ValueError(
+            f"{named} is {shares}; it must divide rollout.rows, which is {config.rollout.rows}: devices share the rows"
+        )
     if micro_batch % shares:
         raise ValueError(
             f"{named} is {shares}; it must divide the prompts of a micro-batch, {micro_batch}: allowed are"
@@ -521,6 +526,16 @@ def settings_of_nesting_are_read(config: Config) -> None:
         _refuse_unread("rollout", rollout, ("draft_length",), f"rollout.mode is '{rollout.mode}', which drafts nothing")
 
 
+def rows_leave_some_waiting(config: Config) -> None:
+    """Rows that no completion waits for would be believed to save memory."""
+    rows, batch = config.rollout.rows, config.data.prompts_per_batch * config.rollout.group_size
+    if rows and not refills(rows, batch) and not isinstance(config.loss, OfflineConfig):
+        raise ValueError(
+            f"rollout.rows is {rows}, and data.prompts_per_batch * rollout.group_size make {batch} completions, so none"
+            f" would wait; allowed are 1 to {batch - 1}, or 0 to decode all at once"
+        )
+
+
 def leaves_layers_out(config: Config) -> bool:
     """Whether any plan of a run may leave layers out.
 
@@ -548,7 +563,11 @@ def _refuse_unread(path: str, part: Any, names: Sequence[str], why: str) -> None
         raise ValueError(f"{', '.join(unread)}, but {why}")
 
 
-START_RULES: tuple[Callable[[Config], None], ...] = (bridges_can_be_fitted, settings_of_nesting_are_read)
+START_RULES: tuple[Callable[[Config], None], ...] = (
+    bridges_can_be_fitted,
+    settings_of_nesting_are_read,
+    rows_leave_some_waiting,
+)
 """Rules for runs that begin. A run of an earlier version may break one, and it can still be read and continued."""
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.parameters import parameter_shapes
+from nested_reft.rollout.rows import cached_tokens, refills
 from nested_reft.sharding import make_mesh, mesh_bytes
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import Setup
@@ -40,11 +41,15 @@ def check_memory(setup: Setup) -> None:
         f"data.prompts_per_batch ({config.data.prompts_per_batch}), rollout.group_size ({config.rollout.group_size})"
     )
     samples = f"evaluation.samples_per_prompt ({config.evaluation.samples_per_prompt})"
+    rows, decoded = f"rollout.rows ({config.rollout.rows})", f"evaluation.rows ({config.evaluation.rows})"
+    is_refilled = refills(config.rollout.rows, config.data.prompts_per_batch * config.rollout.group_size)
     sizes = {
-        "rollouts": f"lower {batch} or {completions}",
+        "rollouts": f"lower {rows if is_refilled else batch} or {completions}"
+        + ("" if is_refilled or config.rollout.mode == "exact" else ", or set rollout.rows to decode fewer at a time"),
         "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})"
         + (f", or set train.remat full (now {config.train.remat})" if config.train.remat != "full" else ""),
-        "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}",
+        "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}"
+        + (f", or lower {decoded}" if config.evaluation.rows else ", or set evaluation.rows to decode fewer at a time"),
         "warm start": f"raise warm_start.micro_batches or lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
     # Where weights and moments are too much, a smaller batch would not help.
@@ -53,7 +58,10 @@ def check_memory(setup: Setup) -> None:
     for stage, parts in least_bytes(setup).items():
         if sum(parts.values()) <= capacity:
             continue
-        listed = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
+        cached = f" of {_cached(setup, stage)}" if "caches" in parts else ""
+        listed = ", ".join(
+            f"{name} {_size(count)}{cached if name == 'caches' else ''}" for name, count in parts.items()
+        )
         # The largest part decides on the advice: batch sizes act on caches and activations only.
         is_batch = max(parts, key=lambda name: parts[name]) in ("caches", "activations")
         remedy = sizes[stage] if is_batch else f"{smaller} or take a smaller model.name"
@@ -171,9 +179,6 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         Stage -> what holds memory in it -> bytes.
     """
     config, model = setup.config, setup.policy.model.config
-    prompts, group = config.data.prompts_per_batch, config.rollout.group_size
-    fed = config.rollout.max_completion_tokens - 1  # of each completion; the last is never fed
-    own = group * fed
     item = jnp.dtype(config.model.dtype).itemsize
     weights, copy = _weight_bytes(setup), _copy_bytes(setup)
     # AdamW keeps two moments of each weight in its dtype. Those of adapters are small enough for a lower bound
@@ -181,7 +186,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     moments = 0.0 if config.lora.rank else 2.0 * weights
     is_copied = config.rollout.weights != "target"
     token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
-    shared = setup.data.shared_prefix
+    shared, fed = setup.data.shared_prefix, _fed_tokens(setup)
     tokens = shared + config.prompts_per_micro_batch * (
         setup.data.prompt_size - shared + config.trained_group_size * fed
     )
@@ -189,7 +194,7 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         "weights": weights + copy,
         "optimizer": moments,
         # A copy of low precision keeps its caches in bfloat16, which takes 2 bytes.
-        "caches": float((2 if is_copied else item) * token_values * prompts * (setup.data.prompt_size + own)),
+        "caches": float((2 if is_copied else item) * token_values * cached_tokens(*_decoded(setup, "rollouts"))),
     }
     updates = {
         "weights": weights + copy,
@@ -199,12 +204,10 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         # The residual stream is float32, which takes 4 bytes.
         "activations": float(4 * tokens * model.num_layers * model.width),
     }
-    # Greedy evaluation alone still holds one completion per prompt.
-    evaluated = max(config.evaluation.samples_per_prompt, 1) * fed
     evaluation = {
         "weights": weights,
         "optimizer": moments,
-        "caches": float(item * token_values * config.evaluation.batch_size * (setup.data.prompt_size + evaluated)),
+        "caches": float(item * token_values * cached_tokens(*_decoded(setup, "evaluation"))),
     }
     stages = {"rollouts": rollouts, "updates": updates, "evaluation": evaluation}
     if isinstance(config.loss, OfflineConfig):
@@ -219,6 +222,31 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
         # Nobody searches yet, and no copy has been made.
         stages["warm start"] = updates | {"weights": weights, "activations": activations, "old weights": 0.0}
     return stages
+
+
+def _fed_tokens(setup: Setup) -> int:
+    """Of each completion; the last is never fed."""
+    return setup.config.rollout.max_completion_tokens - 1
+
+
+def _decoded(setup: Setup, stage: str) -> tuple[int, int, int, int, int]:
+    """What `cached_tokens` asks for, of a stage that samples."""
+    config, evaluation = setup.config, setup.config.evaluation
+    if stage == "rollouts":
+        sizes = config.data.prompts_per_batch, config.rollout.group_size, config.rollout.rows
+    else:
+        # Greedy evaluation alone still holds one completion per prompt.
+        sizes = evaluation.batch_size, max(evaluation.samples_per_prompt, 1), evaluation.rows
+    prompts, group, rows = sizes
+    return prompts, group, setup.data.prompt_size, _fed_tokens(setup), rows
+
+
+def _cached(setup: Setup, stage: str) -> str:
+    """The rows and tokens that a stage caches, as a message names them."""
+    prompts, group, prompt_tokens, fed, rows = _decoded(setup, stage)
+    if refills(rows, prompts * group):
+        return f"{rows} rows of {prompt_tokens} + {fed} tokens"
+    return f"{prompts} prompts of {prompt_tokens} tokens and {prompts * group} completions of {fed}"
 
 
 def _size(count: float) -> str:

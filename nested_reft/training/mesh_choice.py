@@ -14,6 +14,7 @@ from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import parameter_shapes, splittable_parts
 from nested_reft.models.registry import model_shape
+from nested_reft.rollout.rows import cached_tokens
 from nested_reft.sharding import MeshConfig, dividing, largest_split, make_mesh, mesh_bytes
 from nested_reft.training.config import Config
 
@@ -116,9 +117,16 @@ def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:
     # Decoding reads every matrix whole in its width, so it is gathered before the loop.
     read = item if weights == "target" else jnp.dtype(weights).itemsize
     gathered = 0 if mesh.fsdp == 1 else count * read / mesh.tensor
-    tokens = config.data.max_prompt_tokens + config.rollout.group_size * config.rollout.max_completion_tokens
+    rollout = config.rollout
+    tokens = cached_tokens(
+        config.data.prompts_per_batch,
+        rollout.group_size,
+        config.data.max_prompt_tokens,
+        rollout.max_completion_tokens,
+        rollout.rows,
+    )
     values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * item
-    caches = config.data.prompts_per_batch * tokens * values / (mesh.batch * mesh.tensor)
+    caches = tokens * values / (mesh.batch * mesh.tensor)
     # The gradient is gone when rollouts begin.
     return stored + copied + max(gradient, gathered + caches)
 

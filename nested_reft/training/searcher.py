@@ -106,7 +106,13 @@ class Searcher:
 
         def sample(layers: LayerPlan, sample_key: jax.Array, count: int, forced: ForcedPrefixes | None) -> Rollouts:
             return policy.generate(
-                prompts, layers, sample_key, group_size=count, shared_prefix=self._shared_prefix, forced=forced
+                prompts,
+                layers,
+                sample_key,
+                group_size=count,
+                shared_prefix=self._shared_prefix,
+                forced=forced,
+                rows=config.rows,
             )
 
         # The prefixes are passed on here, because a mixture hands each component only those of its own slots.

@@ -88,5 +88,6 @@ def _pass_rates(
 ) -> Float[np.ndarray, " E"]:
     """The share of right answers among the samples of each example."""
     samples = config.data.split.samples
-    correct_E, _ = num_correct(policy, examples, config.reward, config.evaluation.batch_size, None, key, samples)
+    how = config.evaluation
+    correct_E, _ = num_correct(policy, examples, config.reward, how.batch_size, None, key, samples, decoded=how.rows)
     return correct_E / samples

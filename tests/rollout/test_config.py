@@ -12,6 +12,11 @@ from nested_reft.rollout.sampling import GREEDY, SamplingConfig
         ({"group_size": 0}, "rollout.group_size is 0; allowed is 1 or more"),
         ({"max_completion_tokens": 0}, "rollout.max_completion_tokens is 0; allowed is 1 or more"),
         ({"draft_length": 0}, "rollout.draft_length is 0; allowed is 1 or more"),
+        ({"rows": -1}, "rollout.rows is -1; allowed is 0 (all at once) or more"),
+        (
+            {"mode": "exact", "rows": 8},
+            "rollout.mode is 'exact' and rollout.rows 8; exact rollouts draft and",
+        ),
         ({"sampling": GREEDY}, "rollout.sampling.temperature is 0; allowed is more, as greedy completions"),
         ({"sampling": SamplingConfig(top_k=1)}, "rollout.sampling.top_k is 1; allowed is 0 (keep all), or 2 or more"),
         ({"mixture_alpha": 0.0}, "rollout.mixture_alpha is 0.0; allowed is 0 < mixture_alpha <= 1, or None"),

@@ -320,9 +320,9 @@ def test_a_prefix_that_is_not_shared_would_show(key):
 
 
 def test_compactions_halve_groups_first():
-    assert generate_module._compactions(3, 8, 32) == [(3, 4), (3, 2), (3, 1)]
-    assert generate_module._compactions(7, 1, 32) == [(4, 1), (2, 1)]
-    assert generate_module._compactions(8, 8, 31) == []  # too short to pay
+    assert generate_module.compactions_of(3, 8, 32) == [(3, 4), (3, 2), (3, 1)]
+    assert generate_module.compactions_of(7, 1, 32) == [(4, 1), (2, 1)]
+    assert generate_module.compactions_of(8, 8, 31) == []  # too short to pay
 
 
 def test_caches_hold_a_quarter_half_and_all():

@@ -93,6 +93,10 @@ REFUSED = {
     ],
     "mesh_divides_batches": [
         (
+            {"mesh": MeshConfig(data=4), "rollout__rows": 6},
+            r"mesh.data is 4; it must divide rollout.rows, which is 6: devices share the rows",
+        ),
+        (
             {"mesh": MeshConfig(data=2, fsdp=3)},
             r"mesh.data x mesh.fsdp is 6; it must divide the prompts of a micro-batch, 4: allowed are 1, 2, 4",
         ),
@@ -434,6 +438,12 @@ REFUSED_AT_START = {
         (  # the refits would never come
             {"nesting": replaced(BRIDGED, tokens=513, file="b", refit_every=2)},
             r"tokens is 513, and train.steps 4: .* at most 512",
+        ),
+    ],
+    "rows_leave_some_waiting": [
+        (  # 4 prompts and groups of 4
+            {"rollout__rows": 16},
+            r"rollout.rows is 16, .* make 16 completions, so none would wait; allowed are 1 to 15, or 0",
         ),
     ],
     "settings_of_nesting_are_read": [

@@ -66,6 +66,20 @@ def test_least_bytes_by_hand(setup_of):
     assert parts["updates"]["activations"] == tokens * 4 * 12 * 4
 
 
+def test_rows_that_are_refilled_hold_their_own_caches_alone(setup_of, monkeypatch):
+    """Three rows at a time, each with 8 prompt tokens and 4 fed ones, and one prompt whose completions wait."""
+    setup = setup_of(prompts=50)
+    rollout = dataclasses.replace(setup.config.rollout, rows=3)
+    setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, rollout=rollout))
+    assert least_bytes(setup)["rollouts"]["caches"] == 2 * 4 * 4 * 4 * (3 * (8 + 4) + 8)
+    # Less than the caches themselves, so that these are the largest part.
+    monkeypatch.setattr(memory, "least_bytes", lambda setup: {"rollouts": {"weights": 1.0, "caches": 9e9}})
+    monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 8e9)
+    message = r"caches 9.0 GB of 3 rows of 8 \+ 4 tokens\); .*: lower rollout.rows \(3\) or rollout.max_"
+    with pytest.raises(ValueError, match=message):
+        check_memory(setup)
+
+
 def test_updates_hold_the_completions_that_they_train_on(setup_of):
     """Groups of 2 out of the 3 that are sampled: rollouts cache all of them."""
     setup = setup_of()
@@ -150,7 +164,8 @@ def test_what_changes_the_bound(setup_of):
     [
         (
             {"prompts": 2000, "size": 5000, "micro_batches": 2000},
-            r"rollouts needs at least .* caches .* lower data.prompts_per_batch \(2000\), .*_tokens \(5000\)",
+            r"rollouts needs at least .* caches .* of 2000 prompts of 8 tokens and 6000 completions of 4999\); .* lower"
+            r" data.prompts_per_batch \(2000\), .*_tokens \(5000\), or set rollout.rows to decode fewer at a time",
         ),
         ({"prompts": 100, "size": 500}, r"updates needs at least .* activations .* raise train.micro_batches \(1\)"),
         ({}, r"rollouts needs at least 0.069 MB .* there are 0.01 MB: train adapters"),

@@ -46,6 +46,16 @@ def test_the_same_key_finds_the_same_and_another_does_not(setup, prompts, key):
     assert first.texts == again.texts != different.texts
 
 
+def test_refilled_rows_find_the_same(setup, prompts, key):
+    """Six rows for 16 completions, of the mixture's two policies."""
+    whole, refilled = (
+        searcher(setup, mixture_alpha=0.5, rows=rows).search(setup.policy, prompts, PLAN, key).rollouts
+        for rows in (0, 6)
+    )
+    np.testing.assert_array_equal(refilled.tokens_BGC, whole.tokens_BGC)
+    np.testing.assert_allclose(refilled.behavior_logprob_BGC, whole.behavior_logprob_BGC, atol=1e-4)
+
+
 def test_what_it_finds_lies_on_the_host_and_is_the_plans(setup, prompts, key):
     found = searcher(setup).search(setup.policy, prompts, PLAN, key)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))

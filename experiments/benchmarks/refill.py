@@ -1,0 +1,195 @@
+"""Does refilling rows pay? Long-tailed completions by rows that take what waits, and by batches that only shrink.
+
+    python -m experiments.benchmarks.refill [--rows 16 32] [--alone 8] [--json FILE]
+
+SmolLM2-135M in float32, prompts of 64 tokens, completions of up to 512. Lengths are the quantiles of a log-normal
+distribution with mean 64 and longest 512, shuffled. For each row that is decoded at a time there are five prompts, so
+that four wait. Batches of that many rows come one after the other and drop the rows that end, as rollouts do without
+`rollout.rows`. What is sampled must be the same, token for token; `--alone` compares so many prompts with batches of
+one as well.
+
+A row ends at its length because its draw there is replaced: a random number of 0 draws token 0, which stops it. The
+programs are those that ship otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from experiments.arguments import add_list, command
+from experiments.benchmarks.common import MODEL, disturbance, parser, plain, prepare_process, write_results
+from experiments.benchmarks.ours import policy_of, prompts_of
+from experiments.benchmarks.worker import Case, measure_all
+from nested_reft.cli.arguments import whole
+from nested_reft.layer_plan import LayerPlan
+from nested_reft.models.transformer import Transformer
+from nested_reft.reports.tables import table
+from nested_reft.rollout import generate as generate_module
+from nested_reft.rollout import refill as refill_module
+from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms
+from nested_reft.sharding import to_host
+from nested_reft.types import Rollouts
+
+ROWS = (16, 32)
+PROMPTS_PER_ROW = 5
+PROMPT_TOKENS, NEW_TOKENS, MEAN_TOKENS = 64, 512, 64
+NAME = "row_uniforms"  # of what both modules draw by
+STOP = 0  # the first token of the vocabulary, which the smallest random number draws
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    known = parser("refill", __doc__)
+    add_list(known, "--rows", ROWS, type=whole(1), help="that are decoded at the same time")
+    known.add_argument("--alone", type=whole(0), default=0, help="prompts that are also sampled in a batch of one")
+    known = known.parse_args(arguments)
+    prepare_process(known.threads)
+    model, found = policy_of(MODEL).model, []
+    for rows in known.rows:
+        print(f"{PROMPTS_PER_ROW * rows} prompts by {rows} rows", flush=True)
+        found += refill_rows(model, rows, known.repeats, known.alone)
+    print(f"\n{refill_table(found)}\n{disturbance(found)}")
+    write_results(known, {"threads": known.threads, "rows": plain(found)})
+
+
+def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list[dict[str, Any]]:
+    """All prompts in batches of so many rows, by as many rows that are refilled, and all at once, timed in turn.
+
+    Args:
+        model: what samples.
+        rows: that are decoded at the same time.
+        repeats: timed calls of each; the best counts.
+        alone: how many prompts are also sampled one by one, untimed.
+
+    Raises:
+        AssertionError: two of them sampled different tokens.
+    """
+    case = Case(PROMPTS_PER_ROW * rows, 1, PROMPT_TOKENS, NEW_TOKENS)
+    length_N = long_tailed(case.prompts)
+    calls = {
+        "batches that shrink": sampler(model, case, length_N, rows),
+        "refilled rows": sampler(model, case, length_N, rows, refilled=True),
+        "all rows at once": sampler(model, case, length_N, case.prompts),
+    }
+    times = measure_all(list(calls.values()), repeats)
+    tokens = {name: call() for name, call in calls.items()}
+    first = tokens["batches that shrink"]
+    for name, other in tokens.items():
+        assert np.array_equal(first, other), f"{name} sampled other tokens"
+    if alone:
+        assert np.array_equal(first[:alone], sampler(model, case, length_N, 1)(alone)), "rows alone sampled others"
+    sampled = (first != STOP).cumprod(axis=1).sum(axis=1) + 1
+    named = {"system": "ours", "case": case, "rows": rows, "alone": alone}
+    named |= {"tokens": int(sampled.sum()), "mean_length": float(sampled.mean()), "longest": int(sampled.max())}
+    return [named | {"variant": name} | row for name, row in zip(calls, times, strict=True)]
+
+
+def long_tailed(count: int) -> Int[np.ndarray, " N"]:
+    """Lengths whose logarithms are normal, with mean `MEAN_TOKENS` and longest `NEW_TOKENS`, in random order."""
+    score_N = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
+    low, high = 0.0, 2.0
+    for _ in range(40):  # halvings; a wider spread with the same longest has a smaller mean
+        spread = (low + high) / 2
+        found_N = np.maximum(np.round(NEW_TOKENS * np.exp(spread * (score_N - score_N[-1]))), 1)
+        low, high = (spread, high) if found_N.mean() > MEAN_TOKENS else (low, spread)
+    return np.random.default_rng(0).permutation(found_N.astype(np.int32))
+
+
+def sampler(
+    model: Transformer, case: Case, length_N: Int[np.ndarray, " N"], rows: int, refilled: bool = False
+) -> Callable[..., Int[np.ndarray, "N C"]]:
+    """What samples all prompts, or the first so many, and returns their tokens.
+
+    Args:
+        model: what samples.
+        case: the prompts.
+        length_N: tokens after which each row ends.
+        rows: prompts of a batch, or rows that are refilled.
+        refilled: one call for all prompts instead of one for each batch.
+    """
+    prompts, key = prompts_of(case, model.config.vocab_size), jax.random.key(0)
+    program = _program(row_keys(key, jnp.arange(case.prompts), 1), jnp.asarray(length_N), rows if refilled else None)
+
+    def call(count: int = case.prompts) -> Int[np.ndarray, "N C"]:
+        batch = count if refilled else rows
+        found = [
+            program(
+                model,
+                jnp.asarray(prompts.tokens_BP[start : start + batch]),
+                jnp.asarray(prompts.length_B[start : start + batch]),
+                LayerPlan.full(model.config.num_layers),
+                jnp.array([STOP]),
+                key,
+                number_B=jnp.arange(start, start + batch),
+            )
+            for start in range(0, count, batch)
+        ]
+        return np.concatenate([part.tokens_BGC[:, 0] for part in to_host(found)])
+
+    return call
+
+
+def _program(key_N1: Array, length_N: Array, rows: int | None) -> Callable[..., Rollouts]:
+    """A program of its own, whose rows end at their lengths."""
+    words_N = jax.random.key_data(key_N1)[:, 0, 0]
+
+    def draws(key: Array, position: Array) -> Float[Array, "2 *rows"]:
+        number = jnp.argmax(jax.random.key_data(key)[..., :1] == words_N, axis=-1)
+        return jnp.where(position + 1 >= length_N[number], 0.0, jnp.maximum(row_uniforms(key, position), 1e-6))
+
+    options = {"group_size": 1, "max_completion_tokens": NEW_TOKENS, "sampling": SamplingConfig()}
+    chosen = generate_module.generate if rows is None else refill_module.generate_refilled
+    options |= {} if rows is None else {"rows": rows}
+
+    def traced(*arrays: Any, **named: Any) -> Rollouts:
+        modules: list[Any] = [generate_module, refill_module]
+        for module in modules:
+            module.row_uniforms = draws  # read while it is traced
+        try:
+            return inspect.unwrap(chosen)(*arrays, **named, **options)
+        finally:
+            for module in modules:
+                module.row_uniforms = row_uniforms
+
+    return jax.jit(traced)
+
+
+def refill_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each measurement; what others take is relative to the batches of as many rows."""
+    header = ["rows", "prompts", "variant", "mean", "longest", "s", "tokens/s", "faster", "first s", "peak GB"]
+    cells = []
+    for row in rows:
+        base = next(x for x in rows if x["rows"] == row["rows"])
+        cells.append(
+            [
+                row["rows"],
+                row["case"].prompts,
+                row["variant"],
+                f"{row['mean_length']:.1f}",
+                row["longest"],
+                f"{row['seconds']:.1f}",
+                f"{row['tokens'] / row['seconds']:.1f}",
+                f"{base['seconds'] / row['seconds']:.2f}x",
+                f"{row['first_seconds']:.1f}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+            ]
+        )
+    return table(header, cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
