@@ -263,14 +263,20 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     finally:
         _in_agreed_action = False
     kind = next((kind.__name__ for kind in _CROSSING if isinstance(mine, kind)), RuntimeError.__name__)
-    failures = gather_text("" if mine is None else f"{kind}\n{mine}", seconds)
+    # Whether the input or the machine is to blame shows in the system's number.
+    number = getattr(mine, "errno", None) or getattr(getattr(mine, "__cause__", None), "errno", None) or ""
+    failures = gather_text("" if mine is None else f"{kind} {number}\n{mine}", seconds)
     first = next((process for process, failure in enumerate(failures) if failure), None)
     if first is None:
         return result
     if mine is not None and first == index():
         raise mine
-    kind, _, text = failures[first].partition("\n")
-    raise getattr(builtins, kind)(f"process {first}: {text}") from mine
+    head, _, text = failures[first].partition("\n")
+    kind, _, number = head.partition(" ")
+    failure = getattr(builtins, kind)(f"process {first}: {text}")
+    if isinstance(failure, OSError) and number:
+        failure.errno = int(number)
+    raise failure from mine
 
 
 def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | None:

@@ -71,8 +71,8 @@ class Chip:
 
 CHIPS = {
     # Google Cloud's documentation (docs.cloud.google.com/tpu/docs), the page of each generation. Those of v5e, v6e and
-    # v5p name the largest slice: 16x16 and 16x16x24. The others name the chips of a whole pod. The longest side of v4 in
-    # its examples is 24 (12x12x24), and TPU7x has the same form.
+    # v5p name the largest slice: 16x16 and 16x16x24. The others name the chips of a whole pod. The longest side of v4
+    # in its examples is 24 (12x12x24), and TPU7x has the same form.
     "v2": Chip("4x4", 2, 16, 256),
     "v3": Chip("4x4", 2, 32, 1024),
     "v4": Chip("2x2x1", 3, 24, 4096),
