@@ -163,12 +163,20 @@ def _check_reachable(config: ProcessConfig) -> None:
 
 def _end_late(config: ProcessConfig) -> None:
     """Ends a process that is still waiting, in a thread beside it."""
-    print(
-        f"error: process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}', and"
-        f" not all of the {config.count} processes came",
-        file=sys.stderr,
-    )
+    print(f"error: {_why_late(config)}", file=sys.stderr)
     flush_and_end(FAILED)
+
+
+def _why_late(config: ProcessConfig) -> str:
+    """What a process knows of why it waited in vain: only the first one is the coordinator and sees who came."""
+    waited = f"process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}', and"
+    if config.index == 0:
+        return f"{waited} not all of the {config.count} processes came"
+    return (
+        f"{waited} was not let in: the address accepted a connection, but no coordinator answered there in that time."
+        f" Either another service has this port, or process 0 still waits for some of the {config.count} processes;"
+        " look at what process 0 says"
+    )
 
 
 def index() -> int:

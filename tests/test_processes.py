@@ -97,6 +97,20 @@ processes.start(processes.ProcessConfig("{address}", 2, 0, connect_seconds=1))
     assert f"process 0 waited 1 s at coordinator '{address}', and not all of the 2 processes came" in done.stderr
 
 
+@joins
+def test_an_address_with_another_service_is_told_from_processes_that_did_not_come():
+    """The port answers, as that of a web server does, and nobody there knows of the run."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        code = f"""
+from nested_reft import processes
+processes.start(processes.ProcessConfig("{address}", 2, 1, connect_seconds=1))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "not all of the 2 processes came" not in done.stderr
+    assert f"process 1 waited 1 s at coordinator '{address}', and was not let in: the address accepted" in done.stderr
+
+
 TALK = """
 import json, numpy as np
 me, found = processes.index(), {}
