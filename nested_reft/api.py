@@ -245,6 +245,7 @@ def open_trainer(
     Raises:
         ValueError: the configuration cannot work, or the run cannot be continued.
     """
+    chooses = config.mesh.data == "auto"
     # Each process asks its own devices for their memory, so the choice is made before they are compared.
     config = processes.agreed(lambda: with_chosen_mesh(config))
     _check_same_run(config, resume)
@@ -277,7 +278,8 @@ def open_trainer(
         print(f"run directory: {printable(directory.address)}")
         if directory.address != str(directory.path):
             print(f"local copy: {printable(str(directory.path))}")
-        _say_idle_devices(setup.config)
+        if not chooses:  # the choice has said it with its reason
+            _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)

@@ -20,7 +20,7 @@ def test_a_place_below_a_file_is_refused(script, option, message, place, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["script", option, place])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         script.main()
     said = capsys.readouterr().err.splitlines()[-1]
     assert option in said and place in said and message in said
