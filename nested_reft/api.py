@@ -14,7 +14,7 @@ import jax
 from nested_reft import processes
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.evaluation import Evaluation
-from nested_reft.json_files import differences, write_json
+from nested_reft.json_files import check_directory, differences, write_json
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
@@ -245,6 +245,7 @@ def open_trainer(
     Raises:
         ValueError: the configuration cannot work, or the run cannot be continued.
     """
+    chooses = config.mesh.data == "auto"
     # Each process asks its own devices for their memory, so the choice is made before they are compared.
     config = processes.agreed(lambda: with_chosen_mesh(config))
     _check_same_run(config, resume)
@@ -277,7 +278,8 @@ def open_trainer(
         print(f"run directory: {printable(directory.address)}")
         if directory.address != str(directory.path):
             print(f"local copy: {printable(str(directory.path))}")
-        _say_idle_devices(setup.config)
+        if not chooses:  # the choice has said it with its reason
+            _say_idle_devices(setup.config)
     trainer = Trainer(setup, directory, on_step, on_stall)
     del setup  # so that training takes over the model's memory instead of copying it
     trainer.open(resume=resume is not None)
@@ -290,6 +292,9 @@ def _taken(run: Path) -> RunDirectory:
     """The directory of a run that is to be continued, for this process."""
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{address_of(run)}' has no complete checkpoint to resume from")
+    # Each process writes its share of a checkpoint. Said before the lock and the logs, whose errors name single files.
+    for place in (run, run / "checkpoints"):
+        check_directory(place, "run directory", "copy the whole run to a place that can be written and resume the copy")
     return RunDirectory(run) if processes.is_writer() else SilentRunDirectory(run)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from nested_reft.data.prompts import EncodedExample
 from nested_reft.evaluation import Answers, EvaluationConfig, answered, pass_at_k
 from nested_reft.intervals import of_mean
-from nested_reft.json_files import differences
+from nested_reft.json_files import differences, naming
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rewards.exact_answer import parse_answer
 from nested_reft.rewards.math_answer import marked_answer, one_form
@@ -201,7 +201,8 @@ class RecordFile:
         """Writes the first line, or cuts a line off that was written in part."""
         if self._path is not None:
             self._whole = self._whole or _line({"about": self._about})
-            self._path.write_bytes(self._whole)
+            with naming(self._path):
+                self._path.write_bytes(self._whole)
 
     def keep(self, records: list[Record]) -> None:
         """Adds records at the end.
@@ -210,7 +211,7 @@ class RecordFile:
             records: of a batch.
         """
         if self._path is not None:
-            with self._path.open("ab") as file:
+            with naming(self._path), self._path.open("ab") as file:
                 file.write(b"".join(map(_line, records)))
 
     def _read(self, path: Path) -> None:

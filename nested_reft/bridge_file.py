@@ -18,6 +18,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from nested_reft.json_files import naming
 from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.fingerprint import fingerprint
 from nested_reft.models.parameters import Parameters
@@ -107,7 +108,8 @@ def save_bridges(path: Path, fitted: FittedBridges) -> None:
     # A kill while it is written must not leave half a file under the name.
     unfinished = path.with_name(f".{path.name}.unfinished")
     # What safetensors itself writes only its owner could read, whatever the umask says.
-    unfinished.write_bytes(save(arrays, metadata=sealed(arrays, about)))
+    with naming(unfinished):
+        unfinished.write_bytes(save(arrays, metadata=sealed(arrays, about)))
     unfinished.replace(path)
 
 

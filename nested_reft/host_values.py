@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
+from nested_reft.json_files import naming
+
 # These mark the place in the JSON part where a NumPy array or a block stood. Orbax writes no empty arrays, so that of
 # an empty one says all that there is to know.
 _ARRAY, _EMPTY, _BLOCK = "__array__", "__empty_array__", "__block__"
@@ -142,7 +144,7 @@ def write_block(directory: Path, block: Block) -> list[int]:
     directory.mkdir(exist_ok=True)
     path = block_path(directory, block.name)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         file.write(content)
         file.flush()
         # Checkpoints that come later rely on this file, also after a power cut.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +50,60 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json_text(value, indent=2) + "\n"
     if _is_special(path):
-        path.write_text(text, encoding="utf-8")
+        with naming(path):
+            path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()
     # The number keeps a user's own `.partial` file as it is.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with naming(path):
+        partial.write_text(text, encoding="utf-8")
     # A rename within one directory happens whole or not at all.
     os.replace(partial, path)
+
+
+def check_directory(path: Path, what: str, remedy: str) -> None:
+    """Refuses a directory that cannot be written, by a file of a name that nobody has.
+
+    Args:
+        path: the directory; where it is not there, the nearest one above it decides.
+        what: the option or the kind of directory, which begins the message.
+        remedy: what the user can do beside granting the right.
+
+    Raises:
+        ValueError: it cannot be written.
+        OSError: its device is full or broken.
+    """
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        where = "" if nearest == path.absolute() else f" in '{nearest}'"
+        raise ValueError(
+            f"{what} '{path}' cannot be written{where}: {error.strerror}; mount it writable or give this user the right"
+            f" to write there, or {remedy}"
+        ) from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in an error of the system, which a write leaves out.
+
+    Args:
+        path: what is written in the block.
+
+    Raises:
+        OSError: as the block raised it, with a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _is_special(path: Path) -> bool:

@@ -163,12 +163,20 @@ def _check_reachable(config: ProcessConfig) -> None:
 
 def _end_late(config: ProcessConfig) -> None:
     """Ends a process that is still waiting, in a thread beside it."""
-    print(
-        f"error: process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}', and"
-        f" not all of the {config.count} processes came",
-        file=sys.stderr,
-    )
+    print(f"error: {_why_late(config)}", file=sys.stderr)
     flush_and_end(FAILED)
+
+
+def _why_late(config: ProcessConfig) -> str:
+    """What a process knows of why it waited in vain: only the first one is the coordinator and sees who came."""
+    waited = f"process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}', and"
+    if config.index == 0:
+        return f"{waited} not all of the {config.count} processes came"
+    return (
+        f"{waited} was not let in: the address accepted a connection, but no coordinator answered there in that time."
+        f" Either another service has this port, or process 0 still waits for some of the {config.count} processes;"
+        " look at what process 0 says"
+    )
 
 
 def index() -> int:
@@ -263,14 +271,20 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     finally:
         _in_agreed_action = False
     kind = next((kind.__name__ for kind in _CROSSING if isinstance(mine, kind)), RuntimeError.__name__)
-    failures = gather_text("" if mine is None else f"{kind}\n{mine}", seconds)
+    # Whether the input or the machine is to blame shows in the system's number.
+    number = getattr(mine, "errno", None) or getattr(getattr(mine, "__cause__", None), "errno", None) or ""
+    failures = gather_text("" if mine is None else f"{kind} {number}\n{mine}", seconds)
     first = next((process for process, failure in enumerate(failures) if failure), None)
     if first is None:
         return result
     if mine is not None and first == index():
         raise mine
-    kind, _, text = failures[first].partition("\n")
-    raise getattr(builtins, kind)(f"process {first}: {text}") from mine
+    head, _, text = failures[first].partition("\n")
+    kind, _, number = head.partition(" ")
+    failure = getattr(builtins, kind)(f"process {first}: {text}")
+    if isinstance(failure, OSError) and number:
+        failure.errno = int(number)
+    raise failure from mine
 
 
 def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | None:

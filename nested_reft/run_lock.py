@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_reft import run_mirror
+from nested_reft.json_files import naming
 from nested_reft.run_mirror import IN_USE, has_ended, in_words, this_process
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class OwnerFile:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
+        with naming(self._path), os.fdopen(descriptor, "w") as file:
             file.write(self._content())
         return True
 

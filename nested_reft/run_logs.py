@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_reft.json_files import json_text
+from nested_reft.json_files import json_text, naming
 
 logger = logging.getLogger(__name__)
 SHOWN_FAULTS = 5  # of a damaged log
@@ -44,17 +44,16 @@ class Log:
             OSError: names the file.
         """
         data = "".join(json_text(line) + "\n" for line in lines).encode()
-        try:
+        with naming(self.path):
             written = 0
             while written < len(data):  # an unbuffered file may take less than it is given
                 written += self._file.write(data[written:])
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._size, self._checksum = self._size + len(data), zlib.crc32(data, self._checksum)
 
     def mark(self) -> list[int]:
         """Size and CRC-32 of what was written so far, which is on the disk when this returns."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
         return [self._size, self._checksum]
 
     def close(self) -> None:
@@ -78,10 +77,12 @@ class Events:
 
         self._proto: Any = event_pb2  # made from a .proto file, so its classes have no types
         # Two files of one second would have one name but for the process.
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
-        if purge_step is not None:
-            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._writer.write_event(self._proto.Event(step=purge_step, wall_time=time.time(), session_log=start))
+        self._path = directory / "events"
+        with naming(self._path):
+            self._writer = EventsWriter(str(self._path), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
+            if purge_step is not None:
+                start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+                self._writer.write_event(self._proto.Event(step=purge_step, wall_time=time.time(), session_log=start))
 
     def write(self, step: int, values: dict[str, float], histograms: dict[str, list[int]]) -> None:
         """One point of each value and one histogram of each list of counts, by name.
@@ -98,9 +99,10 @@ class Events:
             age_A, most = np.arange(len(count_A)), len(count_A) - 1
             moments = sum(count_A), float(age_A @ count_A), float(age_A**2 @ count_A)
             summaries.append(histogram_raw(name, 0, most, *moments, (age_A + 0.5).tolist(), count_A))
-        for summary in summaries:
-            self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), summary=summary))
-        self._writer.flush()
+        with naming(self._path):
+            for summary in summaries:
+                self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), summary=summary))
+            self._writer.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -133,7 +135,8 @@ def mend(path: Path, step: int, first_step: int | None) -> None:
     """
     kept, faults = good_lines(path.read_bytes() if path.exists() else b"", step, first_step)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(b"".join(kept))
+    with naming(path):
+        partial.write_bytes(b"".join(kept))
     if path.exists():
         was = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         path.rename(was)

@@ -50,8 +50,9 @@ class MeshConfig:
     Attributes:
         slices: groups of devices with a slow connection between them, such as several TPU slices; they share a batch's
             prompts, and each holds all parameters.
-        data: devices of a slice that share a batch's prompts, and each hold all parameters. `auto` takes all devices
-            that there are; where `fsdp` and `tensor` are 1, it also chooses these by the size of the model.
+        data: devices of a slice that share a batch's prompts, and each hold all parameters. `auto` takes as
+            many devices as share the prompts evenly, which is all of them where the batch allows it; where `fsdp` and
+            `tensor` are 1, it also chooses these by the size of the model.
         fsdp: devices that share a batch's prompts and also the storage of parameters, gradients and moments.
         tensor: devices that share each layer's heads and hidden units.
     """

@@ -417,6 +417,8 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="kinds whose name holds all of them")
     parser.add_argument("--page", type=Path, help="a Markdown page whose table of kinds is replaced")
     known = parser.parse_args()
+    if known.page is not None and not known.page.is_file():
+        parser.error(f"--page is {str(known.page)!r}; allowed is a Markdown page that is there")
     logging.getLogger().addHandler(logging.NullHandler())
     chosen = {kind: act for kind, act in kinds().items() if all(word in kind for word in known.words)}
     with tempfile.TemporaryDirectory() as directory:

@@ -24,6 +24,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from experiments.arguments import folder  # noqa: E402
 from nested_reft import processes  # noqa: E402
 from nested_reft.command import environment_of  # noqa: E402
 from nested_reft.program_cache import cache_directory  # noqa: E402
@@ -136,7 +137,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
     layouts = [name for name in LAYOUTS if name != ALONE]
     parser.add_argument("--layouts", nargs="+", choices=layouts, default=layouts)
-    parser.add_argument("--keep", type=Path, help="folder of the steps; those that are there are not taken again")
+    parser.add_argument("--keep", type=folder, help="folder of the steps; those that are there are not taken again")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     known = parser.parse_args()

@@ -102,6 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
     known = parser.parse_args(arguments)
     if not (known.root / PACKAGE).is_dir():
         parser.error(f"--root is {str(known.root)!r}; allowed is a directory that holds {PACKAGE}/")
+    if known.json and (known.json.is_dir() or not known.json.absolute().parent.is_dir()):
+        parser.error(f"--json is {str(known.json)!r}; allowed is a file in a directory that is there")
     figures = figures_of(known.root)
     print(report(figures))
     if known.json:

@@ -1,6 +1,7 @@
 """The command line: what it refuses, with which exit code, and that refusing leaves nothing behind."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 
 from nested_reft import command, exit_codes
+from nested_reft.api import open_trainer
 from nested_reft.checkpoints import CheckpointError, newest_checkpoint
 from nested_reft.cli import configs, sample
 from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
+from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig, PlanRule
 from nested_reft.prompt_format import PromptFormat
 from nested_reft.run_directory import read_log
@@ -532,6 +535,58 @@ def test_what_ends_a_run_is_a_line_and_a_code(error, code, lines, has_checkpoint
         lines = ["the run ended before its first" if line.startswith("to continue") else line for line in lines]
     assert found == code and len(printed) == len(lines)
     assert all(text.startswith(start) for text, start in zip(printed, lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "'x' cannot be used: No space left on device; free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), 1, "'x' cannot be used: Disk quota exceeded; free space"),
+        (OSError(errno.EIO, "Input/output error", "x"), 1, "'x' cannot be used: Input/output error"),
+        (OSError(errno.ENOENT, "No such file or directory", "x"), 2, "'x' cannot be used: No such file or directory"),
+    ],
+    ids=["full", "quota", "broken", "missing"],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_device_that_fails_before_the_work_is_no_bad_input(command, error, code, message, monkeypatch, capsys):
+    """The same words would work on another disk."""
+    where = "train.open_trainer" if command == "train" else "evaluate.check_json"
+    monkeypatch.setattr(f"nested_reft.cli.{where}", Mock(side_effect=error))
+    try:
+        found = main([command, "tiny"])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code and f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
+    """What a write itself raises has no name."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"No space left on device: .*config\.json"):
+        write_json(tmp_path / "config.json", {})
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Rights stop no administrator, so the trial fails here as it does on a file system that is mounted read-only."""
+    error = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("nested_reft.json_files.tempfile.NamedTemporaryFile", Mock(side_effect=error))
+
+
+@pytest.mark.usefixtures("read_only")
+def test_runs_that_cannot_be_written_are_refused(capsys):
+    message = refused(["train", "tiny", "--runs", "runs"], capsys)
+    assert "--runs 'runs' cannot be written in '" in message and "Read-only file system; mount it writable" in message
+
+
+@pytest.mark.usefixtures("read_only")
+def test_a_run_in_a_read_only_place_is_not_blamed_on_its_logs(capsys):
+    step = Path("old", "checkpoints", "4")
+    step.mkdir(parents=True)
+    (step / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^run directory 'old' cannot be written: Read-only .* resume the copy$"):
+        open_trainer(load_config("tiny"), "runs", resume=Path("old"))
 
 
 @pytest.mark.slow

@@ -48,6 +48,11 @@ def test_values_become_the_place_among_the_processes(monkeypatch):
         (["--processes", "2"], "coordinator is not given; give HOST:PORT of process 0"),
         (["--coordinator", "here", "--processes", "2"], "coordinator is 'here'; allowed is HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process is 2; allowed are 0 to 1"),
+        (
+            ["--coordinator", "a:1", "--processes", "2"],
+            "--process is not given, and --processes is 2; give each process its own number, 0 to 1",
+        ),
+        (["--coordinator", "a:1", "--process", "1"], "--coordinator is given, but --processes is 1"),
         (["--local-devices", "0,x"], "--local-devices is 'x'; allowed is a whole number"),
         (
             ["--heartbeat-seconds", "0", "--coordinator", "a:1", "--processes", "2"],

@@ -1,5 +1,6 @@
 """What processes of one run tell each other, with one process and with two."""
 
+import errno
 import json
 import socket
 import subprocess
@@ -94,6 +95,20 @@ processes.start(processes.ProcessConfig("{address}", 2, 0, connect_seconds=1))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert f"process 0 waited 1 s at coordinator '{address}', and not all of the 2 processes came" in done.stderr
+
+
+@joins
+def test_an_address_with_another_service_is_told_from_processes_that_did_not_come():
+    """The port answers, as that of a web server does, and nobody there knows of the run."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        code = f"""
+from nested_reft import processes
+processes.start(processes.ProcessConfig("{address}", 2, 1, connect_seconds=1))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "not all of the 2 processes came" not in done.stderr
+    assert f"process 1 waited 1 s at coordinator '{address}', and was not let in: the address accepted" in done.stderr
 
 
 TALK = """
@@ -229,3 +244,24 @@ def test_a_draw_is_the_same_wherever_its_key_lies():
     key = jax.random.key(5)
     placed = place(key, make_mesh(MeshConfig(data=4)))
     assert jnp.array_equal(to_host(jax.random.uniform(placed, (7,))), jax.random.uniform(key, (7,)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_number_of_a_system_error_crosses_over(wrapped, monkeypatch):
+    """Without it a full disk would be bad input on all processes but the one that found it."""
+    full = OSError(errno.ENOSPC, "No space left on device", "config.json")
+    said = []
+
+    def fail():
+        if not wrapped:
+            raise full
+        raise OSError("checkpoint 2 could not be written") from full
+
+    monkeypatch.setattr(processes, "gather_text", lambda text, seconds: said.append(text) or (text,))
+    with pytest.raises(OSError):
+        processes.agreed(fail)
+    monkeypatch.setattr(processes, "gather_text", lambda text, seconds: (said[0], ""))
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    with pytest.raises(OSError, match=r"^process 0: ") as crossed:
+        processes.agreed(lambda: None)
+    assert crossed.value.errno == errno.ENOSPC

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # How JAX begins when JAX_PLATFORMS names what is not here.
 NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
+
+
+# Errors of a device that no input causes: it is full, over its quota, or broken.
+OF_DEVICES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+class MachineError(Exception):
+    """The machine failed, whatever the user gave."""
 
 
 class BadInput(Exception):
@@ -20,12 +29,16 @@ def checking_input() -> Iterator[None]:
 
     Raises:
         BadInput: the block raised what refusals raise.
+        MachineError: a device is full or broken, so that the same words would work on another one.
     """
     try:
         yield
     except BrokenPipeError:  # whoever read the output went away, which no input caused
         raise
     except OSError as error:
+        # Errors of our own have that of the system as their cause.
+        if {error.errno, getattr(error.__cause__, "errno", None)} & set(OF_DEVICES):
+            raise MachineError(_of_system(error)) from error
         raise BadInput(_of_system(error)) from error
     # A value or an optional package; the last two come from values that no check foresaw, too deep or too large.
     # Anything else is a bug and keeps its traceback.
@@ -41,4 +54,7 @@ def _of_system(error: OSError) -> str:
     """An error of the operating system with its file; our own refusals have words already."""
     if error.strerror is None:
         return str(error)
-    return f"'{error.filename}' cannot be used: {error.strerror}" if error.filename is not None else error.strerror
+    reason = error.strerror
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason += "; free space there, then start again"
+    return f"'{error.filename}' cannot be used: {reason}" if error.filename is not None else reason

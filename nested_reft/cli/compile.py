@@ -14,6 +14,7 @@ from nested_reft.models.config import ModelConfig
 from nested_reft.models.registry import model_shape
 from nested_reft.reports.tables import collective_table, cost_table, program_table, resource_table
 from nested_reft.training.config import Config, load_config
+from nested_reft.training.mesh_choice import idle_reason
 from nested_reft.verification import compiled_costs, pod_costs, slice_choice
 from nested_reft.verification.compiled_costs import Cost
 
@@ -53,6 +54,8 @@ def _costs(known: argparse.Namespace, config: Config) -> None:
         devices = compiled_costs.topology_devices(known.topology, config.mesh.slices)
         if config.mesh.data == "auto":
             config = slice_choice.with_mesh(config, shape, devices)
+            if idle := idle_reason(config, len(devices)):
+                say(f"{config.mesh.describe()}: {idle}")
         mesh = compiled_costs.checked_mesh(config, shape, devices)
         # Compiling stands here as well, because what the topology refuses is bad input too.
         costs = compiled_costs.decode_costs(config, shape, mesh) if not known.no_decode else []

@@ -12,6 +12,7 @@ from nested_reft.cli.arguments import add_json, check_json, command_parser, keep
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import check_answers_prompts, is_run, plan_in_words, plan_of_options, setup_of
+from nested_reft.json_files import naming
 from nested_reft.losses.bradley_terry import BradleyTerryConfig
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.reports.tables import evaluation_table, reward_table
@@ -71,7 +72,8 @@ def run(arguments: list[str]) -> None:
     keep_json(known.json, results)
     if known.completions is not None:
         # JSON escapes whatever the model wrote.
-        known.completions.write_text("".join(json.dumps(line) + "\n" for line in completions), encoding="utf-8")
+        with naming(known.completions):
+            known.completions.write_text("".join(json.dumps(line) + "\n" for line in completions), encoding="utf-8")
         say(f"completions: {known.completions}")
 
 

@@ -88,15 +88,23 @@ def join(values: Mapping[str, str]) -> None:
         if values.get("--coordinator") == "auto":
             processes.start_detected(heartbeat_seconds=heartbeat)
         else:
+            count = _whole("--processes", values.get("--processes", "1"))
             place = processes.ProcessConfig(
                 values.get("--coordinator"),
-                _whole("--processes", values.get("--processes", "1")),
-                _whole("--process", values.get("--process", "0")),
+                count,
+                # One process alone needs no number, and is refused below with what it was given.
+                _whole("--process", values.get("--process", "0")) if count > 1 else 0,
                 _devices(values.get("--local-devices")),
                 heartbeat_seconds=heartbeat,
             )
-            if place.count == 1:
+            if count == 1:
                 raise BadInput(f"{next(iter(values))} is given, but --processes is 1; give --processes N above 1")
+            # Where all took themselves for the first, each would wait for the others to join it.
+            if "--process" not in values:
+                raise BadInput(
+                    f"--process is not given, and --processes is {count}; give each process its own number,"
+                    f" 0 to {count - 1}, and 0 to the one at --coordinator"
+                )
             processes.start(place)
     except (ValueError, ConnectionError) as error:
         raise BadInput(str(error)) from error

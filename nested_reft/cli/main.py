@@ -20,8 +20,8 @@
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
-Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 75 pre-empted by SIGTERM
-(resume it), 76 stalled (nothing went on for train.stall_seconds; resume it), 130 interrupted.
+Exit codes: 0 done, 1 a check, an update or the machine failed (a full disk), 2 bad input (refused before training),
+75 pre-empted by SIGTERM (resume it), 76 stalled (nothing went on for train.stall_seconds; resume it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import traceback
 from contextlib import nullcontext
 
 from nested_reft import __version__
-from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.bad_input import OF_DEVICES, BadInput, MachineError
 from nested_reft.cli.joining import join, take_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, PREEMPTED
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (errno.EPIPE, *OF_DEVICES):
             raise
         # What is still buffered has nowhere to go, and would fail again when Python ends.
         with open(os.devnull, "w") as nowhere:
@@ -109,6 +109,8 @@ def _exit_code(arguments: list[str]) -> int:
         _run(arguments)
     except BadInput as error:
         return _refusal(error, BAD_INPUT)
+    except MachineError as error:
+        return _refusal(error, FAILED)
     except FloatingPointError as error:  # updates or parameters were not finite
         return _refusal(error, FAILED)
     except Preempted:

@@ -10,11 +10,12 @@ from nested_reft import paths, processes, remote_files
 from nested_reft.api import Run, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
-from nested_reft.cli.bad_input import checking_input
+from nested_reft.cli.bad_input import MachineError, checking_input
 from nested_reft.cli.joining import add_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
 from nested_reft.exit_codes import FAILED, STALLED
+from nested_reft.json_files import check_directory
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.report import write_report
 from nested_reft.reports.tables import summary_table
@@ -81,7 +82,7 @@ def _train(
         complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
     # A checkpoint, a log or a result could not be written, or there are no searchers any more.
-    except (OSError, SearchError) as error:
+    except (OSError, MachineError, SearchError) as error:
         complain(f"\nerror: {error}\n{_how_to_continue(path)}")
         raise SystemExit(FAILED) from None
     except (GenerationLimitError, EmptyUpdatesError, RewardError, DivergedError) as error:
@@ -170,6 +171,9 @@ def _check_places(known: argparse.Namespace) -> None:
     """Refuses files and directories that could not be written or resumed from, before data and model are loaded."""
     check_json(known.json)
     _check_runs_directory(known.runs)
+    # A resumed run stays where it is, and `open_trainer` looks at that.
+    if known.resume is None and not paths.is_remote(known.runs):
+        check_directory(Path(known.runs), "--runs", "name another directory by --runs")
     if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
         raise ValueError(f"run '{address_of(known.resume)}' has no complete checkpoint to resume from")
 

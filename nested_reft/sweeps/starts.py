@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
+from nested_reft.json_files import naming
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.sharding import shard_parameters
@@ -48,7 +49,8 @@ def shared_start(config: Config, out: Path, warm_start: WarmStartConfig) -> Setu
         policy = phases.warm_started(setup)
         save_file({name: np.ascontiguousarray(value) for name, value in policy.model.parameters().items()}, file)
         # The description comes after the weights: a kill in between leaves weights that are made again.
-        stored.write_text(about)
+        with naming(stored):
+            stored.write_text(about)
     tqdm.write(f"warm start, seed {config.train.seed}: {time.monotonic() - started:.0f} s")
     return dataclasses.replace(setup, policy=policy)
 

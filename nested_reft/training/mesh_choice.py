@@ -44,8 +44,35 @@ def with_chosen_mesh(config: Config) -> Config:
         reason = "the other axes are given, and the rest shares prompts"
     found = dataclasses.replace(config, mesh=chosen)  # the rules for meshes are checked here
     if processes.is_writer():
-        print(f"{chosen.describe()}: {reason}")
+        idle = idle_reason(found, devices)
+        print(f"{chosen.describe()}: {reason}{f'; {idle}' if idle else ''}")
     return found
+
+
+def idle_reason(config: Config, devices: int) -> str | None:
+    """Why a mesh that the program chose leaves devices out, and what would use all; None where it leaves none.
+
+    Args:
+        config: of the run, with its mesh in numbers.
+        devices: how many there are.
+    """
+    mesh = config.mesh
+    if mesh.size >= devices:
+        return None
+    used = f"{mesh.size} of {devices} devices are used"
+    sizes = dataclasses.asdict(mesh)
+    # The first axes that leave a rest; `data` comes last, because it takes what they leave.
+    taken = 1
+    for axis in ("slices", "tensor", "fsdp"):
+        taken *= sizes[axis]
+        if devices % taken:
+            return f"{used}, because mesh.{axis} {sizes[axis]} does not divide {devices * sizes[axis] // taken} of them"
+    shares = devices // mesh.tensor
+    counts = [f"{name} is {count}" for name, count in _prompts(config).items() if count % shares]
+    return (
+        f"{used}, because mesh.data x mesh.fsdp shares prompts evenly and {' and '.join(counts)}; a multiple of"
+        f" {shares} would use all"
+    )
 
 
 def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -> tuple[MeshConfig, str]:
@@ -139,8 +166,18 @@ def _gigabytes(size: float) -> str:
 
 def _shares(config: Config, most: int) -> int:
     """Into how many shares a slice can cut its prompts, of the batches that a run has."""
-    batches = [config.prompts_per_micro_batch]
-    if config.warm_start.steps:
-        batches.append(config.warm_start.batch_size // config.warm_start.micro_batches)
-    each = math.gcd(*batches) // config.mesh.slices
+    each = math.gcd(*_prompts(config).values()) // config.mesh.slices
     return max(size for size in dividing(most) if max(each, 1) % size == 0)
+
+
+def _prompts(config: Config) -> dict[str, int]:
+    """What is shared at a time, by the fields that it comes from."""
+    train, name = config.train, "data.prompts_per_batch"
+    for field in ("mini_batches", "micro_batches"):
+        if getattr(train, field) > 1:
+            name += f" / train.{field}"
+    found = {name: config.prompts_per_micro_batch}
+    if (warm_start := config.warm_start).steps:
+        parts = " / warm_start.micro_batches" if warm_start.micro_batches > 1 else ""
+        found[f"warm_start.batch_size{parts}"] = warm_start.batch_size // warm_start.micro_batches
+    return found

@@ -9,6 +9,7 @@ that runs, whose layers are a loop: unrolled, the compiler moves caches that fit
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import check_positions
 from nested_reft.training.step import BaseModel, TrainState, UpdatePlans, initial_train_state
 from nested_reft.types import TrainBatch
+from nested_reft.untrusted import shown
 from nested_reft.verification.hbm_traffic import hbm_bytes
 
 # What libtpu asks of the environment on a machine without a TPU.
@@ -48,6 +50,38 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so nothing is contended
 }
+
+
+@dataclass(frozen=True)
+class Chip:
+    """How the chips of a TPU generation may be laid out in one slice.
+
+    Attributes:
+        example: a common slice.
+        dimensions: of a slice.
+        largest: the largest side that a slice may have.
+        most: the most chips that it may have.
+    """
+
+    example: str
+    dimensions: int
+    largest: int
+    most: int
+
+
+CHIPS = {
+    # Google Cloud's documentation (docs.cloud.google.com/tpu/docs), the page of each generation. Those of v5e, v6e and
+    # v5p name the largest slice: 16x16 and 16x16x24. The others name the chips of a whole pod. The longest side of v4
+    # in its examples is 24 (12x12x24), and TPU7x has the same form.
+    "v2": Chip("4x4", 2, 16, 256),
+    "v3": Chip("4x4", 2, 32, 1024),
+    "v4": Chip("2x2x1", 3, 24, 4096),
+    "v5e": Chip("4x4", 2, 16, 256),
+    "v5p": Chip("2x2x2", 3, 24, 6144),
+    "v6e": Chip("2x2", 2, 16, 256),
+    "tpu7x": Chip("2x2x1", 3, 24, 9216),
+}
+"""The generations that libtpu compiles for, by the name that it gives them."""
 
 
 class DoesNotFit(ValueError):
@@ -91,6 +125,39 @@ class Cost:
         return dataclasses.asdict(self)
 
 
+def check_topology(topology: str) -> None:
+    """Refuses a topology before the compiler sees it, which ends the process where a shape is too large or has a 0.
+
+    Args:
+        topology: as `topology_devices` takes it.
+
+    Raises:
+        ValueError: the generation is unknown, or has no slice of this shape.
+    """
+    generation, _, shape = topology.partition(":")
+    if generation not in CHIPS:
+        raise ValueError(
+            f"--topology is {shown(topology)}, which cannot be compiled for: chip {shown(generation)} is unknown; a"
+            " topology is GENERATION:SHAPE in chips, and known are "
+            + ", ".join(f"{name}:{chip.example}" for name, chip in CHIPS.items())
+        )
+    chip = CHIPS[generation]
+    words = shape.split("x")
+    # Digits of other scripts and numbers of hundreds of digits are no sizes.
+    sides = [int(word) if word.isascii() and word.isdecimal() and len(word) <= 4 else 0 for word in words]
+    is_allowed = (
+        len(sides) == chip.dimensions
+        and all(1 <= side <= chip.largest for side in sides)
+        and math.prod(sides) <= chip.most
+    )
+    if not is_allowed:
+        form = "x".join("ABC"[: chip.dimensions])
+        raise ValueError(
+            f"--topology is {shown(topology)}; allowed is {generation}:{form} with sides of 1 to {chip.largest} and"
+            f" at most {chip.most:,} chips, such as {generation}:{chip.example}"
+        )
+
+
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a named TPU topology, such as `v5e:4x4`, none of which need exist.
 
@@ -99,8 +166,9 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         slices: how many of that shape there are.
 
     Raises:
-        ValueError: libtpu is not installed, or does not know the name.
+        ValueError: there is no such topology, or libtpu is not installed.
     """
+    check_topology(topology)
     for name, value in TPU_ENVIRONMENT.items():
         # What the user has set already stays. libtpu reads the environment once, when it is loaded, so the import
         # comes after.

@@ -42,6 +42,46 @@ def test_shares_divide_the_prompts():
     assert choose_mesh(config, config.model.shape, 8, 10 * GB)[0] == MeshConfig(data=4)
 
 
+def sized(mesh: MeshConfig, prompts: int = 4, **fields):
+    """A run with so many prompts in a batch."""
+    return nano(data__prompts_per_batch=prompts, mesh=mesh, **fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "reason"),
+    [
+        (sized(MeshConfig(data=4)), 4, None),
+        (
+            sized(MeshConfig(data=4)),
+            8,
+            "4 of 8 devices are used, because mesh.data x mesh.fsdp shares prompts evenly and data.prompts_per_batch is"
+            " 4; a multiple of 8 would use all",
+        ),
+        # 6 prompts in two parts are 3, which two devices cannot share; the other two share heads.
+        (
+            sized(MeshConfig(data=1, tensor=2), 6, train__micro_batches=2),
+            4,
+            "2 of 4 devices are used, because mesh.data x mesh.fsdp shares prompts evenly and data.prompts_per_batch /"
+            " train.micro_batches is 3; a multiple of 2 would use all",
+        ),
+        (sized(MeshConfig(data=2, fsdp=3), 6), 8, "6 of 8 devices are used, because mesh.fsdp 3 does not divide 8"),
+    ],
+)
+def test_devices_that_are_left_out_have_a_reason(config, devices, reason):
+    found = mesh_choice.idle_reason(config, devices)
+    assert found == reason or (reason and found and found.startswith(reason))
+
+
+def test_the_batches_that_use_all_devices_do(monkeypatch, capsys):
+    """What the line promises: with 8 prompts all of 8 devices work, and the line is one."""
+    monkeypatch.setattr(mesh_choice, "mesh_bytes", lambda mesh: 80 * GB)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    for prompts, used in ((4, 4), (8, 8)):
+        assert with_chosen_mesh(sized(MeshConfig(data="auto"), prompts)).mesh == MeshConfig(data=used)
+        said = capsys.readouterr().out
+        assert ("a multiple of 8 would use all\n" in said) == (used < 8) and said.count("\n") == 1
+
+
 def test_a_large_model_shares_its_storage_and_what_it_gathers_must_fit():
     """7.6e9 parameters: weights, moments and gradient take 122 GB in float32, and rollouts gather 30 GB."""
     # 122 / 4 + 30 = 61 GB fit 95 GB, of which 76 are filled; 122 / 2 + 30 = 91 would not.

@@ -4,10 +4,12 @@ import dataclasses
 import importlib.util
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from nested_reft.bridging import BridgeConfig
@@ -21,7 +23,7 @@ from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.training.config import load_config
 from nested_reft.training.optimizer import make_optimizer
 from nested_reft.training.warm_start import WarmStartConfig
-from nested_reft.verification import compiled_costs
+from nested_reft.verification import compiled_costs, slice_choice
 from nested_reft.verification.compiled_costs import (
     Cost,
     checked_mesh,
@@ -171,11 +173,51 @@ def test_a_topology_that_cannot_be_had_is_refused(capsys):
     assert "the shape of model 'smollm2-360m' is not known without its files" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        # These end libtpu with a signal.
+        ("v5e:100x100", "allowed is v5e:AxB with sides of 1 to 16 and at most 256 chips, such as v5e:4x4"),
+        ("v5e:0x2", "allowed is v5e:AxB"),
+        ("v6e:16x32", "allowed is v6e:AxB"),
+        ("v5p:24x24x24", "allowed is v5p:AxBxC with sides of 1 to 24 and at most 6,144 chips, such as v5p:2x2x2"),
+        ("v4:4x4x256", "allowed is v4:AxBxC"),
+        # libtpu takes these for something else.
+        ("v5e:2x2x2", "allowed is v5e:AxB"),
+        ("v5p:2x2", "allowed is v5p:AxBxC"),
+        ("", "chip '' is unknown; a topology is GENERATION:SHAPE in chips, and known are v2:4x4, v3:4x4, v4:2x2x1"),
+        ("v5e", "allowed is v5e:AxB"),
+        ("v5e:", "allowed is v5e:AxB"),
+        ("v5e:٢x2", "allowed is v5e:AxB"),
+        (f"v5e:{'9' * 5000}x2", "allowed is v5e:AxB"),
+        ("v9x", "chip 'v9x' is unknown"),
+    ],
+)
+def test_what_no_chip_has_is_refused_before_the_compiler_is_asked(topology, message, monkeypatch, capsys):
+    """Also where it is not installed: what is wrong with the name is said first."""
+    monkeypatch.setattr(topologies, "get_topology_desc", Mock(side_effect=AssertionError("the compiler was asked")))
+    assert main(["compile", "tiny", "--topology", topology]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --topology is '") and message in said and "pip install" not in said
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:16x16x24", "v4:12x12x24", "v3:32x32", "v2:16x16"])
+def test_the_largest_slices_are_allowed(topology):
+    compiled_costs.check_topology(topology)
+
+
+@pytest.mark.parametrize("generation", slice_choice.SLICES)
+def test_the_slices_of_the_table_are_allowed(generation):
+    for shape in slice_choice.slices_of(generation):
+        compiled_costs.check_topology(f"{generation}:{shape}")
+
+
 @pytest.mark.parametrize("installed", [True, False])
-def test_an_unknown_topology_is_refused_with_what_is_missing(monkeypatch, installed):
+def test_a_topology_that_libtpu_refuses_is_refused_with_what_is_missing(monkeypatch, installed):
+    """Its hosts have 2x2 chips, which do not divide 3x3."""
     monkeypatch.setattr(compiled_costs, "find_spec", lambda name: object() if installed else None)
-    with pytest.raises(ValueError, match="--topology is 'v0:9x9', which cannot be compiled for") as refusal:
-        topology_devices("v0:9x9")
+    with pytest.raises(ValueError, match="--topology is 'v5e:3x3', which cannot be compiled for") as refusal:
+        topology_devices("v5e:3x3")
     assert "a topology is GENERATION:SHAPE in chips, such as v5e:4x4" in str(refusal.value)
     assert ("pip install libtpu" in str(refusal.value)) == (not installed)
 
