@@ -411,14 +411,16 @@ def kinds_in(page: str) -> dict[str, str]:
     return {f"{where}: {what}": word for where, whats, word in rows for what in whats.split("; ")}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prints the table and its sum; the exit code is 1 where something is silent or too much unclear."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", help="kinds whose name holds all of them")
     parser.add_argument("--page", type=Path, help="a Markdown page whose table of kinds is replaced")
-    known = parser.parse_args()
+    known = parser.parse_args(arguments)
     logging.getLogger().addHandler(logging.NullHandler())
     chosen = {kind: act for kind, act in kinds().items() if all(word in kind for word in known.words)}
+    if not chosen:  # no kind would be silent
+        parser.error(f"words are '{' '.join(known.words)}', and no kind of damage has all of them")
     with tempfile.TemporaryDirectory() as directory:
         found = verdicts(stopped_run(Path(directory)), chosen)
     for verdict in found:

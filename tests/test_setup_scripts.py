@@ -110,3 +110,14 @@ def test_the_placeholder_is_for_machines_that_cannot_build(installed, compiler, 
 def test_constraints_without_pycosat_are_refused():
     with pytest.raises(ValueError, match="no line 'pycosat==VERSION'"):
         pycosat_placeholder.pinned_version("jax==1\n")
+
+
+def test_environments_are_ignored_whatever_they_are(tmp_path):
+    """A pattern that ends in a slash leaves out symbolic links."""
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").rename(tmp_path / ".git" / "info" / "exclude")
+    for name in (".venv", ".venv-tpu"):
+        (tmp_path / name).symlink_to(sys.prefix)
+    command = ["git", "-C", tmp_path, "status", "--porcelain"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
