@@ -79,6 +79,19 @@ def newest_checkpoint(directory: Path) -> int | None:
     return next(iter(checkpoint_numbers(directory)), None)
 
 
+def check_directory(directory: Path) -> None:
+    """Refuses what is in the place of a run's checkpoint directory.
+
+    Args:
+        directory: the run's directory for checkpoints; it need not exist.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
+
+
 @runtime_checkable
 class Exchange(Protocol):
     """How a checkpoint comes together whose processes do not share a directory."""
@@ -135,8 +148,7 @@ class Checkpoints:
             ValueError: a file is in its place.
             OSError: it cannot be made.
         """
-        if directory.exists() and not directory.is_dir():
-            raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
+        check_directory(directory)
         # Orbax asks for an absolute path.
         self._directory, self._writing, self._exchange = directory.resolve(), 0, exchange
         self._alone = alone or processes.count() == 1

@@ -69,10 +69,12 @@ def local_run(source: str | Path) -> Path:
         source: a run or a model, as a user gave it.
 
     Raises:
+        ValueError: it is empty.
         FileNotFoundError: there is nothing at a remote address.
         RemoteError: the store cannot be reached.
         ImportError: the extra that gs:// needs is not installed.
     """
+    paths.check_named(source)
     if not paths.is_remote(source):
         return Path(source)
     url = paths.address(source)

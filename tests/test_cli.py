@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -32,6 +33,28 @@ from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import initial_policy
 
 ROOT = Path(__file__).parents[1]
+def made(**changes: Any) -> str:
+    """A run directory that holds its configuration alone."""
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(load_config("tiny", **changes).to_json()))
+    return "run"
+
+
+@pytest.mark.parametrize("command", ["train --resume run", "eval run", "export run out"])
+def test_a_file_in_the_place_of_checkpoints_is_named(command, capsys):
+    made()
+    Path("run/checkpoints").write_text("")
+    assert "'run/checkpoints' is a file; it must be the directory" in refused(command.split(), capsys)
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward-model"])
+def test_a_run_of_another_objective_is_continued_by_train(command, capsys):
+    made()
+    message = refused([command, "--resume", "run"], capsys)
+    assert "run 'run' trains loss.kind 'policy_gradient', and" in message
+    assert message.endswith("to continue it: nested-reft train --resume run")
+
+
 SMALL = [
     *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "4", "--warm-start.steps", "0"),
@@ -115,6 +138,16 @@ def refused(arguments, capsys) -> str:
         (["train", "tiny", "--runs", "/dev/null/runs"], "'/dev/null' is a file"),
         (["export", "nowhere", "out"], "'nowhere' is not a run directory"),
         (["measure-layers", "smollm2-135m", "--config", "tiny", "--out", "x/y.json"], "cannot write 'x/y.json'"),
+        (["train", "tiny", "--mesh.data", "abc"], "mesh.data is 'abc'; allowed is auto or a whole number"),
+        (["train", "gs://b/config.py"], "the configuration is 'gs://b/config.py'; allowed is a local path"),
+        (["train", "tiny", "--runs", "GS://bucket/runs"], "'GS://bucket/runs' cannot be used; allowed are local paths"),
+        (["train", "tiny", "--runs", "s3:/bucket/runs"], "'s3:/bucket/runs' cannot be used"),
+        (["train", "tiny", "--runs", "gs:bucket"], "'gs:bucket' cannot be used; allowed are local paths and gs://B"),
+        (["train", "--resume", ""], "the run is ''; allowed is a run directory, or gs://"),
+        (["samples", ""], "the run is ''; allowed is a run directory, or gs://"),
+        (["train", "tiny", "--json", ""], "--json is ''; allowed is a local path"),
+        (["train", "tiny", "--model.name", "gs://nosuch"], "so give --model.shape None too"),
+        (["train", "tiny", "--model.shape", "None"], "'scratch' and model.shape is None; a model from scratch needs a"),
     ],
 )
 def test_refuses(arguments, message, capsys):

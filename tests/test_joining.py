@@ -44,14 +44,18 @@ def test_values_become_the_place_among_the_processes(monkeypatch):
     ("arguments", "message"),
     [
         (["--coordinator"], "--coordinator needs a value"),
-        (["--processes", "two"], "--processes is 'two'; allowed is a whole number"),
+        (["--processes", "two"], "--processes is 'two'; allowed is a whole number, 1 or more"),
+        (["--processes", "0"], "--processes is '0'; allowed is a whole number, 1 or more"),
+        (["--process", "-1"], "--process is '-1'; allowed is a whole number, 0 or more"),
+        (["--process", "٣"], "--process is '٣'; allowed is a whole number, 0 or more"),
+        (["--processes", "9" * 5000], "allowed is a whole number, 1 or more"),
         (["--processes", "2"], "coordinator is not given; give HOST:PORT of process 0"),
         (["--coordinator", "here", "--processes", "2"], "coordinator is 'here'; allowed is HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process is 2; allowed are 0 to 1"),
         (["--local-devices", "0,x"], "--local-devices is 'x'; allowed is a whole number"),
         (
             ["--heartbeat-seconds", "0", "--coordinator", "a:1", "--processes", "2"],
-            "heartbeat-seconds is 0; allowed is 1",
+            "heartbeat-seconds is '0'; allowed is a whole number, 1 or more",
         ),
     ],
 )

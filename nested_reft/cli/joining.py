@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 
@@ -84,13 +85,13 @@ def join(values: Mapping[str, str]) -> None:
     from nested_reft import processes
 
     try:
-        heartbeat = _whole("--heartbeat-seconds", values.get("--heartbeat-seconds", "100"))
+        heartbeat = _whole("--heartbeat-seconds", values.get("--heartbeat-seconds", "100"), least=1)
         if values.get("--coordinator") == "auto":
             processes.start_detected(heartbeat_seconds=heartbeat)
         else:
             place = processes.ProcessConfig(
                 values.get("--coordinator"),
-                _whole("--processes", values.get("--processes", "1")),
+                _whole("--processes", values.get("--processes", "1"), least=1),
                 _whole("--process", values.get("--process", "0")),
                 _devices(values.get("--local-devices")),
                 heartbeat_seconds=heartbeat,
@@ -108,9 +109,9 @@ def join(values: Mapping[str, str]) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it is used to the end)
 
 
-def _whole(flag: str, text: str) -> int:
-    if not text.isdecimal():
-        raise BadInput(f"{flag} is {shown(text)}; allowed is a whole number")
+def _whole(flag: str, text: str, least: int = 0) -> int:
+    if not (re.fullmatch("[0-9]{1,10}", text) and int(text) >= least):
+        raise BadInput(f"{flag} is {shown(text)}; allowed is a whole number, {least} or more")
     return int(text)
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from nested_reft import paths, processes, remote_files
-from nested_reft.api import Run, is_complete, open_trainer
+from nested_reft.api import Run, check_resumable, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import checking_input
@@ -26,7 +26,7 @@ from nested_reft.training.offline import OfflineKind, as_offline
 from nested_reft.training.reinforcement import EmptyUpdatesError
 from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import run_config
-from nested_reft.untrusted import printable
+from nested_reft.untrusted import printable, shown
 
 RUNS = "runs"
 
@@ -136,14 +136,19 @@ def _resolve_config(
         if name is None:
             raise ValueError(f"{command} needs the name of a configuration as its first word, or --resume RUN")
         return _of_kind(override(named(name), overrides), command, kind)
-    stored = _of_kind(with_absolute_paths(run_config(resume), Path.cwd()), command, kind)
+    stored = with_absolute_paths(run_config(resume), Path.cwd())
+    if kind is not None and stored.loss.kind != kind:
+        raise ValueError(
+            f"run '{address_of(resume)}' trains loss.kind '{stored.loss.kind}', and `nested-reft {command}` continues"
+            f" runs of '{kind}' alone; to continue it: nested-reft train --resume {address_of(resume)}"
+        )
     # A name or overrides may be given once more, as long as they say what the run has.
     asked = with_absolute_paths(override(stored if name is None else named(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
     changed = forbidden_changes(stored.to_json(), asked.to_json())
     if not changed:
         return asked
-    listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
+    listed = "; ".join(f"{field} is {shown(new)}, the run has {shown(old)}" for field, old, new in changed)
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{address_of(resume)}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps"
@@ -170,8 +175,8 @@ def _check_places(known: argparse.Namespace) -> None:
     """Refuses files and directories that could not be written or resumed from, before data and model are loaded."""
     check_json(known.json)
     _check_runs_directory(known.runs)
-    if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
-        raise ValueError(f"run '{address_of(known.resume)}' has no complete checkpoint to resume from")
+    if known.resume is not None:
+        check_resumable(known.resume)
 
 
 def _check_runs_directory(runs: str) -> None:
