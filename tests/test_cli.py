@@ -29,6 +29,7 @@ from nested_reft.run_directory import read_log
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import load_config
 from nested_reft.training.interrupts import Preempted
+from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import initial_policy
 
@@ -53,6 +54,24 @@ def test_a_run_of_another_objective_is_continued_by_train(command, capsys):
     message = refused([command, "--resume", "run"], capsys)
     assert "run 'run' trains loss.kind 'policy_gradient', and" in message
     assert message.endswith("to continue it: nested-reft train --resume run")
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        ([], "run/summary.json\n"),
+        (["--mesh.data", "8"], "; --mesh.data has no effect, because there is nothing left to compute"),
+        (["--runs", "x", "--mesh.data=8"], "; --mesh.data, --runs have no effect, because"),
+    ],
+)
+def test_a_complete_run_says_what_has_no_effect(options, end, capsys):
+    made(train={"steps": 3})
+    (Path("run/checkpoints") / str(last_checkpoint(load_config("tiny", train={"steps": 3})))).mkdir(parents=True)
+    next(Path("run/checkpoints").iterdir()).joinpath("file").write_text("")
+    Path("run/summary.json").write_text('{"steps": 3}')
+    assert main(["train", "--resume", "run", *options]) == 0
+    (said,) = capsys.readouterr().out.splitlines(keepends=True)
+    assert said.startswith("run 'run' is complete: run/summary.json") and end in said
 
 
 SMALL = [

@@ -64,11 +64,11 @@ def _train(
             # A run that is complete loads no model. All processes ask: they may not all continue one.
             if is_complete(path, config):
                 assert path is not None
-                say(f"run '{address_of(path)}' is complete: {path / 'summary.json'}")
+                say(f"run '{address_of(path)}' is complete: {path / 'summary.json'}{_without_effect(known, overrides)}")
                 if processes.is_writer():
                     keep_json(known.json, Run(path).summary())
                 return
-            trainer = open_trainer(config, known.runs, known.resume, on_stall=_end_stalled)
+            trainer = open_trainer(config, _runs(known), known.resume, on_stall=_end_stalled)
         path = trainer.run_directory.path
         summary = trainer.run()
         # Of several processes one has read the log, so its summary alone is whole.
@@ -87,6 +87,17 @@ def _train(
     except (GenerationLimitError, EmptyUpdatesError, RewardError, DivergedError) as error:
         complain(f"\nerror: {error}")
         raise SystemExit(FAILED) from None
+
+
+def _without_effect(known: argparse.Namespace, overrides: list[str]) -> str:
+    """What was asked for in vain, of a run that is complete; as the end of a line."""
+    # Two forms of a name are one option, and each is named once.
+    options = dict.fromkeys(word.partition("=")[0] for word in overrides if word.startswith("--"))
+    given = [*options, *(["--runs"] if known.runs is not None else [])]
+    if not given:
+        return ""
+    verb = "has" if len(given) == 1 else "have"
+    return f"; {', '.join(given)} {verb} no effect, because there is nothing left to compute (--train.steps extends it)"
 
 
 def _end_stalled(words: str) -> None:
@@ -109,7 +120,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         has_help=False,  # that of the fields comes with it, so both are printed here
     )
     parser.add_argument("--resume", metavar="RUN", help="continue this run directory instead of CONFIG")
-    parser.add_argument("--runs", default=RUNS, help="where the run directory is made; also gs://BUCKET/NAME")
+    parser.add_argument("--runs", help=f"where the run directory is made, {RUNS} by default; also gs://BUCKET/NAME")
     add_json(parser, "the summary")
     add_flags(parser)
     return parser
@@ -174,9 +185,13 @@ def _of_kind(config: Config, command: str, kind: OfflineKind | None) -> Config:
 def _check_places(known: argparse.Namespace) -> None:
     """Refuses files and directories that could not be written or resumed from, before data and model are loaded."""
     check_json(known.json)
-    _check_runs_directory(known.runs)
+    _check_runs_directory(_runs(known))
     if known.resume is not None:
         check_resumable(known.resume)
+
+
+def _runs(known: argparse.Namespace) -> str:
+    return RUNS if known.runs is None else known.runs
 
 
 def _check_runs_directory(runs: str) -> None:
