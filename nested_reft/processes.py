@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -49,7 +50,7 @@ class ProcessConfig:
         coordinator: HOST:PORT where process 0 can be reached by all; None where there is one process only.
         count: processes of the run.
         index: of this process, from 0.
-        local_devices: indices of the devices that it uses; None is all of its machine.
+        local_devices: indices of the GPUs that it uses, each once; None is all devices of its machine.
         connect_seconds: how long it waits for the others at the start.
         heartbeat_seconds: a process that was silent for so long counts as dead, and the others end.
     """
@@ -70,6 +71,8 @@ class ProcessConfig:
             raise ValueError(f"processes is {self.count} and coordinator is not given; give HOST:PORT of process 0")
         if self.heartbeat_seconds < 1:
             raise ValueError(f"heartbeat-seconds is {self.heartbeat_seconds}; allowed is 1 or more")
+        if self.local_devices is not None and len({*self.local_devices}) < len(self.local_devices):
+            raise ValueError(f"local-devices is {listed(self.local_devices)}; allowed is each device once")
         host, _, port = (self.coordinator or "HOST:1").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError(f"coordinator is '{self.coordinator}'; allowed is HOST:PORT")
@@ -82,11 +85,13 @@ def start(config: ProcessConfig) -> None:
         config: which process this is; with one process nothing happens.
 
     Raises:
+        ValueError: `local_devices` names what is not there.
         ConnectionError: process 0 could not be reached within the time limit. Where it can, and another process does
             not come in time, this process ends with a line and code 1: JAX cannot be interrupted while it waits.
     """
     if config.count == 1:
         return
+    _check_local_devices(config.local_devices, visible_gpus())
     _configure_jax(config.heartbeat_seconds)
     began = time.monotonic()
     if config.index:
@@ -141,6 +146,34 @@ def _configure_jax(heartbeat_seconds: int) -> None:
         ) from None
     # Without it several processes on CPUs cannot exchange arrays. Other devices do not read it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
+
+def visible_gpus() -> int | None:
+    """How many GPUs this process may use, without asking JAX, which may not look for devices yet; None: not known."""
+    if Path("/dev/kfd").exists():  # AMD's, which are counted otherwise
+        return None
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
+
+
+def _check_local_devices(chosen: tuple[int, ...] | None, gpus: int | None) -> None:
+    """Refuses devices that are not here. JAX would say so in C++ words, and pass over them on a CPU or TPU.
+
+    Args:
+        chosen: indices of devices.
+        gpus: how many this host has; None where that is not known.
+    """
+    if chosen is None or gpus is None or all(index < gpus for index in chosen):
+        return
+    here = f"allowed are 0 to {gpus - 1}, the GPUs that are here" if gpus else "it chooses GPUs, and none are here"
+    raise ValueError(f"local-devices is {listed(chosen)}; {here}")
+
+
+def listed(devices: tuple[int, ...]) -> str:
+    """Devices as the flag has them."""
+    return ",".join(map(str, devices))
 
 
 def _check_reachable(config: ProcessConfig) -> None:

@@ -52,6 +52,7 @@ def test_values_become_the_place_among_the_processes(monkeypatch):
         (["--processes", "2"], "coordinator is not given; give HOST:PORT of process 0"),
         (["--coordinator", "here", "--processes", "2"], "coordinator is 'here'; allowed is HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "process is 2; allowed are 0 to 1"),
+        (["--processes", "2", "--coordinator", "a:1", "--local-devices", "0,0"], "is 0,0; allowed is each device once"),
         (["--local-devices", "0,x"], "--local-devices is 'x'; allowed is a whole number"),
         (
             ["--heartbeat-seconds", "0", "--coordinator", "a:1", "--processes", "2"],
@@ -95,3 +96,28 @@ def test_detection_without_a_cluster_says_what_to_give():
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert ended.returncode == 2 and "no cluster was detected" in ended.stderr and "give HOST:PORT" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "message"),
+    [
+        ("0,1", "0,9", "local-devices is 0,9; allowed are 0 to 1, the GPUs that are here"),
+        ("", "0", "local-devices is 0; it chooses GPUs, and none are here"),
+        ("-1", "0", "it chooses GPUs, and none are here"),
+    ],
+)
+def test_devices_that_are_not_here_are_refused_before_joining(visible, devices, message, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    place = ["--coordinator", "a:1", "--processes", "2", "--process", "1", "--local-devices", devices]
+    assert main(["train", "tiny", *place]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_devices_that_are_here_or_cannot_be_counted_are_taken(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert processes.visible_gpus() == 2
+    monkeypatch.setattr(processes, "_configure_jax", lambda seconds: None)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *given, **named: None)
+    for devices, gpus in (((0, 1), 2), ((9,), None), (None, 0)):
+        monkeypatch.setattr(processes, "visible_gpus", lambda gpus=gpus: gpus)
+        processes.start(processes.ProcessConfig("a:1", 2, 0, devices))

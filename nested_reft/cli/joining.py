@@ -26,7 +26,7 @@ FLAGS = {
         "S",
         "a process that was silent for so long counts as dead, and the others end; 100 unless given",
     ),
-    "--local-devices": ("NESTED_REFT_LOCAL_DEVICES", "I,J", "the devices of this host that it uses; all unless given"),
+    "--local-devices": ("NESTED_REFT_LOCAL_DEVICES", "I,J", "the GPUs of this host that it uses; all unless given"),
 }
 
 
