@@ -10,6 +10,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/common.sh"
 [ $# -ge 2 ] || usage
 need RUNS
+check RUNS LIMIT WAIT
+check_command "$1" "$2"
 use_environment
 state=${STATE:-$(cd "$here/../.." && pwd)/nested_reft}
 if [ "${DRY_RUN:-}" = 1 ]; then
