@@ -177,7 +177,7 @@ def test_an_unknown_topology_is_refused_with_what_is_missing(monkeypatch, instal
     with pytest.raises(ValueError, match="--topology is 'v0:9x9', which cannot be compiled for") as refusal:
         topology_devices("v0:9x9")
     assert "a topology is GENERATION:SHAPE in chips, such as v5e:4x4" in str(refusal.value)
-    assert ("pip install libtpu" in str(refusal.value)) == (not installed)
+    assert ("pip install 'jax[tpu]'" in str(refusal.value)) == (not installed)
 
 
 def test_compile_says_for_what(monkeypatch, capsys):
