@@ -83,8 +83,8 @@ def local_only(path: str | Path, what: str) -> Path:
     """
     if is_remote(path):
         raise ValueError(
-            f"{what} is '{path}'; allowed is a local path: gs:// serves --runs, --resume, runs, models and data that are"
-            " read"
+            f"{what} is '{path}'; allowed is a local path: gs:// serves --runs, --resume, runs, models and data that"
+            " are read"
         )
     return Path(path)
 

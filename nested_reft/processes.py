@@ -15,24 +15,25 @@ import builtins
 import contextlib
 import itertools
 import os
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from nested_reft.exit_codes import BAD_INPUT, FAILED
+from nested_reft.exit_codes import BAD_INPUT, FAILED, MAY_PASS, LateError
 
 T = TypeVar("T")
 
 # The slowest preparation that the others wait for: a model is downloaded, or read from a slow disk.
 WAIT_SECONDS = 1800.0
+_LATER_SECONDS = 60  # how much later than ours the limit of JAX comes
 _PREFIX = "nested_reft"
 # Each exchange has a number. All processes exchange in the same order, so they count alike.
 _exchanges = itertools.count()
@@ -86,8 +87,9 @@ def start(config: ProcessConfig) -> None:
 
     Raises:
         ValueError: `local_devices` names what is not there.
-        ConnectionError: process 0 could not be reached within the time limit. Where it can, and another process does
-            not come in time, this process ends with a line and code 1: JAX cannot be interrupted while it waits.
+        LateError: process 0 could not be reached within the time limit. Where it can, and another process does not
+            come in time, this process ends with a line and the code of that error: JAX cannot be interrupted while
+            it waits.
     """
     if config.count == 1:
         return
@@ -96,11 +98,9 @@ def start(config: ProcessConfig) -> None:
     began = time.monotonic()
     if config.index:
         _check_reachable(config)
-    # JAX does not raise when its limit is over. It aborts, with a dump instead of a line, so its limit must come later.
-    late = threading.Timer(config.connect_seconds - (time.monotonic() - began), _end_late, (config,))
-    late.daemon = True
-    late.start()
-    try:
+    left = config.connect_seconds - (time.monotonic() - began)
+    words = f"process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}'"
+    with _ends_late(left, f"{words}, and not all of the {config.count} processes came"):
         jax.distributed.initialize(
             config.coordinator,
             config.count,
@@ -108,25 +108,28 @@ def start(config: ProcessConfig) -> None:
             config.local_devices,
             # All is given, so no cluster need be asked.
             cluster_detection_method="deactivate",
-            initialization_timeout=config.connect_seconds + 60,
+            initialization_timeout=config.connect_seconds + _LATER_SECONDS,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
         )
-    finally:
-        late.cancel()
 
 
 def start_detected(connect_seconds: int = 300, heartbeat_seconds: int = 100) -> None:
     """Joins the processes of a run as its cluster says: Cloud TPU, GKE, Slurm and what else JAX detects.
 
     Args:
-        connect_seconds, heartbeat_seconds: as in `ProcessConfig`.
+        connect_seconds, heartbeat_seconds: as in `ProcessConfig`. Where not all processes come in time, this one ends
+            as in `start`.
 
     Raises:
         ValueError: there is no cluster that JAX detects.
     """
     _configure_jax(heartbeat_seconds)
+    words = f"waited {connect_seconds} s for the processes that the cluster names, and not all of them came"
     try:
-        jax.distributed.initialize(initialization_timeout=connect_seconds, heartbeat_timeout_seconds=heartbeat_seconds)
+        with _ends_late(float(connect_seconds), words):
+            jax.distributed.initialize(
+                initialization_timeout=connect_seconds + _LATER_SECONDS, heartbeat_timeout_seconds=heartbeat_seconds
+            )
     # What JAX raises where it finds nothing depends on what it looked for.
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -150,12 +153,12 @@ def _configure_jax(heartbeat_seconds: int) -> None:
 
 def visible_gpus() -> int | None:
     """How many GPUs this process may use, without asking JAX, which may not look for devices yet; None: not known."""
-    if Path("/dev/kfd").exists():  # AMD's, which are counted otherwise
+    if os.path.exists("/dev/kfd"):  # AMD's, which are counted otherwise
         return None
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
+    return len([name for name in os.listdir("/dev") if re.fullmatch("nvidia[0-9]+", name)])
 
 
 def _check_local_devices(chosen: tuple[int, ...] | None, gpus: int | None) -> None:
@@ -188,20 +191,35 @@ def _check_reachable(config: ProcessConfig) -> None:
         except OSError as error:  # it may start later than this process
             reason = error.strerror or str(error)
         time.sleep(min(0.2, left))
-    raise ConnectionError(
+    raise LateError(
         f"process {config.index} could not reach process 0 at coordinator '{config.coordinator}' within"
         f" {config.connect_seconds} s: {reason}"
     )
 
 
-def _end_late(config: ProcessConfig) -> None:
+@contextlib.contextmanager
+def _ends_late(seconds: float, words: str) -> Iterator[None]:
+    """Ends this process where the block, in which JAX waits for the others, takes too long.
+
+    JAX does not raise when its own limit is over. It aborts, with a dump instead of a line, so its limit comes later.
+
+    Args:
+        seconds: how long the block may take.
+        words: what is printed.
+    """
+    late = threading.Timer(seconds, _end_late, (words,))
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+
+
+def _end_late(words: str) -> None:
     """Ends a process that is still waiting, in a thread beside it."""
-    print(
-        f"error: process {config.index} waited {config.connect_seconds} s at coordinator '{config.coordinator}', and"
-        f" not all of the {config.count} processes came",
-        file=sys.stderr,
-    )
-    flush_and_end(FAILED)
+    print(f"error: {words}", file=sys.stderr)
+    flush_and_end(MAY_PASS)
 
 
 def index() -> int:
@@ -227,7 +245,7 @@ def gather_text(text: str, seconds: float = WAIT_SECONDS) -> tuple[str, ...]:
         seconds: how long to wait for the others.
 
     Raises:
-        TimeoutError: another process did not come here in time.
+        LateError: another process did not come here in time. TimeoutError: it is gone.
     """
     if not _together():
         return (text,)
@@ -249,7 +267,7 @@ def broadcast_text(text: str | None, seconds: float = WAIT_SECONDS) -> str:
         seconds: how long to wait for the others.
 
     Raises:
-        TimeoutError: another process did not come here in time.
+        LateError: another process did not come here in time. TimeoutError: it is gone.
     """
     # Everybody's text is gathered, so that no process goes on while another has not begun.
     return gather_text((text or "") if is_writer() else "", seconds)[0]
@@ -283,7 +301,7 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     Raises:
         Exception: what the action raised on the first process that failed. The other processes raise the same kind of
             error, with the number of that process.
-        TimeoutError: another process did not come here in time.
+        LateError: another process did not come here in time. TimeoutError: it is gone.
     """
     global _in_agreed_action
     result: Any = None
@@ -314,7 +332,7 @@ def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | Non
         seconds: how long the others wait for it.
 
     Raises:
-        Exception, TimeoutError: as in `agreed`.
+        Exception, LateError, TimeoutError: as in `agreed`.
 
     Returns:
         What the action returned; None on the other processes.
@@ -390,4 +408,6 @@ def _read(number: int, process: int, seconds: float) -> str:
     try:
         return _state().client.blocking_key_value_get(_place(number, process), int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f"process {process} did not answer process {index()} within {seconds:g} s") from error
+        # Where it is dead, the service says something else, and `end_together` waits until all of them know.
+        kind = LateError if "DEADLINE_EXCEEDED" in str(error) else TimeoutError
+        raise kind(f"process {process} did not answer process {index()} within {seconds:g} s") from error

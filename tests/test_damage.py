@@ -67,6 +67,6 @@ def test_the_table_can_be_read_back():
 
 def test_words_that_no_kind_has_are_refused(capsys):
     """Nothing would be silent, and that would look as if all were well."""
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         damage.main(["metrics", "nosuch"])
     assert "words are 'metrics nosuch', and no kind of damage has all of them" in capsys.readouterr().err

@@ -73,6 +73,6 @@ def test_a_case_is_the_same_each_time():
 
 @pytest.mark.parametrize("arguments", ["--cases 0", "--cases -1", "--seconds 0", "--seconds nan", "--first -1"])
 def test_what_would_read_nothing_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         fuzz.main(arguments.split())
     assert f"{arguments.split()[0]}: is " in capsys.readouterr().err

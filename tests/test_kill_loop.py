@@ -158,6 +158,6 @@ def test_values_are_compared_bit_for_bit_and_times_are_not():
     ],
 )
 def test_what_would_kill_nothing_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         kill_loop.main(arguments.split())
     assert message in capsys.readouterr().err

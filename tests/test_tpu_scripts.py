@@ -216,7 +216,11 @@ NAMED = {"CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "HOSTS": "a b", "RUNS": 
         ("create.sh project=p", "", "word is 'project=p'; allowed are flags of gcloud"),
         ("run_all_workers.sh install", "SLICES=0", "SLICES is '0'; allowed"),
         ("run_all_workers.sh start train tiny", "LIMIT=abc", "LIMIT is 'abc'; allowed is a whole number, 0 or more"),
-        ("run_all_workers.sh start nonsense tiny", "", "COMMAND is 'nonsense'; allowed are train, sft, dpo, reward-model"),
+        (
+            "run_all_workers.sh start nonsense tiny",
+            "",
+            "COMMAND is 'nonsense'; allowed are train, sft, dpo, reward-model",
+        ),
         ("run_all_workers.sh install", "EXTRAS=tpu data", "EXTRAS is 'tpu data'; allowed"),
         ("run_all_workers.sh nonsense", "", "usage: "),
         ("restart_loop.sh train tiny", "WAIT=08", "WAIT is '08'; allowed"),  # octal to the shell

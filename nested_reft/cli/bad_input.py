@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nested_reft.exit_codes import LateError
+
 # How JAX begins when JAX_PLATFORMS names what is not here.
 NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
 
@@ -23,7 +25,8 @@ def checking_input() -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:  # whoever read the output went away, which no input caused
+    # No input caused that whoever read the output went away, or that another process is late.
+    except (BrokenPipeError, LateError):
         raise
     except OSError as error:
         raise BadInput(_of_system(error)) from error

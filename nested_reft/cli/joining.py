@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.untrusted import shown
 
+CONNECT_SECONDS = 300  # how long a process waits for the others at the start
 # Each flag with the variable of the environment that stands for it, the form of its value, and what it says.
 FLAGS = {
     "--coordinator": (
@@ -74,7 +75,8 @@ def join(values: Mapping[str, str]) -> None:
         values: what `take_flags` returned.
 
     Raises:
-        BadInput: the values do not go together, or process 0 cannot be reached.
+        BadInput: the values do not go together.
+        LateError: process 0 cannot be reached.
     """
     if not values:
         return
@@ -87,19 +89,20 @@ def join(values: Mapping[str, str]) -> None:
     try:
         heartbeat = _whole("--heartbeat-seconds", values.get("--heartbeat-seconds", "100"), least=1)
         if values.get("--coordinator") == "auto":
-            processes.start_detected(heartbeat_seconds=heartbeat)
+            processes.start_detected(CONNECT_SECONDS, heartbeat)
         else:
             place = processes.ProcessConfig(
                 values.get("--coordinator"),
                 _whole("--processes", values.get("--processes", "1"), least=1),
                 _whole("--process", values.get("--process", "0")),
                 _devices(values.get("--local-devices")),
+                connect_seconds=CONNECT_SECONDS,
                 heartbeat_seconds=heartbeat,
             )
             if place.count == 1:
                 raise BadInput(f"{next(iter(values))} is given, but --processes is 1; give --processes N above 1")
             processes.start(place)
-    except (ValueError, ConnectionError) as error:
+    except ValueError as error:
         raise BadInput(str(error)) from error
     if not processes.is_writer():
         # Results and progress are the same everywhere, and one process shows them. tqdm reads its variable when it is

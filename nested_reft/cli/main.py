@@ -21,7 +21,8 @@
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
 Exit codes: 0 done, 1 a check or an update failed, 2 bad input (refused before training), 75 pre-empted by SIGTERM
-(resume it), 76 stalled (nothing went on for train.stall_seconds; resume it), 130 interrupted.
+or another process of the run did not come in time (start it again, or resume it), 76 stalled (nothing went on for
+train.stall_seconds; resume it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.joining import join, take_flags
 from nested_reft.cli.output import complain, say
-from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, PREEMPTED
+from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, MAY_PASS, PREEMPTED, LateError
 from nested_reft.training.interrupts import Preempted, interruption, stop_requests
 from nested_reft.untrusted import printable
 
@@ -109,6 +110,8 @@ def _exit_code(arguments: list[str]) -> int:
         _run(arguments)
     except BadInput as error:
         return _refusal(error, BAD_INPUT)
+    except LateError as error:
+        return _refusal(error, MAY_PASS)
     except FloatingPointError as error:  # updates or parameters were not finite
         return _refusal(error, FAILED)
     except Preempted:

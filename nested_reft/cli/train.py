@@ -14,7 +14,7 @@ from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.joining import add_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
-from nested_reft.exit_codes import FAILED, STALLED
+from nested_reft.exit_codes import FAILED, STALLED, LateError
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.report import write_report
 from nested_reft.reports.tables import summary_table
@@ -78,6 +78,9 @@ def _train(
         keep_json(known.json, summary)
         _report(path)
     except KeyboardInterrupt:
+        complain(f"\n{_how_to_continue(path)}")
+        raise  # for `main`, which has the exit code
+    except LateError:
         complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
     # A checkpoint, a log or a result could not be written, or there are no searchers any more.

@@ -74,8 +74,9 @@ run() {
     if [ "${DRY_RUN:-}" = 1 ]; then quoted "$@"; else "$@"; fi
 }
 
-# Whether a run that ended with this code may be started again (nested_reft/exit_codes.py): 75 is pre-empted, 76 is
-# stalled, and above 128 is a signal. SIGHUP, SIGINT, SIGQUIT and SIGPIPE come from a person who had enough.
+# Whether a run that ended with this code may be started again (nested_reft/exit_codes.py): 75 is a pre-emption, or a
+# host that came late; 76 is stalled, and above 128 is a signal. SIGHUP, SIGINT, SIGQUIT and SIGPIPE come from a person
+# who had enough.
 may_restart() {
     case $1 in
         75 | 76 | 132 | 133 | 134 | 135 | 136 | 137 | 138 | 139 | 143) return 0 ;;
