@@ -36,9 +36,6 @@ _UNFINISHED = re.compile(r"(0|[1-9][0-9]{0,17})\.orbax-checkpoint-tmp(-[0-9]+)?"
 _WAIT_SECONDS = 600
 
 logger = logging.getLogger(__name__)
-# Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
-# become one line here.
-logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class CheckpointError(OSError):

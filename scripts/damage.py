@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from nested_reft.api import open_trainer  # noqa: E402
 from nested_reft.checkpoints import checkpoint_numbers  # noqa: E402
+from nested_reft.cli.output import quiet_libraries  # noqa: E402
 from nested_reft.run_directory import read_log  # noqa: E402
 from nested_reft.training.config import Config, load_config  # noqa: E402
 from nested_reft.training.setup import run_config  # noqa: E402
@@ -417,6 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="kinds whose name holds all of them")
     parser.add_argument("--page", type=Path, help="a Markdown page whose table of kinds is replaced")
     known = parser.parse_args(arguments)
+    quiet_libraries()
     logging.getLogger().addHandler(logging.NullHandler())
     chosen = {kind: act for kind, act in kinds().items() if all(word in kind for word in known.words)}
     if not chosen:  # no kind would be silent

@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from nested_reft.checkpoints import newest_checkpoint  # noqa: E402
 from nested_reft.cli.arguments import whole  # noqa: E402
+from nested_reft.cli.output import quiet_libraries  # noqa: E402
 from nested_reft.command import environment_of  # noqa: E402
 from nested_reft.exit_codes import DONE, INTERRUPTED, PREEMPTED  # noqa: E402
 from nested_reft.program_cache import cache_directory  # noqa: E402
@@ -388,6 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=whole(1, 64), default=1, help="that are one run; one of them is killed")
     parser.add_argument("--moments", nargs="+", choices=[*MOMENTS, RANDOM], help="instead of those of the schedule")
     known = parser.parse_args(arguments)
+    quiet_libraries()
     signals = [signal.Signals[name] for name in known.signals]
     with tempfile.TemporaryDirectory() as directory:
         loop = KillLoop(Path(directory), signals, random.Random(known.seed), known.processes)

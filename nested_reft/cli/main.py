@@ -38,7 +38,7 @@ from contextlib import nullcontext
 from nested_reft import __version__
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.joining import join, take_flags
-from nested_reft.cli.output import complain, say
+from nested_reft.cli.output import complain, quiet_libraries, say
 from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, MAY_PASS, PREEMPTED, LateError
 from nested_reft.training.interrupts import Preempted, interruption, stop_requests
 from nested_reft.untrusted import printable
@@ -145,7 +145,7 @@ def _run(arguments: list[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
+    quiet_libraries()
     if command in TRAINING:
         rest, flags = take_flags(rest, os.environ)
         join(flags)
