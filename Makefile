@@ -35,7 +35,7 @@ NEWEST_INSTALL := $(NEWEST)/bin/python $(PIP) install
 TPU := .venv-tpu
 TPU_READY := $(TPU)/.ready
 # The version that JAX asks for: XLA reads the programs of its own compiler back, and not those of every later one.
-LIBTPU ?= libtpu==0.0.42.1
+LIBTPU ?= $(shell sed -n '/^libtpu==/p' constraints.txt)
 TPU_COMPILE ?= compile qwen_math_gsm8k --topology v5e:2x4 --mesh.data auto --train.micro-batches 4
 
 .PHONY: help run test test-oldest test-newest tpu-compile docs lint types format clean

@@ -16,7 +16,7 @@ from typing import Any
 
 from nested_reft.cli.arguments import Parser, number, whole
 from nested_reft.cli.bad_input import BadInput
-from nested_reft.cli.output import complain
+from nested_reft.cli.output import complain, quiet_libraries
 from nested_reft.exit_codes import INTERRUPTED
 from nested_reft.fields import from_text
 from nested_reft.json_files import check_writable
@@ -37,6 +37,7 @@ def command(main: Main) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
+        quiet_libraries()
         try:
             main(arguments)
         except BadInput as error:

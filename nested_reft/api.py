@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from nested_reft import processes
-from nested_reft.checkpoints import newest_checkpoint
+from nested_reft.checkpoints import check_directory, newest_checkpoint
 from nested_reft.evaluation import Evaluation
-from nested_reft.json_files import check_directory, differences, write_json
+from nested_reft.json_files import check_can_write, differences, write_json
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.nesting_control import NestingControlConfig
@@ -36,7 +36,7 @@ from nested_reft.training.setup import Setup, check_bridges, prepare, run_config
 from nested_reft.training.step import UpdateResult
 from nested_reft.training.trainer import Trainer
 from nested_reft.types import TrainBatch
-from nested_reft.untrusted import printable
+from nested_reft.untrusted import printable, shown
 
 
 def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
@@ -288,13 +288,26 @@ def open_trainer(
     return trainer
 
 
-def _taken(run: Path) -> RunDirectory:
-    """The directory of a run that is to be continued, for this process."""
+def check_resumable(run: Path) -> None:
+    """Refuses a run that has nothing to continue from.
+
+    Args:
+        run: its directory.
+
+    Raises:
+        ValueError: it has no complete checkpoint, or a file is in the place of its checkpoints.
+    """
+    check_directory(run / "checkpoints")
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{address_of(run)}' has no complete checkpoint to resume from")
+
+
+def _taken(run: Path) -> RunDirectory:
+    """The directory of a run that is to be continued, for this process."""
+    check_resumable(run)
     # Each process writes its share of a checkpoint. Said before the lock and the logs, whose errors name single files.
     for place in (run, run / "checkpoints"):
-        check_directory(place, "run directory", "copy the whole run to a place that can be written and resume the copy")
+        check_can_write(place, "run directory", "copy the whole run to a place that can be written and resume the copy")
     return RunDirectory(run) if processes.is_writer() else SilentRunDirectory(run)
 
 
@@ -362,7 +375,8 @@ def _check_same_run(config: Config, resume: Path | None) -> None:
     for process, text in enumerate(texts):
         for name, theirs, other in differences(first, json.loads(text)):
             raise ValueError(
-                f"process {process} has {other!r} for {name.removeprefix('config.')}, and process 0 has {theirs!r};"
+                f"process {process} has {shown(other)} for {name.removeprefix('config.')}, and process 0 has"
+                f" {shown(theirs)};"
                 " start all processes with the same command, configuration and versions"
             )
 

@@ -36,9 +36,6 @@ _UNFINISHED = re.compile(r"(0|[1-9][0-9]{0,17})\.orbax-checkpoint-tmp(-[0-9]+)?"
 _WAIT_SECONDS = 600
 
 logger = logging.getLogger(__name__)
-# Orbax logs each error of its threads with a traceback, several times over. All of them are raised as well, and
-# become one line here.
-logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class CheckpointError(OSError):
@@ -77,6 +74,19 @@ def newest_checkpoint(directory: Path) -> int | None:
         directory: the run's directory for checkpoints; it need not exist.
     """
     return next(iter(checkpoint_numbers(directory)), None)
+
+
+def check_directory(directory: Path) -> None:
+    """Refuses what is in the place of a run's checkpoint directory.
+
+    Args:
+        directory: the run's directory for checkpoints; it need not exist.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
 
 
 @runtime_checkable
@@ -135,8 +145,7 @@ class Checkpoints:
             ValueError: a file is in its place.
             OSError: it cannot be made.
         """
-        if directory.exists() and not directory.is_dir():
-            raise ValueError(f"'{directory}' is a file; it must be the directory of the run's checkpoints")
+        check_directory(directory)
         # Orbax asks for an absolute path.
         self._directory, self._writing, self._exchange = directory.resolve(), 0, exchange
         self._alone = alone or processes.count() == 1

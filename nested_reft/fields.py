@@ -97,9 +97,10 @@ def allowed(kind: Any, value: Any = None) -> str:
     """
     options = _options(kind)
     choices = [str(choice) for option in options if typing.get_origin(option) is Literal for choice in get_args(option)]
-    if choices:
-        return f"are {', '.join([*choices, *(['None'] if type(None) in options else [])])}"
-    return f"is {' or '.join(_allowed_word(option, value) for option in options)}"
+    others = [_allowed_word(option, value) for option in options if typing.get_origin(option) is not Literal]
+    if choices and set(others) <= {"None"}:
+        return f"are {', '.join([*choices, *others])}"
+    return f"is {' or '.join([*choices, *others])}"
 
 
 def _allowed_word(option: Any, value: Any) -> str:

@@ -62,7 +62,7 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def check_directory(path: Path, what: str, remedy: str) -> None:
+def check_can_write(path: Path, what: str, remedy: str) -> None:
     """Refuses a directory that cannot be written, by a file of a name that nobody has.
 
     Args:

@@ -23,7 +23,8 @@ from nested_reft.remote_files import Entry
 
 # The second form is what `Path` makes of the first.
 _REMOTE = re.compile(r"gs:/{1,2}(?!/)")
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://")
+# One slash is what `Path` leaves of two. Two letters at least, since one may be a drive.
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/|gs:", re.IGNORECASE)
 TOGETHER = 8  # files that travel at a time
 
 
@@ -57,6 +58,19 @@ def address(path: str | Path) -> str:
     return remote_files.join(f"gs://{bucket}", name).rstrip("/")
 
 
+def check_named(run: str | Path) -> None:
+    """Refuses an empty name of a run, which would mean the working directory to `Path`.
+
+    Args:
+        run: as a user gave it.
+
+    Raises:
+        ValueError: it is empty, as a variable of a shell is that was never set.
+    """
+    if not str(run).strip():
+        raise ValueError(f"the run is '{run}'; allowed is a run directory, or gs://BUCKET/NAME")
+
+
 def local_only(path: str | Path, what: str) -> Path:
     """A path where `gs://` makes no sense.
 
@@ -69,8 +83,8 @@ def local_only(path: str | Path, what: str) -> Path:
     """
     if is_remote(path):
         raise ValueError(
-            f"{what} is '{address(path)}'; allowed is a local path: gs:// serves --runs, --resume, runs, models and"
-            " data that are read"
+            f"{what} is '{path}'; allowed is a local path: gs:// serves --runs, --resume, runs, models and data that"
+            " are read"
         )
     return Path(path)
 

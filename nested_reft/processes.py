@@ -15,23 +15,25 @@ import builtins
 import contextlib
 import itertools
 import os
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from nested_reft.exit_codes import BAD_INPUT, FAILED
+from nested_reft.exit_codes import BAD_INPUT, FAILED, MAY_PASS, LateError
 
 T = TypeVar("T")
 
 # The slowest preparation that the others wait for: a model is downloaded, or read from a slow disk.
 WAIT_SECONDS = 1800.0
+_LATER_SECONDS = 60  # how much later than ours the limit of JAX comes
 _PREFIX = "nested_reft"
 # Each exchange has a number. All processes exchange in the same order, so they count alike.
 _exchanges = itertools.count()
@@ -49,7 +51,7 @@ class ProcessConfig:
         coordinator: HOST:PORT where process 0 can be reached by all; None where there is one process only.
         count: processes of the run.
         index: of this process, from 0.
-        local_devices: indices of the devices that it uses; None is all of its machine.
+        local_devices: indices of the GPUs that it uses, each once; None is all devices of its machine.
         connect_seconds: how long it waits for the others at the start.
         heartbeat_seconds: a process that was silent for so long counts as dead, and the others end.
     """
@@ -70,6 +72,8 @@ class ProcessConfig:
             raise ValueError(f"processes is {self.count} and coordinator is not given; give HOST:PORT of process 0")
         if self.heartbeat_seconds < 1:
             raise ValueError(f"heartbeat-seconds is {self.heartbeat_seconds}; allowed is 1 or more")
+        if self.local_devices is not None and len({*self.local_devices}) < len(self.local_devices):
+            raise ValueError(f"local-devices is {listed(self.local_devices)}; allowed is each device once")
         host, _, port = (self.coordinator or "HOST:1").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError(f"coordinator is '{self.coordinator}'; allowed is HOST:PORT")
@@ -82,20 +86,20 @@ def start(config: ProcessConfig) -> None:
         config: which process this is; with one process nothing happens.
 
     Raises:
-        ConnectionError: process 0 could not be reached within the time limit. Where it can, and another process does
-            not come in time, this process ends with a line and code 1: JAX cannot be interrupted while it waits.
+        ValueError: `local_devices` names what is not there.
+        LateError: process 0 could not be reached within the time limit. Where it can, and another process does not
+            come in time, this process ends with a line and the code of that error: JAX cannot be interrupted while
+            it waits.
     """
     if config.count == 1:
         return
+    _check_local_devices(config.local_devices, visible_gpus())
     _configure_jax(config.heartbeat_seconds)
     began = time.monotonic()
     if config.index:
         _check_reachable(config)
-    # JAX does not raise when its limit is over. It aborts, with a dump instead of a line, so its limit must come later.
-    late = threading.Timer(config.connect_seconds - (time.monotonic() - began), _end_late, (config,))
-    late.daemon = True
-    late.start()
-    try:
+    left = config.connect_seconds - (time.monotonic() - began)
+    with _ends_late(left, _why_late(config)):
         jax.distributed.initialize(
             config.coordinator,
             config.count,
@@ -103,25 +107,28 @@ def start(config: ProcessConfig) -> None:
             config.local_devices,
             # All is given, so no cluster need be asked.
             cluster_detection_method="deactivate",
-            initialization_timeout=config.connect_seconds + 60,
+            initialization_timeout=config.connect_seconds + _LATER_SECONDS,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
         )
-    finally:
-        late.cancel()
 
 
 def start_detected(connect_seconds: int = 300, heartbeat_seconds: int = 100) -> None:
     """Joins the processes of a run as its cluster says: Cloud TPU, GKE, Slurm and what else JAX detects.
 
     Args:
-        connect_seconds, heartbeat_seconds: as in `ProcessConfig`.
+        connect_seconds, heartbeat_seconds: as in `ProcessConfig`. Where not all processes come in time, this one ends
+            as in `start`.
 
     Raises:
         ValueError: there is no cluster that JAX detects.
     """
     _configure_jax(heartbeat_seconds)
+    words = f"waited {connect_seconds} s for the processes that the cluster names, and not all of them came"
     try:
-        jax.distributed.initialize(initialization_timeout=connect_seconds, heartbeat_timeout_seconds=heartbeat_seconds)
+        with _ends_late(float(connect_seconds), words):
+            jax.distributed.initialize(
+                initialization_timeout=connect_seconds + _LATER_SECONDS, heartbeat_timeout_seconds=heartbeat_seconds
+            )
     # What JAX raises where it finds nothing depends on what it looked for.
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -143,6 +150,34 @@ def _configure_jax(heartbeat_seconds: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
+def visible_gpus() -> int | None:
+    """How many GPUs this process may use, without asking JAX, which may not look for devices yet; None: not known."""
+    if os.path.exists("/dev/kfd"):  # AMD's, which are counted otherwise
+        return None
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
+    return len([name for name in os.listdir("/dev") if re.fullmatch("nvidia[0-9]+", name)])
+
+
+def _check_local_devices(chosen: tuple[int, ...] | None, gpus: int | None) -> None:
+    """Refuses devices that are not here. JAX would say so in C++ words, and pass over them on a CPU or TPU.
+
+    Args:
+        chosen: indices of devices.
+        gpus: how many this host has; None where that is not known.
+    """
+    if chosen is None or gpus is None or all(index < gpus for index in chosen):
+        return
+    here = f"allowed are 0 to {gpus - 1}, the GPUs that are here" if gpus else "it chooses GPUs, and none are here"
+    raise ValueError(f"local-devices is {listed(chosen)}; {here}")
+
+
+def listed(devices: tuple[int, ...]) -> str:
+    """Devices as the flag has them."""
+    return ",".join(map(str, devices))
+
+
 def _check_reachable(config: ProcessConfig) -> None:
     """Waits until process 0 listens."""
     assert config.coordinator is not None
@@ -155,16 +190,35 @@ def _check_reachable(config: ProcessConfig) -> None:
         except OSError as error:  # it may start later than this process
             reason = error.strerror or str(error)
         time.sleep(min(0.2, left))
-    raise ConnectionError(
+    raise LateError(
         f"process {config.index} could not reach process 0 at coordinator '{config.coordinator}' within"
         f" {config.connect_seconds} s: {reason}"
     )
 
 
-def _end_late(config: ProcessConfig) -> None:
+@contextlib.contextmanager
+def _ends_late(seconds: float, words: str) -> Iterator[None]:
+    """Ends this process where the block, in which JAX waits for the others, takes too long.
+
+    JAX does not raise when its own limit is over. It aborts, with a dump instead of a line, so its limit comes later.
+
+    Args:
+        seconds: how long the block may take.
+        words: what is printed.
+    """
+    late = threading.Timer(seconds, _end_late, (words,))
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+
+
+def _end_late(words: str) -> None:
     """Ends a process that is still waiting, in a thread beside it."""
-    print(f"error: {_why_late(config)}", file=sys.stderr)
-    flush_and_end(FAILED)
+    print(f"error: {words}", file=sys.stderr)
+    flush_and_end(MAY_PASS)
 
 
 def _why_late(config: ProcessConfig) -> str:
@@ -202,7 +256,7 @@ def gather_text(text: str, seconds: float = WAIT_SECONDS) -> tuple[str, ...]:
         seconds: how long to wait for the others.
 
     Raises:
-        TimeoutError: another process did not come here in time.
+        LateError: another process did not come here in time. TimeoutError: it is gone.
     """
     if not _together():
         return (text,)
@@ -224,7 +278,7 @@ def broadcast_text(text: str | None, seconds: float = WAIT_SECONDS) -> str:
         seconds: how long to wait for the others.
 
     Raises:
-        TimeoutError: another process did not come here in time.
+        LateError: another process did not come here in time. TimeoutError: it is gone.
     """
     # Everybody's text is gathered, so that no process goes on while another has not begun.
     return gather_text((text or "") if is_writer() else "", seconds)[0]
@@ -258,7 +312,7 @@ def agreed(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     Raises:
         Exception: what the action raised on the first process that failed. The other processes raise the same kind of
             error, with the number of that process.
-        TimeoutError: another process did not come here in time.
+        LateError: another process did not come here in time. TimeoutError: it is gone.
     """
     global _in_agreed_action
     result: Any = None
@@ -295,7 +349,7 @@ def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | Non
         seconds: how long the others wait for it.
 
     Raises:
-        Exception, TimeoutError: as in `agreed`.
+        Exception, LateError, TimeoutError: as in `agreed`.
 
     Returns:
         What the action returned; None on the other processes.
@@ -371,4 +425,6 @@ def _read(number: int, process: int, seconds: float) -> str:
     try:
         return _state().client.blocking_key_value_get(_place(number, process), int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f"process {process} did not answer process {index()} within {seconds:g} s") from error
+        # Where it is dead, the service says something else, and `end_together` waits until all of them know.
+        kind = LateError if "DEADLINE_EXCEEDED" in str(error) else TimeoutError
+        raise kind(f"process {process} did not answer process {index()} within {seconds:g} s") from error

@@ -22,9 +22,9 @@ from nested_reft.json_files import write_json
 from nested_reft.models.registry import hub_revision
 from nested_reft.paths import address, copy_of, is_remote, local_only
 from nested_reft.remote_files import join
-from nested_reft.run_lock import RunLock
 from nested_reft.run_logs import Events, Log, cut, log_lines, mend
 from nested_reft.run_mirror import PartExchange, address_of, begin_copy, exchange_parts, mark_copy, open_mirror
+from nested_reft.run_owner import RunLock
 
 # The step of the first line, of a log with one line for each step; None of the other.
 LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}

@@ -1,7 +1,8 @@
 """Runs on `gs://`: a run works in a local copy, and what it has finished is copied to its remote directory.
 
 A checkpoint is copied before its seal, and the logs before it too. A remote checkpoint with a seal is therefore whole
-and can be continued, whenever its process or machine went away. One process at a time owns a remote run.
+and can be continued, whenever its process or machine went away. One process at a time owns a remote run
+(`run_owner.py`).
 """
 
 from __future__ import annotations
@@ -9,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
-import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,16 +22,16 @@ from typing import Any
 
 from orbax.checkpoint import multihost
 
-from nested_reft import paths, processes, remote_files
+from nested_reft import paths, processes, remote_files, run_owner
 from nested_reft.checkpoints import SEAL, CheckpointError, checkpoint_numbers, damage_of
 from nested_reft.json_files import write_json
 from nested_reft.remote_files import ChangedError, Entry, MissingError, RemoteError, join
+from nested_reft.run_owner import IN_USE, OWNER, RemoteOwner, read_owner
 
 logger = logging.getLogger(__name__)
 
-IN_USE = "in_use.json"  # in a directory whose file system has no locks: who works there (`run_lock`)
+_LOOK_SECONDS = 0.2  # how often a wait looks
 MARK = "remote.json"  # in a local copy: the address of the run, and which owner wrote here last
-OWNER = "owner.json"  # at the address: who owns the run
 _INDEX = ".fetched.json"
 _CHECKPOINTS, _BLOCKS, _PARTS = "checkpoints", "../blocks/", "parts"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax ends the names of directories so while it writes them
@@ -44,9 +42,6 @@ _NOT_COPIED = re.compile(
 )
 # Files that grow, so that only their ends are copied.
 _GROWING = re.compile(r"\w+\.jsonl|events/.*")
-# The owner shows that it is there as often as the first says, and counts as gone after the second.
-BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
-_LOOK_SECONDS = 0.2
 
 
 def address_of(run: Path) -> str:
@@ -69,10 +64,12 @@ def local_run(source: str | Path) -> Path:
         source: a run or a model, as a user gave it.
 
     Raises:
+        ValueError: it is empty.
         FileNotFoundError: there is nothing at a remote address.
         RemoteError: the store cannot be reached.
         ImportError: the extra that gs:// needs is not installed.
     """
+    paths.check_named(source)
     if not paths.is_remote(source):
         return Path(source)
     url = paths.address(source)
@@ -198,154 +195,6 @@ class PartExchange:
             list(pool.map(do, items))
 
 
-class Owner:
-    """The right to write to a remote run, which one process has at a time.
-
-    Attributes:
-        id: of this owner; another process, and the same one later, have another.
-        previous: the owner before; None for a new run.
-    """
-
-    def __init__(self, url: str):
-        """Args:
-        url: of the run.
-        """
-        self.id, self.previous = secrets.token_hex(8), None
-        self._url, self._generation = join(url, OWNER), 0
-        self._run = url
-
-    def take(self, is_new: bool) -> None:
-        """Becomes the owner, once the one before has said that it is done or has not been heard of for long enough.
-
-        Args:
-            is_new: there must be no owner before.
-
-        Raises:
-            FileExistsError: there is one.
-            ValueError: it is still at work.
-        """
-        before, generation = ({}, 0) if is_new else self._last_owner()
-        try:
-            self._write(generation)
-        except ChangedError:
-            now, _ = _read_owner(self._url)
-            if is_new:
-                raise FileExistsError(f"there is a run at '{self._run}' already") from None
-            raise self._in_use(now) from None
-        self.previous = before.get("id")
-        held.add(self.id)
-
-    def beat(self) -> None:
-        """Shows that the owner is there.
-
-        Raises:
-            ChangedError: another process has taken over.
-        """
-        self._write(self._generation)
-
-    def release(self) -> None:
-        """Says that the owner is done, so that nobody has to wait. Where that fails, others wait."""
-        held.discard(self.id)
-        with contextlib.suppress(OSError):
-            self._write(self._generation, released=True)
-
-    def _last_owner(self) -> tuple[dict[str, Any], int]:
-        """Who owned the run, and the generation of that; it is at work no more."""
-        owner, generation = _read_owner(self._url)
-        began = time.monotonic()
-        while generation and not owner.get("released") and not has_ended(owner):
-            if time.monotonic() - began >= STALE_SECONDS:
-                logger.warning("'%s' was not left in order by %s; it is taken over", self._run, in_words(owner))
-                break
-            if time.monotonic() - began < _LOOK_SECONDS:
-                logger.warning(
-                    "'%s' is owned by %s; waiting up to %g s for a sign of it",
-                    self._run,
-                    in_words(owner),
-                    STALE_SECONDS,
-                )
-            time.sleep(_LOOK_SECONDS)
-            now, found = _read_owner(self._url)
-            # No clocks are compared, because those of two machines may differ.
-            if found != generation and now.get("id") == owner.get("id") and not now.get("released"):
-                raise self._in_use(now)
-            if now.get("id") != owner.get("id"):  # yet another process was faster
-                began = time.monotonic()
-            owner, generation = now, found
-        return owner, generation
-
-    def _write(self, generation: int, released: bool = False) -> None:
-        value = this_process(self.id)
-        content = json.dumps(value | {"released": released, "time": time.time()}).encode()
-        try:
-            self._generation = remote_files.write(self._url, content, generation)
-        except ChangedError:
-            # A request whose answer got lost was tried again, and then found what it had written itself.
-            owner, found = _read_owner(self._url)
-            if owner.get("id") != self.id:
-                raise
-            self._generation = found
-
-    def _in_use(self, owner: dict[str, Any]) -> ValueError:
-        return ValueError(
-            f"run '{self._run}' is in use by {in_words(owner)}; wait until it has ended, or stop it. One that was"
-            f" killed counts as gone after {STALE_SECONDS:g} s"
-        )
-
-
-held: set[str] = set()  # owners of this process
-
-
-def _read_owner(url: str) -> tuple[dict[str, Any], int]:
-    """What the file of an owner holds, and its generation, 0 without one."""
-    found = remote_files.read(url)
-    if found is None:
-        return {}, 0
-    try:
-        value = json.loads(found[0])
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}, found[1]
-
-
-def this_process(id: str) -> dict[str, Any]:
-    """What an owner says of itself.
-
-    Args:
-        id: of the owner.
-    """
-    return {"id": id, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
-
-
-def in_words(owner: dict[str, Any]) -> str:
-    """An owner, for messages."""
-    return f"process {owner.get('pid', 'unknown')} on host '{owner.get('host', 'unknown')}'"
-
-
-def _place() -> str:
-    """Where numbers of processes mean the same: a start of the system, and a container in it."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return ""
-
-
-def has_ended(owner: dict[str, Any]) -> bool:
-    """Whether an owner was a process of this place and is there no more."""
-    pid = owner.get("pid")
-    if not _place() or owner.get("place") != _place() or not isinstance(pid, int):
-        return False
-    if pid == os.getpid():
-        return owner.get("id") not in held
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
 @dataclass(frozen=True)
 class _Sent:
     """A file as it was when it was copied, and the generation of the copy."""
@@ -375,7 +224,7 @@ class RunMirror:
         mark = _mark(path)
         assert mark is not None
         self.url: str = mark["url"]
-        self._path, self._owner = path, Owner(self.url)
+        self._path, self._owner = path, RemoteOwner(self.url)
         self._owner.take(is_new=bool(mark.get("new")))
         try:
             # A copy that another process has gone on from elsewhere is fetched anew.
@@ -473,7 +322,7 @@ class RunMirror:
 
     def _beat(self) -> None:
         heard = time.monotonic()
-        while not self._stopped.wait(BEAT_SECONDS):
+        while not self._stopped.wait(run_owner.BEAT_SECONDS):
             try:
                 self._owner.beat()
                 heard = time.monotonic()
@@ -481,7 +330,7 @@ class RunMirror:
                 self._fail("another process has taken it over")
                 return
             except OSError as error:
-                if time.monotonic() - heard > STALE_SECONDS:
+                if time.monotonic() - heard > run_owner.STALE_SECONDS:
                     self._fail(str(error))
                     return
 
@@ -610,7 +459,7 @@ def _bring_up_to_date(path: Path, url: str, owner: str | None = None) -> None:
             return
         writer = None if mark is None else mark["writer"]
         if writer is not None:
-            if writer == (owner or _read_owner(join(url, OWNER))[0].get("id")):
+            if writer == (owner or read_owner(join(url, OWNER))[0].get("id")):
                 return
             # The run went on elsewhere, and what is here is not part of it any more.
             for entry in path.iterdir():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from nested_reft.checkpoints import Checkpoints, newest_checkpoint
+from nested_reft.cli.output import quiet_libraries
 from nested_reft.replay import Buffer
 from nested_reft.replay_saving import save_store
 from nested_reft.replay_store import Store
@@ -30,8 +30,6 @@ from nested_reft.run_directory import read_log
 from nested_reft.training.config import Config
 from nested_reft.training.group_supply import loaded_buffer
 
-# Orbax reports its progress through absl.
-logging.getLogger("absl").setLevel(logging.ERROR)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNTIMED = ("seconds", "tokens_per_second", "compilations", "searchers_")  # parts of names whose values may differ
 # What says where a run was and how long it took, in its summary and in a checkpoint.
@@ -134,4 +132,5 @@ def main(run: Path, other: Path) -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

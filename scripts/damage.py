@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from nested_reft.api import open_trainer  # noqa: E402
 from nested_reft.checkpoints import checkpoint_numbers  # noqa: E402
+from nested_reft.cli.output import quiet_libraries  # noqa: E402
 from nested_reft.run_directory import read_log  # noqa: E402
 from nested_reft.training.config import Config, load_config  # noqa: E402
 from nested_reft.training.setup import run_config  # noqa: E402
@@ -411,16 +412,19 @@ def kinds_in(page: str) -> dict[str, str]:
     return {f"{where}: {what}": word for where, whats, word in rows for what in whats.split("; ")}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prints the table and its sum; the exit code is 1 where something is silent or too much unclear."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", help="kinds whose name holds all of them")
     parser.add_argument("--page", type=Path, help="a Markdown page whose table of kinds is replaced")
-    known = parser.parse_args()
+    known = parser.parse_args(arguments)
     if known.page is not None and not known.page.is_file():
         parser.error(f"--page is {str(known.page)!r}; allowed is a Markdown page that is there")
+    quiet_libraries()
     logging.getLogger().addHandler(logging.NullHandler())
     chosen = {kind: act for kind, act in kinds().items() if all(word in kind for word in known.words)}
+    if not chosen:  # no kind would be silent
+        parser.error(f"words are '{' '.join(known.words)}', and no kind of damage has all of them")
     with tempfile.TemporaryDirectory() as directory:
         found = verdicts(stopped_run(Path(directory)), chosen)
     for verdict in found:

@@ -34,6 +34,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
+from nested_reft.cli.arguments import number as a_number
+from nested_reft.cli.arguments import whole
 from nested_reft.data.sources import JsonlSource, load_source
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats import gguf_model, huggingface
@@ -472,10 +474,11 @@ def run(names: list[str], seed: int, first: int, cases: int | None, seconds: flo
 def main(arguments: list[str] | None = None) -> int:
     """Runs targets, prints a table, and returns 1 where a case failed."""
     parser = argparse.ArgumentParser(description="Reads damaged files at random.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all targets together")
-    parser.add_argument("--cases", type=int, help="so many of each target, instead of --seconds")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--seed", type=int, default=0)
+    above_zero = a_number("more than 0", lambda seconds: seconds > 0)
+    parser.add_argument("--seconds", type=above_zero, default=60.0, help="for all targets together")
+    parser.add_argument("--cases", type=whole(1), help="so many of each target, instead of --seconds")
+    parser.add_argument("--first", type=whole(0), default=0, help="number of the first case")
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="these alone; default: all")
     known = parser.parse_args(arguments)
     tallies = run(known.target or list(TARGETS), known.seed, known.first, known.cases, known.seconds)

@@ -13,7 +13,8 @@ of the undisturbed run, bit for bit (`compare_runs.py`).
 
 A named moment is the n-th call of one function in a process, and up to a tenth of a second more. A random moment is any
 time of half a run. The exit code is 1 where a run ends otherwise, or where a process does not say how to continue.
-Where several processes are one run, they take turns in being killed, and the others must end by themselves.
+Options that would kill nothing are refused (2). Where several processes are one run, they take turns in being killed,
+and the others must end by themselves.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nested_reft.checkpoints import newest_checkpoint  # noqa: E402
+from nested_reft.cli.arguments import whole  # noqa: E402
+from nested_reft.cli.output import quiet_libraries  # noqa: E402
 from nested_reft.command import environment_of  # noqa: E402
 from nested_reft.exit_codes import DONE, INTERRUPTED, PREEMPTED  # noqa: E402
 from nested_reft.program_cache import cache_directory  # noqa: E402
 from nested_reft.reports.tables import table  # noqa: E402
+from nested_reft.training.interrupts import SIGNALS  # noqa: E402
 from scripts.compare_runs import differences  # noqa: E402
 
 # The function whose call is the moment, and the largest n. There is a checkpoint every two steps, so a process that
@@ -92,6 +96,8 @@ SCHEDULE = [
     ("replay", ["start", "checkpoint write", "update", "buffer write", "summary"]),
     ("dynamic sampling", ["warm start", "checkpoint seal", "rollout", RANDOM, RANDOM]),
 ]
+# What ends a run. Any other signal is ignored or stops a process, or is no way in which runs end.
+ENDING = ("SIGKILL", *SIGNALS)
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: PREEMPTED}  # every other signal is a person's
 # What a run says that has no checkpoint to continue from; one that has not begun says only that it was stopped.
 NO_CHECKPOINT = ("before its first checkpoint", "interrupted", "pre-empted")
@@ -374,15 +380,16 @@ def schedule(kills: int, moments: list[str] | None) -> list[tuple[str, list[str]
     raise AssertionError("a cycle has no end")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Kills, continues, compares and prints; the exit code is 1 where anything is not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signals", nargs="+", default=["SIGKILL"], choices=[each.name for each in signal.Signals])
-    parser.add_argument("--processes", type=int, default=1, help="that are one run; one of them is killed")
+    parser.add_argument("--kills", type=whole(1), default=20)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--signals", nargs="+", default=["SIGKILL"], choices=ENDING)
+    parser.add_argument("--processes", type=whole(1, 64), default=1, help="that are one run; one of them is killed")
     parser.add_argument("--moments", nargs="+", choices=[*MOMENTS, RANDOM], help="instead of those of the schedule")
-    known = parser.parse_args()
+    known = parser.parse_args(arguments)
+    quiet_libraries()
     signals = [signal.Signals[name] for name in known.signals]
     with tempfile.TemporaryDirectory() as directory:
         loop = KillLoop(Path(directory), signals, random.Random(known.seed), known.processes)

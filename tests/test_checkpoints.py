@@ -19,6 +19,7 @@ from nested_reft.checkpoints import (
     checkpoint_numbers,
     newest_checkpoint,
 )
+from nested_reft.cli.output import quiet_libraries
 from nested_reft.host_values import Block
 
 ARRAYS = {"weights": jnp.arange(6.0).reshape(2, 3), "updates": jnp.zeros((), jnp.int32)}
@@ -250,6 +251,7 @@ def test_a_file_in_the_place_of_the_directory_ends_at_once(tmp_path):
 
 def test_a_full_disk_is_said_once_and_without_tracebacks(tmp_path, caplog, capfd, monkeypatch):
     """It fails where no caller waits: in the thread that writes, with the last file of a checkpoint."""
+    quiet_libraries()  # as commands do; others may want what Orbax logs
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, ARRAYS, {})
         checkpoints.wait()

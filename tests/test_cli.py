@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,6 +25,7 @@ from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import field_options, override
 from nested_reft.command import HUGE_PAGES, TUNABLES
 from nested_reft.config_files import config_names
+from nested_reft.exit_codes import LateError
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig, PlanRule
 from nested_reft.prompt_format import PromptFormat
@@ -31,10 +33,53 @@ from nested_reft.run_directory import read_log
 from nested_reft.tokenizer import Tokenizer
 from nested_reft.training.config import load_config
 from nested_reft.training.interrupts import Preempted
+from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import initial_policy
 
 ROOT = Path(__file__).parents[1]
+
+
+def made(**changes: Any) -> str:
+    """A run directory that holds its configuration alone."""
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps(load_config("tiny", **changes).to_json()))
+    return "run"
+
+
+@pytest.mark.parametrize("command", ["train --resume run", "eval run", "export run out"])
+def test_a_file_in_the_place_of_checkpoints_is_named(command, capsys):
+    made()
+    Path("run/checkpoints").write_text("")
+    assert "'run/checkpoints' is a file; it must be the directory" in refused(command.split(), capsys)
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward-model"])
+def test_a_run_of_another_objective_is_continued_by_train(command, capsys):
+    made()
+    message = refused([command, "--resume", "run"], capsys)
+    assert "run 'run' trains loss.kind 'policy_gradient', and" in message
+    assert message.endswith("to continue it: nested-reft train --resume run")
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        ([], "run/summary.json\n"),
+        (["--mesh.data", "8"], "; --mesh.data has no effect, because there is nothing left to compute"),
+        (["--runs", "x", "--mesh.data=8"], "; --mesh.data, --runs have no effect, because"),
+    ],
+)
+def test_a_complete_run_says_what_has_no_effect(options, end, capsys):
+    made(train={"steps": 3})
+    (Path("run/checkpoints") / str(last_checkpoint(load_config("tiny", train={"steps": 3})))).mkdir(parents=True)
+    next(Path("run/checkpoints").iterdir()).joinpath("file").write_text("")
+    Path("run/summary.json").write_text('{"steps": 3}')
+    assert main(["train", "--resume", "run", *options]) == 0
+    (said,) = capsys.readouterr().out.splitlines(keepends=True)
+    assert said.startswith("run 'run' is complete: run/summary.json") and end in said
+
+
 SMALL = [
     *("--data.prompts-per-batch", "4", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "4", "--warm-start.steps", "0"),
@@ -118,6 +163,16 @@ def refused(arguments, capsys) -> str:
         (["train", "tiny", "--runs", "/dev/null/runs"], "'/dev/null' is a file"),
         (["export", "nowhere", "out"], "'nowhere' is not a run directory"),
         (["measure-layers", "smollm2-135m", "--config", "tiny", "--out", "x/y.json"], "cannot write 'x/y.json'"),
+        (["train", "tiny", "--mesh.data", "abc"], "mesh.data is 'abc'; allowed is auto or a whole number"),
+        (["train", "gs://b/config.py"], "the configuration is 'gs://b/config.py'; allowed is a local path"),
+        (["train", "tiny", "--runs", "GS://bucket/runs"], "'GS://bucket/runs' cannot be used; allowed are local paths"),
+        (["train", "tiny", "--runs", "s3:/bucket/runs"], "'s3:/bucket/runs' cannot be used"),
+        (["train", "tiny", "--runs", "gs:bucket"], "'gs:bucket' cannot be used; allowed are local paths and gs://B"),
+        (["train", "--resume", ""], "the run is ''; allowed is a run directory, or gs://"),
+        (["samples", ""], "the run is ''; allowed is a run directory, or gs://"),
+        (["train", "tiny", "--json", ""], "--json is ''; allowed is a local path"),
+        (["train", "tiny", "--model.name", "gs://nosuch"], "so give --model.shape None too"),
+        (["train", "tiny", "--model.shape", "None"], "'scratch' and model.shape is None; a model from scratch needs a"),
     ],
 )
 def test_refuses(arguments, message, capsys):
@@ -497,7 +552,7 @@ def test_the_help_names_every_exit_code(capsys):
     codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
     # Whoever could read of this one has closed the output.
     del codes["BROKEN_PIPE"]
-    assert sorted(int(number) for number in re.findall(r"\b(\d+) [a-z]", printed)) == sorted(codes.values())
+    assert sorted(int(number) for number in re.findall(r"\b(\d+) [a-z]", printed)) == sorted(set(codes.values()))
 
 
 @pytest.mark.parametrize(
@@ -511,6 +566,7 @@ def test_the_help_names_every_exit_code(capsys):
         ),
         (SearchError("search.max_replacements is 2"), 1, ["error: search.max_replacements is 2", "to continue: "]),
         (TimeoutError("batch 3 was not found"), 1, ["error: batch 3 was not found", "to continue: "]),
+        (LateError("process 1 did not answer"), 75, ["to continue: ", "error: process 1 did not answer"]),
         (KeyboardInterrupt(), 130, ["to continue: nested-reft train --resume ", "interrupted"]),
         (Preempted(), 75, ["to continue: nested-reft train --resume ", "pre-empted"]),
         (FloatingPointError("step 2: loss is nan"), 1, ["error: step 2: loss is nan"]),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import damage
 from scripts.damage import WORDS, Verdict, kinds, kinds_in, markdown, stopped_run, verdicts
 
 PAGE = Path(__file__).parents[1] / "experiments" / "results" / "robustness.md"
@@ -62,3 +63,10 @@ def test_the_table_can_be_read_back():
     written = [Verdict(kind, WORDS[index % 4], "") for index, kind in enumerate(kinds())]
     page = f"<!-- kinds of damage -->\n{markdown(written)}\n<!-- end of kinds -->"
     assert kinds_in(page) == {verdict.kind: verdict.word for verdict in written}
+
+
+def test_words_that_no_kind_has_are_refused(capsys):
+    """Nothing would be silent, and that would look as if all were well."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        damage.main(["metrics", "nosuch"])
+    assert "words are 'metrics nosuch', and no kind of damage has all of them" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import io
 import os
 import posixpath
@@ -23,6 +24,7 @@ from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.offline import as_offline
 from nested_reft.training.record import METRICS
+from nested_reft.training.run_state import RunState
 from scripts.docs_site import is_relative, links, pages_of_the_checkout, turned
 from tests.doc_pages import ROOT, blocks, commands, fragments, pages, read, unsaid, without_blocks
 
@@ -248,6 +250,23 @@ def test_troubleshooting_quotes_what_is_said():
         pieces = fragments([text], r"\.\.\.")
         assert pieces and not unsaid(pieces), text
     assert len(quoted) >= 25
+
+
+def test_the_page_about_one_resume_shows_the_resume():
+    """The excerpt stands in `RunState.load`, and each step of the list names a file and what it has."""
+    page = read("docs/one_resume.md")
+    shown = [line.strip() for line in page.split("```python\n")[1].split("```")[0].splitlines()]
+    source = [line.strip() for line in inspect.getsource(RunState.load).splitlines()]
+    assert len(shown) > 8 and [line for line in source if line in shown] == shown
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\|", page, re.MULTILINE)
+    for place in [name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)]:
+        assert (ROOT / "nested_reft" / place).is_file(), place
+    steps = re.findall(r"^\d\. `([\w/]+\.py)`: (.*)$", page, re.MULTILINE)
+    assert len(steps) == 8
+    for place, words in steps:
+        text = (ROOT / "nested_reft" / place).read_text(encoding="utf-8")
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", words):
+            assert re.search(rf"(def|class) {name}\b", text), f"{place}: {name}"
 
 
 def test_the_picture_of_the_readme_is_drawing_alone():

@@ -69,3 +69,10 @@ def test_what_is_not_refused_as_it_should_be_is_reported(monkeypatch, capsys, re
 def test_a_case_is_the_same_each_time():
     found = [fuzz.damaged_json(random.Random("5 x 3"), {"a": [1, {"b": 2}], "c": "d"}) for _ in range(2)]
     assert str(found[0]) == str(found[1]) != str({"a": [1, {"b": 2}], "c": "d"})
+
+
+@pytest.mark.parametrize("arguments", ["--cases 0", "--cases -1", "--seconds 0", "--seconds nan", "--first -1"])
+def test_what_would_read_nothing_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        fuzz.main(arguments.split())
+    assert f"{arguments.split()[0]}: is " in capsys.readouterr().err

@@ -144,3 +144,20 @@ def test_values_are_compared_bit_for_bit_and_times_are_not():
         "host, kept.0: array([0, 1, 2]) and array([0., 1., 2.])",
     ]
     assert differing_values({"a": [], "b": 1}, {"b": 1}, "host") == ["host, a: [] and 'nothing'"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--kills 0", "--kills: is 0; allowed is a whole number from 1"),
+        ("--kills -1", "--kills: is -1; allowed"),
+        ("--processes 0", "--processes: is 0; allowed"),
+        ("--signals SIGCHLD", "invalid choice: 'SIGCHLD'"),  # which is ignored
+        ("--signals SIGSTOP", "invalid choice: 'SIGSTOP'"),  # which ends nothing
+        ("--moments", "--moments: expected at least one"),
+    ],
+)
+def test_what_would_kill_nothing_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        kill_loop.main(arguments.split())
+    assert message in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 import ast
 import json
+import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from nested_reft.cli.output import complain, say
+from nested_reft.cli.output import complain, quiet_libraries, say
 from nested_reft.json_files import check_writable, write_json
 from nested_reft.reports.tables import table
 
@@ -52,3 +54,22 @@ def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
     write_json(pipe, {"a": 1})
     assert json.loads(os.read(reader, 100)) == {"a": 1} and not pipe.is_file()
     os.close(reader)
+
+
+def test_only_commands_change_how_libraries_log():
+    """Whoever imports the package keeps the settings of their own program."""
+    package = Path(__file__).parents[1] / "nested_reft"
+    changes = re.compile(r"\.(addFilter|setLevel|addHandler)\(|logging\.(basicConfig|disable)\(")
+    found = [str(path.relative_to(package)) for path in package.rglob("*.py") if changes.search(path.read_text())]
+    assert sorted(found) == ["cli/joining.py", "cli/main.py", "cli/output.py"]
+
+
+def test_what_libraries_log_is_kept_to_lines(caplog):
+    for _ in range(2):
+        quiet_libraries()
+    absl = logging.getLogger("absl")
+    assert len(absl.filters) == 1
+    absl.warning("progress")
+    absl.error("a line")
+    absl.error("a traceback", exc_info=ValueError())
+    assert [record.message for record in caplog.records] == ["a line"]

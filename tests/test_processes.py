@@ -77,7 +77,7 @@ def test_an_unreachable_coordinator_is_named_with_the_limit():
         code = f"""
 from nested_reft import processes
 try: processes.start(processes.ProcessConfig("{address}", 2, 1, connect_seconds=1))
-except ConnectionError as error: print(error)
+except processes.LateError as error: print(error)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (
@@ -93,7 +93,7 @@ from nested_reft import processes
 processes.start(processes.ProcessConfig("{address}", 2, 0, connect_seconds=1))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
+    assert done.returncode == 75
     assert f"process 0 waited 1 s at coordinator '{address}', and not all of the 2 processes came" in done.stderr
 
 

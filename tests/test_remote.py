@@ -17,7 +17,7 @@ from flax import nnx
 pytest.importorskip("google.cloud.storage", reason="the extra `gcs` is not installed")
 
 
-from nested_reft import api, paths, remote_files, run_mirror
+from nested_reft import api, paths, remote_files, run_owner
 from nested_reft.api import Run
 from nested_reft.checkpoints import CheckpointError, Checkpoints, checkpoint_numbers
 from nested_reft.cli.main import main
@@ -51,7 +51,7 @@ def store(monkeypatch, tmp_path):
 def on_machine(monkeypatch, path):
     """From here on, everything happens on another machine: nothing is here yet, and its processes are others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-    monkeypatch.setattr(run_mirror, "_place", lambda: path.name)
+    monkeypatch.setattr(run_owner, "_place", lambda: path.name)
     paths._fetched.cache_clear()
 
 
@@ -247,7 +247,7 @@ def test_the_end_of_a_run_waits_for_its_copy_and_says_when_it_fails(store):
 
 
 def test_one_process_at_a_time_owns_a_run(store, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(run_mirror, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_owner, "BEAT_SECONDS", 0.1)
     first = RunDirectory.create(RUNS, "tiny", CONFIG)
     first.wait_copied()
     on_machine(monkeypatch, tmp_path / "second machine")
@@ -257,13 +257,13 @@ def test_one_process_at_a_time_owns_a_run(store, monkeypatch, tmp_path, caplog):
     ):
         RunDirectory(copy)
     # The first machine loses its network, which looks like its death.
-    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 1.0)
-    beat = run_mirror.Owner.beat
-    monkeypatch.setattr(run_mirror.Owner, "beat", lambda owner: None)
+    monkeypatch.setattr(run_owner, "STALE_SECONDS", 1.0)
+    beat = run_owner.RemoteOwner.beat
+    monkeypatch.setattr(run_owner.RemoteOwner, "beat", lambda owner: None)
     time.sleep(1)  # one may be under way
     with closing(RunDirectory(copy)):
         assert "was not left in order by process" in caplog.text
-        monkeypatch.setattr(run_mirror.Owner, "beat", beat)
+        monkeypatch.setattr(run_owner.RemoteOwner, "beat", beat)
         # Back again, it hears that the run is not its own any more, and writes nothing.
         with pytest.raises(CheckpointError, match="another process has taken it over"):
             for _ in range(600):  # a minute at most
@@ -271,7 +271,7 @@ def test_one_process_at_a_time_owns_a_run(store, monkeypatch, tmp_path, caplog):
                 time.sleep(0.1)
     first.close()
     # A run that was left in order is free at once.
-    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 1000.0)
+    monkeypatch.setattr(run_owner, "STALE_SECONDS", 1000.0)
     RunDirectory(copy).close()
 
 
@@ -320,7 +320,7 @@ def test_a_killed_run_goes_on_on_another_machine_as_if_nothing_had_happened(stor
     (url,) = {f"{RUNS}/{name.split('/')[0]}" for name in store.below("runs/")}
     assert remote_numbers(store, url) == [0, 2]
     on_machine(monkeypatch, tmp_path / "second machine")
-    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 1.0)  # nobody says that the run is free
+    monkeypatch.setattr(run_owner, "STALE_SECONDS", 1.0)  # nobody says that the run is free
     api.train(Run(url))
     said = capsys.readouterr().out
     assert f"run directory: {url}" in said and "continuing after step 2 of 4" in said

@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 from tensorboardX.proto import event_pb2
 
-from nested_reft import run_lock, run_mirror
+from nested_reft import run_owner
 from nested_reft.run_directory import RunDirectory, read_log
 
 
@@ -106,9 +106,9 @@ def without_locks(monkeypatch):
     def fail(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", fail)
-    monkeypatch.setattr(run_mirror, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 1000.0)
+    monkeypatch.setattr(run_owner.fcntl, "flock", fail)
+    monkeypatch.setattr(run_owner, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_owner, "STALE_SECONDS", 1000.0)
 
 
 def test_without_locks_a_file_says_who_works_on_a_run(without_locks, tmp_path):
@@ -124,16 +124,16 @@ def test_without_locks_a_file_says_who_works_on_a_run(without_locks, tmp_path):
 def test_without_locks_a_run_of_a_killed_process_goes_on_at_once(without_locks, tmp_path):
     done = subprocess.Popen(["true"])
     done.wait()
-    (tmp_path / "in_use.json").write_text(json.dumps(run_mirror.this_process("id") | {"pid": done.pid}))
+    (tmp_path / "in_use.json").write_text(json.dumps(run_owner.this_process("id") | {"pid": done.pid}))
     RunDirectory(tmp_path).close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_locks_a_silent_owner_is_waited_for_and_hears_of_its_loss(without_locks, monkeypatch, tmp_path, caplog):
-    beat, still = run_lock.OwnerFile.beat, []  # as on a host without network
-    monkeypatch.setattr(run_lock.OwnerFile, "beat", lambda owner: still.append(owner))
+    beat, still = run_owner.OwnerFile.beat, []  # as on a host without network
+    monkeypatch.setattr(run_owner.OwnerFile, "beat", lambda owner: still.append(owner))
     first = RunDirectory(tmp_path)
-    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(run_owner, "STALE_SECONDS", 0.5)
     with closing(RunDirectory(tmp_path)) as second:
         assert "waiting up to 0.5 s for a sign" in caplog.text and "was not left in order by process" in caplog.text
         second.check_in_place()

@@ -66,8 +66,23 @@ def test_the_tpu_compiler_is_the_one_that_jax_asks_for():
     if [importlib.metadata.version("jax")] != pinned:
         pytest.skip("another JAX than the pinned one asks for another compiler")
     asked = re.findall(r"^libtpu==([\w.*]+)", "\n".join(importlib.metadata.requires("jax") or []), re.MULTILINE)
-    taken = re.findall(r"^LIBTPU \?= libtpu==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    taken = re.findall(r"^libtpu==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert len(asked) == len(taken) == 1 and fnmatch.fnmatch(taken[0], asked[0])
+    command = ["make", "-n", "--no-print-directory", "tpu-compile", "TPU=.venv-absent"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"--target .venv-absent 'libtpu=={taken[0]}'" in shown
+
+
+def test_one_place_states_the_version_of_the_tpu_compiler():
+    """Results name what they were made with. Without a version, pip takes the newest, which JAX may not fit."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("this is no checkout of git")
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".sh", "") and not name.startswith(("tests/", "experiments/results/")):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"pip install [^`\n]*libtpu|libtpu==[0-9]", text), name
 
 
 def test_make_runs_the_placeholder_script():
@@ -110,3 +125,14 @@ def test_the_placeholder_is_for_machines_that_cannot_build(installed, compiler, 
 def test_constraints_without_pycosat_are_refused():
     with pytest.raises(ValueError, match="no line 'pycosat==VERSION'"):
         pycosat_placeholder.pinned_version("jax==1\n")
+
+
+def test_environments_are_ignored_whatever_they_are(tmp_path):
+    """A pattern that ends in a slash leaves out symbolic links."""
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").rename(tmp_path / ".git" / "info" / "exclude")
+    for name in (".venv", ".venv-tpu"):
+        (tmp_path / name).symlink_to(sys.prefix)
+    command = ["git", "-C", tmp_path, "status", "--porcelain"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""

@@ -203,6 +203,49 @@ def test_a_dry_run_prints_the_commands_and_runs_none(command, variables, shown, 
     assert done.returncode == 0 and not (fake / "calls").exists()
 
 
+NAMED = {"CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "HOSTS": "a b", "RUNS": "r"} | TPU
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "message"),
+    [
+        ("create.sh", "SLICES=x", "SLICES is 'x'; allowed is a whole number, 1 or more"),
+        ("create.sh", "TYPE=v6e", "TYPE is 'v6e'; allowed is a kind of TPU and its size, such as v6e-8"),
+        ("create.sh", "NAME=My TPU", "NAME is 'My TPU'; allowed is a name of a-z, 0-9 and -"),
+        ("create.sh", "SPOT=yes", "SPOT is 'yes'; allowed is 0 or 1"),
+        ("create.sh project=p", "", "word is 'project=p'; allowed are flags of gcloud"),
+        ("run_all_workers.sh install", "SLICES=0", "SLICES is '0'; allowed"),
+        ("run_all_workers.sh start train tiny", "LIMIT=abc", "LIMIT is 'abc'; allowed is a whole number, 0 or more"),
+        (
+            "run_all_workers.sh start nonsense tiny",
+            "",
+            "COMMAND is 'nonsense'; allowed are train, sft, dpo, reward-model",
+        ),
+        ("run_all_workers.sh install", "EXTRAS=tpu data", "EXTRAS is 'tpu data'; allowed"),
+        ("run_all_workers.sh nonsense", "", "usage: "),
+        ("restart_loop.sh train tiny", "WAIT=08", "WAIT is '08'; allowed"),  # octal to the shell
+        ("restart_loop.sh train --train.steps", "", "CONFIG is '--train.steps'; allowed is the name"),
+        ("start.sh eval tiny", "", "COMMAND is 'eval'; allowed"),
+        ("start.sh train tiny", "RUNS=gs:/bucket/x", "RUNS is 'gs:/bucket/x'; allowed is a directory, or gs://"),
+        ("start.sh train tiny", "DRY_RUN=true", "DRY_RUN is 'true'; allowed is 0 or 1"),  # it would have run
+        ("slurm.sh train tiny", "LIMIT=-1", "LIMIT is '-1'; allowed"),
+        ("spot.sh train tiny", "POLL=1m", "POLL is '1m'; allowed"),
+        ("spot.sh train tiny", "WAIT=x", "WAIT is 'x'; allowed"),
+        ("spot.sh nonsense tiny", "", "COMMAND is 'nonsense'; allowed"),
+        ("xpk.sh train tiny", "RESTARTS=many", "RESTARTS is 'many'; allowed"),
+        ("hosts.sh start train tiny", "PORT=65536", "PORT is '65536'; allowed is 1 to 65535"),
+        ("hosts.sh log", "HOSTS=-oProxyCommand=x b", "HOSTS is '-oProxyCommand=x b'; allowed is names"),
+    ],
+)
+def test_a_dry_run_of_nonsense_is_refused_before_anything_is_printed(command, wrong, message, fake):
+    name, *words = command.split()
+    variable, _, value = wrong.partition("=")
+    given = NAMED | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)} | ({variable: value} if wrong else {})
+    done = run(fake, name, *words, **given)
+    assert done.returncode == 2 and done.stdout == "" and message in done.stderr, done.stderr
+    assert not (fake / "calls").exists()
+
+
 def test_a_dry_run_of_spot_shows_all_of_its_stages(fake):
     done = run(fake, "spot.sh", *TRAIN, DRY_RUN="1", RUNS="/shared/r", MOUNT="sudo mount a:/b /shared", **TPU)
     found = done.stdout.splitlines()

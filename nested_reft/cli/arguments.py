@@ -91,6 +91,8 @@ def local_file(text: str) -> Path:
     Args:
         text: as it was typed.
     """
+    if not text.strip():  # the working directory, to `Path`
+        raise argparse.ArgumentTypeError(f"is '{text}'; allowed is a local path")
     try:
         return local_only(text, "")
     except ValueError:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nested_reft.exit_codes import LateError
+
 # How JAX begins when JAX_PLATFORMS names what is not here.
 NO_BACKEND = re.compile("Unable to initialize backend|Unknown backend")
 
@@ -33,7 +35,8 @@ def checking_input() -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:  # whoever read the output went away, which no input caused
+    # No input caused that whoever read the output went away, or that another process is late.
+    except (BrokenPipeError, LateError):
         raise
     except OSError as error:
         # Errors of our own have that of the system as their cause.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 
+from nested_reft.checkpoints import check_directory
 from nested_reft.cli.arguments import command_parser, local_file
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
@@ -23,7 +24,8 @@ def run(arguments: list[str]) -> None:
         if known.directory.exists():
             raise ValueError(f"'{known.directory}' exists already; give a new directory")
         run = local_run(known.run)
-        if not (run / "checkpoints").is_dir():
+        check_directory(run / "checkpoints")
+        if not (run / "checkpoints").exists():
             raise ValueError(f"'{known.run}' is not a run directory: it has no checkpoints")
         # A reward model has no meaning without what normalises its rewards.
         facts = run / FACTS

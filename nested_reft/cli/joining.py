@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.untrusted import shown
 
+CONNECT_SECONDS = 300  # how long a process waits for the others at the start
 # Each flag with the variable of the environment that stands for it, the form of its value, and what it says.
 FLAGS = {
     "--coordinator": (
@@ -25,7 +27,7 @@ FLAGS = {
         "S",
         "a process that was silent for so long counts as dead, and the others end; 100 unless given",
     ),
-    "--local-devices": ("NESTED_REFT_LOCAL_DEVICES", "I,J", "the devices of this host that it uses; all unless given"),
+    "--local-devices": ("NESTED_REFT_LOCAL_DEVICES", "I,J", "the GPUs of this host that it uses; all unless given"),
 }
 
 
@@ -73,7 +75,8 @@ def join(values: Mapping[str, str]) -> None:
         values: what `take_flags` returned.
 
     Raises:
-        BadInput: the values do not go together, or process 0 cannot be reached.
+        BadInput: the values do not go together.
+        LateError: process 0 cannot be reached.
     """
     if not values:
         return
@@ -84,17 +87,18 @@ def join(values: Mapping[str, str]) -> None:
     from nested_reft import processes
 
     try:
-        heartbeat = _whole("--heartbeat-seconds", values.get("--heartbeat-seconds", "100"))
+        heartbeat = _whole("--heartbeat-seconds", values.get("--heartbeat-seconds", "100"), least=1)
         if values.get("--coordinator") == "auto":
-            processes.start_detected(heartbeat_seconds=heartbeat)
+            processes.start_detected(CONNECT_SECONDS, heartbeat)
         else:
-            count = _whole("--processes", values.get("--processes", "1"))
+            count = _whole("--processes", values.get("--processes", "1"), least=1)
             place = processes.ProcessConfig(
                 values.get("--coordinator"),
                 count,
                 # One process alone needs no number, and is refused below with what it was given.
                 _whole("--process", values.get("--process", "0")) if count > 1 else 0,
                 _devices(values.get("--local-devices")),
+                connect_seconds=CONNECT_SECONDS,
                 heartbeat_seconds=heartbeat,
             )
             if count == 1:
@@ -106,7 +110,7 @@ def join(values: Mapping[str, str]) -> None:
                     f" 0 to {count - 1}, and 0 to the one at --coordinator"
                 )
             processes.start(place)
-    except (ValueError, ConnectionError) as error:
+    except ValueError as error:
         raise BadInput(str(error)) from error
     if not processes.is_writer():
         # Results and progress are the same everywhere, and one process shows them. tqdm reads its variable when it is
@@ -116,9 +120,9 @@ def join(values: Mapping[str, str]) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it is used to the end)
 
 
-def _whole(flag: str, text: str) -> int:
-    if not text.isdecimal():
-        raise BadInput(f"{flag} is {shown(text)}; allowed is a whole number")
+def _whole(flag: str, text: str, least: int = 0) -> int:
+    if not (re.fullmatch("[0-9]{1,10}", text) and int(text) >= least):
+        raise BadInput(f"{flag} is {shown(text)}; allowed is a whole number, {least} or more")
     return int(text)
 
 

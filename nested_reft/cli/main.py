@@ -21,7 +21,8 @@
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.
 Exit codes: 0 done, 1 a check, an update or the machine failed (a full disk), 2 bad input (refused before training),
-75 pre-empted by SIGTERM (resume it), 76 stalled (nothing went on for train.stall_seconds; resume it), 130 interrupted.
+75 pre-empted by SIGTERM or another process of the run did not come in time (start it again, or resume it), 76 stalled
+(nothing went on for train.stall_seconds; resume it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from contextlib import nullcontext
 from nested_reft import __version__
 from nested_reft.cli.bad_input import OF_DEVICES, BadInput, MachineError
 from nested_reft.cli.joining import join, take_flags
-from nested_reft.cli.output import complain, say
-from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, PREEMPTED
+from nested_reft.cli.output import complain, quiet_libraries, say
+from nested_reft.exit_codes import BAD_INPUT, BROKEN_PIPE, DONE, FAILED, INTERRUPTED, MAY_PASS, PREEMPTED, LateError
 from nested_reft.training.interrupts import Preempted, interruption, stop_requests
 from nested_reft.untrusted import printable
 
@@ -111,6 +112,8 @@ def _exit_code(arguments: list[str]) -> int:
         return _refusal(error, BAD_INPUT)
     except MachineError as error:
         return _refusal(error, FAILED)
+    except LateError as error:
+        return _refusal(error, MAY_PASS)
     except FloatingPointError as error:  # updates or parameters were not finite
         return _refusal(error, FAILED)
     except Preempted:
@@ -144,7 +147,7 @@ def _run(arguments: list[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and JAX report their progress through absl
+    quiet_libraries()
     if command in TRAINING:
         rest, flags = take_flags(rest, os.environ)
         join(flags)

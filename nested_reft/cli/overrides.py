@@ -181,6 +181,9 @@ def _replacement(config: Config, option: str, words: list[str]) -> tuple[list[An
         kind = names[part]
         value = None if value is None else _child(value, part)
         keys.append(int(part) if part.isdigit() else part)
+    # A part that may be left out, such as the shape of a model that brings its own.
+    if type(None) in typing.get_args(kind) and words in (["None"], ["none"]):
+        return keys, None
     inner = _names(value) or _names_of(kind)
     if inner or (value is not None and isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])):
         listed = ", ".join(f"--{option}.{name}".replace("_", "-") for name in inner)

@@ -27,7 +27,7 @@ def is_run(policy: str) -> bool:
         policy: a run directory, or a model as in `model.name`.
     """
     path = local_run(policy)
-    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+    return (path / "config.json").is_file() and (path / "checkpoints").exists()
 
 
 def check_answers_prompts(policy: str) -> None:

@@ -38,6 +38,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _local(source: str) -> Path:
+    paths.check_named(source)
     if not paths.is_remote(source):
         return paths.local_path(source)
     from nested_reft.run_mirror import local_run  # it brings JAX along, which a local run need not wait for

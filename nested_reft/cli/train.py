@@ -7,15 +7,15 @@ import os
 from pathlib import Path
 
 from nested_reft import paths, processes, remote_files
-from nested_reft.api import Run, is_complete, open_trainer
+from nested_reft.api import Run, check_resumable, is_complete, open_trainer
 from nested_reft.checkpoints import newest_checkpoint
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json
 from nested_reft.cli.bad_input import MachineError, checking_input
 from nested_reft.cli.joining import add_flags
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
-from nested_reft.exit_codes import FAILED, STALLED
-from nested_reft.json_files import check_directory
+from nested_reft.exit_codes import FAILED, STALLED, LateError
+from nested_reft.json_files import check_can_write
 from nested_reft.replay import GenerationLimitError
 from nested_reft.reports.report import write_report
 from nested_reft.reports.tables import summary_table
@@ -27,7 +27,7 @@ from nested_reft.training.offline import OfflineKind, as_offline
 from nested_reft.training.reinforcement import EmptyUpdatesError
 from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import run_config
-from nested_reft.untrusted import printable
+from nested_reft.untrusted import printable, shown
 
 RUNS = "runs"
 
@@ -65,11 +65,11 @@ def _train(
             # A run that is complete loads no model. All processes ask: they may not all continue one.
             if is_complete(path, config):
                 assert path is not None
-                say(f"run '{address_of(path)}' is complete: {path / 'summary.json'}")
+                say(f"run '{address_of(path)}' is complete: {path / 'summary.json'}{_without_effect(known, overrides)}")
                 if processes.is_writer():
                     keep_json(known.json, Run(path).summary())
                 return
-            trainer = open_trainer(config, known.runs, known.resume, on_stall=_end_stalled)
+            trainer = open_trainer(config, _runs(known), known.resume, on_stall=_end_stalled)
         path = trainer.run_directory.path
         summary = trainer.run()
         # Of several processes one has read the log, so its summary alone is whole.
@@ -81,6 +81,9 @@ def _train(
     except KeyboardInterrupt:
         complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
+    except LateError:
+        complain(f"\n{_how_to_continue(path)}")
+        raise  # for `main`, which has the exit code
     # A checkpoint, a log or a result could not be written, or there are no searchers any more.
     except (OSError, MachineError, SearchError) as error:
         complain(f"\nerror: {error}\n{_how_to_continue(path)}")
@@ -88,6 +91,17 @@ def _train(
     except (GenerationLimitError, EmptyUpdatesError, RewardError, DivergedError) as error:
         complain(f"\nerror: {error}")
         raise SystemExit(FAILED) from None
+
+
+def _without_effect(known: argparse.Namespace, overrides: list[str]) -> str:
+    """What was asked for in vain, of a run that is complete; as the end of a line."""
+    # Two forms of a name are one option, and each is named once.
+    options = dict.fromkeys(word.partition("=")[0] for word in overrides if word.startswith("--"))
+    given = [*options, *(["--runs"] if known.runs is not None else [])]
+    if not given:
+        return ""
+    verb = "has" if len(given) == 1 else "have"
+    return f"; {', '.join(given)} {verb} no effect, because there is nothing left to compute (--train.steps extends it)"
 
 
 def _end_stalled(words: str) -> None:
@@ -110,7 +124,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         has_help=False,  # that of the fields comes with it, so both are printed here
     )
     parser.add_argument("--resume", metavar="RUN", help="continue this run directory instead of CONFIG")
-    parser.add_argument("--runs", default=RUNS, help="where the run directory is made; also gs://BUCKET/NAME")
+    parser.add_argument("--runs", help=f"where the run directory is made, {RUNS} by default; also gs://BUCKET/NAME")
     add_json(parser, "the summary")
     add_flags(parser)
     return parser
@@ -137,14 +151,19 @@ def _resolve_config(
         if name is None:
             raise ValueError(f"{command} needs the name of a configuration as its first word, or --resume RUN")
         return _of_kind(override(named(name), overrides), command, kind)
-    stored = _of_kind(with_absolute_paths(run_config(resume), Path.cwd()), command, kind)
+    stored = with_absolute_paths(run_config(resume), Path.cwd())
+    if kind is not None and stored.loss.kind != kind:
+        raise ValueError(
+            f"run '{address_of(resume)}' trains loss.kind '{stored.loss.kind}', and `nested-reft {command}` continues"
+            f" runs of '{kind}' alone; to continue it: nested-reft train --resume {address_of(resume)}"
+        )
     # A name or overrides may be given once more, as long as they say what the run has.
     asked = with_absolute_paths(override(stored if name is None else named(name), overrides), Path.cwd())
     # Overrides are compared by their values, so words that change nothing are no error.
     changed = forbidden_changes(stored.to_json(), asked.to_json())
     if not changed:
         return asked
-    listed = "; ".join(f"{field} is {new!r}, the run has {old!r}" for field, old, new in changed)
+    listed = "; ".join(f"{field} is {shown(new)}, the run has {shown(old)}" for field, old, new in changed)
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{address_of(resume)}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps"
@@ -170,12 +189,16 @@ def _of_kind(config: Config, command: str, kind: OfflineKind | None) -> Config:
 def _check_places(known: argparse.Namespace) -> None:
     """Refuses files and directories that could not be written or resumed from, before data and model are loaded."""
     check_json(known.json)
-    _check_runs_directory(known.runs)
+    _check_runs_directory(_runs(known))
+    if known.resume is not None:
+        check_resumable(known.resume)
     # A resumed run stays where it is, and `open_trainer` looks at that.
-    if known.resume is None and not paths.is_remote(known.runs):
-        check_directory(Path(known.runs), "--runs", "name another directory by --runs")
-    if known.resume is not None and newest_checkpoint(known.resume / "checkpoints") is None:
-        raise ValueError(f"run '{address_of(known.resume)}' has no complete checkpoint to resume from")
+    elif not paths.is_remote(_runs(known)):
+        check_can_write(Path(_runs(known)), "--runs", "name another directory by --runs")
+
+
+def _runs(known: argparse.Namespace) -> str:
+    return RUNS if known.runs is None else known.runs
 
 
 def _check_runs_directory(runs: str) -> None:

@@ -22,6 +22,7 @@ from nested_reft.models.registry import load_model
 from nested_reft.models.transformer import Transformer
 from nested_reft.sharding import check_divisible, shard_parameters
 from nested_reft.tokenizer import Tokenizer, check_tokenizer
+from nested_reft.untrusted import shown
 
 # Purposes of the seed, each with a key of its own; `training.keys` has the others.
 _PARAMETERS, _ADAPTERS = 50, 51
@@ -47,10 +48,12 @@ class ModelSource:
 
     def __post_init__(self):
         check_choice("model.dtype", self.dtype, Dtype)
-        if (self.name == "scratch") != (self.shape is not None):
+        if self.name == "scratch" and self.shape is None:
+            raise ValueError("model.name is 'scratch' and model.shape is None; a model from scratch needs a shape")
+        if self.name != "scratch" and self.shape is not None:
             raise ValueError(
-                f"model.name is '{self.name}' and model.shape is {self.shape};"
-                " 'scratch' needs a shape, every other model brings its own"
+                f"model.name is {shown(self.name)}, and model.shape is that of a model from scratch; every other model"
+                " brings its own shape, so give --model.shape None too"
             )
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from nested_reft.checkpoint_identity import check_format, check_identity, checkpoint_identity
-from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, newest_checkpoint
+from nested_reft.checkpoints import Checkpoints, DamagedCheckpointError, check_directory, newest_checkpoint
 from nested_reft.fields import read
 from nested_reft.json_files import differences
 from nested_reft.layer_plan import LayerPlan
@@ -121,7 +121,7 @@ class Policy:
         # A `Run` is known by its path alone, because this room does not import the one that defines it.
         path = local_run(getattr(source, "path", source))
         # A Hugging Face directory has a config.json too, but no versions.json.
-        if (path / "checkpoints").is_dir() or (path / "versions.json").is_file():
+        if (path / "checkpoints").exists() or (path / "versions.json").is_file():
             return _of_run(path, one_device() if mesh is None else make_mesh(mesh))
         model, tokenizer = load_model(str(source))
         return cls(model, tokenizer)
@@ -469,6 +469,7 @@ def _of_run(run: Path, mesh: Mesh) -> Policy:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{run / 'config.json'}' cannot be read: {error}") from None
     # This check comes before the model is loaded, because loading is slow.
+    check_directory(run / "checkpoints")
     if newest_checkpoint(run / "checkpoints") is None:
         raise ValueError(f"run '{address_of(run)}' has no complete checkpoint yet")
     # A checkpoint holds only what trained. The frozen rest follows from the configuration and the seed.

@@ -182,7 +182,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     # A missing package is the likeliest reason, and the plugin's own words do not name it.
     if find_spec("libtpu") is None:
-        reason = "the compiler is not installed (pip install libtpu)"
+        reason = "the compiler is not installed (pip install 'jax[tpu]' brings the version that JAX asks for)"
     raise ValueError(
         f"--topology is '{topology}', which cannot be compiled for: {reason}; a topology is GENERATION:SHAPE in chips,"
         " such as v5e:4x4, v6e:2x2 or v5p:2x2x2, as libtpu names them"

@@ -47,7 +47,7 @@ from nested_reft.verification.compiled_costs import (
     update_arguments,
     workload_of,
 )
-from nested_reft.verification.program_costs import Collective, ProgramCosts, program_costs
+from nested_reft.verification.program_costs import Collective, ProgramCounts, program_costs
 
 FITS = 0.9  # of a chip's memory
 OnCompiled = Callable[[Any, tuple[Any, ...]], None]
@@ -268,7 +268,7 @@ def _read_by_rollouts(training: Config, state: TrainState, base: BaseModel, mesh
 
 
 def _cost(
-    program: str, shape: PlanShape, mesh: Mesh, compiled: Any, held: int, costs: ProgramCosts, useful: float
+    program: str, shape: PlanShape, mesh: Mesh, compiled: Any, held: int, costs: ProgramCounts, useful: float
 ) -> ProgramCost:
     memory, rates = compiled.memory_analysis(), ceilings_of(mesh.devices.flat[0].device_kind)
     taken = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -295,7 +295,7 @@ def _cost(
     )
 
 
-def _seconds(rates: Ceilings, costs: ProgramCosts, ici: float, dcn: float) -> dict[str, float]:
+def _seconds(rates: Ceilings, costs: ProgramCounts, ici: float, dcn: float) -> dict[str, float]:
     if rates.ici_bytes_per_second is None or rates.dcn_bytes_per_second is None:
         return {}
     seconds = {

@@ -69,7 +69,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class ProgramCosts:
+class ProgramCounts:
     """What one run of a program does, per device.
 
     Attributes:
@@ -85,7 +85,7 @@ class ProgramCosts:
 
 def program_costs(
     hlo: str, mesh: Mapping[str, int], open_loops: Sequence[int] = (), branch_counts: Sequence[int] = ()
-) -> ProgramCosts:
+) -> ProgramCounts:
     """Counts what a program does.
 
     Args:
@@ -119,7 +119,7 @@ def program_costs(
                 found.append(_collective(kind, inner, mesh, run.times, len(run.loops)))
         flops += run.times * (_flops(computation, i) + sum(product[name] for name in _fused(i)))
         moved += run.times * instruction_bytes(program.computations, computation, i)
-    return ProgramCosts(flops, moved, tuple(found))
+    return ProgramCounts(flops, moved, tuple(found))
 
 
 def _within(program: Program, name: str, i: Instruction) -> Iterator[tuple[Instruction, str]]:

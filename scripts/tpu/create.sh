@@ -7,6 +7,13 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/tpu/common.sh
 . "$here/common.sh"
 need NAME ZONE TYPE
+check NAME ZONE TYPE SLICES SPOT POLL RUNTIME
+for word in "$@"; do
+    case $word in
+        --?*) ;;
+        *) refuse "word is '$word'; allowed are flags of gcloud, --FLAG=VALUE" ;;
+    esac
+done
 
 # The software of a TPU VM goes by the kind of TPU (docs.cloud.google.com/tpu/docs/runtimes).
 case $TYPE in

@@ -11,12 +11,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/common.sh"
 [ $# -ge 1 ] || usage
 need HOSTS
+check HOSTS DIRECTORY PORT RUNS LIMIT WAIT
 action=$1
 shift
 case $action in
     start)
         [ $# -ge 2 ] || usage
         need RUNS
+        check_command "$1" "$2"
         ;;
     log | stop) ;;
     *) usage ;;
@@ -24,8 +26,7 @@ esac
 
 read -ra names <<< "$HOSTS"
 if [ ${#names[@]} = 1 ]; then
-    echo "error: HOSTS is one host; run restart_loop.sh there" >&2
-    exit 2
+    refuse "HOSTS is one host; run restart_loop.sh there"
 fi
 index=0
 for host in "${names[@]}"; do

@@ -6,6 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/tpu/common.sh
 . "$here/common.sh"
 [ $# = 0 ] || usage
+check EXTRAS
 cd "$here/../.."
 
 is_new_enough() {

@@ -12,6 +12,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/common.sh"
 [ $# -ge 1 ] || usage
 need NAME ZONE
+check NAME ZONE SLICES RUNS LIMIT WAIT EXTRAS
 kind=tpu-vm
 all=("--zone=$ZONE" --worker=all)
 if [ "${SLICES:-1}" != 1 ]; then
@@ -47,6 +48,7 @@ case $action in
     install) install ;;
     start)
         [ $# -ge 2 ] || usage
+        check_command "$1" "$2"
         start "$@"
         ;;
     log) on_hosts "tail -n 20 nested_reft/nested_reft.log" ;;

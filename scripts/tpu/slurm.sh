@@ -13,6 +13,8 @@ here=${SLURM_SUBMIT_DIR:-.}/scripts/tpu # Slurm runs a copy of this file that li
 . "$here/common.sh"
 [ $# -ge 2 ] || usage
 need RUNS
+check RUNS LIMIT
+check_command "$1" "$2"
 export RUNS NESTED_REFT_COORDINATOR=auto
 
 code=0

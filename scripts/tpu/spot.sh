@@ -10,6 +10,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/common.sh"
 [ $# -ge 2 ] || usage
 need NAME ZONE TYPE RUNS
+check NAME ZONE TYPE RUNS SLICES POLL KEEP LIMIT WAIT EXTRAS RUNTIME
+check_command "$1" "$2"
 export NAME ZONE TYPE RUNS SPOT=1
 
 delete() {

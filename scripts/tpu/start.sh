@@ -7,6 +7,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/common.sh"
 [ $# -ge 2 ] || usage
 need RUNS
+check RUNS
+check_command "$1" "$2"
 use_environment
 
 set -- nested-reft "$@" --runs "$RUNS"

@@ -7,6 +7,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/common.sh"
 [ $# -ge 2 ] || usage
 need CLUSTER WORKLOAD TYPE IMAGE RUNS
+check CLUSTER WORKLOAD TYPE IMAGE RUNS SLICES RESTARTS
+check_command "$1" "$2"
 # With `exec`, SIGTERM reaches nested-reft: XPK sends it to the shell in which the command stands.
 run xpk workload create "--cluster=$CLUSTER" "--workload=$WORKLOAD" "--tpu-type=$TYPE" "--num-slices=${SLICES:-1}" \
     "--docker-image=$IMAGE" "--env=RUNS=$RUNS" --env=NESTED_REFT_COORDINATOR=auto --env=JAX_PLATFORMS=tpu,cpu \

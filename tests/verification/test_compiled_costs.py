@@ -219,7 +219,7 @@ def test_a_topology_that_libtpu_refuses_is_refused_with_what_is_missing(monkeypa
     with pytest.raises(ValueError, match="--topology is 'v5e:3x3', which cannot be compiled for") as refusal:
         topology_devices("v5e:3x3")
     assert "a topology is GENERATION:SHAPE in chips, such as v5e:4x4" in str(refusal.value)
-    assert ("pip install libtpu" in str(refusal.value)) == (not installed)
+    assert ("pip install 'jax[tpu]'" in str(refusal.value)) == (not installed)
 
 
 def test_compile_says_for_what(monkeypatch, capsys):
