@@ -1,0 +1,38 @@
+"""Curves in a notebook: one picture that is replaced, with the values of every step."""
+
+from types import SimpleNamespace
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+from nested_reft.reports.live_curves import LiveCurves
+
+
+def steps(*rewards):
+    return [SimpleNamespace(number=number, reward=reward) for number, reward in enumerate(rewards, 1)]
+
+
+def test_a_picture_is_shown_every_five_steps_in_the_place_of_the_one_before():
+    InteractiveShell.instance()
+    curves = LiveCurves(reward=lambda step: step.reward, square=lambda step: step.reward**2)
+    with capture_output() as shown:
+        for step in steps(*range(11)):
+            curves(step)
+    first, second = shown.outputs
+    assert not first.update and second.update and first.transient == second.transient
+    assert first.data["image/png"] != second.data["image/png"]
+
+
+def test_what_a_step_does_not_have_leaves_a_gap():
+    InteractiveShell.instance()
+    curves = LiveCurves(reward=lambda step: step.reward)
+    with capture_output() as shown:
+        for step in steps(1.0, None, float("nan"), 4.0, None):
+            curves(step)
+    assert len(shown.outputs) == 1 and curves._points == {"reward": ([1, 4], [1.0, 4.0])}
+
+
+def test_curves_without_any_are_refused():
+    with pytest.raises(ValueError, match="LiveCurves got no curve; give some, such as accuracy="):
+        LiveCurves()
