@@ -76,11 +76,19 @@ def clean(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        kept: list[NotebookNode] = []
         for output in cell.outputs:
+            if output.get("name") == "stderr":
+                continue
             if output.output_type == "stream":
                 # What a terminal would show of a line that was written several times.
                 output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+                # Bars that stood between two texts are gone.
+                if kept and kept[-1].output_type == "stream":
+                    kept[-1].text += output.text
+                    continue
+            kept.append(output)
+        cell.outputs = kept
     notebook.metadata["language_info"] = {"name": "python"}
 
 

@@ -17,10 +17,10 @@ from scripts.run_notebooks import NOTEBOOKS, ROOT, clean, execute, with_paramete
 from tests.shared_data import original_files
 
 SMALL = {
-    "first_steps": {"QUESTIONS": '["What is 2 + 2?"]', "MAX_TOKENS": "4", "STEPS": "5"},
+    "first_steps": {"QUESTIONS": '["What is 2 + 2?"]', "MAX_TOKENS": "4", "WARM_STEPS": "2", "STEPS": "5"},
     "what_skipping_costs": {"FIT_SAMPLES": "1", "MEASURE_SAMPLES": "1", "MAX_TOKENS": "4", "COUNTS": "[2]"},
     "your_task_and_reward": {"ROWS": "400", "WARM_STEPS": "2", "STEPS": "5"},
-    "correcting_off_policy": {"CORRECTIONS": '["mixture"]', "STEPS": "2", "CONTROLLED_STEPS": "5"},
+    "correcting_off_policy": {"CORRECTIONS": '["mixture"]', "WARM_STEPS": "2", "STEPS": "2", "CONTROLLED_STEPS": "5"},
 }
 # Without the model and the data, which the test provides.
 SMALL_QWEN = {
@@ -95,7 +95,7 @@ def test_parameters_are_replaced_in_their_cell_and_unknown_ones_refused():
     notebook = read("first_steps")
     with_parameters(notebook, {"STEPS": "3", "QUESTIONS": r'["\1"]'})
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    assert cell.source == 'QUESTIONS = ["\\1"]\nMAX_TOKENS = 40\nSTEPS = 3'
+    assert cell.source == 'QUESTIONS = ["\\1"]\nMAX_TOKENS = 40\nWARM_STEPS = 200\nSTEPS = 3'
     with pytest.raises(ValueError, match="sets 'STEP' 0 times; allowed is once"):
         with_parameters(notebook, {"STEP": "3"})
 
@@ -103,12 +103,13 @@ def test_parameters_are_replaced_in_their_cell_and_unknown_ones_refused():
 def test_bars_and_messages_are_left_out_of_the_outputs():
     cell = nbformat.v4.new_code_cell("train()")
     cell.outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="start\n"),
         nbformat.v4.new_output("stream", name="stderr", text="50 %"),
         nbformat.v4.new_output("stream", name="stdout", text="1 %\r99 %\rdone\r\nend\n"),
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell])
     clean(notebook)
-    assert [output.text for output in notebook.cells[0].outputs] == ["done\r\nend\n"]
+    assert [output.text for output in notebook.cells[0].outputs] == ["start\ndone\r\nend\n"]
 
 
 @pytest.mark.slow

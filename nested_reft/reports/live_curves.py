@@ -39,7 +39,7 @@ class LiveCurves:
         self._shown: Any = None
 
     def __call__(self, step: Any) -> None:
-        """Takes in a step, and draws every fifth.
+        """Takes in a step, and draws the first one and every fifth.
 
         Args:
             step: its `StepRecord`.
@@ -50,7 +50,7 @@ class LiveCurves:
                 steps, values = self._points[title]
                 steps.append(step.number)
                 values.append(float(value))
-        if step.number % EVERY_STEPS == 0:
+        if self._shown is None or step.number % EVERY_STEPS == 0:
             self.draw()
 
     def draw(self) -> None:

@@ -13,15 +13,17 @@ def steps(*rewards):
     return [SimpleNamespace(number=number, reward=reward) for number, reward in enumerate(rewards, 1)]
 
 
-def test_a_picture_is_shown_every_five_steps_in_the_place_of_the_one_before():
+def test_a_picture_is_shown_at_once_and_replaced_every_five_steps():
     InteractiveShell.instance()
     curves = LiveCurves(reward=lambda step: step.reward, square=lambda step: step.reward**2)
     with capture_output() as shown:
         for step in steps(*range(11)):
             curves(step)
-    first, second = shown.outputs
-    assert not first.update and second.update and first.transient == second.transient
-    assert first.data["image/png"] != second.data["image/png"]
+    # After steps 1, 5 and 10.
+    first, *later = shown.outputs
+    assert not first.update and [each.update for each in later] == [True, True]
+    assert all(each.transient == first.transient for each in later)
+    assert len({each.data["image/png"] for each in shown.outputs}) == 3
 
 
 def test_what_a_step_does_not_have_leaves_a_gap():
@@ -30,7 +32,7 @@ def test_what_a_step_does_not_have_leaves_a_gap():
     with capture_output() as shown:
         for step in steps(1.0, None, float("nan"), 4.0, None):
             curves(step)
-    assert len(shown.outputs) == 1 and curves._points == {"reward": ([1, 4], [1.0, 4.0])}
+    assert len(shown.outputs) == 2 and curves._points == {"reward": ([1, 4], [1.0, 4.0])}
 
 
 def test_curves_without_any_are_refused():
