@@ -95,7 +95,7 @@ def test_parameters_are_replaced_in_their_cell_and_unknown_ones_refused():
     notebook = read("first_steps")
     with_parameters(notebook, {"STEPS": "3", "QUESTIONS": r'["\1"]'})
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    assert cell.source == 'MODEL = "smollm2-135m"\nQUESTIONS = ["\\1"]\nMAX_TOKENS = 40\nWARM_STEPS = 200\nSTEPS = 3'
+    assert cell.source == 'MODEL = "smollm2-135m"\nQUESTIONS = ["\\1"]\nMAX_TOKENS = 32\nWARM_STEPS = 200\nSTEPS = 3'
     with pytest.raises(ValueError, match="sets 'STEP' 0 times; allowed is once"):
         with_parameters(notebook, {"STEP": "3"})
 
