@@ -19,7 +19,7 @@ from tests.shared_data import original_files
 SMALL = {
     "first_steps": {"QUESTIONS": '["What is 2 + 2?"]', "MAX_TOKENS": "4", "WARM_STEPS": "2", "STEPS": "5"},
     "what_skipping_costs": {"FIT_SAMPLES": "1", "MEASURE_SAMPLES": "1", "MAX_TOKENS": "4", "COUNTS": "[2]"},
-    "your_task_and_reward": {"ROWS": "400", "WARM_STEPS": "2", "STEPS": "5"},
+    "your_task_and_reward": {"ROWS": "400", "WARM_STEPS": "2", "STEPS": "2", "MENDED_STEPS": "5"},
     "correcting_off_policy": {"CORRECTIONS": '["mixture"]', "WARM_STEPS": "2", "STEPS": "2", "CONTROLLED_STEPS": "5"},
 }
 # Without the model and the data, which the test provides.
