@@ -17,6 +17,7 @@ OLDEST_PYTEST_ARGS ?= -n auto --dist loadfile -m "not slow"
 VENV := .venv
 RUN_READY := $(VENV)/.run-ready
 TEST_READY := $(VENV)/.test-ready
+DOCS_READY := $(VENV)/.docs-ready
 PIP := -m pip --disable-pip-version-check -qq
 INSTALL := $(VENV)/bin/python $(PIP) install -c constraints.txt
 
@@ -28,10 +29,11 @@ OLDEST_INSTALL := $(OLDEST)/bin/python $(PIP) install -c $(OLDEST)/constraints.t
 # The TPU compiler beside .venv and not in it, where JAX would look for a TPU at each start.
 TPU := .venv-tpu
 TPU_READY := $(TPU)/.ready
-LIBTPU ?= libtpu==0.0.52
+# The version that JAX asks for: XLA reads the programs of its own compiler back, and not those of every later one.
+LIBTPU ?= libtpu==0.0.42.1
 TPU_COMPILE ?= compile qwen_math_gsm8k --topology v5e:2x4 --mesh.data auto --train.micro-batches 4
 
-.PHONY: help run test test-oldest tpu-compile lint types format clean
+.PHONY: help run test test-oldest tpu-compile docs lint types format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,7 +41,8 @@ help:
 	@echo "make run     set up, train SmolLM2-135M to add step by step, show where its report is"
 	@echo "make test    set up, run all tests (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
 	@echo "make test-oldest   the fast tests with the oldest versions that setup.py allows, in .venv-oldest"
-	@echo "make tpu-compile   compile for a TPU that is not here, with the compiler in .venv-tpu, and run the tests of it"
+	@echo "make tpu-compile   compile for a TPU that is not here, and run the tests of it: a quarter of an hour; compiler in .venv-tpu"
+	@echo "make docs    build the documentation as a site in build/docs; begin at build/docs/index.html"
 	@echo "make lint    check format and style       make types   check types"
 	@echo "make format  apply both                   make clean   remove .venv*, caches, builds; runs/ stays"
 
@@ -55,6 +58,11 @@ test-oldest: $(OLDEST_READY)
 tpu-compile: $(TPU_READY)
 	@PYTHONPATH=$(TPU) JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -k "tpu or topolog" tests/verification
 	@PYTHONPATH=$(TPU) JAX_PLATFORMS=cpu $(VENV)/bin/nested-reft $(TPU_COMPILE)
+
+# A broken link or reference stops the build. The theme's advertisement of other programs is left out.
+docs: $(DOCS_READY)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+	@echo "build/docs/index.html"
 
 lint: $(TEST_READY)
 	@$(VENV)/bin/ruff format --check .
@@ -84,6 +92,11 @@ $(TEST_READY): $(RUN_READY)
 	@echo "Adding the test tools, $(TORCH) among them (one to five minutes the first time) ..."
 	@$(INSTALL) '$(TORCH)'
 	@$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(DOCS_READY): $(RUN_READY)
+	@echo "Adding the tools of the documentation (half a minute the first time) ..."
+	@$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(TPU_READY): $(TEST_READY)

@@ -14,6 +14,13 @@ MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.9"]
 RAY = ["ray>=2.50"]
 GCS = ["google-cloud-storage>=3.0", "requests>=2.32"]  # paths on gs://
+DOCS = [
+    "mkdocs>=1.6.1",
+    "mkdocs-material>=9.6",
+    "mkdocstrings>=1.0",
+    "mkdocstrings-python>=2.0",  # reads docstrings without importing
+    "ruff>=0.9",  # breaks signatures into lines
+]
 TEST = [
     *TASKS,
     *DATA,
@@ -48,14 +55,14 @@ setup(
     # The configurations live with the experiments and ship inside the package.
     packages=[*find_packages(include=["nested_reft", "nested_reft.*"]), "nested_reft.configs"],
     package_dir={"nested_reft.configs": "experiments/configs"},
-    package_data={"nested_reft.configs": ["*.json", "*.jsonl"]},
+    package_data={"nested_reft.configs": ["*.json", "*.jsonl"], "nested_reft.reports": ["*.css", "*.js"]},
     entry_points={"console_scripts": ["nested-reft = nested_reft.command:main"]},
     install_requires=[
-        "flax>=0.12",
+        "flax>=0.11.2",
         "gguf>=0.17",
         "grain>=0.2.12",
         "huggingface_hub>=1.3",
-        "jax>=0.8.1",
+        "jax>=0.7.2",
         "jaxtyping>=0.3.3",
         "jinja2>=3.1",
         "numpy>=2.0",
@@ -74,6 +81,7 @@ setup(
         "report": REPORT,
         "ray": RAY,
         "gcs": GCS,
+        "docs": DOCS,
         "tpu": ["jax[tpu]"],
         # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.
         "cuda12": ["jax[cuda12]"],

@@ -31,6 +31,7 @@ from experiments.runs import compile_once, kept_run
 from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import keep_json
 from nested_reft.cli.bad_input import checking_input
+from nested_reft.compilation import listen, stop_listening
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.sources import TaskSource, exactly
 from nested_reft.evaluation import EvaluationConfig
@@ -211,16 +212,16 @@ class CompilingTime:
 
     def __enter__(self) -> CompilingTime:
         self._intervals: list[tuple[float, float]] = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        listen(self._heard)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
+        stop_listening(self._heard)
 
-    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _heard(self, event: str, seconds: float) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.monotonic()
-            self._intervals.append((now - duration_secs, now))
+            self._intervals.append((now - seconds, now))
 
     @property
     def seconds(self) -> float:

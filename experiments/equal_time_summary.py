@@ -71,30 +71,32 @@ def cost_to_reach(run: Run, level: float, unit: str) -> tuple[float, bool]:
     return float(np.interp(level, accuracy[i - 1 : i + 1], cost[i - 1 : i + 1])), True
 
 
-def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def summarise(runs: Sequence[Run], level: float | None = None) -> dict[str, dict[str, Any]]:
     """Each variant beside the full runs of the same seeds.
 
     Args:
         runs: with a `full` run of every seed.
+        level: the accuracy that all runs have to reach; None takes `level_of` the full run of each seed.
 
     Returns:
         JSON-able results by variant, in the order of the runs. Seeds whose full run gained nothing are left out; the
         verdict says so where that is all of them.
     """
     full = {run["seed"]: run for run in runs if run["variant"] == "full"}
+    levels = {seed: level_of(run) if level is None else level for seed, run in full.items()}
     # Where the full run gains nothing there is no level to reach.
-    learnt = {seed for seed, run in full.items() if level_of(run) > curve(run, "seconds")[1][0]}
+    learnt = {seed for seed, run in full.items() if levels[seed] > curve(run, "seconds")[1][0]}
     runs = [run for run in runs if run["seed"] in learnt or not learnt]
     variants = dict.fromkeys(run["variant"] for run in runs)
-    found = {variant: _compared([run for run in runs if run["variant"] == variant], full) for variant in variants}
+    found = {v: _compared([run for run in runs if run["variant"] == v], full, levels) for v in variants}
     if not learnt:
         found = {variant: summary | {"verdict": NOTHING_LEARNT} for variant, summary in found.items()}
     return found
 
 
-def _compared(runs: Sequence[Run], full: dict[int, Run]) -> dict[str, Any]:
+def _compared(runs: Sequence[Run], full: dict[int, Run], level_of_seed: dict[int, float]) -> dict[str, Any]:
     baselines = [full[run["seed"]] for run in runs]
-    levels = [level_of(baseline) for baseline in baselines]
+    levels = [level_of_seed[run["seed"]] for run in runs]
     found: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "levels": levels}
     # The same draws serve all intervals of a variant.
     draw_RxS = seed_draws(len(runs))

@@ -13,11 +13,13 @@ A run's speed is its mean gain: held-out accuracy above that of the start, avera
 with the run of the same seed and lag without a correction. Intervals are 95 % percentile bootstraps over seeds.
 
 With lag 0 among the lags, a table says how much of its speed each loss loses to a lag, paired by seed. The last table
-compares times: seconds until a run reaches 0.9 of what the run without a lag gains, for each loss. Those of lag 0 are
-synchronous. With `--searchers`, threads search beside the learner wherever there is a lag; without, the learner samples
-in turns, and only the simulation says what searchers would save. It takes the run's own times of batches and updates.
-With `--judge-seconds`, each batch waits for its rewards without a core at work, so a machine of few cores shows what
-many searchers give. Keep such runs in an `--out` of their own.
+compares times: seconds until a run reaches the accuracy `--target`, or else 0.9 of what the run without a lag gains,
+for each loss. Those of lag 0 are synchronous. `--target` computes no run anew.
+
+With `--searchers`, threads search beside the learner wherever there is a lag. Without, the learner samples in turns,
+and only the simulation says what searchers would save; it takes the run's own times of batches and updates. With
+`--judge-seconds`, each batch waits for its rewards without a core at work, so a machine of few cores shows what many
+searchers give. Keep such runs in an `--out` of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, interval, kept_run, seed_draws
-from nested_reft.cli.arguments import keep_json, whole
+from nested_reft.cli.arguments import keep_json, number, whole
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
@@ -64,6 +66,9 @@ LOSSES: dict[str, ObjectiveConfig] = {
     ),
     "trajectory balance": TrajectoryBalanceConfig(beta=0.3),
 }
+
+
+ACCURACY = number("more than 0 and less than 1", lambda value: 0 < value < 1)
 
 
 def experiment_config(lag: int, loss: str, seed: int, steps: int, searchers: int = 0) -> Config:
@@ -150,11 +155,12 @@ def lost_to_lag(summary: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict
     return found
 
 
-def times_to_level(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Seconds to the level of the synchronous run of the same seed and loss.
+def times_to_level(runs: Sequence[Run], target: float | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Seconds to a level, beside those of the synchronous run of the same seed and loss.
 
     Args:
         runs: with one of lag 0 for every seed and loss.
+        target: the level, an accuracy; None takes that of the synchronous run.
 
     Returns:
         JSON-able results by loss and lag: seconds of each seed in which the run came to the level, measured and
@@ -167,7 +173,7 @@ def times_to_level(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
         names = {run["mismatch"]: run["mismatch"] if _lag(run) else "full" for run in runs}
         own = [run | {"variant": names[run["mismatch"]]} for run in runs if run["correction"] == loss]
         found[loss] = {}
-        for variant, summary in summarise_times(own).items():
+        for variant, summary in summarise_times(own, target).items():
             chosen = [run for run in own if run["variant"] == variant and run["seed"] in summary["seeds"]]
             reached = [steps_to_reach(run, level) for run, level in zip(chosen, summary["levels"], strict=True)]
             found[loss][chosen[0]["mismatch"]] = summary["seconds"] | {
@@ -248,13 +254,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_runs(parser, "experiment-tba", steps=100)
     parser.add_argument("--searchers", type=whole(0), default=0, help="threads beside the learner; 0 samples in turns")
     parser.add_argument("--judge-seconds", type=SECONDS, default=0.0, help="that each batch waits for its rewards")
+    parser.add_argument(
+        "--target", type=ACCURACY, default=None, help="level of the times; it alone computes no run anew"
+    )
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
     check_baseline("--losses", known.losses, BASELINE)
+    if known.target is not None and 0 not in known.lags:
+        parser.error("--target needs 0 among --lags, since times are compared with those of synchronous runs")
     compile_once(known.out)
     options = known.searchers, known.judge_seconds
     runs = runs_of(known.lags, known.losses, known.seeds, known.steps, known.out, *options)
-    summary, times = summarise(runs), times_to_level(runs) if 0 in known.lags else {}
+    summary, times = summarise(runs), times_to_level(runs, known.target) if 0 in known.lags else {}
     print(tables(summary))
     lost = lost_to_lag(summary) if 0 in known.lags else {}
     if any(lost.values()):

@@ -32,7 +32,7 @@ from nested_reft.training.mesh_choice import with_chosen_mesh
 from nested_reft.training.phases import last_checkpoint
 from nested_reft.training.record import StepRecord
 from nested_reft.training.search_config import SearchConfig
-from nested_reft.training.setup import Setup, prepare, run_config
+from nested_reft.training.setup import Setup, check_bridges, prepare, run_config
 from nested_reft.training.step import UpdateResult
 from nested_reft.training.trainer import Trainer
 from nested_reft.types import TrainBatch
@@ -42,13 +42,14 @@ from nested_reft.untrusted import printable
 def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
     """Trains, and returns the finished run.
 
-    >>> small = {"steps": 2, "checkpoint_every": 1}
-    >>> config = load_config("tiny", train=small, warm_start={"steps": 5}, evaluation={"samples_per_prompt": 0})
-    >>> rewards = []
-    >>> run = train(config, on_step=lambda step: rewards.append(step.reward))  # doctest: +ELLIPSIS
-    run directory: runs/tiny-...
-    >>> len(rewards), run.summary()["steps"]
-    (2, 2)
+    Examples:
+        >>> small = {"steps": 2, "checkpoint_every": 1}
+        >>> config = load_config("tiny", train=small, warm_start={"steps": 5}, evaluation={"samples_per_prompt": 0})
+        >>> rewards = []
+        >>> run = train(config, on_step=lambda step: rewards.append(step.reward))  # doctest: +ELLIPSIS
+        run directory: runs/tiny-...
+        >>> len(rewards), run.summary()["steps"]
+        (2, 2)
 
     Ctrl-C (in a notebook, the stop button) ends the run after its current step, with a checkpoint.
 
@@ -81,10 +82,11 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Held-out accuracy of a policy on every source of a configuration.
 
-    >>> policy = Policy.load(run)
-    >>> results = evaluate(policy, run.config(), samples=False)
-    >>> list(results), results["three_to_six_digits"].prompts
-    (['three_to_six_digits'], 128)
+    Examples:
+        >>> policy = Policy.load(run)
+        >>> results = evaluate(policy, run.config(), samples=False)
+        >>> list(results), results["three_to_six_digits"].prompts
+        (['three_to_six_digits'], 128)
 
     Args:
         policy: what answers; a run stands for its newest checkpoint.
@@ -108,12 +110,13 @@ def evaluate(
 class Run:
     """A run directory, of a run that is finished or still going on.
 
-    >>> run.metrics()["step"]
-    [0, 1, 2]
-    >>> sorted(run.samples()[0])[:3]
-    ['answer', 'forced_tokens', 'left_out_layers']
-    >>> run.config().name
-    'tiny'
+    Examples:
+        >>> run.metrics()["step"]
+        [0, 1, 2]
+        >>> sorted(run.samples()[0])[:3]
+        ['accuracy', 'advantage', 'answer']
+        >>> run.config().name
+        'tiny'
 
     Attributes:
         path: the directory; that of a run on `gs://` is a local copy.
@@ -261,6 +264,8 @@ def open_trainer(
 
         # What fails on one process would leave the others waiting for it.
         setup = processes.agreed(prepared)
+        if processes.count() > 1:
+            check_bridges(setup)
         if directory is None:
             # A new run's is made once all of them are prepared.
             name, whole = config.name, setup.config.to_json()

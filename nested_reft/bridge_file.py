@@ -45,6 +45,34 @@ class FittedBridges:
     weights: str
     parts: tuple[int, ...] | None
 
+    @property
+    def checksum(self) -> str:
+        """That of the file, which covers all that it says."""
+        return sealed(*self.contents())[_CHECKSUM]
+
+    def contents(self) -> tuple[Parameters, dict[str, str]]:
+        """Arrays by name, and what is said of them, as a file has both."""
+        arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in self.stack.items()}
+        arrays[_DIVERGENCE] = np.asarray(self.divergence_L, np.float32)
+        return arrays, {"model": self.model, "weights": self.weights, "parts": json.dumps(self.parts)}
+
+    def check_weights(self, path: Path, weights: str, name: str) -> None:
+        """Refuses bridges of other weights.
+
+        Args:
+            path: of the file, for the message.
+            weights: the fingerprint of the model that they are to serve.
+            name: of that model, as `model_in_words` has it.
+
+        Raises:
+            BadFile: they are of other weights.
+        """
+        if self.weights != weights:
+            raise BadFile(
+                f"nesting.bridge.file is '{path}', whose bridges are of other weights, those of {self.model}; this run"
+                f" begins with those of {name}. Fit bridges to these with 'nested-reft fit-bridges'"
+            )
+
     def check_plan(self, path: Path, plan: LayerPlan | None) -> None:
         """Refuses bridges that a run cannot use.
 
@@ -75,9 +103,7 @@ def save_bridges(path: Path, fitted: FittedBridges) -> None:
         path: the file.
         fitted: what it is to hold.
     """
-    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in fitted.stack.items()}
-    arrays[_DIVERGENCE] = np.asarray(fitted.divergence_L, np.float32)
-    about = {"model": fitted.model, "weights": fitted.weights, "parts": json.dumps(fitted.parts)}
+    arrays, about = fitted.contents()
     # A kill while it is written must not leave half a file under the name.
     unfinished = path.with_name(f".{path.name}.unfinished")
     # What safetensors itself writes only its owner could read, whatever the umask says.
@@ -100,18 +126,32 @@ def sealed(arrays: Parameters, about: dict[str, str]) -> dict[str, str]:
 
 
 def load_bridges(path: Path, model: Transformer, name: str) -> FittedBridges:
-    """Reads a bridge file for a model.
+    """Reads a bridge file for a model whose weights this process can read.
 
-    Bridges serve the weights that they were fitted to. A run keeps its bridges in its checkpoints, so they go on with
-    it while its weights move, and the file is read at the start only.
+    Args:
+        path, model: as in `read_bridges`.
+        name: of the model, as `model_in_words` has it.
+
+    Raises:
+        BadFile: as in `read_bridges`, or the bridges are of other weights.
+    """
+    fitted = read_bridges(path, model)
+    fitted.check_weights(path, fingerprint(model), name)
+    return fitted
+
+
+def read_bridges(path: Path, model: Transformer) -> FittedBridges:
+    """Reads a bridge file for a model, and does not look at the model's weights.
+
+    Bridges serve the weights that they were fitted to (`FittedBridges.check_weights`). A run keeps its bridges in its
+    checkpoints, so they go on with it while its weights move, and the file is read at the start only.
 
     Args:
         path: the file.
         model: with bridges, whose shapes the file's must have.
-        name: of the model, as `model_in_words` has it.
 
     Raises:
-        BadFile: there is no such file, it is damaged, or it is of other weights or of another rank.
+        BadFile: there is no such file, it is damaged, or it is of another rank.
     """
     field, again = f"nesting.bridge.file is '{path}'", "write it again with 'nested-reft fit-bridges'"
     if not path.is_file():
@@ -130,18 +170,13 @@ def load_bridges(path: Path, model: Transformer, name: str) -> FittedBridges:
     expected = {key: ("float32", shape) for key, shape in shapes.items()}
     if found != expected:
         raise BadFile(f"{field}, which holds {found}; this model and nesting.bridge.rank need {expected}")
-    weights = fingerprint(model)
-    if about.get("weights") != weights:
-        raise BadFile(
-            f"{field}, whose bridges are of other weights, those of {about.get('model')}; this run begins with those of"
-            f" {name}. Fit bridges to these with 'nested-reft fit-bridges'"
-        )
     divergence_L = arrays.pop(_DIVERGENCE)
     if not all(np.isfinite(value).all() for value in (*arrays.values(), divergence_L)):
         raise BadFile(f"{field}, which holds a value that is not finite")
     if divergence_L.min() < 0:
         raise BadFile(f"{field}, whose layer {divergence_L.argmin()} has a divergence below 0, as none can be")
-    return FittedBridges(arrays, divergence_L, name, weights, _parts(about.get("parts"), num_layers, field))
+    parts = _parts(about.get("parts"), num_layers, field)
+    return FittedBridges(arrays, divergence_L, about.get("model", ""), about.get("weights", ""), parts)
 
 
 def _parts(text: str | None, num_layers: int, field: str) -> tuple[int, ...] | None:

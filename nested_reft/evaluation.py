@@ -19,7 +19,7 @@ from nested_reft.reward_model import score_rollouts
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
-from nested_reft.sharding import to_host
+from nested_reft.sharding import batch_devices, to_host
 from nested_reft.untrusted import printable
 
 
@@ -32,7 +32,7 @@ class EvaluationConfig:
             sources are evaluated before and after the run.
         samples_per_prompt: completions per prompt for pass@k, before and after; 0 leaves it out.
         pass_k: k of pass@k.
-        batch_size: prompts per compiled batch.
+        batch_size: prompts per compiled batch; any number, whatever the mesh is.
     """
 
     every_steps: int = 10
@@ -152,7 +152,8 @@ def num_correct(
 
     Args:
         policy, examples, reward, key, plan, completions: as in `evaluate_examples`.
-        batch_size: prompts per batch; fewer where there are fewer examples.
+        batch_size: prompts per batch; fewer where there are fewer examples. Rows that count for nothing are added
+            where the mesh does not divide it.
         sampling: other than the policy's own.
         group_size: completions of each example.
 
@@ -164,6 +165,9 @@ def num_correct(
     prefix = shared_prefix([example.tokens for example in examples])
     # A source with few examples is not padded to a whole batch.
     batch_size = min(batch_size, len(examples))
+    # Rows are added until the mesh divides them: otherwise every device would do all of them. They come last, so that
+    # no other row is drawn otherwise than on one device.
+    rows = -(-batch_size // batch_devices(policy.mesh)) * batch_devices(policy.mesh)
     counts: list[int] = []
     unscored = 0
     starts = range(0, len(examples), batch_size)
@@ -172,8 +176,8 @@ def num_correct(
     for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None):
         chunk = list(examples[start : start + batch_size])
         # The last batch is filled up, so that its shape is that of the others.
-        padded = chunk + [chunk[-1]] * (batch_size - len(chunk))
-        prompts = batch_prompts(padded, [0] * batch_size, size)
+        padded = chunk + [chunk[-1]] * (rows - len(chunk))
+        prompts = batch_prompts(padded, [0] * rows, size)
         rollouts = to_host(
             policy.generate(
                 prompts,
@@ -201,7 +205,7 @@ def num_correct(
                 for encoded, *row in zip(chunk, texts, accuracy_BG, scored_BG, strict=False)
                 for text, right, scored in zip(*row, strict=True)
             ]
-        # The rows that filled up the last batch are cut off again.
+        # The rows that filled up the batch are cut off again.
         counts += accuracy_BG.sum(axis=1).astype(int).tolist()[: len(chunk)]
         unscored += int((~scored_BG[: len(chunk)]).sum())
     return np.array(counts), unscored

@@ -132,7 +132,12 @@ def _configure_jax(heartbeat_seconds: int) -> None:
     global _heartbeat_seconds
     _heartbeat_seconds = heartbeat_seconds
     # JAX's own service would take SIGTERM away from Python, and with it the checkpoint at the end of a step.
-    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.config.update("jax_enable_preemption_service", False)
+    except AttributeError:
+        raise ValueError(
+            f"several processes need JAX 0.8.1 or newer, which can leave SIGTERM to Python; this is {jax.__version__}"
+        ) from None
     # Without it several processes on CPUs cannot exchange arrays. Other devices do not read it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -24,7 +22,8 @@ from nested_reft.json_files import write_json
 from nested_reft.models.registry import hub_revision
 from nested_reft.paths import address, copy_of, is_remote, local_only
 from nested_reft.remote_files import join
-from nested_reft.run_logs import Events, Log, cut, mend
+from nested_reft.run_lock import RunLock
+from nested_reft.run_logs import Events, Log, cut, log_lines, mend
 from nested_reft.run_mirror import PartExchange, address_of, begin_copy, exchange_parts, mark_copy, open_mirror
 
 # The step of the first line, of a log with one line for each step; None of the other.
@@ -57,11 +56,11 @@ class RunDirectory:
         self.path = path
         self._purge_step: int | None = None
         path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _locked(path)
+        self._lock: RunLock | None = RunLock(path)
         try:
             self._mirror = open_mirror(path)
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     @cached_property
@@ -180,10 +179,12 @@ class RunDirectory:
 
         Raises:
             FileNotFoundError: it was.
+            OSError: another process has taken the run over, where there are no locks.
         """
         if self._lock is None:
             return
-        held = os.fstat(self._lock)
+        self._lock.check()
+        held = os.fstat(self._lock.descriptor)
         if not self.path.is_dir() or not os.path.samestat(held, self.path.stat()):
             raise FileNotFoundError(f"the run directory '{self.path}' was moved or removed while the run went on")
 
@@ -272,7 +273,7 @@ class RunDirectory:
                 mirror.close()
         finally:
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock.close()
                 self._lock = None
 
 
@@ -328,20 +329,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not a run directory: it has no {path.name}")
-    lines: list[dict[str, Any]] = []
-    # Bytes are decoded line by line, so that a line that is not UTF-8 can be named.
-    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            line = json.loads(text.decode())
-        # Thousands of brackets are a RecursionError.
-        except (ValueError, RecursionError) as error:
-            # Without its newline the line is still being written, or was when the run was killed.
-            if not text.endswith(b"\n"):
-                break
-            raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from None
-        if not isinstance(line, dict) or type(line.get("step")) is not int:
-            raise ValueError(f"line {number} of '{path}' has no step")
-        lines.append(line)
+    lines, faults = log_lines(path)
+    if faults:
+        raise ValueError(faults[0])
     return lines
 
 
@@ -356,24 +346,6 @@ def versions() -> dict[str, Any]:
     # All devices of a run are of one kind, so the first one speaks for them.
     devices = jax.devices()
     return found | {"platform": devices[0].platform, "device": devices[0].device_kind, "devices": len(devices)}
-
-
-def _locked(path: Path) -> int:
-    """A descriptor of a run directory, which only one process at a time can hold.
-
-    Raises:
-        ValueError: another one has it.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # The system takes the lock away when the process ends, however it ends.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"run '{path}' is in use by another process; wait until it has ended, or stop it") from None
-    except OSError:  # some network file systems have no locks
-        pass
-    return descriptor
 
 
 def _commit() -> str | None:

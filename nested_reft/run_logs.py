@@ -78,7 +78,7 @@ class Events:
 
         self._proto: Any = event_pb2  # made from a .proto file, so its classes have no types
         # Two files of one second would have one name but for the process.
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns() % 10**9}")
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
         if purge_step is not None:
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
             self._writer.write_event(self._proto.Event(step=purge_step, wall_time=time.time(), session_log=start))
@@ -171,6 +171,30 @@ def good_lines(content: bytes, step: int, first_step: int | None) -> tuple[list[
         if lines_of_step[number] != usual:
             faults.append(f"step {number} has {lines_of_step[number]} lines instead of {usual}")
     return kept, faults
+
+
+def log_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The good lines of a log, and in words what is wrong with each other one; a last line cut short is no fault.
+
+    Args:
+        path: the file; a run that is going on may be writing to it.
+    """
+    lines, faults = list[dict[str, Any]](), list[str]()
+    # Bytes are decoded line by line, so that a line that is not UTF-8 can be named.
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(text.decode())
+        # Thousands of brackets are a RecursionError.
+        except (ValueError, RecursionError) as error:
+            # Without its newline the line is still being written, or was when the run was killed.
+            if text.endswith(b"\n"):
+                faults.append(f"line {number} of '{path}' is not JSON: {error}")
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            faults.append(f"line {number} of '{path}' has no step")
+    return lines, faults
 
 
 def _step_of(line: bytes) -> int | None:

@@ -31,6 +31,7 @@ from nested_reft.remote_files import ChangedError, Entry, MissingError, RemoteEr
 
 logger = logging.getLogger(__name__)
 
+IN_USE = "in_use.json"  # in a directory whose file system has no locks: who works there (`run_lock`)
 MARK = "remote.json"  # in a local copy: the address of the run, and which owner wrote here last
 OWNER = "owner.json"  # at the address: who owns the run
 _INDEX = ".fetched.json"
@@ -39,7 +40,7 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax ends the names of directories so w
 _IN_CHECKPOINT = re.compile(rf"{_CHECKPOINTS}/(0|[1-9][0-9]{{0,17}})/(.+)")
 # What a local copy has for itself, and what is half written.
 _NOT_COPIED = re.compile(
-    rf"{_CHECKPOINTS}/.*|{re.escape(MARK)}|{re.escape(_INDEX)}|.*\.partial|.*orbax-checkpoint-tmp.*"
+    rf"{_CHECKPOINTS}/.*|{re.escape(MARK)}|{re.escape(_INDEX)}|{re.escape(IN_USE)}|.*\.partial|.*orbax-checkpoint-tmp.*"
 )
 # Files that grow, so that only their ends are copied.
 _GROWING = re.compile(r"\w+\.jsonl|events/.*")
@@ -232,7 +233,7 @@ class Owner:
                 raise FileExistsError(f"there is a run at '{self._run}' already") from None
             raise self._in_use(now) from None
         self.previous = before.get("id")
-        _held.add(self.id)
+        held.add(self.id)
 
     def beat(self) -> None:
         """Shows that the owner is there.
@@ -244,7 +245,7 @@ class Owner:
 
     def release(self) -> None:
         """Says that the owner is done, so that nobody has to wait. Where that fails, others wait."""
-        _held.discard(self.id)
+        held.discard(self.id)
         with contextlib.suppress(OSError):
             self._write(self._generation, released=True)
 
@@ -252,15 +253,15 @@ class Owner:
         """Who owned the run, and the generation of that; it is at work no more."""
         owner, generation = _read_owner(self._url)
         began = time.monotonic()
-        while generation and not owner.get("released") and not _has_ended(owner):
+        while generation and not owner.get("released") and not has_ended(owner):
             if time.monotonic() - began >= STALE_SECONDS:
-                logger.warning("'%s' was not left in order by %s; it is taken over", self._run, _in_words(owner))
+                logger.warning("'%s' was not left in order by %s; it is taken over", self._run, in_words(owner))
                 break
             if time.monotonic() - began < _LOOK_SECONDS:
                 logger.warning(
                     "'%s' is owned by %s; waiting up to %g s for a sign of it",
                     self._run,
-                    _in_words(owner),
+                    in_words(owner),
                     STALE_SECONDS,
                 )
             time.sleep(_LOOK_SECONDS)
@@ -274,7 +275,7 @@ class Owner:
         return owner, generation
 
     def _write(self, generation: int, released: bool = False) -> None:
-        value = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
+        value = this_process(self.id)
         content = json.dumps(value | {"released": released, "time": time.time()}).encode()
         try:
             self._generation = remote_files.write(self._url, content, generation)
@@ -287,12 +288,12 @@ class Owner:
 
     def _in_use(self, owner: dict[str, Any]) -> ValueError:
         return ValueError(
-            f"run '{self._run}' is in use by {_in_words(owner)}; wait until it has ended, or stop it. One that was"
+            f"run '{self._run}' is in use by {in_words(owner)}; wait until it has ended, or stop it. One that was"
             f" killed counts as gone after {STALE_SECONDS:g} s"
         )
 
 
-_held: set[str] = set()  # owners of this process
+held: set[str] = set()  # owners of this process
 
 
 def _read_owner(url: str) -> tuple[dict[str, Any], int]:
@@ -307,7 +308,17 @@ def _read_owner(url: str) -> tuple[dict[str, Any], int]:
     return value if isinstance(value, dict) else {}, found[1]
 
 
-def _in_words(owner: dict[str, Any]) -> str:
+def this_process(id: str) -> dict[str, Any]:
+    """What an owner says of itself.
+
+    Args:
+        id: of the owner.
+    """
+    return {"id": id, "host": socket.gethostname(), "pid": os.getpid(), "place": _place()}
+
+
+def in_words(owner: dict[str, Any]) -> str:
+    """An owner, for messages."""
     return f"process {owner.get('pid', 'unknown')} on host '{owner.get('host', 'unknown')}'"
 
 
@@ -319,13 +330,13 @@ def _place() -> str:
         return ""
 
 
-def _has_ended(owner: dict[str, Any]) -> bool:
+def has_ended(owner: dict[str, Any]) -> bool:
     """Whether an owner was a process of this place and is there no more."""
     pid = owner.get("pid")
     if not _place() or owner.get("place") != _place() or not isinstance(pid, int):
         return False
     if pid == os.getpid():
-        return owner.get("id") not in _held
+        return owner.get("id") not in held
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

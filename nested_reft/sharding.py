@@ -133,7 +133,8 @@ def mesh_of(devices: Sequence[Any], config: MeshConfig) -> Mesh:
     assert config.data != "auto"
     shape = (config.slices, config.data, config.fsdp, config.tensor)
     # With Auto axes the compiler chooses how intermediate values are split.
-    if config.slices == 1 or not hasattr(devices[0], "slice_index"):
+    is_cpu = getattr(devices[0], "platform", None) == "cpu"  # which say slice 0 where there are several processes
+    if config.slices == 1 or is_cpu or not hasattr(devices[0], "slice_index"):
         # CPUs and GPUs have no slices; devices of one process come one after the other, which is what counts there.
         return jax.make_mesh(shape, AXES, modes, devices=devices)
     slices = len({device.slice_index for device in devices})
@@ -275,7 +276,10 @@ def place(tree: Any, mesh: Mesh, axes: Sequence[str] = ()) -> Any:
         mesh: the devices that hold the arrays, perhaps those of several processes.
         axes: logical axes of every leaf, in their order; what is not named is whole on every device.
     """
-    return place_as(tree, NamedSharding(mesh, partition_spec(tuple(axes))))
+    # One device has nothing to split. Programs that take split arrays there return them split in some other way, and
+    # would be compiled once more for those.
+    spec = partition_spec(tuple(axes)) if mesh.size > 1 else PartitionSpec()
+    return place_as(tree, NamedSharding(mesh, spec))
 
 
 def place_as(tree: Any, sharding: Sharding) -> Any:

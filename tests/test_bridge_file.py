@@ -1,5 +1,6 @@
 """Bridges in a file: fitted by a command, trained with, and refused where they are of something else."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -10,7 +11,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from nested_reft import processes
 from nested_reft.bridge_file import FittedBridges, load_bridges, save_bridges, sealed
+from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.main import main
 from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.bridges import Bridges
@@ -18,8 +21,11 @@ from nested_reft.models.fingerprint import fingerprint
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import read_log
+from nested_reft.tokenizer import Tokenizer
+from nested_reft.training.setup import RunData, Setup, check_bridges
 from nested_reft.untrusted import BadFile
 from tests.tiny_models import TINY, tiny_model
+from tests.training.runs import nano
 
 PLAN = LayerPlan.skipping(5, [1, 2], Part.BRIDGE)
 
@@ -124,6 +130,23 @@ def test_bridges_of_another_plan_are_refused(tmp_path):
     run_of_layers = LayerPlan.of_parts(np.array([Part.KEEP, Part.BRIDGE, Part.SKIP, Part.KEEP, Part.KEEP]))
     with pytest.raises(BadFile, match=r"each stand in for one layer; those of nesting\.bridge\.kind 'per_run' have to"):
         alone.check_plan(path, run_of_layers)
+
+
+def test_processes_begin_with_the_same_bridges(tmp_path, monkeypatch):
+    """Each reads a file of its own host, and both files may be of the right weights."""
+    fitted = written(tmp_path / "b.safetensors")
+    other = dataclasses.replace(fitted, stack={name: value + 1 for name, value in fitted.stack.items()})
+    config = nano(nesting__bridge=BridgeConfig("per_layer", file=str(tmp_path / "b.safetensors")))
+    policy = Policy(model_with_bridges(), Tokenizer.characters("01"))
+    nothing = RunData((), (), (), (), prompt_size=1, shared_prefix=0)
+    setup = Setup(config, policy, nothing, fitted.divergence_L, fitted)
+    for checksums, message in (
+        ((fitted.checksum, other.checksum), r"b\.safetensors', and process 1 finds other bridges there than process 0"),
+        ((fitted.checksum,) * 2, None),
+    ):
+        monkeypatch.setattr(processes, "gather_text", lambda text, found=checksums: found)
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            check_bridges(setup)
 
 
 def test_a_run_begins_with_the_bridges_of_a_file(tmp_path, monkeypatch, capsys):

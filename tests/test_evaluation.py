@@ -1,11 +1,17 @@
-"""Held-out accuracy: the estimate of pass@k, by hand."""
+"""Held-out accuracy: the estimate of pass@k, by hand, and batches that devices share."""
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
-from nested_reft.evaluation import EvaluationConfig, pass_at_k
+from nested_reft import evaluation
+from nested_reft.evaluation import EvaluationConfig, num_correct, pass_at_k
+from nested_reft.rollout.policy import Policy
+from nested_reft.sharding import MeshConfig, make_mesh
+from nested_reft.training.setup import prepare
+from tests.training.runs import nano
 
 
 @pytest.mark.parametrize(
@@ -54,3 +60,36 @@ def test_refusals():
         EvaluationConfig(samples_per_prompt=8, pass_k=9)
     with pytest.raises(ValueError, match=r"evaluation.every_steps is 0 and evaluation.batch_size 32"):
         EvaluationConfig(every_steps=0)
+
+
+@pytest.mark.slow
+def test_devices_share_batches_that_they_do_not_divide(monkeypatch):
+    """Seven prompts in batches of five on eight devices: each has one row, and rows that are added count nowhere."""
+
+    def scored(policy, prompts, rollouts, reward, limit):
+        # An untrained model is never right; here, odd lengths are, and every third length cannot be checked.
+        texts = policy.tokenizer.decode_completions(rollouts.tokens_BGC, rollouts.length_BG)
+        length_BG = np.array([[len(text) for text in row] for row in texts])
+        return texts, None, length_BG % 2, length_BG % 3 > 0, {}
+
+    rows, generate = [], Policy.generate
+
+    def spied(policy, prompts, *args, **named):
+        found = generate(policy, prompts, *args, **named)
+        rows.append(found.tokens_BGC.sharding.shard_shape(found.tokens_BGC.shape)[0])
+        return found
+
+    monkeypatch.setattr(evaluation, "score_rollouts", scored)
+    monkeypatch.setattr(Policy, "generate", spied)
+    setup = prepare(nano())
+    examples, found = setup.data.heldout_examples[0][:7], []
+    for mesh in (MeshConfig(), MeshConfig(data=8)):
+        policy, texts = setup.policy.on(make_mesh(mesh)), []
+        counts_E, unscored = num_correct(
+            policy, examples, setup.config.reward, 5, None, jax.random.key(3), 3, completions=texts
+        )
+        assert len(counts_E) == 7 and len(texts) == 21
+        found.append((counts_E.tolist(), unscored, texts))
+    assert found[0] == found[1] and rows == [5, 5, 1, 1]
+    # Otherwise rows that were counted twice, or drawn alike, would not show.
+    assert len(set(found[0][0])) > 1 and found[0][1] and len({text["text"] for text in found[0][2]}) > 7

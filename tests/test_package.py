@@ -67,6 +67,7 @@ LAYERS = [
     {"plan_price"},
     {"checkpoints", "checkpoint_identity"},
     {"run_mirror"},
+    {"run_lock"},
     {"rollout"},
     {"reward_model"},
     {"evaluation", "divergence", "run_logs"},

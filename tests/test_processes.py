@@ -16,6 +16,21 @@ from nested_reft.processes import ProcessConfig
 from nested_reft.sharding import MeshConfig, make_mesh, place, to_host
 from tests.process_pairs import free_port, run_together
 
+joins = pytest.mark.skipif(
+    not hasattr(jax.config, "jax_enable_preemption_service"), reason="this JAX cannot leave SIGTERM to Python"
+)
+
+
+def test_a_jax_that_would_keep_sigterm_is_refused(monkeypatch):
+    """JAX 0.7, as Colab has it, is for one process."""
+
+    def update(name, value):
+        raise AttributeError(name)
+
+    monkeypatch.setattr(processes.jax.config, "update", update)
+    with pytest.raises(ValueError, match=r"several processes need JAX 0\.8\.1 or newer, .*; this is "):
+        processes.start(ProcessConfig("127.0.0.1:1", count=2, index=0))
+
 
 def test_one_process_talks_to_itself():
     processes.start(ProcessConfig())
@@ -53,6 +68,7 @@ def test_refusals(fields, message):
         ProcessConfig(**fields)
 
 
+@joins
 def test_an_unreachable_coordinator_is_named_with_the_limit():
     # While a socket has the port and does not listen, nobody else can listen there.
     with socket.socket() as silent:
@@ -69,6 +85,7 @@ except ConnectionError as error: print(error)
     )
 
 
+@joins
 def test_a_first_process_that_nobody_joins_ends_with_a_line():
     address = f"127.0.0.1:{free_port()}"
     code = f"""

@@ -15,10 +15,10 @@ from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.registry import HUB_SHAPES
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.offline import OfflineKind, as_offline
+from tests.doc_pages import ROOT, fragments, unsaid
 
 # The depth of each model that a command names and that is no download of its shape.
 LAYERS = {"smollm2-135m": 30} | {name: shape.num_layers for name, shape in HUB_SHAPES.items()}
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TPU_GUIDE = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
 OBJECTIVES: dict[str, OfflineKind | None] = {"train": None, "sft": "sft", "reward-model": "bradley_terry", "dpo": "dpo"}
@@ -169,15 +169,6 @@ def test_the_tpu_guide_quotes_what_is_said():
     """The words of each message in its table of failures stand in the code; what a message fills in is left out."""
     rows = TPU_GUIDE.split("| what you see | what it means | what to do |")[1].split("\n\n")[0].splitlines()
     quoted = [text for row in rows[2:] for text in re.findall("`(.*?)`", row.split("|")[1])]
-    files = [*(ROOT / "nested_reft").rglob("*.py"), *(ROOT / "scripts" / "tpu").glob("*.*")]
-    # Parts of a message on lines of their own become one.
-    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
     filled_in = r"\.\.\.|'[^']*'|[\d ]*key/value heads|\d+|\b[A-Z]\b|mesh\.tensor|process \d"
-    fragments = {
-        fragment.strip(" ,;:")
-        for text in quoted
-        if not text.startswith((*OTHERS_SAY, "--"))
-        for fragment in re.split(filled_in, text)
-    }
-    fragments = {fragment for fragment in fragments if len(fragment) > 8}
-    assert len(fragments) > 10 and not [fragment for fragment in fragments if fragment not in said]
+    pieces = fragments([text for text in quoted if not text.startswith((*OTHERS_SAY, "--"))], filled_in)
+    assert len(pieces) > 10 and not unsaid(pieces)

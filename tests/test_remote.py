@@ -341,7 +341,7 @@ def test_a_killed_run_goes_on_on_another_machine_as_if_nothing_had_happened(stor
 def test_a_run_that_cannot_be_copied_ends_with_a_line_and_goes_on_here(store, monkeypatch, tmp_path, capsys):
     config = nano(**NO_EVALUATION, train__checkpoint_every=1, train__steps=3)
     monkeypatch.setattr("nested_reft.cli.train.load_config", lambda name: config)
-    monkeypatch.setattr("nested_reft.cli.train._draw_figures", lambda run: None)  # which takes long
+    monkeypatch.setattr("nested_reft.cli.train._report", lambda run: None)  # which takes long
     store.fault = lambda method, name: 403 if method == "POST" and "/checkpoints/2/" in name else None
     assert main(["train", "nano", "--runs", RUNS]) == 1
     said = capsys.readouterr().err

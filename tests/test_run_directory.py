@@ -1,14 +1,18 @@
 """The files of a run: what a resumed or refused run leaves in its logs."""
 
+import errno
 import json
 import math
+import os
 import resource
 import struct
+import subprocess
 from contextlib import closing
 
 import pytest
 from tensorboardX.proto import event_pb2
 
+from nested_reft import run_lock, run_mirror
 from nested_reft.run_directory import RunDirectory, read_log
 
 
@@ -93,6 +97,51 @@ def test_one_process_at_a_time_works_on_a_run(tmp_path):
     with closing(RunDirectory(tmp_path)), pytest.raises(ValueError, match=f"run '{tmp_path}' is in use by another"):
         RunDirectory(tmp_path)
     RunDirectory(tmp_path).close()
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A network file system without locks, on which signs of life come often."""
+
+    def fail(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", fail)
+    monkeypatch.setattr(run_mirror, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 1000.0)
+
+
+def test_without_locks_a_file_says_who_works_on_a_run(without_locks, tmp_path):
+    """The second one sees a sign of the first; the third begins when that has ended."""
+    first = RunDirectory(tmp_path)
+    with pytest.raises(ValueError, match=f"run '{tmp_path}' is in use by process {os.getpid()} on host '.*'; wait"):
+        RunDirectory(tmp_path)
+    first.close()
+    assert list(tmp_path.iterdir()) == []
+    RunDirectory(tmp_path).close()
+
+
+def test_without_locks_a_run_of_a_killed_process_goes_on_at_once(without_locks, tmp_path):
+    done = subprocess.Popen(["true"])
+    done.wait()
+    (tmp_path / "in_use.json").write_text(json.dumps(run_mirror.this_process("id") | {"pid": done.pid}))
+    RunDirectory(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_silent_owner_is_waited_for_and_hears_of_its_loss(without_locks, monkeypatch, tmp_path, caplog):
+    beat, still = run_lock.OwnerFile.beat, []  # as on a host without network
+    monkeypatch.setattr(run_lock.OwnerFile, "beat", lambda owner: still.append(owner))
+    first = RunDirectory(tmp_path)
+    monkeypatch.setattr(run_mirror, "STALE_SECONDS", 0.5)
+    with closing(RunDirectory(tmp_path)) as second:
+        assert "waiting up to 0.5 s for a sign" in caplog.text and "was not left in order by process" in caplog.text
+        second.check_in_place()
+        beat(still[0])
+        with pytest.raises(OSError, match=f"run '{tmp_path}' was taken over"):
+            first.log_metrics(1, {})
+        first.close()
+        assert (tmp_path / "in_use.json").exists()  # it is the second one's
 
 
 def tensorboard_points(path):

@@ -1,5 +1,6 @@
 """The scripts that the Makefile sets environments up with."""
 
+import fnmatch
 import importlib.metadata
 import re
 import subprocess
@@ -44,7 +45,8 @@ def test_every_pin_lies_in_its_range():
     """constraints.txt pins at or above the lower bounds of setup.py."""
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     pins = {normal(name): version for name, version in pins.items()}
-    lowest = oldest_constraints.oldest_constraints(oldest_constraints.setup_arguments(ROOT / "setup.py"), ["test"])
+    setup = oldest_constraints.setup_arguments(ROOT / "setup.py")
+    lowest = oldest_constraints.oldest_constraints(setup, ["test", "docs"])
     for name, version in (line.split("==") for line in lowest):
         if normal(name) in pins:
             assert numbers(pins[normal(name)]) >= numbers(version), name
@@ -56,6 +58,16 @@ def normal(name: str) -> str:
 
 def numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def test_the_tpu_compiler_is_the_one_that_jax_asks_for():
+    """Of a later one, XLA cannot read every program back."""
+    pinned = re.findall(r"^jax==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if [importlib.metadata.version("jax")] != pinned:
+        pytest.skip("another JAX than the pinned one asks for another compiler")
+    asked = re.findall(r"^libtpu==([\w.*]+)", "\n".join(importlib.metadata.requires("jax") or []), re.MULTILINE)
+    taken = re.findall(r"^LIBTPU \?= libtpu==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(asked) == len(taken) == 1 and fnmatch.fnmatch(taken[0], asked[0])
 
 
 def test_make_runs_the_placeholder_script():

@@ -74,6 +74,18 @@ def test_refusals(make, message):
         make()
 
 
+def test_cpus_of_several_processes_form_slices():
+    """JAX says slice 0 of all of them, and a mesh of theirs is that of one process."""
+
+    class Device:
+        slice_index, platform, device_kind = 0, "cpu", "cpu"
+
+    devices = [Device() for _ in range(4)]
+    mesh = mesh_of(devices, MeshConfig(slices=2, data=2))
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 1}
+    assert list(mesh.devices.ravel()) == devices
+
+
 @pytest.mark.parametrize(
     ("mesh", "shape", "message"),
     [
@@ -182,6 +194,14 @@ def test_values_go_there_and_back():
     found = to_host(place(tree, mesh, ("batch",)))
     assert all(isinstance(x, np.ndarray) for x in found.values())
     assert np.array_equal(found["a"], tree["a"]) and np.array_equal(found["b"], tree["b"])
+
+
+def test_one_device_has_one_way_to_place_an_array():
+    """Arrays from a program, from a checkpoint and from the host would need programs of their own otherwise."""
+    mesh = make_mesh(MeshConfig())
+    matrix = place(np.ones((4, 4), np.float32), mesh, ("vocab", "width"))
+    double = jax.jit(lambda x: {"of": x + x, "turned": x.T, "row": x[0]})
+    assert {array.sharding.spec for array in jax.tree.leaves([matrix, double(matrix)])} == {PartitionSpec()}
 
 
 def test_a_configuration_of_an_earlier_version_splits_as_it_did():

@@ -8,7 +8,8 @@
     configs                            the configurations that ship, and how long each takes
     eval POLICY                        held-out accuracy of a run or a model; of a reward model, its pairs
     sample POLICY PROMPT               full and nested completions side by side
-    report RUN                         figures and tables of a run, written into RUN/report
+    report RUN [RUN ...]               a page of HTML on a run, in RUN/report, or on several side by side
+    samples RUN                        the logged samples of a run as plain text, by step, source or verdict
     measure-layers POLICY              each layer's divergence, for measured plans
     fit-bridges POLICY --out FILE      bridges for the layers that a configuration leaves out
     replay-batch RUN                   repeats the update for which a run ended as not finite
@@ -50,6 +51,7 @@ COMMANDS = {
     "eval": "evaluate",
     "sample": "sample",
     "report": "report",
+    "samples": "samples",
     "measure-layers": "measure_layers",
     "fit-bridges": "fit_bridges",
     "replay-batch": "replay_batch",

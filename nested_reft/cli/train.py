@@ -16,7 +16,7 @@ from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, override
 from nested_reft.exit_codes import FAILED, STALLED
 from nested_reft.replay import GenerationLimitError
-from nested_reft.reports.figures import write_report
+from nested_reft.reports.report import write_report
 from nested_reft.reports.tables import summary_table
 from nested_reft.rewards.limits import RewardError
 from nested_reft.run_mirror import address_of, local_run
@@ -32,7 +32,7 @@ RUNS = "runs"
 
 
 def run(arguments: list[str], command: str = "train", kind: OfflineKind | None = None) -> None:
-    """Trains to the last step, prints the summary and draws the figures.
+    """Trains to the last step, prints the summary and writes the report.
 
     Args:
         arguments: of the command.
@@ -76,7 +76,7 @@ def _train(
             return
         say(f"\n{summary_table(summary)}")
         keep_json(known.json, summary)
-        _draw_figures(path)
+        _report(path)
     except KeyboardInterrupt:
         complain(f"\n{_how_to_continue(path)}")
         raise  # for `main`, which has the exit code
@@ -187,9 +187,10 @@ def _check_runs_directory(runs: str) -> None:
         )
 
 
-def _draw_figures(run: Path) -> None:
-    """Writes the report; without the `report` extra the run is as good, so that is no error."""
-    try:
-        say(f"report: {write_report(run)['directory']}")
-    except ImportError as error:
-        say(f"no figures: {error}")
+def _report(run: Path) -> None:
+    """Writes the report and says where it is, as the last line."""
+    result = write_report([run])
+    # The page needs no extra. Without it there are no PNG files beside the page, and the run is as good.
+    if result["no_figures"] is not None:
+        say(f"no PNG files: {result['no_figures']}")
+    say(f"report: {result['report']}")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt
 from nested_reft.models.lora import merge_lora
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
+from nested_reft.sharding import to_host
 
 
 def fingerprint(model: Transformer) -> str:
@@ -20,7 +21,8 @@ def fingerprint(model: Transformer) -> str:
 
     It depends neither on how the weights are divided among devices nor on whether a source was loaded as float32 or
     bfloat16. Adapters count with what they add, so those that have not learnt yet do not. Bridges and heads are no part
-    of it. Random initial weights may differ in their last bits between a CPU and an accelerator.
+    of it. Random initial weights may differ in their last bits between a CPU and an accelerator. Several processes call
+    it together.
 
     Args:
         model: with or without adapters.
@@ -29,7 +31,8 @@ def fingerprint(model: Transformer) -> str:
     # Merging makes a second copy of the weights, which adapters of zeros do not need.
     has_learnt = any(bool(jnp.any(out != 0)) for out in outs)
     parameters = merge_lora(model) if has_learnt else model.parameters()
-    sums = {name: (parameters[name].shape, int(found)) for name, found in _sums(parameters).items()}
+    found = to_host(_sums(parameters))
+    sums = {name: (parameters[name].shape, int(value)) for name, value in found.items()}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -87,7 +87,7 @@ def _signs(found: dict[str, Any]) -> str | None:
         return None
     return (
         f"the learned reward rose from {first:.3g} to {last:.3g}, and {' and '.join(signs)}. No gold reward says"
-        f" whether answers got better: read samples.jsonl. {_remedy(found)}"
+        f" whether answers got better: read its samples. {_remedy(found)}"
     )
 
 

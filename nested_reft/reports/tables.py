@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -280,18 +282,26 @@ def collective_table(programs: list[dict[str, Any]], unit: str = "chip") -> str:
             f"{each['program']}, {each['layers']} layers",
             found["kind"],
             " x ".join(found["over"]) or "-",
+            _largest(found["of"].split()),
             found["loops"],
             f"{found['times']:.0f}",
             f"{found['bytes'] / 1e9:.3f}",
             f"{found['ici_bytes'] / 1e9:.3f}",
             f"{found['dcn_bytes'] / 1e9:.3f}",
-            found["of"],
         ]
         for each in programs
         for found in each["collectives"]
     ]
-    header = [f"per {unit}", "collective", "over", "loops", "times", "GB", "ICI GB", "DCN GB", "largest"]
-    return table(header, rows, left=3)
+    header = [f"per {unit}", "collective", "over", "largest value", "loops", "times", "GB", "ICI GB", "DCN GB"]
+    return table(header, rows, left=4)
+
+
+def _largest(shapes: Sequence[str]) -> str:
+    """The largest of the values that one collective sends, such as `f32[16,64]`, and how many others it sends."""
+    if not shapes:
+        return "-"
+    largest = max(shapes, key=lambda shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))))
+    return largest if len(shapes) == 1 else f"{largest} and {len(shapes) - 1} more"
 
 
 def resource_table(rows: list[dict[str, Any]]) -> str:

@@ -103,9 +103,10 @@ class Policy:
 
         A policy is placed on one device unless a mesh is given, whatever the run's mesh was.
 
-        >>> policy = Policy.load(run)  # also a run directory, or a model such as "smollm2-135m"
-        >>> policy.num_layers
-        6
+        Examples:
+            >>> policy = Policy.load(run)  # also a run directory, or a model such as "smollm2-135m"
+            >>> policy.num_layers
+            6
 
         Args:
             source: a run directory (or an object with a `path` that is one), or a model's name, GGUF file,
@@ -264,9 +265,10 @@ class Policy:
     ) -> list[list[Completion]]:
         """Completions of texts that a user says, `[prompt][sample]`.
 
-        >>> answers = policy.sample(["12 =", "345 ="], plan=LayerPlan.skipping(6, [2]), samples=2)
-        >>> len(answers), len(answers[0])
-        (2, 2)
+        Examples:
+            >>> answers = policy.sample(["12 =", "345 ="], plan=LayerPlan.skipping(6, [2]), samples=2)
+            >>> len(answers), len(answers[0])
+            (2, 2)
 
         Args:
             prompts: one message, or several that are answered in one batch.
@@ -314,9 +316,10 @@ class Policy:
     ) -> list[Float[np.ndarray, " tokens"]]:
         """log pi of every token of given completions, in nats, one array for each pair.
 
-        >>> (logprobs,) = policy.score("12 =", "12")
-        >>> bool((logprobs <= 0).all())
-        True
+        Examples:
+            >>> (logprobs,) = policy.score("12 =", "12")
+            >>> bool((logprobs <= 0).all())
+            True
 
         Args:
             prompts: what a user says, one for each completion.

@@ -242,13 +242,14 @@ def _objective_kind(field: str, value: dict[str, Any]) -> type:
 def load_config(name: str, /, **overrides: Any) -> Config:
     """A configuration by name, with some of its fields changed.
 
-    >>> config = load_config("tiny", train={"steps": 3}, nesting={"skip_ratio": 0.4})
-    >>> config.train.steps, config.nesting.skip_ratio, config.rollout.group_size
-    (3, 0.4, 8)
-    >>> load_config("tiny", train={"stepz": 3})
-    Traceback (most recent call last):
-    ...
-    ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, mini_batches, \
+    Examples:
+        >>> config = load_config("tiny", train={"steps": 3}, nesting={"skip_ratio": 0.4})
+        >>> config.train.steps, config.nesting.skip_ratio, config.rollout.group_size
+        (3, 0.4, 8)
+        >>> load_config("tiny", train={"stepz": 3})
+        Traceback (most recent call last):
+        ...
+        ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, mini_batches, \
 micro_batches, remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates, \
 stop_after_nonfinite_updates, stall_seconds, save_seconds
 

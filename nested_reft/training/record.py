@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from nested_reft import curriculum, dataset_reset, replay
 from nested_reft.curriculum import CurriculumState
 from nested_reft.dataset_reset import ResetState
+from nested_reft.estimators.advantages import group_advantages
 from nested_reft.estimators.health import health_warning
 from nested_reft.estimators.rejection import written_bounds
 from nested_reft.evaluation import Evaluation
@@ -370,14 +372,16 @@ def update_metrics(update: Update) -> dict[str, Any]:
     return found | {"nonfinite_updates": update.nonfinite} if update.nonfinite else found
 
 
-def samples(record: StepRecord) -> list[dict[str, Any]]:
+def samples(record: StepRecord, config: Config, source_names: tuple[str, ...]) -> list[dict[str, Any]]:
     """The completions of the first prompts of a step, with what explains their rewards: lines of `samples.jsonl`.
 
     Args:
         record: of the step.
+        config: of the run.
+        source_names: of the training sources.
     """
     groups, weight_BGC = record.groups, record.update.weight_BGC
-    rollouts = groups.rollouts
+    rollouts, advantage_BG = groups.rollouts, _advantages(groups, config.loss)
     # A completion that was forced whole divides 0 by 1.
     sampled_BG = np.maximum(rollouts.length_BG - rollouts.forced_BG, 1)
     # The weights may be cut to a shorter C than the rollouts. What was cut off holds no tokens.
@@ -386,10 +390,15 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
     for b in range(min(LOGGED_PROMPTS, len(groups))):
         lines += [
             {
+                "source": source_names[int(groups.prompts.source_B[b])],
+                "version": int(rollouts.version_BG[b, g]),
                 "prompt": groups.prompts.texts[b],
                 "answer": groups.prompts.answers[b],
                 "text": groups.texts[b][g],
                 "reward": float(groups.reward_BG[b, g]),
+                # A completion without a score is not a wrong one.
+                "accuracy": float(groups.accuracy_BG[b, g]) if groups.scored_BG[b, g] else None,
+                "advantage": None if advantage_BG is None else float(advantage_BG[b, g]),
                 "parts": {name: float(part_BG[b, g]) for name, part_BG in groups.parts.items()},
                 "stop": "stop token" if rollouts.finished_BG[b, g] else "length",
                 "tokens": int(rollouts.length_BG[b, g]),
@@ -402,6 +411,15 @@ def samples(record: StepRecord) -> list[dict[str, Any]]:
             for g in range(rollouts.length_BG.shape[1])
         ]
     return lines
+
+
+def _advantages(groups: Scored, loss: ObjectiveConfig) -> Float[np.ndarray, "B G"] | None:
+    """The advantage of each completion; None where there is none but that of each token, or none at all."""
+    # A critic and weighted baselines give one to each token, within the update.
+    if not isinstance(loss, PolicyGradientConfig) or loss.advantage in ("gae", "weighted_leave_one_out"):
+        return None
+    # The update made them of arrays of the same shape, so nothing is compiled anew.
+    return np.asarray(group_advantages(jnp.asarray(groups.reward_BG), jnp.asarray(groups.scored_BG), loss.advantage))
 
 
 def progress(record: StepRecord, shown_accuracy: dict[str, float]) -> str:

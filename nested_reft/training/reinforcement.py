@@ -124,8 +124,9 @@ class Reinforcement:
         # Evaluation belongs to the record, so it happens before the step is logged.
         if found.number % self._config.evaluation.every_steps == 0:
             found = dataclasses.replace(found, heldout=self._evaluate_trained_sources(state, found))
-        self._run.log_samples(found.number, record.samples(found))
-        self._run.log_metrics(found.number, record.metrics(found, self._config, state.data.source_names))
+        names = state.data.source_names
+        self._run.log_samples(found.number, record.samples(found, self._config, names))
+        self._run.log_metrics(found.number, record.metrics(found, self._config, names))
         if self._on_step is not None:
             self._on_step(found)
         # A run that is off-policy warns at every step, and one line of each kind above the bar is enough.

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nested_reft import processes
-from nested_reft.bridge_file import load_bridges, model_in_words
+from nested_reft.bridge_file import FittedBridges, model_in_words, read_bridges
 from nested_reft.data.examples import Example
 from nested_reft.data.pipeline import prompt_size, shared_prefix
 from nested_reft.data.prompts import EncodedExample, check_demonstrations, encode_examples
@@ -25,6 +25,7 @@ from nested_reft.layer_skip import check_share, draw_plan
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.config import ModelConfig
+from nested_reft.models.fingerprint import fingerprint
 from nested_reft.models.placement import place_bridges
 from nested_reft.models.registry import resolve_model
 from nested_reft.models.source import starting_model
@@ -76,16 +77,20 @@ class Setup:
         policy: what the run starts from, placed on the mesh.
         data: the prompts.
         divergence_L: measured divergence of each layer, for `measured` plans; all alike where none is.
+        bridges: what the configuration's bridge file holds, which the policy has already; None where there is none.
     """
 
     config: Config
     policy: Policy
     data: RunData
     divergence_L: Float[np.ndarray, " L"]
+    bridges: FittedBridges | None = None
 
 
 def prepare(config: Config, policy: Policy | None = None, resumes: bool = False) -> Setup:
     """Loads and checks data, tokenizer and model.
+
+    Several processes prepare each for itself, and then call `check_bridges` together.
 
     Args:
         config: the configuration.
@@ -138,8 +143,10 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
     divergence_L = np.zeros(num_layers)
     if config.nesting.choice == "measured" and config.nesting.divergence_file is not None and not resumes:
         divergence_L = load_divergence(local_path(config.nesting.divergence_file), num_layers, config.nesting.leave_out)
+    bridges = None
     if config.nesting.bridge.file is not None and not resumes:
-        divergence_L = _with_bridges(config, policy)
+        bridges = _with_bridges(config, policy)
+        divergence_L = bridges.divergence_L
     check_positions(config, policy.model.config)
     train, heldout = (
         [
@@ -177,7 +184,37 @@ def prepare(config: Config, policy: Policy | None = None, resumes: bool = False)
         shared_prefix=shared_prefix(prompt_tokens),
         forced_size=forced_size,
     )
-    return Setup(config, policy, data, divergence_L)
+    setup = Setup(config, policy, data, divergence_L, bridges)
+    if processes.count() == 1:
+        check_bridges(setup)
+    return setup
+
+
+def check_bridges(setup: Setup) -> None:
+    """Refuses bridges of a file that are of other weights, or that differ between processes.
+
+    All processes call it together, because weights that are split over them are compared by a program of all.
+
+    Args:
+        setup: of `prepare`.
+
+    Raises:
+        BadFile: they are of other weights.
+        ValueError: the file of a process holds other bridges than that of process 0.
+    """
+    bridges, config = setup.bridges, setup.config
+    if bridges is None:
+        return
+    checksums = processes.gather_text(bridges.checksum)
+    other = next((process for process, found in enumerate(checksums) if found != checksums[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"nesting.bridge.file is '{config.nesting.bridge.file}', and process {other} finds other bridges there than"
+            " process 0; give all of them the same file"
+        )
+    name = model_in_words(config.model.name, config.train.seed, setup.policy.version)
+    # Equal files and equal fingerprints: all processes refuse, or none.
+    bridges.check_weights(_bridge_path(config), fingerprint(setup.policy.model), name)
 
 
 def _check_processes(config: Config) -> None:
@@ -190,11 +227,6 @@ def _check_processes(config: Config) -> None:
             f"search.backend is '{config.search.backend}', with {count} processes; allowed is 'inline', since all"
             " processes search together; search.lag works with it too"
         )
-    if config.nesting.bridge.file is not None:
-        raise ValueError(
-            f"nesting.bridge.file is '{config.nesting.bridge.file}', with {count} processes; allowed is None, since"
-            " its comparison with the weights takes one process yet"
-        )
 
 
 def texts_of(loss: OfflineConfig) -> Callable[[Example], list[str]]:
@@ -206,19 +238,21 @@ def texts_of(loss: OfflineConfig) -> Callable[[Example], list[str]]:
     return demonstration if isinstance(loss, SftConfig) else pair
 
 
-def _with_bridges(config: Config, policy: Policy) -> Float[np.ndarray, " L"]:
-    """Gives the policy the bridges of the configuration's file; their layers' divergences."""
-    nesting, num_layers = config.nesting, policy.num_layers
-    assert nesting.bridge.file is not None
-    path = local_path(nesting.bridge.file)
-    name = model_in_words(config.model.name, config.train.seed, policy.version)
-    fitted = load_bridges(path, policy.model, name)
+def _with_bridges(config: Config, policy: Policy) -> FittedBridges:
+    """Gives the policy the bridges of the configuration's file; what the file holds."""
+    nesting, num_layers, path = config.nesting, policy.num_layers, _bridge_path(config)
+    fitted = read_bridges(path, policy.model)
     plan = None
     if nesting.is_deterministic:
         plan = draw_plan(jax.random.key(0), nesting, num_layers, fitted.divergence_L)
     fitted.check_plan(path, plan)
     policy.model.load_bridges(place_bridges(fitted.stack, policy.mesh))
-    return fitted.divergence_L
+    return fitted
+
+
+def _bridge_path(config: Config) -> Path:
+    assert config.nesting.bridge.file is not None
+    return local_path(config.nesting.bridge.file)
 
 
 def _check_prefill(config: Config, prompts: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ from nested_reft.verification.compiled_costs import (
 from nested_reft.verification.program_costs import Collective, ProgramCosts, program_costs
 
 FITS = 0.9  # of a chip's memory
+OnCompiled = Callable[[Any, tuple[Any, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,16 @@ def rollout_costs(config: ModelConfig, training: Config, mesh: Mesh) -> list[Pro
     return [rollout_cost(config, training, mesh, shape) for shape in shapes]
 
 
-def rollout_cost(config: ModelConfig, training: Config, mesh: Mesh, shape: PlanShape) -> ProgramCost:
+def rollout_cost(
+    config: ModelConfig, training: Config, mesh: Mesh, shape: PlanShape, on_compiled: OnCompiled | None = None
+) -> ProgramCost:
     """A whole rollout under one plan: prompts, every decoding step, and sampling.
 
     Args:
         config, training, mesh: as in `rollout_costs`.
         shape: of the plan.
+        on_compiled: called with the program and the shapes of its arguments, which are weights, prompts, their lengths,
+            plan, stop tokens and the words of a key.
     """
     work, sharded = workload_of(training), Shapes(mesh)
     state, base = state_shapes(config, training, reinforcement_task(training, shared_prefix=0).optimizer, mesh)
@@ -154,6 +159,8 @@ def rollout_cost(config: ModelConfig, training: Config, mesh: Mesh, shape: PlanS
     # Where rollouts read the weights that train, these are held once.
     held = local_bytes((state, base)) - (local_bytes(weights) if training.rollout.weights == "target" else 0)
     compiled = compiled_program("rollout", shape, jax.jit(rollout), arguments)
+    if on_compiled is not None:
+        on_compiled(compiled, arguments)
     with on_mesh(mesh):
         loops = decode_loops(*rows, work.completion_tokens)
     costs = program_costs(
@@ -166,17 +173,22 @@ def rollout_cost(config: ModelConfig, training: Config, mesh: Mesh, shape: PlanS
     return _cost("rollout", shape, mesh, compiled, held, costs, useful)
 
 
-def update_cost(config: ModelConfig, training: Config, mesh: Mesh) -> ProgramCost:
+def update_cost(
+    config: ModelConfig, training: Config, mesh: Mesh, on_compiled: OnCompiled | None = None
+) -> ProgramCost:
     """One update of what trains, the adapters or else all parameters, as `training.step` makes it.
 
     Args:
         config: the model.
         training: dtype, adapters, loss, optimizer, micro-batches and rematerialisation.
         mesh: of the topology.
+        on_compiled: called with the program and the shapes of its arguments, of which it takes the first one's buffers.
     """
     task = reinforcement_task(training, shared_prefix=0)
     arguments, full = update_arguments(config, workload_of(training), mesh, training), PlanShape(config.num_layers)
     compiled = compiled_program("update", full, make_update(task), arguments)
+    if on_compiled is not None:
+        on_compiled(compiled, arguments)
     held = 0
     if training.rollout.weights != "target":
         held = local_bytes(_read_by_rollouts(training, *arguments[:2], mesh)[1])

@@ -107,6 +107,8 @@ def program_costs(
             continue
         # The steps of a collective that runs beside others are fused with them, and share a channel.
         for inner, name in _within(program, run.name, i):
+            if between := _between_slices(inner, mesh, run.times, len(run.loops)):
+                found.append(between)
             kind = _kind(inner)
             if kind is None:
                 continue
@@ -154,6 +156,26 @@ def _collective(kind: str, i: Instruction, mesh: Mapping[str, int], times: float
         over=tuple(axis for axis in mesh if axis in over),
         group=len(groups[0]),
         slices=min(slices, len(groups[0])),
+        times=times,
+        loops=loops,
+        name=name[1] if name else "",
+    )
+
+
+def _between_slices(i: Instruction, mesh: Mapping[str, int], times: float, loops: int) -> Collective | None:
+    """What a TPU sends to other slices, which its compiler writes as a transfer to the host; None of anything else."""
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    if i.opcode != "send" or transfer is None:
+        return None
+    kind, slices, array = transfer[1].lower().replace("_", "-"), mesh["slice"], i.results[0]
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
+    return Collective(
+        kind=kind,
+        result=f"{array.dtype}{list(array.shape)}".replace(" ", ""),
+        bytes=array.payload * (slices if kind == "all-gather" else 1),
+        over=("slice",),
+        group=slices,
+        slices=slices,
         times=times,
         loops=loops,
         name=name[1] if name else "",

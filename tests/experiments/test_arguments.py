@@ -89,8 +89,8 @@ def test_every_command_refuses_what_cannot_be_in_one_line(name, monkeypatch, tmp
     bad = {("--unknown", "1"): "unrecognized arguments: --unknown 1"}
     for option in options:
         flag = next(iter(option.option_strings), "")
-        if option.dest == "json":
-            bad[flag, str(tmp_path / "none" / "x")] = "--json: cannot write"
+        if option.type is new_file:
+            bad[flag, str(tmp_path / "none" / "x")] = f"{flag}: cannot write"
         elif option.dest == "out":
             bad |= {(flag, path): "--out: cannot write to" for path in (str(file), f"{file}/x", "/proc/x", "")}
         elif isinstance(option, Distinct):

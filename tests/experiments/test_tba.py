@@ -62,6 +62,8 @@ def test_times_to_the_level_of_the_synchronous_run_by_hand():
     assert found["lag 2"]["steps_to_level"] == pytest.approx([4.1, 4.1]) and found["lag 2"]["reached"] == 2
     assert found["lag 0"]["simulated"] == {1: [15.0, 15.0]}
     assert found["lag 2"]["simulated"] == {1: [11.0, 11.0], 2: [7.0, 7.0]}
+    # 0.45 lies halfway between the evaluations after two and three steps.
+    assert times_to_level(runs, 0.45)[BASELINE]["lag 2"]["steps_to_level"] == pytest.approx([2.5, 2.5])
     row = table_of_times({BASELINE: found}).splitlines()[-1]
     assert "lag 2" in row and "2 of 2" in row and "0.33..0.33" in row and "1: 11.0, 2: 7.0" in row
 
@@ -83,6 +85,8 @@ def test_what_is_lost_to_a_lag_is_paired_by_seed():
         (["--steps", "0"], "--steps is 0; allowed is a whole number from 1"),
         (["--searchers", "-1"], "--searchers is -1; allowed is a whole number from 0"),
         (["--judge-seconds", "-1"], "--judge-seconds is -1.0; allowed is 0 to 1e6"),
+        (["--target", "1"], "--target is 1.0; allowed is more than 0 and less than 1"),
+        (["--target", "0.5", "--lags", "2"], "--target needs 0 among --lags"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):

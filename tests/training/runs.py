@@ -97,6 +97,11 @@ def metrics_of(run: Trainer, found: StepRecord) -> dict[str, Any]:
     return record.metrics(found, run.config, run.state.data.source_names)
 
 
+def samples_of(run: Trainer, found: StepRecord) -> list[dict[str, Any]]:
+    """The lines of `samples.jsonl` that a step becomes."""
+    return record.samples(found, run.config, run.state.data.source_names)
+
+
 def comparable(metrics: dict[str, Any]) -> dict[str, Any]:
     """What two runs of the same seed have in common: all but times and counts of compilations."""
     return {name: value for name, value in metrics.items() if not any(word in name for word in UNTIMED)}

@@ -26,7 +26,6 @@ from nested_reft.rewards.limits import RewardError
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.run_directory import RunDirectory, read_log
-from nested_reft.training.record import samples
 from nested_reft.training.search_config import SearchConfig, check_backend
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
@@ -38,6 +37,7 @@ from tests.training.runs import (
     comparable_steps,
     metrics_of,
     nano,
+    samples_of,
     save_after,
     trainer,
     two_sources,
@@ -140,7 +140,7 @@ def test_batches_take_turns_in_their_temperatures(setup, tmp_path):
     for record, temperature in zip(found, (1.0, 0.5, 2.0, 1.0), strict=True):
         rollouts = record.groups.rollouts
         assert (rollouts.temperature_BG == temperature).all()
-        assert {line["temperature"] for line in samples(record)} == {temperature}
+        assert {line["temperature"] for line in samples_of(run, record)} == {temperature}
         # The first two batches are of the first weights, which the setup still holds.
         if record.number <= 2:
             policy = dataclasses.replace(setup.policy, sampling=SamplingConfig(temperature))

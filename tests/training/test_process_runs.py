@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from nested_reft.api import open_trainer
+from nested_reft.bridge_file import FittedBridges, save_bridges
 from nested_reft.checkpoints import checkpoint_numbers, newest_checkpoint
 from nested_reft.cli.overrides import override
+from nested_reft.models.fingerprint import fingerprint
 from nested_reft.reward_model import FACTS
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.training.config import Config, load_config
@@ -27,7 +30,8 @@ from tests.training.runs import comparable
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 540
 DEVICES = 4  # of each process
-# Half of the reward is that of a reward model, half that of a function, so that every update moves the model.
+# Half of the reward is that of a reward model, half that of a function, so that every update moves the model. Bridges
+# of a file stand in for the layers that are left out.
 SMALL = [
     *("--data.prompts-per-batch", "8", "--rollout.group-size", "4", "--evaluation.samples-per-prompt", "0"),
     *("--data.sources.0.train-size", "20", "--data.sources.0.heldout-size", "8", "--warm-start.steps", "0"),
@@ -35,7 +39,7 @@ SMALL = [
     *("--optimizer.learning-rate", "0.01", "--replay.capacity", "64", "--replay.recent-share", "0.5"),
     *("--reward.checker", "function", "--reward.function", f"{ROOT}/tests/rewards/reward_functions.py:even"),
     *("--reward.workers", "1", "--train.steps", "3", "--train.checkpoint-every", "1", "--mesh.data", f"{2 * DEVICES}"),
-    *("--train.keep-checkpoints", "9", "--train.save-seconds", "600"),
+    *("--train.keep-checkpoints", "9", "--train.save-seconds", "600", "--nesting.bridge.kind", "per_layer"),
 ]
 TRAIN = ("-m", "nested_reft.command")
 
@@ -86,7 +90,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
-    """Arguments of all runs, with a reward model that was not trained: its rewards are as good as any."""
+    """Arguments of all runs, with a reward model and bridges that were not trained: they are as good as any."""
     directory = tmp_path_factory.mktemp("model")
     config = preferences(write_pairs(directory / "pairs.jsonl"), "bradley_terry")
     with Trainer(prepare(config), RunDirectory.create(directory, "model", config.to_json())) as trainer:
@@ -100,7 +104,15 @@ def small(tmp_path_factory) -> list[str]:
         learner.state = dataclasses.replace(learner.state, trainable=trainable)
         trainer.save()
     (path / FACTS).write_text(json.dumps({"mean": 0.0, "std": 1.0}))
-    return ["tiny", *SMALL, "--reward.model", str(path)]
+    policy = prepare(override(load_config("tiny"), SMALL)).policy
+    drawn_stack = {
+        name: 0.1 * jax.random.normal(jax.random.key(1), value.shape)
+        for name, value in policy.model.stacked_bridges().items()
+    }
+    fitted = FittedBridges(drawn_stack, np.zeros(policy.num_layers), "tiny", fingerprint(policy.model), None)
+    save_bridges(directory / "b.safetensors", fitted)
+    files = ["--nesting.bridge.file", str(directory / "b.safetensors"), "--reward.model", str(path)]
+    return ["tiny", *SMALL, *files]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +126,7 @@ def alone(small, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(small, alone, tmp_path):
-    """With replay and a reward model, and with a model that moves."""
+    """With replay, a reward model and bridges of a file, and with a model that moves."""
     port = free_port()
     found = ended([start(small, tmp_path, port, index) for index in range(2)])
     assert [code for code, _, _ in found] == [0, 0], found
@@ -123,6 +135,7 @@ def test_two_processes_are_one_run(small, alone, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     assert_same_run(run, alone)
     assert all(line["gradient_norm"] > 0 and line["reward"] for line in lines(run)[1:])
+    assert all(line["bridged_layers"] for line in lines(run)[1:])
     assert newest_checkpoint(run / "checkpoints") == 3 and json.loads((run / "summary.json").read_text())
 
 

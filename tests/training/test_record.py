@@ -13,7 +13,7 @@ from nested_reft.plan_price import head_parameters, part_price
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.training import record
 from nested_reft.training.record import METRICS
-from tests.training.runs import WITH_KL, comparable, lines_of, metrics_of, trainer, two_sources
+from tests.training.runs import WITH_KL, comparable, lines_of, metrics_of, samples_of, trainer, two_sources
 
 # What a run logs only with the part of the configuration that it is about, or when something happened.
 ONLY_SOMETIMES = {
@@ -161,8 +161,8 @@ def test_metrics_name_every_source_of_the_curriculum(run):
 
 
 def test_samples_explain_the_completions_of_the_first_prompts(run):
-    path, _, (found, _) = run
-    lines = record.samples(found)
+    path, finished, (found, _) = run
+    lines = samples_of(finished, found)
     assert len(lines) == 4 * 4
     logged = [line for line in lines_of(path, "samples") if line["step"] == 1]
     assert logged == [{"step": 1} | line for line in lines]
@@ -175,14 +175,28 @@ def test_samples_explain_the_completions_of_the_first_prompts(run):
             assert line["stop"] == ("stop token" if groups.rollouts.finished_BG[b, g] else "length")
             assert line["left_out_layers"] == list(found.plan.left_out(6))
             assert line["mean_weight"] == pytest.approx(weight_BGC[b, g].sum() / length)
+            assert line["version"] == 0 and line["source"] == ("two_terms", "three_terms")[groups.prompts.source_B[b]]
+
+
+def test_samples_tell_right_from_unscored_and_give_advantages(run):
+    """By hand, leave-one-out of rewards 1, 0, 0 and one without a score: 1 - 0, and 0 - 1/2 twice."""
+    _, finished, (found, _) = run
+    reward_BG, scored_BG = np.zeros((4, 4), np.float32), np.ones((4, 4), bool)
+    reward_BG[0, 0], scored_BG[0, 3] = 1, False
+    groups = dataclasses.replace(found.groups, reward_BG=reward_BG, accuracy_BG=reward_BG, scored_BG=scored_BG)
+    lines = samples_of(finished, dataclasses.replace(found, groups=groups))
+    assert [line["accuracy"] for line in lines[:5]] == [1, 0, 0, None, 0]
+    # A mean of three has float32's rounding.
+    assert [line["advantage"] for line in lines[:5]] == pytest.approx([1, -0.5, -0.5, 0, 0], abs=1e-6)
 
 
 def test_a_completion_of_the_full_model_skips_no_layer(run):
-    _, _, (found, _) = run
+    _, finished, (found, _) = run
     nested_BG = np.zeros((4, 4), bool)
     nested_BG[0, 0] = True
     rollouts = dataclasses.replace(found.groups.rollouts, nested_BG=nested_BG)
-    lines = record.samples(dataclasses.replace(found, groups=dataclasses.replace(found.groups, rollouts=rollouts)))
+    changed = dataclasses.replace(found, groups=dataclasses.replace(found.groups, rollouts=rollouts))
+    lines = samples_of(finished, changed)
     assert [len(line["left_out_layers"]) for line in lines] == [1] + [0] * 15
 
 

@@ -17,7 +17,6 @@ from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.replay_store import ReplayConfig
 from nested_reft.rewards.reward import RewardConfig, score
-from nested_reft.training.record import samples
 from nested_reft.training.references import reference_scores
 from nested_reft.training.setup import prepare
 from nested_reft.types import gradient_mask, valid_mask
@@ -28,6 +27,7 @@ from tests.training.runs import (
     comparable_steps,
     metrics_of,
     nano,
+    samples_of,
     save_after,
     trainer,
 )
@@ -140,7 +140,7 @@ def test_forced_tokens_are_counted_apart(stepped):
     assert metrics["reset/share"] == (rollouts.forced_BG > 0).mean() and metrics["reset/referenced"] == 1
     sampled = (rollouts.length_BG - rollouts.forced_BG).sum()
     assert metrics["tokens_per_second"] == pytest.approx(sampled / metrics["rollout_seconds"])
-    lines = samples(found)
+    lines = samples_of(run, found)
     assert [line["forced_tokens"] for line in lines] == rollouts.forced_BG.ravel().tolist()
 
 

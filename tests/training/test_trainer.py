@@ -27,7 +27,6 @@ from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, read_log
 from nested_reft.sharding import MeshConfig
-from nested_reft.training import record
 from nested_reft.training.config import Config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.reinforcement import EmptyUpdatesError
@@ -41,6 +40,7 @@ from tests.training.runs import (
     controlled,
     metrics_of,
     nano,
+    samples_of,
     save_after,
     trainer,
     two_sources,
@@ -69,9 +69,8 @@ def test_a_run_leaves_everything_that_explains_it(whole_run):
     assert 0 < lines[1]["ess_token"] <= 1 and len(lines[1]["left_out_layers"]) == 1
     samples = read_log(path / "samples.jsonl")
     assert len(samples) == 4 * 4 * 4
-    assert {"step", "prompt", "answer", "text", "reward", "parts", "stop", "left_out_layers", "mean_weight"} <= set(
-        samples[0]
-    )
+    explained = {"step", "source", "version", "prompt", "answer", "text", "reward", "accuracy", "advantage", "parts"}
+    assert explained | {"stop", "left_out_layers", "mean_weight"} <= set(samples[0])
     assert summary["kept_layers"] == 5 and summary["layers"] == 6
     assert summary["nested_tokens_per_second"] > 0 and summary["full_tokens_per_second"] > 0
     assert set(summary["before"]["three_to_six_digits"]) == set(summary["after"]["three_to_six_digits"])
@@ -468,9 +467,10 @@ def test_mixture_rollouts_train(tmp_path):
         rollout__mixture_alpha=0.5,
         optimizer__learning_rate=0.01,
     )
-    found = trainer(config, tmp_path).step(0)
+    run = trainer(config, tmp_path)
+    found = run.step(0)
     assert np.isfinite(found.update.loss) and 0 < found.update.parts["ess_weight"] <= 1
-    samples = record.samples(found)
+    samples = samples_of(run, found)
     assert any(not sample["left_out_layers"] for sample in samples)  # some came from the full model
     assert any(sample["left_out_layers"] for sample in samples)
     assert max(sample["mean_weight"] for sample in samples) <= 1 / 0.5 + 1e-3

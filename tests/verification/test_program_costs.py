@@ -120,6 +120,26 @@ def test_steps_of_one_collective_count_once():
     assert only.over == ("tensor",) and only.bytes == 16 * 128 * 2
 
 
+def test_what_a_tpu_sends_to_another_slice_counts():
+    """Its compiler writes a sum over two slices as a transfer to the host and back: each chip sends its share once."""
+    named = 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    text = f"""HloModule m
+
+ENTRY %main (X: f32[8,128]) -> f32[8,128] {{
+  %X = f32[8,128]{{1,0}} parameter(0)
+  %first = token[] after-all()
+  %send = (f32[8,128]{{1,0}}, u32[], token[]) send(%X, %first), channel_id=2, {named}
+  %sent = token[] send-done(%send), channel_id=2, {named}
+  %recv = (f32[8,128]{{1,0}}, u32[], token[]) recv(%first), channel_id=1, {named}
+  %got = (f32[8,128]{{1,0}}, token[]) recv-done(%recv), channel_id=1, {named}
+  ROOT %sum = f32[8,128]{{1,0}} get-tuple-element(%got), index=0
+}}
+"""
+    (only,) = program_costs(text, {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1}).collectives
+    assert (only.kind, only.over, only.times) == ("all-reduce", ("slice",), 1)
+    assert only.dcn_bytes == 8 * 128 * 4 and only.ici_bytes == 0
+
+
 def test_a_conditional_runs_each_branch_as_often_as_told():
     text = """HloModule m
 
