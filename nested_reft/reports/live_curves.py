@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 from nested_reft.reports.figures import figure_maker
 
 EVERY_STEPS = 5  # a drawing takes about as long as a step of a small model
+EVERY_SECONDS = 10.0  # steps of a large model are worth a drawing each
 SMOOTHED_STEPS = 10
 
 
 class LiveCurves:
-    """An `on_step` for `train` that shows curves in a notebook's cell and draws them anew every five steps.
+    """An `on_step` for `train` that shows curves in a notebook's cell and draws them anew every five steps, or each
+    step where steps are slow.
 
     >>> accuracy = lambda step: step.accuracy
     >>> curves = LiveCurves(accuracy=accuracy, ESS=lambda step: step.update.health.ess_token)
 
-    Each curve has a panel: its values, and over them the mean of the latest ten.
+    Each curve has a panel: its values as dots, and the mean of the latest ten as a line.
     """
 
     def __init__(self, **curves: Callable[[Any], float | None]):
         """Args:
-        curves: by title, what to show of a `StepRecord`; None leaves the step out.
+        curves: by title, what to show of a `StepRecord`; None leaves the step out. Underscores become spaces.
 
         Raises:
             ValueError: no curve is given.
@@ -37,9 +40,10 @@ class LiveCurves:
         self._curves = curves
         self._points: dict[str, tuple[list[int], list[float]]] = {title: ([], []) for title in curves}
         self._shown: Any = None
+        self._drawn_seconds = -math.inf
 
     def __call__(self, step: Any) -> None:
-        """Takes in a step, and draws the first one and every fifth.
+        """Takes in a step, and draws the first one, every fifth, and any that comes long after the last drawing.
 
         Args:
             step: its `StepRecord`.
@@ -50,7 +54,7 @@ class LiveCurves:
                 steps, values = self._points[title]
                 steps.append(step.number)
                 values.append(float(value))
-        if self._shown is None or step.number % EVERY_STEPS == 0:
+        if step.number % EVERY_STEPS == 0 or time.monotonic() - self._drawn_seconds >= EVERY_SECONDS:
             self.draw()
 
     def draw(self) -> None:
@@ -58,13 +62,16 @@ class LiveCurves:
         figure = self._make_figure(figsize=(4 * len(self._points), 2.8), layout="constrained")
         panels = figure.subplots(1, len(self._points), squeeze=False)[0]
         for axis, (title, (steps, values)) in zip(panels, self._points.items(), strict=True):
-            axis.plot(steps, values, color="C0", alpha=0.3)
+            # A line alone would show nothing of the first step.
+            axis.plot(steps, values, ".", color="C0", alpha=0.4, markersize=4)
             axis.plot(steps, _smoothed(values), color="C0")
-            axis.set(title=title, xlabel="step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(title=title.replace("_", " "), xlabel="step")
             axis.grid(alpha=0.3)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=80)
         self._shown = self._display(file.getvalue(), self._shown)
+        self._drawn_seconds = time.monotonic()
 
 
 def _smoothed(values: list[float]) -> list[float]:
