@@ -29,6 +29,9 @@ TEST = [
     *RAY,
     *GCS,
     "beartype>=0.19",
+    "ipykernel>=6.29",  # runs the notebooks
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "pyright>=1.1.390",
     "pytest>=8.0",
     "pytest-xdist>=3.5",

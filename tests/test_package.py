@@ -23,6 +23,7 @@ OPTIONAL = {
     "tensorflow",
     "reasoning_gym",
     "matplotlib",
+    "IPython",
     "transformers",
     "tensorflow_datasets",
     "math_verify",
