@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, check_folder, command, experiment_parser
 from experiments.equal_time import timed_run
-from experiments.runs import compile_once, interval, kept_run, seed_draws
+from experiments.runs import compile_once, runs_from_starts
 from nested_reft.cli.arguments import keep_json
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.evaluation import EvaluationConfig
@@ -35,6 +35,8 @@ from nested_reft.mix_control import MixControlConfig
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
+from nested_reft.sweeps.intervals import interval, seed_draws
+from nested_reft.sweeps.kept import Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -156,15 +158,17 @@ def runs_of(
         steps: of each run; None takes the task's.
         out: where results and shared starts are kept.
     """
-    found = []
-    for seed in seeds:
-        for mismatch in mismatches:
-            for correction in corrections:
-                config = corrected_config(task, mismatch, correction, seed, steps)
-                file = out / f"{mismatch}-{slug(correction)}-seed{seed}.json"
-                run = kept_run(file, config, timed_run, told, task.base.warm_start)
-                found.append(run | {"mismatch": mismatch, "correction": correction, "seed": seed})
-    return found
+    wanted = [
+        Wanted(
+            corrected_config(task, mismatch, correction, seed, steps),
+            out / f"{mismatch}-{slug(correction)}-seed{seed}.json",
+            {"mismatch": mismatch, "correction": correction, "seed": seed},
+        )
+        for seed in seeds
+        for mismatch in mismatches
+        for correction in corrections
+    ]
+    return runs_from_starts(wanted, timed_run, told, task.base.warm_start)
 
 
 def told(run: Run) -> str:

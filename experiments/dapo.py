@@ -14,16 +14,18 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.arguments import add_list, add_runs, command, experiment_parser
-from experiments.runs import EVERY, compile_once, kept_run, measured_run
+from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.reports.tables import table
+from nested_reft.sweeps.kept import Result, Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -42,18 +44,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_runs(parser, "experiment-dapo", steps=100, seeds=3, least=EVERY, multiple=EVERY)
     known = parser.parse_args(arguments)
     compile_once(known.out)
-    results = []
-    for seed in known.seeds:
-        for variant in known.variants:
-            config = variant_config(variant, seed, known.steps)
-            file = known.out / f"{variant}-seed{seed}-steps{known.steps}.json"
-            found = kept_run(file, config, partial(measured_run, out=known.out), "{0[seconds]:.0f} s".format)
-            results.append(found | {"variant": variant, "seed": seed})
+    results = runs_of(known.variants, known.seeds, known.steps, known.out)
     rows = [_row(variant, [result for result in results if result["variant"] == variant]) for variant in known.variants]
     columns = ["with", "accuracy before", "accuracy after", "entropy", "tokens", "generation batches", "seconds"]
     print(table(columns, rows))
     write_json(known.out / "results.json", [dict(zip(columns, row, strict=True)) for row in rows])
     print(f"written: {known.out / 'results.json'}")
+
+
+def runs_of(
+    variants: Sequence[str], seeds: Sequence[int], steps: int, out: Path, only_kept: bool = False
+) -> list[Result]:
+    """Every run that is asked for, computed where it is not kept.
+
+    Args:
+        variants: of `VARIANTS`.
+        seeds: of the runs.
+        steps: of each run.
+        out: where results and shared starts are kept.
+        only_kept: compute nothing.
+    """
+    wanted = [
+        Wanted(
+            variant_config(variant, seed, steps),
+            out / f"{variant}-seed{seed}-steps{steps}.json",
+            {"variant": variant, "seed": seed},
+        )
+        for seed in seeds
+        for variant in variants
+    ]
+    return runs_from_starts(wanted, partial(measured_run, out=out), "{0[seconds]:.0f} s".format, only_kept=only_kept)
 
 
 def variant_config(variant: str, seed: int, steps: int) -> Config:

@@ -32,17 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
-from experiments.runs import EVERY, compile_once, finished, interval, kept_run, seed_draws
+from experiments.runs import EVERY, compile_once, runs_from_starts
 from nested_reft.cli.arguments import keep_json, number, whole
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
 from nested_reft.data.pipeline import batch_prompts
 from nested_reft.evaluation import EvaluationConfig
-from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.reward_model import RewardModel
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.sweeps.intervals import mean_over_seeds
+from nested_reft.sweeps.kept import Result, Wanted, kept_runs
 from nested_reft.training.config import MAX_STEPS, Config, load_config
 from nested_reft.training.offline import as_offline
 from nested_reft.training.record import StepRecord
@@ -99,24 +100,27 @@ def experiment_config(share: float, seed: int, steps: int, reward_model: str) ->
     )
 
 
-def reward_model(seed: int, steps: int, out: Path) -> str:
+def reward_model(seed: int, steps: int, out: Path, only_kept: bool = False) -> str | None:
     """The run directory of a seed's reward model, trained where it is not kept.
 
     Args:
         seed: of the model.
         steps: of its training.
         out: where runs are kept.
+        only_kept: train nothing; None stands for a model that is not kept.
     """
-    config, file = reward_config(seed, steps), out / f"reward-seed{seed}-steps{steps}.json"
-    kept = finished(file, config)
-    if kept is None:
+
+    def compute(each: Wanted) -> Result:
+        config = each.config
         run = Trainer(prepare(config), RunDirectory.create(out / "runs", config.name, config.to_json()))
-        summary = run.open().run()
-        kept = {"config": config.to_json(), "summary": summary}
-        write_json(file, kept)
-        accuracy = summary["after"]["sevens"]["accuracy"]
-        print(f"reward model, seed {seed}: held-out accuracy {accuracy:.3f}", flush=True)
-    return str(Path(kept["summary"]["run_directory"]).absolute())
+        return {"config": config.to_json(), "summary": run.open().run()}
+
+    def told(result: Result) -> str:
+        return f"held-out accuracy {result['summary']['after']['sevens']['accuracy']:.3f}"
+
+    wanted = Wanted(reward_config(seed, steps), out / f"reward-seed{seed}-steps{steps}.json", {})
+    (kept,) = kept_runs([wanted], compute, told, only_kept=only_kept)
+    return None if kept is None else str(Path(kept["summary"]["run_directory"]).absolute())
 
 
 def measured(policy: Policy, start: Policy, learned: RewardModel, setup: Setup) -> list[float]:
@@ -190,6 +194,7 @@ def runs_of(
     out: Path,
     reward_steps: int,
     warm_start: WarmStartConfig | None = None,
+    only_kept: bool = False,
 ) -> list[Run]:
     """Every run that is asked for, computed where it is not kept.
 
@@ -200,17 +205,22 @@ def runs_of(
         out: where results, reward models and shared starts are kept.
         reward_steps: of each reward model.
         warm_start: what the runs of a seed share; None takes that of `tiny_preferences`.
+        only_kept: compute nothing.
     """
     warm_start = warm_start or load_config("tiny_preferences").warm_start
-    found = []
-    for seed in seeds:
-        model = reward_model(seed, reward_steps, out)
-        for share in shares:
-            config = experiment_config(share, seed, steps, model)
-            file = out / f"share{share:g}-seed{seed}-steps{steps}.json"
-            run = kept_run(file, config, partial(measured_run, out=out), _told, warm_start)
-            found.append(run | {"share": share, "seed": seed})
-    return found
+    models = {seed: reward_model(seed, reward_steps, out, only_kept) for seed in seeds}
+    wanted = [
+        Wanted(
+            experiment_config(share, seed, steps, model),
+            out / f"share{share:g}-seed{seed}-steps{steps}.json",
+            {"share": share, "seed": seed},
+        )
+        for seed, model in models.items()
+        for share in shares
+        # Without its reward model a run of the seed cannot be there.
+        if model is not None
+    ]
+    return runs_from_starts(wanted, partial(measured_run, out=out), _told, warm_start, only_kept)
 
 
 def _told(run: Run) -> str:
@@ -241,7 +251,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         columns["gold_gain"] = [run["gold"][-1] - baseline[run["seed"]] for run in own]
         found[f"{share:g}"] = {
             "seeds": [run["seed"] for run in own],
-            **{name: _with_interval(values) for name, values in columns.items()},
+            **{name: mean_over_seeds(values) for name, values in columns.items()},
             "warned": sum(run["warning"] is not None for run in own),
             "seconds_per_run": float(np.mean([run["seconds"] for run in own])),
         }
@@ -283,14 +293,8 @@ def gold_at_kl(runs: Sequence[Run], kl: Sequence[float]) -> dict[str, list[dict[
         own = [run for run in runs if run["share"] == share]
         values = [[gold for run in own if (gold := reached(run, level)) is not None] for level in kl]
         # A mean over the runs that get there alone would be of other seeds at each level.
-        found[f"{share:g}"] = [_with_interval(each) if len(each) == len(own) else None for each in values]
+        found[f"{share:g}"] = [mean_over_seeds(each) if len(each) == len(own) else None for each in values]
     return found
-
-
-def _with_interval(values: Sequence[float]) -> dict[str, Any]:
-    values_S = np.array(values, np.float64)
-    of_mean = interval(values_S[seed_draws(len(values_S))].mean(axis=1))
-    return {"values": values_S.tolist(), "mean": float(values_S.mean()), "interval": of_mean}
 
 
 def _cell(each: dict[str, Any] | None) -> str:

@@ -20,17 +20,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.arguments import add_list, add_runs, command, experiment_parser
-from experiments.runs import EVERY, compile_once, finished, interval, measured_run, seed_draws, shared_start
+from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
+from nested_reft.sweeps.intervals import interval, seed_draws
+from nested_reft.sweeps.kept import Result, Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -58,24 +61,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report-only", action="store_true", help="tables and figures of the runs that are there")
     known = parser.parse_args(arguments)
     compile_once(known.out)
-    known.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for seed in known.seeds:
-        shared = None  # made when the first run of the seed needs it
-        for kind in known.kinds:
-            file = known.out / f"{kind}-seed{seed}-steps{known.steps}.json"
-            config = experiment_config(kind, seed, known.steps)
-            found = finished(file, config)
-            if found is None and not known.report_only:
-                shared = shared or shared_start(experiment_config("uniform", seed, known.steps), known.out)
-                found = measured_run(dataclasses.replace(shared, config=config), known.out)
-                write_json(file, found)
-                print(
-                    f"{kind}, seed {seed}: {found['seconds']:.0f} s, mean accuracy {curve(found)[-1]:.3f}", flush=True
-                )
-            if found is not None:
-                results.append(found | {"kind": kind, "seed": seed})
-    report(results, known.out)
+    report(runs_of(known.kinds, known.seeds, known.steps, known.out, known.report_only), known.out)
+
+
+def runs_of(kinds: Sequence[str], seeds: Sequence[int], steps: int, out: Path, only_kept: bool = False) -> list[Result]:
+    """Every run that is asked for, computed where it is not kept.
+
+    Args:
+        kinds: of `KINDS`.
+        seeds: of the runs.
+        steps: of each run.
+        out: where results and shared starts are kept.
+        only_kept: compute nothing.
+    """
+    wanted = [
+        Wanted(
+            experiment_config(kind, seed, steps),
+            out / f"{kind}-seed{seed}-steps{steps}.json",
+            {"kind": kind, "seed": seed},
+        )
+        for seed in seeds
+        for kind in kinds
+    ]
+    return runs_from_starts(wanted, partial(measured_run, out=out), told, only_kept=only_kept)
+
+
+def told(result: Result) -> str:
+    """What is printed of a run.
+
+    Args:
+        result: a new one.
+    """
+    return f"{result['seconds']:.0f} s, mean accuracy {curve(result)[-1]:.3f}"
 
 
 def experiment_config(kind: str, seed: int, steps: int) -> Config:

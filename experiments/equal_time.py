@@ -27,7 +27,7 @@ import jax
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, check_folder, command, experiment_parser
 from experiments.equal_time_summary import draw, summarise, tables
-from experiments.runs import compile_once, kept_run
+from experiments.runs import compile_once, runs_from_starts
 from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import keep_json
 from nested_reft.cli.bad_input import checking_input
@@ -41,6 +41,7 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.sweeps.kept import Wanted
 from nested_reft.training import record
 from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
@@ -323,16 +324,18 @@ def runs_of(
         steps: of each run; None takes the task's.
         out: where results and shared starts are kept.
     """
-    found = []
     # The variants of a seed follow each other, so that a change of the machine's load meets all of them alike.
-    for seed in seeds:
-        for variant in variants:
-            config = variant_config(task, variant, seed, steps)
-            file = out / f"{variant}-seed{seed}.json"
-            # Each variant has its own model, with bridges or without, and the same weights in it.
-            run = kept_run(file, config, timed_run, _told, task.base.warm_start)
-            found.append(run | {"variant": variant, "seed": seed})
-    return found
+    wanted = [
+        Wanted(
+            variant_config(task, variant, seed, steps),
+            out / f"{variant}-seed{seed}.json",
+            {"variant": variant, "seed": seed},
+        )
+        for seed in seeds
+        for variant in variants
+    ]
+    # Each variant has its own model, with bridges or without, and the same weights in it.
+    return runs_from_starts(wanted, timed_run, _told, task.base.warm_start)
 
 
 def _told(run: dict[str, Any]) -> str:

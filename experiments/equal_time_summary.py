@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.runs import interval, seed_draws
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
+from nested_reft.sweeps.intervals import interval, seed_draws
 
 SMOOTH = 3  # evaluations that one point of a curve is the mean of
 SHARE_OF_GAIN = 0.9

@@ -24,15 +24,14 @@ import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.corrections import slug
-from experiments.runs import finished
 from nested_reft.cli.arguments import keep_json
 from nested_reft.config_files import load_module
 from nested_reft.diversity import embedding_distance, self_bleu
-from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay_store import ReplayConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
+from nested_reft.sweeps.kept import Wanted, kept_runs
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import prepare
@@ -122,17 +121,18 @@ def runs_of(losses: Sequence[str], seeds: Sequence[int], steps: int, out: Path) 
         out: where results are kept.
     """
     out.mkdir(parents=True, exist_ok=True)
-    victim, found = victim_module(), {loss: list[dict[str, Any]]() for loss in losses}
-    for loss in losses:
-        for seed in seeds:
-            config, file = experiment_config(loss, seed, steps), out / f"{slug(loss)}-seed{seed}.json"
-            run = finished(file, config)
-            if run is None:
-                run = measured(config, victim, out)
-                write_json(file, run)
-                print(f"{loss}, seed {seed}: success {run['success']:.3f}", flush=True)
-            found[loss].append(run)
-    return found
+    victim = victim_module()
+    wanted = [
+        Wanted(
+            experiment_config(loss, seed, steps),
+            out / f"{slug(loss)}-seed{seed}.json",
+            {"loss": loss, "seed": seed},
+        )
+        for loss in losses
+        for seed in seeds
+    ]
+    runs = kept_runs(wanted, lambda each: measured(each.config, victim, out), "success {0[success]:.3f}".format)
+    return {loss: [run for run in runs if run is not None and run["loss"] == loss] for loss in losses}
 
 
 def summary_table(runs: dict[str, list[dict[str, Any]]]) -> str:

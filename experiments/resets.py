@@ -28,12 +28,14 @@ from typing import Any
 import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
-from experiments.runs import EVERY, compile_once, interval, kept_run, measured_run, seed_draws
+from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
 from nested_reft.cli.arguments import keep_json
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
+from nested_reft.sweeps.intervals import interval, seed_draws
+from nested_reft.sweeps.kept import Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -90,14 +92,18 @@ def runs_of(
         out: where results and shared starts are kept.
         warm_start: what the runs of a seed share; None takes that of `tiny_reset`.
     """
-    warm_start, found = warm_start or load_config("tiny_reset").warm_start, []
-    for seed in seeds:
-        for arm in chosen:
-            config, file = experiment_config(arm, seed, steps), out / f"{arm}-seed{seed}-steps{steps}.json"
-            # The weights are kept; the references of an arm are prepared with its configuration.
-            run = kept_run(file, config, partial(measured_run, out=out), _told, warm_start)
-            found.append(run | {"arm": arm, "seed": seed})
-    return found
+    wanted = [
+        Wanted(
+            experiment_config(arm, seed, steps),
+            out / f"{arm}-seed{seed}-steps{steps}.json",
+            {"arm": arm, "seed": seed},
+        )
+        for seed in seeds
+        for arm in chosen
+    ]
+    # The weights are kept; the references of an arm are prepared with its configuration.
+    warm_start = warm_start or load_config("tiny_reset").warm_start
+    return runs_from_starts(wanted, partial(measured_run, out=out), _told, warm_start)
 
 
 def _told(run: Run) -> str:

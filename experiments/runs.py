@@ -1,56 +1,29 @@
-"""Runs that experiments compare: started from one warm start per seed, kept as JSON, never computed twice."""
+"""What the runs of experiments begin with and are measured by; `nested_reft.sweeps` keeps them."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Float, Int
-from safetensors.numpy import load_file, save_file
 
 from nested_reft.evaluation import Evaluation
-from nested_reft.json_files import write_json
-from nested_reft.models.parameters import parameter_axes
-from nested_reft.models.transformer import Transformer
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.sharding import shard_parameters
-from nested_reft.training import phases, record
-from nested_reft.training.config import Config, load_config
+from nested_reft.sweeps.kept import Result, Wanted, kept_runs
+from nested_reft.sweeps.starts import shared_start
+from nested_reft.training import record
+from nested_reft.training.config import load_config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.record import StepRecord
-from nested_reft.training.setup import RunData, Setup, prepare
+from nested_reft.training.setup import RunData, Setup
 from nested_reft.training.trainer import Trainer
 from nested_reft.training.warm_start import WarmStartConfig
 
 EVERY = 10  # steps between evaluations
-DRAWS = 10_000  # of the bootstrap over seeds
 KEPT_METRICS = ("entropy", "completion_tokens", "generation_batches", "ess_token")
-
-
-def finished(file: Path, config: Config) -> dict[str, Any] | None:
-    """The kept result of a run; one of another configuration is not used.
-
-    Args:
-        file: where the result would be.
-        config: of the run that is asked for.
-
-    Returns:
-        What `measured_run` returned, or None where the run has to be computed.
-    """
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found["config"] != config.to_json():
-        print(f"'{file}' is of another configuration and is computed again", file=sys.stderr)
-        return None
-    return found
 
 
 def compile_once(out: Path) -> None:
@@ -63,75 +36,29 @@ def compile_once(out: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def seed_draws(seeds: int) -> Int[np.ndarray, "R S"]:
-    """Which seeds each draw of the bootstrap takes; the same ones for every measure, so that runs stay paired.
-
-    Args:
-        seeds: how many there are.
-    """
-    return np.random.default_rng(0).integers(0, seeds, (DRAWS, seeds))
-
-
-def interval(values_R: Float[np.ndarray, " R"]) -> list[float]:
-    """The middle 95 % of the bootstrap's draws.
-
-    Args:
-        values_R: a measure under each draw.
-    """
-    return np.quantile(values_R, [0.025, 0.975]).tolist()
-
-
-def shared_start(config: Config, out: Path, warm_start: WarmStartConfig | None = None) -> Setup:
-    """Data and the policy that all runs of a seed begin with; the weights of a warm start are kept.
-
-    Args:
-        config: of any run of the seed; its own warm start is not read.
-        out: where the weights are kept, beside what they were made from.
-        warm_start: what the runs share; None takes that of `tiny_dump`. Without steps the model is taken as it is.
-    """
-    seed = config.train.seed
-    setup = prepare(dataclasses.replace(config, warm_start=warm_start or load_config("tiny_dump").warm_start))
-    if not setup.config.warm_start.steps:
-        return setup
-    file = out / f"warm-seed{seed}.safetensors"
-    # Weights of another model, other data or another warm start must not be taken for these.
-    about = json.dumps({part: setup.config.to_json()[part] for part in ("model", "data", "warm_start")})
-    stored = file.with_suffix(".json")
-    if file.is_file() and stored.is_file() and stored.read_text() == about:
-        return dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, model=_stored_model(file, setup)))
-    started = time.monotonic()
-    policy = phases.warm_started(setup)
-    save_file({name: np.ascontiguousarray(value) for name, value in policy.model.parameters().items()}, file)
-    # The description comes after the weights: a kill in between leaves weights that are made again.
-    stored.write_text(about)
-    print(f"warm start, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-    return dataclasses.replace(setup, policy=policy)
-
-
-def kept_run(
-    file: Path,
-    config: Config,
-    measure: Callable[[Setup], dict[str, Any]],
-    told: Callable[[dict[str, Any]], str],
+def runs_from_starts(
+    wanted: Sequence[Wanted],
+    measure: Callable[[Setup], Result],
+    told: Callable[[Result], str],
     warm_start: WarmStartConfig | None = None,
-) -> dict[str, Any]:
-    """The result of a run from the shared start of its seed: the kept one, or else a new one, which is kept.
+    only_kept: bool = False,
+) -> list[Result]:
+    """The results of runs that begin with the shared start of their seed, each with its labels.
 
     Args:
-        file: where the result is or goes; the shared start is kept beside it.
-        config: of the run.
+        wanted: the runs; the shared starts are kept beside their results.
         measure: trains from a setup and returns the result.
         told: what is printed of a new result, behind the name of its configuration.
-        warm_start: as `shared_start` takes it.
+        warm_start: what the runs of a seed share; None takes that of `tiny_dump`.
+        only_kept: compute nothing, and leave out what is not kept.
     """
-    run = finished(file, config)
-    if run is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # The start may be of another configuration of the seed: only its weights and data are shared.
-        run = measure(dataclasses.replace(shared_start(config, file.parent, warm_start), config=config))
-        write_json(file, run)
-        print(f"{config.name}: {told(run)}", flush=True)
-    return run
+    shared = warm_start or load_config("tiny_dump").warm_start
+
+    def compute(each: Wanted) -> Result:
+        setup = shared_start(each.config, each.file.parent, shared)
+        return measure(dataclasses.replace(setup, config=each.config))
+
+    return [result for result in kept_runs(wanted, compute, told, only_kept=only_kept) if result is not None]
 
 
 def measured_run(setup: Setup, out: Path) -> dict[str, Any]:
@@ -207,13 +134,3 @@ def heldout(trainer: Trainer) -> dict[str, Evaluation]:
     state, config = trainer.state, trainer.config
     # Every evaluation of a seed draws with the same keys, so that curves differ by the policies alone.
     return heldout_results(state.learner.policy(), state.data, config, trainer.keys.evaluation)
-
-
-def _stored_model(file: Path, setup: Setup) -> Transformer:
-    """The weights of a file, placed as those of the setup are."""
-    config = setup.policy.model.config
-    parameters = {name: jax.numpy.asarray(value) for name, value in load_file(file).items()}
-    model = Transformer(config, shard_parameters(parameters, parameter_axes(config), setup.policy.mesh))
-    # Bridges belong to the run and not to its start: they are zero until the run fits them.
-    model.bridges = setup.policy.model.bridges
-    return model

@@ -26,13 +26,15 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.arguments import add_list, add_runs, command, experiment_parser
-from experiments.dump import SMOOTH, compare, curve, draw_accuracy
+from experiments.dump import SMOOTH, compare, curve, draw_accuracy, told
 from experiments.dump import experiment_config as curriculum_config
-from experiments.runs import EVERY, compile_once, finished, measured_run, shared_start
+from experiments.runs import EVERY, compile_once, measured_run
 from nested_reft.data.splits import SplitConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.tables import table
-from nested_reft.training.config import Config
+from nested_reft.sweeps.kept import Result, Wanted, kept_runs
+from nested_reft.sweeps.starts import shared_start
+from nested_reft.training.config import Config, load_config
 from nested_reft.training.setup import Setup
 
 PARTS = 6  # as many as `tiny_dump` names, so that no division has more choice than another
@@ -60,23 +62,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report-only", action="store_true", help="tables and figure of the runs that are there")
     known = parser.parse_args(arguments)
     compile_once(known.out)
-    known.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for seed in known.seeds:
-        shared = None  # made when the first run of the seed needs it
-        for kind in known.kinds:
-            file = known.out / f"{kind}-seed{seed}-steps{known.steps}.json"
-            config = experiment_config(kind, seed, known.steps)
-            found = finished(file, config)
-            if found is None and not known.report_only:
-                # `source` is undivided, so its data are the warm start's for every kind.
-                shared = shared or shared_start(experiment_config("source", seed, known.steps), known.out)
-                setup = shared if kind == "source" else pooled(shared)
-                found = measured_run(dataclasses.replace(setup, config=config), known.out)
-                write_json(file, found)
-                print(f"{kind}, seed {seed}: {found['seconds']:.0f} s, accuracy {curve(found)[-1]:.3f}", flush=True)
-            if found is not None:
-                results.append(found | {"kind": kind, "seed": seed})
+    wanted = [
+        Wanted(
+            experiment_config(kind, seed, known.steps),
+            known.out / f"{kind}-seed{seed}-steps{known.steps}.json",
+            {"kind": kind, "seed": seed},
+        )
+        for seed in known.seeds
+        for kind in known.kinds
+    ]
+
+    def compute(each: Wanted) -> Result:
+        # `source` is undivided, so its data are the warm start's for every kind.
+        undivided = experiment_config("source", each.labels["seed"], known.steps)
+        shared = shared_start(undivided, known.out, load_config("tiny_dump").warm_start)
+        setup = shared if each.labels["kind"] == "source" else pooled(shared)
+        return measured_run(dataclasses.replace(setup, config=each.config), known.out)
+
+    results = [result for result in kept_runs(wanted, compute, told, only_kept=known.report_only) if result is not None]
     report(results, known.out)
 
 

@@ -40,7 +40,7 @@ from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables
 from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
-from experiments.runs import compile_once, interval, kept_run, seed_draws
+from experiments.runs import compile_once, runs_from_starts
 from nested_reft.cli.arguments import keep_json, number, whole
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -49,6 +49,8 @@ from nested_reft.losses.registry import ObjectiveConfig
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
+from nested_reft.sweeps.intervals import interval, seed_draws
+from nested_reft.sweeps.kept import Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.warm_start import WarmStartConfig
@@ -107,6 +109,7 @@ def runs_of(
     out: Path,
     searchers: int = 0,
     judge_seconds: float = 0.0,
+    only_kept: bool = False,
 ) -> list[Run]:
     """Every run that is asked for, computed where it is not kept.
 
@@ -118,19 +121,22 @@ def runs_of(
         out: where results and shared starts are kept.
         searchers: as `experiment_config` takes it.
         judge_seconds: as `timed_run` takes it.
+        only_kept: compute nothing.
     """
-    warm_start, found = load_config("tiny").warm_start, list[dict[str, Any]]()
-    for seed in seeds:
-        for lag in lags:
-            for loss in losses:
-                config = experiment_config(lag, loss, seed, steps, searchers)
-                # The judge is no part of the configuration, which says what a kept run is of.
-                judge = f"-judge{judge_seconds:g}" if judge_seconds else ""
-                file = out / f"lag{lag}-{slug(loss)}-seed{seed}{judge}.json"
-                measure = partial(timed_run, judge_seconds=judge_seconds)
-                run = kept_run(file, config, measure, told, warm_start)
-                found.append(run | {"mismatch": f"lag {lag}", "correction": loss, "seed": seed})
-    return found
+    # The judge is no part of the configuration, which says what a kept run is of.
+    judge = f"-judge{judge_seconds:g}" if judge_seconds else ""
+    wanted = [
+        Wanted(
+            experiment_config(lag, loss, seed, steps, searchers),
+            out / f"lag{lag}-{slug(loss)}-seed{seed}{judge}.json",
+            {"mismatch": f"lag {lag}", "correction": loss, "seed": seed},
+        )
+        for seed in seeds
+        for lag in lags
+        for loss in losses
+    ]
+    measure = partial(timed_run, judge_seconds=judge_seconds)
+    return runs_from_starts(wanted, measure, told, load_config("tiny").warm_start, only_kept)
 
 
 def lost_to_lag(summary: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:

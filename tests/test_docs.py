@@ -1,7 +1,9 @@
 """The documentation: links lead somewhere, names and fields exist, recipes run, quoted messages are said."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import os
 import posixpath
 import re
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 import nested_reft
-from nested_reft.cli.main import COMMANDS
+from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import override
 from nested_reft.config_files import shipped_configs
 from nested_reft.training.compatibility import check_start
@@ -203,6 +205,12 @@ def check_command(words: list[str]) -> None:
     """Raises where `nested-reft` would refuse the words, as far as a configuration tells."""
     name, *words = words
     assert name in COMMANDS
+    if name == "sweep":
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = main([name, *words, "--report-only"])
+        # Every run was understood, and none has been computed here.
+        assert code == 2 and "no run of the sweep" in said.getvalue(), said.getvalue()
     if name not in ("train", "sft", "reward-model", "dpo") or words[0] == "--resume":
         return
     kinds: dict[str, Any] = {"sft": "sft", "reward-model": "bradley_terry", "dpo": "dpo"}

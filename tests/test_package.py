@@ -79,6 +79,7 @@ LAYERS = [
     {"reports"},
     {"training"},
     {"api"},
+    {"sweeps"},
     {"verification"},
     {"cli"},
     {"command"},

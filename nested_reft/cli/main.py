@@ -5,6 +5,8 @@
     sft CONFIG                         supervised fine-tuning on a configuration's answers, without rollouts
     reward-model CONFIG                train a reward model on preference pairs, for reward.model
     dpo CONFIG                         train on preference pairs directly, without rollouts
+    sweep CONFIG ... [--FIELD A B]     train a grid of configurations, values and seeds, and compare the runs
+    compare RUN [RUN ...]              finished runs, or those of a sweep, in one table with intervals over seeds
     configs                            the configurations that ship, and how long each takes
     eval POLICY                        held-out accuracy of a run or a model; of a reward model, its pairs
     sample POLICY PROMPT               full and nested completions side by side
@@ -47,6 +49,8 @@ COMMANDS = {
     "sft": "sft",
     "reward-model": "reward_model",
     "dpo": "dpo",
+    "sweep": "sweep",
+    "compare": "compare",
     "configs": "configs",
     "eval": "evaluate",
     "sample": "sample",
@@ -61,7 +65,8 @@ COMMANDS = {
 }
 
 
-TRAINING = ("train", "sft", "reward-model", "dpo")  # what ends with a checkpoint when it is told to stop
+TRAINING = ("train", "sft", "reward-model", "dpo")  # what several processes may do together
+STOPPABLE = (*TRAINING, "sweep")  # what ends with a checkpoint when it is told to stop
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,7 +148,7 @@ def _run(arguments: list[str]) -> None:
         join(flags)
     # A run is told to stop rather than broken off, also while its modules are imported: an interrupt that is raised
     # in there may get lost.
-    with stop_requests(_leave) if command in TRAINING else nullcontext():
+    with stop_requests(_leave) if command in STOPPABLE else nullcontext():
         importlib.import_module(f"nested_reft.cli.{COMMANDS[command]}").run(rest)
 
 

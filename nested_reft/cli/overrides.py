@@ -59,6 +59,40 @@ def override(config: Config, words: Sequence[str]) -> Config:
     return Config.from_json(plain) if given else config
 
 
+def alternatives(config: Config, words: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
+    """The options of a command line, and the words of each value that they are to have in turn.
+
+    Every word is a value of its own. Where a field takes a list, all words behind an option are one value, and the
+    option is repeated for others; so it is with presets.
+
+    Args:
+        config: gives the fields and their types.
+        words: what is left of the command line for the fields.
+
+    Raises:
+        ValueError: the words begin with a value.
+    """
+    found: dict[str, list[list[str]]] = {}
+    for option, values in _given(words):
+        is_one = len(values) < 2 or option == "loss.preset" or _takes_list(config, option)
+        found.setdefault(f"--{option.replace('_', '-')}", []).extend(
+            [values] if is_one else [[word] for word in values]
+        )
+    return list(found.items())
+
+
+def _takes_list(config: Config, option: str) -> bool:
+    """Whether a field takes a list; `override` refuses one that is not there, or is of another objective."""
+    kind: Any = type(config)
+    value: Any = config
+    for part in option.split("."):
+        names = _names(value) or _names_of(kind)
+        if part not in names:
+            return False
+        kind, value = names[part], None if value is None else _child(value, part)
+    return any(typing.get_origin(each) is tuple for each in (kind, *typing.get_args(kind)))
+
+
 def _with_kind(config: Config, kind: str, given: Sequence[tuple[str, list[str]]]) -> Config:
     """The configuration with a loss of another kind and those of its fields that are given.
 
