@@ -137,7 +137,7 @@ def test_the_rule_by_enumeration(key):
 
 
 def test_prompts_that_stand_beside_a_row_change_nothing(key):
-    """Rounds of a batch go on until its slowest row is done; what a row drafts in them does not depend on the others."""
+    """Rounds of a batch go on until its slowest row is done; what a row drafts then does not depend on the others."""
     model, plan, (tokens_BP, length_B) = tiny_model(scale=1.0), LayerPlan.skipping(5, [1, 3]), tiny_prompts()
     whole = exact(model, key, plan=plan).rollouts
     alone = exact(model, key, plan=plan, prompts=(tokens_BP[:1], length_B[:1]), group_size=2).rollouts
