@@ -17,6 +17,7 @@ from typing import Any
 from nested_reft.cli.arguments import Parser, number, whole
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.output import complain
+from nested_reft.exit_codes import INTERRUPTED
 from nested_reft.fields import from_text
 from nested_reft.json_files import check_writable
 from nested_reft.training.config import MAX_STEPS
@@ -28,7 +29,7 @@ BELOW_ONE = number("0 or more and less than 1", lambda value: 0 <= value < 1)
 
 
 def command(main: Main) -> Callable[..., int]:
-    """Makes a `main` return its exit code: 2 after one line where it refused its input, and 0 at its end.
+    """Makes a `main` return its exit code: 2 after one line where it refused its input, 130 after Ctrl-C, 0 at its end.
 
     Args:
         main: parses the arguments of the command line, or those of the process where it gets None.
@@ -41,6 +42,9 @@ def command(main: Main) -> Callable[..., int]:
         except BadInput as error:
             complain(f"error: {error}")
             return 2
+        except KeyboardInterrupt:
+            complain("\ninterrupted: the same command computes no kept result again")
+            return INTERRUPTED
         return 0
 
     return run

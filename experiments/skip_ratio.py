@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "practical": {"bias_mitigation": "practical", "truncate_at": None},
     "retrace": {"bias_mitigation": "retrace", "truncate_at": None},
 }
+PLANS = ("uniform", "measured", "bridged")
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,16 @@ class Preset:
         ratios: of layers that rollouts leave out, 0 not among them.
         variants: of `VARIANTS`.
         plans: how the layers are chosen, by name.
+        measure: that variants are compared by.
         target: accuracy to which seconds are counted.
-        seeds: how many.
     """
 
     tasks: tuple[Config, ...]
     ratios: tuple[float, ...]
     variants: tuple[str, ...]
     plans: dict[str, NestingConfig]
+    measure: str
     target: float
-    seeds: int = 5
 
 
 def _full(name: str, evaluation: EvaluationConfig | None = None, **train: Any) -> Config:
@@ -93,7 +94,7 @@ def tiny() -> Preset:
     base = _full("tiny", EvaluationConfig(10, 4, pass_k=4, batch_size=128), steps=100, checkpoint_every=50)
     plans = {"uniform": NestingConfig(), "measured": _measured(every=10)}
     # With one update on each batch `practical` is `one`.
-    return Preset((base,), (0.2, 0.4), ("one", "base"), plans, target=0.7)
+    return Preset((base,), (0.2, 0.4), ("one", "base"), plans, "sampled_accuracy", target=0.7)
 
 
 def smollm2() -> Preset:
@@ -103,7 +104,7 @@ def smollm2() -> Preset:
         choice="measured", divergence_temperature=0.0, bridge=BridgeConfig("per_layer", ridge=0.03, tokens=4000)
     )
     plans = {"uniform": NestingConfig(), "measured": _measured(every=8), "bridged": bridged}
-    return Preset((base,), (0.1, 0.2, 0.3), ("one", "base"), plans, target=0.5, seeds=3)
+    return Preset((base,), (0.1, 0.2, 0.3), ("one", "base"), plans, "accuracy", target=0.5)
 
 
 def qwen_math() -> Preset:
@@ -121,7 +122,9 @@ def qwen_math() -> Preset:
         )
         for dataset in ("gsm8k", "svamp", "math")
     )
-    return Preset(tasks, (0.05, 0.1, 0.15), tuple(VARIANTS), {"uniform": NestingConfig()}, target=0.7, seeds=3)
+    return Preset(
+        tasks, (0.05, 0.1, 0.15), tuple(VARIANTS), {"uniform": NestingConfig()}, "sampled_accuracy", target=0.7
+    )
 
 
 def _measured(every: int) -> NestingConfig:
@@ -186,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = experiment_parser("skip_ratio", __doc__)
     parser.add_argument("preset", choices=PRESETS, nargs="?", default="tiny")
     add_runs(parser, "experiment-skip-ratio", steps=None)
-    add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
+    add_list(parser, "--variants", VARIANTS, choices=VARIANTS, help="of those that the preset has")
+    add_list(parser, "--plans", PLANS, choices=PLANS, help="of those that the preset has")
     parser.add_argument(
         "--target", type=number("more than 0 and less than 1", lambda value: 0 < value < 1), help="accuracy to reach"
     )
@@ -194,7 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)
     preset, out = PRESETS[known.preset](), known.out / known.preset
-    preset = dataclasses.replace(preset, variants=tuple(v for v in preset.variants if v in known.variants))
+    variants = tuple(name for name in preset.variants if name in known.variants)
+    plans = {name: nesting for name, nesting in preset.plans.items() if name in known.plans}
+    if not variants or not plans:
+        option, own = ("--plans", preset.plans) if variants else ("--variants", preset.variants)
+        raise BadInput(f"{option} names none of the preset '{known.preset}'; it has {', '.join(own)}")
+    preset = dataclasses.replace(preset, variants=variants, plans=plans)
     with checking_input():
         check_folder(out)
         changed = changes(_wanted(preset, known.seeds, known.steps, out), out)
@@ -206,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not results:
         raise BadInput(f"no run in '{out}' has a result")
     figure = out / "comparison.png"
-    text, tasks, no_figure = compare(results, None, known.target or preset.target, figure)
+    text, tasks, no_figure = compare(results, preset.measure, known.target or preset.target, figure)
     say(text)
     keep_json(known.json, {"preset": known.preset, "versions": versions(), "tasks": tasks})
     say(f"\nno figure: {no_figure}" if no_figure else f"\nwritten: {figure}")

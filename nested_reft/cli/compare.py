@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from nested_reft.cli.arguments import check_json, command_parser, keep_json, local_file
@@ -101,7 +102,7 @@ def labelled(results: list[Result]) -> list[Result]:
     )
     found, used = list[Result](), set[str]()
     for group in groups.values():
-        config, label = group[0]["config"], Path(group[0]["run_directory"]).name
+        config, label = group[0]["config"], os.path.basename(group[0]["run_directory"])
         values = [_value(config, name) for name in names]
         if 0 < len(names) <= MOST_NAMED and all(len(value) <= LONGEST_VALUE for value in values):
             label = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, number, whole
@@ -12,6 +13,7 @@ from nested_reft.cli.overrides import HELP, alternatives, override
 from nested_reft.cli.train import RUNS
 from nested_reft.exit_codes import FAILED
 from nested_reft.json_files import check_writable
+from nested_reft.paths import local_only
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.grid import combinations, grid
 from nested_reft.sweeps.kept import Wanted
@@ -34,7 +36,8 @@ def run(arguments: list[str]) -> None:
         parser.print_help()
         return
     with checking_input():
-        out = known.out or Path(RUNS) / "-".join(["sweep", *(Path(name).stem for name in names)])
+        stems = [os.path.basename(name).removesuffix(".py") for name in names]
+        out = known.out or local_only(os.path.join(RUNS, "-".join(["sweep", *stems])), "the folder of the sweep")
         wanted = _wanted(names, words, known.seeds, out)
         check_json(known.json)
         if not known.report_only:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ def _compared(own: dict[int, Result], first: dict[int, Result], measure: str, ta
         "outcome": mean_over_seeds([_value(each, measure) or 0.0 for each in own.values()]),
         "difference": None,
         "costs": {name: float(np.mean(values)) if values else None for name, values in costs.items()},
-        "speed": None if is_baseline else _ratio(pairs, "nested_speedup"),
-        "ideal": None if is_baseline else _ratio([(other, mine) for mine, other in pairs], "plan_price"),
+        "speed": None if is_baseline else _ratio(pairs, _speed),
+        "ideal": None if is_baseline else _ratio(pairs, _ideal),
         "to_target": None if target is None else _to_target(own, pairs, is_baseline, target),
     }
     if pairs and not is_baseline:
@@ -97,8 +97,18 @@ def _value(result: Result, name: str) -> Any:
     return result["measures"].get(name)
 
 
-def _ratio(pairs: Sequence[tuple[Result, Result]], name: str) -> dict[str, Any] | None:
-    values = [(_value(a, name), _value(b, name)) for a, b in pairs]
+def _speed(result: Result) -> float | None:
+    """How many times as fast as the full model rollouts are; measuring the full model against itself is noise alone."""
+    return 1.0 if _value(result, "plan_price") == 1 else _value(result, "nested_speedup")
+
+
+def _ideal(result: Result) -> float | None:
+    price = _value(result, "plan_price")
+    return 1 / price if price else None
+
+
+def _ratio(pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], float | None]) -> dict[str, Any] | None:
+    values = [(value(a), value(b)) for a, b in pairs]
     known = [(a, b) for a, b in values if a and b]
     return ratio_over_seeds(*zip(*known, strict=True)) if known else None
 

@@ -18,7 +18,7 @@ from nested_reft.training.interrupts import asked_for, stop_if, stop_requests
 from nested_reft.untrusted import BadFile
 
 PARTS = ("config", "measures", "curve", "versions")  # of a result, which are objects
-MANIFEST = "sweep.json"  # the runs of a sweep, by which `nested-reft compare` finds their results
+MANIFEST = "sweep.json"  # the runs of the latest sweep in a folder, by which `nested-reft compare` finds results
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_sweep(out: Path) -> tuple[list[Result], list[Missing]]:
     return found, missing
 
 
-def _is_curve(curve: dict[str, Any]) -> bool:
+def _is_curve(curve: Any) -> bool:
     return all(isinstance(curve.get(name), list) for name in ("step", "seconds", "accuracy"))
 
 

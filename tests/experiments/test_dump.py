@@ -1,10 +1,10 @@
-"""The DUMP experiment: its measure, its table, and that finished runs are not computed again."""
+"""The DUMP experiment: its measure and its table."""
 
 import json
 
 import pytest
 
-from experiments.dump import compare, curve, experiment_config, finished, main, steps_to_reach
+from experiments.dump import compare, curve, experiment_config, main, steps_to_reach
 
 
 def result(kind: str, seed: int, means: list[float]) -> dict:
@@ -39,16 +39,6 @@ def test_comparison_by_hand():
     assert row["share_of_time_interval"] == pytest.approx([0.5, 1.0])
     assert row["final_gain"] == pytest.approx((0.15 - 0.3) / 2)
     assert compare(dump) == []  # nothing to compare with
-
-
-def test_finished_runs_are_used_only_for_their_own_configuration(tmp_path, capsys):
-    config, other = experiment_config("dump", 0, 40), experiment_config("greedy", 0, 40)
-    file = tmp_path / "run.json"
-    assert finished(file, config) is None
-    file.write_text(json.dumps(result("dump", 0, [0.0]) | {"config": config.to_json()}))
-    assert finished(file, config) is not None
-    assert finished(file, other) is None
-    assert "of another configuration" in capsys.readouterr().err
 
 
 def test_report_of_finished_runs(tmp_path, capsys):

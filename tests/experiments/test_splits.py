@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import runs
 from experiments.runs import measured_run, questions_of_parts
 from experiments.splits import (
     KINDS,
@@ -19,7 +18,6 @@ from experiments.splits import (
     share_of_draws,
 )
 from nested_reft.run_directory import read_log
-from nested_reft.training.config import load_config
 from nested_reft.training.setup import prepare
 
 
@@ -96,18 +94,6 @@ def test_a_pool_trains_in_parts_and_is_tested_on_the_named_sources(tmp_path, mon
     assert found["metrics"]["completion_tokens"] == [line["completion_tokens"] for line in lines[1:]]
     # Several runs start from one setup, so its weights must outlive each of them.
     assert all((was == now).all() for was, now in zip(before, jax.tree.leaves(setup.policy.model), strict=True))
-
-
-def test_a_warm_start_is_made_once_for_a_seed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "load_config", lambda name: load_config(name, warm_start={"steps": 2}))
-    config = experiment_config("source", 0, 10)
-    first, second = (runs.shared_start(config, tmp_path) for _ in range(2))
-    assert capsys.readouterr().out.count("warm start, seed 0") == 1
-    for a, b in zip(jax.tree.leaves(first.policy.model), jax.tree.leaves(second.policy.model), strict=True):
-        np.testing.assert_array_equal(a, b)
-    (tmp_path / "warm-seed0.json").write_text("of another warm start")  # its weights must not be taken for these
-    runs.shared_start(config, tmp_path)
-    assert "warm start, seed 0" in capsys.readouterr().out
 
 
 def test_pass_rates_of_the_start_divide_a_pool(tmp_path):

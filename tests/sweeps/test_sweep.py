@@ -3,16 +3,21 @@
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from nested_reft.api import Run, open_trainer
 from nested_reft.cli.compare import labelled, without_repeats
 from nested_reft.cli.main import main
 from nested_reft.exit_codes import INTERRUPTED
+from nested_reft.models.lora import split_trainable
 from nested_reft.run_directory import read_log
 from nested_reft.sweeps import runs as sweep_runs
 from nested_reft.sweeps import sweep
 from nested_reft.sweeps.grid import grid
 from nested_reft.sweeps.runs import begun_run, trained_run
+from nested_reft.sweeps.starts import shared_start
 from nested_reft.training.reinforcement import Reinforcement
 from nested_reft.training.warm_start import WarmStartConfig
 from tests.reports.runs_on_disk import line, write_run
@@ -214,6 +219,12 @@ def test_a_killed_sweep_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
     first = [read_log(path / "metrics.jsonl")[0] for path in (again, other)]
     assert first[0] == first[1]
     assert trained_run(one, tmp_path / "one") == again
+    # Continued by itself, the run has the shared start as its reference, which its own configuration does not name.
+    model = shared_start(one, tmp_path / "one" / "starts", one.warm_start).policy.model
+    with open_trainer(Run(again).config(), "", resume=again) as run:
+        kept, began = jax.tree.leaves(run.state.learner.reference), jax.tree.leaves(split_trainable(model)[1])
+        for a, b in zip(kept, began, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(monkeypatch, capsys):
