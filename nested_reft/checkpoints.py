@@ -294,7 +294,10 @@ class Checkpoints:
         where = self._check(number, tuple(items))
         try:
             return self._manager.restore(number, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and its storage raise many kinds
+        except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+            # A disk or a memory that fails says nothing about the checkpoint, which must keep its name.
+            raise
+        except Exception as error:  # Orbax raises many kinds
             raise DamagedCheckpointError(f"{where} is of another model: {_reason(error)}") from None
 
     def _check(self, number: int, parts: tuple[str, ...]) -> str:

@@ -2,7 +2,8 @@
 
 Several processes run in lockstep. All of them hold equal host values and issue the same programs in the same order;
 only device arrays are split. So there is little to say: texts at the start and the end, a row of numbers each step.
-All functions here are called by every process, in the same order, and with one process they cost nothing.
+All functions that exchange something are called by every process, in the same order. With one process they cost
+nothing.
 
 Texts go through JAX's coordination service, which needs no devices and knows time limits. Rows go through a device
 program, as the arrays of a step do.
@@ -291,22 +292,6 @@ def by_writer(action: Callable[[], T], seconds: float = WAIT_SECONDS) -> T | Non
 def shares_work() -> bool:
     """Whether work on the host may be divided among processes here: not with one, nor within an agreed action."""
     return count() > 1 and not _in_agreed_action
-
-
-def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
-    """Waits until every process is here.
-
-    Args:
-        name: of the place, for the message.
-        seconds: how long to wait.
-
-    Raises:
-        TimeoutError: another process did not come here in time, or came to another place.
-    """
-    places = gather_text(name, seconds)
-    if any(place != name for place in places):
-        listed = ", ".join(f"process {process} at '{place}'" for process, place in enumerate(places))
-        raise TimeoutError(f"processes wait for each other at different places: {listed}")
 
 
 def end_together(code: int) -> None:

@@ -154,6 +154,19 @@ def test_another_model_is_refused(tmp_path):
         checkpoints.restore_some(4, {"weights": jnp.zeros((4, 4))})
 
 
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+    """Otherwise the run would go on from an older checkpoint, and set the good one aside."""
+
+    def fails(*args, **named):
+        raise OSError(5, "Input/output error")
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(4, ARRAYS, {})
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(OSError, match="Input/output error"):
+        monkeypatch.setattr(checkpoints._manager, "restore", fails)
+        checkpoints.restore_some(4, ARRAYS)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")

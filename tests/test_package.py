@@ -53,7 +53,6 @@ LAYERS = [
         "intervals",
         "program_cache",
         "prompt_format",
-        "user_files",
         "processes",
         "exit_codes",
         "backends",

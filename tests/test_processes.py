@@ -39,7 +39,6 @@ def test_one_process_talks_to_itself():
     assert processes.broadcast_text("here") == "here"
     assert processes.gather_rows(np.array([3, 4], np.uint32)).tolist() == [[3, 4]]
     assert processes.agreed(lambda: 5) == 5
-    processes.barrier("start")
 
 
 def test_a_failure_of_the_only_process_is_raised_as_it_is():
@@ -123,11 +122,6 @@ for name, action in (("one", fails_on_1), ("both", fails_on_both)):
         found[name] = [type(error).__name__, str(error)]
     except ValueError as error:
         found[name] = [type(error).__name__, str(error)]
-processes.barrier("here")
-try:
-    processes.barrier(f"place {me}")
-except TimeoutError as error:
-    found["places"] = str(error)
 if me == 0:
     # Process 0 holds the service that process 1 speaks through, so it must be the last to end.
     try:
@@ -158,7 +152,6 @@ def test_two_processes_talk():
         assert found["texts"] == [["", ""], ["0 says 1", "1 says 1"], ["0 says 2", "1 says 2"]]
         assert found["broadcast"] == "from 0"
         assert found["rows"] == [[0, 7], [1, 7]]
-        assert found["places"].endswith("different places: process 0 at 'place 0', process 1 at 'place 1'")
 
 
 DEAD, ALIVE = (

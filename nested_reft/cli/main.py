@@ -16,7 +16,7 @@
     fit-bridges POLICY --out FILE      bridges for the layers that a configuration leaves out
     replay-batch RUN                   repeats the update for which a run ended as not finite
     export RUN DIRECTORY               a Hugging Face directory of a run's trained model
-    compile CONFIG --topology NAME     what a decode step and an update cost on a TPU that is not here
+    compile CONFIG --topology NAME     what rollouts and updates cost on a TPU that is not here
     verify-estimators                  exact bias and variance of every estimator, by enumeration
 
 Compiled programs are kept in the user's cache directory; --no-compilation-cache turns that off.

@@ -53,9 +53,7 @@ def keep_failed_update(run: Path, state: RunState, exchange: Exchange | None = N
         },
     }
     directory = run / DIRECTORY
-    if directory.exists() and processes.is_writer():
-        shutil.rmtree(directory)
-    processes.barrier("failed update")
+    processes.by_writer(lambda: shutil.rmtree(directory) if directory.exists() else None)
     with Checkpoints(directory, 1, exchange=exchange) as kept:
         # The step that is under way, counted from 1.
         kept.save(state.step + 1, learner.arrays(with_reference=False), host)

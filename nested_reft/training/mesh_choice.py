@@ -51,8 +51,8 @@ def choose_mesh(config: Config, shape: ModelConfig, devices: int, each: float) -
     """The mesh with the least exchange between devices on which a run fits.
 
     Sharing heads (`tensor`) exchanges activations in every layer of every decoding step, and sharing storage (`fsdp`)
-    exchanges weights once per pass; sharing prompts alone (`data`) exchanges gradients once per update. So `tensor` is
-    as small as fits, then `fsdp`, and the rest is `data`.
+    exchanges weights once per pass; sharing prompts alone (`data`) exchanges gradients once per micro-batch. So
+    `tensor` is as small as fits, then `fsdp`, and the rest is `data`.
 
     Args:
         config: of the run.
@@ -107,9 +107,10 @@ def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:
     """
     item, count = jnp.dtype(config.model.dtype).itemsize, sum(math.prod(s) for s in parameter_shapes(shape).values())
     # Weights, two moments and the gradient; of adapters, only the weights count.
-    stored = count * item * (1 if config.lora.rank else 4) / (mesh.fsdp * mesh.tensor)
+    gradient = 0 if config.lora.rank else count * item / (mesh.fsdp * mesh.tensor)
+    stored = count * item * (1 if config.lora.rank else 3) / (mesh.fsdp * mesh.tensor)
     if isinstance(config.loss, OfflineConfig):
-        return stored
+        return stored + gradient
     weights = config.rollout.weights
     copied = 0 if weights == "target" else count * jnp.dtype(weights).itemsize / (mesh.fsdp * mesh.tensor)
     # Decoding reads every matrix whole in its width, so it is gathered before the loop.
@@ -118,7 +119,8 @@ def device_bytes(config: Config, shape: ModelConfig, mesh: MeshConfig) -> float:
     tokens = config.data.max_prompt_tokens + config.rollout.group_size * config.rollout.max_completion_tokens
     values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * item
     caches = config.data.prompts_per_batch * tokens * values / (mesh.batch * mesh.tensor)
-    return stored + copied + gathered + caches
+    # The gradient is gone when rollouts begin.
+    return stored + copied + max(gradient, gathered + caches)
 
 
 def _gigabytes(size: float) -> str:

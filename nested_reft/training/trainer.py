@@ -58,7 +58,7 @@ from nested_reft.training.watchdog import Watchdog
 from nested_reft.types import Scored
 
 logger = logging.getLogger(__name__)
-# Every process of a run raises these in the same step, so that they can end in order.
+# Every process of a run raises these in the same step, so that they can end in order. A second Ctrl-C is the exception.
 ENDS_OF_ALL = (KeyboardInterrupt, FloatingPointError, EmptyUpdatesError, GenerationLimitError)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: [EXTRAS=tpu,tasks,data,math,gcs] [DRY_RUN=1] install.sh
-# Installs nested_reft on this host, into .venv of the checkout. EXTRAS are those of setup.py: cuda12,tasks on hosts
-# with GPUs, tasks on hosts without.
+# Installs nested_reft on this host, into .venv of the checkout. EXTRAS are those of setup.py: cuda12,tasks,data,math,gcs
+# on hosts with GPUs, tasks,data,math,gcs on hosts without.
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/tpu/common.sh
 . "$here/common.sh"

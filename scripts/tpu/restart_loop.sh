@@ -2,7 +2,7 @@
 # usage: RUNS=DIRECTORY [LIMIT=5] [WAIT=10] [STATE=PATH] [DRY_RUN=1]
 #            restart_loop.sh COMMAND CONFIG [--FIELD VALUE ...]
 # Keeps a run going on this host. It is continued after a pre-emption (75), a stall (76) and a signal, and never after
-# 0, 1, 2 or 130. The loop ends after LIMIT starts in a row that wrote no checkpoint. Before each start it waits WAIT
+# 0, 1, 2 or 130. The loop ends after LIMIT starts in a row that wrote no checkpoint. Before each further one it waits WAIT
 # seconds, and WAIT more for each start before that wrote none. The loop holds PATH.lock and writes its number into
 # PATH.pid; when the run ends, PATH.code gets its exit code. PATH is nested_reft in the checkout unless it is given.
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: CLUSTER=NAME WORKLOAD=NAME TYPE=v6e-16 IMAGE=IMAGE RUNS=/SHARED/DIRECTORY [SLICES=1] [RESTARTS=50]
+# usage: CLUSTER=NAME WORKLOAD=NAME TYPE=v6e-16 IMAGE=IMAGE RUNS=gs://BUCKET/runs [SLICES=1] [RESTARTS=50]
 #            [DRY_RUN=1] xpk.sh COMMAND CONFIG [--FIELD VALUE ...]
 # Submits a run to a GKE cluster by XPK. IMAGE was built with the Dockerfile beside this script.
 here=$(cd "$(dirname "$0")" && pwd)

@@ -223,7 +223,7 @@ def test_compiles_for_a_tpu_that_is_not_here():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
-def test_a_program_that_does_not_fit_is_refused(capsys):
+def test_a_program_that_does_not_fit_a_tpu_is_refused(capsys):
     sizes = ["--data.prompts-per-batch", "10000000", "--data.max-prompt-tokens", "16"]
     assert main(["compile", "tiny", "--no-update", "--no-rollout", "--topology", "v5e:2x2", *sizes]) == 2
     message = capsys.readouterr().err
