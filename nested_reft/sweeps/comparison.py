@@ -196,7 +196,7 @@ def field_table(results: Sequence[Result]) -> str:
 
 
 def draw_comparison(tasks: Mapping[str, tuple[Sequence[Result], dict[str, Any]]], path: Path) -> None:
-    """A row for each task: held-out accuracy over steps, and the outcome of each variant with its interval.
+    """A row for each task: held-out accuracy over steps, and the outcome of each variant over that of the first.
 
     Args:
         tasks: results and summary of each task.
@@ -210,6 +210,7 @@ def draw_comparison(tasks: Mapping[str, tuple[Sequence[Result], dict[str, Any]]]
     figure = figure_maker()(figsize=size, layout="constrained")
     axes = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(3, 2))
     for (curves, outcomes), (task, (results, summary)) in zip(axes, tasks.items(), strict=True):
+        is_paired = any(each["difference"] is not None for each in summary["variants"].values())
         for index, (name, each) in enumerate(summary["variants"].items()):
             own = [result["curve"] for result in results if result["label"] == name and result["curve"]["step"]]
             style = _style(index)
@@ -217,13 +218,18 @@ def draw_comparison(tasks: Mapping[str, tuple[Sequence[Result], dict[str, Any]]]
             own = [curve for curve in own if curve["step"] == own[0]["step"]]
             if own:
                 curves.plot(own[0]["step"], np.mean([curve["accuracy"] for curve in own], axis=0), **style)
-            low, high = each["outcome"]["interval"]
-            outcomes.plot([low, high], [index, index], **style)
-            outcomes.plot(each["outcome"]["mean"], index, "o", color=style["color"])
+            # Seeds differ by more than variants do, so what is shown is paired where there is a baseline.
+            shown = each["difference"] if is_paired else each["outcome"]
+            if shown is not None:
+                outcomes.plot(shown["interval"], [index, index], **style)
+                outcomes.plot(shown["mean"], index, "o", color=style["color"])
+        if is_paired:
+            outcomes.axvline(0, color="black", linewidth=1)
         curves.set(xlabel="step", ylabel="greedy held-out accuracy", title=label(task))
         titles = [label(name) for name in summary["variants"]]
         outcomes.set(
-            xlabel=f"{OUTCOMES[summary['measure']].title}, mean of the seeds and 95 %",
+            xlabel=f"{OUTCOMES[summary['measure']].title}{' over the first' * is_paired} (95 %)",
+            ylim=(-0.5, len(titles) - 0.5),
             yticks=range(len(titles)),
             yticklabels=titles,
         )
