@@ -5,7 +5,7 @@ import pytest
 
 from nested_reft import bridging
 from nested_reft.bridging import BridgeConfig, BridgeState
-from nested_reft.layer_plan import Part
+from nested_reft.layer_plan import Part, PlanShape
 from nested_reft.layer_skip import NestingConfig, draw_plan, nested_shape
 from tests.scored_groups import scored
 
@@ -68,7 +68,7 @@ def test_a_run_of_neighbours_has_one_bridge(key):
     ],
 )
 def test_a_configuration_has_plans_of_one_shape(nesting, shape, key):
-    assert nested_shape(nesting, 10) == shape == draw_plan(key, nesting, 10).shape
+    assert nested_shape(nesting, 10) == PlanShape(*shape) == draw_plan(key, nesting, 10).shape
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,12 @@ def test_behavior_logprobs_are_those_of_the_copy(precision, key):
     )
 
     def logprobs(policy: Transformer) -> jax.Array:
-        sequence = jnp.concatenate([tokens_BP[0, : length_B[0]], result.tokens_BGC[0, 0]])[None]
-        logits = forward(policy, sequence, plan)[0, length_B[0] - 1 : -1]
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), result.tokens_BGC[0, 0][:, None], 1)[:, 0]
+        prompt_GT = jnp.broadcast_to(tokens_BP[0, : length_B[0]], (4, length_B[0]))
+        sequence = jnp.concatenate([prompt_GT, result.tokens_BGC[0]], axis=1)
+        logits = forward(policy, sequence, plan)[:, length_B[0] - 1 : -1]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), result.tokens_BGC[0][..., None], -1)[..., 0]
 
     # The cached pass rounds keys and values to bfloat16, an uncached one does not.
-    np.testing.assert_allclose(result.behavior_logprob_BGC[0, 0], logprobs(copy), atol=0.1)
-    own_error = jnp.abs(result.behavior_logprob_BGC[0, 0] - logprobs(copy)).mean()
-    assert own_error < 0.5 * jnp.abs(result.behavior_logprob_BGC[0, 0] - logprobs(model)).mean()
+    np.testing.assert_allclose(result.behavior_logprob_BGC[0], logprobs(copy), atol=0.2)
+    own_error = jnp.abs(result.behavior_logprob_BGC[0] - logprobs(copy)).mean()
+    assert own_error < 0.5 * jnp.abs(result.behavior_logprob_BGC[0] - logprobs(model)).mean()
