@@ -100,8 +100,8 @@ def test_two_steps_of_the_miniature(victim, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(red_team, "victim_module", lambda: victim)
     arguments = ["--losses", BALANCE, "--seeds", "0", "--steps", "2", "--out", str(tmp_path)]
     assert main([*arguments, "--json", str(tmp_path / "found.json")]) == 0
-    assert "trajectory balance, seed 0: success" in capsys.readouterr().out
+    assert "red-team-trajectory_balance-0: " in capsys.readouterr().out
     (run,) = json.loads((tmp_path / "found.json").read_text())["runs"][BALANCE]
     assert 0 <= run["success"] <= 1 and set(run) >= {"distinct", "self_bleu", "embedding_distance"}
     # Repeated, the command computes nothing again.
-    assert main(arguments) == 0 and "seed 0" not in capsys.readouterr().out
+    assert main(arguments) == 0 and "red-team-trajectory_balance-0: " not in capsys.readouterr().out
