@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from nested_reft import processes
 from nested_reft.data.examples import Checker, Example
 from nested_reft.literals import check_choice, check_whole
+from nested_reft.paths import local_only
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.rewards.length import overlong_punishment
 from nested_reft.rewards.limits import LARGEST_REWARD, RewardError
@@ -492,8 +492,11 @@ def _pool(config: RewardConfig) -> WorkerPool:
 
 def _when_changed(function: str) -> int:
     """The time of the last change of a function's file; 0 of a module, which has a name and no path."""
-    file = Path(function.rpartition(":")[0])
-    return file.stat().st_mtime_ns if file.suffix == ".py" and file.is_file() else 0
+    name = function.rpartition(":")[0]
+    if not name.endswith(".py"):
+        return 0
+    file = local_only(name, "reward.function")
+    return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def cores() -> int:
