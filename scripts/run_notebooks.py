@@ -22,6 +22,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+CELL_SECONDS = 3600
 
 
 def with_parameters(notebook: NotebookNode, values: Mapping[str, str]) -> None:
@@ -42,14 +43,16 @@ def with_parameters(notebook: NotebookNode, values: Mapping[str, str]) -> None:
             raise ValueError(f"the cell with the tag 'parameters' sets '{name}' {count} times; allowed is once")
 
 
-def execute(notebook: NotebookNode, folder: Path) -> None:
+def execute(notebook: NotebookNode, folder: Path, cell_seconds: int = CELL_SECONDS) -> None:
     """Runs all cells in a new kernel with this checkout's package; outputs go into the notebook.
 
     Args:
         notebook: changed in place.
         folder: where it runs, and leaves its files.
+        cell_seconds: the most that a cell may take; a kernel that is stuck would be waited for without end.
 
     Raises:
+        nbclient.exceptions.CellTimeoutError: a cell took longer; its kernel is ended.
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     # Commands of the package, such as `!nested-reft`, are those of this Python and this checkout.
@@ -59,7 +62,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
     }
     client = NotebookClient(
         notebook,
-        timeout=None,
+        timeout=cell_seconds,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
@@ -108,6 +111,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="default: all of notebooks/")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="values of the parameters")
+    parser.add_argument("--cell-seconds", type=int, default=CELL_SECONDS, help="the most that a cell may take")
     known = parser.parse_args(None if arguments is None else list(arguments))
     values = dict(each.split("=", 1) for each in known.set)
     for path in known.files or sorted(NOTEBOOKS.glob("*.ipynb")):
@@ -117,7 +121,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         with_parameters(notebook, values)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with tempfile.TemporaryDirectory() as folder:
-            execute(notebook, Path(folder))
+            execute(notebook, Path(folder), known.cell_seconds)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         for cell, source in zip(notebook.cells, sources, strict=True):
             cell.source = source

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import nbformat
 import pytest
+from nbclient.exceptions import CellTimeoutError
 
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.gguf_tokenizer import gguf_tokenizer
@@ -34,6 +35,7 @@ SMALL_QWEN = {
 }
 NAMES = [*SMALL, "qwen_gsm8k_lora"]
 MOST_BYTES = 300_000
+CELL_SECONDS = 300  # the longest takes a fifth of that on two cores
 # Folders in which machines keep what is theirs.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|usr|opt|var|mnt|Users|private)/")
 
@@ -45,7 +47,7 @@ def read(name: str) -> nbformat.NotebookNode:
 def run(name: str, values: dict[str, str], folder: Path) -> nbformat.NotebookNode:
     notebook = read(name)
     with_parameters(notebook, values)
-    execute(notebook, folder)
+    execute(notebook, folder, CELL_SECONDS)
     return notebook
 
 
@@ -110,6 +112,12 @@ def test_bars_and_messages_are_left_out_of_the_outputs():
     notebook = nbformat.v4.new_notebook(cells=[cell])
     clean(notebook)
     assert [output.text for output in notebook.cells[0].outputs] == ["start\ndone\r\nend\n"]
+
+
+def test_a_cell_that_is_stuck_ends_the_notebook(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time; time.sleep(60)")])
+    with pytest.raises(CellTimeoutError):
+        execute(notebook, tmp_path, cell_seconds=1)
 
 
 @pytest.fixture(scope="module")
