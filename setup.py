@@ -13,6 +13,13 @@ DATA = [
 MATH = ["math-verify>=0.9"]
 REPORT = ["matplotlib>=3.9"]
 RAY = ["ray>=2.50"]
+NOTEBOOKS = [
+    *REPORT,
+    "ipykernel>=6.29",
+    "ipython>=8.24",  # what LiveCurves shows its pictures with
+    "nbclient>=0.10",  # executes notebooks without a browser
+    "nbformat>=5.10",
+]
 GCS = ["google-cloud-storage>=3.0", "requests>=2.32"]  # paths on gs://
 DOCS = [
     "mkdocs>=1.6.1",
@@ -25,7 +32,7 @@ TEST = [
     *TASKS,
     *DATA,
     *MATH,
-    *REPORT,
+    *NOTEBOOKS,
     *RAY,
     *GCS,
     "beartype>=0.19",
@@ -76,6 +83,7 @@ setup(
         "data": DATA,
         "math": MATH,
         "report": REPORT,
+        "notebooks": NOTEBOOKS,
         "ray": RAY,
         "gcs": GCS,
         "docs": DOCS,

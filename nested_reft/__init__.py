@@ -21,6 +21,7 @@ _PUBLIC = {
     "Completion": "nested_reft.rollout.policy",
     "Config": "nested_reft.training.config",
     "LayerPlan": "nested_reft.layer_plan",
+    "LiveCurves": "nested_reft.reports.live_curves",
     "Policy": "nested_reft.rollout.policy",
     "Run": "nested_reft.api",
     "StepRecord": "nested_reft.training.record",
@@ -36,6 +37,7 @@ __all__ = [
     "Completion",
     "Config",
     "LayerPlan",
+    "LiveCurves",
     "Policy",
     "Run",
     "StepRecord",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from nested_reft.config_files import config_names
     from nested_reft.layer_plan import LayerPlan
     from nested_reft.losses import presets
+    from nested_reft.reports.live_curves import LiveCurves
     from nested_reft.rollout.policy import Completion, Policy
     from nested_reft.training.config import Config, load_config
     from nested_reft.training.record import StepRecord

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from nested_reft.divergence import Texts, completion_hidden, mean_divergence
 from nested_reft.layer_plan import LayerPlan, Part, PlanShape
-from nested_reft.models.bridges import BridgeVariable, add_bridge, stream_rms
+from nested_reft.models.bridges import Bridges, BridgeVariable, add_bridge, stream_rms
 from nested_reft.models.parameters import Parameters
 from nested_reft.models.transformer import Transformer
 from nested_reft.sharding import to_host
@@ -172,6 +172,26 @@ def fit_bridges(
             nested = ahead if nested is full and part == Part.KEEP else advanced(nested, first, part)
         full = ahead
     return stack
+
+
+def add_bridges(
+    model: Transformer,
+    batches: Sequence[Texts],
+    ridge: float,
+    plan: LayerPlan | None = None,
+    rank: int | None = None,
+) -> None:
+    """Gives the model new bridges, fitted on these texts. Those that it had are not read.
+
+    Args:
+        model: changed in place.
+        batches, ridge, plan: as in `fit_bridges`.
+        rank: of the bridges; None is full rank. They need about twice as many completion tokens as their rank, or as
+            the model's width.
+    """
+    # Bridges that were there before would draw the new ones to them.
+    model.bridges = Bridges(model.config.num_layers, model.config.width, rank)
+    model.load_bridges(fit_bridges(model, batches, ridge, plan))
 
 
 def _spans(plan: LayerPlan | None, num_layers: int) -> list[tuple[int, int, Part]]:

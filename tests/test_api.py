@@ -38,7 +38,16 @@ def test_the_examples_in_the_docstrings_run(tmp_path, monkeypatch):
     names = {name: getattr(nr, name) for name in nr.__all__}
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
     examples = 0
-    for value in (nr.load_config, api.train, api.evaluate, api.Run, nr.Policy.load, nr.Policy.sample, nr.Policy.score):
+    for value in (
+        nr.load_config,
+        api.train,
+        api.evaluate,
+        api.Run,
+        nr.Policy.load,
+        nr.Policy.sample,
+        nr.Policy.score,
+        nr.Policy.prompts_of,
+    ):
         for test in finder.find(value, value.__name__, globs={}):
             test.globs = names
             examples += len(test.examples)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_reft.bridge_fitting import NormalEquations, distil_bridges, fit_bridges, solve
+from nested_reft.bridge_fitting import NormalEquations, add_bridges, distil_bridges, fit_bridges, solve
 from nested_reft.divergence import measure_plan_divergence
 from nested_reft.layer_plan import LayerPlan, Part
 from nested_reft.models.bridges import Bridges
@@ -185,3 +185,14 @@ def test_a_shared_prefix_changes_nothing_but_the_time():
     # Weighing the shared tokens once instead of 32 times would show.
     lone = fit_bridges(model, [tuple(array[:1] for array in batch)], 1e-2)
     assert np.abs(lone["map"] - whole["map"]).max() > 1e-2
+
+
+def test_new_bridges_come_into_the_model_whatever_it_had_before():
+    model, plain = model_with_bridges(), model_with_bridges()
+    plan = LayerPlan.skipping(TINY.num_layers, [2], Part.BRIDGE)
+    model.bridges.load({name: value + 1.0 for name, value in model.stacked_bridges().items()})
+    add_bridges(model, [texts()], 0.1, plan)
+    expected = fit_bridges(plain, [texts()], 0.1, plan)
+    assert all(np.array_equal(model.stacked_bridges()[name], value) for name, value in expected.items())
+    add_bridges(model, [texts()], 0.1, rank=3)
+    assert model.bridges.rank == 3

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from nested_reft.bridge_fitting import fit_bridges
+from nested_reft.bridge_fitting import add_bridges
 from nested_reft.cli.arguments import command_parser, local_file, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
@@ -17,7 +17,6 @@ from nested_reft.data.pipeline import batch_prompts
 from nested_reft.divergence import Texts, measure_layer_divergence, save_divergence, texts_of
 from nested_reft.json_files import check_writable
 from nested_reft.layer_plan import Part
-from nested_reft.models.bridges import Bridges
 from nested_reft.reports.tables import table
 from nested_reft.sharding import to_host
 from nested_reft.training.keys import RunKeys
@@ -98,6 +97,4 @@ def _fit(setup: Setup, texts: Texts) -> None:
     tokens = int(to_host(texts[-1]).sum())
     what = f"one half of the prompts has {tokens} tokens of answers to fit bridges on"
     bridge.check_tokens(tokens, model.config.width, what, "raise --prompts")
-    # A run's own bridges would draw the new ones to them.
-    model.bridges = Bridges(model.config.num_layers, model.config.width, bridge.rank)
-    model.load_bridges(fit_bridges(model, [texts], bridge.ridge))
+    add_bridges(model, [texts], bridge.ridge, rank=bridge.rank)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nested_reft.untrusted import printable
@@ -32,6 +34,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -
         ).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
+
+
+def side_by_side(texts: Mapping[str, str], width: int = 40) -> str:
+    """Texts in columns under their names, such as the answers of several policies to one question.
+
+    Args:
+        texts: by name; untrusted.
+        width: of a column, in characters.
+    """
+    # A line break stays one, and an empty line stays empty.
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(printable(line), width) or [""]]
+        for text in texts.values()
+    ]
+    rows = list(itertools.zip_longest(*columns, fillvalue=""))
+    return table(list(texts), rows, left=len(texts))
 
 
 def share(value: float | None) -> str:

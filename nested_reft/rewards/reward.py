@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from nested_reft import processes
 from nested_reft.data.examples import Checker, Example
 from nested_reft.literals import check_choice, check_whole
+from nested_reft.paths import local_only
 from nested_reft.rewards.exact_answer import exact_answer, parse_number
 from nested_reft.rewards.length import overlong_punishment
 from nested_reft.rewards.limits import LARGEST_REWARD, RewardError
@@ -35,6 +36,9 @@ CUT_OFF = -1.0  # what a reward model's number is for a completion without a sto
 NO_MODEL = "reward.checker is 'model', but reward.model is empty; name a trained reward model there"
 TRIAL_CALLS = 3  # of the user's function, on gold answers before training
 MAX_TASK_CHARS = 10_000  # of an answer that a task's own verifier reads
+# When the file of each function was last changed, as `check_answers` found it: a new run in the same session reads an
+# edited file anew, and a run that goes on keeps what it began with.
+_CHANGED: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -310,6 +314,8 @@ def check_answers(examples: Iterable[Example], config: RewardConfig) -> None:
         ImportError: an optional package is not installed.
     """
     examples = list(examples)
+    for name in filter(None, (config.function, config.safety)):
+        _CHANGED[name] = _when_changed(name)
     # All kinds are made ready before the first example, so that a missing package is the first message.
     kinds = {example.checker or config.checker for example in examples} | ({"function"} if config.function else set())
     if "function" in kinds:
@@ -478,7 +484,19 @@ def _failures(outcomes: dict[Any, Outcome], shape: tuple[int, ...]) -> dict[str,
 
 
 def _pool(config: RewardConfig) -> WorkerPool:
-    return _shared_pool(config.workers or cores(), config.time_limit_seconds, config.memory_gib, config.function)
+    changed = _CHANGED.get(config.function or "", 0)
+    return _shared_pool(
+        config.workers or cores(), config.time_limit_seconds, config.memory_gib, config.function, changed
+    )
+
+
+def _when_changed(function: str) -> int:
+    """The time of the last change of a function's file; 0 of a module, which has a name and no path."""
+    name = function.rpartition(":")[0]
+    if not name.endswith(".py"):
+        return 0
+    file = local_only(name, "reward.function")
+    return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def cores() -> int:
@@ -487,6 +505,11 @@ def cores() -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _shared_pool(workers: int, time_limit_seconds: float, memory_gib: float, function: str | None) -> WorkerPool:
-    """One pool for training and evaluation alike: starting workers takes a second or more."""
+def _shared_pool(
+    workers: int, time_limit_seconds: float, memory_gib: float, function: str | None, changed: int
+) -> WorkerPool:
+    """One pool for training and evaluation alike: starting workers takes a second or more.
+
+    `changed` is no setting of the pool. It makes a new one where the function's file is another.
+    """
     return WorkerPool(workers, time_limit_seconds, memory_gib, function)

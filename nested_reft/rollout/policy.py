@@ -293,7 +293,7 @@ class Policy:
             ValueError: a prompt has no tokens, or prompt and completion exceed the model's positions.
         """
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
-        batch = self._prompts_of(messages, chat)
+        batch = self.prompts_of(messages, chat)
         # An explicit 0 is refused below and must not turn into the default.
         if samples < 1:
             raise ValueError(f"samples is {samples}; allowed is 1 or more")
@@ -347,7 +347,7 @@ class Policy:
             raise ValueError(
                 f"score got {len(prompts)} prompts and {len(completions)} completions; give as many of both"
             )
-        batch = self._prompts_of(list(prompts), chat)
+        batch = self.prompts_of(list(prompts), chat)
         ids = [self.tokenizer.encode(text) for text in completions]
         if not all(ids):
             raise ValueError("score got a completion without tokens; every completion needs at least one")
@@ -362,6 +362,33 @@ class Policy:
         # Attention is causal, so padding after a completion changed nothing before it.
         return [found[row, 0, : len(tokens)] for row, tokens in enumerate(ids)]
 
+    def prompts_of(self, messages: Sequence[str], chat: bool | None = None) -> Prompts:
+        """What users say as prompts that `generate` takes, without gold answers.
+
+        >>> prompts = policy.prompts_of(["12 =", "345 ="])
+        >>> prompts.length_B.tolist()
+        [4, 5]
+
+        Args:
+            messages: one of each prompt.
+            chat: as in `sample`.
+
+        Raises:
+            ValueError: there is no prompt, or one has no tokens.
+        """
+        how = self.prompt if chat is None else self.prompt.with_chat(chat)
+        texts = [how.write(message, self.tokenizer) for message in messages]
+        ids = [how.encode(text, self.tokenizer) for text in texts]
+        if not texts or not all(ids):
+            raise ValueError("a prompt has no tokens; every prompt needs at least one")
+        tokens_BP = np.zeros((len(ids), max(map(len, ids))), np.int32)
+        for row, tokens in enumerate(ids):
+            tokens_BP[row, : len(tokens)] = tokens
+        length_B = np.array([len(tokens) for tokens in ids], np.int32)
+        # A user's message has no gold answer; nothing here is scored.
+        nothing = ("",) * len(texts)
+        return Prompts(tokens_BP, length_B, np.zeros(len(texts), np.int32), tuple(texts), nothing, ({},) * len(texts))
+
     def prompt_tokens(self, message: str) -> int:
         """How many tokens the prompt of a user's message has."""
         return len(self.prompt.encode(self.prompt.write(message, self.tokenizer), self.tokenizer))
@@ -375,20 +402,6 @@ class Policy:
         # The number of ids stays, because another shape would compile the whole program again.
         ids = np.array(self.tokenizer.stop_ids, np.int32)
         return replicate(ids if stops else np.full_like(ids, -1), self.mesh)
-
-    def _prompts_of(self, messages: Sequence[str], chat: bool | None) -> Prompts:
-        how = self.prompt if chat is None else self.prompt.with_chat(chat)
-        texts = [how.write(message, self.tokenizer) for message in messages]
-        ids = [how.encode(text, self.tokenizer) for text in texts]
-        if not texts or not all(ids):
-            raise ValueError("a prompt has no tokens; every prompt needs at least one")
-        tokens_BP = np.zeros((len(ids), max(map(len, ids))), np.int32)
-        for row, tokens in enumerate(ids):
-            tokens_BP[row, : len(tokens)] = tokens
-        length_B = np.array([len(tokens) for tokens in ids], np.int32)
-        # A user's message has no gold answer; nothing here is scored.
-        nothing = ("",) * len(texts)
-        return Prompts(tokens_BP, length_B, np.zeros(len(texts), np.int32), tuple(texts), nothing, ({},) * len(texts))
 
     def _check_plan(self, plan: LayerPlan | None) -> None:
         """Refuses a plan that was made for a deeper model: its layers would silently be others here."""

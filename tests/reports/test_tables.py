@@ -2,7 +2,7 @@
 
 import pytest
 
-from nested_reft.reports.tables import summary_table
+from nested_reft.reports.tables import side_by_side, summary_table
 
 SUMMARY = {
     "before": {},
@@ -36,3 +36,15 @@ def test_the_summary_compares_nested_with_full(bridges, words):
 
 def test_a_summary_without_times_leaves_them_out():
     assert "seconds of a step" not in summary_table(SUMMARY | {"step_seconds": None})
+
+
+def test_texts_stand_side_by_side_with_their_own_line_breaks():
+    found = side_by_side({"full": "one two three\n\nfour", "nested": "one\x1b[2J"}, width=8)
+    assert found.splitlines() == [
+        "full     nested",
+        "-------  --------",
+        "one two  one\\x1b[",
+        "three    2J",
+        "",
+        "four",
+    ]

@@ -291,6 +291,24 @@ def test_a_function_is_called_before_training():
     )
 
 
+def test_an_edited_function_counts_from_the_next_run_on(tmp_path):
+    file = tmp_path / "mine.py"
+    config = RewardConfig("function", function=f"{file}:reward", workers=1)
+    examples = [Example("1 + 1", "2", "s", {}, None)]
+
+    def edit(value):
+        file.write_text(f"def reward(completion, example):\n    return {value}\n")
+        os.utime(file, (value, value))  # a clock may be too coarse for two edits of a test
+
+    edit(1)
+    check_answers(examples, config)
+    assert score_texts([["2"]], ["2"], config)[0] == 1
+    edit(3)
+    assert score_texts([["2"]], ["2"], config)[0] == 1  # the run goes on as it began
+    check_answers(examples, config)
+    assert score_texts([["2"]], ["2"], config)[0] == 3
+
+
 def test_overlong_completions_are_punished():
     config = RewardConfig(overlong_cache_tokens=8, overlong_weight=2.0)
     prompts, finished = make_prompts(["7"]), np.array([[True, True, False]])
