@@ -92,11 +92,12 @@ def join(values: Mapping[str, str]) -> None:
             processes.start_detected(CONNECT_SECONDS, heartbeat)
         else:
             count = _whole("--processes", values.get("--processes", "1"), least=1)
+            number = _whole("--process", values.get("--process", "0"))
             place = processes.ProcessConfig(
                 values.get("--coordinator"),
                 count,
                 # One process alone needs no number, and is refused below with what it was given.
-                _whole("--process", values.get("--process", "0")) if count > 1 else 0,
+                number if count > 1 else 0,
                 _devices(values.get("--local-devices")),
                 connect_seconds=CONNECT_SECONDS,
                 heartbeat_seconds=heartbeat,
