@@ -11,6 +11,7 @@ from nested_reft.benchmarks import RecordFile, answer_of, evaluate_benchmark, ma
 from nested_reft.data.benchmarks import BENCHMARKS, load_benchmark
 from nested_reft.data.datasets import DATASETS
 from nested_reft.data.sources import DatasetSource
+from nested_reft.evaluation import EvaluationConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.training.setup import prepare
