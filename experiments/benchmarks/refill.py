@@ -5,8 +5,10 @@
 SmolLM2-135M in float32, prompts of 64 tokens, completions of up to 512. Lengths are the quantiles of a log-normal
 distribution with mean 64 and longest 512, shuffled. For each row that is decoded at a time there are five prompts, so
 that four wait. Batches of that many rows come one after the other and drop the rows that end, as rollouts do without
-`rollout.rows`. What is sampled must be the same, token for token; `--alone` compares so many prompts with batches of
-one as well.
+`rollout.rows`. What is sampled must be the same, token for token, but for rare ties: rows that stand elsewhere add up
+in another order, and where a random number falls between two tokens by less than that rounding, the completion goes on
+otherwise from there. The table counts the completions that do. `--alone` compares so many prompts with batches of one
+as well.
 
 A row ends at its length because its draw there is replaced: a random number of 0 draws token 0, which stops it. The
 programs are those that ship otherwise.
@@ -43,6 +45,7 @@ ROWS = (16, 32)
 PROMPTS_PER_ROW = 5
 PROMPT_TOKENS, NEW_TOKENS, MEAN_TOKENS = 64, 512, 64
 NAME = "row_uniforms"  # of what both modules draw by
+MOST_TIES = 0.1  # of the completions; a fault of the caches changes nearly all
 STOP = 0  # the first token of the vocabulary, which the smallest random number draws
 
 
@@ -76,7 +79,7 @@ def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list
         alone: how many prompts are also sampled one by one, untimed.
 
     Raises:
-        AssertionError: two of them sampled different tokens.
+        AssertionError: more completions differ than ties explain.
     """
     case = Case(PROMPTS_PER_ROW * rows, 1, PROMPT_TOKENS, NEW_TOKENS)
     length_N = long_tailed(case.prompts)
@@ -88,14 +91,18 @@ def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list
     times = measure_all(list(calls.values()), repeats)
     tokens = {name: call() for name, call in calls.items()}
     first = tokens["batches that shrink"]
-    for name, other in tokens.items():
-        assert np.array_equal(first, other), f"{name} sampled other tokens"
     if alone:
-        assert np.array_equal(first[:alone], sampler(model, case, length_N, 1)(alone)), "rows alone sampled others"
+        tokens["rows alone"] = sampler(model, case, length_N, 1)(alone)
+    differing = {name: int((first[: len(other)] != other).any(axis=1).sum()) for name, other in tokens.items()}
+    for name, count in differing.items():
+        assert count <= MOST_TIES * len(tokens[name]), f"{count} completions of {name} are others"
     sampled = (first != STOP).cumprod(axis=1).sum(axis=1) + 1
     named = {"system": "ours", "case": case, "rows": rows, "alone": alone}
+    named |= {"differing_alone": differing.get("rows alone")}
     named |= {"tokens": int(sampled.sum()), "mean_length": float(sampled.mean()), "longest": int(sampled.max())}
-    return [named | {"variant": name} | row for name, row in zip(calls, times, strict=True)]
+    return [
+        named | {"variant": name, "differing": differing[name]} | row for name, row in zip(calls, times, strict=True)
+    ]
 
 
 def long_tailed(count: int) -> Int[np.ndarray, " N"]:
@@ -170,7 +177,19 @@ def _program(key_N1: Array, length_N: Array, rows: int | None) -> Callable[..., 
 
 def refill_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each measurement; what others take is relative to the batches of as many rows."""
-    header = ["rows", "prompts", "variant", "mean", "longest", "s", "tokens/s", "faster", "first s", "peak GB"]
+    header = [
+        "rows",
+        "prompts",
+        "variant",
+        "mean",
+        "longest",
+        "s",
+        "tokens/s",
+        "faster",
+        "differ",
+        "first s",
+        "peak GB",
+    ]
     cells = []
     for row in rows:
         base = next(x for x in rows if x["rows"] == row["rows"])
@@ -184,6 +203,7 @@ def refill_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['seconds']:.1f}",
                 f"{row['tokens'] / row['seconds']:.1f}",
                 f"{base['seconds'] / row['seconds']:.2f}x",
+                row["differing"],
                 f"{row['first_seconds']:.1f}",
                 f"{row['peak_bytes'] / 1e9:.2f}",
             ]
