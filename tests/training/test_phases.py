@@ -93,7 +93,7 @@ def test_pass_rates_of_the_starting_policy_divide_the_sources(tmp_path, monkeypa
     """Every second question always right: two parts, the easy one first, named by their pass rates."""
     seen = []
 
-    def half_right(policy, examples, *rest):
+    def half_right(policy, examples, *rest, decoded):
         seen.append(parameters(policy))
         return np.arange(len(examples)) % 2 * rest[-1], 0
 

@@ -487,7 +487,7 @@ def test_reinforcement_after_a_warm_start_resumes_with_its_reference(tmp_path, m
     assert line == {name: value for name, value in comparable(logged[2]).items() if name != "step"}
 
 
-def half_right(policy, examples, *rest):
+def half_right(policy, examples, *rest, decoded):
     """Every second question always right, in place of `num_correct`."""
     return np.arange(len(examples)) % 2 * rest[-1], 0
 
