@@ -28,7 +28,7 @@ read -r code newest < <(sed -n "$(wc -l < "$FAKE/calls")p" "$FAKE/script")
 [ -z "$newest" ] || echo "$newest" > "$FAKE/newest"
 if [ "$code" = WAIT ]; then
     trap 'echo TERM >> "$FAKE/terms"' TERM
-    touch "$FAKE/started"
+    echo started >> "$FAKE/started"
     while [ ! -e "$FAKE/finish" ]; do /bin/sleep 0.02; done
     exit 75
 fi
@@ -445,6 +445,8 @@ def test_all_workers_install_start_show_and_stop(pod):
     assert on_pod(pod, "run_all_workers.sh", "start", *TRAIN, "--field", "two words").returncode == 0
     wait_until(lambda: len(lines(pod / "calls")) == 2)
     assert lines(pod / "calls") == ["train tiny --train.steps 4 --field two words --runs runs  auto"] * 2
+    # A signal before the trap is set would end it.
+    wait_until(lambda: len(lines(pod / "started")) == 2)
     assert on_pod(pod, "run_all_workers.sh", "stop").returncode == 0
     wait_until(lambda: len(lines(pod / "terms")) == 2)
     (pod / "finish").touch()
