@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import clear_backends
 
 from experiments.benchmarks.ceilings import copy_bandwidth, matrix_rate, memory_bandwidth
 from experiments.benchmarks.common import shown
@@ -57,6 +58,7 @@ class Sizes:
         decode_steps: within one timed call.
         tail_rows: that are decoded at a time where lengths have a long tail.
         tail_prompt_tokens, tail_new_tokens, tail_mean: of the prompts, of the longest completion and of the mean one.
+        precisions: of those rollouts.
         skip_ratios: of the nested plans; the ends first, for a run that is cut short.
         exact: the workload at each number of rows.
         updates: workloads, and what the backward pass recomputes.
@@ -72,6 +74,7 @@ class Sizes:
     tail_prompt_tokens: int = 64
     tail_new_tokens: int = 512
     tail_mean: int = 64
+    precisions: tuple[Precision, ...] = ("bfloat16", "int8")
     skip_ratios: tuple[float, ...] = (0.0, 0.33, 0.1, 0.2)
     exact: tuple[Case, ...] = (Case(1, 1, 64, 64, 0.1), Case(2, 8, 64, 64, 0.1), Case(8, 8, 64, 64, 0.1))
     updates: tuple[tuple[Case, Literal["none", "full"]], ...] = (
@@ -85,13 +88,14 @@ SMALL = Sizes(
     floats=2**22,
     matrix=256,
     decode_rows=(1, 4),
-    contexts=(32, 64),
+    contexts=(32,),
     decode_steps=4,
     tail_rows=4,
     tail_prompt_tokens=8,
     tail_new_tokens=24,
     tail_mean=6,
-    exact=(Case(1, 1, 8, 8, 0.1), Case(2, 2, 8, 8, 0.1)),
+    skip_ratios=(0.0, 0.33),
+    exact=(Case(2, 2, 8, 8, 0.1),),
     updates=((Case(2, 2, 8, 8), "none"), (Case(2, 2, 16, 16), "full")),
 )
 SMALL_SHAPE = ModelConfig(
@@ -228,13 +232,13 @@ def ceiling_jobs(bench: Bench) -> list[Job]:
     """Bandwidth twice, and the rates of products."""
 
     def job(name: str, unit: str, value: Callable[[], float]) -> Job:
-        return Job(name, lambda: [{"rate": value(), "unit": unit}])
+        return Job(name, lambda: [{"rate": value() / 1e9, "unit": f"G{unit}/s"}])
 
     return [
-        job("copy", "B/s", lambda: bench.copied),
-        job("read", "B/s", lambda: bench.read),
-        job("bfloat16 products", "op/s", lambda: bench.bfloat16_rate),
-        job("float32 products", "op/s", lambda: bench.float32_rate),
+        job("copy", "B", lambda: bench.copied),
+        job("read", "B", lambda: bench.read),
+        job("bfloat16 products", "FLOP", lambda: bench.bfloat16_rate),
+        job("float32 products", "FLOP", lambda: bench.float32_rate),
     ]
 
 
@@ -292,13 +296,12 @@ def _read_bytes(model: Transformer) -> int:
 
 def tail_jobs(bench: Bench) -> list[Job]:
     """Every precision and plan, in batches and by rows that are refilled."""
-    precisions: tuple[Precision, ...] = ("bfloat16", "int8")
     return [
         Job(
             f"{precision}, {share:.0%} skipped, {'refilled' if refilled else 'batches'}",
             partial(tail_row, bench, precision, share, refilled),
         )
-        for precision in precisions
+        for precision in bench.sizes.precisions
         for share in bench.sizes.skip_ratios
         for refilled in (False, True)
     ]
@@ -348,10 +351,10 @@ def exact_jobs(bench: Bench) -> list[Job]:
     def measure_case(case: Case) -> list[Row]:
         plain = dataclasses.replace(case, skip_ratio=0.0)
         rows = exact_rows(bench.policy("bfloat16"), plain, [case], bench.sizes.repeats, draft_lengths=(2, 4))
+        names = [f"{case.rows} rows, {row['variant']}" for row in rows]
+        rates = [case.sampled_tokens / row["seconds"] for row in rows]
         return [
-            row
-            | {"case": f"{case.rows} rows, {row['variant']}", "tokens_per_second": case.sampled_tokens / row["seconds"]}
-            for row in rows
+            row | {"case": name, "tokens_per_second": rate} for row, name, rate in zip(rows, names, rates, strict=True)
         ]
 
     return [Job(f"{case.rows} rows", partial(measure_case, case)) for case in bench.sizes.exact]
@@ -421,15 +424,13 @@ def peer_row(bench: Bench, system: System, variant: str, kind: str, case: Case) 
         # JAX holds most of the memory until its backend is gone; what comes after the peers starts another one.
         bench.forget()
         jax.clear_caches()
-        jax.extend.backend.clear_backends()
+        clear_backends()
     with tempfile.TemporaryDirectory() as directory:
         write_json(Path(directory) / "config.json", config_to_huggingface(bench.config, jnp.dtype("bfloat16")))
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         spec = Spec(variant, (case,), directory, "", bench.config.vocab_size, threads, bench.sizes.repeats, device)
-        return [
-            {"system": system.title, "kind": kind} | row
-            for row in ask(system, spec, seconds=max(bench.seconds_left(), 1))
-        ]
+        (found,) = ask(system, spec, seconds=max(bench.seconds_left(), 1))
+        return [{"system": system.title, "kind": kind} | found]
 
 
 def peers_compared(rows: list[Row]) -> list[Row]:
@@ -448,10 +449,7 @@ PARTS = {
     "ceilings": Part(
         "the device's ceilings",
         ceiling_jobs,
-        {
-            "rate": lambda row: f"{row['rate'] / 10 ** (9 if row['unit'] == 'B/s' else 12):.2f}",
-            "unit": lambda row: {"B/s": "GB/s", "op/s": "TFLOP/s"}[row["unit"]],
-        },
+        {"rate": _number("rate", ".2f"), "unit": lambda row: row["unit"]},
     ),
     "decode": Part(
         "decode steps in bfloat16, head and sampling included; the floor reads weights and caches once",

@@ -23,6 +23,7 @@ def model_of(spec: Spec) -> Any:
     torch.set_num_threads(spec.threads)
     dtype = getattr(torch, spec.variant.partition(",")[0])
     if any(Path(spec.directory).glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(spec.directory, dtype=dtype).to(spec.device)
+        model: Any = AutoModelForCausalLM.from_pretrained(spec.directory, dtype=dtype)
+        return model.to(spec.device)
     with torch.device(spec.device):  # random numbers are drawn faster there
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.directory), dtype=dtype)
