@@ -34,6 +34,7 @@ def cases(path) -> dict[str, list[dict]]:
     return json.loads(path.read_text())["parts"]
 
 
+@pytest.mark.slow
 def test_every_case_has_its_figures(tiny, tmp_path, capsys):
     assert accelerator.main([*COMMAND, str(tmp_path / "kept.json")]) == 0
     found = cases(tmp_path / "kept.json")
