@@ -75,6 +75,31 @@ def memory_bandwidth(size: int = 2**26) -> float:
     return 4 * size / _seconds(call, matrix, jnp.ones(2048, jnp.float32))
 
 
+def copy_bandwidth(size: int) -> float:
+    """Bytes per second read and written: so many float32 numbers, each plus one."""
+    return 2 * 4 * size / _seconds(jax.jit(lambda x: x + 1), jnp.ones(size, jnp.float32))
+
+
+def matrix_rate(size: int, dtype: Any, times: int = 8) -> float:
+    """Operations per second of square products, one after the other, whose results are stored in `dtype` too.
+
+    `product_flops` keeps its sums in float32 and its matrices small, which suits caches of a CPU. An accelerator would
+    spend much of that call on moving the sums.
+
+    Args:
+        size: of the matrices' sides.
+        dtype: of all of them.
+        times: products within one call.
+    """
+
+    def repeated(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: (x @ weight).astype(dtype), x)
+
+    # Equal numbers would flatter a GPU, which runs faster where few bits change. This scale keeps the products finite.
+    x, weight = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    return times * 2 * size**3 / _seconds(jax.jit(repeated), x, weight / jnp.sqrt(size).astype(dtype))
+
+
 def sampling_seconds(rows: int, vocab_size: int) -> float:
     """Seconds of one draw from `rows` rows of logits, log-probabilities included."""
     logits = jax.random.normal(jax.random.key(0), (rows, vocab_size))

@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_results(known, {"threads": known.threads, "rows": plain(rows)})
 
 
-def exact_rows(policy: Policy, case: Case, nested: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
+def exact_rows(
+    policy: Policy, case: Case, nested: Sequence[Case], repeats: int, draft_lengths: Sequence[int] = DRAFT_LENGTHS
+) -> list[dict[str, Any]]:
     """A row for plain rollouts and one for each plan and number of drafts.
 
     Args:
@@ -75,8 +77,9 @@ def exact_rows(policy: Policy, case: Case, nested: Sequence[Case], repeats: int)
         case: the workload.
         nested: the same with the plans that draft.
         repeats: timed calls of each.
+        draft_lengths: tokens drafted in a round, each of which compiles.
     """
-    cases = [(each, k) for each in nested for k in DRAFT_LENGTHS]
+    cases = [(each, k) for each in nested for k in draft_lengths]
     drafted = [exact_call(policy, each, k) for each, k in cases]
     calls = [rollout_call(policy, case), *drafted]
     found = measure_all([lambda call=call: jax.block_until_ready(call()) for call in calls], repeats)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from experiments.benchmarks.peer_models import model_of
 from experiments.benchmarks.worker import Case, Spec, serve
 
 CLIP = 0.2
@@ -22,16 +22,16 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
     Args:
         spec: names the variant, the weights and the threads.
     """
-    torch.set_num_threads(spec.threads)
-    model = AutoModelForCausalLM.from_pretrained(spec.directory, dtype=getattr(torch, spec.variant)).train()
+    model = model_of(spec).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
 
     def make_call(case: Case) -> Callable[[], Any]:
-        prompts = torch.tensor(case.prompt_ids(spec.vocab_size)).repeat_interleave(case.group, dim=0)
-        completions = torch.tensor(case.completion_ids(spec.vocab_size))
+        prompts = torch.tensor(case.prompt_ids(spec.vocab_size), device=spec.device)
+        prompts = prompts.repeat_interleave(case.group, dim=0)
+        completions = torch.tensor(case.completion_ids(spec.vocab_size), device=spec.device)
         sequences = torch.cat([prompts, completions], dim=1)
-        advantage = torch.where(torch.arange(case.rows) % 2 == 1, 1.0, -1.0)[:, None]
-        behavior_logprob = torch.full(completions.shape, -10.0)
+        advantage = torch.where(torch.arange(case.rows, device=spec.device) % 2 == 1, 1.0, -1.0)[:, None]
+        behavior_logprob = torch.full(completions.shape, -10.0, device=spec.device)
 
         def call() -> None:
             logits = model(sequences, use_cache=False, logits_to_keep=case.new_tokens + 1).logits[:, :-1]

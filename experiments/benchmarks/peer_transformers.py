@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from experiments.benchmarks.peer_models import model_of
 from experiments.benchmarks.worker import Case, Spec, serve
 
 
@@ -20,12 +20,12 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
     Args:
         spec: names the variant, the weights and the threads.
     """
-    torch.set_num_threads(spec.threads)
-    model = AutoModelForCausalLM.from_pretrained(spec.directory, dtype=getattr(torch, spec.variant)).eval()
+    model = model_of(spec).eval()
+    static = {"cache_implementation": "static"} if spec.variant.endswith("static cache") else {}
     model.generation_config.eos_token_id = None  # nothing stops early
 
     def make_call(case: Case) -> Callable[[], Any]:
-        prompts = torch.tensor(case.prompt_ids(spec.vocab_size))
+        prompts = torch.tensor(case.prompt_ids(spec.vocab_size), device=spec.device)
 
         def call() -> None:
             with torch.inference_mode():
@@ -39,7 +39,8 @@ def prepare(spec: Spec) -> Callable[[Case], Callable[[], Any]]:
                     max_new_tokens=case.new_tokens,
                     num_return_sequences=case.group,
                     pad_token_id=0,
-                )
+                    **static,
+                ).cpu()  # a GPU may still be at work
             assert tokens.shape == (case.rows, case.prompt_tokens + case.new_tokens)
 
         return call

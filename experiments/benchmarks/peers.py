@@ -48,8 +48,16 @@ class Skipped(Exception):
     """A system cannot be measured; says why in one line."""
 
 
-def ask(system: System, spec: Spec, directory: Path = PEERS_DIRECTORY) -> list[dict[str, Any]]:
+def ask(
+    system: System, spec: Spec, directory: Path = PEERS_DIRECTORY, seconds: float = WORKER_SECONDS
+) -> list[dict[str, Any]]:
     """A system's result for each case of the spec; its environment is made if need be.
+
+    Args:
+        system: who is asked.
+        spec: for what.
+        directory: of environments.
+        seconds: the most that the answer may take.
 
     Raises:
         Skipped: it cannot be installed, fails, or takes too long.
@@ -58,7 +66,7 @@ def ask(system: System, spec: Spec, directory: Path = PEERS_DIRECTORY) -> list[d
     with tempfile.TemporaryDirectory() as temporary:
         answer = Path(temporary) / "answer.json"
         command = [str(python), "-m", f"experiments.benchmarks.{system.worker}", str(answer)]
-        run_limited(command, WORKER_SECONDS, spec.to_json(), _worker_environment(spec.threads))
+        run_limited(command, seconds, spec.to_json(), _worker_environment(spec.threads))
         return json.loads(answer.read_text())
 
 

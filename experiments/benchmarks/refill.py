@@ -96,7 +96,7 @@ def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list
     differing = {name: int((first[: len(other)] != other).any(axis=1).sum()) for name, other in tokens.items()}
     for name, count in differing.items():
         assert count <= MOST_TIES * len(tokens[name]), f"{count} completions of {name} are others"
-    sampled = (first != STOP).cumprod(axis=1).sum(axis=1) + 1
+    sampled = lengths_of(first)
     named = {"system": "ours", "case": case, "rows": rows, "alone": alone}
     named |= {"differing_alone": differing.get("rows alone")}
     named |= {"tokens": int(sampled.sum()), "mean_length": float(sampled.mean()), "longest": int(sampled.max())}
@@ -105,21 +105,26 @@ def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list
     ]
 
 
-def long_tailed(count: int) -> Int[np.ndarray, " N"]:
-    """Lengths whose logarithms are normal, with mean `MEAN_TOKENS` and longest `NEW_TOKENS`, in random order."""
+def lengths_of(tokens_NC: Int[np.ndarray, "N C"]) -> Int[np.ndarray, " N"]:
+    """Tokens of each completion, the one that stopped it included."""
+    return (tokens_NC != STOP).cumprod(axis=1).sum(axis=1) + 1
+
+
+def long_tailed(count: int, mean: int = MEAN_TOKENS, longest: int = NEW_TOKENS) -> Int[np.ndarray, " N"]:
+    """Lengths whose logarithms are normal, with that mean and that longest one, in random order."""
     score_N = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
     low, high = 0.0, 2.0
     for _ in range(40):  # halvings; a wider spread with the same longest has a smaller mean
         spread = (low + high) / 2
-        found_N = np.maximum(np.round(NEW_TOKENS * np.exp(spread * (score_N - score_N[-1]))), 1)
-        low, high = (spread, high) if found_N.mean() > MEAN_TOKENS else (low, spread)
+        found_N = np.maximum(np.round(longest * np.exp(spread * (score_N - score_N[-1]))), 1)
+        low, high = (spread, high) if found_N.mean() > mean else (low, spread)
     return np.random.default_rng(0).permutation(found_N.astype(np.int32))
 
 
 def sampler(
     model: Transformer, case: Case, length_N: Int[np.ndarray, " N"], rows: int, refilled: bool = False
 ) -> Callable[..., Int[np.ndarray, "N C"]]:
-    """What samples all prompts, or the first so many, and returns their tokens.
+    """What samples all prompts, or the first so many, under a plan or the full model, and returns their tokens.
 
     Args:
         model: what samples.
@@ -129,16 +134,17 @@ def sampler(
         refilled: one call for all prompts instead of one for each batch.
     """
     prompts, key = prompts_of(case, model.config.vocab_size), jax.random.key(0)
-    program = _program(row_keys(key, jnp.arange(case.prompts), 1), jnp.asarray(length_N), rows if refilled else None)
+    key_N1, full = row_keys(key, jnp.arange(case.prompts), 1), LayerPlan.full(model.config.num_layers)
+    program = _program(key_N1, jnp.asarray(length_N), case.new_tokens, rows if refilled else None)
 
-    def call(count: int = case.prompts) -> Int[np.ndarray, "N C"]:
+    def call(count: int = case.prompts, plan: LayerPlan = full) -> Int[np.ndarray, "N C"]:
         batch = count if refilled else rows
         found = [
             program(
                 model,
                 jnp.asarray(prompts.tokens_BP[start : start + batch]),
                 jnp.asarray(prompts.length_B[start : start + batch]),
-                LayerPlan.full(model.config.num_layers),
+                plan,
                 jnp.array([STOP]),
                 key,
                 number_B=jnp.arange(start, start + batch),
@@ -150,15 +156,22 @@ def sampler(
     return call
 
 
-def _program(key_N1: Array, length_N: Array, rows: int | None) -> Callable[..., Rollouts]:
-    """A program of its own, whose rows end at their lengths."""
+def _program(key_N1: Array, length_N: Array, new_tokens: int, rows: int | None) -> Callable[..., Rollouts]:
+    """A program of its own, whose rows end at their lengths.
+
+    Args:
+        key_N1: by which the prompts draw, and by which a draw knows its prompt.
+        length_N: tokens of each.
+        new_tokens: C.
+        rows: that are refilled; None for batches.
+    """
     words_N = jax.random.key_data(key_N1)[:, 0, 0]
 
     def draws(key: Array, position: Array) -> Float[Array, "2 *rows"]:
         number = jnp.argmax(jax.random.key_data(key)[..., :1] == words_N, axis=-1)
         return jnp.where(position + 1 >= length_N[number], 0.0, jnp.maximum(row_uniforms(key, position), 1e-6))
 
-    options = {"group_size": 1, "max_completion_tokens": NEW_TOKENS, "sampling": SamplingConfig()}
+    options = {"group_size": 1, "max_completion_tokens": new_tokens, "sampling": SamplingConfig()}
     chosen = generate_module.generate if rows is None else refill_module.generate_refilled
     options |= {} if rows is None else {"rows": rows}
 

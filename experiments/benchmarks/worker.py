@@ -74,6 +74,7 @@ class Spec:
         vocab_size: V.
         threads: of every system alike.
         repeats: timed calls of each case, after one that may compile.
+        device: of torch.
     """
 
     variant: str
@@ -83,6 +84,7 @@ class Spec:
     vocab_size: int
     threads: int
     repeats: int
+    device: str = "cpu"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
