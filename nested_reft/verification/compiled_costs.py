@@ -175,9 +175,12 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    several = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if set(topology.partition(":")[2].split("x")) == {"1"}:
+        # libtpu takes a host for one with 2x2 chips, and a single chip for a part of none.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:  # the plugin raises several kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
     # A missing package is the likeliest reason, and the plugin's own words do not name it.

@@ -212,6 +212,15 @@ def test_the_slices_of_the_table_are_allowed(generation):
         compiled_costs.check_topology(f"{generation}:{shape}")
 
 
+@pytest.mark.parametrize(("topology", "bounds"), [("v5e:1x1", (1, 1, 1)), ("v5e:2x2", None), ("v5p:2x2x1", None)])
+def test_a_single_chip_has_a_host_of_its_own(topology, bounds, monkeypatch):
+    """Else libtpu refuses it, since its hosts have 2x2 chips."""
+    asked = Mock(return_value=SimpleNamespace(devices=[]))
+    monkeypatch.setattr(topologies, "get_topology_desc", asked)
+    topology_devices(topology)
+    assert asked.call_args.kwargs.get("chips_per_host_bounds") == bounds
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_topology_that_libtpu_refuses_is_refused_with_what_is_missing(monkeypatch, installed):
     """Its hosts have 2x2 chips, which do not divide 3x3."""
@@ -251,7 +260,7 @@ def test_cores_that_are_devices_are_not_called_chips():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the tpu extra) is not installed")
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:2x2", "v5p:2x2x2", "v4:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5e:1x1", "v6e:2x2", "v5p:2x2x2", "v4:2x2x1"])
 def test_topologies_have_as_many_chips_as_their_shape_says(topology):
     devices = topology_devices(topology)
     shape = topology.partition(":")[2]
