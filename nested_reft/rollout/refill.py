@@ -152,8 +152,8 @@ class _Refiller:
 
     @property
     def _cache_sizes(self) -> list[int]:
-        """Slots that steps read, one size after the other. With the last, a row that runs always has room for one more
-        token: it has C - 1 of them at most, and so have the slots that prefixes end at."""
+        """Slots that steps read, one size after the other. The last leaves room for another token of every row that
+        runs, since such a row has C - 1 at most, and prefixes end at slot F."""
         largest = max(self.size, self.given + 1)
         return [*(size for size in cache_sizes(self.size)[:-1] if size > self.given), largest]
 
