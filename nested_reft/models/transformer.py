@@ -226,8 +226,7 @@ class Transformer(nnx.Module):
 
         Args:
             token_BG: the tokens, which go into slot `step` of the caches.
-            step: 0 for the first slot; the same for all rows. With `start_BG` slots are used again and again, so it
-                may go beyond the last one, and only a row's own length has to fit into the caches.
+            step: 0 for the first slot; the same for all rows.
             cache: caches of `empty_cache`, filled up to `step`.
             prompt: the prompts' caches under the same plan.
             plan: layers to run.
@@ -242,15 +241,10 @@ class Transformer(nnx.Module):
         position = step if start_BG is None else (step - start_BG)[..., None]
         rotation = rope(config, prompt.length_B[:, None, None] + position)
         slot_T = jnp.arange(cache.key.shape[-2])
-        write_slot = step
-        if start_BG is None:
-            # Caches have room for more tokens than they hold: slots from `step` on are not written yet.
-            earlier_mask = slot_T < step
-        else:
-            # Slots form a ring, and a row sees those that were written since its start.
-            write_slot = step % slot_T.size
-            steps_since_T = (step - 1 - slot_T) % slot_T.size
-            earlier_mask = (steps_since_T < (step - start_BG)[..., None])[..., None, :]
+        # Caches have room for more tokens than they hold: slots from `step` on are not written yet.
+        earlier_mask = slot_T < step
+        if start_BG is not None:
+            earlier_mask = (earlier_mask & (slot_T >= start_BG[..., None]))[..., None, :]
         # The new token always sees itself: a single True broadcasts to its segment.
         here = jnp.ones((), bool)
         shared_mask = prompt.valid_BP[:, None, None]
@@ -270,7 +264,7 @@ class Transformer(nnx.Module):
         # that every layer writes to on-chip memory, and back out whole.
         # The scan stacked the new rows along A; the token axis of the caches is the fifth.
         cache = jax.tree.map(
-            lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, write_slot, 0)), cache, new
+            lambda whole, rows: jax.lax.dynamic_update_slice(whole, rows, (0, 0, 0, 0, step, 0)), cache, new
         )
         cache = jax.tree.map(lambda whole: constrain(whole, "", "batch", "", "kv_heads"), cache)
         return self._final_norm(x[:, :, 0]), cache

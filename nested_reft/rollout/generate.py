@@ -275,11 +275,11 @@ class _Decoder:
 def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
     """Every row decoded to its end, with caches that grow and finished rows that leave."""
     model, shape, size, given = decoder.model, decoder.shape, decoder.size, decoder.given
-    cache_sizes = _cache_sizes(size)
+    slots = cache_sizes(size)
     rows = _Rows()
     first_BGD = jnp.broadcast_to(prompt.last_hidden_BD[:, None], (*shape, prompt.last_hidden_BD.shape[-1]))
     if given is None:
-        cache = model.empty_cache(*shape, cache_sizes[0], decoder.plan)
+        cache = model.empty_cache(*shape, slots[0], decoder.plan)
     else:
         first_BGD, cache = model.prefill_completions(given.right_aligned_BGF(), given.start_BG, prompt, decoder.plan)
     state = _DecodeState(
@@ -291,12 +291,12 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
         cache=cache,
     )
     if given is not None:
-        state = _with_cache_size(state, given.size + cache_sizes[0])
+        state = _with_cache_size(state, given.size + slots[0])
     # The first token needs no decode step, since the prefill has its hidden state already.
     state = decoder.add_token(state, rows, first_BGD)
     compactions = compactions_of(*shape, size)
     # Each size serves until it is full or the first compaction is due. All that follows has caches of full size.
-    for cache_size in cache_sizes[1:]:
+    for cache_size in slots[1:]:
         state = decoder.until_fits(state, rows, prompt, (compactions or [(0, 0)])[0])
         state = _with_cache_size(state, decoder.given_size + cache_size)
     for fewer in compactions:
@@ -339,7 +339,7 @@ def compactions_of(batch: int, group: int, size: int) -> list[tuple[int, int]]:
     return shapes
 
 
-def _cache_sizes(size: int) -> list[int]:
+def cache_sizes(size: int) -> list[int]:
     """Tokens that caches hold room for, one after the other: every step reads them whole."""
     # The last token is never fed, so it needs no slot.
     last = max(size - 1, 1)
@@ -352,7 +352,7 @@ def decode_loops(batch: int, group: int, size: int) -> list[int]:
     Args:
         batch, group, size: B, G and C.
     """
-    ends = [*_cache_sizes(size)[:-1], max(size - 1, 0)]
+    ends = [*cache_sizes(size)[:-1], max(size - 1, 0)]
     steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     # No row leaves, so the loop before the first compaction goes on to the end, and those behind it have nothing to do.
     return steps + [0] * len(compactions_of(batch, group, size))

@@ -8,6 +8,7 @@ samples, token for token: a draw depends on its prompt's number, its place in th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
-from nested_reft.rollout.generate import compactions_of, rollouts_of, shifted, whole_rows
+from nested_reft.rollout.generate import cache_sizes, compactions_of, rollouts_of, shifted, whole_rows
 from nested_reft.rollout.rows import stocked_prompts, taken_together
 from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
 from nested_reft.sharding import constrain, shares
@@ -57,7 +58,7 @@ class _Row:
     hidden_RD: Float[Array, "R D"]  # what predicts its next token
     found: _Found
     prompt: PromptCache
-    cache: KeyValues  # a ring, `[A, R, 1, J, W, K]`: every row writes into the same slot, wherever it began
+    cache: KeyValues  # `[A, R, 1, J, W, K]`: every row writes into the same slot, wherever it began
 
 
 @struct.dataclass
@@ -144,6 +145,18 @@ class _Refiller:
         """G."""
         return self.count // self.prompt_BP.shape[0]
 
+    @property
+    def given(self) -> int:
+        """F, slots that prefixes take."""
+        return 0 if self.forced is None else self.forced.tokens_BGF.shape[-1]
+
+    @property
+    def _cache_sizes(self) -> list[int]:
+        """Slots that steps read, one size after the other. The last leaves room for another token of every row that
+        runs, since such a row has C - 1 at most, and prefixes end at slot F."""
+        largest = max(self.size, self.given + 1)
+        return [*(size for size in cache_sizes(self.size)[:-1] if size > self.given), largest]
+
     def run(self) -> _Found:
         """All completions."""
         state, shelf = self._start()
@@ -154,15 +167,22 @@ class _Refiller:
             shelf = jax.lax.cond(
                 state.next >= shelf.end, lambda: self._stocked(state.next // self.group), lambda: shelf
             )
-            state = self._refilled(state, shelf)
-            return jax.lax.while_loop(lambda state: ~self._is_due(state), self._one_step, state), shelf
+            state = self._refilled(self._moved(state), shelf)
+            return self._decoded(state, self._is_due, self._cache_sizes), shelf
 
         state, _ = jax.lax.while_loop(lambda carry: carry[0].next < self.count, round, (state, shelf))
         # Where devices share the rows, all of them stay, as in `generate`: their caches would have to move.
         sizes = compactions_of(self.rows, 1, self.size) if shares("batch") == 1 else []
         for fewer, _ in [*sizes, (0, 1)]:
+
+            def fits(state: _State, fewer: int = fewer) -> Bool[Array, ""]:
+                return jnp.sum(~state.row.done_R) <= fewer
+
+            # Few rows are left, whose caches are small whatever room they have.
             state = jax.lax.while_loop(
-                lambda state, fewer=fewer: jnp.sum(~state.row.done_R) > fewer, self._one_step, state
+                lambda state, fits=fits: ~fits(state),
+                lambda state, fits=fits: self._decoded(self._moved(state), fits, self._cache_sizes[-1:]),
+                state,
             )
             state = dataclasses.replace(state, found=_put(state.found, state.row.number_R, state.row.found))
             if fewer:
@@ -177,7 +197,6 @@ class _Refiller:
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: self._stocked(jnp.zeros((), jnp.int32)))
         )
         config, rows = self.model.config, self.rows
-        given = 0 if self.forced is None else self.forced.tokens_BGF.shape[-1]
 
         def nothing(count: int) -> _Found:
             return _Found(
@@ -194,8 +213,7 @@ class _Refiller:
             prompt=PromptCache(
                 layers, jnp.zeros((rows, self.prompt_BP.shape[1]), bool), jnp.zeros((rows, config.width))
             ),
-            # The last token is fed, but a row that has all its tokens needs none of them any more.
-            cache=self.model.empty_cache(rows, 1, max(self.size - 1, given, 1), self.plan),
+            cache=self.model.empty_cache(rows, 1, self._cache_sizes[-1], self.plan),
         )
         zero = jnp.zeros((), int)
         return _State(zero, zero, _split(row), nothing(self.count)), shelf
@@ -237,11 +255,11 @@ class _Refiller:
         length_R, tokens_RC, cache = jnp.zeros(self.rows, int), jnp.zeros((self.rows, self.size), int), row.cache
         if self.forced is not None and shelf.prefix is not None:
             forced = jax.tree.map(lambda x: x.reshape(self.count, *x.shape[2:])[number_R], self.forced)
-            length_R, given = forced.length_BG, forced.tokens_BGF.shape[-1]
+            length_R, given = forced.length_BG, self.given
             tokens_RC = jnp.where(jnp.arange(given) < length_R[:, None], forced.tokens_BGF, 0)
             tokens_RC = jnp.pad(tokens_RC, ((0, 0), (0, max(self.size - given, 0))))[:, : self.size]
-            # The prefixes end before the next slot of the ring.
-            slot_F = (state.step - given + jnp.arange(given)) % cache.key.shape[-2]
+            # The prefixes end before the next slot.
+            slot_F = state.step - given + jnp.arange(given)
             cache = jax.tree.map(
                 lambda whole, new: whole.at[..., slot_F, :].set(
                     chosen(new[:, prompt_R, of_group_R][:, :, None], whole[..., slot_F, :], axis=1)
@@ -266,6 +284,31 @@ class _Refiller:
             cache=cache,
         )
         return _State(state.step, state.next + takes_R.sum(), _split(row), found)
+
+    def _moved(self, state: _State) -> _State:
+        """The same rows with the oldest one's first token in the first slot, so that steps read few slots.
+
+        Where prefixes may come, as many slots as these take are left in front.
+        """
+        age_R = jnp.where(state.row.done_R, 0, state.step - state.row.start_R)
+        shift = state.step - jnp.maximum(age_R.max(), self.given)
+        slot_W = (jnp.arange(state.row.cache.key.shape[-2]) + shift) % state.row.cache.key.shape[-2]
+        cache = jax.tree.map(lambda x: jnp.take(x, slot_W, axis=-2), state.row.cache)
+        row = dataclasses.replace(state.row, start_R=state.row.start_R - shift, cache=cache)
+        return dataclasses.replace(state, step=state.step - shift, row=row)
+
+    def _decoded(self, state: _State, is_over: Callable[[_State], Bool[Array, ""]], sizes: Sequence[int]) -> _State:
+        """Decodes until it is over or the slots are full, with caches of one size after the other."""
+        for size in sizes:
+            whole = state.row.cache
+            part = jax.tree.map(lambda x, size=size: x[..., :size, :], whole)
+            state = dataclasses.replace(state, row=dataclasses.replace(state.row, cache=part))
+            state = jax.lax.while_loop(
+                lambda state, size=size: ~is_over(state) & (state.step < size), self._one_step, state
+            )
+            cache = jax.tree.map(lambda x, new, size=size: x.at[..., :size, :].set(new), whole, state.row.cache)
+            state = dataclasses.replace(state, row=dataclasses.replace(state.row, cache=cache))
+        return state
 
     def _one_step(self, state: _State) -> _State:
         """Draws the next token of every row and feeds it."""

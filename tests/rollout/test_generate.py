@@ -326,8 +326,8 @@ def test_compactions_halve_groups_first():
 
 
 def test_caches_hold_a_quarter_half_and_all():
-    assert generate_module._cache_sizes(128) == [32, 64, 127]
-    assert generate_module._cache_sizes(63) == [62] and generate_module._cache_sizes(1) == [1]
+    assert generate_module.cache_sizes(128) == [32, 64, 127]
+    assert generate_module.cache_sizes(63) == [62] and generate_module.cache_sizes(1) == [1]
 
 
 def test_decoding_grows_caches_and_drops_rows():
