@@ -230,7 +230,7 @@ class _Refiller:
         prefix = None
         if self.forced is not None:
             # Prefixes end at the same slot, so that rows which take them go on from the same step.
-            start_bG = self.forced.tokens_BGF.shape[-1] - self.forced.length_BG[index_b]
+            start_bG = self.given - self.forced.length_BG[index_b]
             tokens_bGF = shifted(self.forced.tokens_BGF[index_b], -start_bG)
             hidden_bGD, prefix = self.model.prefill_completions(tokens_bGF, start_bG, cache, self.plan)
         first = prompt * group
