@@ -157,7 +157,7 @@ def add_attention(
     return constrain(x + linear(layer, "output", attended), "batch")
 
 
-def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "B G T D"]) -> Float[Array, "B G T D"]:
+def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     """`x + W_down (silu(W_gate n) * W_up n)`, n the normed `x`: the SwiGLU block (Shazeer, 2020).
 
     A CPU's products of few rows in float32 are faster with the weights on the left, which it need not repack there,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -163,7 +164,21 @@ class LayerLoop:
         return (streams, state), self._nothing_new(carry)
 
     def _mlp(self, streams: Streams, layer: Parameters) -> Streams:
-        return tuple(add_mlp(self.layers.config, layer, x) for x in streams)
+        """The streams after the MLP. Those of the same prompts pass in one: larger products are faster, and a weight
+        then has one gradient and not two to add.
+        """
+        config, prompts = self.layers.config, [len(x) for x in streams]
+        if len(set(prompts)) == len(prompts):
+            return tuple(add_mlp(config, layer, x) for x in streams)
+        # Only a prefix that all prompts share stands alone. Rows lie side by side within a prompt, because devices
+        # share prompts.
+        joined = [x for x in streams if len(x) == prompts[-1]]
+        rows = [x.reshape(len(x), -1, config.width) for x in joined]
+        ends = list(itertools.accumulate(x.shape[1] for x in rows))
+        parts = iter(jnp.split(add_mlp(config, layer, jnp.concatenate(rows, axis=1)), ends[:-1], axis=1))
+        return tuple(
+            next(parts).reshape(x.shape) if len(x) == prompts[-1] else add_mlp(config, layer, x) for x in streams
+        )
 
     def _nothing_new(self, carry: Carry) -> Any:
         """Zeros in place of keys and values: all kinds of steps must return the same shapes."""

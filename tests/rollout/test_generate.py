@@ -246,17 +246,25 @@ def test_blocks_of_positions_change_neither_logprobs_nor_gradient(key, monkeypat
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4])
-def test_entropy_and_its_gradient_are_those_of_the_definition(shift, key):
-    logits = 5 * jax.random.normal(key, (3, 4, 31))
+def test_logprob_and_entropy_and_their_gradients_are_those_of_the_definition(shift, key):
+    logits, token = 5 * jax.random.normal(key, (3, 4, 31)), jax.random.randint(key, (3, 4), 0, 31)
 
     def definition(logits):
-        return -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
+        logprob = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(logprob, token[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logprob) * logprob, axis=-1)
+
+    def ours(logits, differentiable=True):
+        return logprobs.logprob_and_entropy(logits, token, differentiable)
 
     atol = 1e-5 if shift == 0 else 0.02  # such logits are 0.001 apart
-    np.testing.assert_allclose(logprobs.entropy(logits + shift), definition(logits), atol=atol)
-    gradient, expected = (jax.grad(lambda x, f=f: f(x).sum())(logits) for f in (logprobs.entropy, definition))
-    np.testing.assert_allclose(gradient, expected, atol=1e-5)
-    assert logprobs.entropy(jnp.zeros(31)) == pytest.approx(np.log(31), abs=1e-6)
+    for found, expected in zip(ours(logits + shift), definition(logits), strict=True):
+        np.testing.assert_allclose(found, expected, atol=atol)
+    for part in (0, 1):
+        gradient, expected = (jax.grad(lambda x, f=f, part=part: f(x)[part].sum())(logits) for f in (ours, definition))
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+    assert not np.any(jax.grad(lambda x: ours(x, False)[1].sum())(logits))
+    flat = logprobs.logprob_and_entropy(jnp.zeros(31), jnp.zeros((), int))
+    np.testing.assert_allclose(flat, [-np.log(31), np.log(31)], atol=1e-6)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 30])
@@ -264,8 +272,12 @@ def test_excluded_tokens_add_nothing_to_entropy_and_its_gradient(kept, key):
     """0 log 0 is 0; with a product of 0 and -inf, loss and gradient would be NaN."""
     logits = 5 * jax.random.normal(key, (31,))
     excluded = jnp.where(jnp.arange(31) < kept, logits, -jnp.inf)
-    value, gradient = jax.value_and_grad(logprobs.entropy)(excluded)
-    expected, expected_gradient = jax.value_and_grad(logprobs.entropy)(logits[:kept])
+
+    def both(logits):
+        return sum(logprobs.logprob_and_entropy(logits, jnp.zeros((), int), differentiable_entropy=True))
+
+    value, gradient = jax.value_and_grad(both)(excluded)
+    expected, expected_gradient = jax.value_and_grad(both)(logits[:kept])
     assert float(value) == pytest.approx(float(expected), abs=1e-5)
     np.testing.assert_allclose(gradient[:kept], expected_gradient, atol=1e-5)
     assert not np.any(gradient[kept:])
