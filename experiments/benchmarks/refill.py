@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -88,8 +89,12 @@ def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list
         "refilled rows": sampler(model, case, length_N, rows, refilled=True),
         "all rows at once": sampler(model, case, length_N, case.prompts),
     }
-    times = measure_all(list(calls.values()), repeats)
-    tokens = {name: call() for name, call in calls.items()}
+    tokens: dict[str, Int[np.ndarray, "N C"]] = {}
+
+    def keeping(name: str) -> None:
+        tokens[name] = calls[name]()  # each call samples the same
+
+    times = measure_all([partial(keeping, name) for name in calls], repeats)
     first = tokens["batches that shrink"]
     if alone:
         tokens["rows alone"] = sampler(model, case, length_N, 1)(alone)
