@@ -171,7 +171,7 @@ class WandbLog:
         # Silent W&B asks nobody for a key, which would wait for an answer, and keeps the progress bar whole.
         wandb.setup(wandb.Settings(silent=True))
         settings = wandb.Settings(
-            # Nothing goes there but metrics and configuration: no code, output, packages, load or names of machines.
+            # Metrics and configuration go there, and no code, output, list of packages or load of the machine.
             console="off",
             disable_code=True,
             disable_git=True,
