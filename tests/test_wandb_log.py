@@ -191,6 +191,10 @@ def test_the_package_itself_writes_the_values_into_the_run_directory(monkeypatch
     assert not caplog.records
     first, second = sorted((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert first.name == second.name
+    # W&B's own process writes the file, perhaps a little later, and ends with this one.
+    end = time.monotonic() + 20
+    while (len(history(first)), len(history(second))) != (2, 3) and time.monotonic() < end:
+        time.sleep(0.1)
     assert history(first) == [(0, 0.0), (1, 0.25)] and history(second) == [(0, 0.0), (1, 0.25), (2, 0.5)]
 
 
