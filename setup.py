@@ -20,6 +20,7 @@ NOTEBOOKS = [
     "nbclient>=0.10",  # executes notebooks without a browser
     "nbformat>=5.10",
 ]
+WANDB = ["wandb>=0.27"]  # since then, the upload at the end of a run can have a time limit
 GCS = ["google-cloud-storage>=3.0", "requests>=2.32"]  # paths on gs://
 DOCS = [
     "mkdocs>=1.6.1",
@@ -86,6 +87,7 @@ setup(
         "notebooks": NOTEBOOKS,
         "ray": RAY,
         "gcs": GCS,
+        "wandb": WANDB,
         "docs": DOCS,
         "tpu": ["jax[tpu]"],
         # The one that fits the driver: `nvidia-smi` shows which version of CUDA it supports.

@@ -37,6 +37,7 @@ from nested_reft.training.step import UpdateResult
 from nested_reft.training.trainer import Trainer
 from nested_reft.types import TrainBatch
 from nested_reft.untrusted import printable, shown
+from nested_reft.wandb_log import check_wandb
 
 
 def train(config: Config | Run | str, on_step: Callable[[StepRecord], None] | None = None, runs: str = "runs") -> Run:
@@ -257,6 +258,8 @@ def open_trainer(
 
         def prepared() -> Setup:
             """What every process needs."""
+            if processes.is_writer():
+                check_wandb(config.train.wandb_project)
             if resume is None:
                 check_start(config)
             setup = prepare(config, resumes=resume is not None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -22,13 +21,13 @@ from nested_reft.json_files import write_json
 from nested_reft.models.registry import hub_revision
 from nested_reft.paths import address, copy_of, is_remote, local_only
 from nested_reft.remote_files import join
-from nested_reft.run_logs import Events, Log, cut, log_lines, mend
+from nested_reft.run_logs import Events, Log, cut, log_lines, mend, points
 from nested_reft.run_mirror import PartExchange, address_of, begin_copy, exchange_parts, mark_copy, open_mirror
 from nested_reft.run_owner import RunLock
+from nested_reft.wandb_log import WandbLog, wandb_log
 
 # The step of the first line, of a log with one line for each step; None of the other.
 LOGS = {"metrics.jsonl": 0, "samples.jsonl": None}
-HISTOGRAMS = ("staleness_completions",)  # metrics that are counts of 0, of 1 and so on
 # What a killed process leaves of a file that it was about to replace.
 PARTIAL = re.compile(r"\w+\.jsonl\.partial|\w+\.json\.[0-9]+\.partial")
 # These are the packages whose versions can change a result.
@@ -39,8 +38,9 @@ class RunDirectory:
     """The files of one run.
 
     `config.json`, `versions.json`, `metrics.jsonl` (a line a step), `samples.jsonl` (a line a
-    completion), TensorBoard events, `checkpoints/` and, at the end, `summary.json`. The logs are opened with the
-    first line, so that a run that cannot be continued stays as it was.
+    completion), TensorBoard events, `checkpoints/` and, at the end, `summary.json`; with `train.wandb_project` also
+    `wandb.json` and `wandb/`. The logs are opened with the first line, so that a run that cannot be continued stays as
+    it was.
 
     The directory of a run on `gs://` is its local copy, from which `copy` brings it there.
     """
@@ -55,6 +55,7 @@ class RunDirectory:
         """
         self.path = path
         self._purge_step: int | None = None
+        self._has_ended = False
         path.mkdir(parents=True, exist_ok=True)
         self._lock: RunLock | None = RunLock(path)
         try:
@@ -74,6 +75,10 @@ class RunDirectory:
     @cached_property
     def _events(self) -> Events:
         return Events(self.path, self._purge_step)
+
+    @cached_property
+    def _wandb(self) -> WandbLog | None:
+        return wandb_log(self.path)
 
     @property
     def address(self) -> str:
@@ -224,7 +229,7 @@ class RunDirectory:
                 mend(path, step, first_step)
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends a line, a TensorBoard point for every number, and a histogram of the ages.
+        """Appends a line, a TensorBoard point for every number, and a histogram of the ages; W&B gets these as well.
 
         Args:
             step: counted from 1; 0 is before the first.
@@ -235,13 +240,9 @@ class RunDirectory:
         """
         self.check_in_place()
         self._metrics.write([{"step": step} | metrics])
-        # TensorBoard shows no number that is not finite, and would warn of each.
-        numbers: dict[str, float] = {
-            name: float(value)
-            for name, value in metrics.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
-        self._events.write(step, numbers, {name: metrics[name] for name in HISTOGRAMS if name in metrics})
+        self._events.write(step, *points(metrics))
+        if self._wandb is not None:
+            self._wandb.write(step, metrics)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Appends a line per completion. JSON escapes whatever the model wrote.
@@ -255,6 +256,7 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`, whole or not at all."""
         write_json(self.path / "summary.json", summary)
+        self._has_ended = True
         self.copy()
 
     def close(self) -> None:
@@ -272,6 +274,9 @@ class RunDirectory:
             if mirror is not None:
                 mirror.close()
         finally:
+            live = self.__dict__.pop("_wandb", None)
+            if live is not None:
+                live.close(self._has_ended)
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None

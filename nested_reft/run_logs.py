@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 import zlib
@@ -17,6 +18,7 @@ from nested_reft.json_files import json_text, naming
 
 logger = logging.getLogger(__name__)
 SHOWN_FAULTS = 5  # of a damaged log
+HISTOGRAMS = ("staleness_completions",)  # metrics that are counts of 0, of 1 and so on
 
 
 class Log:
@@ -59,6 +61,19 @@ class Log:
     def close(self) -> None:
         """Closes the file; `write` then raises a ValueError."""
         self._file.close()
+
+
+def points(metrics: dict[str, Any]) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """What a line of metrics gives to draw: its finite numbers, and its histograms, by name.
+
+    Args:
+        metrics: JSON-able values by name.
+    """
+    # TensorBoard shows no number that is not finite, and would warn of each.
+    numbers = {
+        name: float(value) for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)
+    }
+    return numbers, {name: metrics[name] for name in HISTOGRAMS if name in metrics}
 
 
 class Events:

@@ -36,9 +36,9 @@ _INDEX = ".fetched.json"
 _CHECKPOINTS, _BLOCKS, _PARTS = "checkpoints", "../blocks/", "parts"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax ends the names of directories so while it writes them
 _IN_CHECKPOINT = re.compile(rf"{_CHECKPOINTS}/(0|[1-9][0-9]{{0,17}})/(.+)")
-# What a local copy has for itself, and what is half written.
+# What a local copy has for itself, and what is half written. W&B's files are both, and come and go as W&B likes.
 _NOT_COPIED = re.compile(
-    rf"{_CHECKPOINTS}/.*|{re.escape(MARK)}|{re.escape(_INDEX)}|{re.escape(IN_USE)}|.*\.partial|.*orbax-checkpoint-tmp.*"
+    rf"{_CHECKPOINTS}/.*|wandb/.*|{re.escape(MARK)}|{re.escape(_INDEX)}|{re.escape(IN_USE)}|.*\.partial|.*orbax-checkpoint-tmp.*"
 )
 # Files that grow, so that only their ends are copied.
 _GROWING = re.compile(r"\w+\.jsonl|events/.*")

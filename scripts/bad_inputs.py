@@ -148,6 +148,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "train.stop_after_empty_updates": ("0", "-1", "x"),
     "train.stop_after_nonfinite_updates": ("0", "-1", "None"),
     "train.stall_seconds": ("0", "-1", "nan", "x"),
+    "train.wandb_project": ("", "team/project"),
     "model.name": ("", "gpt-9", "./none.gguf", "runs/none", "a/b/c", "/dev/null", "~nobody/model"),
     "model.dtype": ("float16", "int8"),
     "data.prompts_per_batch": ("0", "-1", "x", str(2**40)),

@@ -28,6 +28,7 @@ OPTIONAL = {
     "tensorflow_datasets",
     "math_verify",
     "ray",
+    "wandb",
 }
 # These are parts of namespaces that other packages share.
 OPTIONAL_PARTS = {"google.cloud.storage", "google.auth"}
@@ -73,7 +74,7 @@ LAYERS = [
     {"rollout"},
     {"reward_model"},
     {"evaluation", "divergence", "run_logs"},
-    {"bridge_fitting", "bridge_file", "benchmarks"},
+    {"bridge_fitting", "bridge_file", "benchmarks", "wandb_log"},
     {"run_directory"},
     {"reports"},
     {"training"},

@@ -167,8 +167,8 @@ def _resolve_config(
     begin = f"leave out '{name}'" if name is not None else "leave the overrides out"
     raise ValueError(
         f"run '{address_of(resume)}' holds another configuration: {listed}. To continue it, {begin}; only --train.steps"
-        " may be raised, and --mesh, --train.save-seconds and --train.stall-seconds changed. To start another run,"
-        " leave out --resume"
+        " may be raised, and --mesh, --train.save-seconds, --train.stall-seconds and --train.wandb-project changed. To"
+        " start another run, leave out --resume"
     )
 
 

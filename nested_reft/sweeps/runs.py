@@ -20,6 +20,7 @@ from nested_reft.training.search_pool import SearchError
 from nested_reft.training.setup import prepare
 from nested_reft.training.trainer import Trainer
 from nested_reft.training.warm_start import WarmStartConfig
+from nested_reft.wandb_log import check_wandb
 
 RUNS, STARTS = "runs", "starts"  # folders in that of a sweep
 # What ends one run of a sweep and leaves the others to go on; a configuration may not be able to work.
@@ -44,6 +45,7 @@ def trained_run(config: Config, out: Path) -> Path:
         KeyboardInterrupt: it was asked to stop; the next call continues.
     """
     check_start(config)
+    check_wandb(config.train.wandb_project)
     shares = bool(config.warm_start.steps) and config.lora.rank == 0
     setup = shared_start(config, out / STARTS, config.warm_start) if shares else prepare(config)
     own = dataclasses.replace(setup.config, warm_start=WarmStartConfig()) if shares else setup.config

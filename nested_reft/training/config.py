@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from nested_reft.untrusted import MAX_WHOLE, shown
 MAX_STEPS = 10**8  # a second each, these are three years
 MAX_SAVE_SECONDS = 86_400.0  # a day
 # What a continued run may have otherwise, beside more steps: nothing that was computed so far depends on it.
-CHANGEABLE = ("train.save_seconds", "train.stall_seconds", "mesh.")
+CHANGEABLE = ("train.save_seconds", "train.stall_seconds", "train.wandb_project", "mesh.")
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -79,6 +80,8 @@ class TrainConfig:
         stall_seconds: the longest time that may pass without a sign of progress, compiling not counted. Then the
             stacks of all threads are written into the run's directory, and the command ends with exit code 76. None
             watches nothing.
+        wandb_project: the project on Weights & Biases where the run's metrics and configuration are logged as well;
+            None logs them in the run's directory alone.
     """
 
     steps: int
@@ -95,6 +98,7 @@ class TrainConfig:
     stop_after_nonfinite_updates: int = 3
     stall_seconds: float | None = 1800.0
     save_seconds: float = 25.0
+    wandb_project: str | None = None
 
     def __post_init__(self):
         whole = ("steps", "updates_per_batch", "mini_batches", "micro_batches", "checkpoint_every", "keep_checkpoints")
@@ -125,6 +129,12 @@ class TrainConfig:
         if self.stall_seconds is not None and not 0 < self.stall_seconds <= 1e6:
             raise ValueError(f"train.stall_seconds is {self.stall_seconds}; allowed is more than 0, up to 1e6, or None")
         check_whole("train.seed", self.seed, 0, MAX_WHOLE)
+        # What W&B itself says of the names of its projects.
+        if self.wandb_project is not None and not re.fullmatch(r"[^/\\#?%:\s][^/\\#?%:]{0,127}", self.wandb_project):
+            raise ValueError(
+                f"train.wandb_project is {shown(self.wandb_project)}; allowed is a name of up to 128 characters, none"
+                " of them / \\ # ? % or :, or None"
+            )
 
 
 @dataclass(frozen=True)
@@ -259,7 +269,7 @@ def load_config(name: str, /, **overrides: Any) -> Config:
         ...
         ValueError: train.stepz is no field of the configuration; allowed are steps, updates_per_batch, mini_batches, \
 micro_batches, remat, compute_dtype, seed, checkpoint_every, keep_checkpoints, ess_warning, stop_after_empty_updates, \
-stop_after_nonfinite_updates, stall_seconds, save_seconds
+stop_after_nonfinite_updates, stall_seconds, save_seconds, wandb_project
 
     Args:
         name: one that `nested-reft configs` lists, or a path to a Python file with `get_config()`.
@@ -372,7 +382,8 @@ def with_absolute_paths(config: Config, directory: Path) -> Config:
 
 
 def forbidden_changes(stored: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The differences with which a run cannot be continued: all but more steps, another mesh, other time limits.
+    """The differences with which a run cannot be continued: all but more steps, another mesh, other time limits,
+    another project on Weights & Biases.
 
     Args:
         stored: the `to_json` value of the run.

@@ -222,6 +222,7 @@ def test_a_stored_objective_without_all_its_parts_is_refused():
         ({"train__save_seconds": 0.0}, "train.save_seconds is 0.0; allowed is more than 0, up to 86400"),
         ({"train__save_seconds": float("nan")}, "train.save_seconds is nan; allowed is more than 0"),
         ({"train__seed": -1}, "train.seed is -1; allowed is 0 or more"),
+        ({"train__wandb_project": "team/trial"}, "train.wandb_project is 'team/trial'; allowed is a name of up to 128"),
         ({"rollout__max_completion_tokens": 0}, "rollout.max_completion_tokens is 0"),
         ({"rollout__draft_length": 0}, "rollout.draft_length is 0; allowed is 1 or more"),
         ({"rollout__mixture_alpha": 1.5}, "rollout.mixture_alpha is 1.5; allowed is 0 < mixture_alpha <= 1, or None"),
@@ -322,7 +323,7 @@ def test_a_template_without_a_field_is_refused():
 
 def test_a_continued_run_may_have_more_steps_another_mesh_and_other_limits():
     stored = load_config("tiny").to_json()
-    limits = {"save_seconds": 100.0, "stall_seconds": None}
+    limits = {"save_seconds": 100.0, "stall_seconds": None, "wandb_project": "trial"}
     may = load_config("tiny", mesh={"data": 4, "tensor": 2}, train={"steps": 301} | limits).to_json()
     assert forbidden_changes(stored, may) == []
     fewer = load_config("tiny", mesh={"data": 4}, train={"steps": 299, "seed": 1}).to_json()
