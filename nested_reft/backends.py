@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 LONG_ATTENTION = 2**18  # pairs of a query and a key, from which on attention goes by blocks: 512 tokens on themselves
 ATTENTION_BLOCKS = 128, 256  # queries and keys
+FEW_ROWS = 64  # up to which a CPU's MLP is faster features first; at 128 it is not
 
 
 def attention_blocks(queries: int, keys: int) -> tuple[int, int] | None:
@@ -42,6 +43,24 @@ def cache_dtype(dtype: Any) -> Any:
     """The dtype of keys and values in the caches of a model that is stored in `dtype`: a CPU has no products of
     bfloat16 keys."""
     return jnp.float32 if _is_cpu() else dtype
+
+
+def features_first(rows: int, dtype: Any) -> bool:
+    """Whether an MLP is faster with its weights on the left and `[features, rows]` in between; see `layer.add_mlp`.
+
+    The device that traces decides, since a CPU's program would take twice as long to compile with both. What a CPU
+    compiles for another device has the CPU's form.
+
+    Args:
+        rows: that pass through it together.
+        dtype: of the weights.
+    """
+    return _is_cpu() and rows <= FEW_ROWS and dtype == jnp.float32
+
+
+def have_slices(devices: Sequence[Any]) -> bool:
+    """Whether devices say which slice they are in. GPUs do not, and CPUs of several processes all say slice 0."""
+    return getattr(devices[0], "platform", None) != "cpu" and hasattr(devices[0], "slice_index")
 
 
 def where_cpu(cpu: Callable[..., Any], default: Callable[..., Any], *operands: Any) -> Any:

@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nested_reft import processes
-from nested_reft.backends import machine_memory, memory_limits
+from nested_reft.backends import have_slices, machine_memory, memory_limits
 from nested_reft.untrusted import shown
 
 MOST_DEVICES = 4096  # along an axis of a mesh
@@ -134,8 +134,7 @@ def mesh_of(devices: Sequence[Any], config: MeshConfig) -> Mesh:
     assert config.data != "auto"
     shape = (config.slices, config.data, config.fsdp, config.tensor)
     # With Auto axes the compiler chooses how intermediate values are split.
-    is_cpu = getattr(devices[0], "platform", None) == "cpu"  # which say slice 0 where there are several processes
-    if config.slices == 1 or is_cpu or not hasattr(devices[0], "slice_index"):
+    if config.slices == 1 or not have_slices(devices):
         # CPUs and GPUs have no slices; devices of one process come one after the other, which is what counts there.
         return jax.make_mesh(shape, AXES, modes, devices=devices)
     slices = len({device.slice_index for device in devices})

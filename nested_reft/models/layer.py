@@ -17,13 +17,12 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from nested_reft.backends import where_cpu
+from nested_reft.backends import features_first, where_cpu
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
 from nested_reft.sharding import constrain
 
 MASKED = -1e30  # finite, so that a row with no valid key stays finite
-FEW_ROWS = 64  # up to which a CPU's MLP is faster features first; at 128 it is not; see `add_mlp`
 
 
 @struct.dataclass
@@ -174,8 +173,7 @@ def add_mlp(config: ModelConfig, layer: Parameters, x: Float[Array, "*rows D"]) 
     normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
     # The number of rows is static, so the choice below is made when the program compiles.
     rows_ND = normed.reshape(-1, normed.shape[-1])
-    is_float32 = layer["down"].dtype == jnp.float32 and layer.get("compute_dtype") is None
-    if len(rows_ND) > FEW_ROWS or not is_float32:
+    if layer.get("compute_dtype") is not None or not features_first(len(rows_ND), layer["down"].dtype):
         return x + linear(layer, "down", jax.nn.silu(linear(layer, "gate", normed)) * linear(layer, "up", normed))
     gate_FN, up_FN = (_linear_features_first(layer, name, rows_ND.T) for name in ("gate", "up"))
     return x + _linear_features_first(layer, "down", jax.nn.silu(gate_FN) * up_FN).T.reshape(x.shape)

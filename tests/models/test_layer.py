@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nested_reft.models.layer import FEW_ROWS, add_mlp, matmul, rms_norm
+from nested_reft.backends import FEW_ROWS
+from nested_reft.models.layer import add_mlp, matmul, rms_norm
 from nested_reft.models.layer_loop import Layers, _known_after
 from nested_reft.models.lora import LoraConfig, add_lora
 from tests.tiny_models import TINY, tiny_model
@@ -70,6 +71,15 @@ def test_the_mlp_of_few_rows_and_of_many_is_its_formula(dtype, adapters, key):
         np.testing.assert_allclose(value, expected, atol=tolerance * float(jnp.abs(expected).max()))
         gradient_tolerance = tolerance * float(jnp.abs(expected_gradient).max())
         np.testing.assert_allclose(gradient, expected_gradient, atol=gradient_tolerance)
+
+
+@pytest.mark.parametrize("platform, rows, is_first", [("cpu", 64, True), ("cpu", 65, False), ("gpu", 64, False)])
+def test_only_a_cpus_mlp_of_few_rows_goes_features_first(monkeypatch, platform, rows, is_first):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    up_FD = jnp.zeros((TINY.hidden_width, TINY.width))
+    layer = {"mlp_norm": jnp.ones(TINY.width), "gate": up_FD, "up": up_FD, "down": up_FD.T}
+    traced = str(jax.make_jaxpr(lambda x: add_mlp(TINY, layer, x))(jnp.zeros((rows, TINY.width))))
+    assert ("optimization_barrier" in traced) == is_first
 
 
 @pytest.mark.parametrize("value", [1.0, jnp.inf, jnp.nan])
