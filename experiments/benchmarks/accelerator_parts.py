@@ -29,7 +29,6 @@ from experiments.benchmarks.refill import PROMPTS_PER_ROW, lengths_of, long_tail
 from experiments.benchmarks.worker import Case, Spec, measure
 from nested_reft.compilation import CompileCounter
 from nested_reft.json_files import write_json
-from nested_reft.layer_plan import LayerPlan
 from nested_reft.layer_skip import NestingConfig, draw_plan
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface_config import config_to_huggingface
@@ -56,6 +55,7 @@ class Sizes:
         matrix: side of the square matrices for the matrix rate.
         decode_rows, contexts: of the decode steps; half of a context is the prompt, the rest the completion.
         decode_steps: within one timed call.
+        decode_skip_ratio: of nested decode steps, at the first context only.
         tail_rows: that are decoded at a time where lengths have a long tail.
         tail_prompt_tokens, tail_new_tokens, tail_mean: of the prompts, of the longest completion and of the mean one.
         precisions: of those rollouts.
@@ -70,6 +70,7 @@ class Sizes:
     decode_rows: tuple[int, ...] = (1, 16, 64, 256)
     contexts: tuple[int, ...] = (512, 4096)
     decode_steps: int = 32
+    decode_skip_ratio: float = 0.33
     tail_rows: int = 64
     tail_prompt_tokens: int = 64
     tail_new_tokens: int = 512
@@ -243,28 +244,37 @@ def ceiling_jobs(bench: Bench) -> list[Job]:
 
 
 def decode_jobs(bench: Bench) -> list[Job]:
-    """Every number of rows at every context."""
+    """Every number of rows at every context, and then nested steps beside those at the first one."""
+    sizes = bench.sizes
+    full = [(rows, context, 0.0) for context in sizes.contexts for rows in sizes.decode_rows]
+    nested = [(rows, sizes.contexts[0], sizes.decode_skip_ratio) for rows in sizes.decode_rows]
     return [
-        Job(f"{rows} rows, context {context}", partial(decode_row, bench, rows, context))
-        for context in bench.sizes.contexts
-        for rows in bench.sizes.decode_rows
+        Job(
+            f"{rows} rows, context {context}" + (f", {share:.0%} skipped" if share else ""),
+            partial(decode_row, bench, rows, context, share),
+        )
+        for rows, context, share in full + nested
     ]
 
 
-def decode_row(bench: Bench, rows: int, context: int) -> list[Row]:
+def decode_row(bench: Bench, rows: int, context: int, skip_ratio: float = 0.0) -> list[Row]:
     """The last decode steps of a context, head and sampling included, in one compiled loop as in a rollout.
 
     Args:
         bench: gives model and bandwidth.
         rows: each with a prompt of its own, so that none share their caches.
         context: tokens in the caches after the last step.
+        skip_ratio: share of the layers that the steps skip.
     """
     model, half, steps = bench.policy("bfloat16").model, context // 2, bench.sizes.decode_steps
-    plan, ones = LayerPlan.full(model.config.num_layers), jnp.ones((rows, half), bool)
+    plan = draw_plan(jax.random.key(0), NestingConfig(skip_ratio=skip_ratio), model.config.num_layers)
+    ones = jnp.ones((rows, half), bool)
     # Keys and values of an empty cache may share a buffer, and one buffer cannot be donated twice.
     cache = jax.tree.map(jnp.copy, model.empty_cache(rows, 1, half, plan))
     prompt = PromptCache(jax.tree.map(lambda x: x[:, :, 0], cache), ones, jnp.zeros((rows, model.config.width)))
-    read_bytes = _read_bytes(model) + sum(leaf.nbytes for leaf in jax.tree.leaves((cache, prompt.layers)))
+    read_bytes = _read_bytes(model, plan.shape.kept) + sum(
+        leaf.nbytes for leaf in jax.tree.leaves((cache, prompt.layers))
+    )
     key_B1, moving = row_keys(jax.random.key(0), jnp.arange(rows), 1), (jnp.ones((rows, 1), jnp.int32), cache)
 
     @partial(jax.jit, donate_argnums=1)
@@ -285,13 +295,34 @@ def decode_row(bench: Bench, rows: int, context: int) -> list[Row]:
     del cache
     found = timed(call, bench.sizes.repeats)
     step, floor = found["seconds"] / steps, read_bytes / bench.bandwidth
-    return [found | {"step_seconds": step, "floor_bytes": read_bytes, "share_of_floor": floor / step}]
+    named = {"rows": rows, "context": context, "skip_ratio": skip_ratio, "layers": plan.shape.kept}
+    return [named | found | {"step_seconds": step, "floor_bytes": read_bytes, "share_of_floor": floor / step}]
 
 
-def _read_bytes(model: Transformer) -> int:
-    """Bytes of the weights that a decode step reads: all but an embedding that is not the head too."""
-    every = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    return every - (0 if model.head is None else model.embedding[...].nbytes)
+def _read_bytes(model: Transformer, kept: int) -> int:
+    """Bytes of the weights that a decode step reads: all but skipped layers and an embedding that is not the head too.
+
+    Args:
+        model: what decodes.
+        kept: layers that run.
+    """
+    every, layers = (sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (model, model.layers))
+    skipped = layers // model.config.num_layers * (model.config.num_layers - kept)
+    return every - skipped - (0 if model.head is None else model.embedding[...].nbytes)
+
+
+def steps_compared(rows: list[Row]) -> list[Row]:
+    """With how much faster nested steps are than those of all layers, alone and beside what their floors say."""
+    full = {(row["rows"], row["context"]): row for row in rows if row.get("skip_ratio") == 0}
+
+    def compared(row: Row) -> Row:
+        base = full.get((row.get("rows"), row.get("context")))
+        if base is None or not row["skip_ratio"]:
+            return row
+        gain = base["step_seconds"] / row["step_seconds"]
+        return row | {"nested_gain": gain, "share_of_gain": gain / (base["floor_bytes"] / row["floor_bytes"])}
+
+    return [compared(row) for row in rows]
 
 
 def tail_jobs(bench: Bench) -> list[Job]:
@@ -458,8 +489,11 @@ PARTS = {
             "ms a step": _number("step_seconds", ".3f", 1e3),
             "floor GB": _number("floor_bytes", ".3f", 1e-9),
             "share of floor": _number("share_of_floor", ".2f"),
+            "of all layers": _number("nested_gain", ".2f"),
+            "of its floor's speed-up": _number("share_of_gain", ".2f"),
             **COSTS,
         },
+        steps_compared,
     ),
     "rollouts": Part(
         "whole rollouts whose lengths have a long tail, each call under another plan",
