@@ -1,7 +1,13 @@
 """The benchmark of refilled rows: its lengths, what it compares, and when it fails."""
 
-from experiments.benchmarks.refill import alone_lines, refill_table, too_different
+import jax
+import numpy as np
+
+from experiments.benchmarks.accelerator_parts import SMALL_SHAPE
+from experiments.benchmarks.refill import alone_lines, lengths_of, long_tailed, refill_table, sampler, too_different
 from experiments.benchmarks.worker import Case
+from nested_reft.models.parameters import initial_parameters
+from nested_reft.models.transformer import Transformer
 
 
 def measured(differing: int | None, differing_alone: int | None = None, variant: str = "refilled rows") -> dict:
@@ -30,3 +36,25 @@ def test_what_alone_found_is_told_once():
 def test_the_first_variant_is_not_compared_with_itself():
     lines = refill_table([measured(None, variant="batches that shrink"), measured(0)]).splitlines()
     assert [line.split()[-3] for line in lines[-2:]] == ["-", "0"]  # before first s and peak GB
+
+
+def test_lengths_have_their_mean_and_their_longest():
+    """Three of them are L x^2, L x and L for x = exp(-s z), of the spread s and the quantile z of 5/6.
+
+    With L = 1200 and the mean 700, x^2 + x + 1 = 1.75, so x is a half. Normal lengths would be 200, 700 and 1200.
+    """
+    np.testing.assert_allclose(sorted(long_tailed(3, mean=700, longest=1200)), [300, 600, 1200], atol=1)
+    many = long_tailed(80)
+    assert many.max() == 512 and abs(many.mean() - 64) < 0.5 and list(many) != sorted(many)
+
+
+def test_a_length_counts_the_token_that_stops():
+    assert list(lengths_of(np.array([[5, 0, 0], [5, 6, 0], [0, 0, 0]]))) == [2, 3, 1]
+
+
+def test_refilled_rows_and_batches_sample_the_lengths_that_are_asked_for():
+    model = Transformer(SMALL_SHAPE, initial_parameters(SMALL_SHAPE, jax.random.key(0)))
+    length_N, case = np.array([1, 6, 2, 4], np.int32), Case(4, 1, 4, 6)
+    batches, refilled = (sampler(model, case, length_N, 2, refilled)() for refilled in (False, True))
+    np.testing.assert_array_equal(lengths_of(batches), length_N)
+    np.testing.assert_array_equal(refilled, batches)
