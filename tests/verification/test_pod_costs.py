@@ -166,6 +166,13 @@ def test_several_tpu_slices():
 
 
 @needs_libtpu
+def test_an_axis_of_a_mesh_may_take_a_part_of_an_axis_of_chips():
+    devices = compiled_costs.topology_devices("v5p:4x4x4")
+    mesh = compiled_costs.topology_mesh(devices, MeshConfig(fsdp=8, tensor=8))
+    assert mesh.size == 64 and len(set(mesh.devices.flat)) == 64
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_a_tpu_exchanges_logits_by_rows():
     """Gathered whole, they took as many bytes of HBM as the weights."""
