@@ -13,10 +13,11 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
+from nested_reft.rollout import rows as rollout_rows
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.refill import generate_refilled
-from nested_reft.rollout.rows import cached_tokens, refills
+from nested_reft.rollout.rows import cached_tokens, refills, stocked_prompts
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig, make_mesh, on_mesh, replicate, shard_batch, shard_parameters
 from nested_reft.types import ForcedPrefixes, Rollouts
@@ -140,6 +141,27 @@ def test_rows_stay_full_and_prompts_run_once(key, monkeypatch):
     assert tokens / 4 <= len(steps) <= tokens / 4 + longest
     assert sum(steps[: int(tokens / 4) - longest]) == 4 * max(int(tokens / 4) - longest, 0)
     assert set(steps) == {4, 2} and sorted(steps, reverse=True) == steps
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "is_forced"),
+    [
+        pytest.param(4, 1, False, id="as many prompts as rows", marks=pytest.mark.slow),
+        pytest.param(5, 2, True, id="prefixes"),
+        pytest.param(3, 1, False, id="the last prompts fill no batch"),
+    ],
+)
+def test_several_prompts_wait_together(rows, group, is_forced, key, monkeypatch):
+    """Where all rows take completions at once, these belong to several prompts."""
+    monkeypatch.setattr(rollout_rows, "REFILL_SHARE", 1)
+    assert stocked_prompts(rows, group) > 1
+    # What was compiled before has the share of then.
+    generate_refilled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    given, model = prefixes(), tiny_model(scale=1.0)
+    forced = ForcedPrefixes(given.tokens_BGF[..., :8], jnp.minimum(given.length_BG, 8)) if is_forced else None
+    found, expected = (sample(model, key, NESTED, forced, count, None, group, size=8) for count in (rows, 0))
+    generate_refilled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    assert_same(found, expected)
 
 
 def test_another_key_and_plan_compile_nothing(key):
