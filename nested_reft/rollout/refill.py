@@ -22,7 +22,7 @@ from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.generate import cache_sizes, compactions_of, rollouts_of, shifted, whole_rows
-from nested_reft.rollout.rows import stocked_prompts, taken_together
+from nested_reft.rollout.rows import row_slots, stocked_prompts, taken_together
 from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
 from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
@@ -154,8 +154,8 @@ class _Refiller:
     def _cache_sizes(self) -> list[int]:
         """Slots that steps read, one size after the other. The last leaves room for another token of every row that
         runs, since such a row has C - 1 at most, and prefixes end at slot F."""
-        largest = max(self.size, self.given + 1)
-        return [*(size for size in cache_sizes(self.size)[:-1] if size > self.given), largest]
+        smaller = (size for size in cache_sizes(self.size)[:-1] if size > self.given)
+        return [*smaller, row_slots(self.size, self.given, is_refilled=True)]
 
     def run(self) -> _Found:
         """All completions."""

@@ -175,8 +175,13 @@ def test_another_key_and_plan_compile_nothing(key):
 
 
 def test_caches_are_those_of_the_rows():
-    """16 rows of 10 + 7 tokens; two rows take new completions at once, whose one prompt waits beside them."""
-    assert cached_tokens(100, 4, 10, 7, 16) == 16 * (10 + 7) + 10
-    assert cached_tokens(100, 1, 10, 7, 16) == 16 * (10 + 7) + 2 * 10
-    assert cached_tokens(3, 4, 10, 7, 0) == cached_tokens(3, 4, 10, 7, 12) == 3 * (10 + 4 * 7)
+    """16 rows of 10 + 8 slots; two rows take new completions at once, whose one prompt waits beside them."""
+    assert cached_tokens(100, 4, 10, 8, 16) == 16 * (10 + 8) + 10
+    assert cached_tokens(100, 1, 10, 8, 16) == 16 * (10 + 8) + 2 * 10
+    # A whole batch holds no last token, which is never fed.
+    assert cached_tokens(3, 4, 10, 8, 0) == cached_tokens(3, 4, 10, 8, 12) == 3 * (10 + 4 * 7)
+    # Prefixes of 3 wait on the shelf, one for each completion of its prompts, and stand in front of a whole batch.
+    assert cached_tokens(100, 4, 10, 8, 16, 3) == 16 * (10 + 8) + 10 + 4 * 3
+    assert cached_tokens(100, 4, 10, 8, 16, 8) == 16 * (10 + 9) + 10 + 4 * 8
+    assert cached_tokens(3, 4, 10, 8, 0, 3) == 3 * (10 + 4 * (3 + 7))
     assert refills(11, 12) and not refills(12, 12) and not refills(0, 12)
