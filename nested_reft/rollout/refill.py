@@ -161,8 +161,9 @@ class _Refiller:
 
     @property
     def _cache_sizes(self) -> list[int]:
-        """Slots that steps read, one size after the other. The last leaves room for another token of every row that
-        runs, since such a row has C - 1 at most, and prefixes end at slot F."""
+        """Cache sizes, small to large. A running row holds at most C - 1 tokens, so C slots have room for one more.
+        Prefixes need F + 1.
+        """
         smaller = (size for size in cache_sizes(self.size)[:-1] if size > self.given)
         return [*smaller, row_slots(self.size, self.given, is_refilled=True)]
 
@@ -172,7 +173,8 @@ class _Refiller:
 
         def one_round(carry: tuple[_State, _Prefilled]) -> tuple[_State, _Prefilled]:
             state, shelf = carry
-            # Only the shelf passes the condition, because a backend may copy what does.
+            # The condition returns the shelf alone: a backend may copy what a condition returns, and the caches are
+            # large.
             shelf = jax.lax.cond(
                 state.next >= shelf.end, lambda: self._prefill_next(state.next // self.group), lambda: shelf
             )
@@ -231,7 +233,7 @@ class _Refiller:
         """The next prompts after their own pass, from that of a number on."""
         batch, group = self.prompt_BP.shape[0], self.group
         count = stocked_prompts(self.rows, group)
-        # Beyond the last prompt it is repeated, and never handed out again.
+        # After the last prompt the last one fills up the batch; its copies are not used.
         index_b = jnp.minimum(prompt + jnp.arange(count), batch - 1)
         valid_bP = valid_mask(self.prompt_length_B[index_b], self.prompt_BP.shape[1])
         cache = self.model.prefill(self.prompt_BP[index_b], valid_bP, self.plan, self.shared_prefix)
@@ -246,7 +248,7 @@ class _Refiller:
         return _Prefilled(first, jnp.minimum(first + count * group, self.count), cache, hidden_bGD, prefix)
 
     def _is_due(self, state: _State) -> Bool[Array, ""]:
-        """Whether as many rows have ended as take new completions at once. It is where nothing waits."""
+        """True when enough rows have ended to be refilled together, and always when nothing waits."""
         return jnp.sum(state.row.done_R) >= jnp.minimum(taken_together(self.rows), self.count - state.next)
 
     def _admit(self, state: _State, shelf: _Prefilled) -> _State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-REFILL_SHARE = 8  # one of so many rows has ended before the ended ones take what waits: each time costs some copying
+REFILL_SHARE = 8  # rows are refilled when an eighth of them has ended, because each refill copies caches
 
 
 def refills(rows: int, completions: int) -> bool:

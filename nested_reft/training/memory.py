@@ -18,8 +18,9 @@ from nested_reft.training.update_memory import update_working_bytes
 
 logger = logging.getLogger(__name__)
 
-PREDICTION_ERROR = 0.15  # share by which a program's peak may be below what is predicted
-MOST_KEPT = 64  # an update of a model with heads of 64 keeps less than so many times the inputs of its layers
+PREDICTION_ERROR = 0.15  # the prediction may be up to 15 % too high
+# Upper bound of what is kept, in units of the layers' inputs (heads of 64). Below it nothing need be traced.
+MOST_KEPT = 64
 
 
 def check_memory(setup: Setup) -> None:
