@@ -164,10 +164,12 @@ def test_several_prompts_wait_together(rows, group, is_forced, key, monkeypatch)
     assert_same(found, expected)
 
 
-def test_another_key_and_plan_compile_nothing(key):
-    model, inputs = tiny_model(scale=1.0), prompts()
-    sample(model, key, NESTED, rows=4, inputs=inputs)
-    other = jax.random.key(5), LayerPlan.skipping(5, [0, 2])  # made first, since that compiles too
+def test_other_values_compile_nothing(key):
+    model, (tokens_BP, length_B), given = tiny_model(scale=1.0), prompts(), prefixes()
+    sample(model, key, NESTED, given, rows=4, inputs=(tokens_BP, length_B))
+    # Made first, since that compiles too.
+    other = jax.random.key(5), LayerPlan.skipping(5, [0, 2]), jax.tree.map(lambda x: x[::-1], given)
+    inputs = tokens_BP[::-1], length_B[::-1]
     counter = CompileCounter()
     sample(model, *other, rows=4, inputs=inputs)
     assert counter.count == 0
