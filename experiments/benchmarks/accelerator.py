@@ -89,17 +89,12 @@ def job_rows(job: Job, bench: Bench) -> list[Row]:
         return [{"case": job.case, "skipped": "no time was left"}]
     print(f"{job.case} ({bench.seconds_left():.0f} s left)", flush=True)
     try:
-        return [{"case": job.case} | plain_row(row) for row in job.measure()]
+        return [{"case": job.case} | row for row in job.measure()]
     # Whatever goes wrong with one case, the device is at hand for the others now and perhaps not again.
     except Exception as error:
         reason = reason_of(error)
     gc.collect()  # the arrays of what failed
     return [{"case": job.case, "skipped": reason}]
-
-
-def plain_row(row: Row) -> Row:
-    """The row as JSON can hold it; workloads of other benchmarks have a name here."""
-    return {name: value for name, value in row.items() if name != "case" or isinstance(value, str)}
 
 
 def reason_of(error: Exception) -> str:

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import inspect
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -25,8 +24,9 @@ import numpy as np
 
 from experiments.arguments import add_list, command
 from experiments.benchmarks.common import MODEL, exported_model, parser, prepare_process, write_results
+from experiments.benchmarks.floors import update_tokens
 from experiments.benchmarks.our_updates import VARIANTS, grpo_task, initial, train_batch
-from experiments.benchmarks.worker import Case
+from experiments.benchmarks.worker import Case, peak_memory, reset_peak_memory
 from nested_reft import backends
 from nested_reft.cli.arguments import whole
 from nested_reft.models.lora import split_trainable
@@ -89,23 +89,24 @@ def compiled(case: Case, attention: str) -> dict[str, Any]:
         lambda trainable: (initial_train_state(trainable, task.optimizer), train_batch(case, config.vocab_size)),
         trainable,
     )
-    backends.LONG_ATTENTION = ATTENTION[attention]  # read while the update is traced
     # A function of its own, since compiled ones are kept by task.
     update = inspect.unwrap(make_update)(task)
-    began = time.perf_counter()
-    memory = (
-        update.lower(arguments[0], BaseModel(frozen, graph), arguments[1], UpdatePlans()).compile().memory_analysis()
-    )
-    seconds = time.perf_counter() - began
-    working = update_working_bytes(model, task, case.prompts, case.group, case.prompt_tokens)
-    backends.LONG_ATTENTION = SHIPPED
-    # Weights, two moments and the gradient.
+    backends.LONG_ATTENTION = ATTENTION[attention]  # read while the update is traced
+    try:
+        began = time.perf_counter()
+        lowered = update.lower(arguments[0], BaseModel(frozen, graph), arguments[1], UpdatePlans())
+        memory = lowered.compile().memory_analysis()
+        seconds = time.perf_counter() - began
+        working = update_working_bytes(model, task, case.prompts, case.group, case.prompt_tokens)
+    finally:
+        backends.LONG_ATTENTION = SHIPPED
     weights = 4.0 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
     return {
         "tokens": case.new_tokens,
         "rows": case.group,
         "attention": attention,
         "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        # Weights, two moments and the gradient; then what an update makes.
         "predicted_bytes": 4 * weights + sum(working.values()),
         "compile_seconds": seconds,
     }
@@ -129,7 +130,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_once(case: Case, known: argparse.Namespace) -> dict[str, Any]:
-    """One update with the real weights: seconds without compiling, loss, and the process's peak memory.
+    """One update with the real weights: seconds and the process's peak memory without compiling, and the loss.
 
     Args:
         case: the shape of the batch.
@@ -140,12 +141,12 @@ def run_once(case: Case, known: argparse.Namespace) -> dict[str, Any]:
     batch = train_batch(case, model_shape(MODEL).vocab_size)
     program = make_update(task).lower(state, base, batch, UpdatePlans()).compile()
     print(f"one update of {case.group} x {case.new_tokens} tokens on {known.threads} threads", flush=True)
+    reset_peak_memory()  # compiling does not count
     began = time.perf_counter()
     _, result = jax.block_until_ready(program(state, base, batch, UpdatePlans()))
     seconds = time.perf_counter() - began
     assert np.isfinite(float(result.loss)) and not bool(result.nonfinite)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
-    tokens = case.prompts * (case.prompt_tokens + case.group * (case.new_tokens - 1))
+    peak, tokens = peak_memory(), update_tokens(case, shared_prompt=True)
     print(f"{seconds:.0f} s, {tokens / seconds:.0f} tokens/s, peak {peak / 1e9:.2f} GB, loss {float(result.loss):.4f}")
     return {"tokens": case.new_tokens, "rows": case.group, "seconds": seconds, "peak_bytes": peak}
 
