@@ -7,6 +7,10 @@ Dimension key (used as suffixes of array names and as jaxtyping axes):
     V  vocabulary            D  width                      F  hidden width
     H  query heads           J  key/value heads            K  head size
     L  layers                S  steps of a plan            E  measured examples
+    A  steps with attention  R  rows being decoded         W  slots of a cache
+
+In `models/layer.py`, R is the H / J query heads of one key head. `verification/` has axes of its own, such as X for
+prompts; they are explained where they first stand.
 
 Host values (text, answers) are plain dataclasses; what enters a compiled function is a
 `flax.struct` dataclass of arrays. Masks are built from lengths, never from token values:
