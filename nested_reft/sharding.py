@@ -136,12 +136,27 @@ def mesh_of(devices: Sequence[Any], config: MeshConfig) -> Mesh:
     # With Auto axes the compiler chooses how intermediate values are split.
     if config.slices == 1 or not have_slices(devices):
         # CPUs and GPUs have no slices; devices of one process come one after the other, which is what counts there.
-        return jax.make_mesh(shape, AXES, modes, devices=devices)
+        return Mesh(device_grid(devices, shape), AXES, axis_types=modes)
     slices = len({device.slice_index for device in devices})
     if slices != config.slices:
         raise ValueError(f"mesh.slices is {config.slices}, and the devices form {slices}; give the number of slices")
-    grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (config.slices, 1, 1, 1), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (config.slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=modes)
+
+
+def device_grid(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in the order of a mesh, those of its last axes near to one another.
+
+    An axis may take a part of an axis of chips. `jax.make_mesh` allows that on v5e alone, so it finds no place for
+    eight devices in a row on 4x4x4.
+
+    Args:
+        devices: as many as the mesh has.
+        shape: of the mesh.
+    """
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def one_device() -> Mesh:

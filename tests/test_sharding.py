@@ -1,6 +1,7 @@
 """The mesh, and where parameters, adapters, bridges and batches lie on it."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from nested_reft import sharding
 from nested_reft.bridging import BridgeConfig
 from nested_reft.models import source
 from nested_reft.models.formats.stacking import stack_parameters
@@ -42,6 +44,27 @@ def specs(state: nnx.State) -> dict[str, PartitionSpec]:
         "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)): array.sharding.spec
         for path, array in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def test_an_axis_of_a_mesh_may_take_a_part_of_an_axis_of_chips():
+    """Chips of a TPU v5p that stand in a cube of four: eight of them are one side and half of another."""
+    chips = [
+        SimpleNamespace(
+            id=number,
+            platform="tpu",
+            device_kind="TPU v5",
+            coords=place,
+            core_on_chip=0,
+            slice_index=0,
+            process_index=0,
+        )
+        for number, place in enumerate(itertools.product(range(4), repeat=3))
+    ]
+    grid = sharding.device_grid(chips, (1, 1, 8, 8))
+    assert sorted(chip.id for chip in grid.flat) == list(range(64))
+    for line in grid.reshape(8, 8):  # tensor is the fastest axis, so those that share it are near
+        spans = [len({chip.coords[axis] for chip in line}) for axis in range(3)]
+        assert sorted(spans) == [1, 2, 4]
 
 
 def test_the_mesh_has_four_axes_the_slowest_first():

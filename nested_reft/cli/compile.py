@@ -26,6 +26,9 @@ def run(arguments: list[str]) -> None:
         check_json(known.json)
         _check_table(known)
         config = override(load_config(known.config), overrides)
+        if not known.no_rollout:
+            # Said at once, though the compiler may not be installed.
+            pod_costs.check_plain_rollouts(config)
     if known.table:
         _table(known, config)
     else:

@@ -192,7 +192,7 @@ def _pairs(query: Array, segment: Segment) -> Int[Array, "pairs 2"]:
     """The pairs of a block of queries and a block of keys that have any two which see each other."""
     queries, keys = query.shape[4], segment.key.shape[4]
     pairs = [(i, j) for i in range(len(query)) for j in range(len(segment.key))]
-    # The last query of a block sees the first key of another one, or nobody does.
+    # If the block's last query does not see the key block's first key, no pair in them does.
     return jnp.array([(i, j) for i, j in pairs if not segment.causal or j * keys <= (i + 1) * queries - 1], jnp.int32)
 
 

@@ -164,8 +164,8 @@ class LayerLoop:
         return (streams, state), self._nothing_new(carry)
 
     def _mlp(self, streams: Streams, layer: Parameters) -> Streams:
-        """The streams after the MLP. Those of the same prompts pass in one: larger products are faster, and a weight
-        then has one gradient and not two to add.
+        """The streams after the MLP. Streams with the same number of prompts are joined: larger products are faster,
+        and a weight then has one gradient and not two to add.
         """
         config, prompts = self.layers.config, [len(x) for x in streams]
         if len(set(prompts)) == len(prompts):

@@ -101,9 +101,9 @@ def generate(
 ) -> Rollouts:
     """Samples `group_size` completions of each prompt from the policy that `plan` leaves.
 
-    The prompt runs once per group and its caches are shared by the group. Decoding ends as soon as
-    every row has drawn a stop token; where completions may be long, rows that have are dropped whenever half of
-    each group would do (`compactions_of`), and caches grow in steps. It compiles once per shape and plan size.
+    The prompt runs once per group and its caches are shared by the group. Decoding ends as soon as every row has drawn
+    a stop token. In long rollouts, finished rows are dropped once the rest fit into half of each group
+    (`compactions_of`), and caches grow in steps. It compiles once per shape and plan size.
 
     Args:
         model: the target; the plan picks the layers that act.

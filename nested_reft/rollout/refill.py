@@ -3,6 +3,15 @@
 Completions of a long-tailed length leave most of a batch idle while the longest go on. Here, as many prompts as one
 likes are answered by a fixed number of rows, which stay busy until nothing waits. What is sampled is what `generate`
 samples, token for token: a draw depends on its prompt's number, its place in the group and its position.
+
+One round has four steps:
+
+1. Where the shelf is empty, prefill the next prompts.
+2. Move the caches so that the oldest row begins at slot 0.
+3. Rows that have ended take completions from the shelf.
+4. Decode until an eighth of the rows has ended, or as many as take what is left, or the slots are full.
+
+When nothing waits, decode the rest and drop rows that have ended.
 """
 
 from __future__ import annotations
@@ -22,30 +31,30 @@ from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.generate import cache_sizes, compactions_of, rollouts_of, shifted, whole_rows
-from nested_reft.rollout.rows import stocked_prompts, taken_together
+from nested_reft.rollout.rows import row_slots, stocked_prompts, taken_together
 from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
 from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
 
 @struct.dataclass
-class _Found:
-    """Completions, in the order in which they are handed out: all those of a prompt, then those of the next."""
+class _Completions:
+    """Completions: those of R rows, or all N in the order in which they are handed out, which goes prompt by prompt."""
 
-    tokens_NC: Int[Array, "N C"]
-    logprob_NC: Float[Array, "N C"]
-    length_N: Int[Array, " N"]
+    tokens_nC: Int[Array, "n C"]
+    logprob_nC: Float[Array, "n C"]
+    length_n: Int[Array, " n"]
 
 
 @struct.dataclass
-class _Shelf:
-    """Prompts that have been run and whose completions wait for rows."""
+class _Prefilled:
+    """The shelf: the next `b` prompts, which have been run and whose completions wait for rows."""
 
     first: Int[Array, ""]  # number of the first of these completions
     end: Int[Array, ""]  # and of the one after the last
     prompt: PromptCache
-    hidden_BGD: Float[Array, "B G D"]  # what predicts the first token to sample
-    prefix: KeyValues | None  # of forced tokens, `[A, B, G, J, F, K]`
+    hidden_bGD: Float[Array, "b G D"]  # what predicts the first token to sample
+    prefix: KeyValues | None  # of forced tokens, `[A, b, G, J, F, K]`
 
 
 @struct.dataclass
@@ -56,7 +65,7 @@ class _Row:
     start_R: Int[Array, " R"]  # the step that its completion's first token belongs to
     done_R: Bool[Array, " R"]
     hidden_RD: Float[Array, "R D"]  # what predicts its next token
-    found: _Found
+    current: _Completions  # R of them
     prompt: PromptCache
     cache: KeyValues  # `[A, R, 1, J, W, K]`: every row writes into the same slot, wherever it began
 
@@ -68,7 +77,7 @@ class _State:
     step: Int[Array, ""]
     next: Int[Array, ""]  # number of the first completion that waits
     row: _Row
-    found: _Found  # of rows that took another completion
+    finished: _Completions  # N of them, filled in as rows take another one
 
 
 @partial(jax.jit, static_argnames=("group_size", "max_completion_tokens", "sampling", "rows", "shared_prefix"))
@@ -106,10 +115,10 @@ def generate_refilled(
         model, plan, stop_ids, prompt_BP, prompt_length_B, row_keys(key, number_B, group_size).reshape(-1),
         max_completion_tokens, sampling, rows, shared_prefix, forced,
     )  # fmt: skip
-    found = decoder.run()
+    completions = decoder.run()
     tokens_BGC, logprob_BGC, length_BG = (
         constrain(values.reshape(*shape, *values.shape[1:]), "batch")
-        for values in (found.tokens_NC, found.logprob_NC, found.length_N)
+        for values in (completions.tokens_nC, completions.logprob_nC, completions.length_n)
     )
     # A row that is full has ended too. Its last token tells whether it stopped, where it was not given.
     last_BG1 = jnp.take_along_axis(tokens_BGC, jnp.maximum(length_BG - 1, 0)[..., None], axis=-1)
@@ -152,25 +161,27 @@ class _Refiller:
 
     @property
     def _cache_sizes(self) -> list[int]:
-        """Slots that steps read, one size after the other. The last leaves room for another token of every row that
-        runs, since such a row has C - 1 at most, and prefixes end at slot F."""
-        largest = max(self.size, self.given + 1)
-        return [*(size for size in cache_sizes(self.size)[:-1] if size > self.given), largest]
+        """Cache sizes, small to large. A running row holds at most C - 1 tokens, so C slots have room for one more.
+        Prefixes need F + 1.
+        """
+        smaller = (size for size in cache_sizes(self.size)[:-1] if size > self.given)
+        return [*smaller, row_slots(self.size, self.given, is_refilled=True)]
 
-    def run(self) -> _Found:
+    def run(self) -> _Completions:
         """All completions."""
         state, shelf = self._start()
 
-        def round(carry: tuple[_State, _Shelf]) -> tuple[_State, _Shelf]:
+        def one_round(carry: tuple[_State, _Prefilled]) -> tuple[_State, _Prefilled]:
             state, shelf = carry
-            # Only the shelf passes the condition, because a backend may copy what does.
+            # The condition returns the shelf alone: a backend may copy what a condition returns, and the caches are
+            # large.
             shelf = jax.lax.cond(
-                state.next >= shelf.end, lambda: self._stocked(state.next // self.group), lambda: shelf
+                state.next >= shelf.end, lambda: self._prefill_next(state.next // self.group), lambda: shelf
             )
-            state = self._refilled(self._moved(state), shelf)
-            return self._decoded(state, self._is_due, self._cache_sizes), shelf
+            state = self._admit(self._shift_to_front(state), shelf)
+            return self._decode_until(state, self._is_due, self._cache_sizes), shelf
 
-        state, _ = jax.lax.while_loop(lambda carry: carry[0].next < self.count, round, (state, shelf))
+        state, _ = jax.lax.while_loop(lambda carry: carry[0].next < self.count, one_round, (state, shelf))
         # Where devices share the rows, all of them stay, as in `generate`: their caches would have to move.
         sizes = compactions_of(self.rows, 1, self.size) if shares("batch") == 1 else []
         for fewer, _ in [*sizes, (0, 1)]:
@@ -181,25 +192,25 @@ class _Refiller:
             # Few rows are left, whose caches are small whatever room they have.
             state = jax.lax.while_loop(
                 lambda state, fits=fits: ~fits(state),
-                lambda state, fits=fits: self._decoded(self._moved(state), fits, self._cache_sizes[-1:]),
+                lambda state, fits=fits: self._decode_until(self._shift_to_front(state), fits, self._cache_sizes[-1:]),
                 state,
             )
-            state = dataclasses.replace(state, found=_put(state.found, state.row.number_R, state.row.found))
+            state = dataclasses.replace(state, finished=_put(state.finished, state.row.number_R, state.row.current))
             if fewer:
                 # A stable sort keeps those that run, in their order.
                 kept_r = jnp.argsort(state.row.done_R, stable=True)[:fewer]
                 state = dataclasses.replace(state, row=_taken(state.row, kept_r))
-        return state.found
+        return state.finished
 
-    def _start(self) -> tuple[_State, _Shelf]:
+    def _start(self) -> tuple[_State, _Prefilled]:
         """Rows that have all ended, and an empty shelf."""
-        shelf: _Shelf = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: self._stocked(jnp.zeros((), jnp.int32)))
+        shelf: _Prefilled = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: self._prefill_next(jnp.zeros((), jnp.int32)))
         )
         config, rows = self.model.config, self.rows
 
-        def nothing(count: int) -> _Found:
-            return _Found(
+        def nothing(count: int) -> _Completions:
+            return _Completions(
                 *(jnp.zeros((count, *x), d) for x, d in (((self.size,), int), ((self.size,), float), ((), int)))
             )
 
@@ -208,8 +219,8 @@ class _Refiller:
             number_R=jnp.full(rows, self.count),
             start_R=jnp.zeros(rows, int),
             done_R=jnp.ones(rows, bool),
-            hidden_RD=jnp.zeros((rows, config.width), shelf.hidden_BGD.dtype),
-            found=nothing(rows),
+            hidden_RD=jnp.zeros((rows, config.width), shelf.hidden_bGD.dtype),
+            current=nothing(rows),
             prompt=PromptCache(
                 layers, jnp.zeros((rows, self.prompt_BP.shape[1]), bool), jnp.zeros((rows, config.width))
             ),
@@ -218,11 +229,11 @@ class _Refiller:
         zero = jnp.zeros((), int)
         return _State(zero, zero, _split(row), nothing(self.count)), shelf
 
-    def _stocked(self, prompt: Int[Array, ""]) -> _Shelf:
+    def _prefill_next(self, prompt: Int[Array, ""]) -> _Prefilled:
         """The next prompts after their own pass, from that of a number on."""
         batch, group = self.prompt_BP.shape[0], self.group
         count = stocked_prompts(self.rows, group)
-        # Beyond the last prompt it is repeated, and never handed out again.
+        # After the last prompt the last one fills up the batch; its copies are not used.
         index_b = jnp.minimum(prompt + jnp.arange(count), batch - 1)
         valid_bP = valid_mask(self.prompt_length_B[index_b], self.prompt_BP.shape[1])
         cache = self.model.prefill(self.prompt_BP[index_b], valid_bP, self.plan, self.shared_prefix)
@@ -234,18 +245,18 @@ class _Refiller:
             tokens_bGF = shifted(self.forced.tokens_BGF[index_b], -start_bG)
             hidden_bGD, prefix = self.model.prefill_completions(tokens_bGF, start_bG, cache, self.plan)
         first = prompt * group
-        return _Shelf(first, jnp.minimum(first + count * group, self.count), cache, hidden_bGD, prefix)
+        return _Prefilled(first, jnp.minimum(first + count * group, self.count), cache, hidden_bGD, prefix)
 
     def _is_due(self, state: _State) -> Bool[Array, ""]:
-        """Whether as many rows have ended as take new completions at once. It is where nothing waits."""
+        """True when enough rows have ended to be refilled together, and always when nothing waits."""
         return jnp.sum(state.row.done_R) >= jnp.minimum(taken_together(self.rows), self.count - state.next)
 
-    def _refilled(self, state: _State, shelf: _Shelf) -> _State:
+    def _admit(self, state: _State, shelf: _Prefilled) -> _State:
         """The state after rows that have ended took what is on the shelf."""
         row = state.row
         place_R = state.next + jnp.cumsum(row.done_R) - 1
         takes_R = row.done_R & (place_R < shelf.end)
-        found = _put(state.found, jnp.where(takes_R, row.number_R, self.count), row.found)
+        finished = _put(state.finished, jnp.where(takes_R, row.number_R, self.count), row.current)
         number_R = jnp.where(takes_R, place_R, row.number_R)
         prompt_R, of_group_R = jnp.divmod(jnp.where(takes_R, place_R - shelf.first, 0), self.group)
 
@@ -267,13 +278,13 @@ class _Refiller:
                 cache,
                 shelf.prefix,
             )
-        new = _Found(tokens_RC, jnp.zeros_like(row.found.logprob_NC), length_R)
+        new = _Completions(tokens_RC, jnp.zeros_like(row.current.logprob_nC), length_R)
         row = _Row(
             number_R=number_R,
             start_R=chosen(state.step - length_R, row.start_R),
             done_R=chosen(length_R >= self.size, row.done_R),
-            hidden_RD=chosen(shelf.hidden_BGD[prompt_R, of_group_R], row.hidden_RD),
-            found=jax.tree.map(chosen, new, row.found),
+            hidden_RD=chosen(shelf.hidden_bGD[prompt_R, of_group_R], row.hidden_RD),
+            current=jax.tree.map(chosen, new, row.current),
             prompt=PromptCache(
                 jax.tree.map(
                     lambda x, old: chosen(x[:, prompt_R], old, axis=1), shelf.prompt.layers, row.prompt.layers
@@ -283,9 +294,9 @@ class _Refiller:
             ),
             cache=cache,
         )
-        return _State(state.step, state.next + takes_R.sum(), _split(row), found)
+        return _State(state.step, state.next + takes_R.sum(), _split(row), finished)
 
-    def _moved(self, state: _State) -> _State:
+    def _shift_to_front(self, state: _State) -> _State:
         """The same rows with the oldest one's first token in the first slot, so that steps read few slots.
 
         Where prefixes may come, as many slots as these take are left in front.
@@ -297,7 +308,9 @@ class _Refiller:
         row = dataclasses.replace(state.row, start_R=state.row.start_R - shift, cache=cache)
         return dataclasses.replace(state, step=state.step - shift, row=row)
 
-    def _decoded(self, state: _State, is_over: Callable[[_State], Bool[Array, ""]], sizes: Sequence[int]) -> _State:
+    def _decode_until(
+        self, state: _State, is_over: Callable[[_State], Bool[Array, ""]], sizes: Sequence[int]
+    ) -> _State:
         """Decodes until it is over or the slots are full, with caches of one size after the other."""
         for size in sizes:
             whole = state.row.cache
@@ -312,7 +325,7 @@ class _Refiller:
 
     def _one_step(self, state: _State) -> _State:
         """Draws the next token of every row and feeds it."""
-        row, found = state.row, state.row.found
+        row, current = state.row, state.row.current
         # A row that has ended passes through the model with the others; what it draws is not kept.
         position_R = state.step - row.start_R
         uniform = row_uniforms(jnp.take(self.key_N, row.number_R, mode="clip"), position_R)
@@ -320,22 +333,24 @@ class _Refiller:
         drawn = sample_token(constrain(uniform, "", "batch")[..., None], logits_R1V, self.sampling)
         token_R1, logprob_R1 = (jnp.where(row.done_R[:, None], 0, constrain(x, "batch")) for x in drawn)
         here_RC = (jnp.arange(self.size) == position_R[:, None]) & ~row.done_R[:, None]
-        found = _Found(
-            jnp.where(here_RC, token_R1, found.tokens_NC),
-            jnp.where(here_RC, logprob_R1, found.logprob_NC),
-            found.length_N + ~row.done_R,
+        current = _Completions(
+            jnp.where(here_RC, token_R1, current.tokens_nC),
+            jnp.where(here_RC, logprob_R1, current.logprob_nC),
+            current.length_n + ~row.done_R,
         )
         ends_R = jnp.isin(token_R1[:, 0], self.stop_ids) | (position_R + 1 >= self.size)
         hidden_R1D, cache = self.model.decode(
             token_R1, state.step, row.cache, row.prompt, self.plan, row.start_R[:, None]
         )
-        row = dataclasses.replace(row, found=found, done_R=row.done_R | ends_R, hidden_RD=hidden_R1D[:, 0], cache=cache)
+        row = dataclasses.replace(
+            row, current=current, done_R=row.done_R | ends_R, hidden_RD=hidden_R1D[:, 0], cache=cache
+        )
         return dataclasses.replace(state, step=state.step + 1, row=row)
 
 
-def _put(found: _Found, number_R: Int[Array, " R"], new: _Found) -> _Found:
+def _put(finished: _Completions, number_R: Int[Array, " R"], new: _Completions) -> _Completions:
     """The completions with those of some numbers replaced; the number N stands for none."""
-    return jax.tree.map(lambda whole, part: whole.at[number_R].set(part, mode="drop"), found, new)
+    return jax.tree.map(lambda whole, part: whole.at[number_R].set(part, mode="drop"), finished, new)
 
 
 def _split(row: _Row) -> _Row:
@@ -361,6 +376,6 @@ def _taken(row: _Row, kept_r: Int[Array, " r"]) -> _Row:
     )
 
 
-def _by_row(row: _Row) -> tuple[Array, Array, Array, Array, _Found]:
+def _by_row(row: _Row) -> tuple[Array, Array, Array, Array, _Completions]:
     """The fields whose arrays begin with an axis of rows."""
-    return row.number_R, row.start_R, row.done_R, row.hidden_RD, row.found
+    return row.number_R, row.start_R, row.done_R, row.hidden_RD, row.current

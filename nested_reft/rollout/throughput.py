@@ -48,6 +48,7 @@ def compare_throughput(
     group_size: int,
     shared_prefix: int = 0,
     repeats: int = 3,
+    rows: int = 0,
 ) -> Throughput:
     """Measures generation under `plan` and under all layers; the best of `repeats` counts.
 
@@ -61,11 +62,12 @@ def compare_throughput(
         group_size: completions of each prompt.
         shared_prefix: leading tokens that all prompts have in common.
         repeats: timed calls of each; one more before them may compile.
+        rows: completions that are decoded at the same time, as in `Policy.generate`; 0 decodes all of them.
     """
 
     def tokens(layers: LayerPlan) -> int:
         rollouts = policy.generate(
-            prompts, layers, key, group_size=group_size, shared_prefix=shared_prefix, stops=False
+            prompts, layers, key, group_size=group_size, shared_prefix=shared_prefix, stops=False, rows=rows
         )
         return int(to_host(jax.block_until_ready(rollouts).length_BG).sum())
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.parameters import parameter_shapes
-from nested_reft.rollout.rows import cached_tokens, refills
+from nested_reft.rollout.rows import cached_tokens, refills, row_slots
 from nested_reft.sharding import make_mesh, mesh_bytes
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import Setup
@@ -18,8 +18,9 @@ from nested_reft.training.update_memory import update_working_bytes
 
 logger = logging.getLogger(__name__)
 
-PREDICTION_ERROR = 0.15  # share by which a program's peak may be below what is predicted
-MOST_KEPT = 64  # an update of a model with heads of 64 keeps less than so many times the inputs of its layers
+PREDICTION_ERROR = 0.15  # the prediction may be up to 15 % too high
+# Upper bound of what is kept, in units of the layers' inputs (heads of 64). Below it nothing need be traced.
+MOST_KEPT = 64
 
 
 def check_memory(setup: Setup) -> None:
@@ -168,9 +169,9 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     """Bytes that each stage cannot do without, on all devices together, by what holds them.
 
     Weights, their moments and gradients lie once on each slice and each device of `mesh.data`. Caches are keys and
-    values of all layers, for a run ends by timing the full model too; activations are each layer's input, of every
-    token of a micro-batch whose completions take all their tokens. Of the versions that searchers may hold, those that
-    are certain count (`old_weights`).
+    values of all layers, for a run ends by timing the full model too, with as many rows. Activations are each layer's
+    input, of every token of a micro-batch whose completions take all their tokens. Of the versions that searchers may
+    hold, those that are certain count (`old_weights`).
 
     Args:
         setup: what the run starts from; it gives the sizes of model, batch and mesh.
@@ -186,7 +187,8 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     moments = 0.0 if config.lora.rank else 2.0 * weights
     is_copied = config.rollout.weights != "target"
     token_values = 2 * model.num_layers * model.num_kv_heads * model.head_size  # cached for each token
-    shared, fed = setup.data.shared_prefix, _fed_tokens(setup)
+    # The last token of a completion is never fed.
+    shared, fed = setup.data.shared_prefix, config.rollout.max_completion_tokens - 1
     tokens = shared + config.prompts_per_micro_batch * (
         setup.data.prompt_size - shared + config.trained_group_size * fed
     )
@@ -224,29 +226,28 @@ def least_bytes(setup: Setup) -> dict[str, dict[str, float]]:
     return stages
 
 
-def _fed_tokens(setup: Setup) -> int:
-    """Of each completion; the last is never fed."""
-    return setup.config.rollout.max_completion_tokens - 1
-
-
-def _decoded(setup: Setup, stage: str) -> tuple[int, int, int, int, int]:
+def _decoded(setup: Setup, stage: str) -> tuple[int, int, int, int, int, int]:
     """What `cached_tokens` asks for, of a stage that samples."""
     config, evaluation = setup.config, setup.config.evaluation
     if stage == "rollouts":
-        sizes = config.data.prompts_per_batch, config.rollout.group_size, config.rollout.rows
+        sizes = config.data.prompts_per_batch, config.rollout.group_size, config.rollout.rows, setup.data.forced_size
     else:
         # Greedy evaluation alone still holds one completion per prompt.
-        sizes = evaluation.batch_size, max(evaluation.samples_per_prompt, 1), evaluation.rows
-    prompts, group, rows = sizes
-    return prompts, group, setup.data.prompt_size, _fed_tokens(setup), rows
+        sizes = evaluation.batch_size, max(evaluation.samples_per_prompt, 1), evaluation.rows, 0
+    prompts, group, rows, forced = sizes
+    limit = config.rollout.max_completion_tokens
+    # Longer prefixes are cut off at the limit.
+    return prompts, group, setup.data.prompt_size, limit, rows, min(forced, limit)
 
 
 def _cached(setup: Setup, stage: str) -> str:
     """The rows and tokens that a stage caches, as a message names them."""
-    prompts, group, prompt_tokens, fed, rows = _decoded(setup, stage)
-    if refills(rows, prompts * group):
-        return f"{rows} rows of {prompt_tokens} + {fed} tokens"
-    return f"{prompts} prompts of {prompt_tokens} tokens and {prompts * group} completions of {fed}"
+    prompts, group, prompt_tokens, limit, rows, forced = _decoded(setup, stage)
+    is_refilled = refills(rows, prompts * group)
+    slots = row_slots(limit, forced, is_refilled)
+    if is_refilled:
+        return f"{rows} rows of {prompt_tokens} + {slots} tokens"
+    return f"{prompts} prompts of {prompt_tokens} tokens and {prompts * group} completions of {slots}"
 
 
 def _size(count: float) -> str:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from nested_reft.heartbeat import beat
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout.policy import Policy
-from nested_reft.sharding import replicate
+from nested_reft.sharding import MeshConfig, mesh_of, replicate
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.searcher import Searcher
 from nested_reft.training.setup import Setup
@@ -424,10 +424,7 @@ def searcher_meshes(mesh: Mesh, searchers: int) -> list[Mesh]:
     groups = [free[start : start + mesh.size] for start in range(0, len(free) - mesh.size + 1, mesh.size)]
     if not groups:
         return [mesh] * searchers
-    meshes = [
-        jax.make_mesh(mesh.devices.shape, mesh.axis_names, mesh.axis_types, devices=group)
-        for group in groups[:searchers]
-    ]
+    meshes = [mesh_of(group, MeshConfig(*mesh.devices.shape)) for group in groups[:searchers]]
     return [meshes[index % len(meshes)] for index in range(searchers)]
 
 

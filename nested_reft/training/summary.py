@@ -47,6 +47,8 @@ def run_summary(
             keys.throughput,
             config.rollout.group_size,
             state.data.shared_prefix,
+            # All completions at once may not fit where rows are set.
+            rows=config.rollout.rows,
         )
     # The log is written by one process, whose summary is kept.
     history = read_log(run / "metrics.jsonl") if processes.is_writer() else []

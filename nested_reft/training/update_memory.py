@@ -21,9 +21,9 @@ def update_working_bytes(
 ) -> dict[str, float]:
     """Bytes that an update takes beside weights, moments and gradients, on all devices together.
 
-    The passes are traced, not compiled. At the peak, a program holds what the forward pass keeps, and either the logits
-    of the head's backward pass, or as much as one layer keeps where nothing is recomputed. Where a batch is small, the
-    optimizer holds more than both. The objective's own arrays have one number for each token and do not count.
+    The passes are traced, not compiled. The peak is what the forward pass keeps, plus the largest of three: logits and
+    their gradients; one layer's arrays; the optimizer's copies of the gradient, as far as they are larger than what was
+    kept. The objective's own arrays have one number for each token and do not count.
 
     Args:
         model: what trains; its arrays may be shapes only.

@@ -117,10 +117,23 @@ def rollout_costs(config: ModelConfig, training: Config, mesh: Mesh) -> list[Pro
         mesh: of the topology.
 
     Raises:
-        ValueError: the program does not fit a device.
+        ValueError: the program does not fit a device, or the configuration refills rows.
     """
     shapes = [PlanShape(config.num_layers), nested_shape(training.nesting, config.num_layers)]
     return [rollout_cost(config, training, mesh, shape) for shape in shapes]
+
+
+def check_plain_rollouts(training: Config) -> None:
+    """Refuses rollouts of another program than the one that is compiled.
+
+    Args:
+        training: its rollouts.
+
+    Raises:
+        ValueError: rows are refilled.
+    """
+    if training.rollout.rows:
+        raise ValueError(f"rollout.rows is {training.rollout.rows}; compile knows plain rollouts only: set it to 0")
 
 
 def rollout_cost(
@@ -133,7 +146,11 @@ def rollout_cost(
         shape: of the plan.
         on_compiled: called with the program and the shapes of its arguments, which are weights, prompts, their lengths,
             plan, stop tokens and the words of a key.
+
+    Raises:
+        ValueError: as in `rollout_costs`.
     """
+    check_plain_rollouts(training)
     work, sharded = workload_of(training), Shapes(mesh)
     state, base = state_shapes(config, training, reinforcement_task(training, shared_prefix=0).optimizer, mesh)
     graph, weights = _read_by_rollouts(training, state, base, mesh)

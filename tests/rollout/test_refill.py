@@ -13,10 +13,11 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
+from nested_reft.rollout import rows as rollout_rows
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.refill import generate_refilled
-from nested_reft.rollout.rows import cached_tokens, refills
+from nested_reft.rollout.rows import cached_tokens, refills, stocked_prompts
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.sharding import MeshConfig, make_mesh, on_mesh, replicate, shard_batch, shard_parameters
 from nested_reft.types import ForcedPrefixes, Rollouts
@@ -142,10 +143,33 @@ def test_rows_stay_full_and_prompts_run_once(key, monkeypatch):
     assert set(steps) == {4, 2} and sorted(steps, reverse=True) == steps
 
 
-def test_another_key_and_plan_compile_nothing(key):
-    model, inputs = tiny_model(scale=1.0), prompts()
-    sample(model, key, NESTED, rows=4, inputs=inputs)
-    other = jax.random.key(5), LayerPlan.skipping(5, [0, 2])  # made first, since that compiles too
+@pytest.mark.parametrize(
+    ("rows", "group", "is_forced"),
+    [
+        pytest.param(4, 1, False, id="as many prompts as rows", marks=pytest.mark.slow),
+        pytest.param(5, 2, True, id="prefixes"),
+        pytest.param(3, 1, False, id="the last prompts fill no batch"),
+    ],
+)
+def test_several_prompts_wait_together(rows, group, is_forced, key, monkeypatch):
+    """Where all rows take completions at once, these belong to several prompts."""
+    monkeypatch.setattr(rollout_rows, "REFILL_SHARE", 1)
+    assert stocked_prompts(rows, group) > 1
+    # What was compiled before has the share of then.
+    generate_refilled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    given, model = prefixes(), tiny_model(scale=1.0)
+    forced = ForcedPrefixes(given.tokens_BGF[..., :8], jnp.minimum(given.length_BG, 8)) if is_forced else None
+    found, expected = (sample(model, key, NESTED, forced, count, None, group, size=8) for count in (rows, 0))
+    generate_refilled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    assert_same(found, expected)
+
+
+def test_other_values_compile_nothing(key):
+    model, (tokens_BP, length_B), given = tiny_model(scale=1.0), prompts(), prefixes()
+    sample(model, key, NESTED, given, rows=4, inputs=(tokens_BP, length_B))
+    # Made first, since that compiles too.
+    other = jax.random.key(5), LayerPlan.skipping(5, [0, 2]), jax.tree.map(lambda x: x[::-1], given)
+    inputs = tokens_BP[::-1], length_B[::-1]
     counter = CompileCounter()
     sample(model, *other, rows=4, inputs=inputs)
     assert counter.count == 0
@@ -153,8 +177,13 @@ def test_another_key_and_plan_compile_nothing(key):
 
 
 def test_caches_are_those_of_the_rows():
-    """16 rows of 10 + 7 tokens; two rows take new completions at once, whose one prompt waits beside them."""
-    assert cached_tokens(100, 4, 10, 7, 16) == 16 * (10 + 7) + 10
-    assert cached_tokens(100, 1, 10, 7, 16) == 16 * (10 + 7) + 2 * 10
-    assert cached_tokens(3, 4, 10, 7, 0) == cached_tokens(3, 4, 10, 7, 12) == 3 * (10 + 4 * 7)
+    """16 rows of 10 + 8 slots; two rows take new completions at once, whose one prompt waits beside them."""
+    assert cached_tokens(100, 4, 10, 8, 16) == 16 * (10 + 8) + 10
+    assert cached_tokens(100, 1, 10, 8, 16) == 16 * (10 + 8) + 2 * 10
+    # A whole batch holds no last token, which is never fed.
+    assert cached_tokens(3, 4, 10, 8, 0) == cached_tokens(3, 4, 10, 8, 12) == 3 * (10 + 4 * 7)
+    # Prefixes of 3 wait on the shelf, one for each completion of its prompts, and stand in front of a whole batch.
+    assert cached_tokens(100, 4, 10, 8, 16, 3) == 16 * (10 + 8) + 10 + 4 * 3
+    assert cached_tokens(100, 4, 10, 8, 16, 8) == 16 * (10 + 9) + 10 + 4 * 8
+    assert cached_tokens(3, 4, 10, 8, 0, 3) == 3 * (10 + 4 * (3 + 7))
     assert refills(11, 12) and not refills(12, 12) and not refills(0, 12)

@@ -67,15 +67,19 @@ def test_least_bytes_by_hand(setup_of):
 
 
 def test_rows_that_are_refilled_hold_their_own_caches_alone(setup_of, monkeypatch):
-    """Three rows at a time, each with 8 prompt tokens and 4 fed ones, and one prompt whose completions wait."""
+    """Three rows at a time, each with 8 prompt tokens and 5 slots, and one prompt whose completions wait."""
     setup = setup_of(prompts=50)
     rollout = dataclasses.replace(setup.config.rollout, rows=3)
     setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, rollout=rollout))
-    assert least_bytes(setup)["rollouts"]["caches"] == 2 * 4 * 4 * 4 * (3 * (8 + 4) + 8)
+    assert least_bytes(setup)["rollouts"]["caches"] == 2 * 4 * 4 * 4 * (3 * (8 + 5) + 8)
+    # A prefix of 5, as long as a completion, leaves no slot for a sixth token. Those of a group of 3 wait as well.
+    forced = dataclasses.replace(setup, data=dataclasses.replace(setup.data, forced_size=9))
+    assert least_bytes(forced)["rollouts"]["caches"] == 2 * 4 * 4 * 4 * (3 * (8 + 6) + 8 + 3 * 5)
+    assert least_bytes(forced)["evaluation"] == least_bytes(setup)["evaluation"]
     # Less than the caches themselves, so that these are the largest part.
     monkeypatch.setattr(memory, "least_bytes", lambda setup: {"rollouts": {"weights": 1.0, "caches": 9e9}})
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 8e9)
-    message = r"caches 9.0 GB of 3 rows of 8 \+ 4 tokens\); .*: lower rollout.rows \(3\) or rollout.max_"
+    message = r"caches 9.0 GB of 3 rows of 8 \+ 5 tokens\); .*: lower rollout.rows \(3\) or rollout.max_"
     with pytest.raises(ValueError, match=message):
         check_memory(setup)
 

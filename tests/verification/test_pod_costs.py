@@ -159,10 +159,33 @@ def test_shapes_without_files_are_of_known_models():
     assert count == pytest.approx(72.7e9, rel=0.001)  # as its card says
 
 
+@pytest.mark.parametrize("asked", [[], ["--table"], ["--no-decode", "--no-update"]])
+def test_refilled_rows_are_refused_before_anything_compiles(asked, capsys):
+    """What would be compiled is another program, with other caches."""
+    assert main(["compile", "tiny", "--rollout.rows", "64", *asked]) == 2
+    assert capsys.readouterr().err == ("error: rollout.rows is 64; compile knows plain rollouts only: set it to 0\n")
+
+
+def test_rows_matter_only_where_a_rollout_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(slice_choice, "minimum_resources", lambda *arguments: [])
+    command = ["compile", "tiny", "--rollout.rows", "64", "--table", "--json", str(tmp_path / "table.json")]
+    assert main([*command, "--no-rollout", "--no-update"]) == 0
+    config = load_config("tiny", rollout={"rows": 64})
+    with pytest.raises(ValueError, match=r"rollout.rows is 64"):
+        rollout_cost(TINY, config, make_mesh(config.mesh), PlanShape(TINY.num_layers))
+
+
 @needs_libtpu
 def test_several_tpu_slices():
     devices = compiled_costs.topology_devices("v5e:2x2", slices=2)
     assert len(devices) == 8 and {device.slice_index for device in devices} == {0, 1}
+
+
+@needs_libtpu
+def test_an_axis_of_a_mesh_may_take_a_part_of_an_axis_of_chips():
+    devices = compiled_costs.topology_devices("v5p:4x4x4")
+    mesh = compiled_costs.topology_mesh(devices, MeshConfig(fsdp=8, tensor=8))
+    assert mesh.size == 64 and len(set(mesh.devices.flat)) == 64
 
 
 @needs_libtpu
