@@ -60,8 +60,9 @@ def test_every_case_has_its_figures(tiny, tmp_path, capsys):
     # 2 rows x 8 more tokens x 10 layers x keys and values x 2 heads of 16 numbers of 2 bytes
     short, long, nested = (row["floor_bytes"] for row in found["decode"])
     assert long - short == 2 * 8 * 10 * 2 * 2 * 16 * 2
-    # Three layers of 2 norms, 2 x 64 x 64 + 2 x 64 x 32 of attention and 3 x 64 x 128 of the MLP, and their caches
-    assert short - nested == 3 * (2 * (2 * 64 + 12288 + 24576) + 2 * 8 * 2 * 2 * 16 * 2)
+    # Three layers of 2 norms in float32, 2 x 64 x 64 + 2 x 64 x 32 of attention and 3 x 64 x 128 of the MLP in two
+    # bytes, and their caches
+    assert short - nested == 3 * (4 * 2 * 64 + 2 * (12288 + 24576) + 2 * 8 * 2 * 2 * 16 * 2)
     assert found["decode"][2]["layers"] == 7 and found["decode"][2]["share_of_gain"] > 0
     assert [row["case"] for row in found["rollouts"]] == [
         f"int8, {share} skipped, {how}" for share in ("0%", "33%") for how in ("batches", "refilled")
