@@ -36,7 +36,7 @@ class EvaluationConfig:
         pass_k: k of pass@k.
         batch_size: prompts per compiled batch; any number, whatever the mesh is.
         rows: completions of a batch that are decoded at the same time (`rollout.refill`): one that ends makes room for
-            the next. It pays with large batches, and changes no sample. 0 decodes all at once.
+            the next. It pays with large batches, and changes no sample but for ties of rounding. 0 decodes all at once.
     """
 
     every_steps: int = 10

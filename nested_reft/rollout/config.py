@@ -29,7 +29,8 @@ class RolloutConfig:
         weights: what rollouts are computed with: the `target`'s own weights, or a `bfloat16` or `int8` copy made
             after each update (`models.low_precision`), whose rounding the importance weight corrects.
         rows: completions of a batch that are decoded at the same time (`rollout.refill`): one that ends makes room for
-            the next, so caches grow with `rows` and not with the batch. It changes no sample. 0 decodes all at once.
+            the next, so caches grow with `rows` and not with the batch. It changes no sample but for ties of rounding.
+            0 decodes all at once.
     """
 
     group_size: int

@@ -44,13 +44,17 @@ def check_memory(setup: Setup) -> None:
     samples = f"evaluation.samples_per_prompt ({config.evaluation.samples_per_prompt})"
     rows, decoded = f"rollout.rows ({config.rollout.rows})", f"evaluation.rows ({config.evaluation.rows})"
     is_refilled = refills(config.rollout.rows, config.data.prompts_per_batch * config.rollout.group_size)
+    evaluated = config.evaluation.batch_size * max(config.evaluation.samples_per_prompt, 1)
+    is_evaluation_refilled = refills(config.evaluation.rows, evaluated)
     sizes = {
         "rollouts": f"lower {rows if is_refilled else batch} or {completions}"
         + ("" if is_refilled or config.rollout.mode == "exact" else ", or set rollout.rows to decode fewer at a time"),
         "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})"
         + (f", or set train.remat full (now {config.train.remat})" if config.train.remat != "full" else ""),
-        "evaluation": f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}"
-        + (f", or lower {decoded}" if config.evaluation.rows else ", or set evaluation.rows to decode fewer at a time"),
+        "evaluation": f"lower {decoded} or {completions}"
+        if is_evaluation_refilled
+        else f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}, or set"
+        " evaluation.rows to decode fewer at a time",
         "warm start": f"raise warm_start.micro_batches or lower warm_start.batch_size ({config.warm_start.batch_size})",
     }
     # Where weights and moments are too much, a smaller batch would not help.

@@ -84,6 +84,24 @@ def test_rows_that_are_refilled_hold_their_own_caches_alone(setup_of, monkeypatc
         check_memory(setup)
 
 
+@pytest.mark.parametrize(
+    ("rows", "remedy"),
+    [
+        (3, r"lower evaluation.rows \(3\) or rollout.max_completion_tokens \(\d+\)$"),
+        # As many rows as completions are no fewer at a time.
+        (10**6, r"lower evaluation.batch_size \(\d+\), .* or set evaluation.rows to decode fewer at a time$"),
+    ],
+)
+def test_caches_of_an_evaluation_are_lowered_by_what_decides_on_them(setup_of, monkeypatch, rows, remedy):
+    setup = setup_of()
+    evaluation = dataclasses.replace(setup.config.evaluation, rows=rows)
+    setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, evaluation=evaluation))
+    monkeypatch.setattr(memory, "least_bytes", lambda setup: {"evaluation": {"weights": 1.0, "caches": 9e9}})
+    monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 8e9)
+    with pytest.raises(ValueError, match=remedy):
+        check_memory(setup)
+
+
 def test_updates_hold_the_completions_that_they_train_on(setup_of):
     """Groups of 2 out of the 3 that are sampled: rollouts cache all of them."""
     setup = setup_of()
