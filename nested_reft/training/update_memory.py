@@ -41,11 +41,11 @@ def update_working_bytes(
     size = task.max_completion_tokens
     positions = block_positions(prompts, group, size, model.config.vocab_size)
     logits = 4.0 * prompts * group * positions * model.config.vocab_size
-    # Those of all positions are among what is kept; those of a block are made again.
+    # Exponentials of all positions are among what is kept; those of a block are made again.
     kept_logits = logits if positions == size else 0.0
     gradient = _bytes(split_trainable(model)[1])
-    # Logits, their weights and their gradient. The gradients of the layers come later, in the place of these.
-    head = 3 * logits - gradient
+    # Logits, their exponentials and their gradient. The gradients of the layers come later, in the place of these.
+    head = 3 * logits - kept_logits - gradient
     layer = (every_layer - kept_logits) / model.config.num_layers
     activations = kept * (2 if task.needs.self_distillation else 1)
     # The optimizer holds the gradient of the sum, that of the mean and the step, when the activations are gone.
