@@ -31,7 +31,8 @@ from experiments.benchmarks.ours import VARIANTS, rollout_call
 from experiments.benchmarks.stages import Best, Breakdown, Stage, breakdown_table, timed, with_rest
 from experiments.benchmarks.worker import Case, measure
 from nested_reft.layer_plan import LayerPlan, PlanShape
-from nested_reft.models.layer import KeyValues, attend
+from nested_reft.models.attention import attend
+from nested_reft.models.layer import KeyValues
 from nested_reft.models.transformer import PromptCache, Transformer
 from nested_reft.rollout.logprobs import hidden_logprobs
 from nested_reft.rollout.policy import Policy

@@ -24,11 +24,12 @@ from experiments.benchmarks.ours import VARIANTS, plan_of, prompts_of
 from experiments.benchmarks.worker import Case, measure_all
 from nested_reft.models.transformer import Transformer
 from nested_reft.reports.tables import table
-from nested_reft.rollout import generate as generate_module
+from nested_reft.rollout import schedule
+from nested_reft.rollout.generate import generate
 from nested_reft.rollout.sampling import SamplingConfig
 from nested_reft.types import Rollouts
 
-SHIPPED = generate_module.COMPACTIONS
+SHIPPED = schedule.COMPACTIONS
 NEW_TOKENS = (64, 128)
 STOP_SHARES = (1 / 16, 1 / 48)
 
@@ -113,8 +114,8 @@ def generate_with(compactions: int) -> Callable[..., Rollouts]:
     """`generate` as a program of its own, with that many compactions."""
 
     def traced(*arrays: Any, **options: Any) -> Rollouts:
-        generate_module.COMPACTIONS = compactions  # read while it is traced
-        return inspect.unwrap(generate_module.generate)(*arrays, **options)
+        schedule.COMPACTIONS = compactions  # read while it is traced
+        return inspect.unwrap(generate)(*arrays, **options)
 
     return jax.jit(traced, static_argnames=("group_size", "max_completion_tokens", "sampling"))
 

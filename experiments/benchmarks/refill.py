@@ -37,8 +37,9 @@ from nested_reft.cli.arguments import whole
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.reports.tables import table
-from nested_reft.rollout import generate as generate_module
-from nested_reft.rollout import refill as refill_module
+from nested_reft.rollout import drawing
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.refill import generate_refilled
 from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms
 from nested_reft.sharding import to_host
 from nested_reft.types import Rollouts
@@ -204,18 +205,15 @@ def _program(key_N1: Array, length_N: Array, new_tokens: int, rows: int | None) 
         return jnp.where(position + 1 >= length_N[number], 0.0, jnp.maximum(row_uniforms(key, position), 1e-6))
 
     options = {"group_size": 1, "max_completion_tokens": new_tokens, "sampling": SamplingConfig()}
-    chosen = generate_module.generate if rows is None else refill_module.generate_refilled
+    chosen = generate if rows is None else generate_refilled
     options |= {} if rows is None else {"rows": rows}
 
     def traced(*arrays: Any, **named: Any) -> Rollouts:
-        modules: list[Any] = [generate_module, refill_module]
-        for module in modules:
-            module.row_uniforms = draws  # read while it is traced
+        drawing.row_uniforms = draws  # read while it is traced
         try:
             return inspect.unwrap(chosen)(*arrays, **named, **options)
         finally:
-            for module in modules:
-                module.row_uniforms = row_uniforms
+            drawing.row_uniforms = row_uniforms
 
     return jax.jit(traced)
 

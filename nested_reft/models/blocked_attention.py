@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nested_reft.models.visibility import Visible
 
 SAVED = "attention by blocks"  # name of what a policy of rematerialisation may keep for the backward pass
-MASKED = -1e30  # score of a key that is not seen
+MASKED = -1e30  # score of a key that is not seen; finite, so that a row without any key stays finite
 LOWEST = -1e29  # where maxima start: above MASKED, so that the weight of a key that is not seen is 0 in every block
 
 
@@ -58,7 +58,7 @@ def attend_by_blocks(
     query_block: int,
     key_block: int,
 ) -> Float[Array, "B G T H*K"]:
-    """What `layer.attend` returns, up to rounding. A query that sees no key at all gets zeros.
+    """What `attention.attend` returns, up to rounding. A query that sees no key at all gets zeros.
 
     Args:
         query_BGTHK: queries; head `h` reads key head `h // (H / J)`.

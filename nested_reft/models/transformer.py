@@ -22,7 +22,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.models.attention import attend_texts
+from nested_reft.models.attention import attend, attend_texts
 from nested_reft.models.bridges import Bridges
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.heads import ScalarHead
@@ -30,7 +30,6 @@ from nested_reft.models.layer import (
     KeyValues,
     add_attention,
     as_operand,
-    attend,
     matmul,
     project_qkv,
     rms_norm,

@@ -16,13 +16,11 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
-from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
-from nested_reft.sharding import constrain, shares
+from nested_reft.rollout.drawing import next_token, rollouts_of, shifted, stopped
+from nested_reft.rollout.sampling import SamplingConfig, row_keys
+from nested_reft.rollout.schedule import cache_sizes, compactions_of
+from nested_reft.sharding import constrain
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
-
-COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
-COMPACTIONS = 3  # each compiles the decode step once more
-GROW_FROM = 64  # completion tokens; with fewer, reading caches half empty costs less than compiling for smaller ones
 
 
 class _Rows(NamedTuple):
@@ -137,41 +135,6 @@ def generate(
     return rollouts_of(sampled, prompt_BP, prompt_length_B, forced, plan, model, policy_version, sampling)
 
 
-def rollouts_of(
-    sampled: tuple[Array, Array, Array, Array],
-    prompt_BP: Int[Array, "B P"],
-    prompt_length_B: Int[Array, " B"],
-    forced: ForcedPrefixes | None,
-    plan: LayerPlan,
-    model: Transformer,
-    policy_version: Int[Array, ""] | int,
-    sampling: SamplingConfig,
-) -> Rollouts:
-    """The rollouts of one policy, of the completions that it sampled.
-
-    Args:
-        sampled: tokens and log-probabilities `[B, G, C]`, lengths and whether a stop token ended them `[B, G]`.
-        prompt_BP, prompt_length_B, forced, plan, model, policy_version, sampling: as in `generate`.
-    """
-    tokens_BGC, logprob_BGC, length_BG, finished_BG = sampled
-    shape = length_BG.shape
-    return Rollouts(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BGC=tokens_BGC,
-        length_BG=length_BG,
-        finished_BG=finished_BG,
-        forced_BG=jnp.zeros(shape, jnp.int32) if forced is None else forced.length_BG,
-        counted_BG=jnp.ones(shape, bool),
-        behavior_logprob_BGC=logprob_BGC,
-        nested_BG=jnp.ones(shape, bool),
-        full_share_BG=jnp.zeros(shape),
-        part_BGL=jnp.broadcast_to(plan.to_parts(model.config.num_layers), (*shape, model.config.num_layers)),
-        version_BG=jnp.full(shape, policy_version, jnp.int32),
-        temperature_BG=jnp.full(shape, sampling.temperature, jnp.float32),
-    )
-
-
 class _GivenTokens:
     """Forced prefixes while a batch is decoded.
 
@@ -191,9 +154,7 @@ class _GivenTokens:
     def put_in_front(self, state: _DecodeState, stop_ids: Array) -> tuple[Array, Array, Array, Array]:
         """Tokens, log-probabilities, lengths and stops of whole completions, prefixes included."""
         size, forced_BG = self._completion_size, self.forced.length_BG
-        # With prefixes, a row can be done because it is full. Its last token tells whether it stopped.
-        last_BG1 = jnp.take_along_axis(state.tokens_BGC, jnp.maximum(state.length_BG - 1, 0)[..., None], axis=-1)
-        finished_BG = (state.length_BG > 0) & jnp.isin(last_BG1[..., 0], stop_ids)
+        finished_BG = stopped(state.tokens_BGC, state.length_BG, 0, stop_ids)
         room = max(size - self.size, 0)
         given_BGC = jnp.pad(self.forced.tokens_BGF, ((0, 0), (0, 0), (0, room)))[..., :size]
         # Sampled tokens were written from index 0; each row moves right by the length of its own prefix.
@@ -225,12 +186,10 @@ class _Decoder:
         """Draws each row's next token from its hidden state."""
         # Forced tokens count, so a completion goes on from its own first tokens as it did when they were sampled.
         position = state.step if self.given is None else state.step + rows.of(self.given.forced.length_BG)
-        uniform = constrain(row_uniforms(rows.of(self.key_BG), position), "", "batch")
-        token_bg, logprob_bg = sample_token(uniform, whole_rows(self.model.logits(hidden_bgD)), self.sampling)
-        token_bg, logprob_bg = constrain(token_bg, "batch"), constrain(logprob_bg, "batch")
         done_bg = rows.of(state.done_BG)
-        # A finished row still passes through the model with the batch; what it draws is not kept.
-        token_bg, logprob_bg = (jnp.where(done_bg, 0, value) for value in (token_bg, logprob_bg))
+        token_bg, logprob_bg = next_token(
+            self.model, self.sampling, rows.of(self.key_BG), position, hidden_bgD, done_bg
+        )
         ends_bg = jnp.isin(token_bg, self.stop_ids)
         if self.given is not None:  # a row whose prefix took some of its tokens is full earlier than the others
             ends_bg |= state.step + 1 >= rows.of(self.given.limit_BG)
@@ -303,59 +262,6 @@ def _decoded(decoder: _Decoder, prompt: PromptCache) -> _DecodeState:
         state = decoder.until_fits(state, rows, prompt, fewer)
         state, rows, prompt = _compacted(state, rows, prompt, *fewer)
     return decoder.until_fits(state, rows, prompt, (0, 0))
-
-
-def whole_rows(logits_bgV: Array) -> Array:
-    """The logits with rows split over all devices, and the vocabulary over none.
-
-    Products leave them split along the vocabulary. To sample, each device would else gather the logits of all rows of
-    its share of the batch: on TPUs, as many bytes as the weights.
-    """
-    # Named first, or devices would rather gather the head's weights, and read all of them in every step.
-    logits_bgV = constrain(logits_bgV, "batch", "", "vocab")
-    if logits_bgV.shape[0] % shares("row") == 0:
-        return constrain(logits_bgV, "row")
-    return constrain(logits_bgV, "batch", "completion")
-
-
-def shifted(values_BGX: Array, left_BG: Int[Array, "B G"]) -> Array:
-    """Each row moved to the left by its own number of places, or to the right where that is negative; what falls out
-    at one end comes in at the other."""
-    size = values_BGX.shape[-1]
-    index_BGX = (jnp.arange(size) + left_BG[..., None]) % size
-    return jnp.take_along_axis(values_BGX, index_BGX, axis=-1)
-
-
-def compactions_of(batch: int, group: int, size: int) -> list[tuple[int, int]]:
-    """Prompts and completions of each that decoding shrinks to, one after the other.
-
-    Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches. Where devices
-    share the prompts, all of them stay: a prompt that moved to another device would take its caches along.
-    """
-    shapes, moves = [], shares("batch") == 1
-    while size >= COMPACT_FROM and len(shapes) < COMPACTIONS and batch * group >= 4 and (group > 1 or moves):
-        batch, group = (batch, -(-group // 2)) if group > 1 else (-(-batch // 2), group)
-        shapes.append((batch, group))
-    return shapes
-
-
-def cache_sizes(size: int) -> list[int]:
-    """Tokens that caches hold room for, one after the other: every step reads them whole."""
-    # The last token is never fed, so it needs no slot.
-    last = max(size - 1, 1)
-    return [-(-last // 4), -(-last // 2), last] if size >= GROW_FROM else [last]
-
-
-def decode_loops(batch: int, group: int, size: int) -> list[int]:
-    """Steps of each of the loops that decode a batch, in their order, where no row ends before its limit.
-
-    Args:
-        batch, group, size: B, G and C.
-    """
-    ends = [*cache_sizes(size)[:-1], max(size - 1, 0)]
-    steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    # No row leaves, so the loop before the first compaction goes on to the end, and those behind it have nothing to do.
-    return steps + [0] * len(compactions_of(batch, group, size))
 
 
 def _with_cache_size(state: _DecodeState, size: int) -> _DecodeState:

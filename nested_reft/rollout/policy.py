@@ -37,8 +37,8 @@ from nested_reft.rollout.exact import ExactRollouts, generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.refill import generate_refilled
-from nested_reft.rollout.rows import refills
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.rollout.schedule import refills
 from nested_reft.run_mirror import address_of, local_run
 from nested_reft.sharding import (
     MeshConfig,

@@ -30,9 +30,9 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.layer import KeyValues
 from nested_reft.models.placement import gathered
 from nested_reft.models.transformer import PromptCache, Transformer
-from nested_reft.rollout.generate import cache_sizes, compactions_of, rollouts_of, shifted, whole_rows
-from nested_reft.rollout.rows import row_slots, stocked_prompts, taken_together
-from nested_reft.rollout.sampling import SamplingConfig, row_keys, row_uniforms, sample_token
+from nested_reft.rollout.drawing import next_token, rollouts_of, shifted, stopped
+from nested_reft.rollout.sampling import SamplingConfig, row_keys
+from nested_reft.rollout.schedule import cache_sizes, compactions_of, row_slots, stocked_prompts, taken_together
 from nested_reft.sharding import constrain, shares
 from nested_reft.types import ForcedPrefixes, Rollouts, valid_mask
 
@@ -120,10 +120,7 @@ def generate_refilled(
         constrain(values.reshape(*shape, *values.shape[1:]), "batch")
         for values in (completions.tokens_nC, completions.logprob_nC, completions.length_n)
     )
-    # A row that is full has ended too. Its last token tells whether it stopped, where it was not given.
-    last_BG1 = jnp.take_along_axis(tokens_BGC, jnp.maximum(length_BG - 1, 0)[..., None], axis=-1)
-    given_BG = 0 if forced is None else forced.length_BG
-    finished_BG = (length_BG > given_BG) & jnp.isin(last_BG1[..., 0], stop_ids)
+    finished_BG = stopped(tokens_BGC, length_BG, 0 if forced is None else forced.length_BG, stop_ids)
     sampled = (tokens_BGC, logprob_BGC, length_BG, finished_BG)
     return rollouts_of(sampled, prompt_BP, prompt_length_B, forced, plan, model, policy_version, sampling)
 
@@ -326,12 +323,10 @@ class _Refiller:
     def _one_step(self, state: _State) -> _State:
         """Draws the next token of every row and feeds it."""
         row, current = state.row, state.row.current
-        # A row that has ended passes through the model with the others; what it draws is not kept.
         position_R = state.step - row.start_R
-        uniform = row_uniforms(jnp.take(self.key_N, row.number_R, mode="clip"), position_R)
-        logits_R1V = whole_rows(self.model.logits(row.hidden_RD[:, None]))
-        drawn = sample_token(constrain(uniform, "", "batch")[..., None], logits_R1V, self.sampling)
-        token_R1, logprob_R1 = (jnp.where(row.done_R[:, None], 0, constrain(x, "batch")) for x in drawn)
+        key_R = jnp.take(self.key_N, row.number_R, mode="clip")
+        by_row = (key_R, position_R, row.hidden_RD, row.done_R)
+        token_R1, logprob_R1 = next_token(self.model, self.sampling, *(x[:, None] for x in by_row))
         here_RC = (jnp.arange(self.size) == position_R[:, None]) & ~row.done_R[:, None]
         current = _Completions(
             jnp.where(here_RC, token_R1, current.tokens_nC),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.registry import OfflineConfig, make_objective
 from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
-from nested_reft.rollout.rows import refills
+from nested_reft.rollout.schedule import refills
 from nested_reft.sharding import divisors
 
 if TYPE_CHECKING:  # the configuration imports its rules

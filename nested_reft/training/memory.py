@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from nested_reft.losses.registry import OfflineConfig
 from nested_reft.losses.supervised import SftConfig
 from nested_reft.models.parameters import parameter_shapes
-from nested_reft.rollout.rows import cached_tokens, refills, row_slots
+from nested_reft.rollout.schedule import cached_tokens, refills, row_slots
 from nested_reft.sharding import make_mesh, mesh_bytes
 from nested_reft.training.reinforcement import reinforcement_task
 from nested_reft.training.setup import Setup

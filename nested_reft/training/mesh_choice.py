@@ -14,7 +14,7 @@ from nested_reft.losses.registry import OfflineConfig
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import parameter_shapes, splittable_parts
 from nested_reft.models.registry import model_shape
-from nested_reft.rollout.rows import cached_tokens
+from nested_reft.rollout.schedule import cached_tokens
 from nested_reft.sharding import MeshConfig, dividing, largest_split, make_mesh, mesh_bytes
 from nested_reft.training.config import Config
 

@@ -34,7 +34,8 @@ from nested_reft.plan_price import (
     half_parameters,
     head_parameters,
 )
-from nested_reft.rollout.generate import decode_loops, generate
+from nested_reft.rollout.generate import generate
+from nested_reft.rollout.schedule import decode_loops
 from nested_reft.sharding import on_mesh
 from nested_reft.training.config import Config
 from nested_reft.training.reinforcement import reinforcement_task

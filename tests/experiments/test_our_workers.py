@@ -59,7 +59,7 @@ def test_an_update_trains_what_the_variant_says(variant, directory):
 
 def test_compactions_change_no_lengths(directory, monkeypatch):
     """With 4 tokens or more to decode, the program with compactions has some; rows end by random stop tokens."""
-    monkeypatch.setattr(compaction.generate_module, "COMPACT_FROM", 4)
+    monkeypatch.setattr(compaction.schedule, "COMPACT_FROM", 4)
     model, case = ours.VARIANTS["float32"](directory).model, Case(2, 4, 4, 16)
     without, shipped = compaction.compaction_rows(model, case, 1 / 4, repeats=1)
     assert without["longest"] == shipped["longest"] > without["mean_length"]

@@ -8,8 +8,9 @@ from flax import nnx
 
 from nested_reft import backends
 from nested_reft.layer_plan import LayerPlan
+from nested_reft.models.attention import attend
 from nested_reft.models.blocked_attention import attend_by_blocks
-from nested_reft.models.layer import KeyValues, attend
+from nested_reft.models.layer import KeyValues
 from nested_reft.models.visibility import Visible
 from nested_reft.types import valid_mask
 from tests.tiny_models import TINY, tiny_model, tiny_prompts

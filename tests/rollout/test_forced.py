@@ -9,7 +9,7 @@ import pytest
 
 from nested_reft.compilation import CompileCounter
 from nested_reft.layer_plan import LayerPlan
-from nested_reft.rollout import generate as generate_module
+from nested_reft.rollout import schedule
 from nested_reft.rollout.exact import generate_exact
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
@@ -183,8 +183,8 @@ def test_long_rollouts_shrink_and_grow_around_prefixes(forced_size, key, monkeyp
     forced = prefixes(length_BG, forced_size)
     results = []
     for compact_from, grow_from in ((32, 64), (10**9, 10**9)):
-        monkeypatch.setattr(generate_module, "COMPACT_FROM", compact_from)
-        monkeypatch.setattr(generate_module, "GROW_FROM", grow_from)
+        monkeypatch.setattr(schedule, "COMPACT_FROM", compact_from)
+        monkeypatch.setattr(schedule, "GROW_FROM", grow_from)
         generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         results.append(sample(model, key, forced, plan=NESTED, stop_ids=stop_ids, size=64, group_size=8))
     generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]

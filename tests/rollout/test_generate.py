@@ -10,7 +10,7 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
 from nested_reft.rollout import generate as generate_module
-from nested_reft.rollout import logprobs
+from nested_reft.rollout import logprobs, schedule
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.logprobs import completion_logprobs
 from nested_reft.rollout.sampling import GREEDY, SamplingConfig
@@ -332,14 +332,14 @@ def test_a_prefix_that_is_not_shared_would_show(key):
 
 
 def test_compactions_halve_groups_first():
-    assert generate_module.compactions_of(3, 8, 32) == [(3, 4), (3, 2), (3, 1)]
-    assert generate_module.compactions_of(7, 1, 32) == [(4, 1), (2, 1)]
-    assert generate_module.compactions_of(8, 8, 31) == []  # too short to pay
+    assert schedule.compactions_of(3, 8, 32) == [(3, 4), (3, 2), (3, 1)]
+    assert schedule.compactions_of(7, 1, 32) == [(4, 1), (2, 1)]
+    assert schedule.compactions_of(8, 8, 31) == []  # too short to pay
 
 
 def test_caches_hold_a_quarter_half_and_all():
-    assert generate_module.cache_sizes(128) == [32, 64, 127]
-    assert generate_module.cache_sizes(63) == [62] and generate_module.cache_sizes(1) == [1]
+    assert schedule.cache_sizes(128) == [32, 64, 127]
+    assert schedule.cache_sizes(63) == [62] and schedule.cache_sizes(1) == [1]
 
 
 def test_decoding_grows_caches_and_drops_rows():
@@ -359,7 +359,7 @@ def test_decoding_grows_caches_and_drops_rows():
 def test_growing_caches_changes_nothing(key, monkeypatch):
     results = []
     for grow_from in (10**9, 8):
-        monkeypatch.setattr(generate_module, "GROW_FROM", grow_from)
+        monkeypatch.setattr(schedule, "GROW_FROM", grow_from)
         generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         plan = LayerPlan.skipping(5, [1])
         results.append(
@@ -382,7 +382,7 @@ def test_dropping_finished_rows_changes_nothing(skipped, group_size, key, monkey
         prompts = jax.random.randint(key, (8, 9), 0, TINY.vocab_size), jnp.arange(2, 10)
     results = []
     for compact_from in (10**9, 8):
-        monkeypatch.setattr(generate_module, "COMPACT_FROM", compact_from)
+        monkeypatch.setattr(schedule, "COMPACT_FROM", compact_from)
         generate.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         results.append(
             rollout(model, key, plan=plan, stop_ids=stop_ids, prompts=prompts, group_size=group_size, size=24)

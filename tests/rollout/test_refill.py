@@ -13,12 +13,12 @@ from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.low_precision import low_precision
 from nested_reft.models.parameters import parameter_axes
 from nested_reft.models.transformer import Transformer
-from nested_reft.rollout import rows as rollout_rows
+from nested_reft.rollout import schedule
 from nested_reft.rollout.generate import generate
 from nested_reft.rollout.mixture import mixture_rollouts
 from nested_reft.rollout.refill import generate_refilled
-from nested_reft.rollout.rows import cached_tokens, refills, stocked_prompts
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.rollout.schedule import cached_tokens, refills, stocked_prompts
 from nested_reft.sharding import MeshConfig, make_mesh, on_mesh, replicate, shard_batch, shard_parameters
 from nested_reft.types import ForcedPrefixes, Rollouts
 from tests.tiny_models import TINY, tiny_model
@@ -153,7 +153,7 @@ def test_rows_stay_full_and_prompts_run_once(key, monkeypatch):
 )
 def test_several_prompts_wait_together(rows, group, is_forced, key, monkeypatch):
     """Where all rows take completions at once, these belong to several prompts."""
-    monkeypatch.setattr(rollout_rows, "REFILL_SHARE", 1)
+    monkeypatch.setattr(schedule, "REFILL_SHARE", 1)
     assert stocked_prompts(rows, group) > 1
     # What was compiled before has the share of then.
     generate_refilled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]

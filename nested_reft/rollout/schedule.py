@@ -1,7 +1,15 @@
-"""How many rows decode at the same time, where completions wait for them (`rollout.refill`)."""
+"""How decoding is laid out: rows at once, slots of their caches, and when rows leave or are refilled.
+
+Everything here is known when a program compiles, so that predictions of memory and of costs read the same numbers.
+"""
 
 from __future__ import annotations
 
+from nested_reft.sharding import shares
+
+COMPACT_FROM = 32  # completion tokens; shorter rollouts end before dropping finished rows could pay
+COMPACTIONS = 3  # each compiles the decode step once more
+GROW_FROM = 64  # completion tokens; with fewer, reading caches half empty costs less than compiling for smaller ones
 REFILL_SHARE = 8  # rows are refilled when an eighth of them has ended, because each refill copies caches
 
 
@@ -69,3 +77,35 @@ def stocked_prompts(rows: int, group: int) -> int:
         group: G.
     """
     return -(-taken_together(rows) // group)
+
+
+def compactions_of(batch: int, group: int, size: int) -> list[tuple[int, int]]:
+    """Prompts and completions of each that decoding shrinks to, one after the other.
+
+    Groups are halved first: their rows share a prompt, so a compacted batch copies no prompt's caches. Where devices
+    share the prompts, all of them stay: a prompt that moved to another device would take its caches along.
+    """
+    shapes, moves = [], shares("batch") == 1
+    while size >= COMPACT_FROM and len(shapes) < COMPACTIONS and batch * group >= 4 and (group > 1 or moves):
+        batch, group = (batch, -(-group // 2)) if group > 1 else (-(-batch // 2), group)
+        shapes.append((batch, group))
+    return shapes
+
+
+def cache_sizes(size: int) -> list[int]:
+    """Tokens that caches hold room for, one after the other: every step reads them whole."""
+    # The last token is never fed, so it needs no slot.
+    last = max(size - 1, 1)
+    return [-(-last // 4), -(-last // 2), last] if size >= GROW_FROM else [last]
+
+
+def decode_loops(batch: int, group: int, size: int) -> list[int]:
+    """Steps of each of the loops that decode a batch, in their order, where no row ends before its limit.
+
+    Args:
+        batch, group, size: B, G and C.
+    """
+    ends = [*cache_sizes(size)[:-1], max(size - 1, 0)]
+    steps = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    # No row leaves, so the loop before the first compaction goes on to the end, and those behind it have nothing to do.
+    return steps + [0] * len(compactions_of(batch, group, size))
