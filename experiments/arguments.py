@@ -17,19 +17,19 @@ from typing import Any
 from nested_reft.cli.arguments import Parser, number, whole
 from nested_reft.cli.bad_input import BadInput
 from nested_reft.cli.output import complain, quiet_libraries
-from nested_reft.exit_codes import INTERRUPTED
+from nested_reft.exit_codes import BAD_INPUT, DONE, INTERRUPTED
 from nested_reft.fields import from_text
 from nested_reft.json_files import check_writable
 from nested_reft.training.config import MAX_STEPS
 from nested_reft.untrusted import shown
 
-Main = Callable[[Sequence[str] | None], None]
+Main = Callable[[Sequence[str] | None], int | None]
 
 BELOW_ONE = number("0 or more and less than 1", lambda value: 0 <= value < 1)
 
 
 def command(main: Main) -> Callable[..., int]:
-    """Makes a `main` return its exit code: 2 after one line where it refused its input, 130 after Ctrl-C, 0 at its end.
+    """Makes a `main` return an exit code: 2 after one line where it refused its input, 130 after Ctrl-C, else its own.
 
     Args:
         main: parses the arguments of the command line, or those of the process where it gets None.
@@ -39,14 +39,13 @@ def command(main: Main) -> Callable[..., int]:
     def run(arguments: Sequence[str] | None = None) -> int:
         quiet_libraries()
         try:
-            main(arguments)
+            return main(arguments) or DONE
         except BadInput as error:
             complain(f"error: {error}")
-            return 2
+            return BAD_INPUT
         except KeyboardInterrupt:
             complain("\ninterrupted: the same command computes no kept result again")
             return INTERRUPTED
-        return 0
 
     return run
 

@@ -107,7 +107,7 @@ def _allowed_word(option: Any, value: Any) -> str:
     # The range is named only where it is what was missed.
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if option is int:
-        return "a whole number" + (f" from {-MAX_WHOLE} to {MAX_WHOLE}" if is_whole else "")
+        return "a whole number" + (f" of at most {MAX_WHOLE}, whatever its sign" if is_whole else "")
     if option is float:
         return "a finite number" if is_whole or type(value) is float else "a number"
     if dataclasses.is_dataclass(option) or option is dict or typing.get_origin(option) in (dict, Mapping):

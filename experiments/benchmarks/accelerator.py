@@ -29,17 +29,21 @@ from experiments.benchmarks.common import MODEL
 from experiments.benchmarks.peers import Skipped
 from nested_reft.cli.arguments import keep_json, number
 from nested_reft.cli.bad_input import BadInput, checking_input
+from nested_reft.exit_codes import DONE, FAILED
 from nested_reft.models.registry import QWEN2_5_SHAPE, model_shape
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 
 
 @command
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables.
 
     Args:
         arguments: of the command line; None takes those of the process.
+
+    Returns:
+        `FAILED` where no case has figures.
     """
     options = experiment_parser("benchmarks.accelerator", __doc__)
     above_zero = number("more than 0", lambda value: value > 0)
@@ -66,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         rows = part_rows(PARTS[name], bench, keep)
         print(f"\n{PARTS[name].title}\n{part_table(PARTS[name], rows)}\n", flush=True)
+    is_measured = any("skipped" not in row for rows in results.values() for row in rows)
+    return DONE if is_measured else FAILED
 
 
 def part_rows(part: Part, bench: Bench, keep: Callable[[list[Row]], None]) -> list[Row]:
@@ -77,7 +83,12 @@ def part_rows(part: Part, bench: Bench, keep: Callable[[list[Row]], None]) -> li
         keep: is told all rows so far after each job.
     """
     rows: list[Row] = []
-    for job in part.jobs(bench):
+    try:
+        jobs = part.jobs(bench)
+    except Exception as error:  # such as weights that do not fit; other parts may need less
+        keep([{"case": part.title, "skipped": reason_of(error)}])
+        return [{"case": part.title, "skipped": reason_of(error)}]
+    for job in jobs:
         rows += job_rows(job, bench)
         keep(part.compared(rows))
     return part.compared(rows)

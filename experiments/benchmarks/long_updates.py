@@ -38,7 +38,7 @@ from nested_reft.training.step import BaseModel, LearnerTask, UpdatePlans, initi
 from nested_reft.training.update_memory import update_working_bytes
 
 PROMPT_TOKENS = 64
-LONGEST = 8192  # what SmolLM2 was trained for
+LONGEST = 8192 - PROMPT_TOKENS  # SmolLM2 was trained for 8,192 positions
 SHIPPED = backends.LONG_ATTENTION
 ATTENTION = {"blocks": SHIPPED, "all scores": 2**62}
 """From how many pairs of a query and a key on attention goes by blocks."""

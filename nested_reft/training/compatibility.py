@@ -534,6 +534,14 @@ def rows_leave_some_waiting(config: Config) -> None:
             f"rollout.rows is {rows}, and data.prompts_per_batch * rollout.group_size make {batch} completions, so none"
             f" would wait; allowed are 1 to {batch - 1}, or 0 to decode all at once"
         )
+    evaluation = config.evaluation
+    batch = evaluation.batch_size * max(evaluation.samples_per_prompt, 1)
+    if evaluation.rows and not refills(evaluation.rows, batch):
+        raise ValueError(
+            f"evaluation.rows is {evaluation.rows}, and a batch of evaluation.batch_size"
+            f" ({evaluation.batch_size}) prompts has {batch} completions at most, so none would wait; allowed are 1 to"
+            f" {batch - 1}, or 0 to decode all at once"
+        )
 
 
 def leaves_layers_out(config: Config) -> bool:

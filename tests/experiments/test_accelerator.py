@@ -131,7 +131,7 @@ def test_peers_are_compared_with_our_row_of_their_kind():
 
 
 def test_what_the_time_does_not_allow_is_named(tiny, tmp_path, capsys):
-    assert accelerator.main([*COMMAND, str(tmp_path / "kept.json"), "--minutes", "1e-9"]) == 0
+    assert accelerator.main([*COMMAND, str(tmp_path / "kept.json"), "--minutes", "1e-9"]) == 1
     found = cases(tmp_path / "kept.json")
     assert [len(rows) for rows in found.values()] == [4, 3, 4]
     assert {row["skipped"] for rows in found.values() for row in rows} == {"no time was left"}
@@ -160,6 +160,16 @@ def test_a_case_that_fails_is_a_line_and_not_the_end():
 
     assert fails(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) == "does not fit into memory"
     assert fails(TypeError("first\nsecond")) == "failed: TypeError: first"
+
+
+def test_a_part_that_cannot_begin_is_a_line_and_not_the_end():
+    def no_jobs(bench):
+        raise MemoryError("the weights")
+
+    kept = []
+    bench = Bench(TINY, SMALL_SHAPE, None, lambda: 1.0)
+    rows = part_rows(Part("Decode steps", no_jobs, {}), bench, kept.append)
+    assert kept == [rows] == [[{"case": "Decode steps", "skipped": "failed: MemoryError: the weights"}]]
 
 
 def test_a_cpu_is_told_to_take_the_small_shape(capsys):

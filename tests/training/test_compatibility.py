@@ -11,6 +11,7 @@ from nested_reft.config_files import shipped_configs
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.data.splits import SplitConfig
 from nested_reft.dataset_reset import ResetConfig
+from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses import presets
 from nested_reft.losses.config import PolicyGradientConfig
@@ -444,6 +445,10 @@ REFUSED_AT_START = {
         (  # 4 prompts and groups of 4
             {"rollout__rows": 16},
             r"rollout.rows is 16, .* make 16 completions, so none would wait; allowed are 1 to 15, or 0",
+        ),
+        (
+            {"evaluation": EvaluationConfig(batch_size=8, samples_per_prompt=4, rows=32)},
+            r"evaluation.rows is 32, .*batch_size \(8\) prompts has 32 completions at most, .* 1 to 31, or 0",
         ),
     ],
     "settings_of_nesting_are_read": [
