@@ -182,7 +182,7 @@ def test_refuses(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "tiny", "--train.seed", str(2**64)], f"train.seed is {2**64}; allowed is a whole number from"),
+        (["train", "tiny", "--train.seed", str(2**64)], f"train.seed is {2**64}; allowed is a whole number of at most"),
         (["train", "tiny", "--train.steps", "True"], "train.steps is 'True'; allowed is a whole number"),
         (["train", "tiny", "--train.steps"], "train.steps is given no value; allowed is a whole number"),
         (["train", "tiny", "--train.steps", "1", "2"], "train.steps is '1 2', which are 2 words; allowed is a whole"),
