@@ -241,26 +241,29 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 
 def draw(findings: Sequence[Finding], path: Path) -> None:
-    """Each finding with its interval and its bound, a panel for each claim.
+    """Each finding with its interval and its bound.
 
     Args:
         findings: of all claims, at least one.
         path: the PNG file.
     """
-    claims = {name: [each for each in findings if each.claim == name] for name in CLAIMS}
-    claims = {name: own for name, own in claims.items() if own}
-    heights = [len(own) + 1 for own in claims.values()]
-    figure = figure_maker()(figsize=(10, 0.42 * sum(heights) + 0.6), layout="constrained")
-    axes = figure.subplots(len(claims), 1, squeeze=False, height_ratios=heights)[:, 0]
+    shown = sorted(findings, key=lambda each: list(CLAIMS).index(each.claim))
+    figure = figure_maker()(figsize=(10, 0.75 * len(shown) + 0.8), layout="constrained")
+    # Differences and ratios have nothing to do with one another, so each finding has a scale of its own.
+    axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     colours = {"holds": "C2", "does not hold here": "C3", "open here": "C7"}
-    for axis, (name, own) in zip(axes, claims.items(), strict=True):
-        for index, each in enumerate(own):
-            axis.plot(each.interval, [index, index], color=colours[each.verdict], linewidth=2)
-            axis.plot(each.value, index, "o", color=colours[each.verdict])
-            axis.plot([each.bound, each.bound], [index - 0.4, index + 0.4], color="black", linestyle="--", linewidth=1)
-        axis.set(yticks=range(len(own)), yticklabels=[each.what for each in own], ylim=(len(own) - 0.4, -0.6))
-        axis.set_title(f"{CLAIMS[name][0]}: {verdict_of(own)}", loc="left", fontsize="medium")
-        axis.grid(alpha=0.3)
+    last = None
+    for axis, each in zip(axes, shown, strict=True):
+        axis.plot(each.interval, [0, 0], color=colours[each.verdict], linewidth=2)
+        axis.plot(each.value, 0, "o", color=colours[each.verdict])
+        axis.axvline(each.bound, color="black", linestyle="--", linewidth=1)
+        axis.set(yticks=[0], yticklabels=[each.what], ylim=(-1, 1))
+        axis.margins(x=0.1)
+        axis.grid(axis="x", alpha=0.3)
+        if each.claim != last:
+            own = [other for other in shown if other.claim == each.claim]
+            axis.set_title(f"{CLAIMS[each.claim][0]}: {verdict_of(own)}", loc="left", fontsize="medium")
+        last = each.claim
     figure.suptitle("Mean and 95 % interval over seeds; dashed: the bound of the claim", fontsize="medium")
     figure.savefig(path, dpi=90)
 

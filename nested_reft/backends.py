@@ -34,6 +34,11 @@ def attention_blocks(queries: int, keys: int) -> tuple[int, int] | None:
     return ATTENTION_BLOCKS if is_long else None
 
 
+def cores() -> int:
+    """Cores that this process may use; a container may give it fewer than the host has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def stored_bfloat16() -> Any:
     """The dtype that stands for bfloat16 in stacks of matrices and in caches; see `models.layer.stored_as`."""
     return jnp.uint16 if _is_cpu() else jnp.bfloat16

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from experiments.benchmarks.ours import rollout_call
 from experiments.benchmarks.peers import Skipped, System, ask
 from experiments.benchmarks.refill import PROMPTS_PER_ROW, lengths_of, long_tailed, sampler
 from experiments.benchmarks.worker import Case, Spec, measure
+from nested_reft.backends import cores
 from nested_reft.compilation import CompileCounter
 from nested_reft.json_files import write_json
 from nested_reft.layer_skip import NestingConfig, draw_plan
@@ -458,8 +458,7 @@ def peer_row(bench: Bench, system: System, variant: str, kind: str, case: Case) 
         clear_backends()
     with tempfile.TemporaryDirectory() as directory:
         write_json(Path(directory) / "config.json", config_to_huggingface(bench.config, jnp.dtype("bfloat16")))
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        spec = Spec(variant, (case,), directory, "", bench.config.vocab_size, threads, bench.sizes.repeats, device)
+        spec = Spec(variant, (case,), directory, "", bench.config.vocab_size, cores(), bench.sizes.repeats, device)
         (found,) = ask(system, spec, seconds=max(bench.seconds_left(), 1))
         return [{"system": system.title, "kind": kind} | found]
 

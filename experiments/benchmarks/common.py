@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,9 @@ import jax
 from experiments.arguments import add_json, add_list, experiment_parser
 from experiments.benchmarks.peers import PEERS_DIRECTORY, Skipped, System, ask
 from experiments.benchmarks.worker import Case, Spec
+from nested_reft.backends import cores
 from nested_reft.cli.arguments import keep_json, whole
+from nested_reft.cli.bad_input import BadInput
 from nested_reft.command import restart_with_huge_pages
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.formats.huggingface import save_huggingface
@@ -45,7 +46,8 @@ def parser(name: str, doc: str | None, peers: Iterable[str] = ()) -> argparse.Ar
 def exported_model() -> tuple[ModelConfig, str, str]:
     """The model's shape, its directory in Hugging Face layout (written once, and whole), and its 4-bit file.
 
-    Ends the command where the model is not there or cannot be written.
+    Raises:
+        BadInput: the model is not there, or cannot be written.
     """
     directory = PEERS_DIRECTORY / "weights" / MODEL
     try:
@@ -55,13 +57,13 @@ def exported_model() -> tuple[ModelConfig, str, str]:
             save_huggingface(model, directory, tokenizer)
         return model_shape(MODEL), str(directory), resolve_model(MODEL).location
     except OSError as error:
-        sys.exit(f"error: {error}")
+        raise BadInput(str(error)) from None
 
 
 def prepare_process(threads: int) -> None:
     """What the workers run under, for this process: huge pages, the CPU, and so many cores, which JAX then takes."""
-    if threads > (os.cpu_count() or threads):
-        sys.exit(f"error: --threads is {threads}; this machine has {os.cpu_count()} cores")
+    if threads > cores():
+        raise BadInput(f"--threads is {threads}; allowed is 1 to {cores()}, the cores that this process may use")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     restart_with_huge_pages()

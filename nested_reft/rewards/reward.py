@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nested_reft import processes
+from nested_reft.backends import cores
 from nested_reft.data.examples import Checker, Example
 from nested_reft.literals import check_choice, check_whole
 from nested_reft.paths import local_only
@@ -497,11 +497,6 @@ def _when_changed(function: str) -> int:
         return 0
     file = local_only(name, "reward.function")
     return file.stat().st_mtime_ns if file.is_file() else 0
-
-
-def cores() -> int:
-    """Cores that this process may use; a container may give it fewer than the host has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.lru_cache(maxsize=4)

@@ -26,6 +26,7 @@ from experiments.benchmarks.floors import (
 from experiments.benchmarks.peers import Skipped, System
 from experiments.benchmarks.stages import Stage, breakdown_table, with_rest
 from experiments.benchmarks.worker import Case, Spec
+from nested_reft.cli.bad_input import BadInput
 from nested_reft.layer_plan import PlanShape
 from tests.tiny_models import TINY
 
@@ -219,7 +220,7 @@ def test_results_are_kept_with_the_options_that_a_caller_gave(tmp_path):
 
 
 def test_more_threads_than_cores_are_refused():
-    with pytest.raises(SystemExit, match="--threads is 100000; this machine has"):
+    with pytest.raises(BadInput, match="--threads is 100000; allowed is 1 to"):
         prepare_process(100_000)
 
 

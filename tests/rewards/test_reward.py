@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nested_reft.backends import cores
 from nested_reft.data.examples import Example
 from nested_reft.data.sources import DatasetSource, TaskSource, load_source
 from nested_reft.rewards.limits import RewardError
-from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, cores, score
+from nested_reft.rewards.reward import RewardConfig, check_answers, component_metrics, score
 from nested_reft.types import Prompts
 from tests.shared_data import original_files
 
