@@ -37,20 +37,23 @@ def check_memory(setup: Setup) -> None:
         ValueError: says what is needed for what, what there is, and which fields to change.
     """
     config, capacity = setup.config, mesh_bytes(make_mesh(setup.config.mesh))
+    prompts, group = config.data.prompts_per_batch, config.rollout.group_size
     completions = f"rollout.max_completion_tokens ({config.rollout.max_completion_tokens})"
-    batch = (
-        f"data.prompts_per_batch ({config.data.prompts_per_batch}), rollout.group_size ({config.rollout.group_size})"
-    )
+    # What is 1 cannot be lowered.
+    counts = {"data.prompts_per_batch": prompts, "rollout.group_size": group}
+    batch = ", ".join(f"{field} ({count})" for field, count in counts.items() if count > 1)
+    batch = f"{batch} or {completions}" if batch else completions
     samples = f"evaluation.samples_per_prompt ({config.evaluation.samples_per_prompt})"
     rows, decoded = f"rollout.rows ({config.rollout.rows})", f"evaluation.rows ({config.evaluation.rows})"
-    is_refilled = refills(config.rollout.rows, config.data.prompts_per_batch * config.rollout.group_size)
+    is_refilled = refills(config.rollout.rows, prompts * group)
     evaluated = config.evaluation.batch_size * max(config.evaluation.samples_per_prompt, 1)
     is_evaluation_refilled = refills(config.evaluation.rows, evaluated)
-    sizes = {
-        "rollouts": f"lower {rows if is_refilled else batch} or {completions}"
+    micro_batches = config.train.micro_batches
+    remedies = {
+        "rollouts": (f"lower {rows} or {completions}" if is_refilled else f"lower {batch}")
         + ("" if is_refilled or config.rollout.mode == "exact" else ", or set rollout.rows to decode fewer at a time"),
-        "updates": f"lower {batch} or {completions}, or raise train.micro_batches ({config.train.micro_batches})"
-        + (f", or set train.remat full (now {config.train.remat})" if config.train.remat != "full" else ""),
+        "updates": f"lower {batch}"
+        + (f", or raise train.micro_batches ({micro_batches})" if micro_batches < prompts else ""),
         "evaluation": f"lower {decoded} or {completions}"
         if is_evaluation_refilled
         else f"lower evaluation.batch_size ({config.evaluation.batch_size}), {samples} or {completions}, or set"
@@ -65,17 +68,20 @@ def check_memory(setup: Setup) -> None:
             continue
         cached = f" of {_cached(setup, stage)}" if "caches" in parts else ""
         listed = ", ".join(
-            f"{name} {_size(count)}{cached if name == 'caches' else ''}" for name, count in parts.items()
+            f"{name} {_size(count)}{cached if name == 'caches' else ''}" for name, count in parts.items() if count
         )
         # The largest part decides on the advice: batch sizes act on caches and activations only.
         is_batch = max(parts, key=lambda name: parts[name]) in ("caches", "activations")
-        remedy = sizes[stage] if is_batch else f"{smaller} or take a smaller model.name"
+        remedy = remedies[stage] if is_batch else f"{smaller} or take a smaller model.name"
         if parts.get("old weights"):
             remedy += f"; with search.lag 0 (now {config.search.lag}) and search.sync_every 1, no old weights are held"
         raise ValueError(
-            f"{stage} needs at least {_size(sum(parts.values()))} ({listed}); there are {_size(capacity)}: {remedy}"
+            f"{stage} {'need' if stage.endswith('s') else 'needs'} at least {_size(sum(parts.values()))} ({listed});"
+            f" there are {_size(capacity)}: {remedy}"
         )
-    _check_update_peak(setup, capacity, sizes["updates"])
+    # Layers' inputs are kept in any case, so the bound above is that of `remat full`.
+    more = "" if config.train.remat == "full" else f", or set train.remat full (now {config.train.remat})"
+    _check_update_peak(setup, capacity, remedies["updates"] + more)
     parts, held = least_bytes(setup)["updates"], old_weights(setup)
     most = sum(parts.values()) - parts["old weights"] + held[1]
     if most > capacity:
@@ -95,7 +101,7 @@ def _check_update_peak(setup: Setup, capacity: float, remedy: str) -> None:
         return
     peak = update_peak(setup)
     needed = sum(peak.values())
-    listed = ", ".join(f"{name} {_size(count)}" for name, count in peak.items())
+    listed = ", ".join(f"{name} {_size(count)}" for name, count in peak.items() if count)
     message = f"updates need about {_size(needed)} ({listed}); there are {_size(capacity)}: {remedy}"
     if needed * (1 - PREDICTION_ERROR) > capacity:
         raise ValueError(message)

@@ -186,11 +186,15 @@ def test_what_changes_the_bound(setup_of):
     [
         (
             {"prompts": 2000, "size": 5000, "micro_batches": 2000},
-            r"rollouts needs at least .* caches .* of 2000 prompts of 8 tokens and 6000 completions of 4999\); .* lower"
+            r"rollouts need at least .* caches .* of 2000 prompts of 8 tokens and 6000 completions of 4999\); .* lower"
             r" data.prompts_per_batch \(2000\), .*_tokens \(5000\), or set rollout.rows to decode fewer at a time",
         ),
-        ({"prompts": 100, "size": 500}, r"updates needs at least .* activations .* raise train.micro_batches \(1\)"),
-        ({}, r"rollouts needs at least 0.069 MB .* there are 0.01 MB: train adapters"),
+        ({"prompts": 100, "size": 500}, r"updates need at least .* activations .* raise train.micro_batches \(1\)"),
+        (  # one prompt, which no micro-batches divide
+            {"prompts": 1, "group": 300, "size": 500},
+            r"updates need at least .*: lower rollout.group_size \(300\) or rollout.max_completion_tokens \(500\)$",
+        ),
+        ({}, r"rollouts need at least 0.069 MB .* there are 0.01 MB: train adapters"),
     ],
 )
 def test_what_cannot_fit_is_refused(sizes, message, setup_of, monkeypatch):
@@ -293,6 +297,6 @@ def test_only_training_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "mesh_bytes", lambda mesh: 1e4)
     assert main(["train", "tiny"]) == 2
-    assert "rollouts needs at least" in capsys.readouterr().err
+    assert "rollouts need at least" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     prepare(load_config("tiny"))
