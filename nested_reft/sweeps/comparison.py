@@ -228,12 +228,13 @@ def draw_comparison(tasks: Mapping[str, tuple[Sequence[Result], dict[str, Any]]]
         curves.set(xlabel="step", ylabel="greedy held-out accuracy", title=label(task))
         titles = [label(name) for name in summary["variants"]]
         outcomes.set(
-            xlabel=f"{OUTCOMES[summary['measure']].title}{' over the first' * is_paired} (95 %)",
+            xlabel=f"{OUTCOMES[summary['measure']].title}{', less that of the first' * is_paired} (95 %)",
             ylim=(-0.5, len(titles) - 0.5),
             yticks=range(len(titles)),
             yticklabels=titles,
         )
         outcomes.invert_yaxis()
+        outcomes.locator_params(axis="x", nbins=6)  # more labels of small differences would overlap
         for axis in (curves, outcomes):
             axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
