@@ -8,9 +8,9 @@ work by transformers and torch where they are installed. Each prints its table a
 
 No case begins after `--minutes`, and what is left is named; the case that runs then still ends, so leave a minute or
 two more. `--json` is written after each case, so that nothing is lost when the process is killed. What does not fit
-into memory, or fails, is a line of its table. `--parts` takes up what an earlier call left, and
-`JAX_COMPILATION_CACHE_DIR` spares it the programs that were compiled there. `--small` is a tiny shape that a CPU runs
-in two or three minutes; it shows that everything works, and no speed that matters.
+into memory, or fails, is a line of its table. A second call with `--parts` measures what the first one left; give it
+another file for `--json`, and `JAX_COMPILATION_CACHE_DIR` spares it the programs that were compiled there. `--small` is
+a tiny shape for a CPU; it shows that everything works, and no speed that matters.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def decode_jobs(bench: Bench) -> list[Job]:
     nested = [(rows, sizes.contexts[0], sizes.decode_skip_ratio) for rows in sizes.decode_rows]
     return [
         Job(
-            f"{rows} rows, context {context}" + (f", {share:.0%} skipped" if share else ""),
+            f"{rows} row{'s' * (rows > 1)}, context {context}" + (f", {share:.0%} skipped" if share else ""),
             partial(decode_row, bench, rows, context, share),
         )
         for rows, context, share in full + nested
