@@ -253,8 +253,8 @@ def tables(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
             ]
             for correction, one in sorted(found.items(), key=lambda item: -float(np.mean(item[1]["mean_gain"])))
         ]
-        size = "" if kl is None else f": KL(behavior || target) {kl:.2f} nats a token"
-        parts.append(f"{mismatch} mismatch{size}, {len(found[BASELINE]['seeds'])} seeds\n\n{table(header, rows)}")
+        size = "" if kl is None else f", KL(behavior || target) {kl:.2f} nats a token"
+        parts.append(f"mismatch: {mismatch}{size}, {len(found[BASELINE]['seeds'])} seeds\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -277,7 +277,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
             is_baseline = correction == BASELINE
             style = {"color": "black", "zorder": 3} if is_baseline else {"linestyle": ("-", "--", ":")[index % 3]}
             axis.plot(chosen[0]["step"], accuracy, linewidth=1.4, label=correction, **style)
-        axis.set(title=f"{mismatch} mismatch", xlabel="step")
+        axis.set(title=f"mismatch: {mismatch}", xlabel="step")
         axis.grid(alpha=0.3)
     panels[0].set_ylabel("held-out accuracy")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import nested_reft
+from nested_reft.cli.arguments import Parser
 from nested_reft.cli.main import COMMANDS, main
 from nested_reft.cli.overrides import override
 from nested_reft.config_files import shipped_configs
@@ -189,18 +190,41 @@ def recipe(request, tmp_path_factory):
     return text, directory
 
 
+class Parsed(Exception):
+    """An experiment has taken the words of its command; what follows would compute."""
+
+
+def experiment_commands() -> list[str]:
+    """Every command of an experiment or a benchmark that a page gives."""
+    found = {command for page in pages() for command in commands(read(page))}
+    return sorted(command for command in found if command.startswith("python -m experiments."))
+
+
+@pytest.mark.parametrize("command", experiment_commands())
+def test_every_command_of_an_experiment_can_be_given(command, monkeypatch):
+    parse = Parser.parse_args
+
+    def parsed(parser: Parser, words: list[str] | None = None):
+        parse(parser, words)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", parsed)
+    _, _, module, *words = shlex.split(command)
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main(words)
+
+
 def test_every_command_of_a_recipe_can_be_given(recipe, monkeypatch):
     text, directory = recipe
     monkeypatch.chdir(directory)
     for command in commands(text):
         program, *words = shlex.split(command)
-        if program == "python":
-            place = ROOT.joinpath(*words[1].split("."))
-            assert place.with_suffix(".py").is_file(), command
-        elif program == "make":
+        if program == "make":
             assert re.search(rf"^{words[0]}:", read("Makefile"), re.MULTILINE), command
-        else:
+        elif program == "nested-reft":
             check_command(words)
+        else:
+            assert command in experiment_commands()
 
 
 def check_command(words: list[str]) -> None:

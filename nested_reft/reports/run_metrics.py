@@ -125,6 +125,8 @@ def keeping_bounds(lines: Sequence[Line]) -> dict[str, list[float | None]]:
 def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int | None = 5) -> str:
     """The tables of `summarize`, and the curriculum's words of the last steps (None: of all).
 
+    A curriculum of one source has nothing to choose, so only who asks for all of its words gets them.
+
     Args:
         result: what `summarize` returned.
         lines: of `metrics.jsonl`.
@@ -132,7 +134,8 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
     """
     rows = [[name, *(f"{value:.3f}" for value in values.values())] for name, values in result["metrics"].items()]
     parts = [table([f"{result['steps']} steps", "first", "last", "mean"], rows)]
-    if result["curriculum"]:
+    chooses = len(result["curriculum"]) > 1
+    if chooses:
         rows = [
             # Counts are whole numbers, and three zeros behind them would only be in the way.
             [name, *("-" if value is None else f"{value:.3f}".removesuffix(".000") for value in values.values())]
@@ -145,7 +148,7 @@ def report_text(result: dict[str, Any], lines: Sequence[Line], audit_lines: int 
             for name, bounds in result["bounds"].items()
         ]
         parts.append(table(["loss.reject_by: bounds that keep (median of steps)", "95 %", "99 %"], rows))
-    words = audit(lines)
+    words = audit(lines) if chooses or audit_lines is None else []
     if words:
         parts.append("\n".join(words if audit_lines is None else words[-audit_lines:]))
     return "\n\n".join(parts)

@@ -10,6 +10,7 @@ from typing import Any
 from nested_reft.reports.run_charts import heldout_prompts
 from nested_reft.reports.run_files import RunFiles, at, finite
 from nested_reft.reports.run_metrics import names_with, series
+from nested_reft.reports.tasks import task_of
 
 WINDOW = 10  # the first and the last of so many parts of a run are compared
 LEAST = 6  # steps of which a rise can be told
@@ -58,12 +59,14 @@ def comparison_warnings(runs: Sequence[RunFiles]) -> list[str]:
     Args:
         runs: one or more.
     """
-    tasks = {json.dumps([run.sources, at(run.config, "loss", "kind")]) for run in runs if run.config}
+    tasks = {task_of(run.config) for run in runs if run.config}
     if len(tasks) < 2:
         return []
-    listed = "; ".join(f"{run.name} has {', '.join(run.sources) or 'none'}" for run in runs)
+    share_names = len({name for name, _ in tasks}) < len(tasks)
+    listed = "; ".join(f"{run.name} has {task_of(run.config)[0]}" for run in runs)
     return [
         f"These runs are of different tasks, so their accuracies and rewards cannot be compared. Sources: {listed}."
+        + " Sources of one name have other settings." * share_names
     ]
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from nested_reft.json_files import differences
 from nested_reft.reports.figures import figure_maker, label
 from nested_reft.reports.tables import table
+from nested_reft.reports.tasks import task_of
 from nested_reft.sweeps.intervals import mean_over_seeds, ratio_over_seeds
 from nested_reft.sweeps.kept import Result
-from nested_reft.sweeps.results import COSTS, OUTCOMES, seconds_to_reach, task_of
+from nested_reft.sweeps.results import COSTS, OUTCOMES, seconds_to_reach
 
 MOST_FIELDS = 40  # rows of the table of differing fields
 SHOWN_VALUE = 60  # characters of a value in it

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from nested_reft.losses.registry import OfflineConfig
 from nested_reft.reports.run_files import Line, RunFiles, at, finite, read_run
 from nested_reft.reports.run_metrics import names_with, series
 from nested_reft.sweeps.kept import Result
 
-OFFLINE_KINDS = [config.kind for config in get_args(OfflineConfig)]  # their accuracy is of pairs
 LAST_SHARE = 0.1  # of the steps, whose mean reward is the run's
 
 
@@ -132,23 +129,6 @@ def seconds_to_reach(curve: dict[str, list[Any]], target: float) -> tuple[float,
     low, high = accuracy[first - 1], accuracy[first]
     part = (target - low) / (high - low)
     return seconds[first - 1] + part * (seconds[first] - seconds[first - 1]), True
-
-
-def task_of(config: dict[str, Any]) -> tuple[str, str]:
-    """What a run learns: a name for people, and a text that is the same for runs that can be compared.
-
-    Sources decide, and whether their answers are pairs. The number of training questions does not.
-
-    Args:
-        config: the configuration as JSON; it may be damaged.
-    """
-    sources = at(config, "data", "sources")
-    sources = [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
-    kind = at(config, "loss", "kind")
-    facts = [{name: value for name, value in each.items() if name != "train_size"} for each in sources]
-    kind = kind if kind in OFFLINE_KINDS else None
-    name = ", ".join(str(each.get("name")) for each in sources) or "no source"
-    return name if kind is None else f"{name} ({kind})", json.dumps([facts, kind], sort_keys=True)
 
 
 def _mean_of_sources(files: RunFiles, *names: str) -> float | None:

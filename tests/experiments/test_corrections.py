@@ -45,7 +45,7 @@ def test_corrections_are_compared_with_the_same_seed():
         "kl_behavior_target"
     ] == pytest.approx(0.3)
     printed = tables(summarise([*runs, *(one | {"mismatch": "large"} for one in runs)]))
-    assert printed.index("better") < printed.index(BASELINE) and "large mismatch: KL" in printed
+    assert printed.index("better") < printed.index(BASELINE) and "mismatch: large, KL" in printed
     assert "+0.100..+0.100" in printed
 
 

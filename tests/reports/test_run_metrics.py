@@ -42,6 +42,13 @@ def test_bounds_that_keep_most_are_shown():
     assert shown[at + 3].split() == ["sequence_k3", "0.25", "or", "less", "none"]
 
 
+def test_a_curriculum_of_one_source_is_left_out_of_the_text():
+    for names, shown in (("a", False), ("ab", True)):
+        lines = [line(1, curriculum_audit="a rose", **{f"curriculum/{name}/probability": 0.5 for name in names})]
+        text = report_text(summarize(lines), lines)
+        assert ("step 1: a rose" in text) == ("source, last values" in text) == shown
+
+
 def test_speed_leaves_out_steps_that_compile():
     """Steps 1 and 3 compile; the mean of the others is 100, and of all of them 55."""
     speeds = {1: (10.0, 5), 2: (100.0, 5), 3: (10.0, 7), 4: (100.0, 7)}

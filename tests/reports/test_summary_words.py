@@ -76,6 +76,12 @@ def test_runs_of_different_tasks_are_named():
     (found,) = comparison_warnings([run(config=sums, name="one"), run(config=words, name="two")])
     assert "one has sums; two has words" in found
     assert comparison_warnings([run(config=sums), run(config=sums)]) == []
+    # Questions make a task, and an objective that learns from rollouts does not.
+    balance = sums | {"loss": {"kind": "trajectory_balance"}}
+    assert comparison_warnings([run(config=sums), run(config=balance)]) == []
+    longer = {"data": {"sources": [{"name": "sums", "min_terms": 9}]}}
+    (found,) = comparison_warnings([run(config=sums), run(config=longer)])
+    assert "Sources of one name have other settings." in found
 
 
 def test_fields_in_which_runs_differ():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nested_reft.sweeps.results import accuracy_curve, run_result, seconds_to_reach, task_of
+from nested_reft.sweeps.results import accuracy_curve, run_result, seconds_to_reach
 from tests.reports.runs_on_disk import line, write_run
 from tests.sweeps.results_by_hand import config
 
@@ -37,17 +37,3 @@ def test_measures_of_a_run_directory(tmp_path):
     # The summary of an earlier end says nothing of a run that goes on.
     (tmp_path / "run" / "summary.json").write_text('{"after": {"a": {"greedy_accuracy": 0.3}}, "steps": 1}')
     assert run_result(run)["measures"]["accuracy"] is None
-
-
-def test_tasks_are_told_by_their_questions():
-    one = task_of(config())
-    assert one[0] == "sums" and one == task_of(config(name="b", nesting={"skip_ratio": 0.5}))
-    more = config()
-    more["data"]["sources"][0]["train_size"] = 99
-    assert task_of(more) == one
-    assert task_of(config(loss={"kind": "trajectory_balance"})) == one  # its accuracy is of the same questions
-    assert task_of(config(loss={"kind": "dpo"}))[0] == "sums (dpo)"  # and this one of pairs
-    harder = config()
-    harder["data"]["sources"][0]["task"] = "basic_arithmetic"
-    assert task_of(harder) != one
-    assert task_of({"data": {"sources": "?"}})[0] == "no source"
