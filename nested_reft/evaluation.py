@@ -238,7 +238,7 @@ def answered(
     # Rows are added until the mesh divides them: otherwise every device would do all of them. They come last, so that
     # no other row is drawn otherwise than on one device.
     devices = batch_devices(policy.mesh)
-    rows, decoded = (-(-count // devices) * devices for count in (batch_size, decoded))
+    rows = -(-batch_size // devices) * devices
     starts = range(first, len(examples), batch_size)
     title = f"held-out {printable(examples[0].example.source)}"
     # A log file has no use for a bar that is drawn again and again.

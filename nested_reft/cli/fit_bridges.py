@@ -80,7 +80,10 @@ def _rollouts(setup: Setup, state: RunState, keys: RunKeys) -> list[Rollouts]:
         while tokens < needed:
             key = jax.random.fold_in(keys.measurement, len(found))
             prompts = state.next_prompts(sources)
-            rollouts = to_host(setup.policy.generate(prompts, None, key, group_size=config.rollout.group_size))
+            rollout = config.rollout
+            rollouts = to_host(
+                setup.policy.generate(prompts, None, key, group_size=rollout.group_size, rows=rollout.rows)
+            )
             found.append(rollouts)
             sampled = int(rollouts.length_BG.sum())
             tokens += sampled

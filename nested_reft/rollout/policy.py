@@ -42,6 +42,7 @@ from nested_reft.rollout.schedule import refills
 from nested_reft.run_mirror import address_of, local_run
 from nested_reft.sharding import (
     MeshConfig,
+    batch_devices,
     make_mesh,
     on_mesh,
     one_device,
@@ -171,13 +172,17 @@ class Policy:
             shared_prefix: leading tokens that all prompts have in common.
             forced: first tokens of the completions; None takes those of the prompts, if any.
             number_B: the number of each prompt; None is its place among these.
-            rows: completions that are decoded at the same time (`rollout.refill`); 0 decodes all of them.
+            rows: completions that are decoded at the same time (`rollout.refill`), and more where the mesh does not
+                divide them; 0 decodes all of them.
             stops: False goes on to the limit whatever is drawn, so that speeds can be compared.
 
         Raises:
             ValueError: a forced prefix does not fit into a completion.
         """
         limit = max_completion_tokens or self.max_completion_tokens
+        # Devices share the rows, so rows are added until the mesh divides them.
+        devices = batch_devices(self.mesh)
+        rows = -(-rows // devices) * devices
         # Where nothing would wait, the plain program is the faster one.
         waits = refills(rows, len(prompts) * group_size)
         program = partial(generate_refilled, rows=rows) if waits else generate

@@ -14,6 +14,8 @@ from nested_reft.rollout.policy import Policy
 from nested_reft.sharding import to_host
 from nested_reft.types import Prompts
 
+MOST_TOKENS = 256  # of each completion: to decode longer ones eight times would take as long as many steps of training
+
 
 @dataclass(frozen=True)
 class Throughput:
@@ -52,7 +54,8 @@ def compare_throughput(
 ) -> Throughput:
     """Measures generation under `plan` and under all layers; the best of `repeats` counts.
 
-    No stop token ends a completion, so that both policies generate the same number of tokens.
+    No stop token ends a completion, so that both policies generate the same number of tokens: as many as the policy's
+    limit allows, and `MOST_TOKENS` at most.
 
     Args:
         policy: what generates.
@@ -67,7 +70,14 @@ def compare_throughput(
 
     def tokens(layers: LayerPlan) -> int:
         rollouts = policy.generate(
-            prompts, layers, key, group_size=group_size, shared_prefix=shared_prefix, stops=False, rows=rows
+            prompts,
+            layers,
+            key,
+            group_size=group_size,
+            max_completion_tokens=min(policy.max_completion_tokens, MOST_TOKENS),
+            shared_prefix=shared_prefix,
+            stops=False,
+            rows=rows,
         )
         return int(to_host(jax.block_until_ready(rollouts).length_BG).sum())
 

@@ -56,10 +56,6 @@ def mesh_divides_batches(config: Config) -> None:
     # Where one axis alone shares the batch, the message is about that field.
     sizes = {name: getattr(config.mesh, name) for name in ("slices", "data", "fsdp")}
     named = " x ".join(f"mesh.{name}" for name, size in sizes.items() if size > 1)
-    if config.rollout.rows % shares:
-        raise ValueError(
-            f"{named} is {shares}; it must divide rollout.rows, which is {config.rollout.rows}: devices share the rows"
-        )
     if micro_batch % shares:
         raise ValueError(
             f"{named} is {shares}; it must divide the prompts of a micro-batch, {micro_batch}: allowed are"

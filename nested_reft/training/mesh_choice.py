@@ -171,14 +171,12 @@ def _shares(config: Config, most: int) -> int:
 
 
 def _prompts(config: Config) -> dict[str, int]:
-    """The prompts and rows that are shared at a time, by the fields that they come from."""
+    """The prompts that are shared at a time, by the fields that they come from."""
     train, name = config.train, "data.prompts_per_batch"
     for field in ("mini_batches", "micro_batches"):
         if getattr(train, field) > 1:
             name += f" / train.{field}"
     found = {name: config.prompts_per_micro_batch}
-    if config.rollout.rows:
-        found["rollout.rows"] = config.rollout.rows
     if (warm_start := config.warm_start).steps:
         parts = " / warm_start.micro_batches" if warm_start.micro_batches > 1 else ""
         found[f"warm_start.batch_size{parts}"] = warm_start.batch_size // warm_start.micro_batches

@@ -9,8 +9,10 @@ import pytest
 
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.rollout import policy as rollout_policy
+from nested_reft.rollout import throughput
 from nested_reft.rollout.policy import Policy
 from nested_reft.rollout.sampling import SamplingConfig
+from nested_reft.sharding import MeshConfig, make_mesh
 from nested_reft.training.setup import initial_policy
 from nested_reft.types import ForcedPrefixes, Prompts
 from tests.training.runs import nano
@@ -76,3 +78,36 @@ def test_padding_beyond_the_limit_is_cut(policy, monkeypatch):
 def test_the_limit_of_a_call_is_the_one_that_prefixes_must_fit(policy):
     with pytest.raises(ValueError, match=r"forced\.length_BG holds 4; allowed is 0 to 3"):
         policy.generate(prompts_with(4, 4), None, jax.random.key(0), max_completion_tokens=3)
+
+
+def test_rows_are_added_until_the_mesh_divides_them(policy, monkeypatch):
+    asked = []
+
+    def refilled(*_, rows, **__):
+        asked.append(rows)
+        raise InterruptedError
+
+    monkeypatch.setattr(rollout_policy, "generate_refilled", refilled)
+    prompts = policy.prompts_of(["1 =", "2 ="])
+    for shares, expected in ((1, 3), (2, 4)):
+        there = policy.on(make_mesh(MeshConfig(data=shares)))
+        with pytest.raises(InterruptedError):
+            there.generate(prompts, None, jax.random.key(0), group_size=4, rows=3)
+        assert asked.pop() == expected
+
+
+def test_speed_is_measured_on_short_completions(policy, monkeypatch):
+    """No stop token ends them, so whole answers of thousands of tokens would take longer than training."""
+    monkeypatch.setattr(throughput, "MOST_TOKENS", 3)
+    sizes, generate = [], Policy.generate
+
+    def counted(self, *arguments, **options):
+        rollouts = generate(self, *arguments, **options)
+        sizes.append(np.asarray(rollouts.length_BG).tolist())
+        return rollouts
+
+    monkeypatch.setattr(Policy, "generate", counted)
+    plan = LayerPlan.skipping(6, [2])
+    found = throughput.compare_throughput(policy, policy.prompts_of(["1 ="]), plan, jax.random.key(0), 2, repeats=1)
+    assert sizes == [[[3, 3]]] * 4  # each policy once to compile, and once to be timed
+    assert (found.kept_layers, found.layers) == (5, 6) and found.nested_speedup > 0

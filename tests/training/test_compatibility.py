@@ -94,10 +94,6 @@ REFUSED = {
     ],
     "mesh_divides_batches": [
         (
-            {"mesh": MeshConfig(data=4), "rollout__rows": 6},
-            r"mesh.data is 4; it must divide rollout.rows, which is 6: devices share the rows",
-        ),
-        (
             {"mesh": MeshConfig(data=2, fsdp=3)},
             r"mesh.data x mesh.fsdp is 6; it must divide the prompts of a micro-batch, 4: allowed are 1, 2, 4",
         ),

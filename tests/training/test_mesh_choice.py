@@ -42,12 +42,6 @@ def test_shares_divide_the_prompts():
     assert choose_mesh(config, config.model.shape, 8, 10 * GB)[0] == MeshConfig(data=4)
 
 
-def test_shares_divide_the_rows_that_are_refilled():
-    """6 rows make 2 of the 4 shares that 4 prompts would make."""
-    config = nano(mesh=MeshConfig(data="auto"), rollout__rows=6)
-    assert choose_mesh(config, config.model.shape, 4, 10 * GB)[0] == MeshConfig(data=2)
-
-
 def sized(mesh: MeshConfig, prompts: int = 4, **fields):
     """A run with so many prompts in a batch."""
     return nano(data__prompts_per_batch=prompts, mesh=mesh, **fields)
