@@ -96,7 +96,8 @@ def _table(known: argparse.Namespace, config: Config) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "compile",
-        "Compiles one decode step and a whole rollout, full and nested, and one update for a TPU topology.",
+        "Compiles one decode step and a whole rollout, full and nested, and one update for a TPU topology. Rollouts are"
+        " those without rollout.rows.",
     )
     parser.add_argument("config", help="the configuration whose shapes to use; overrides follow as --FIELD VALUE")
     parser.add_argument("--topology", default="v5e:2x2", help="as libtpu names it: v5e:4x4, v5p:2x2x1, v6e:2x2, ...")
