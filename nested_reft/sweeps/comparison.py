@@ -10,6 +10,7 @@ import numpy as np
 
 from nested_reft.json_files import differences
 from nested_reft.reports.figures import figure_maker, label
+from nested_reft.reports.run_files import at
 from nested_reft.reports.tables import table
 from nested_reft.reports.tasks import task_of
 from nested_reft.sweeps.intervals import mean_over_seeds, ratio_over_seeds
@@ -180,7 +181,7 @@ def differing_fields(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     configs = {name: configs[name] for name in dict.fromkeys(each["label"] for each in results)}
     first, *others = configs.values()
     names = {name for other in others for name, _, _ in differences(first, other) if name not in BESIDE}
-    return [(name, [_text(_field(config, name)) for config in configs.values()]) for name in sorted(names)]
+    return [(name, [_text(at(config, *name.split("."))) for config in configs.values()]) for name in sorted(names)]
 
 
 def field_table(results: Sequence[Result]) -> str:
@@ -244,12 +245,6 @@ def _style(index: int) -> dict[str, Any]:
     """The first variant is black; ten colours come back with other dashes."""
     colour = "black" if index == 0 else f"C{(index - 1) % 10}"
     return {"color": colour, "linestyle": ("-", "--", ":")[max(index - 1, 0) // 10 % 3], "linewidth": 1.5}
-
-
-def _field(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def _text(value: Any) -> str:
