@@ -1,11 +1,11 @@
-"""DAPO's parts switched on one at a time, on `tiny`.
+"""DAPO's parts switched on one at a time, on `tiny_dapo`.
 
-    python -m experiments.dapo                      # three seeds of five variants
+    python -m experiments.dapo                      # five seeds of five variants
 
-Every variant holds all parts of those above it, and all start from the same warm-started model.
-What is finished is kept as JSON in `--out` and not computed again. The table shows held-out accuracy
-of samples (mean over the sources), the policy's entropy over the last tenth of the steps, the
-length of its completions, and generation batches for each update.
+Every variant holds all parts of those above it, and all runs of a seed start from the same warm-started model. What is
+finished is kept as JSON in `--out` and not computed again. The table shows held-out accuracy of samples (mean over the
+sources) and, over the last ten steps, the policy's entropy, the length of its completions, and generation batches for
+each update. Brackets hold the standard error over the seeds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("dapo", __doc__)
     add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
-    add_runs(parser, "experiment-dapo", steps=100, seeds=3, least=EVERY, multiple=EVERY)
+    add_runs(parser, "experiment-dapo", steps=60, least=EVERY, multiple=EVERY)
     add_json(parser, "the table")
     known = parser.parse_args(arguments)
     compile_once(known.out)
