@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from experiments.arguments import command, experiment_parser
+from experiments.arguments import add_json, command, experiment_parser
+from nested_reft.cli.arguments import keep_json
 from nested_reft.estimators.advantages import group_advantages
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.losses.policy_gradient import policy_gradient_loss
 from nested_reft.reports.tables import table
+from nested_reft.run_directory import versions
 from nested_reft.types import TrainBatch
 
 SHAPE = (8, 16)  # prompts, completions of one token each
@@ -92,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None takes those of the process.
     """
-    experiment_parser("clip_higher", __doc__).parse_args(arguments)
+    parser = experiment_parser("clip_higher", __doc__)
+    add_json(parser)
+    known = parser.parse_args(arguments)
     rows = []
     for (name, probability, num_right), (batches, (updates, learning_rate)) in itertools.product(STARTS, SCHEDULES):
         entropies = [
@@ -100,9 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for right in (num_right, None)
             for clip_high in (0.2, 0.28)
         ]
-        rows.append([name, batches, updates, learning_rate, *(f"{entropy:.3f}" for entropy in entropies)])
+        rows.append([name, batches, updates, learning_rate, *entropies])
     columns = ["right tokens", "batches", "updates", "rate", "told: 0.2", "0.28", "coin: 0.2", "0.28"]
-    print(table(columns, rows))
+    print(table(columns, [[*row[:4], *(f"{entropy:.3f}" for entropy in row[4:])] for row in rows]))
+    keep_json(known.json, {"versions": versions(), "columns": columns, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""DAPO's parts switched on one at a time, on `tiny`.
+"""DAPO's parts switched on one at a time, on `tiny_dapo`.
 
-    python -m experiments.dapo                      # three seeds of five variants
+    python -m experiments.dapo                      # five seeds of five variants
 
-Every variant holds all parts of those above it, and all start from the same warm-started model.
-What is finished is kept as JSON in `--out` and not computed again. The table shows held-out accuracy
-of samples (mean over the sources), the policy's entropy over the last tenth of the steps, the
-length of its completions, and generation batches for each update.
+Every variant holds all parts of those above it, and all runs of a seed start from the same warm-started model. What is
+finished is kept as JSON in `--out` and not computed again. The table shows held-out accuracy of samples (mean over the
+sources) and, over the last ten steps, the policy's entropy, the length of its completions, and generation batches for
+each update. Brackets hold the standard error over the seeds.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_list, add_runs, command, experiment_parser
+from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
+from nested_reft.cli.arguments import keep_json
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.reports.tables import table
+from nested_reft.run_directory import versions
 from nested_reft.sweeps.kept import Result, Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
@@ -41,14 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = experiment_parser("dapo", __doc__)
     add_list(parser, "--variants", VARIANTS, choices=VARIANTS)
-    add_runs(parser, "experiment-dapo", steps=100, seeds=3, least=EVERY, multiple=EVERY)
+    add_runs(parser, "experiment-dapo", steps=60, least=EVERY, multiple=EVERY)
+    add_json(parser, "the table")
     known = parser.parse_args(arguments)
     compile_once(known.out)
     results = runs_of(known.variants, known.seeds, known.steps, known.out)
     rows = [_row(variant, [result for result in results if result["variant"] == variant]) for variant in known.variants]
     columns = ["with", "accuracy before", "accuracy after", "entropy", "tokens", "generation batches", "seconds"]
     print(table(columns, rows))
-    write_json(known.out / "results.json", [dict(zip(columns, row, strict=True)) for row in rows])
+    found = {"versions": versions(), "rows": [dict(zip(columns, row, strict=True)) for row in rows]}
+    write_json(known.out / "results.json", found)
+    keep_json(known.json, found)
     print(f"written: {known.out / 'results.json'}")
 
 

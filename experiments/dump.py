@@ -26,12 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arguments import add_list, add_runs, command, experiment_parser
+from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
+from nested_reft.cli.arguments import keep_json
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
+from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
 from nested_reft.sweeps.kept import Result, Wanted
 from nested_reft.training.config import Config, load_config
@@ -59,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_list(parser, "--kinds", ("uniform", "dump"), choices=KINDS)
     add_runs(parser, "experiment-dump", steps=300, least=SMOOTH * EVERY, multiple=EVERY)
     parser.add_argument("--report-only", action="store_true", help="tables and figures of the runs that are there")
+    add_json(parser, "the table")
     known = parser.parse_args(arguments)
     compile_once(known.out)
-    report(runs_of(known.kinds, known.seeds, known.steps, known.out, known.report_only), known.out)
+    runs = runs_of(known.kinds, known.seeds, known.steps, known.out, known.report_only)
+    keep_json(known.json, report(runs, known.out))
 
 
 def runs_of(kinds: Sequence[str], seeds: Sequence[int], steps: int, out: Path, only_kept: bool = False) -> list[Result]:
@@ -197,18 +201,22 @@ def paired(runs: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]]) 
     }
 
 
-def report(results: Sequence[dict[str, Any]], out: Path) -> None:
+def report(results: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Prints the table, and writes it as JSON beside the figures.
 
     Args:
         results: of finished runs, each with its `kind` and `seed`.
         out: where the files go.
+
+    Returns:
+        What was written; empty without a pair of runs.
     """
     rows = compare(results)
     if not rows:
         print("no finished pair of a curriculum and uniform sampling yet")
-        return
-    write_json(out / "results.json", {"rows": rows, "sources": results[0]["sources"]})
+        return {}
+    found = {"versions": versions(), "rows": rows, "sources": results[0]["sources"]}
+    write_json(out / "results.json", found)
     # Each interval stands behind the value that it belongs to.
     header = [
         "curriculum",
@@ -246,6 +254,7 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
     draw_accuracy(results, out / "accuracy.png")
     draw_hand_over(results, out / "hand_over.png")
     print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}, {out / 'hand_over.png'}")
+    return found
 
 
 def draw_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:

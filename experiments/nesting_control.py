@@ -19,7 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.arguments import add_out, add_steps, command, experiment_parser
+from experiments.arguments import add_json, add_out, add_steps, command, experiment_parser
+from nested_reft.cli.arguments import keep_json
 from nested_reft.estimators.health import Health
 from nested_reft.json_files import write_json
 from nested_reft.nesting_control import NestingControlConfig, initial_state, update
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = experiment_parser("nesting_control", __doc__)
     add_out(parser, "runs")
     add_steps(parser, 120, what="of the tiny model")
+    add_json(parser)
     known = parser.parse_args(arguments)
     known.out.mkdir(parents=True, exist_ok=True)
     results = {
@@ -178,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(header, rows))
     plot(known.out / "nesting_control.png", results)
     content = {name: {"control": dataclasses.asdict(c), "steps": lines} for name, (c, lines) in results.items()}
-    write_json(known.out / "nesting_control.json", {"versions": versions(), "summaries": summaries, "results": content})
+    found = {"versions": versions(), "summaries": summaries, "results": content}
+    write_json(known.out / "nesting_control.json", found)
+    keep_json(known.json, found)
     print(f"written: {known.out / 'nesting_control.png'}, {known.out / 'nesting_control.json'}")
 
 

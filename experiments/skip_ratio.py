@@ -30,7 +30,7 @@ from typing import Any
 from experiments.arguments import add_json, add_list, add_runs, check_folder, command, experiment_parser
 from experiments.runs import compile_once
 from nested_reft.bridging import BridgeConfig
-from nested_reft.cli.arguments import keep_json, number
+from nested_reft.cli.arguments import INNER_SHARE, keep_json
 from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.sweep import say_missing
@@ -191,9 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_runs(parser, "experiment-skip-ratio", steps=None)
     add_list(parser, "--variants", VARIANTS, choices=VARIANTS, help="of those that the preset has")
     add_list(parser, "--plans", PLANS, choices=PLANS, help="of those that the preset has")
-    parser.add_argument(
-        "--target", type=number("more than 0 and less than 1", lambda value: 0 < value < 1), help="accuracy to reach"
-    )
+    parser.add_argument("--target", type=INNER_SHARE, help="accuracy to reach")
     parser.add_argument("--report-only", action="store_true", help="tables and figure of the runs that are there")
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)

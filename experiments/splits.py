@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.arguments import add_list, add_runs, command, experiment_parser
+from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.dump import SMOOTH, compare, curve, draw_accuracy, told
 from experiments.dump import experiment_config as curriculum_config
 from experiments.runs import EVERY, compile_once, measured_run
+from nested_reft.cli.arguments import keep_json
 from nested_reft.data.splits import SplitConfig
 from nested_reft.json_files import write_json
 from nested_reft.reports.tables import table
+from nested_reft.run_directory import versions
 from nested_reft.sweeps.kept import Result, Wanted, kept_runs
 from nested_reft.sweeps.starts import shared_start
 from nested_reft.training.config import Config, load_config
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_list(parser, "--kinds", MAIN_KINDS, choices=KINDS)
     add_runs(parser, "experiment-splits", steps=300, least=SMOOTH * EVERY, multiple=EVERY)
     parser.add_argument("--report-only", action="store_true", help="tables and figure of the runs that are there")
+    add_json(parser, "the tables")
     known = parser.parse_args(arguments)
     compile_once(known.out)
     wanted = [
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return measured_run(dataclasses.replace(setup, config=each.config), known.out)
 
     results = [result for result in kept_runs(wanted, compute, told, only_kept=known.report_only) if result is not None]
-    report(results, known.out)
+    keep_json(known.json, report(results, known.out))
 
 
 def experiment_config(kind: str, seed: int, steps: int) -> Config:
@@ -124,12 +127,15 @@ def known_of_source(result: dict[str, Any]) -> float:
     return float(information / -(source_M * np.log(source_M)).sum())
 
 
-def report(results: Sequence[dict[str, Any]], out: Path) -> None:
+def report(results: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Prints the tables, and writes them as JSON beside the figure.
 
     Args:
         results: of finished runs, each with its `kind` and `seed`.
         out: where the files go.
+
+    Returns:
+        What was written; empty without a run of the pool.
     """
     # Every kind is a baseline once, so each pair has its own paired interval.
     kinds = list(dict.fromkeys(result["kind"] for result in results))
@@ -137,10 +143,11 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
     rows = against.get("pool", [])
     if not rows:
         print("no finished pool run to compare with yet")
-        return
+        return {}
     divisions = {kind: division_facts([result for result in results if result["kind"] == kind]) for kind in kinds}
     sources = results[0]["sources"]
-    write_json(out / "results.json", {"against": against, "divisions": divisions, "sources": sources})
+    found = {"versions": versions(), "against": against, "divisions": divisions, "sources": sources}
+    write_json(out / "results.json", found)
     print("Steps to the pool run's final accuracy, as a share of its steps and of its own time to there\n")
     print(level_table(rows))
     print(f"\n{gain_table(against)}")
@@ -151,6 +158,7 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
     print(f"\n{seed_table(results)}")
     draw_accuracy(results, out / "accuracy.png")
     print(f"\nwritten: {out / 'results.json'}, {out / 'accuracy.png'}")
+    return found
 
 
 def division_facts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, runs_from_starts
-from nested_reft.cli.arguments import keep_json, number, whole
+from nested_reft.cli.arguments import INNER_SHARE, keep_json, whole
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
 from nested_reft.losses.config import PolicyGradientConfig
@@ -68,9 +68,6 @@ LOSSES: dict[str, ObjectiveConfig] = {
     ),
     "trajectory balance": TrajectoryBalanceConfig(beta=0.3),
 }
-
-
-ACCURACY = number("more than 0 and less than 1", lambda value: 0 < value < 1)
 
 
 def experiment_config(lag: int, loss: str, seed: int, steps: int, searchers: int = 0) -> Config:
@@ -261,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--searchers", type=whole(0), default=0, help="threads beside the learner; 0 samples in turns")
     parser.add_argument("--judge-seconds", type=SECONDS, default=0.0, help="that each batch waits for its rewards")
     parser.add_argument(
-        "--target", type=ACCURACY, default=None, help="level of the times; it alone computes no run anew"
+        "--target", type=INNER_SHARE, default=None, help="level of the times; it alone computes no run anew"
     )
     add_json(parser, "the summary")
     known = parser.parse_args(arguments)

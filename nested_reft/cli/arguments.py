@@ -85,6 +85,10 @@ def number(range_in_words: str, fits: Callable[[float], bool]) -> Callable[[str]
     return parse
 
 
+# The type of an option that takes an accuracy to reach.
+INNER_SHARE = number("more than 0 and less than 1", lambda value: 0 < value < 1)
+
+
 def local_file(text: str) -> Path:
     """The type of an option that names what a command writes.
 

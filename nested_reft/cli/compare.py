@@ -12,7 +12,7 @@ from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.sweep import add_comparison, say_missing
 from nested_reft.json_files import check_writable, differences
-from nested_reft.reports.run_files import read_run
+from nested_reft.reports.run_files import at, read_run
 from nested_reft.run_directory import versions
 from nested_reft.run_mirror import local_run
 from nested_reft.sweeps.comparison import BESIDE
@@ -74,12 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 def _result(path: Path) -> Result | Missing:
     """What a run directory holds, where the run has ended."""
     files = read_run(path)
-    wanted = files.config.get("train", {})
-    steps = wanted.get("steps") if isinstance(wanted, dict) else None
     if not files.config or not files.summary or files.summary.get("steps") not in (None, files.steps):
+        steps = at(files.config, "train", "steps")
         why = f"it has not ended: {files.steps} of {steps} steps" if files.config else "its config.json cannot be read"
         return Missing(str(path), why)
-    seed = wanted.get("seed") if isinstance(wanted, dict) else None
+    seed = at(files.config, "train", "seed")
     return {"config": files.config, "seed": seed if type(seed) is int else 0} | run_result(path)
 
 
@@ -142,7 +141,5 @@ def _without(config: dict) -> dict:
 
 
 def _value(config: dict, name: str) -> str:
-    value = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    value = at(config, *name.split("."))
     return value if isinstance(value, str) else shown(value)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file, number, whole
+from nested_reft.cli.arguments import INNER_SHARE, add_json, check_json, command_parser, keep_json, local_file, whole
 from nested_reft.cli.bad_input import BadInput, checking_input
 from nested_reft.cli.output import complain, say
 from nested_reft.cli.overrides import HELP, alternatives, override
@@ -87,8 +87,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     """
     meanings = "; ".join(f"{name}: {measure.meaning}" for name, measure in OUTCOMES.items())
     parser.add_argument("--measure", choices=OUTCOMES, help=f"what to compare by, by default the first of {meanings}")
-    share = number("more than 0 and less than 1", lambda value: 0 < value < 1)
-    parser.add_argument("--target", type=share, metavar="A", help="also seconds until the accuracy A is reached")
+    parser.add_argument("--target", type=INNER_SHARE, metavar="A", help="also seconds until the accuracy A is reached")
     add_json(parser, "the table")
 
 

@@ -65,8 +65,8 @@
 
   // The filters stand behind the # of the address, so that a selection can be passed on: #wrong, #verdict=wrong&from=10.
   function readAddress() {
-    const hash = decodeURIComponent(location.hash.slice(1));
-    const asked = VERDICTS.includes(hash) ? new URLSearchParams({ verdict: hash }) : new URLSearchParams(location.hash.slice(1));
+    const hash = location.hash.slice(1);
+    const asked = VERDICTS.includes(hash) ? new URLSearchParams({ verdict: hash }) : new URLSearchParams(hash);
     const isFilter = [...asked.keys()].some((name) => inputs.has(name) || name === "step");
     if (!isFilter) return;
     for (const [name, input] of inputs) input.value = asked.get(name) ?? "";

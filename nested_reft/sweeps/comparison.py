@@ -10,6 +10,7 @@ import numpy as np
 
 from nested_reft.json_files import differences
 from nested_reft.reports.figures import figure_maker, label
+from nested_reft.reports.run_files import at
 from nested_reft.reports.tables import table
 from nested_reft.reports.tasks import task_of
 from nested_reft.sweeps.intervals import mean_over_seeds, ratio_over_seeds
@@ -117,16 +118,22 @@ def _ratio(pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], flo
 def _to_target(
     own: dict[int, Result], pairs: Sequence[tuple[Result, Result]], is_baseline: bool, target: float
 ) -> dict[str, Any] | None:
-    """Seconds to an accuracy. A run that never arrives counts with its whole time, so ratios are bounds."""
+    """Seconds to an accuracy. A run that never arrives counts with its whole time, so ratios are bounds.
+
+    There is no ratio where no run of the baseline arrives: both times would be those of whole runs.
+    """
     reached = {seed: seconds_to_reach(each["curve"], target) for seed, each in own.items() if each["curve"]["seconds"]}
     if not reached:
         return None
-    both = [(reached[a["seed"]][0], seconds_to_reach(b["curve"], target)[0]) for a, b in pairs if a["seed"] in reached]
+    pairs = [(a, b) for a, b in pairs if a["seed"] in reached and b["curve"]["seconds"]]
+    firsts = [seconds_to_reach(b["curve"], target) for _, b in pairs]
+    has_ratio = not is_baseline and any(arrived for _, arrived in firsts)
+    both = [(reached[a["seed"]][0], seconds) for (a, _), (seconds, _) in zip(pairs, firsts, strict=True)]
     return {
         "reached": sum(arrived for _, arrived in reached.values()),
         "of": len(reached),
         **mean_over_seeds([seconds for seconds, _ in reached.values()]),
-        "ratio": None if is_baseline or not both else ratio_over_seeds(*zip(*both, strict=True)),
+        "ratio": ratio_over_seeds(*zip(*both, strict=True)) if has_ratio else None,
     }
 
 
@@ -157,7 +164,7 @@ def comparison_table(summary: dict[str, Any]) -> str:
             columns.append(("ideal", [_number((each["ideal"] or {}).get("ratio"), 2) for each in variants]))
     if summary["target"] is not None:
         found = [each["to_target"] or {} for each in variants]
-        columns.append((f"s to {summary['target']:g}", [_number(each.get("mean"), 1) for each in found]))
+        columns.append((f"s to {summary['target']:g}", [_seconds_to(each) for each in found]))
         columns.append(("reached", [f"{each['reached']} of {each['of']}" if each else "-" for each in found]))
         columns.append(("of the first's s", [_number((each.get("ratio") or {}).get("ratio"), 2) for each in found]))
         columns.append(("95 %", [_interval(each.get("ratio"), 2) for each in found]))
@@ -180,7 +187,7 @@ def differing_fields(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     configs = {name: configs[name] for name in dict.fromkeys(each["label"] for each in results)}
     first, *others = configs.values()
     names = {name for other in others for name, _, _ in differences(first, other) if name not in BESIDE}
-    return [(name, [_text(_field(config, name)) for config in configs.values()]) for name in sorted(names)]
+    return [(name, [_text(at(config, *name.split("."))) for config in configs.values()]) for name in sorted(names)]
 
 
 def field_table(results: Sequence[Result]) -> str:
@@ -247,19 +254,19 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": colour, "linestyle": ("-", "--", ":")[max(index - 1, 0) // 10 % 3], "linewidth": 1.5}
 
 
-def _field(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
-
-
 def _text(value: Any) -> str:
     text = str(value)
     return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    # `z` leaves out the sign of what rounds to 0, such as the divergence of a model from itself.
+    return "-" if value is None else f"{value:z.{digits}f}"
+
+
+def _seconds_to(found: dict[str, Any]) -> str:
+    # The mean is a lower bound where a run did not arrive.
+    return f"{'>' * (found['reached'] < found['of'])}{found['mean']:.1f}" if found else "-"
 
 
 def _signed(found: dict[str, Any] | None, digits: int) -> str:

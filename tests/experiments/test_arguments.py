@@ -69,6 +69,11 @@ def test_every_module_with_a_main_is_a_command():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_command_keeps_its_table_as_json(name, monkeypatch):
+    assert "json" in {option.dest for option in options_of(command_of(name), monkeypatch)}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_option_has_a_form(name, monkeypatch):
     for option in options_of(command_of(name), monkeypatch):
         if isinstance(option, argparse._StoreTrueAction) or option.dest in FREE:

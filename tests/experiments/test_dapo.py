@@ -1,8 +1,9 @@
 """DAPO's ablation: each variant holds the parts of those before it and one more."""
 
 import itertools
+import json
 
-from experiments.dapo import VARIANTS, variant_config
+from experiments.dapo import VARIANTS, main, variant_config
 from nested_reft.json_files import differences
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.training.config import load_config
@@ -31,3 +32,20 @@ def test_combined_presets_hold_all_three():
         assert isinstance(config.loss, PolicyGradientConfig) and config.loss.clip_high == 0.28
         assert config.dynamic_sampling.max_generation_batches > 1
         assert config.reward.overlong_cache_tokens > 0
+
+
+def test_the_table_of_finished_runs(tmp_path, capsys):
+    """Accuracies are means over two sources: 0.2 and 0.3 over the seeds, so 0.25 with a standard error of 0.05."""
+    for variant in VARIANTS[:2]:
+        for seed in (0, 1):
+            run = {"config": variant_config(variant, seed, 20).to_json(), "seconds": 2.0, "accuracy": [[0.1, 0.3]] * 2}
+            run["accuracy"] += [[0.1 + seed / 10, 0.3 + seed / 10]]
+            run["metrics"] = {name: [1.0] * 20 for name in ("entropy", "completion_tokens", "generation_batches")}
+            (tmp_path / f"{variant}-seed{seed}-steps20.json").write_text(json.dumps(run))
+    kept = tmp_path / "kept.json"
+    words = ["--variants", *VARIANTS[:2], "--seeds", "0", "1", "--steps", "20", "--out", str(tmp_path)]
+    assert main([*words, "--json", str(kept)]) == 0
+    assert "+ clip_higher" in capsys.readouterr().out
+    rows = json.loads(kept.read_text())["rows"]
+    assert [row["accuracy before"] for row in rows] == ["0.200 (0.000)"] * 2
+    assert [row["accuracy after"] for row in rows] == ["0.250 (0.050)"] * 2

@@ -123,7 +123,10 @@ def test_report_of_finished_runs(tmp_path, capsys):
             run = result(kind, [0.0, 0.1, 0.2, 0.3, 0.4], questions, [1 / len(questions)] * len(questions))
             run |= {"config": experiment_config(kind, seed, 40).to_json()}
             (tmp_path / f"{kind}-seed{seed}-steps40.json").write_text(json.dumps(run))
-    assert main(["--report-only", "--seeds", "0", "1", "--steps", "40", "--out", str(tmp_path)]) == 0
+    kept = tmp_path / "kept.json"
+    words = ["--report-only", "--seeds", "0", "1", "--steps", "40", "--out", str(tmp_path), "--json", str(kept)]
+    assert main(words) == 0
+    assert kept.read_text() == (tmp_path / "results.json").read_text()
     assert "tells source" in capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["against"]["pool"][1]["final_gain"] == pytest.approx(0.0)

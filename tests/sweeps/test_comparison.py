@@ -42,6 +42,10 @@ def test_time_to_a_target():
     assert found["never"]["to_target"]["reached"] == 0 and found["never"]["to_target"]["mean"] == 4.0
     text = comparison_table(summarise(one, target=0.25))
     assert "s to 0.25" in text and "0 of 1" in text and ".." not in text  # one seed has no interval
+    assert " >4.0 " in text and " 3.0 " in text  # who never arrives needs more than the whole run
+    # Where the full model never arrives, a ratio would be that of whole runs.
+    found = summarise(one, target=0.35)["variants"]
+    assert found["half"]["to_target"]["reached"] == 1 and found["half"]["to_target"]["ratio"] is None
 
 
 def test_tasks_have_a_table_each():
