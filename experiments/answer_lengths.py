@@ -27,7 +27,7 @@ from experiments.bridges import check_prompts, gsm8k
 from nested_reft.cli.arguments import keep_json, whole
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.data.pipeline import batch_prompts
-from nested_reft.layer_skip import NestingConfig, draw_plan, layers_in
+from nested_reft.layer_skip import NestingConfig, check_share, draw_plan, layers_in
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sharding import to_host
@@ -67,7 +67,8 @@ def answers(setup: Setup, nesting: NestingConfig, skipped: int, prompts: int) ->
         batch = batch_prompts(setup.data.train_examples[0][start : start + BATCH], [0] * BATCH, setup.data.prompt_size)
         # All policies draw with the same numbers.
         key = jax.random.fold_in(jax.random.key(0), start)
-        plan = draw_plan(key, nesting, policy.num_layers, setup.divergence_L, skipped)
+        plan_key, key = jax.random.split(key)
+        plan = draw_plan(plan_key, nesting, policy.num_layers, setup.divergence_L, skipped)
         own = to_host(policy.generate(batch, plan, key, group_size=GROUP))
         full_BGC = np.asarray(policy.logprobs(own.prompt_BP, own.prompt_length_B, own.tokens_BGC))
         is_own_BGC = np.arange(full_BGC.shape[-1]) < own.length_BG[..., None]
@@ -172,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         rollout = dataclasses.replace(config.rollout, max_completion_tokens=known.tokens)
         setup = prepare(dataclasses.replace(config, rollout=rollout))
+        for ratio in known.ratios:
+            check_share("--ratios", ratio, setup.policy.num_layers)
         check_prompts("--prompts", known.prompts, BATCH, setup.data.train_examples[0])
     measured = dataclasses.replace(config.nesting, divergence_temperature=0.0)
     choices = {"measured": measured, "uniform": NestingConfig(border=measured.border)}

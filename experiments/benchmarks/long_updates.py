@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for attention in known.attention
     ]
     print(f"\n{memory_table(rows)}")
+    write_results(known, {"rows": rows, "run": None})  # the update may be ended by the system for its memory
     ran = run_once(Case(1, known.group, PROMPT_TOKENS, known.run), known) if known.run else None
     write_results(known, {"rows": rows, "run": ran})
 

@@ -34,6 +34,9 @@ from experiments.benchmarks.common import MODEL, disturbance, parser, plain, pre
 from experiments.benchmarks.ours import policy_of, prompts_of
 from experiments.benchmarks.worker import Case, measure_all
 from nested_reft.cli.arguments import whole
+from nested_reft.cli.bad_input import BadInput
+from nested_reft.cli.output import complain
+from nested_reft.exit_codes import DONE, FAILED
 from nested_reft.layer_plan import LayerPlan
 from nested_reft.models.transformer import Transformer
 from nested_reft.reports.tables import table
@@ -52,16 +55,22 @@ STOP = 0  # the first token of the vocabulary, which the smallest random number 
 
 
 @command
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table.
 
     Args:
         arguments: of the command line; None takes those of the process.
+
+    Returns:
+        `FAILED` where more completions differ than ties explain.
     """
     known = parser("refill", __doc__)
     add_list(known, "--rows", ROWS, type=whole(1), help="that are decoded at the same time")
     known.add_argument("--alone", type=whole(0), default=0, help="prompts that are also sampled in a batch of one")
     known = known.parse_args(arguments)
+    if known.alone > PROMPTS_PER_ROW * min(known.rows):
+        most = PROMPTS_PER_ROW * min(known.rows)
+        raise BadInput(f"--alone is {known.alone}; allowed is 0 to {most}, the prompts of {min(known.rows)} rows")
     prepare_process(known.threads)
     model, found = policy_of(MODEL).model, []
     for rows in known.rows:
@@ -72,8 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line)
     write_results(known, {"threads": known.threads, "rows": plain(found)})
     # Last, so that a fault does not cost the figures.
-    faults = too_different(found)
-    assert not faults, "; ".join(faults)
+    for line in (faults := too_different(found)):
+        complain(f"error: {line}")
+    return FAILED if faults else DONE
 
 
 def refill_rows(model: Transformer, rows: int, repeats: int, alone: int) -> list[dict[str, Any]]:

@@ -1,8 +1,12 @@
 """The benchmark of refilled rows: its lengths, what it compares, and when it fails."""
 
+import json
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 
+from experiments.benchmarks import refill
 from experiments.benchmarks.accelerator_parts import SMALL_SHAPE
 from experiments.benchmarks.refill import alone_lines, lengths_of, long_tailed, refill_table, sampler, too_different
 from experiments.benchmarks.worker import Case
@@ -25,6 +29,22 @@ def test_a_tenth_may_differ_and_one_always_may():
         "9 of 80 completions of refilled rows are others",
         "2 of 8 completions of rows alone are others",
     ]
+
+
+def test_more_differences_than_ties_end_with_code_1_and_keep_the_figures(tmp_path, monkeypatch, capsys):
+    path, found = tmp_path / "kept.json", [measured(None, variant="batches that shrink"), measured(9)]
+    monkeypatch.setattr(refill, "prepare_process", lambda threads: None)
+    monkeypatch.setattr(refill, "disturbance", lambda rows: "")
+    monkeypatch.setattr(refill, "policy_of", lambda name: SimpleNamespace(model=None))
+    monkeypatch.setattr(refill, "refill_rows", lambda *arguments: found)
+    assert refill.main(["--rows", "16", "--json", str(path)]) == 1
+    assert capsys.readouterr().err == "error: 9 of 80 completions of refilled rows are others\n"
+    assert len(json.loads(path.read_text())["rows"]) == 2
+
+
+def test_more_prompts_alone_than_there_are_are_refused(capsys):
+    assert refill.main(["--rows", "32", "2", "--alone", "11"]) == 2
+    assert "--alone is 11; allowed is 0 to 10, the prompts of 2 rows" in capsys.readouterr().err
 
 
 def test_what_alone_found_is_told_once():
