@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, check_folder, command, experiment_parser
 from experiments.equal_time import timed_run
-from experiments.runs import compile_once, runs_from_starts
+from experiments.runs import compile_once, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import keep_json
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.evaluation import EvaluationConfig
@@ -36,7 +36,6 @@ from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
-from nested_reft.sweeps.kept import Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -159,10 +158,12 @@ def runs_of(
         out: where results and shared starts are kept.
     """
     wanted = [
-        Wanted(
+        wanted_run(
             corrected_config(task, mismatch, correction, seed, steps),
-            out / f"{mismatch}-{slug(correction)}-seed{seed}.json",
-            {"mismatch": mismatch, "correction": correction, "seed": seed},
+            out,
+            f"{mismatch}-{slug(correction)}",
+            mismatch=mismatch,
+            correction=correction,
         )
         for seed in seeds
         for mismatch in mismatches

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
-from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
+from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import keep_json
 from nested_reft.json_files import write_json
 from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay import DynamicSamplingConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
-from nested_reft.sweeps.kept import Result, Wanted
+from nested_reft.sweeps.kept import Result
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -70,11 +70,7 @@ def runs_of(
         only_kept: compute nothing.
     """
     wanted = [
-        Wanted(
-            variant_config(variant, seed, steps),
-            out / f"{variant}-seed{seed}-steps{steps}.json",
-            {"variant": variant, "seed": seed},
-        )
+        wanted_run(variant_config(variant, seed, steps), out, variant, variant=variant)
         for seed in seeds
         for variant in variants
     ]

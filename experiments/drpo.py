@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
-from experiments.runs import EVERY, compile_once, runs_from_starts
+from experiments.runs import EVERY, compile_once, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import keep_json, number, whole
 from nested_reft.config_files import CONFIG_DIRECTORIES, load_module
 from nested_reft.data.pipeline import batch_prompts
@@ -210,11 +210,7 @@ def runs_of(
     warm_start = warm_start or load_config("tiny_preferences").warm_start
     models = {seed: reward_model(seed, reward_steps, out, only_kept) for seed in seeds}
     wanted = [
-        Wanted(
-            experiment_config(share, seed, steps, model),
-            out / f"share{share:g}-seed{seed}-steps{steps}.json",
-            {"share": share, "seed": seed},
-        )
+        wanted_run(experiment_config(share, seed, steps, model), out, f"share{share:g}", share=share)
         for seed, model in models.items()
         for share in shares
         # Without its reward model a run of the seed cannot be there.

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
-from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
+from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import keep_json
 from nested_reft.curriculum import CurriculumConfig
 from nested_reft.json_files import write_json
@@ -35,7 +35,7 @@ from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
-from nested_reft.sweeps.kept import Result, Wanted
+from nested_reft.sweeps.kept import Result
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -79,13 +79,7 @@ def runs_of(kinds: Sequence[str], seeds: Sequence[int], steps: int, out: Path, o
         only_kept: compute nothing.
     """
     wanted = [
-        Wanted(
-            experiment_config(kind, seed, steps),
-            out / f"{kind}-seed{seed}-steps{steps}.json",
-            {"kind": kind, "seed": seed},
-        )
-        for seed in seeds
-        for kind in kinds
+        wanted_run(experiment_config(kind, seed, steps), out, kind, kind=kind) for seed in seeds for kind in kinds
     ]
     return runs_from_starts(wanted, partial(measured_run, out=out), told, only_kept=only_kept)
 

@@ -27,7 +27,7 @@ import jax
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, check_folder, command, experiment_parser
 from experiments.equal_time_summary import draw, summarise, tables
-from experiments.runs import compile_once, runs_from_starts
+from experiments.runs import compile_once, runs_from_starts, wanted_run
 from nested_reft.bridging import BridgeConfig
 from nested_reft.cli.arguments import keep_json
 from nested_reft.cli.bad_input import checking_input
@@ -41,7 +41,6 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.rewards.reward import RewardConfig
 from nested_reft.rollout.policy import Policy
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.sweeps.kept import Wanted
 from nested_reft.training import record
 from nested_reft.training.compatibility import check_start
 from nested_reft.training.config import Config, load_config
@@ -326,11 +325,7 @@ def runs_of(
     """
     # The variants of a seed follow each other, so that a change of the machine's load meets all of them alike.
     wanted = [
-        Wanted(
-            variant_config(task, variant, seed, steps),
-            out / f"{variant}-seed{seed}.json",
-            {"variant": variant, "seed": seed},
-        )
+        wanted_run(variant_config(task, variant, seed, steps), out, variant, variant=variant)
         for seed in seeds
         for variant in variants
     ]

@@ -24,6 +24,7 @@ import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.corrections import slug
+from experiments.runs import wanted_run
 from nested_reft.cli.arguments import keep_json
 from nested_reft.config_files import load_module
 from nested_reft.diversity import embedding_distance, self_bleu
@@ -31,7 +32,7 @@ from nested_reft.losses.config import PolicyGradientConfig
 from nested_reft.replay_store import ReplayConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import RunDirectory, versions
-from nested_reft.sweeps.kept import Wanted, kept_runs
+from nested_reft.sweeps.kept import kept_runs
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import prepare
@@ -123,11 +124,7 @@ def runs_of(losses: Sequence[str], seeds: Sequence[int], steps: int, out: Path) 
     out.mkdir(parents=True, exist_ok=True)
     victim = victim_module()
     wanted = [
-        Wanted(
-            experiment_config(loss, seed, steps),
-            out / f"{slug(loss)}-seed{seed}.json",
-            {"loss": loss, "seed": seed},
-        )
+        wanted_run(experiment_config(loss, seed, steps), out, slug(loss), loss=loss)
         for loss in losses
         for seed in seeds
     ]

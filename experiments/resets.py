@@ -28,14 +28,13 @@ from typing import Any
 import numpy as np
 
 from experiments.arguments import add_json, add_list, add_runs, check_baseline, command, experiment_parser
-from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts
+from experiments.runs import EVERY, compile_once, measured_run, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import keep_json
 from nested_reft.dataset_reset import ResetConfig
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
-from nested_reft.sweeps.kept import Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -92,15 +91,7 @@ def runs_of(
         out: where results and shared starts are kept.
         warm_start: what the runs of a seed share; None takes that of `tiny_reset`.
     """
-    wanted = [
-        Wanted(
-            experiment_config(arm, seed, steps),
-            out / f"{arm}-seed{seed}-steps{steps}.json",
-            {"arm": arm, "seed": seed},
-        )
-        for seed in seeds
-        for arm in chosen
-    ]
+    wanted = [wanted_run(experiment_config(arm, seed, steps), out, arm, arm=arm) for seed in seeds for arm in chosen]
     # The weights are kept; the references of an arm are prepared with its configuration.
     warm_start = warm_start or load_config("tiny_reset").warm_start
     return runs_from_starts(wanted, partial(measured_run, out=out), _told, warm_start)

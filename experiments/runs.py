@@ -15,7 +15,7 @@ from nested_reft.run_directory import RunDirectory, versions
 from nested_reft.sweeps.kept import Result, Wanted, kept_runs
 from nested_reft.sweeps.starts import shared_start
 from nested_reft.training import record
-from nested_reft.training.config import load_config
+from nested_reft.training.config import Config, load_config
 from nested_reft.training.heldout import heldout_results
 from nested_reft.training.record import StepRecord
 from nested_reft.training.setup import RunData, Setup
@@ -34,6 +34,19 @@ def compile_once(out: Path) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def wanted_run(config: Config, out: Path, name: str, **labels: Any) -> Wanted:
+    """A run whose file has its name, its seed and its steps, so that results of other steps stay.
+
+    Args:
+        config: of the run.
+        out: the folder of the results.
+        name: what tells it from other runs of its seed.
+        labels: what its result is called, beside its seed.
+    """
+    file = out / f"{name}-seed{config.train.seed}-steps{config.train.steps}.json"
+    return Wanted(config, file, labels | {"seed": config.train.seed})
 
 
 def runs_from_starts(

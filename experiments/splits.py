@@ -28,7 +28,7 @@ from jaxtyping import Float
 from experiments.arguments import add_json, add_list, add_runs, command, experiment_parser
 from experiments.dump import SMOOTH, compare, curve, draw_accuracy, told
 from experiments.dump import experiment_config as curriculum_config
-from experiments.runs import EVERY, compile_once, measured_run
+from experiments.runs import EVERY, compile_once, measured_run, wanted_run
 from nested_reft.cli.arguments import keep_json
 from nested_reft.data.splits import SplitConfig
 from nested_reft.json_files import write_json
@@ -66,11 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = parser.parse_args(arguments)
     compile_once(known.out)
     wanted = [
-        Wanted(
-            experiment_config(kind, seed, known.steps),
-            known.out / f"{kind}-seed{seed}-steps{known.steps}.json",
-            {"kind": kind, "seed": seed},
-        )
+        wanted_run(experiment_config(kind, seed, known.steps), known.out, kind, kind=kind)
         for seed in known.seeds
         for kind in known.kinds
     ]

@@ -40,7 +40,7 @@ from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables
 from experiments.equal_time import timed_run
 from experiments.equal_time_summary import cost_to_reach
 from experiments.equal_time_summary import summarise as summarise_times
-from experiments.runs import compile_once, runs_from_starts
+from experiments.runs import compile_once, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import INNER_SHARE, keep_json, whole
 from nested_reft.evaluation import EvaluationConfig
 from nested_reft.layer_skip import NestingConfig
@@ -50,7 +50,6 @@ from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
-from nested_reft.sweeps.kept import Wanted
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.warm_start import WarmStartConfig
@@ -123,10 +122,12 @@ def runs_of(
     # The judge is no part of the configuration, which says what a kept run is of.
     judge = f"-judge{judge_seconds:g}" if judge_seconds else ""
     wanted = [
-        Wanted(
+        wanted_run(
             experiment_config(lag, loss, seed, steps, searchers),
-            out / f"lag{lag}-{slug(loss)}-seed{seed}{judge}.json",
-            {"mismatch": f"lag {lag}", "correction": loss, "seed": seed},
+            out,
+            f"lag{lag}-{slug(loss)}{judge}",
+            mismatch=f"lag {lag}",
+            correction=loss,
         )
         for seed in seeds
         for lag in lags
