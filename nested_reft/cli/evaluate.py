@@ -20,7 +20,16 @@ from nested_reft.rewards.reward import check_answers
 from nested_reft.training.reward_facts import reward_facts
 
 # What an evaluation reads; an override of anything else would be believed and do nothing.
-READ = ("data", "rollout", "reward", "evaluation", "mesh", "model", "train.seed")
+READ = (
+    "data",
+    "rollout.sampling",
+    "rollout.max_completion_tokens",
+    "reward",
+    "evaluation",
+    "mesh",
+    "model",
+    "train.seed",
+)
 BENCHMARK_READ = (
     "data.prompt",
     "rollout.sampling",
