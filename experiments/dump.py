@@ -36,6 +36,7 @@ from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
 from nested_reft.sweeps.kept import Result
+from nested_reft.sweeps.results import cost_to_reach
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.warm_start import WarmStartConfig
 
@@ -118,24 +119,6 @@ def curve(result: dict[str, Any]) -> np.ndarray:
     return np.array([mean[max(0, i - SMOOTH + 1) : i + 1].mean() for i in range(len(mean))])
 
 
-def steps_to_reach(result: dict[str, Any], level: float) -> tuple[float, bool]:
-    """First step at which the curve reaches `level`, linear between evaluations; (last step, False) if never.
-
-    Args:
-        result: of a run.
-        level: accuracy, as a share.
-    """
-    steps, values = result["steps"], curve(result)
-    above = np.flatnonzero(values >= level)
-    if not above.size:
-        return float(steps[-1]), False
-    i = int(above[0])
-    if i == 0:
-        return float(steps[0]), True
-    share = (level - values[i - 1]) / (values[i] - values[i - 1])
-    return float(steps[i - 1] + share * (steps[i] - steps[i - 1])), True
-
-
 def compare(results: Sequence[dict[str, Any]], baseline: str = "uniform") -> list[dict[str, Any]]:
     """Each kind of run against the runs of kind `baseline` of the same seeds.
 
@@ -169,8 +152,11 @@ def paired(runs: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]]) 
         baselines: results of the baseline, of the same seeds in the same order.
     """
     levels = [float(curve(result)[-1]) for result in baselines]
-    reached = [steps_to_reach(result, level) for result, level in zip(runs, levels, strict=True)]
-    baseline_time = [steps_to_reach(result, level)[0] for result, level in zip(baselines, levels, strict=True)]
+    reached, baseline_reached = (
+        [cost_to_reach(own["steps"], curve(own), level) for own, level in zip(results, levels, strict=True)]
+        for results in (runs, baselines)
+    )
+    baseline_time = [steps for steps, _ in baseline_reached]
     time_S, baseline_S = np.array([step for step, _ in reached]), np.array(baseline_time)
     # The same draws serve all three intervals, and a seed is drawn together with its baseline.
     draw_RxS = seed_draws(len(runs))

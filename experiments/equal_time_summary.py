@@ -18,6 +18,7 @@ from jaxtyping import Float
 from nested_reft.reports.figures import figure_maker
 from nested_reft.reports.tables import table
 from nested_reft.sweeps.intervals import interval, seed_draws
+from nested_reft.sweeps.results import cost_to_reach
 
 SMOOTH = 3  # evaluations that one point of a curve is the mean of
 SHARE_OF_GAIN = 0.9
@@ -50,27 +51,6 @@ def level_of(full: Run) -> float:
     return float(accuracy[0] + SHARE_OF_GAIN * (accuracy[-1] - accuracy[0]))
 
 
-def cost_to_reach(run: Run, level: float, unit: str) -> tuple[float, bool]:
-    """What a run spent until its curve first reached a level, linear between evaluations.
-
-    Args:
-        run: of one seed.
-        level: accuracy, as a share.
-        unit: of the cost.
-
-    Returns:
-        The cost, and True; the cost of the whole run, and False, where it never did.
-    """
-    cost, accuracy = curve(run, unit)
-    above = np.flatnonzero(accuracy >= level)
-    if not above.size:
-        return float(cost[-1]), False
-    i = int(above[0])
-    if i == 0:
-        return 0.0, True
-    return float(np.interp(level, accuracy[i - 1 : i + 1], cost[i - 1 : i + 1])), True
-
-
 def summarise(runs: Sequence[Run], level: float | None = None) -> dict[str, dict[str, Any]]:
     """Each variant beside the full runs of the same seeds.
 
@@ -101,9 +81,11 @@ def _compared(runs: Sequence[Run], full: dict[int, Run], level_of_seed: dict[int
     # The same draws serve all intervals of a variant.
     draw_RxS = seed_draws(len(runs))
     for unit in UNITS:
-        cost = [cost_to_reach(run, level, unit) for run, level in zip(runs, levels, strict=True)]
+        cost = [cost_to_reach(*curve(run, unit), level) for run, level in zip(runs, levels, strict=True)]
         own_S = np.array([value for value, _ in cost])
-        full_S = np.array([cost_to_reach(r, level, unit)[0] for r, level in zip(baselines, levels, strict=True)])
+        full_S = np.array(
+            [cost_to_reach(*curve(r, unit), level)[0] for r, level in zip(baselines, levels, strict=True)]
+        )
         # A run that starts at its level took no time to it; the bound prevents a division by zero.
         ratio_R = own_S[draw_RxS].sum(axis=1) / np.maximum(full_S[draw_RxS].sum(axis=1), 1e-9)
         found[unit] = {

@@ -38,7 +38,7 @@ from experiments.arguments import add_json, add_list, add_runs, check_baseline, 
 from experiments.async_sizing import SEARCHERS, SECONDS, Times, simulate
 from experiments.corrections import BASELINE, Run, draw, slug, summarise, tables, told
 from experiments.equal_time import timed_run
-from experiments.equal_time_summary import cost_to_reach
+from experiments.equal_time_summary import curve
 from experiments.equal_time_summary import summarise as summarise_times
 from experiments.runs import compile_once, runs_from_starts, wanted_run
 from nested_reft.cli.arguments import INNER_SHARE, keep_json, whole
@@ -50,6 +50,7 @@ from nested_reft.losses.trajectory_balance import TrajectoryBalanceConfig
 from nested_reft.reports.tables import table
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.intervals import interval, seed_draws
+from nested_reft.sweeps.results import cost_to_reach
 from nested_reft.training.config import Config, load_config
 from nested_reft.training.search_config import SearchConfig
 from nested_reft.training.warm_start import WarmStartConfig
@@ -199,7 +200,7 @@ def steps_to_reach(run: Run, level: float) -> float:
         level: accuracy, as a share.
     """
     steps = {"step": [1.0] * len(run["steps"]["seconds"])}
-    return cost_to_reach(run | {"steps": steps}, level, "step")[0]
+    return cost_to_reach(*curve(run | {"steps": steps}, "step"), level)[0]
 
 
 def simulated(run: Run, steps: float, searchers: int) -> float:

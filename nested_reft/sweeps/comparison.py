@@ -15,7 +15,7 @@ from nested_reft.reports.tables import table
 from nested_reft.reports.tasks import task_of
 from nested_reft.sweeps.intervals import mean_over_seeds, ratio_over_seeds
 from nested_reft.sweeps.kept import Result
-from nested_reft.sweeps.results import COSTS, OUTCOMES, seconds_to_reach
+from nested_reft.sweeps.results import COSTS, OUTCOMES, cost_to_reach
 
 MOST_FIELDS = 40  # rows of the table of differing fields
 SHOWN_VALUE = 60  # characters of a value in it
@@ -115,6 +115,10 @@ def _ratio(pairs: Sequence[tuple[Result, Result]], value: Callable[[Result], flo
     return ratio_over_seeds(*zip(*known, strict=True)) if known else None
 
 
+def _seconds_to_reach(result: Result, target: float) -> tuple[float, bool]:
+    return cost_to_reach(result["curve"]["seconds"], result["curve"]["accuracy"], target)
+
+
 def _to_target(
     own: dict[int, Result], pairs: Sequence[tuple[Result, Result]], is_baseline: bool, target: float
 ) -> dict[str, Any] | None:
@@ -122,11 +126,11 @@ def _to_target(
 
     There is no ratio where no run of the baseline arrives: both times would be those of whole runs.
     """
-    reached = {seed: seconds_to_reach(each["curve"], target) for seed, each in own.items() if each["curve"]["seconds"]}
+    reached = {seed: _seconds_to_reach(each, target) for seed, each in own.items() if each["curve"]["seconds"]}
     if not reached:
         return None
     pairs = [(a, b) for a, b in pairs if a["seed"] in reached and b["curve"]["seconds"]]
-    firsts = [seconds_to_reach(b["curve"], target) for _, b in pairs]
+    firsts = [_seconds_to_reach(b, target) for _, b in pairs]
     has_ratio = not is_baseline and any(arrived for _, arrived in firsts)
     both = [(reached[a["seed"]][0], seconds) for (a, _), (seconds, _) in zip(pairs, firsts, strict=True)]
     return {

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nested_reft.reports.run_files import Line, RunFiles, at, finite, read_run
 from nested_reft.reports.run_metrics import names_with, series
 from nested_reft.sweeps.kept import Result
@@ -110,25 +112,27 @@ def accuracy_curve(lines: Sequence[Line]) -> dict[str, list[Any]]:
     return curve
 
 
-def seconds_to_reach(curve: dict[str, list[Any]], target: float) -> tuple[float, bool]:
-    """Seconds until a curve first reached a level, linear between evaluations.
+def cost_to_reach(
+    costs: Sequence[float | int] | np.ndarray, accuracies: Sequence[float | int] | np.ndarray, level: float
+) -> tuple[float, bool]:
+    """What a run had spent when its accuracy first reached a level, linear between evaluations.
 
     Args:
-        curve: of `accuracy_curve`, not empty.
-        target: the level.
+        costs: until each evaluation, such as seconds, tokens or steps; at least one.
+        accuracies: of the evaluations.
+        level: the accuracy.
 
     Returns:
-        The seconds, and True; those of the whole run, a lower bound, and False where it never did.
+        The cost, and True; that of the whole run, a lower bound, and False where it never did.
     """
-    seconds, accuracy = curve["seconds"], curve["accuracy"]
-    first = next((index for index, value in enumerate(accuracy) if value >= target), None)
+    first = next((index for index, value in enumerate(accuracies) if value >= level), None)
     if first is None:
-        return seconds[-1], False
+        return float(costs[-1]), False
     if first == 0:
-        return seconds[0], True
-    low, high = accuracy[first - 1], accuracy[first]
-    part = (target - low) / (high - low)
-    return seconds[first - 1] + part * (seconds[first] - seconds[first - 1]), True
+        return float(costs[0]), True
+    low, high = accuracies[first - 1], accuracies[first]
+    part = (level - low) / (high - low)
+    return float(costs[first - 1] + part * (costs[first] - costs[first - 1])), True
 
 
 def _mean_of_sources(files: RunFiles, *names: str) -> float | None:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.dump import compare, curve, experiment_config, main, steps_to_reach
+from experiments.dump import compare, curve, experiment_config, main
+from nested_reft.sweeps.results import cost_to_reach
 
 
 def result(kind: str, seed: int, means: list[float]) -> dict:
@@ -22,9 +23,9 @@ def test_curve_is_the_mean_of_up_to_three_evaluations():
 
 def test_steps_to_reach_by_hand():
     run = result("dump", 0, [0.0, 0.3, 0.6, 0.3])  # smoothed: 0, 0.15, 0.3, 0.4
-    assert steps_to_reach(run, 0.2) == (pytest.approx(10 + 10 * 0.05 / 0.15), True)
-    assert steps_to_reach(run, 0.0) == (0.0, True)
-    assert steps_to_reach(run, 0.5) == (30.0, False)
+    assert cost_to_reach(run["steps"], curve(run), 0.2) == (pytest.approx(10 + 10 * 0.05 / 0.15), True)
+    assert cost_to_reach(run["steps"], curve(run), 0.0) == (0.0, True)
+    assert cost_to_reach(run["steps"], curve(run), 0.5) == (30.0, False)
 
 
 def test_comparison_by_hand():

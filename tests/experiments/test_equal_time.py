@@ -10,7 +10,8 @@ import pytest
 
 from experiments import equal_time
 from experiments.equal_time import TASKS, VARIANTS, CompilingTime, main, runs_of, variant_config
-from experiments.equal_time_summary import cost_to_reach, curve, level_of, step_costs, summarise, tables, verdict
+from experiments.equal_time_summary import curve, level_of, step_costs, summarise, tables, verdict
+from nested_reft.sweeps.results import cost_to_reach
 from nested_reft.training.warm_start import WarmStartConfig
 
 
@@ -39,11 +40,11 @@ def test_a_level_is_reached_by_hand():
     full = run("full", 0, RISING, 2.0)
     np.testing.assert_allclose(curve(full, "seconds")[1], [0, 0, 0.1, 0.3, 0.6, 0.9, 1.0])
     assert level_of(full) == pytest.approx(0.9)
-    assert cost_to_reach(full, 0.89999, "seconds") == (pytest.approx(10.0, abs=1e-3), True)
-    assert cost_to_reach(full, 0.45, "seconds") == (pytest.approx(7.0), True)
-    assert cost_to_reach(full, 0.45, "tokens") == (pytest.approx(350.0), True)
-    assert cost_to_reach(full, 1.1, "seconds") == (pytest.approx(12.0), False)  # a lower bound
-    assert cost_to_reach(full, 0.0, "seconds") == (0.0, True)
+    assert cost_to_reach(*curve(full, "seconds"), 0.89999) == (pytest.approx(10.0, abs=1e-3), True)
+    assert cost_to_reach(*curve(full, "seconds"), 0.45) == (pytest.approx(7.0), True)
+    assert cost_to_reach(*curve(full, "tokens"), 0.45) == (pytest.approx(350.0), True)
+    assert cost_to_reach(*curve(full, "seconds"), 1.1) == (pytest.approx(12.0), False)  # a lower bound
+    assert cost_to_reach(*curve(full, "seconds"), 0.0) == (0.0, True)
 
 
 def test_ratios_are_paired_by_seed():

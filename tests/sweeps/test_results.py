@@ -2,7 +2,7 @@
 
 import pytest
 
-from nested_reft.sweeps.results import accuracy_curve, run_result, seconds_to_reach
+from nested_reft.sweeps.results import accuracy_curve, cost_to_reach, run_result
 from tests.reports.runs_on_disk import line, write_run
 from tests.sweeps.results_by_hand import config
 
@@ -19,8 +19,10 @@ def test_the_curve_is_the_mean_of_the_sources_over_seconds_without_compiling():
     curve = accuracy_curve(lines)
     assert curve["step"] == [0, 2, 4] and curve["seconds"] == [0.0, 3.0, 8.0]
     assert curve["accuracy"] == pytest.approx([0.1, 0.3, 0.6])
-    assert seconds_to_reach(curve, 0.45) == (pytest.approx(5.5), True)  # halfway from 3 s to 8 s
-    assert seconds_to_reach(curve, 0.05) == (0.0, True) and seconds_to_reach(curve, 0.7) == (8.0, False)
+    seconds, accuracy = curve["seconds"], curve["accuracy"]
+    assert cost_to_reach(seconds, accuracy, 0.45) == (pytest.approx(5.5), True)  # halfway from 3 s to 8 s
+    assert cost_to_reach(seconds, accuracy, 0.05) == (0.0, True)
+    assert cost_to_reach(seconds, accuracy, 0.7) == (8.0, False)
 
 
 def test_measures_of_a_run_directory(tmp_path):
