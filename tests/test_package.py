@@ -83,6 +83,7 @@ LAYERS = [
     {"verification"},
     {"cli"},
     {"command"},
+    {"__main__"},
     {"configs", "experiments"},
 ]
 MODEL_SIDE = {"sharding", "models", "tokenizer", "rollout"}  # knows no rule: what to sample is not how to train

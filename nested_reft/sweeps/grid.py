@@ -26,12 +26,16 @@ def grid(variants: Sequence[tuple[str, Config]], seeds: Sequence[int], out: Path
         out: the folder of the sweep.
 
     Raises:
-        ValueError: two variants have one label.
+        ValueError: two variants have one label or one configuration.
     """
     labels = [label for label, _ in variants]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"'{twice}' is asked for twice; allowed is each once")
+    # One value may be written in two ways, such as 0.1 and 1e-1.
+    for (label, config), (other, same) in itertools.combinations(variants, 2):
+        if config == same:
+            raise ValueError(f"'{other}' is the configuration of '{label}'; allowed is each once")
     return [wanted(label, config, seed, out) for seed in seeds for label, config in variants]
 
 

@@ -124,6 +124,10 @@ def test_a_damaged_sweep_is_told(trained, capsys):
         (["sweep", "tinny"], "configuration 'tinny' is unknown"),
         (["sweep", "tiny", "--nesting.skip-ratio", "0", "2"], "nesting.skip_ratio is 2"),
         (["sweep", "tiny", "--nesting.skip-ratio", "0", "0"], "'nesting.skip-ratio 0' is asked for twice"),
+        (
+            ["sweep", "tiny", "--nesting.skip-ratio", "0.2", "2e-1"],
+            "'nesting.skip-ratio 2e-1' is the configuration of 'nesting.skip-ratio 0.2'; allowed is each once",
+        ),
         (["sweep", "tiny", "--nestin.skip-ratio", "0"], "--nestin.skip-ratio is no option of the command"),
         (["sweep", "tiny", "--train.seed", "1", "2"], "train.seed is 1; allowed is --seeds"),
         (["sweep", "tiny", "--seeds", "1", "1"], "--seeds is 1 1; allowed is each once"),
