@@ -35,12 +35,15 @@ class Wanted:
     labels: dict[str, Any]
 
 
-def finished(file: Path, config: Config, is_quiet: bool = False) -> Result | None:
+def finished(
+    file: Path, config: Config, is_whole: Callable[[Result], bool] = bool, is_quiet: bool = False
+) -> Result | None:
     """The kept result of a run; one of another configuration is not used.
 
     Args:
         file: where the result would be.
         config: of the run that is asked for.
+        is_whole: whether a result has all that it needs.
         is_quiet: whether nothing is said of a result that cannot be used.
 
     Returns:
@@ -52,6 +55,8 @@ def finished(file: Path, config: Config, is_quiet: bool = False) -> Result | Non
         problem = "is of another configuration" if found and stored != config.to_json() else None
     except (BadFile, KeyError):
         found, stored, problem = {}, {}, "cannot be read"
+    if found and problem is None and not is_whole(found):
+        problem = "is damaged"
     if problem is None:
         return found or None
     if not is_quiet:
@@ -68,6 +73,7 @@ def kept_runs(
     told: Callable[[Result], str],
     stop: Callable[[], None] = lambda: None,
     only_kept: bool = False,
+    is_whole: Callable[[Result], bool] = bool,
 ) -> list[Result | None]:
     """The result of every run: the kept one, or else a new one, which is kept. A bar shows the time that is left.
 
@@ -79,11 +85,12 @@ def kept_runs(
         told: what is printed of a new result, behind the name of its configuration.
         stop: called before each run; it raises where the work is to end.
         only_kept: compute nothing.
+        is_whole: whether a kept result has all that it needs; else it is computed again.
 
     Returns:
         Results in the order of the runs, with their labels; None for those that were not computed.
     """
-    found = [finished(each.file, each.config) for each in wanted]
+    found = [finished(each.file, each.config, is_whole) for each in wanted]
     left = [] if only_kept else [index for index, result in enumerate(found) if result is None]
     if left:
         kept = len(wanted) - len(left)
@@ -99,7 +106,8 @@ def kept_runs(
                         if not mine:
                             later.append(index)
                             continue
-                        found[index] = finished(each.file, each.config, is_quiet=True)  # another process may have it
+                        # Another process may have it.
+                        found[index] = finished(each.file, each.config, is_whole, is_quiet=True)
                         if found[index] is None:
                             found[index] = _computed(each, compute, told)
                     bar.update()

@@ -112,6 +112,21 @@ def accuracy_curve(lines: Sequence[Line]) -> dict[str, list[Any]]:
     return curve
 
 
+def is_whole(result: Result) -> bool:
+    """Whether a result has all that tables and figures read: its file may have been damaged or written by hand.
+
+    Args:
+        result: as it was read.
+    """
+    if any(not isinstance(result.get(name), dict) for name in ("config", "measures", "curve", "versions")):
+        return False
+    measures, curve = result["measures"], [result["curve"].get(name) for name in ("step", "seconds", "accuracy")]
+    if any(not isinstance(column, list) for column in curve) or len({len(column) for column in curve}) > 1:
+        return False
+    numbers = [*(value for value in measures.values() if value is not None), *itertools.chain(*curve)]
+    return any(name in measures for name in OUTCOMES) and all(type(value) in (int, float) for value in numbers)
+
+
 def cost_to_reach(
     costs: Sequence[float | int] | np.ndarray, accuracies: Sequence[float | int] | np.ndarray, level: float
 ) -> tuple[float, bool]:

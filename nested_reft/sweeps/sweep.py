@@ -12,12 +12,11 @@ from nested_reft.json_files import differences, read_json_object, write_json
 from nested_reft.run_directory import versions
 from nested_reft.sweeps.comparison import by_task, comparison_table, draw_comparison, field_table, summarise
 from nested_reft.sweeps.kept import Result, Wanted, kept_runs
-from nested_reft.sweeps.results import OUTCOMES, run_result
+from nested_reft.sweeps.results import OUTCOMES, is_whole, run_result
 from nested_reft.sweeps.runs import FAILURES, trained_run
 from nested_reft.training.interrupts import asked_for, stop_if, stop_requests
 from nested_reft.untrusted import BadFile
 
-PARTS = ("config", "measures", "curve", "versions")  # of a result, which are objects
 MANIFEST = "sweep.json"  # the runs of the latest sweep in a folder, by which `nested-reft compare` finds results
 
 
@@ -65,13 +64,19 @@ def run_sweep(wanted: Sequence[Wanted], out: Path, only_kept: bool = False) -> t
         out.mkdir(parents=True, exist_ok=True)
         write_manifest(wanted, out)
     with stop_requests() as stopped:
-        found = kept_runs(wanted, compute, _told, lambda: stop_if(asked_for(stopped())), only_kept)
+        found = kept_runs(wanted, compute, _told, lambda: stop_if(asked_for(stopped())), only_kept, is_whole)
     missing = [
         Missing(in_words(each.labels), failed.get(str(each.file), "it has not been computed"))
         for each, result in zip(wanted, found, strict=True)
         if result is None
     ]
-    return [result for result in found if result is not None], missing
+    return _by_variant([result for result in found if result is not None], [each.labels for each in wanted]), missing
+
+
+def _by_variant(results: Sequence[Result], asked: Sequence[dict[str, Any]]) -> list[Result]:
+    """Results in the order in which variants were asked for, whichever runs are missing: the first is the baseline."""
+    order = list(dict.fromkeys(labels["label"] for labels in asked))
+    return sorted(results, key=lambda result: order.index(result["label"]))
 
 
 def in_words(labels: dict[str, Any]) -> str:
@@ -117,16 +122,12 @@ def read_sweep(out: Path) -> tuple[list[Result], list[Missing]]:
             result = {"damaged": True}
         if not result:
             missing.append(Missing(in_words(labels), "it has not been computed"))
-        # What tables read is asked for here, so that a damaged result is one that is missing.
-        elif any(not isinstance(result.get(name), dict) for name in PARTS) or not _is_curve(result["curve"]):
+        # A damaged result is one that is missing.
+        elif not is_whole(result):
             missing.append(Missing(in_words(labels), f"'{out / entry['result']}' cannot be read"))
         else:
             found.append(result | labels)
-    return found, missing
-
-
-def _is_curve(curve: Any) -> bool:
-    return all(isinstance(curve.get(name), list) for name in ("step", "seconds", "accuracy"))
+    return _by_variant(found, _entries(out)), missing
 
 
 def _entries(out: Path) -> list[dict[str, Any]]:

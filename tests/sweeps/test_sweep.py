@@ -102,6 +102,23 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, trained, ca
     assert "1 of 4 runs are missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "damage", [{"measures": []}, {"measures": {}}, {"measures": {"accuracy": "high"}}, {"curve": {"step": [0]}}]
+)
+def test_a_damaged_result_is_named_and_computed_again(damage, trained, capsys):
+    assert main(["sweep", "tiny", *RATIOS]) == 0
+    first = sorted(Path("runs/sweep-tiny/results").glob("*.json"))[0]
+    first.write_text(json.dumps(json.loads(first.read_text()) | damage))
+    capsys.readouterr()
+    assert main(["compare", "runs/sweep-tiny"]) == 0
+    shown = capsys.readouterr()
+    assert f"'{first}' cannot be read" in shown.err and "1 of 4 runs are missing" in shown.err
+    # The variant that lacks a run is the first one still, with which the others are compared.
+    assert "compared with nesting.skip-ratio 0," in shown.out
+    assert main(["sweep", "tiny", *RATIOS]) == 0 and len(trained) == 5
+    assert f"'{first}' is damaged and is computed again" in capsys.readouterr().err
+
+
 def test_a_damaged_sweep_is_told(trained, capsys):
     assert main(["sweep", "tiny", *RATIOS]) == 0
     first = sorted(Path("runs/sweep-tiny/results").glob("*.json"))[0]
