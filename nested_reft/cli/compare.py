@@ -76,7 +76,12 @@ def _result(path: Path) -> Result | Missing:
     files = read_run(path)
     if not files.config or not files.summary or files.summary.get("steps") not in (None, files.steps):
         steps = at(files.config, "train", "steps")
-        why = f"it has not ended: {files.steps} of {steps} steps" if files.config else "its config.json cannot be read"
+        if not files.config:
+            why = "its config.json cannot be read"
+        elif files.steps == steps:
+            why = "it has no summary.json that can be read"
+        else:
+            why = f"it has not ended: {files.steps} of {steps} steps"
         return Missing(str(path), why)
     seed = at(files.config, "train", "seed")
     return {"config": files.config, "seed": seed if type(seed) is int else 0} | run_result(path)

@@ -13,6 +13,7 @@ from nested_reft.reports.report import write_report
 from nested_reft.reports.run_files import read_run
 from nested_reft.reports.run_metrics import report_text
 from nested_reft.run_mirror import local_run
+from nested_reft.untrusted import printable
 
 LAST_STEPS = 5  # of the curriculum's words; those of a whole run would fill the screen
 
@@ -27,12 +28,14 @@ def run(arguments: list[str]) -> None:
         runs = [local_run(source) for source in known.runs]
         result = write_report(runs, known.out)
     for path, found in zip(runs, result["runs"], strict=True):
-        say("\n".join([f"{found['run']}:", *found["words"], *(f"warning: {words}" for words in found["warnings"])]))
+        # A name of a source may have lines of its own, which would pass for lines of this command.
+        lines = [f"{found['run']}:", *found["words"], *(f"warning: {words}" for words in found["warnings"])]
+        say("\n".join(map(printable, lines)))
         if found["metrics"]:
             say(f"\n{report_text(found, read_run(path).lines, None if known.audit else LAST_STEPS)}")
         say()
     for words in result["warnings"]:
-        say(f"warning: {words}")
+        say(printable(f"warning: {words}"))
     if result["no_figures"] is not None:
         say(f"no PNG files: {result['no_figures']}")
     elif result["figures"]:

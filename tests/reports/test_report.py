@@ -81,6 +81,9 @@ def test_names_from_a_run_cannot_reach_the_terminal(tmp_path, capsys, without_ma
     ]
     assert main(["report", str(write_run(tmp_path, lines, config={"name": "\x1b[2J"}))]) == 0
     assert "\x1b" not in capsys.readouterr().out + (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    forged = write_run(tmp_path / "forged", [line(1, **{"heldout/x\nreport: elsewhere": 0.5})])
+    assert main(["report", str(forged)]) == 0
+    assert not [words for words in capsys.readouterr().out.splitlines() if words.startswith("report: elsewhere")]
 
 
 @pytest.mark.parametrize(

@@ -174,12 +174,14 @@ def test_runs_of_any_kind_are_compared(capsys):
     runs = [run_directory(f"full-{seed}", 0.5 + seed / 10, train=train[seed]) for seed in (0, 1)]
     runs += [run_directory(f"half-{seed}", 0.3 + seed / 10, train=train[seed], **half) for seed in (0, 1)]
     runs += [run_directory("again", 0.9, train=train[1]), run_directory("stopped", None)]
+    runs += [run_directory("silent", None, train=train[1])]
     assert main(["compare", *runs, "--json", "out.json"]) == 0
     shown = capsys.readouterr()
     variants = json.loads(Path("out.json").read_text())["tasks"]["sums"]["variants"]
     assert list(variants) == ["nesting.skip_ratio 0.0", "nesting.skip_ratio 0.5"]
     assert variants["nesting.skip_ratio 0.5"]["difference"]["values"] == pytest.approx([-0.2, -0.2])
     assert "stopped: it has not ended: 1 of 4 steps" in shown.err
+    assert "silent: it has no summary.json that can be read" in shown.err
     assert "again: it repeats configuration and seed of full-1" in shown.err
     assert "nesting.skip_ratio  0.0 | 0.5" in shown.out
     assert main(["compare", "stopped"]) == 2
