@@ -113,12 +113,17 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="values of the parameters")
     parser.add_argument("--cell-seconds", type=int, default=CELL_SECONDS, help="the most that a cell may take")
     known = parser.parse_args(None if arguments is None else list(arguments))
+    if wrong := [each for each in known.set if "=" not in each]:
+        parser.error(f"--set {wrong[0]}: allowed is NAME=VALUE")
     values = dict(each.split("=", 1) for each in known.set)
     for path in known.files or sorted(NOTEBOOKS.glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        # The file keeps the parameters of its readers.
-        sources = [cell.source for cell in notebook.cells]
-        with_parameters(notebook, values)
+        try:
+            notebook = nbformat.read(path, as_version=4)
+            # The file keeps the parameters of its readers.
+            sources = [cell.source for cell in notebook.cells]
+            with_parameters(notebook, values)
+        except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+            parser.error(f"{path}: {error}")
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with tempfile.TemporaryDirectory() as folder:
             execute(notebook, Path(folder), known.cell_seconds)

@@ -115,6 +115,21 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", type=local_file, metavar="FILE", help=f"also write {what} here")
 
 
+def check_out(path: Path, suffix: str) -> None:
+    """Refuses a place for `--out` that cannot be written, or that has a name of something else.
+
+    Args:
+        path: as it was given.
+        suffix: that its name must have. A file that took the place of a run's own, or of a device, could not be undone.
+
+    Raises:
+        ValueError: names the path and what is allowed.
+    """
+    if path.suffix != suffix:
+        raise ValueError(f"--out is '{path}'; allowed is a name that ends in {suffix}")
+    check_writable(path)
+
+
 def check_json(path: Path | None) -> None:
     """Refuses a `--json FILE` that could not be written, before the work whose results it is to hold."""
     if path is not None:

@@ -10,11 +10,10 @@ from tqdm.auto import tqdm
 
 from nested_reft.bridge_file import FittedBridges, model_in_words, save_bridges
 from nested_reft.bridging import BridgeState
-from nested_reft.cli.arguments import command_parser, local_file
+from nested_reft.cli.arguments import check_out, command_parser, local_file
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
 from nested_reft.cli.policy import setup_of
-from nested_reft.json_files import check_writable
 from nested_reft.models.fingerprint import fingerprint
 from nested_reft.sharding import to_host
 from nested_reft.training.keys import RunKeys
@@ -28,7 +27,7 @@ def run(arguments: list[str]) -> None:
     """Samples with the full model, fits as a run would, and writes the file."""
     known, overrides = _parser().parse_known_args(arguments)
     with checking_input():
-        check_writable(known.out)
+        check_out(known.out, ".safetensors")
         setup = setup_of(known.policy, known.config, overrides, plans=True)
         if not setup.config.nesting.bridge.is_on:
             raise ValueError(

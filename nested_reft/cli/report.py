@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from nested_reft.cli.arguments import add_json, check_json, command_parser, keep_json, local_file
+from nested_reft.cli.arguments import add_json, check_json, check_out, command_parser, keep_json, local_file
 from nested_reft.cli.bad_input import checking_input
 from nested_reft.cli.output import say
-from nested_reft.json_files import check_writable
 from nested_reft.reports.report import write_report
 from nested_reft.reports.run_files import read_run
 from nested_reft.reports.run_metrics import report_text
@@ -24,7 +23,7 @@ def run(arguments: list[str]) -> None:
     with checking_input():
         check_json(known.json)
         if known.out is not None:
-            check_writable(known.out)
+            check_out(known.out, ".html")
         runs = [local_run(source) for source in known.runs]
         result = write_report(runs, known.out)
     for path, found in zip(runs, result["runs"], strict=True):

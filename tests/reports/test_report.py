@@ -116,6 +116,11 @@ def test_refusals(tmp_path, capsys):
     run = write_run(tmp_path / "run", [line(1)])
     assert main(["report", str(run), "--out", str(tmp_path / "nowhere" / "x.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
+    kept = (run / "metrics.jsonl").read_bytes()
+    for place in (run / "metrics.jsonl", "/dev/null"):
+        assert main(["report", str(run), "--out", str(place)]) == 2
+        assert capsys.readouterr().err == f"error: --out is '{place}'; allowed is a name that ends in .html\n"
+    assert (run / "metrics.jsonl").read_bytes() == kept
     (run / "report").write_text("")
     assert main(["report", str(run)]) == 2
     assert f"'{run / 'report'}' cannot be used" in capsys.readouterr().err
