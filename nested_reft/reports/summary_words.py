@@ -11,6 +11,7 @@ from nested_reft.reports.run_charts import heldout_prompts
 from nested_reft.reports.run_files import RunFiles, at, finite
 from nested_reft.reports.run_metrics import names_with, series
 from nested_reft.reports.tasks import task_of
+from nested_reft.untrusted import MAX_WHOLE
 
 WINDOW = 10  # the first and the last of so many parts of a run are compared
 LEAST = 6  # steps of which a rise can be told
@@ -123,6 +124,9 @@ def _what(run: RunFiles) -> str:
     words += f", at commit {commit[:12]}" if isinstance(commit, str) else ""
     if _is_over(run):
         return f"{words}."
+    ended = at(run.summary, "steps")
+    if type(ended) is int and run.steps < ended <= MAX_WHOLE:
+        return f"{words}. Its summary is of step {ended}: the lines of later steps are missing in metrics.jsonl."
     return f"{words}. It has not ended: it is going on, or it was stopped."
 
 

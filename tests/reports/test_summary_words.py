@@ -41,6 +41,8 @@ def test_a_run_that_has_not_ended_says_so():
     for summary in ({}, SUMMARY | {"steps": 10}):
         assert "It has not ended" in summary_words(run(summary=summary))[0]
     assert summary_words(RunFiles(Path("empty")))[0].startswith("A run took 0 steps")
+    cut_off = summary_words(run(summary=SUMMARY | {"steps": 30}))[0]
+    assert cut_off.endswith("Its summary is of step 30: the lines of later steps are missing in metrics.jsonl.")
 
 
 RISING = tuple(step / 20 for step in range(20))
