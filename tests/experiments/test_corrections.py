@@ -78,7 +78,7 @@ def test_corrections_from_one_start(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("warm start, seed 1") == 1 and printed.count("-1: mean gain") == 2
-    kept = [json.loads(file.read_text()) for file in sorted((tmp_path / "tiny").glob("small-*-seed1.json"))]
+    kept = [json.loads(file.read_text()) for file in sorted((tmp_path / "tiny").glob("small-*-seed1-steps*.json"))]
     # All draw the same completions at first, and learn differently from them.
     assert len(kept) == 2 and 0 < kept[0]["steps"]["ess_token"][0] < 1
     for one in kept[1:]:
