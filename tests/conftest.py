@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 _flax_dataclass = flax.struct.dataclass
 
 
+def _package(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
 def _checked_dataclass(cls=None, **options):
     """`flax.struct.dataclass` whose fields are checked when our own code fills them with arrays.
 
@@ -51,7 +56,11 @@ def _checked_dataclass(cls=None, **options):
 
     @functools.wraps(plain)
     def __init__(self, *args, **kwargs):
-        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        frame = sys._getframe(1)
+        # Earlier versions of jaxtyping stand between.
+        while frame.f_back is not None and _package(frame) == "jaxtyping":
+            frame = frame.f_back
+        caller = _package(frame)
         # Static fields, such as a plan's shape, hold whole numbers.
         arrays = all(isinstance(leaf, jax.Array | int) for leaf in jax.tree.leaves((args, kwargs)))
         (checked if arrays and caller not in ("jax", "flax") else plain)(self, *args, **kwargs)

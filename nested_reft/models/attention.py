@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from nested_reft.backends import attention_blocks
+from nested_reft.backends import attention_blocks, flat_products
 from nested_reft.models.blocked_attention import MASKED, attend_by_blocks
 from nested_reft.models.layer import KeyValues, as_operand
 from nested_reft.models.visibility import Visible
@@ -83,9 +83,12 @@ def _batched_product(x: Array, y: Array, axes: tuple[int, int], batch: int) -> F
     x, y = as_operand(x), as_operand(y)
     # The wider operand is narrowed, because widening the other would copy a whole cache.
     dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    x, y = x.astype(dtype), y.astype(dtype)
+    if flat_products():  # heads have axes of their own, so the same numbers are multiplied in float32
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     shared = tuple(range(batch))
     dimensions = (((axes[0],), (axes[1],)), (shared, shared))
-    return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def attend_texts(

@@ -16,7 +16,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num
 
-from nested_reft.backends import features_first, where_cpu
+from nested_reft.backends import features_first, flat_products, where_cpu
 from nested_reft.models.config import ModelConfig
 from nested_reft.models.parameters import Parameters
 from nested_reft.sharding import constrain
@@ -153,8 +153,10 @@ def matmul(x: Float[Array, "*rows I"], weight_OI: Float[Array, "O I"], dtype: An
 
 def _rows_times_matrix(x: Array, weight_OI: Array, dtype: Any) -> Array:
     weight_OI = weight_OI.astype(dtype or weight_OI.dtype)
-    contracted = ((x.ndim - 1,), (1,)), ((), ())
-    return jax.lax.dot_general(x.astype(weight_OI.dtype), weight_OI, contracted, preferred_element_type=jnp.float32)
+    rows = x.reshape(-1, x.shape[-1]) if flat_products() else x
+    contracted = ((rows.ndim - 1,), (1,)), ((), ())
+    y = jax.lax.dot_general(rows.astype(weight_OI.dtype), weight_OI, contracted, preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], y.shape[-1]) if flat_products() else y
 
 
 def _matmul_forward(x: Array, weight_OI: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:

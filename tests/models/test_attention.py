@@ -126,7 +126,7 @@ def test_forced_prefixes_are_prefilled_alike(short_blocks, key):
     for on in (False, True):
         short_blocks(on)
         found.append(jax.jit(lambda model: prefilled(model))(model))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), *found)
     # The switch changes the program.
     assert any(not jnp.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, found), strict=True))
 
