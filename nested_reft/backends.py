@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 
 LONG_ATTENTION = 2**18  # pairs of a query and a key, from which on attention goes by blocks: 512 tokens on themselves
 ATTENTION_BLOCKS = 128, 256  # queries and keys
@@ -54,7 +53,7 @@ def cache_dtype(dtype: Any) -> Any:
 def flat_products() -> bool:
     """Whether the rows of a product with bfloat16 must have one axis alone: before JAX 0.9 XLA's CPU backend has no
     other products of bfloat16 in loops."""
-    return jaxlib.version.__version_info__ < (0, 9)
+    return jax.__version_info__ < (0, 9)
 
 
 def features_first(rows: int, dtype: Any) -> bool:
