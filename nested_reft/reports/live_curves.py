@@ -13,6 +13,7 @@ from nested_reft.reports.figures import figure_maker
 EVERY_STEPS = 5  # a drawing takes about as long as a step of a small model
 EVERY_SECONDS = 10.0  # steps of a large model are worth a drawing each
 SMOOTHED_STEPS = 10
+FEW_STEPS = 50
 
 
 class LiveCurves:
@@ -62,8 +63,9 @@ class LiveCurves:
         figure = self._make_figure(figsize=(4 * len(self._points), 2.8), layout="constrained")
         panels = figure.subplots(1, len(self._points), squeeze=False)[0]
         for axis, (title, (steps, values)) in zip(panels, self._points.items(), strict=True):
-            # A line alone would show nothing of the first step.
-            axis.plot(steps, values, ".", color="C0", alpha=0.4, markersize=4)
+            # A line alone would show nothing of the first step. Few small dots would be lost; many large ones hide it.
+            size, alpha = (8, 0.6) if len(steps) <= FEW_STEPS else (4, 0.4)
+            axis.plot(steps, values, ".", color="C0", alpha=alpha, markersize=size)
             axis.plot(steps, _smoothed(values), color="C0")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(title=title.replace("_", " "), xlabel="step")
